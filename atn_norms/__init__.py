@@ -1,0 +1,70 @@
+"""Normalization that remembers: any normalizer pooled over any time window inside LSTM, GRU and vanilla RNN cells."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atn_norms.assorted_time import AssortedTime as AssortedTime
+    from atn_norms.cells import Cell as Cell
+    from atn_norms.cells import CellSpec as CellSpec
+    from atn_norms.layers import GRU as GRU
+    from atn_norms.layers import LSTM as LSTM
+    from atn_norms.layers import RNN as RNN
+    from atn_norms.layers import GRUCell as GRUCell
+    from atn_norms.layers import LayerSpec as LayerSpec
+    from atn_norms.layers import LSTMCell as LSTMCell
+    from atn_norms.layers import Recurrent as Recurrent
+    from atn_norms.layers import RNNCell as RNNCell
+    from atn_norms.layers import explain as explain
+    from atn_norms.layers import replace as replace
+    from atn_norms.normalizers import BatchNorm as BatchNorm
+    from atn_norms.normalizers import LayerNorm as LayerNorm
+    from atn_norms.normalizers import Normalizer as Normalizer
+    from atn_norms.normalizers import NormSpec as NormSpec
+    from atn_norms.normalizers import RMSNorm as RMSNorm
+    from atn_norms.plugins import hookimpl as hookimpl
+    from atn_norms.specs import build as build
+    from atn_norms.statistics import Average as Average
+    from atn_norms.statistics import Moments as Moments
+    from atn_norms.statistics import Statistic as Statistic
+    from atn_norms.tasks import TaskSpec as TaskSpec
+    from atn_norms.trees import detach as detach
+    from atn_norms.trees import reorder as reorder
+    from atn_norms.windows import Cumulative as Cumulative
+    from atn_norms.windows import Exponential as Exponential
+    from atn_norms.windows import Sliding as Sliding
+    from atn_norms.windows import Window as Window
+    from atn_norms.windows import WindowSpec as WindowSpec
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "assorted_time": ("AssortedTime",),
+    "cells": ("Cell", "CellSpec"),
+    "layers": ("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent", "explain", "replace"),
+    "normalizers": ("BatchNorm", "LayerNorm", "NormSpec", "Normalizer", "RMSNorm"),
+    "plugins": ("hookimpl",),
+    "specs": ("build",),
+    "statistics": ("Average", "Moments", "Statistic"),
+    "tasks": ("TaskSpec",),
+    "trees": ("detach", "reorder"),
+    "windows": ("Cumulative", "Exponential", "Sliding", "Window", "WindowSpec"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that a command line's help imports no torch."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

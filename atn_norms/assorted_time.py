@@ -1,0 +1,155 @@
+"""A normalizer pooled over a time window, with its memory passed in and handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.normalizers import Normalizer, scanning
+from atn_norms.statistics import Statistic, statistics_dtype
+from atn_norms.trees import Tree, outline, rows, tree_leaves, tree_map
+from atn_norms.windows import Sliding, Window
+
+
+class AssortedTime(nn.Module):
+    r"""Normalize each time step with the statistics of a window of steps that ends with it.
+
+    $$s_t = \mathrm{measure}(a_t), \qquad \bar s_t = \mathrm{pool}_{s \in W_t}(s_s), \qquad
+    y_t = \mathrm{normalize}(a_t, \bar s_t)$$
+
+    Source: Pospisil, Zadorozhnyy, Ye, *Assorted-Time Normalization*, arXiv 2209.14439, for layer normalization and a
+    sliding window; any normalizer and any window here. The gradient flows through every step of the window. Training
+    and evaluation compute the same unless the normalizer says otherwise (`BatchNorm`).
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
+    | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
+    | `alive` | which rows this step exists for | `[B]`, bool |
+    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
+    | `state` | `(step_index [N], window state)`, N = B, or 1 if the normalizer couples the batch; None starts fresh | |
+
+    Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
+
+    Errors: `ValueError` for T = 0, for missing axes, for lengths that do not fit, and for a state of another batch.
+
+    >>> import torch, atn_norms as an
+    >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
+    >>> xs = torch.randn(100, 8, 240)
+    >>> ys, state = norm.scan(xs[:60])
+    >>> more, state = norm.scan(xs[60:], state)
+    >>> torch.allclose(torch.cat([ys, more]), norm.scan(xs)[0], atol=1e-6)
+    True
+    """
+
+    def __init__(self, normalizer: Normalizer, window: int | Window[Any] = 1) -> None:
+        super().__init__()
+        if not isinstance(normalizer, Normalizer):
+            raise TypeError(
+                f"normalizer: {type(normalizer).__name__}; allowed: a Normalizer, such as atn_norms.LayerNorm(features)"
+            )
+        if not isinstance(window, (int, Window)):
+            raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
+        self.normalizer = normalizer
+        self.window: Window[Any] = window if isinstance(window, Window) else Sliding(window)
+
+    def initial(self, x: Tensor) -> Tree:
+        """The state before the first step, for one step's pre-activations shaped like `x` `[B, ..., D]`."""
+        with torch.no_grad():
+            now = self._stated(torch.zeros_like(x), torch.ones(x.shape[0], device=x.device), 0)[0]
+            return now[0].new_zeros(now[0].shape[0], dtype=torch.int64), self.window.initial(now)
+
+    def step(self, x: Tensor, state: Tree | None = None, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+        """Normalize one step; return it with the state to pass to the next."""
+        if x.ndim < 2:
+            raise ValueError(f"x: shape {list(x.shape)}; allowed: [batch, ..., features]")
+        index, memory = self._fitting(self.initial(x) if state is None else state, x.shape[0])
+        if alive is not None:
+            x = masked(x, alive)
+        now, weight = self._stated(x, self._weights(x, x.shape[:1], alive), 0)
+        pooled, memory = self.window.push(now, weight, memory)
+        live = weight > 0
+        pooled = self.normalizer.population(pooled, torch.where(live, index, -1))
+        y = self.normalizer.normalize(x, pooled).to(x.dtype)
+        return y if alive is None else masked(y, alive), (index + live, memory)
+
+    def scan(
+        self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tree]:
+        """Normalize T steps, time first; the same as `step` T times, and the state after the last."""
+        if xs.ndim < 3:
+            raise ValueError(f"xs: shape {list(xs.shape)}; allowed: [time, batch, ..., features]")
+        if xs.shape[0] == 0:
+            raise ValueError(f"xs: shape {list(xs.shape)}; allowed: at least one time step")
+        index, memory = self._fitting(self.initial(xs[0]) if state is None else state, xs.shape[1])
+        alive = None if lengths is None else alive_steps(lengths, xs)
+        if alive is not None:
+            xs = masked(xs, alive)
+        steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], alive), 1)
+        with scanning([self.normalizer]):
+            pooled, memory = self.window.scan(steps, weights, memory)
+            live = weights > 0
+            count = live.cumsum(0)
+            pooled = self.normalizer.population(pooled, torch.where(live, index + count - 1, -1))
+        ys = self.normalizer.normalize(xs, pooled).to(xs.dtype)
+        return ys if alive is None else masked(ys, alive), (index + count[-1], memory)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}"
+
+    def _weights(self, x: Tensor, shape: torch.Size, alive: Tensor | None) -> Tensor:
+        dtype = statistics_dtype(x.device)
+        return torch.ones(shape, dtype=dtype, device=x.device) if alive is None else alive.to(dtype)
+
+    def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
+        """What each row says, or, where the normalizer couples the batch (axis `batch`), what its live rows say."""
+        said = self.normalizer.measure(x)
+        if not self.normalizer.couples_batch:
+            return said, weights
+        together = said.pool(weights, batch)
+        return type(said)(*(leaf.unsqueeze(batch) for leaf in together)), weights.sum(batch, keepdim=True)
+
+    def _fitting(self, state: Tree, batch: int) -> Tree:
+        """`state` if it belongs to a batch of this size; a coupled one that `reorder` repeated is taken once."""
+        wanted = 1 if self.normalizer.couples_batch else batch
+        if not (isinstance(state, tuple) and len(state) == 2):
+            raise ValueError(f"state: {outline(state)}; allowed: what initial, step or scan returned")
+        if all(leaf.shape[0] == wanted for leaf in tree_leaves(state)):
+            return state
+        if wanted == 1 and self.normalizer.couples_batch:
+            return tree_map(lambda leaf: leaf[:1], state)
+        found = sorted({leaf.shape[0] for leaf in tree_leaves(state)})
+        raise ValueError(f"state: rows {found} for a batch of {batch}; allowed: a state of {wanted} row(s)")
+
+
+def masked(x: Tensor, alive: Tensor) -> Tensor:
+    """`x` with everything outside `alive` (over its leading axes) replaced by 0, NaN and gradient included."""
+    return torch.where(rows(alive, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def alive_steps(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
+    """The mask `[T, B]` of live steps for `lengths` `[B]` of time-first `xs` `[T, B, ...]`.
+
+    Errors: `ValueError` where lengths are no integers, are not one per row, or lie outside 0 to T.
+    """
+    steps, batch = xs.shape[:2]
+    counts = checked_lengths(lengths, steps, batch).to(xs.device)
+    return torch.arange(steps, device=xs.device).unsqueeze(1) < counts
+
+
+def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
+    """`lengths` as an int64 tensor `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
+    counts = torch.as_tensor(lengths)
+    allowed = f"allowed: {batch} integer(s) from 0 to {steps}"
+    if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
+        raise ValueError(f"lengths: of type {counts.dtype}; {allowed}")
+    if counts.shape != (batch,):
+        raise ValueError(f"lengths: shape {list(counts.shape)}; {allowed}")
+    outside = (counts < 0) | (counts > steps)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"lengths: row {row} has {int(counts[row])}; {allowed}")
+    return counts.to(torch.int64)

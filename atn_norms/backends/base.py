@@ -1,0 +1,71 @@
+"""What a backend is, and how one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from atn_norms.backends.reference import Reference
+from atn_norms.backends.torch_nn import TorchNN
+from atn_norms.cells import Cell, CellWeights
+from atn_norms.registry import hint
+from atn_norms.trees import Tree
+
+
+class Backend(Protocol):
+    """Run a cell over a whole sequence.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `xs` | inputs, time first | `[T, B, D]` |
+    | `state` | the cell's state, as `Cell.initial` gives it; the same for every backend | axis 0: B |
+    | `lengths` | live steps of each row; None means all | `[B]`, int |
+    | `ys` | outputs, 0 beyond a row's length | `[T, B, R]` |
+    """
+
+    @property
+    def name(self) -> str:
+        """What `backend=` calls it."""
+        ...
+
+    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+        """In one sentence why it cannot run this case, or None if it can."""
+        ...
+
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tree]:
+        """Outputs of all steps, and the state after each row's last."""
+        ...
+
+
+_IN_ORDER: tuple[Backend, ...] = (TorchNN(), Reference())
+
+
+def known() -> Mapping[str, Backend]:
+    """Every backend by name, the one `auto` tries first first."""
+    return {backend.name: backend for backend in _IN_ORDER}
+
+
+def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
+    """The backend of that name, or with `"auto"` the first that does not refuse.
+
+    Errors: `ValueError` for an unknown name, and for one that refuses this case, with its reason.
+    """
+    backends = known()
+    if name == "auto":
+        return next(backend for backend in backends.values() if backend.refuses(cell, weights) is None)
+    if name not in backends:
+        names = ["auto", *backends]
+        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{hint(name, names)}")
+    reason = backends[name].refuses(cell, weights)
+    if reason is not None:
+        raise ValueError(f"backend: {name!r} cannot run this layer: {reason}")
+    return backends[name]
+
+
+def refusals(cell: Cell, weights: CellWeights) -> dict[str, str | None]:
+    """What every backend says of a case: the reason it refuses, or None."""
+    return {name: backend.refuses(cell, weights) for name, backend in known().items()}

@@ -1,0 +1,59 @@
+"""torch's own fused recurrences, for cells without a norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from atn_norms.cells import Cell, CellWeights, RNNEquations
+from atn_norms.trees import Tree
+
+
+class TorchNN:
+    """Runs a cell that torch has and that carries no norm, by torch's own kernels."""
+
+    name = "torch"
+
+    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+        if cell.torch_name is None:
+            return f"torch.nn has no {type(cell).__name__}"
+        if weights.norms:
+            return f"torch.nn has no norm inside the cell, and the layer has one at {', '.join(weights.norms)}"
+        return None
+
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tree]:
+        carried, norms = state
+        if lengths is None:
+            ys, carried = _recur(cell, weights, xs, carried, None)
+            return ys, (carried, norms)
+        ys = xs.new_zeros(xs.shape[0], xs.shape[1], cell.output_size)
+        rows = (lengths > 0).nonzero().squeeze(1).to(xs.device)  # torch packs no row of length 0
+        if rows.numel() == 0:
+            return ys, state
+        packed = pack_padded_sequence(xs[:, rows], lengths.cpu()[rows.cpu()], enforce_sorted=False)
+        order, back = packed.sorted_indices, packed.unsorted_indices
+        assert order is not None and back is not None  # enforce_sorted=False always gives both
+        data, last = _recur(cell, weights, packed.data, tuple(c[rows][order] for c in carried), packed.batch_sizes)
+        padded, _ = pad_packed_sequence(packed._replace(data=data), total_length=xs.shape[0])
+        carried = tuple(old.index_copy(0, rows, new[back]) for old, new in zip(carried, last, strict=True))
+        return ys.index_copy(1, rows, padded), (carried, norms)
+
+
+def _recur(
+    cell: Cell, weights: CellWeights, x: Tensor, carried: tuple[Tensor, ...], batch_sizes: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer and direction of torch's recurrence, over a padded sequence or packed data."""
+    name = f"rnn_{cell.nonlinearity}" if isinstance(cell, RNNEquations) else str(cell.torch_name).lower()
+    function = getattr(torch, name)
+    tensors = list(weights.tensors.values())
+    hx = [c.unsqueeze(0) for c in carried]
+    states = hx if len(hx) > 1 else hx[0]
+    has_bias = weights.get("bias_ih") is not None
+    if batch_sizes is None:
+        y, *last = function(x, states, tensors, has_bias, 1, 0.0, False, False, False)
+    else:
+        y, *last = function(x, batch_sizes, states, tensors, has_bias, 1, 0.0, False, False)
+    return y, tuple(c.squeeze(0) for c in last)

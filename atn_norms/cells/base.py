@@ -1,0 +1,188 @@
+"""What every cell is: sizes, sites and equations, as a value that holds no tensor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from atn_norms.assorted_time import AssortedTime, alive_steps, masked
+from atn_norms.registry import Options
+from atn_norms.trees import Tree, hold
+
+
+class Placement(Options):
+    """Where in a cell the norms sit; the default is the paper's cell.
+
+    | option | value | meaning |
+    |---|---|---|
+    | `sum` | `separate` | N_ih(W x + b_ih) + N_hh(U h + b_hh), each with its own norm |
+    | | `joint` | one norm N_sum(W x + b_ih + U h + b_hh) |
+    | `gates` | `joint` | statistics over all gates of a site together |
+    | | `per_gate` | each gate has its own statistics |
+    | `carry` | `raw` | the cell state is carried as it is and normed only on its way to the output |
+    | | `normed` | the normed cell state is what the next step sees |
+    """
+
+    sum: Literal["separate", "joint"] = Field("separate", description="norms of W x and U h: two, or one of their sum")
+    gates: Literal["joint", "per_gate"] = Field("joint", description="statistics over all gates, or gate by gate")
+    carry: Literal["raw", "normed"] = Field("raw", description="the cell state that the next step sees")
+
+
+@dataclass(frozen=True)
+class CellWeights:
+    """What a cell computes with: tensors by torch's names, and the norm of each site that has one.
+
+    `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and what else the cell
+    declares) to tensors; a bias that is absent is None.
+    """
+
+    tensors: Mapping[str, Tensor]
+    norms: Mapping[str, AssortedTime] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """A tensor that may be absent, such as a bias."""
+        return self.tensors.get(name)
+
+
+@dataclass(frozen=True)
+class Cell(ABC):
+    """The equations of a recurrent cell over explicit state.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `xs` | inputs, time first | `[T, B, D]` |
+    | `u` | what `project` made of one step's input | `[B, G*H]` |
+    | `state` | `(carried, norms)`: the tensors named in `carried`, and one state per site | axis 0: B |
+    | `alive` | rows this step exists for; None means all | `[B]`, bool |
+    | `lengths` | live steps of each row; None means all | `[B]`, int |
+    | `y` | the step's output | `[B, R]` |
+
+    A row that is not alive keeps its state and has output 0.
+    """
+
+    hidden_size: int
+    placement: Placement
+
+    gates: ClassVar[tuple[str, ...]]
+    carried: ClassVar[tuple[str, ...]] = ("h",)
+    torch_name: ClassVar[str | None] = None
+
+    @property
+    def output_size(self) -> int:
+        """Features of the output, R."""
+        return self.hidden_size
+
+    @property
+    def pre_activations(self) -> int:
+        """Features of the pre-activations of all gates, G*H."""
+        return len(self.gates) * self.hidden_size
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """Every place that can carry a norm, and its number of features."""
+        wide = self.pre_activations
+        return {"sum": wide} if self.placement.sum == "joint" else {"ih": wide, "hh": wide}
+
+    def gates_at(self, site: str) -> int:
+        """How many gates lie side by side in the features of a site."""
+        return self.sites[site] // self.hidden_size
+
+    def shapes(self, input_size: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters, in torch's order."""
+        wide = self.pre_activations
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (wide, input_size), "weight_hh": (wide, self.output_size)}
+        return shapes | ({"bias_ih": (wide,), "bias_hh": (wide,)} if bias else {})
+
+    def carried_sizes(self) -> tuple[int, ...]:
+        """Features of each carried tensor, in the order of `carried`."""
+        return (self.output_size,)
+
+    def initial(self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None) -> Tree:
+        """The state before the first step: zeros (or `carried`), and fresh windows."""
+        like = weights["weight_hh"]
+        if carried is None:
+            carried = tuple(like.new_zeros(batch, size) for size in self.carried_sizes())
+        norms = tuple(
+            weights.norms[site].initial(like.new_zeros(batch, size)) if site in weights.norms else ()
+            for site, size in self.sites.items()
+        )
+        return carried, norms
+
+    def project(
+        self, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tree]:
+        """The input side of all T steps at once, normed where the site `ih` has a norm; it is not recurrent."""
+        if lengths is not None:
+            xs = masked(xs, alive_steps(lengths, xs))
+        us = F.linear(xs, weights["weight_ih"], weights.get("bias_ih"))
+        if "ih" not in weights.norms:
+            return us, state
+        carried, norms = state
+        place = list(self.sites).index("ih")
+        us, memory = weights.norms["ih"].scan(us, norms[place], lengths)
+        return us, (carried, (*norms[:place], memory, *norms[place + 1 :]))
+
+    @abstractmethod
+    def step(self, weights: CellWeights, u: Tensor, state: Tree, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+        """One time step: the output and the state that follows."""
+
+    def recur(self, weights: CellWeights, h: Tensor) -> Tensor:
+        """The recurrent product U h + b_hh."""
+        return F.linear(h, weights["weight_hh"], weights.get("bias_hh"))
+
+    def ended(
+        self, y: Tensor, carried: tuple[Tensor, ...], norms: SiteStates, before: Tree, alive: Tensor | None
+    ) -> tuple[Tensor, Tree]:
+        """The end of a step: output and state, with rows that are not alive left as they were."""
+        if alive is None:
+            return y, (carried, norms.states())
+        return masked(y, alive), (hold(alive, carried, before[0]), norms.states())
+
+
+class SiteStates:
+    """The norms of one step of a cell with their states: apply each by the name of its site, then collect."""
+
+    def __init__(self, cell: Cell, weights: CellWeights, states: Tree, alive: Tensor | None) -> None:
+        self._norms, self._alive = weights.norms, alive
+        self._states = dict(zip(cell.sites, states, strict=True))
+
+    def __call__(self, site: str, x: Tensor) -> Tensor:
+        """`x` normed at a site, or as it is where the site has no norm."""
+        norm = self._norms.get(site)
+        if norm is None:
+            return x
+        y, self._states[site] = norm.step(x, self._states[site], self._alive)
+        return y
+
+    def states(self) -> tuple[Tree, ...]:
+        """The state of every site, in the cell's order."""
+        return tuple(self._states.values())
+
+
+class CellSpec(Options, ABC):
+    """Options of a cell: a frozen model with a `kind`, which builds the equations."""
+
+    family: ClassVar[str | None] = "cell"
+    kind: str
+
+    @abstractmethod
+    def build(self, hidden_size: int, placement: Placement) -> Cell:
+        """The equations for a hidden size; `ValueError` where the cell has no such placement."""
+
+
+def refuse(placement: Placement, cell: str, **absent: str) -> None:
+    """Raise `ValueError` for each placement option set to a value the cell has no place for, with the reason."""
+    for option, reason in absent.items():
+        value: Any = getattr(placement, option)
+        default = Placement.model_fields[option].default
+        if value != default:
+            raise ValueError(f"placement.{option}: {value!r} with cell {cell!r}: {reason}; allowed: {default!r}")

@@ -1,0 +1,314 @@
+"""A stack of any cell, in one or both directions, over whole sequences."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from atn_norms.assorted_time import checked_lengths
+from atn_norms.backends import choose, refusals
+from atn_norms.layers.host import CellHost
+from atn_norms.layers.spec import LayerSpec
+from atn_norms.trees import Tree, outline
+
+
+class Recurrent(CellHost):
+    """Drives any cell over a sequence, with torch.nn's call and an explicit one.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `x` | input; `[B, T, D]` with `batch_first`, `[T, D]` unbatched, or a `PackedSequence` | `[T, B, D]` |
+    | `hx` | torch's initial state: h, or (h, c); L layers, 1 or 2 directions | `[L * directions, B, R]` |
+    | `state` | everything `unroll` carries: `state[layer][direction] = (carried, norms)` | axis 0 of every leaf: B |
+    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
+    | `y` | output, 0 beyond a row's length | `[T, B, directions * R]` |
+
+    With no norm at all a layer is torch's: it delegates to `torch.nn`, with the same keys, numbers and errors.
+
+    Errors: those of torch.nn for a wrong shape or type; `ValueError` for lengths or a state that do not fit.
+
+    >>> import torch, atn_norms as an
+    >>> layer = an.GRU(3, 8, norm="rms", window=5)
+    >>> y, state = layer.unroll(torch.randn(20, 4, 3))
+    >>> y, state = layer.unroll(torch.randn(1, 4, 3), state)  # one more step of the same stream
+    >>> y.shape
+    torch.Size([1, 4, 8])
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        super().__init__(spec)
+        directions = ("", "_reverse")[: spec.directions]
+        cells = {f"_l{n}{end}": spec.layer_inputs(n) for n in range(spec.num_layers) for end in directions}
+        self._register(cells, parameters, {"device": device, "dtype": dtype})
+        for suffix in self._suffixes:
+            choose(spec.backend, self.cell, self._weights(suffix))
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: LayerSpec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> Self:
+        """A layer of this class from its options, on given `parameters` by torch's names instead of fresh ones."""
+        layer = cls.__new__(cls)
+        Recurrent.__init__(layer, spec, device, dtype, parameters)
+        return layer
+
+    @property
+    def num_layers(self) -> int:
+        """Layers stacked."""
+        return self.spec.num_layers
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether batched input and output are `[B, T, ...]`."""
+        return self.spec.batch_first
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an output of any layer but the last, in training."""
+        return self.spec.dropout
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a second cell reads each sequence from its own end."""
+        return self.spec.bidirectional
+
+    @property
+    def output_size(self) -> int:
+        """Features of the output: R, twice that if bidirectional."""
+        return self.cell.output_size * self.spec.directions
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """torch.nn's nested list of weights and biases, one list a layer and direction; norms are not in it."""
+        names = self.cell.shapes(1, self.bias)
+        return [[getattr(self, name + suffix) for name in names] for suffix in self._suffixes]
+
+    def flatten_parameters(self) -> None:
+        """Let torch lay the weights out for its fused kernels, where it would run them."""
+        if self._delegates():
+            self._twin().flatten_parameters()
+
+    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
+        """torch.nn's call: outputs and last hidden state; every window starts fresh, as in the paper."""
+        if self._delegates():
+            return self._twin()(x, hx)
+        if isinstance(x, PackedSequence):
+            return self._forward_packed(x, hx)
+        batched = self._checked_dims(x)
+        given = x if batched else x.unsqueeze(self._batch_axis)
+        if hx is not None:
+            hx = self._batched_hx(hx, batched)
+        self._check_shapes(given, hx, None)
+        xs = self._time_first(given)
+        if xs.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        ys, state = self._run(xs, self.initial(xs.shape[1], hx), None)
+        last = self.hidden(state)
+        return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
+
+    def unroll(
+        self, x: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tree]:
+        """Run with everything explicit: feed `state` back in to stream or to train by segments.
+
+        A sequence cut anywhere gives what the uncut one gives; a padded row gives what it gives alone. `state` comes
+        from `unroll` or `initial`; `detach` it to truncate back-propagation.
+
+        Errors: `ValueError` for a carried state of a bidirectional layer (the reverse direction starts at the end of
+        the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
+        """
+        if isinstance(x, PackedSequence):
+            raise TypeError("x: a PackedSequence; allowed: a padded tensor with `lengths`, or forward for packed input")
+        if state is not None and self.bidirectional:
+            raise ValueError(
+                "state: given to a bidirectional layer, whose reverse direction starts at the end of the whole "
+                "sequence, so it cannot be continued; allowed: state=None with whole sequences"
+            )
+        batched = self._checked_dims(x)
+        given = x if batched else x.unsqueeze(self._batch_axis)
+        self._check_shapes(given, None, None)
+        xs = self._time_first(given)
+        if xs.shape[0] == 0:
+            raise ValueError(f"x: shape {list(x.shape)} has no time step; allowed: at least one")
+        if lengths is not None:
+            lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
+        state = self.initial(xs.shape[1]) if state is None else self._checked_state(state, xs.shape[1])
+        ys, state = self._run(xs, state, lengths)
+        return self._as_given(ys, batched), state
+
+    def initial(self, batch: int, hx: Any = None) -> Tree:
+        """The state before the first step, with fresh windows: zeros, or torch's `hx`."""
+        carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if carried is not None and len(carried) != len(self.cell.carried):
+            names = ", ".join(self.cell.carried)
+            raise ValueError(f"hx: {len(carried)} tensor(s); allowed: {names}, each [layers * directions, batch, size]")
+        cells = []
+        for place, suffix in enumerate(self._suffixes):
+            own = None if carried is None else tuple(c[place] for c in carried)
+            cells.append(self.cell.initial(self._weights(suffix), batch, own))
+        per = self.spec.directions
+        return tuple(tuple(cells[first : first + per]) for first in range(0, len(cells), per))
+
+    def hidden(self, state: Tree) -> Any:
+        """The part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
+        cells = [cell for layer in state for cell in layer]
+        carried = tuple(torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
+        return carried if len(carried) > 1 else carried[0]
+
+    def _run(self, xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
+        """Every layer in turn, time first."""
+        suffixes = iter(self._suffixes)
+        after = []
+        for layer, before in enumerate(state):
+            outputs, cells = [], []
+            for backward, cell_state in enumerate(before):
+                weights = self._weights(next(suffixes))
+                backend = choose(self.spec.backend, self.cell, weights)
+                inputs = reversed_in_time(xs, lengths) if backward else xs
+                ys, cell_state = backend.run(self.cell, weights, inputs, cell_state, lengths)
+                outputs.append(reversed_in_time(ys, lengths) if backward else ys)
+                cells.append(cell_state)
+            xs = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+            after.append(tuple(cells))
+            if layer < self.num_layers - 1:
+                xs = F.dropout(xs, self.dropout, self.training)
+        return xs, tuple(after)
+
+    def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        order, back = packed.sorted_indices, packed.unsorted_indices
+        if hx is not None:
+            hx = _each(lambda h: h if order is None else h.index_select(1, order), hx)
+        self._check_shapes(packed.data, hx, packed.batch_sizes)
+        xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
+        ys, state = self._run(xs, self.initial(xs.shape[1], hx), lengths.to(xs.device))
+        data = pack_padded_sequence(ys, lengths).data
+        last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
+        return PackedSequence(data, packed.batch_sizes, order, back), last
+
+    @property
+    def _batch_axis(self) -> int:
+        return 0 if self.batch_first else 1
+
+    def _time_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.batch_first else x
+
+    def _as_given(self, ys: Tensor, batched: bool) -> Tensor:
+        y = self._time_first(ys)
+        return y if batched else y.squeeze(self._batch_axis)
+
+    def _checked_dims(self, x: Tensor) -> bool:
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        return x.dim() == 3
+
+    def _batched_hx(self, hx: Any, batched: bool) -> Any:
+        wanted = 3 if batched else 2
+        dims = [h.dim() for h in ([hx] if isinstance(hx, Tensor) else hx)]
+        if any(d != wanted for d in dims):
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            names = ("hx",) if len(dims) == 1 else ("hx", "cx")
+            found = f"{dims[0]}-D tensor" if len(dims) == 1 else f"({', '.join(f'{d}-D' for d in dims)}) tensors"
+            raise RuntimeError(f"For {kind} input, {' and '.join(names)} should also be {wanted}-D but got {found}")
+        return hx if batched else _each(lambda h: h.unsqueeze(1), hx)
+
+    def _check_shapes(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+        """torch's own checks, by torch's own code, for a cell that torch has."""
+        if self.cell.torch_name is None:
+            if x.shape[-1] != self.input_size:
+                raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
+            return
+        twin = self._twin()
+        twin.check_input(x, batch_sizes)
+        if hx is not None:
+            twin.check_forward_args(x, hx, batch_sizes)
+
+    def _checked_state(self, state: Tree, batch: int) -> Tree:
+        cells = [cell for layer in state for cell in layer] if isinstance(state, tuple) else []
+        if len(cells) != len(self._suffixes) or any(len(cell) != 2 for cell in cells):
+            raise ValueError(f"state: {outline(state)}; allowed: what unroll or initial returned")
+        sizes = self.cell.carried_sizes()
+        for cell in cells:
+            if [c.shape for c in cell[0]] != [(batch, size) for size in sizes]:
+                expected = ", ".join(f"[{batch}, {size}]" for size in sizes)
+                raise ValueError(f"state: carries {outline(cell[0])}; allowed for a batch of {batch}: ({expected})")
+        return state
+
+    def _delegates(self) -> bool:
+        unnormed = not any(name.startswith("norm_") for name in self._modules)
+        return unnormed and self.cell.torch_name is not None and self.spec.backend in ("auto", "torch")
+
+    def _twin(self) -> Any:
+        """torch's module of the same options, on this layer's own weights; it owns nothing and is never registered."""
+        twin = self.__dict__.get("_torch_twin")
+        if twin is None:
+            with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was made
+                twin = torch_twin(self.cell.torch_name, **_torch_options(self.spec))
+            self.__dict__["_torch_twin"] = twin
+        twin.training = self.training
+        twin._flat_weights = [parameter for cell in self.all_weights for parameter in cell]
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_torch_twin"}
+
+
+def torch_twin(name: str | None, **options: Any) -> Any:
+    """torch.nn's module of these options with no memory behind its parameters; raises torch's own errors."""
+    return getattr(nn, str(name))(**options, device="meta")
+
+
+def _torch_options(spec: LayerSpec) -> dict[str, Any]:
+    shared = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    own = {key: value for key, value in spec.cell.model_dump().items() if key != "kind"}
+    return {name: getattr(spec, name) for name in shared} | own
+
+
+def reversed_in_time(xs: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each row of time-first `xs` `[T, B, ...]` read from its own end; padding stays where it is."""
+    if lengths is None:
+        return xs.flip(0)
+    time = torch.arange(xs.shape[0], device=xs.device).unsqueeze(1)
+    mirrored = torch.where(time < lengths, lengths - 1 - time, time)
+    return xs[mirrored, torch.arange(xs.shape[1], device=xs.device)]
+
+
+def _each(function: Any, hx: Any) -> Any:
+    return function(hx) if isinstance(hx, Tensor) else tuple(function(h) for h in hx)
+
+
+def explain(layer: CellHost) -> str:
+    """Which backend runs each cell of a layer, and why the others do not.
+
+    >>> import atn_norms as an
+    >>> print(an.explain(an.GRU(2, 4)))
+    GRU(2, 4, norm=none)
+    cell _l0: backend 'torch'
+      reference: could run it too
+    """
+    if not isinstance(layer, CellHost):
+        raise TypeError(f"layer: {type(layer).__name__}; allowed: an atn_norms layer or cell")
+    lines = [repr(layer)]
+    for suffix in layer._suffixes:
+        weights = layer._weights(suffix)
+        chosen = choose(layer.spec.backend, layer.cell, weights).name
+        lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
+        for name, reason in refusals(layer.cell, weights).items():
+            if name != chosen:
+                lines.append(f"  {name}: " + ("could run it too" if reason is None else f"refuses: {reason}"))
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""The options of a whole layer: one model, which every way of making a layer goes through."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+
+from atn_norms.backends import known
+from atn_norms.cells import Cell, CellSpec, Placement
+from atn_norms.normalizers import Normalizer, NormSpec, PerGate
+from atn_norms.registry import Open, Options, explained, hint
+from atn_norms.windows import SlidingSpec, Window, WindowSpec
+
+if TYPE_CHECKING:
+    from atn_norms.layers.recurrent import Recurrent
+
+
+def _no_norm(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _one_window(value: Any) -> Any:
+    if isinstance(value, Window):
+        return value.spec()
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return {"kind": "sliding", "steps": value} if is_count else value
+
+
+AnyNorm = Annotated[NormSpec | None, Open("normalizer", _no_norm, {"const": "none"})]
+AnyWindow = Annotated[WindowSpec, Open("window", _one_window, {"type": "integer", "minimum": 1})]
+
+
+class NormSites(Options):
+    """A norm of its own for each site; a site that is not named has none."""
+
+    family: ClassVar[str | None] = "normalizer"
+    sites: dict[str, AnyNorm]
+
+
+class WindowSites(Options):
+    """A window of its own for each site; a site that is not named has a window of 1."""
+
+    family: ClassVar[str | None] = "window"
+    sites: dict[str, AnyWindow]
+
+
+def _norms(value: Any) -> Any:
+    return NormSites.model_validate(value) if isinstance(value, Mapping) and "sites" in value else _no_norm(value)
+
+
+def _windows(value: Any) -> Any:
+    return WindowSites.model_validate(value) if isinstance(value, Mapping) and "sites" in value else _one_window(value)
+
+
+def _sites_schema(family: str) -> dict[str, Any]:
+    of_sites = {"type": "object", "description": f"site (ih, hh, c, sum) to {family}"}
+    return {"type": "object", "properties": {"sites": of_sites}, "required": ["sites"], "additionalProperties": False}
+
+
+class LayerSpec(Options):
+    """Everything that makes a layer: sizes, cell, norm, window, placement, initialization, backend.
+
+    | option | meaning |
+    |---|---|
+    | `cell` | `lstm`, `gru`, `rnn`, or a plugin's; a kind, or a mapping with `kind` and its options |
+    | `norm` | `none`, a kind, a mapping with `kind`, or `{sites: {ih: ..., hh: ..., c: ...}}` |
+    | `window` | an integer k (the last k steps), a kind, a mapping with `kind`, or `{sites: ...}` |
+    | `init` | `torch`: uniform within 1 / sqrt(hidden_size); `paper`: W orthogonal, U one identity per gate, biases 0 |
+    | `forget_bias` | what the forget gate's shift starts at: in the norm's `bias`, or in `bias_ih` without a norm |
+
+    Errors: `ValidationError` (a `ValueError`) that names the path; `explained` makes one line a problem of it.
+
+    >>> LayerSpec(cell="lstm", input_size=2, hidden_size=60, norm="layer", window=25).build()
+    LSTM(2, 60, norm=layer, window=25)
+    """
+
+    cell: Annotated[CellSpec, Open("cell")]
+    input_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(1, ge=1)
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = Field(0.0, ge=0, le=1)
+    bidirectional: bool = False
+    norm: Annotated[NormSpec | NormSites | None, Open("normalizer", _norms, _sites_schema("norm"))] = None
+    window: Annotated[WindowSpec | WindowSites, Open("window", _windows, {"type": "integer", "minimum": 1})] = Field(
+        default_factory=lambda: SlidingSpec(steps=1)
+    )
+    placement: Placement = Field(default_factory=Placement)
+    init: Literal["torch", "paper"] = "torch"
+    forget_bias: float | None = None
+    backend: str = "auto"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        cell = self.equations()
+        self._refuse_unknown_sites(cell)
+        self._refuse_windows_without_a_norm(cell)
+        if self.backend not in (names := ["auto", *known()]):
+            raise ValueError(f"backend: unknown {self.backend!r}; known: {', '.join(names)}{hint(self.backend, names)}")
+        self._refuse_impossible_size(cell)
+        norms = {site: self.normalizer(cell, site) for site in cell.sites}
+        if self.forget_bias is not None:
+            self._refuse_homeless_forget_bias(cell, norms)
+        return self
+
+    @property
+    def directions(self) -> int:
+        """2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    def equations(self) -> Cell:
+        """The cell these options describe."""
+        return self.cell.build(self.hidden_size, self.placement)
+
+    def norm_at(self, site: str) -> NormSpec | None:
+        """The norm of one site."""
+        return self.norm.sites.get(site) if isinstance(self.norm, NormSites) else self.norm
+
+    def window_at(self, site: str) -> WindowSpec:
+        """The window of one site."""
+        if isinstance(self.window, WindowSites):
+            return self.window.sites.get(site, SlidingSpec(steps=1))
+        return self.window
+
+    def normalizer(self, cell: Cell, site: str) -> Normalizer | None:
+        """A fresh normalizer for one site, gate by gate where the placement says so."""
+        spec = self.norm_at(site)
+        if spec is None:
+            return None
+        features, gates = cell.sites[site], cell.gates_at(site)
+        try:
+            if self.placement.gates == "per_gate" and gates > 1:
+                return PerGate([spec.build(features // gates) for _ in range(gates)])
+            return spec.build(features)
+        except ValueError as error:
+            raise ValueError(f"norm: {spec.kind!r} at site {site!r} with {features} features: {error}") from error
+
+    def layer_inputs(self, layer: int) -> int:
+        """Input features of one layer of the stack."""
+        return self.input_size if layer == 0 else self.equations().output_size * self.directions
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Recurrent:
+        """A fresh layer: `LSTM`, `GRU` or `RNN`, or for another cell a plain `Recurrent`."""
+        from atn_norms.layers.skins import skin_of
+
+        return skin_of(self.cell.kind).from_spec(self, device, dtype)
+
+    def _refuse_unknown_sites(self, cell: Cell) -> None:
+        sites = list(cell.sites)
+        for option, value in (("norm", self.norm), ("window", self.window)):
+            for site in value.sites if isinstance(value, (NormSites, WindowSites)) else ():
+                if site not in sites:
+                    raise ValueError(
+                        f"{option}.sites.{site}: unknown site of cell {self.cell.kind!r} with sum "
+                        f"{self.placement.sum!r}; known: {', '.join(sites)}{hint(site, sites)}"
+                    )
+
+    def _refuse_windows_without_a_norm(self, cell: Cell) -> None:
+        alone = SlidingSpec(steps=1)
+        explicit = self.window.sites if isinstance(self.window, WindowSites) else dict.fromkeys(cell.sites, self.window)
+        if not isinstance(self.window, WindowSites) and any(self.norm_at(site) for site in cell.sites):
+            return
+        for site, window in explicit.items():
+            if window != alone and self.norm_at(site) is None:
+                place = f"window.sites.{site}" if isinstance(self.window, WindowSites) else "window"
+                raise ValueError(
+                    f"{place}: a {window.kind!r} window pools the statistics of a norm, and there is no norm; "
+                    "allowed: give a norm, or leave the window at 1"
+                )
+
+    def _refuse_impossible_size(self, cell: Cell) -> None:
+        memory = _physical_memory()
+        inner = self.directions * cell.output_size
+        layers = [self.input_size] + [inner] * min(self.num_layers - 1, 1)
+        sizes = [self.directions * sum(map(prod, cell.shapes(i, self.bias).values())) for i in layers]
+        parameters = sizes[0] + (self.num_layers - 1) * sizes[-1]
+        if memory is not None and 4 * parameters > memory:
+            raise ValueError(
+                f"input_size, hidden_size, num_layers: {self.input_size}, {self.hidden_size}, {self.num_layers} take "
+                f"{parameters:.3g} parameters ({4 * parameters / 2**30:.3g} GiB in float32); "
+                f"allowed: what fits this machine's {memory / 2**30:.3g} GiB of memory"
+            )
+
+    def _refuse_homeless_forget_bias(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
+        if "f" not in cell.gates:
+            raise ValueError(f"forget_bias: cell {self.cell.kind!r} has no forget gate; allowed: leave it out")
+        norm = norms["sum" if "sum" in norms else "ih"]
+        if norm is None and not self.bias:
+            raise ValueError("forget_bias: there is no norm and bias is false; allowed: bias true, or leave it out")
+        if norm is not None and forget_shift(cell, norm) is None:
+            raise ValueError(
+                f"forget_bias: the norm on the input side ({type(norm).__name__}) has no bias for it; "
+                "allowed: a norm with a bias (for rms: bias true), or leave it out"
+            )
+
+
+def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
+    """The part of a norm's shift that belongs to the forget gate, or None where it has no shift."""
+    place = cell.gates.index("f")
+    if isinstance(norm, PerGate):
+        return getattr(norm.gates[place], "bias", None)
+    bias = getattr(norm, "bias", None)
+    return None if bias is None else bias.view(len(cell.gates), -1)[place]
+
+
+def specified(**options: Any) -> LayerSpec:
+    """A layer's options from keyword arguments; `SpecError` (a `ValueError`) names what is wrong."""
+    try:
+        return LayerSpec.model_validate(options)
+    except ValidationError as error:
+        raise explained(error, data=options) from None
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # the system does not tell
+        return None

@@ -1,0 +1,121 @@
+"""One step of a cell as a module."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from atn_norms.backends import choose
+from atn_norms.layers.host import CellHost
+from atn_norms.layers.spec import specified
+from atn_norms.normalizers import scanning
+from atn_norms.trees import Tree, outline
+
+
+class _StepCell(CellHost):
+    """One step of a cell, its state passed in and handed back.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `x` | one step's input, `[D]` unbatched | `[B, D]` |
+    | `state` | `(carried, norms)`; None starts fresh | axis 0 of every leaf: B |
+    | `y` | the step's output | `[B, R]` |
+
+    Parameters bear the names of torch's cell modules: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`; norms are
+    `norm_ih`, `norm_hh` and so on.
+
+    Errors: `ValueError` for an input or a state that does not fit.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Any = None,
+        window: Any = 1,
+        placement: Any = None,
+        init: str = "torch",
+        forget_bias: float | None = None,
+        **cell: Any,
+    ) -> None:
+        where = {} if placement is None else {"placement": placement}
+        spec = specified(
+            cell={"kind": self.kind, **cell},
+            input_size=input_size,
+            hidden_size=hidden_size,
+            bias=bias,
+            norm=norm,
+            window=window,
+            init=init,
+            forget_bias=forget_bias,
+            backend="reference",
+            **where,
+        )
+        super().__init__(spec)
+        self._register({"": input_size}, None, {"device": device, "dtype": dtype})
+        choose(spec.backend, self.cell, self._weights(""))
+
+    def initial(self, batch: int) -> Tree:
+        """The state before the first step, with fresh windows."""
+        return self.cell.initial(self._weights(""), batch)
+
+    def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
+        """One step: the output and the state to pass to the next."""
+        if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
+            raise ValueError(f"x: shape {list(x.shape)}; allowed: [batch, {self.input_size}] or [{self.input_size}]")
+        rows = x if x.dim() == 2 else x.unsqueeze(0)
+        weights = self._weights("")
+        if state is None:
+            state = self.cell.initial(weights, rows.shape[0])
+        elif not isinstance(state, tuple) or len(state) != 2 or len(state[1]) != len(self.cell.sites):
+            raise ValueError(f"state: {outline(state)}; allowed: what this cell or its `initial` returned")
+        elif any(carried.shape[0] != rows.shape[0] for carried in state[0]):
+            raise ValueError(f"state: carries {outline(state[0])}; allowed for this input: {rows.shape[0]} row(s)")
+        with scanning([norm.normalizer for norm in weights.norms.values()]):
+            us, state = self.cell.project(weights, rows.unsqueeze(0), state)
+            y, state = self.cell.step(weights, us[0], state)
+        return y if x.dim() == 2 else y.squeeze(0), state
+
+
+class LSTMCell(_StepCell):
+    """One step of an LSTM; `LSTMEquations` has the equations.
+
+    >>> import torch, atn_norms as an
+    >>> cell = an.LSTMCell(2, 60, norm="rms", window=5)
+    >>> y, state = cell(torch.randn(8, 2))
+    >>> y, state = cell(torch.randn(8, 2), state)
+    >>> y.shape
+    torch.Size([8, 60])
+    """
+
+    kind = "lstm"
+
+
+class GRUCell(_StepCell):
+    """One step of a GRU; `GRUEquations` has the equations.
+
+    >>> import torch, atn_norms as an
+    >>> an.GRUCell(2, 60, norm="layer", window=5)(torch.randn(8, 2))[0].shape
+    torch.Size([8, 60])
+    """
+
+    kind = "gru"
+
+
+class RNNCell(_StepCell):
+    """One step of a vanilla RNN; `RNNEquations` has the equations.
+
+    >>> import torch, atn_norms as an
+    >>> an.RNNCell(2, 60, nonlinearity="relu", norm="layer", window=5)(torch.randn(8, 2))[0].shape
+    torch.Size([8, 60])
+    """
+
+    kind = "rnn"

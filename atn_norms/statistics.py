@@ -1,0 +1,154 @@
+"""What one time step says about itself, and how several such statements merge into one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from atn_norms.trees import rows
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A named tuple of tensors that can be merged: the only thing a window needs to know of a normalizer.
+
+    Leaves have shape `[..., d]`: the leading axes are those of the pre-activations `[..., D]`, the last one is what
+    the measurement left of the features (1 for a statistic over features, D for one per feature). A statistic is
+    rebuilt from its leaves as `type(s)(*leaves)`.
+    """
+
+    def pool(self, weights: Tensor, dim: int) -> Self:
+        """Merge the entries along the stacked axis `dim`, each with its non-negative weight.
+
+        | symbol | meaning | shape |
+        |---|---|---|
+        | `weights` | weight of each entry, over the leaf's axes 0 to `dim`; 0 hides an entry | `[..., n]` |
+        | `dim` | the stacked axis, which the merge removes | |
+
+        Two weights of 1 are a merge of equals, weights in {0, 1} slide, decaying weights forget. An entry of weight 0
+        is hidden in value and in gradient, NaN included. If every weight is 0 the result is finite and means nothing.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+def promoted(x: Tensor) -> Tensor:
+    """`x` in the type statistics are computed in: float64, or float32 on a device that has no float64."""
+    return x.to(statistics_dtype(x.device))
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _Shares(NamedTuple):
+    """Weights along one stacked axis, normalized to sum to 1 and aligned with leaves."""
+
+    share: Tensor
+    dim: int
+
+    @classmethod
+    def of(cls, weights: Tensor, dim: int, like: Tensor) -> _Shares:
+        dim = dim % like.ndim
+        if weights.ndim == 1:
+            weights = weights.reshape((1,) * dim + weights.shape)
+        if weights.ndim != dim + 1 and weights.ndim != like.ndim:
+            raise ValueError(
+                f"weights: shape {list(weights.shape)} for leaves {list(like.shape)} pooled along axis {dim}; "
+                f"allowed: one axis ({like.shape[dim]} weights), or axes 0 to {dim} of the leaf"
+            )
+        total = weights.sum(dim, keepdim=True)
+        return cls(weights / torch.where(total > 0, total, torch.ones_like(total)), dim)
+
+    def seen(self, leaf: Tensor) -> Tensor:
+        """`leaf` with the entries of weight 0 replaced by 0, so that neither value nor gradient of them is used."""
+        return torch.where(rows(self.share, leaf) > 0, leaf, torch.zeros((), dtype=leaf.dtype, device=leaf.device))
+
+    def average(self, leaf: Tensor) -> Tensor:
+        """Weighted mean along the stacked axis, which is kept with length 1."""
+        return (rows(self.share, leaf) * leaf).sum(self.dim, keepdim=True)
+
+
+class Moments(NamedTuple):
+    r"""Mean and biased variance, pooled in the centred form.
+
+    $$\bar\mu = \sum_s w_s \mu_s \qquad \bar v = \sum_s w_s \left[ v_s + (\mu_s - \bar\mu)^2 \right]
+    \qquad \sum_s w_s = 1$$
+
+    Derived: the variance of a union is the mean of the variances within plus the variance of the means between.
+    Nothing is subtracted that would cancel, so a large mean beside a small deviation keeps its digits.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `mean` | $\mu_s$, unit of the input | `[..., d]` |
+    | `var` | $v_s$, biased, unit of the input squared | `[..., d]` |
+
+    >>> import torch
+    >>> steps = Moments(torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5], [0.5]]))
+    >>> steps.pool(torch.tensor([1.0, 1.0]), dim=0)
+    Moments(mean=tensor([2.]), var=tensor([1.5000]))
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, dim: int = -1) -> Moments:
+        """Moments of `x` over one axis, which is kept with length 1; float64 wherever the device has it."""
+        var, mean = torch.var_mean(promoted(x), dim, correction=0, keepdim=True)
+        return cls(mean, var)
+
+    def pool(self, weights: Tensor, dim: int) -> Moments:
+        shares = _Shares.of(weights, dim, self.mean)
+        means, variances = shares.seen(self.mean), shares.seen(self.var)
+        mean = shares.average(means)
+        var = shares.average(variances + (means - mean).square())
+        return Moments(mean.squeeze(shares.dim), var.squeeze(shares.dim))
+
+
+class Average(NamedTuple):
+    r"""One mean of something per step, such as the mean square: $\bar m = \sum_s w_s m_s$ with $\sum_s w_s = 1$.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `mean` | $m_s$, unit of what was averaged | `[..., d]` |
+
+    >>> import torch
+    >>> Average(torch.tensor([[1.0], [3.0]])).pool(torch.tensor([3.0, 1.0]), dim=0)
+    Average(mean=tensor([1.5000]))
+    """
+
+    mean: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, dim: int = -1) -> Average:
+        """Mean of `x` over one axis, which is kept with length 1; float64 wherever the device has it."""
+        return cls(promoted(x).mean(dim, keepdim=True))
+
+    def pool(self, weights: Tensor, dim: int) -> Average:
+        shares = _Shares.of(weights, dim, self.mean)
+        return Average(shares.average(shares.seen(self.mean)).squeeze(shares.dim))
+
+
+class CountedMoments(NamedTuple):
+    """`Moments` that also know how many samples they stand for, as an unbiased variance needs.
+
+    `count` `[..., 1]` is the total weight of the last merge (a single row counts 1). Where the weights of a merge are
+    themselves counts, as a window's are over the steps of a coupled batch, it is the number of samples in the window.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def pool(self, weights: Tensor, dim: int) -> CountedMoments:
+        mean, var = Moments(self.mean, self.var).pool(weights, dim)
+        if weights.ndim == 1:
+            weights = weights.reshape((1,) * (dim % self.mean.ndim) + weights.shape)
+        total = rows(weights, self.mean).sum(dim, keepdim=True)[..., :1]
+        return CountedMoments(mean, var, total.expand(self.count.shape).narrow(dim, 0, 1).squeeze(dim))

@@ -1,0 +1,88 @@
+"""Maps over state: a tensor, or a plain nested tuple of tensors with the batch on axis 0 of every leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; recursive aliases do not survive every tool, so the name says it
+
+
+def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Apply `function` leaf by leaf to trees of one shape and rebuild plain tuples.
+
+    Errors: `ValueError` where the trees differ in structure.
+
+    >>> import torch
+    >>> tree_map(lambda a, b: a + b, (torch.tensor(1), ()), (torch.tensor(2), ()))
+    (tensor(3), ())
+    """
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if any(not isinstance(other, tuple) or len(other) != len(tree) for other in others):
+        raise ValueError(f"state of another structure: {outline(tree)} against {', '.join(map(outline, others))}")
+    return tuple(tree_map(function, *branches) for branches in zip(tree, *others, strict=True))
+
+
+def tree_leaves(tree: Tree) -> Iterator[Tensor]:
+    """Every tensor of a tree, left to right."""
+    if isinstance(tree, Tensor):
+        yield tree
+    else:
+        for branch in tree:
+            yield from tree_leaves(branch)
+
+
+def outline(tree: Tree) -> str:
+    """The structure of a tree in words, for error messages: shapes in nested parentheses."""
+    if isinstance(tree, Tensor):
+        return str(list(tree.shape))
+    if isinstance(tree, tuple):
+        return "(" + ", ".join(map(outline, tree)) + ")"
+    return type(tree).__name__
+
+
+def rows(mask: Tensor, like: Tensor) -> Tensor:
+    """View a mask or weight over the leading axes so that it broadcasts against `like`."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def hold(alive: Tensor, new: Tree, old: Tree) -> Tree:
+    """Take the new state in rows that are alive and keep the old one, value and gradient, in the others.
+
+    `alive` is a mask [N] over axis 0 of every leaf.
+    """
+    return tree_map(lambda a, b: torch.where(rows(alive, a), a, b), new, old)
+
+
+def detach(state: Tree) -> Tree:
+    """Cut the state out of the graph, for truncated back-propagation through time.
+
+    >>> import torch
+    >>> detach((torch.ones(1, requires_grad=True),))
+    (tensor([1.]),)
+    """
+    return tree_map(Tensor.detach, state)
+
+
+def reorder(state: Tree, index: Tensor) -> Tree:
+    """Select rows of the batch in a state, for beam search or for compacting a batch.
+
+    `index` [M] (int64) names, for each new row, the old row it continues. A leaf of one row in a state of several is
+    shared by the batch (a normalizer that couples it) and stays as it is.
+
+    Errors: `IndexError` where an index lies outside the batch.
+
+    >>> import torch
+    >>> reorder((torch.tensor([[1.0], [2.0]]), torch.tensor([[9.0]])), torch.tensor([1, 1, 0]))
+    (tensor([[2.],
+            [2.],
+            [1.]]), tensor([[9.]]))
+    """
+    batch = max((leaf.shape[0] for leaf in tree_leaves(state)), default=0)
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < batch):
+        raise IndexError(f"index: rows {index.tolist()} of a state with {batch} row(s); allowed: 0 to {batch - 1}")
+    return tree_map(lambda leaf: leaf if leaf.shape[0] < batch else leaf.index_select(0, index), state)

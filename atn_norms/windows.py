@@ -1,0 +1,251 @@
+"""Time windows: which past steps count towards the pooled statistic, and how much."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from atn_norms.registry import Options
+from atn_norms.statistics import Statistic
+from atn_norms.trees import Tree, hold
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Window(ABC, Generic[S]):
+    """A value that says which past steps count; its memory is state, passed in and handed back.
+
+    State is a plain nested tuple of tensors with the batch on axis 0 of every leaf, and holds per-step *statements*,
+    never the aggregates of some algorithm, so that two implementations of one window can take turns.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `now` | the step's own statistic | leaves `[N, ...]` |
+    | `weight` | how much the step counts: 1 for a live row, 0 for padding, or a number of samples | `[N]` |
+    | `pooled` | the statistic over the window that ends at this step, like `now` | leaves `[N, ...]` |
+
+    A step of weight 0 did not happen: it leaves the state of its row untouched, and `pooled` means nothing there.
+    """
+
+    @abstractmethod
+    def initial(self, now: S) -> Tree:
+        """The state before the first step, for statistics shaped like `now`."""
+
+    @abstractmethod
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        """Take one step in; return the statistic pooled over the window that ends with it, and the new state."""
+
+    def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
+        """`push` over axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; a window may do it at once."""
+        return scan_by_steps(self, steps, weights, state)
+
+    def spec(self) -> WindowSpec:
+        """The options that build this window, so that a layer can be described; `TypeError` if it has none."""
+        raise TypeError(f"{self!r}: {type(self).__name__} does not say which options build it; allowed: its WindowSpec")
+
+
+def scan_by_steps(window: Window[S], steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
+    """The definition of `Window.scan`: one `push` per step."""
+    kind = type(steps)
+    pooled = []
+    for *now, weight in zip(*(leaf.unbind(0) for leaf in steps), weights.unbind(0), strict=True):
+        at_step, state = window.push(kind(*now), weight, state)
+        pooled.append(at_step)
+    return kind(*(torch.stack(leaves) for leaves in zip(*pooled, strict=True))), state
+
+
+class WindowSpec(Options, ABC):
+    """Options of a window: a frozen model with a `kind`, which builds the window."""
+
+    family: ClassVar[str | None] = "window"
+    kind: str
+
+    @abstractmethod
+    def build(self) -> Window[Any]:
+        """The window these options describe."""
+
+
+@dataclass(frozen=True)
+class Sliding(Window[S]):
+    r"""The last `steps` live steps, the current one included, all alike.
+
+    $$m_t = \min(t + 1, k), \qquad W_t = \{t - m_t + 1, \dots, t\}$$
+
+    Source: Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439. With k = 1 the step stands alone; before step k the window is
+    simply shorter.
+
+    | symbol | meaning | |
+    |---|---|---|
+    | `steps` | k, in time steps | at least 1 |
+    | state | `(weights [N, k-1], leaves [N, k-1, ...])`, oldest first | |
+
+    Errors: `TypeError` if k is no integer, `ValueError` if it is below 1.
+
+    >>> import torch
+    >>> from atn_norms import Average, Sliding
+    >>> window, steps = Sliding(2), torch.tensor([[[1.0]], [[3.0]], [[7.0]]])
+    >>> state = window.initial(Average(steps[0]))
+    >>> pooled, state = window.scan(Average(steps), torch.ones(3, 1), state)
+    >>> pooled.mean.flatten()
+    tensor([1., 2., 5.])
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+            raise TypeError(f"steps: {self.steps!r} is {type(self.steps).__name__}; allowed: an integer of at least 1")
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps}; allowed: an integer of at least 1 (1 is the current step alone)")
+
+    def initial(self, now: S) -> Tree:
+        past = self.steps - 1
+        leaves = tuple(leaf.new_zeros((leaf.shape[0], past, *leaf.shape[1:])) for leaf in now)
+        return leaves[0].new_zeros((leaves[0].shape[0], past)), leaves
+
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        if self.steps == 1:
+            return now, state
+        weights, leaves = state
+        weights = torch.cat([weights, weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(leaves, now, strict=True))
+        pooled = type(now)(*leaves).pool(weights, 1)
+        return pooled, hold(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+
+    def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
+        if self.steps == 1:
+            return steps, state
+        row = torch.arange(weights.shape[1], device=weights.device)
+        alive = weights > 0
+        # A window counts live steps, so bring each row's live steps together before cutting windows out of it.
+        order = torch.argsort((~alive).to(torch.uint8), dim=0, stable=True)
+        timeline = [
+            torch.cat([old, leaf[order, row].transpose(0, 1)], 1)
+            for old, leaf in zip((state[0], *state[1]), (weights, *steps), strict=True)
+        ]
+        weight_windows, *windows = (line.unfold(1, self.steps, 1).movedim(-1, 2) for line in timeline)
+        pooled = type(steps)(*windows).pool(weight_windows, 2)
+        place = (alive.cumsum(0) - 1).clamp(min=0)
+        pooled = type(steps)(*(leaf[row, place] for leaf in pooled))
+        kept = alive.sum(0).unsqueeze(1) + torch.arange(self.steps - 1, device=weights.device)
+        weights_left, *left = (line[row.unsqueeze(1), kept] for line in timeline)
+        return pooled, (weights_left, tuple(left))
+
+    def spec(self) -> SlidingSpec:
+        return SlidingSpec(steps=self.steps)
+
+
+class SlidingSpec(WindowSpec):
+    """Options of `Sliding`."""
+
+    kind: Literal["sliding"] = "sliding"
+    steps: int = Field(ge=1, le=1_000_000, description="k: how many steps are pooled, the current one included")
+
+    def build(self) -> Sliding[Any]:
+        return Sliding(self.steps)
+
+
+def _nothing(now: Statistic) -> Tree:
+    leaves = tuple(torch.zeros_like(leaf) for leaf in now)
+    return leaves[0].new_zeros(leaves[0].shape[0]), leaves
+
+
+def _merge(now: S, weight: Tensor, total: Tensor, past: tuple[Tensor, ...]) -> S:
+    """Pool what is known, of weight `total`, with the current step."""
+    both = (torch.stack(pair, 1) for pair in zip(past, now, strict=True))
+    return type(now)(*both).pool(torch.stack([total, weight], 1), 1)
+
+
+@dataclass(frozen=True)
+class Cumulative(Window[S]):
+    """Every live step since the state was fresh, all alike: a sliding window that never forgets.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | state | `(total weight, pooled leaves)` | `([N], [N, ...])` |
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, Cumulative, LayerNorm
+    >>> norm = AssortedTime(LayerNorm(4), Cumulative())
+    >>> norm.scan(torch.randn(7, 2, 4))[0].shape
+    torch.Size([7, 2, 4])
+    """
+
+    def initial(self, now: S) -> Tree:
+        return _nothing(now)
+
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        total, past = state
+        pooled = _merge(now, weight, total, past)
+        return pooled, hold(weight > 0, (total + weight, tuple(pooled)), state)
+
+    def spec(self) -> CumulativeSpec:
+        return CumulativeSpec()
+
+
+class CumulativeSpec(WindowSpec):
+    """Options of `Cumulative`: it has none."""
+
+    kind: Literal["cumulative"] = "cumulative"
+
+    def build(self) -> Cumulative[Any]:
+        return Cumulative()
+
+
+@dataclass(frozen=True)
+class Exponential(Window[S]):
+    r"""Every live step, each counting half as much as one `half_life` live steps younger.
+
+    $$w_s = 2^{-(t - s) / h}$$
+
+    Derived: an exponentially weighted average whose weights are normalized at every step, so that the first steps are
+    not biased towards zero. The age is counted in live steps.
+
+    | symbol | meaning | shape or unit |
+    |---|---|---|
+    | `half_life` | h | time steps, positive and finite |
+    | state | `(total decayed weight, pooled leaves)` | `([N], [N, ...])` |
+
+    Errors: `ValueError` if h is not positive and finite.
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, Exponential, RMSNorm
+    >>> norm = AssortedTime(RMSNorm(4), Exponential(half_life=5.0))
+    >>> norm.scan(torch.randn(7, 2, 4))[0].shape
+    torch.Size([7, 2, 4])
+    """
+
+    half_life: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)):
+            raise TypeError(f"half_life: {self.half_life!r} is {type(self.half_life).__name__}; allowed: a number > 0")
+        if not 0 < self.half_life < float("inf"):
+            raise ValueError(f"half_life: {self.half_life}; allowed: a positive, finite number of steps")
+
+    def initial(self, now: S) -> Tree:
+        return _nothing(now)
+
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        total, past = state
+        remembered = total * 2.0 ** (-1.0 / self.half_life)
+        pooled = _merge(now, weight, remembered, past)
+        return pooled, hold(weight > 0, (remembered + weight, tuple(pooled)), state)
+
+    def spec(self) -> ExponentialSpec:
+        return ExponentialSpec(half_life=self.half_life)
+
+
+class ExponentialSpec(WindowSpec):
+    """Options of `Exponential`."""
+
+    kind: Literal["exponential"] = "exponential"
+    half_life: float = Field(gt=0, description="steps after which a step counts half")
+
+    def build(self) -> Exponential[Any]:
+        return Exponential(self.half_life)
