@@ -60,7 +60,8 @@ class AssortedTime(nn.Module):
         """The state before the first step, for one step's pre-activations shaped like `x` `[B, ..., D]`."""
         with torch.no_grad():
             now = self._stated(torch.zeros_like(x), torch.ones(x.shape[0], device=x.device), 0)[0]
-            return now[0].new_zeros(now[0].shape[0], dtype=torch.int64), self.window.initial(now)
+            leaf = next(iter(now))
+            return leaf.new_zeros(leaf.shape[0], dtype=torch.int64), self.window.initial(now)
 
     def step(self, x: Tensor, state: Tree | None = None, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Normalize one step; return it with the state to pass to the next."""

@@ -168,7 +168,9 @@ class Recurrent(CellHost):
     def hidden(self, state: Tree) -> Any:
         """The part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
         cells = [cell for layer in state for cell in layer]
-        carried = tuple(torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
+        carried: tuple[Tensor, ...] = tuple(
+            torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True)
+        )
         return carried if len(carried) > 1 else carried[0]
 
     def _run(self, xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:

@@ -9,7 +9,7 @@ import torch
 from atn_norms.layers.recurrent import Recurrent, torch_twin
 from atn_norms.layers.spec import specified
 
-_LARGEST = 2**31  # beyond it torch's own complaint is about integers; the options say what is wrong
+_LARGEST = 2**24  # no layer has it, and torch itself overflows on such sizes; the options say what is wrong instead
 
 
 class _Skin(Recurrent):

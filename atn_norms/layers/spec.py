@@ -91,7 +91,7 @@ class LayerSpec(Options):
     window: Annotated[WindowSpec | WindowSites, Open("window", _windows, {"type": "integer", "minimum": 1})] = Field(
         default_factory=lambda: SlidingSpec(steps=1)
     )
-    placement: Placement = Field(default_factory=Placement)
+    placement: Placement = Placement()
     init: Literal["torch", "paper"] = "torch"
     forget_bias: float | None = None
     backend: str = "auto"

@@ -1,0 +1,259 @@
+"""Runs the trials of a study's folder: in this process, in local ones, or on a cluster; the store says what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from atn_norms.ablation.environment import differences, versions
+from atn_norms.ablation.files import Busy, StoreError
+from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.store import StudyFolder
+from atn_norms.ablation.trial import run_trial
+from atn_norms.registry import SpecError
+
+POLL = 0.5  # seconds between looks at the store
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to a trial.
+
+    | field | meaning |
+    |---|---|
+    | `kind` | `started`, `step` (some steps further), `done`, `diverged` or `failed` |
+    | `trial` | its id |
+    | `point` | the first grid point it answers, and its seed: what to call it |
+    | `step`, `steps` | training steps taken, and in all |
+    | `finished`, `total` | trials of the study that are over (done, diverged or failed), and all of them |
+    | `message` | why it failed, one line |
+    """
+
+    kind: Literal["started", "step", "done", "diverged", "failed"]
+    trial: str
+    point: dict[str, str]
+    step: int
+    steps: int
+    finished: int
+    total: int
+    message: str = ""
+
+
+OnEvent = Callable[[Event], None]
+
+
+def run(
+    folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
+) -> StudyRecord:
+    """Train every trial of a study that is not done, failed ones again, and return what the folder then says.
+
+    | symbol | meaning |
+    |---|---|
+    | `workers` | local processes; 0 trains in this process, without Dask |
+    | `scheduler` | address of a running Dask scheduler, in place of local processes; its workers share the folder |
+    | `on_event` | called in this thread with each `Event` |
+
+    A trial that raises, or kills its worker, becomes a failed trial and the others go on. `KeyboardInterrupt` stops
+    the workers and passes on; run again to continue.
+
+    Errors: `SpecError` for a bad argument or where Dask is missing; `StoreError` where the folder cannot be used (`Busy`:
+    another run is at it); `OSError` where the scheduler cannot be reached.
+    """  # noqa: E501
+    if workers < 0:
+        raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
+    store = StudyFolder(folder)
+    store.resolved()
+    with store.lock():
+        progress = _Progress(store, on_event or (lambda event: None))
+        if progress.todo:
+            if workers == 0 and scheduler is None:
+                _run_here(store, progress)
+            else:
+                _run_with_dask(store, progress, workers, scheduler)
+    return store.load()
+
+
+class _Progress:
+    """Turns what the store says into events."""
+
+    def __init__(self, store: StudyFolder, on_event: OnEvent) -> None:
+        self.store, self.on_event = store, on_event
+        self.trials = {trial.id: trial for trial in store.load().trials}
+        self.todo = [trial.id for trial in self.trials.values() if trial.status not in ("done", "diverged")]
+        self.over = len(self.trials) - len(self.todo)
+        self.steps: dict[str, int] = {}
+
+    def threads(self) -> int:
+        return max(self.trials[trial].trial["train"]["threads"] for trial in self.todo)
+
+    def started(self, trial: str) -> None:
+        self.steps[trial] = 0
+        self._tell("started", trial)
+
+    def step(self, trial: str, step: int) -> None:
+        if step > self.steps[trial]:
+            self.steps[trial] = step
+            self._tell("step", trial)
+
+    def look(self, running: list[str]) -> None:
+        """Read from the store how far the running trials are."""
+        for trial in running:
+            curve = self.store.trial(trial).curve()
+            if curve:
+                self.step(trial, curve[-1]["step"])
+
+    def ended(self, trial: str, trouble: str = "") -> None:
+        """Read from the store how a trial ended; `trouble` is what is known where the store says nothing."""
+        self.over += 1
+        folder = self.store.trial(trial)
+        result = folder.result()
+        if result is not None:
+            self.steps[trial] = result["step"]
+            self._tell("diverged" if result["outcome"] == "diverged" else "done", trial)
+            return
+        record = folder.record(self.trials[trial].points)
+        if record.error is None or trouble:
+            folder.fail(trouble or "ended without a result", "")
+            record = folder.record(record.points)
+        self._tell("failed", trial, (record.error or {}).get("error", trouble))
+
+    def _tell(self, kind: Any, trial: str, message: str = "") -> None:
+        record: TrialRecord = self.trials[trial]
+        point = {**record.points[0], "seed": str(record.seed)}
+        steps = record.trial["train"]["steps"]
+        self.on_event(Event(kind, trial, point, self.steps[trial], steps, self.over, len(self.trials), message))
+
+
+def work(job: str) -> str:
+    """Train one trial, in whatever process this is; everything comes as JSON and goes to the store.
+
+    `job` holds `folder`, `trial` and the `versions` of the process that asked. Returns JSON: `{}`, or `unusable` with the reason
+    why the store cannot be written, which ends the run.
+    """  # noqa: E501
+    asked = json.loads(job)
+    return json.dumps(_attempt(StudyFolder(asked["folder"]), asked["trial"], asked["versions"], None))
+
+
+def _attempt(
+    store: StudyFolder, trial: str, wanted: dict[str, str], on_step: Callable[[int], None] | None
+) -> dict[str, str]:
+    folder = store.trial(trial)
+    try:
+        if not folder.path.is_dir():
+            raise StoreError(f"{folder.path} is not there: workers must share the study's folder")
+        here = versions()
+        if here != wanted:
+            raise SpecError(f"this worker has {differences(wanted, here)}; install the same versions everywhere")
+        run_trial(folder, on_step, here)
+    except StoreError as error:
+        return {"trouble": str(error)} if isinstance(error, Busy) else {"unusable": str(error)}
+    except Exception as error:
+        try:
+            folder.fail(_line(error), traceback.format_exc())
+        except StoreError as trouble:
+            return {"unusable": str(trouble)}
+    return {}
+
+
+def _run_here(store: StudyFolder, progress: _Progress) -> None:
+    here = versions()
+    for trial in progress.todo:
+        progress.started(trial)
+        told = _attempt(store, trial, here, lambda step, trial=trial: progress.step(trial, step))
+        if "unusable" in told:
+            raise StoreError(told["unusable"])
+        progress.ended(trial, told.get("trouble", ""))
+
+
+def _run_with_dask(store: StudyFolder, progress: _Progress, workers: int, scheduler: str | None) -> None:
+    here = versions()
+    waiting = list(progress.todo)
+    with _client(min(workers, len(waiting)), scheduler, progress.threads()) as client:
+        running: dict[Any, str] = {}
+        try:
+            while waiting or running:
+                # One trial a worker: a trial that kills its worker is then the only suspect.
+                for trial in waiting[: max(0, len(client.nthreads()) - len(running))]:
+                    waiting.remove(trial)
+                    job = json.dumps({"folder": str(store.path.absolute()), "trial": trial, "versions": here})
+                    future = client.submit(work, job, key=f"{trial}-{time.time_ns()}", pure=False)
+                    running[future] = trial
+                    progress.started(trial)
+                _wait(running)
+                progress.look(list(running.values()))
+                for future in [future for future in running if future.done()]:
+                    told = _told(future)
+                    if "unusable" in told:
+                        raise StoreError(told["unusable"])
+                    progress.ended(running.pop(future), told.get("trouble", ""))
+        finally:
+            client.cancel(list(running))
+
+
+def _wait(running: Iterable[Any]) -> None:
+    """Until a trial ends, but no longer than it takes until the next look."""
+    from distributed import wait
+
+    if not running:  # no worker yet
+        time.sleep(POLL)
+        return
+    with contextlib.suppress(TimeoutError):
+        wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED")
+
+
+def _told(future: Any) -> dict[str, str]:
+    """What the worker said about an attempt, or what Dask says in its place."""
+    try:
+        return json.loads(future.result())
+    except Exception as error:  # whatever killed the worker or kept it from starting: the trial failed, others go on
+        if type(error).__name__ == "KilledWorker":
+            return {"trouble": "its worker process died twice while training it (out of memory, or a crash); see log.txt"}
+        return {"trouble": f"its worker could not train it: {_line(error)}"}
+
+
+@contextlib.contextmanager
+def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"{error.name} is not installed: run pip install 'atn-norms[ablation]', or use --workers 0"
+        ) from error
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 1,
+        "distributed.scheduler.worker-ttl": None,
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+        "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
+    }
+    with dask.config.set(settings), contextlib.ExitStack() as stack:
+        if scheduler is None:
+            cluster: Any = stack.enter_context(
+                LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    memory_limit=0,
+                    dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+            yield stack.enter_context(Client(cluster))
+        else:
+            yield stack.enter_context(Client(scheduler, timeout=10))
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,62 @@
+"""What a study ran on: versions that must agree between the processes of a run, and facts worth keeping."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers depend on: this package, torch, and every loaded plugin's distribution."""
+    import torch
+
+    from atn_norms.plugins import report
+
+    plugins = {each.distribution: each.version for each in report() if each.status == "loaded" and each.distribution}
+    return dict(sorted({"atn-norms": _own_version(), **plugins, "torch": str(torch.__version__)}.items()))
+
+
+def environment() -> dict[str, Any]:
+    """Everything of interest about this machine, for `environment.json`."""
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "host": platform.node(),
+    }
+
+
+def differences(wanted: dict[str, str], here: dict[str, str]) -> str:
+    """What differs between two sets of versions, in words; empty when nothing does.
+
+    >>> differences({"torch": "2.13.0"}, {"torch": "2.12.1", "extra": "1"})
+    'torch 2.12.1 instead of 2.13.0, extra 1 instead of nothing'
+    """
+    names = [*wanted, *(name for name in here if name not in wanted)]
+    return ", ".join(
+        f"{name} {here.get(name, 'missing')} instead of {wanted.get(name, 'nothing')}"
+        for name in names
+        if here.get(name) != wanted.get(name)
+    )
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("atn-norms")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,0 +1,61 @@
+"""What a study's folder says, as plain values: the one thing the report, the status line and the tests read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["pending", "running", "done", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a number of this task means: its metric (smaller is better) and what a trivial predictor scores on it."""
+
+    metric: str
+    baselines: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as its folder tells it.
+
+    | field    | meaning                                                                                             |
+    |----------|-----------------------------------------------------------------------------------------------------|
+    | `id`     | hash of the trial's canonical JSON                                                                  |
+    | `trial`  | that JSON: `version`, `model`, `task`, `train`, `seed`, `data`                                      |
+    | `points` | the grid points it answers: axis name -> label, and `task` -> label; several when points collapse   |
+    | `seed`   | the seed, in the trial as well                                                                      |
+    | `status` | `pending`, `running`, `done`, `diverged` (ended early by a loss that is not finite) or `failed`     |
+    | `result` | `result.json`: `trial`, `outcome`, `step`, `metrics` {split: {metric: value}}; None until it is done |
+    | `curve`  | `metrics.jsonl`: `step`, `train_loss`, `validation` (None where it was not measured)                |
+    | `run`    | `run.json`: seconds, host, attempts; differs from machine to machine                                |
+    | `error`  | `error.json`: `error` (one line), `traceback`; None unless the last attempt failed                  |
+    """
+
+    id: str
+    trial: dict[str, Any]
+    points: tuple[dict[str, str], ...]
+    seed: int
+    status: Status
+    result: dict[str, Any] | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """A whole study as its folder tells it; `axes` and `tasks` keep the order of the study file, trials that of the grid."""
+
+    name: str
+    study: dict[str, Any]
+    environment: dict[str, Any]
+    axes: dict[str, list[str]]
+    tasks: dict[str, TaskFacts]
+    baseline: dict[str, str]
+    trials: tuple[TrialRecord, ...]
+
+    def count(self, status: Status) -> int:
+        """How many trials have this status."""
+        return sum(trial.status == status for trial in self.trials)

@@ -1,0 +1,159 @@
+"""The style all pictures share, and how they become bytes: the same record always gives the same file."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import escape
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .names import MINUS
+
+INK = "#1b1f24"
+MUTED = "#5b636d"
+RULE = "#d5d9de"
+PAPER = "#fefefe"
+ALERT = "#b4530a"
+# Okabe and Ito's palette without its yellow, which is too faint on white; told apart with any common colour vision.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("-", (0, (4, 1.4)), (0, (1.2, 1.2)))
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a label such as "$x$" is a name, not a formula
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.unicode_minus": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "figure.facecolor": PAPER,
+    "svg.fonttype": "none",  # text stays text: searchable, read aloud, and small
+    "svg.hashsalt": "atn-norms",
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """A context in which figures are drawn and saved in the report's style, whatever the user's matplotlibrc says."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture: `name` (of its files), `title`, `text` (what it shows, for who cannot see it), `svg`, `png`."""
+
+    name: str
+    title: str
+    text: str
+    svg: str
+    png: bytes
+
+    @property
+    def inline(self) -> str:
+        """The SVG for a page: its colours follow the page's, it shrinks with the page, and there is no XML prologue."""
+        names = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)", ALERT: "var(--alert)"}
+        svg = self.svg[self.svg.index("<svg") :]
+        svg = _in_tags(svg, "|".join(names), lambda match: names[match[0]])
+        return re.sub(r'<svg [^>]*?width="([\d.]+)pt"', _fluid, svg, count=1)
+
+
+def _fluid(match: re.Match[str]) -> str:
+    return match[0].replace(f'width="{match[1]}pt"', f'style="max-width: {match[1]}pt; width: 100%"')
+
+
+def save(figure: Figure, name: str, title: str, text: str) -> Picture:
+    """Render a figure as PNG and SVG without dates or random ids."""
+    FigureCanvasAgg(figure)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    FigureCanvasSVG(figure)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(name, title, text, _accessible(svg.getvalue(), name, title, text), png.getvalue())
+
+
+def _accessible(svg: str, name: str, title: str, text: str) -> str:
+    """Prefix every id with the picture's name, so several share a page, and say what the picture shows."""
+    svg = _in_tags(svg, r'(\bid="|url\(#|href="#)', lambda match: f"{match[0]}{name}-")
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
+    labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(text)}</desc>'
+    start = svg.index(">", svg.index("<svg ")) + 1
+    return svg[:start] + labels + svg[start:]
+
+
+def _in_tags(svg: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> str:
+    """Substitute inside tags alone: text between them may be a label from a file that happens to look the same."""
+    return re.sub(r"<[^<>]+>", lambda tag: re.sub(pattern, replace, tag[0]), svg)
+
+
+def tidy(axes: Axes, grid: str) -> None:
+    """Light grid lines along the axis that is read (`x`, `y` or `both`), no tick marks across them."""
+    axes.grid(visible=True, axis=grid)  # type: ignore[arg-type]
+    axes.tick_params(length=3)
+
+
+def inches(figure: Figure, *, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place of the figure in inches, so that nothing grows or shrinks with the number of cells."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def write(figure: Figure, left: float, bottom: float, text: str, **options: Any) -> None:
+    """Text at a place of the figure in inches."""
+    across, up = figure.get_size_inches()
+    figure.text(left / across, bottom / up, text, va="center", **options)
+
+
+def logarithmic(values: Sequence[float]) -> bool:
+    """Whether an axis over these values reads better by ratios: all positive, tenfold apart or more."""
+    return bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
+
+
+def scale(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """Give the `x` or `y` axis its scale, limits and plain decimal labels from all the values it must hold."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    limit = axes.set_xlim if which == "x" else axes.set_ylim
+    if logarithmic(values):
+        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        edge = (high / low) ** 0.05
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
+        axis.set_minor_formatter(NullFormatter())
+        limit(low / edge, high * edge)
+    else:
+        edge = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+        limit(low - edge, high + edge)
+
+
+def look(place: int | None) -> dict[str, Any]:
+    """Colour and dash of the n-th label of the axis that runs across; ink for what has no place on it."""
+    if place is None:
+        return {"color": INK, "linestyle": DASHES[0]}
+    return {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place // len(SERIES) % len(DASHES)]}

@@ -1,0 +1,165 @@
+"""Learning curves: every seed a thin line, the mean of the finished seeds a thick one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ..comparison import Comparison, Point
+from ..records import StudyRecord, TrialRecord
+from .canvas import DASHES, INK, MUTED, Picture, inches, look, save, scale, style, tidy, write
+from .names import Layout, leaf, name, number, shortened, title
+
+_WIDTH, _HEIGHT = 2.75, 2.0  # of a panel, inches
+_KEYS = 4  # to a line
+_GUIDE: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
+
+
+def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
+    """Draw a panel per label of the axis that runs down, a colour per label of the one across.
+
+    The baseline is drawn behind every panel. Where no trial measured the validation metric, the training loss stands in.
+    """
+    facts = record.tasks[comparison.task]
+    layout = Layout.of(record)
+    trials = [trial for row in comparison.rows for trial in row.point.trials]
+    measure = "validation" if any(_line(trial, "validation")[0] for trial in trials) else "train_loss"
+    what = f"validation {facts.metric}" if measure == "validation" else "training loss"
+    guide = min(facts.baselines.items(), key=lambda item: item[1], default=None) if measure == "validation" else None
+    panels = _panels(record, comparison, layout)
+    keys = _keys(record, comparison, layout, guide)
+    columns = _columns(len(panels), len(layout.facets))
+    head = 0.62 + 0.2 * math.ceil(len(keys) / _KEYS)
+    width = max(0.75 + columns * (_WIDTH + 0.2), 6.2)
+    height = head + math.ceil(len(panels) / columns) * (_HEIGHT + 0.42) + 0.22
+    heading = f"{comparison.task}: {what} while training"
+    seen = [value for trial in trials for value in _line(trial, measure)[1]] + ([guide[1]] if guide else [])
+    with style():
+        figure = Figure(figsize=(width, height))
+        write(figure, 0.15, height - 0.24, heading, fontsize=11, fontweight="bold")
+        for place, panel in enumerate(panels):
+            line, column = divmod(place, columns)
+            axes = inches(
+                figure,
+                left=0.75 + column * (_WIDTH + 0.2),
+                bottom=height - head - line * (_HEIGHT + 0.42) - _HEIGHT,
+                width=_WIDTH,
+                height=_HEIGHT,
+            )
+            _draw(axes, record, layout, panel, measure)
+            if guide:
+                axes.axhline(guide[1], **_GUIDE)
+            scale(axes, "y", seen)
+            axes.set_xlim(0, max((line["step"] for trial in trials for line in trial.curve), default=1))
+            last = place + columns >= len(panels)
+            axes.set_xlabel("step" if last else "")
+            axes.tick_params(labelleft=column == 0, labelbottom=last)
+        figure.legend(
+            handles=keys,
+            loc="upper left",
+            bbox_to_anchor=(0.05 / width, 1 - 0.34 / height),
+            ncols=_KEYS,
+            frameon=False,
+            fontsize=8.5,
+            columnspacing=1.6,
+        )
+        return save(figure, file, heading, _describe(record, comparison, measure))
+
+
+def _columns(panels: int, facets: int) -> int:
+    each = panels // facets
+    if facets > 1 and each <= 4 and panels == each * facets:
+        return each
+    return {1: 1, 2: 2, 4: 2}.get(panels, 3)
+
+
+def _line(trial: TrialRecord, measure: str) -> tuple[list[int], list[float]]:
+    """The steps where a trial measured something finite, and what."""
+    points = [(line["step"], line.get(measure)) for line in trial.curve]
+    found = [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+    return [step for step, _ in found], [float(value) for _, value in found]
+
+
+class _Panel(NamedTuple):
+    title: str
+    points: list[Point]
+    behind: list[Point]
+
+
+def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list[_Panel]:
+    """The points of each panel and the baselines behind them; a baseline that fills its panel needs none of its own."""
+    panels = []
+    downs = record.axes[layout.down] if layout.down else [""]
+    acrosses = record.axes[layout.across] if layout.across else [""]
+    for facet in layout.facets:
+        for down in downs:
+            found = [comparison.at(layout.cell(facet, down, across)) for across in acrosses]
+            rows = list({id(row): row for row in found if row}.values())
+            if not rows or (comparison.has_reference and all(row.is_reference for row in rows)):
+                continue
+            points = [row.point for row in rows]
+            references = {id(row.against.reference): row.against.reference for row in rows if row.against}
+            behind = [point for key, point in references.items() if key not in map(id, points)]
+            panels.append(_Panel(", ".join(filter(None, (down, title(facet)))), points, behind))
+    return panels or [_Panel(comparison.task, [], [])]
+
+
+def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str) -> None:
+    tidy(axes, "both")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_title(shortened(panel.title, 34), fontweight="bold")
+    for point in panel.behind:
+        _seeds(axes, point, measure, color=INK, linestyle=DASHES[1])
+    for point in panel.points:
+        _seeds(axes, point, measure, **look(layout.place(record, point)))
+
+
+def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
+    finished = []
+    for trial in point.trials:
+        steps, values = _line(trial, measure)
+        if not steps:
+            continue
+        alone = "." if len(steps) == 1 else None
+        axes.plot(steps, values, linewidth=0.7, alpha=0.5 if len(point.trials) < 5 else 0.32, marker=alone, **look)
+        if trial.status in ("diverged", "failed"):
+            axes.plot(steps[-1:], values[-1:], "x", markersize=6, markeredgewidth=1.6, color=look["color"])
+        elif trial.status == "done":
+            finished.append(dict(zip(steps, values, strict=True)))
+    shared = sorted(set(finished[0]).intersection(*finished)) if finished else []
+    if shared:
+        mean = np.mean([[values[step] for step in shared] for values in finished], axis=0)
+        axes.plot(shared, mean, linewidth=2, **look)
+
+
+def _keys(
+    record: StudyRecord, comparison: Comparison, layout: Layout, guide: tuple[str, float] | None
+) -> list[Line2D]:
+    keys = []
+    for place, label in enumerate(record.axes[layout.across] if layout.across else []):
+        words = shortened(f"{leaf(layout.across or '')} {label}", 28)
+        keys.append(Line2D([], [], linewidth=2, label=words, **look(place)))
+    if comparison.has_reference:
+        keys.append(Line2D([], [], linewidth=2, color=INK, linestyle=DASHES[1], label="baseline"))
+    if guide:
+        keys.append(Line2D([], [], label=shortened(f"{guide[0]}, {number(guide[1])}", 34), **_GUIDE))
+    if any(trial.status in ("diverged", "failed") for row in comparison.rows for trial in row.point.trials):
+        keys.append(Line2D([], [], linewidth=0, marker="x", color=INK, label="diverged or failed"))
+    return keys
+
+
+def _describe(record: StudyRecord, comparison: Comparison, measure: str) -> str:
+    def last(trials: Sequence[TrialRecord]) -> str:
+        ends = [values[-1] for trial in trials if (values := _line(trial, measure)[1])]
+        return ", ".join(map(number, ends)) or "no measurement"
+
+    return "Last measured value of every seed. " + "; ".join(
+        f"{name(record, row.point)}: {last(row.point.trials)}" for row in comparison.rows
+    )

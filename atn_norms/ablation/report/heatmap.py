@@ -1,0 +1,226 @@
+"""The heat map: every cell of the grid with its mean, coloured by how it compares with the baseline."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ..comparison import ENOUGH_SEEDS, Comparison, Row
+from ..records import StudyRecord
+from .canvas import INK, MUTED, PAPER, RULE, Picture, inches, save, style, write
+from .names import NOTHING, Layout, change, leaf, name, number, plural, title
+
+# Blue against orange survives every common colour vision deficiency; dark ends print in grey as dark.
+_DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])
+_SEQUENTIAL = LinearSegmentedColormap.from_list("alone", ["#1f5fa8", "#8fb8de", "#f3f3f1"])
+_WIDTH, _HEIGHT = 1.62, 0.58  # of a cell, inches
+_PAGE = 9.6
+
+
+@dataclass(frozen=True)
+class Shade:
+    """From a row to its colour, and the key to it: from a place in 0..1 to a colour, its two ends and what it says in words."""
+
+    colour: Callable[[Row], str | None]
+    key: Callable[[float], str]
+    ends: tuple[str, str]
+    says: str
+
+
+def shade(record: StudyRecord, comparison: Comparison) -> Shade:
+    """Colour by the difference to the baseline where there is one, else by the mean itself.
+
+    Full strength stands for the largest difference of the task, but never for less than two standard deviations between
+    seeds, so that noise stays pale. Ratios instead of differences where the means differ tenfold.
+    """
+    means = [row.point.mean for row in comparison.rows if row.point.values]
+    ratio = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
+    measure: Callable[[float], float] = math.log if ratio else float
+    if not comparison.has_reference:
+        low, high = (measure(min(means)), measure(max(means))) if means else (0.0, 0.0)
+
+        def alone(row: Row) -> str | None:
+            if not row.point.values:
+                return None
+            return to_hex(_SEQUENTIAL((measure(row.point.mean) - low) / (high - low) if high > low else 0.5))
+
+        says = "Colour: its logarithm." if ratio else "Colour: its value."
+        return Shade(alone, lambda t: to_hex(_SEQUENTIAL(t)), ("lowest", "highest"), says)
+
+    def against(row: Row) -> float | None:
+        if row.is_reference:
+            return 0.0
+        if row.against is None or not row.against.pairs:
+            return None
+        if not ratio:
+            return row.against.mean
+        return measure(row.point.mean) - measure(row.against.reference.mean)
+
+    spreads = [np.var([measure(v) for v in row.point.values], ddof=1) for row in comparison.rows if _spreads(row, ratio)]
+    found = [abs(delta) for row in comparison.rows if (delta := against(row)) is not None]
+    full = max([*found, 2 * math.sqrt(float(np.mean(spreads))) if spreads else 0.0]) or 1.0
+
+    def colour(row: Row) -> str | None:
+        delta = against(row)
+        return None if delta is None else to_hex(_DIVERGING(0.5 + delta / full / 2))
+
+    bound = f"{math.exp(full):.3g} times " if ratio else f"{number(full)} "
+    says = "Colour: compared with the baseline."
+    if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in comparison.rows):
+        says += " Below the mean: the paired difference and its 95% interval; bold where that excludes zero."
+    return Shade(colour, lambda t: to_hex(_DIVERGING(t)), (f"{bound}lower", f"{bound}higher"), says)
+
+
+def _spreads(row: Row, ratio: bool) -> bool:
+    return len(row.point.values) > 1 and not (ratio and min(row.point.values) <= 0)
+
+
+class _Block(NamedTuple):
+    row: Row | None
+    top: int
+    left: int
+    tall: int
+    wide: int
+
+
+def blocks(comparison: Comparison, layout: Layout, facet: dict[str, str], downs: list[str], acrosses: list[str]) -> list[_Block]:
+    """The facet as rectangles: cells that are one point make one rectangle where they adjoin."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    rows: dict[int, Row] = {}
+    found = []
+    for i, down in enumerate(downs):
+        for j, across in enumerate(acrosses):
+            row = comparison.at(layout.cell(facet, down, across))
+            if row is None:
+                found.append(_Block(None, i, j, 1, 1))
+                continue
+            rows[id(row)] = row
+            places.setdefault(id(row), []).append((i, j))
+    for key, cells in places.items():
+        (top, left), (bottom, right) = map(min, zip(*cells, strict=True)), map(max, zip(*cells, strict=True))
+        tall, wide = bottom - top + 1, right - left + 1
+        if tall * wide == len(cells):
+            found.append(_Block(rows[key], top, left, tall, wide))
+        else:
+            found.extend(_Block(rows[key], i, j, 1, 1) for i, j in cells)
+    return found
+
+
+def heatmap(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
+    """Draw one facet per combination of the axes that are neither down nor across."""
+    layout = Layout.of(record)
+    downs = record.axes[layout.down] if layout.down else [""]
+    acrosses = record.axes[layout.across] if layout.across else [""]
+    metric = record.tasks[comparison.task].metric
+    shading = shade(record, comparison)
+    margin = 0.35 + 0.085 * max(len(line) for label in downs for line in _wrap(label, 22).split("\n"))
+    head = 0.5 + 0.16 * (max(_wrap(label, 17).count("\n") for label in acrosses) + bool(layout.facets[0]) * 2)
+    wide, tall = margin + _WIDTH * len(acrosses), head + _HEIGHT * len(downs) + 0.12
+    columns = max(1, min(len(layout.facets), int(_PAGE // wide)))
+    lines = math.ceil(len(layout.facets) / columns)
+    width, height = max(columns * wide + 0.15, 6.2), 0.38 + lines * tall + 0.95
+    heading = f"{comparison.task}: {metric} by {_axes_in_words(layout)}"
+    with style():
+        figure = Figure(figsize=(width, height))
+        write(figure, 0.15, height - 0.24, heading, fontsize=11, fontweight="bold")
+        for place, facet in enumerate(layout.facets):
+            line, column = divmod(place, columns)
+            axes = inches(
+                figure,
+                left=column * wide + margin,
+                bottom=height - 0.38 - (line + 1) * tall + 0.12,
+                width=_WIDTH * len(acrosses),
+                height=_HEIGHT * len(downs),
+            )
+            _frame(axes, layout, facet, downs, acrosses)
+            for block in blocks(comparison, layout, facet, downs, acrosses):
+                _draw(axes, block, shading)
+        _key(figure, shading, f"Mean test {metric} of the finished seeds; lower is better.")
+        return save(figure, file, heading, _describe(record, comparison))
+
+
+def _axes_in_words(layout: Layout) -> str:
+    return " and ".join(leaf(axis) for axis in (layout.down, layout.across) if axis) or "point"
+
+
+def _frame(axes: Axes, layout: Layout, facet: dict[str, str], downs: list[str], acrosses: list[str]) -> None:
+    axes.set(xlim=(0, len(acrosses)), ylim=(len(downs), 0))
+    axes.spines[:].set_visible(False)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xticks([j + 0.5 for j in range(len(acrosses))], [_wrap(label, 17) for label in acrosses])
+    axes.set_yticks([i + 0.5 for i in range(len(downs))], [_wrap(label, 22) for label in downs])
+    axes.tick_params(length=0, pad=5)
+    if layout.across:
+        axes.set_xlabel(leaf(layout.across), color=MUTED, labelpad=4)
+    if facet:
+        axes.set_title(title(facet), fontweight="bold", pad=8)
+
+
+def _wrap(label: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")) or label[:width]
+
+
+def _draw(axes: Axes, block: _Block, shading: Shade) -> None:
+    centre = (block.left + block.wide / 2, block.top + block.tall / 2)
+    colour = shading.colour(block.row) if block.row else None
+    rectangle = Rectangle((block.left, block.top), block.wide, block.tall, linewidth=2, edgecolor=PAPER)
+    rectangle.set_facecolor(colour or "none")
+    axes.add_patch(rectangle)
+    if block.row is None or not block.row.point.values:
+        rectangle.set(hatch="////", linewidth=0.8)
+        rectangle.set_edgecolor(RULE)
+    if block.row is None:
+        return
+    ink = _readable(colour) if colour else INK
+    big, small = _words(block.row)
+    decided = block.row.against is not None and block.row.against.verdict in ("better", "worse")
+    weight = "bold" if decided else "normal"
+    axes.annotate(big, centre, (0, 6.5), textcoords="offset points", ha="center", va="center", fontsize=12, color=ink, weight=weight)
+    axes.annotate(small, centre, (0, -9.5), textcoords="offset points", ha="center", va="center", fontsize=7.2, color=ink)
+
+
+def _words(row: Row) -> tuple[str, str]:
+    """The value of a cell, and below it what it stands on."""
+    point, total = row.point, len(row.point.trials)
+    wrong = [f"{count} {what}" for what in ("diverged", "failed", "running", "pending") if (count := point.counts[what])]
+    if not point.values:
+        return NOTHING, ", ".join(wrong)
+    if wrong:
+        return number(point.mean), f"{len(point.values)} of {total} seeds; {', '.join(wrong)}"
+    if row.is_reference:
+        return number(point.mean), f"baseline, {plural(total, 'seed')}"
+    return number(point.mean), change(row.against) if row.against else plural(total, "seed")
+
+
+def _readable(colour: str) -> str:
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return "#1b1f23" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.3 else "#ffffff"
+
+
+def _key(figure: Figure, shading: Shade, words: str) -> None:
+    swatches, side = 9, 0.2
+    left = 0.15 + 0.068 * len(shading.ends[0]) + 0.1
+    axes = inches(figure, left=left, bottom=0.18, width=swatches * side, height=0.13)
+    axes.set(xlim=(0, swatches), ylim=(0, 1))
+    axes.set_axis_off()
+    for place in range(swatches):
+        axes.add_patch(Rectangle((place, 0), 1, 1, facecolor=shading.key(place / (swatches - 1)), linewidth=0))
+    for x, text, side_ in ((-0.4, shading.ends[0], "right"), (swatches + 0.4, shading.ends[1], "left")):
+        axes.text(x, 0.5, text, ha=side_, va="center", fontsize=8, color=MUTED)
+    write(figure, 0.15, 0.66, words, fontsize=8, color=MUTED)
+    write(figure, 0.15, 0.46, shading.says, fontsize=8, color=MUTED)
+
+
+def _describe(record: StudyRecord, comparison: Comparison) -> str:
+    told = [f"{name(record, row.point)}: {' '.join(filter(None, _words(row)))}" for row in comparison.rows]
+    return "; ".join(told)

@@ -1,0 +1,243 @@
+"""A study's folder: the only truth about what is done, laid out so that a kill at any moment costs nothing finished.
+
+    DIR/study.yaml  study.resolved.json  environment.json  .lock
+    DIR/trials/ID/  trial.json  metrics.jsonl  checkpoint.pt  result.json  run.json  error.json  log.txt  .lock
+    DIR/report/     derived, always rebuildable
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+import zipfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atn_norms.ablation.files import (
+    StoreError,
+    append,
+    held,
+    locked,
+    make_folder,
+    read_json,
+    read_lines,
+    remove,
+    sync,
+    write,
+    write_json,
+)
+from atn_norms.ablation.records import Status, StudyRecord, TaskFacts, TrialRecord
+from atn_norms.registry import SpecError
+
+if TYPE_CHECKING:
+    from atn_norms.ablation.study import Plan
+
+RESOLVED = "study.resolved.json"
+OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", ".lock"}
+
+
+class TrialFolder:
+    """The files of one trial; whoever changes them holds `lock()`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.id = path, path.name
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold this trial; `Busy` when another process trains it."""
+        return locked(self.path / ".lock", f"trial {self.id} in {self.path} is being trained by another process")
+
+    def trial(self) -> dict[str, Any]:
+        """The trial itself: everything its result depends on."""
+        return read_json(self.path / "trial.json")
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, None until the trial is done; a damaged one is an error, never silently made again."""
+        path = self.path / "result.json"
+        if not path.exists():
+            return None
+        result = read_json(path)
+        if result.get("trial") != self.id or result.get("outcome") not in ("finished", "diverged"):
+            raise StoreError(f"{path}: not the result of trial {self.id}; remove it to train the trial again")
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Declare the trial done: what belongs to it becomes durable first, `result.json` last."""
+        sync(self.path / "metrics.jsonl")
+        remove(self.path / "error.json")
+        write_json(self.path / "result.json", result)
+        remove(self.path / "checkpoint.pt")
+
+    def fail(self, error: str, trace: str) -> None:
+        """Note why the last attempt failed."""
+        write_json(self.path / "error.json", {"error": error, "traceback": trace})
+        self.log(f"failed: {error}")
+
+    def run(self) -> dict[str, Any]:
+        """Attempts, seconds, host: what differs from run to run; empty before the first attempt."""
+        path = self.path / "run.json"
+        return read_json(path) if path.exists() else {}
+
+    def note(self, run: dict[str, Any]) -> None:
+        """Write `run.json`."""
+        write_json(self.path / "run.json", run)
+
+    def measure(self, line: dict[str, Any]) -> None:
+        """Add a line to the learning curve."""
+        from atn_norms.ablation.files import canonical
+
+        append(self.path / "metrics.jsonl", canonical(line))
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The learning curve so far."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def log(self, text: str) -> None:
+        """Add a line, with the time, to `log.txt`."""
+        append(self.path / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Checkpoint `state`: tensors, numbers, text, and tuples, lists and mappings of them."""
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save({"state": state, "metrics": sync(self.path / "metrics.jsonl")}, buffer)
+        write(self.path / "checkpoint.pt", buffer.getvalue())
+
+    def restore(self) -> dict[str, Any] | None:
+        """The last checkpoint, and the learning curve cut back to it; None (and an empty curve) to start over.
+
+        A checkpoint only saves time, so one that cannot be read is put in the log and costs a fresh start.
+        """
+        state, size = self._checkpoint()
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            if metrics.stat().st_size < size:
+                self.log("metrics.jsonl is shorter than the checkpoint says; starting over")
+                state, size = None, 0
+            with open(metrics, "rb+") as file:
+                file.truncate(size)
+        elif size:
+            self.log("metrics.jsonl is missing; starting over")
+            state = None
+        return state
+
+    def _checkpoint(self) -> tuple[dict[str, Any] | None, int]:
+        import torch
+
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
+            return None, 0
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return checkpoint["state"], checkpoint["metrics"]
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # noqa: E501
+            self.log(f"checkpoint.pt cannot be read ({type(error).__name__}: {error}); starting over")
+            return None, 0
+
+    def tidy(self) -> None:
+        """Remove what a kill in the middle of a write left behind; only the holder of the lock may."""
+        for left in self.path.glob(".*.tmp"):
+            remove(left)
+
+    def status(self) -> Status:
+        """What these files say about the trial."""
+        result = self.result()
+        if result is not None:
+            return "done" if result["outcome"] == "finished" else "diverged"
+        if held(self.path / ".lock"):
+            return "running"
+        return "failed" if (self.path / "error.json").exists() else "pending"
+
+    def record(self, points: tuple[dict[str, str], ...]) -> TrialRecord:
+        """Everything these files say."""
+        trial, error = self.trial(), self.path / "error.json"
+        status = self.status()
+        return TrialRecord(
+            id=self.id,
+            trial=trial,
+            points=points,
+            seed=trial["seed"],
+            status=status,
+            result=self.result(),
+            curve=self.curve(),
+            run=self.run() or None,
+            error=read_json(error) if status == "failed" and error.exists() else None,
+        )
+
+
+class StudyFolder:
+    """The files of one study."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the study; `Busy` when another run is at it."""
+        return locked(self.path / ".lock", f"{self.path}: another run is at work on this study; wait for it or stop it")
+
+    def trial(self, identity: str) -> TrialFolder:
+        """The folder of one trial."""
+        return TrialFolder(self.path / "trials" / identity)
+
+    def resolved(self) -> dict[str, Any]:
+        """The study with every default filled in, written last when it was created."""
+        path = self.path / RESOLVED
+        if not path.exists():
+            raise StoreError(f"{self.path} is not a study's folder: it has no {RESOLVED}")
+        return read_json(path)
+
+    def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
+        """Lay a study down, or find it there already (then False); a folder of anything else is refused."""
+        if self.path.exists() and not self.path.is_dir():
+            raise SpecError(f"{self.path} is a file, and the study needs a folder")
+        make_folder(self.path)
+        with self.lock():
+            fresh = not (self.path / RESOLVED).exists()
+            if fresh:
+                self._refuse_strangers()
+            elif self.resolved().get("key") != plan.key:
+                raise SpecError(
+                    f"{self.path} holds another study ({self.resolved().get('name')!r}, key {self.resolved().get('key')}; "
+                    f"this one is {plan.name!r}, key {plan.key}); choose another folder"
+                )
+            for planned in plan.trials:
+                folder = self.trial(planned.id)
+                if not (folder.path / "trial.json").exists():
+                    make_folder(folder.path)
+                    write_json(folder.path / "trial.json", planned.trial)
+            if fresh:
+                write(self.path / "study.yaml", plan.source.encode())
+                write_json(self.path / "environment.json", environment)
+                write_json(self.path / RESOLVED, plan.resolved())
+        return fresh
+
+    def _refuse_strangers(self) -> None:
+        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in OURS and not p.name.endswith(".tmp"))
+        if strangers:
+            raise SpecError(f"{self.path} is not empty and not a study's folder (it holds {strangers[0]!r}); choose another")
+
+    def load(self) -> StudyRecord:
+        """Read everything; `StoreError` names a file that is damaged."""
+        resolved = self.resolved()
+        environment = self.path / "environment.json"
+        try:
+            tasks = {label: TaskFacts(**facts) for label, facts in resolved["tasks"].items()}
+            trials = tuple(self.trial(entry["id"]).record(tuple(entry["points"])) for entry in resolved["trials"])
+            return StudyRecord(
+                name=resolved["name"],
+                study=resolved["study"],
+                environment=read_json(environment),
+                axes=resolved["axes"],
+                tasks=tasks,
+                baseline=resolved["baseline"],
+                trials=trials,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{self.path / RESOLVED}: damaged, {type(error).__name__} {error}") from error
+
+
+def load(folder: Path | str) -> StudyRecord:
+    """Read a study's folder as one value; `StoreError` names a folder that is none, or a file that is damaged."""
+    return StudyFolder(folder).load()

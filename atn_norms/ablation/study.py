@@ -1,0 +1,291 @@
+"""A study file as a value: a base configuration, axes, tasks and seeds, every point of the grid checked on reading."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
+
+from atn_norms.ablation import optimizers
+from atn_norms.ablation.files import canonical
+from atn_norms.ablation.located import Problem, invalid, problems_of
+from atn_norms.layers import LayerSpec
+from atn_norms.registry import Open, Options
+from atn_norms.tasks import TaskSpec
+
+SECTIONS = ("model", "task", "train")
+MOST_POINTS = 100_000
+
+
+class TrainSpec(Options):
+    """How a trial is trained; None is filled in from the task or the number of steps.
+
+    | option | meaning | unit, default |
+    |---|---|---|
+    | `steps` | training steps | |
+    | `batch_size` | sequences per step | the task's |
+    | `optimizer` | a name of `torch.optim` in lower case, or a mapping with `kind` and torch's options | adam |
+    | `clip` | largest norm of the whole gradient; None does not clip | |
+    | `eval_every` | steps between validations | a tenth of `steps` |
+    | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
+    | `checkpoint_every` | steps a kill may cost at most; no part of a trial's identity | a tenth of `steps` |
+    | `threads` | threads of torch per trial | |
+    """
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    optimizer: Annotated[
+        dict[str, Any],
+        BeforeValidator(optimizers.resolve),
+        WithJsonSchema({
+            "anyOf": [
+                {"enum": list(optimizers.kinds())},
+                {"type": "object", "properties": {"kind": {"enum": list(optimizers.kinds())}}, "required": ["kind"]},
+            ]
+        }),
+    ] = Field(default="adam", validate_default=True)  # type: ignore[assignment]
+    clip: float | None = Field(None, gt=0)
+    eval_every: int | None = Field(None, ge=1)
+    log_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(None, ge=1)
+    threads: int = Field(1, ge=1)
+
+    def filled(self, batch_size: int) -> dict[str, Any]:
+        """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
+        tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)
+        given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+        derived = {"batch_size": batch_size, "eval_every": tenth, "log_every": hundredth, "checkpoint_every": tenth}
+        return {"clip": None} | derived | given
+
+
+TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, Open("task")])
+
+
+class Point(NamedTuple):
+    """A point of the grid for one task: what each section says there, and how it is called."""
+
+    labels: dict[str, str]
+    model: LayerSpec
+    task: TaskSpec
+    train: TrainSpec
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Options):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    if isinstance(seeds, int):
+        if seeds < 1:
+            raise ValueError(f"at least one seed is needed, got {seeds}")
+    elif not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ValueError(f"must be different numbers, none below 0, got {list(seeds)}")
+    return seeds
+
+
+def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    problems = []
+    for name, values in axes.items():
+        labels = [label(value) for value in values]
+        if not values:
+            problems.append(Problem((name,), "an axis needs at least one value"))
+        for i, each in enumerate(labels):
+            if each in labels[:i]:
+                problems.append(Problem((name, i), f"{each} is there twice"))
+        if name in (*SECTIONS, "tasks", "seeds", "seed"):
+            problems.append(Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section"))  # noqa: E501
+    paths = [axis_path(name) for name in axes]
+    problems += [Problem((n,), "this option is an axis already") for i, n in enumerate(axes) if paths[i] in paths[:i]]
+    if problems:
+        raise invalid("axes", problems)
+    return {name.removeprefix("model."): values for name, values in axes.items()}
+
+
+class StudySpec(Options):
+    """A study: `model` (a layer without `input_size`), `task` or `tasks`, `train`, `axes`, `seeds`, `baseline`.
+
+    An axis names an option by its path (`norm`, which is short for `model.norm`; `train.optimizer.lr`; `task.length`) and
+    lists its values. A window where there is no norm means nothing and is dropped. `seeds` is a list or a count.
+    `baseline` names a value for some axes; the others' points are compared with it.
+
+    Errors: `pydantic.ValidationError` for any point of the grid that cannot be, at its place in the file.
+
+    >>> study = StudySpec(model={"cell": "lstm", "hidden_size": 8}, task="adding", axes={"norm": ["none", "layer"]}, seeds=2)
+    >>> [point.labels for point in study.points()]
+    [{'task': 'adding', 'norm': 'none'}, {'task': 'adding', 'norm': 'layer'}]
+    """  # noqa: E501
+
+    name: str = Field("study", min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$")
+    model: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    task: Annotated[str | dict[str, Any] | None, BeforeValidator(_plain)] = None
+    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(_plain)], ...] | None = None
+    train: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    axes: Annotated[dict[str, tuple[Any, ...]], AfterValidator(_axes)] = {}
+    seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
+    baseline: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        if (self.task is None) == (not self.tasks):
+            raise invalid("study", [Problem(("task",), "a study needs `task`, or a list of `tasks`, and not both")])
+        count = len(self._task_list())
+        for values in self.axes.values():
+            count *= len(values)
+        if count > MOST_POINTS:
+            raise invalid("study", [Problem(("axes",), f"{count} points; at most {MOST_POINTS} are possible")])
+        problems = self._baseline_problems()
+        for point in self._points():
+            problems += point if isinstance(point, list) else []
+        if problems:
+            raise invalid("study", dict.fromkeys(problems))
+        return self
+
+    def seed_list(self) -> list[int]:
+        """The seeds themselves."""
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+    def points(self) -> list[Point]:
+        """Every point of the grid, task by task, the last axis fastest."""
+        return [point for point in self._points() if isinstance(point, Point)]
+
+    def axis_labels(self) -> dict[str, list[str]]:
+        """What the values of each axis are called, in order."""
+        return {name: [label(value) for value in values] for name, values in self.axes.items()}
+
+    def baseline_labels(self) -> dict[str, str]:
+        """The baseline as labels: what the file says, else no norm, else the first value of each axis."""
+        labels = self.axis_labels()
+        if self.baseline:
+            return {name.removeprefix("model."): label(value) for name, value in self.baseline.items()}
+        if "none" in labels.get("norm", ()):
+            return {"norm": "none"}
+        return {name: values[0] for name, values in labels.items()}
+
+    def _baseline_problems(self) -> list[Problem]:
+        labels = self.axis_labels()
+        problems = []
+        for name, value in self.baseline.items():
+            axis = name.removeprefix("model.")
+            if axis not in labels:
+                problems.append(Problem(("baseline", name), f"no axis of this study; axes: {', '.join(labels) or 'none'}"))
+            elif label(value) not in labels[axis]:
+                known = ", ".join(labels[axis])
+                problems.append(Problem(("baseline", name), f"{label(value)} is not on this axis; it has {known}"))
+        return problems
+
+    def _task_list(self) -> list[tuple[tuple[str | int, ...], Any]]:
+        if self.task is not None:
+            return [(("task",), self.task)]
+        return [(("tasks", i), task) for i, task in enumerate(self.tasks or ())]
+
+    def _points(self) -> Iterator[Point | list[Problem]]:
+        names = _task_labels([task for _, task in self._task_list()])
+        choices = [list(enumerate(values)) for values in self.axes.values()]
+        for task_label, (task_path, task) in zip(names, self._task_list(), strict=True):
+            for chosen in itertools.product(*choices):
+                given = dict(zip(self.axes, chosen, strict=True))
+                data = {"model": self.model, "task": task, "train": self.train}
+                labels = {"task": task_label} | {name: label(value) for name, (_, value) in given.items()}
+                problems, parts = _resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
+                if problems:
+                    places = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
+                    yield [_place(problem, places, task_path) for problem in problems]
+                else:
+                    yield Point(labels, parts["model"], parts["task"], parts["train"])
+
+
+def axis_path(name: str) -> tuple[str, ...]:
+    """The path of an axis from the top of the study.
+
+    >>> axis_path("norm"), axis_path("train.optimizer.lr")
+    (('model', 'norm'), ('train', 'optimizer', 'lr'))
+    """
+    path = tuple(name.split("."))
+    return path if path[0] in SECTIONS else ("model", *path)
+
+
+def label(value: Any) -> str:
+    """What a value of an axis is called.
+
+    >>> label(None), label(25), label({"kind": "layer", "eps": 0.001})
+    ('none', '25', 'layer(eps=0.001)')
+    """
+    if value is None or isinstance(value, str):
+        return value or "none"
+    if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
+        options = ", ".join(f"{name}={label(each)}" for name, each in value.items() if name != "kind")
+        return f"{value['kind']}({options})" if options else value["kind"]
+    return canonical(_plain(value))
+
+
+def _task_labels(tasks: list[Any]) -> list[str]:
+    """The kind of each task; its options too where a kind comes twice."""
+    kinds = [str(task.get("kind")) if isinstance(task, Mapping) else str(task) for task in tasks]
+    return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]
+
+
+def has_norm(norm: Any) -> bool:
+    """Whether a layer's `norm`, as written in a file, is one at any site."""
+    if isinstance(norm, Mapping) and "sites" in norm:
+        sites = norm["sites"]
+        return any(map(has_norm, sites.values())) if isinstance(sites, Mapping) else True
+    return norm is not None and norm != "none"
+
+
+def _resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+    """Put the axes' values into the sections and validate each; problems are at paths from the section on."""
+    problems: list[Problem] = []
+    for name in sorted(axes, key=lambda each: len(axis_path(each))):  # norm before norm.eps
+        _put(data, axis_path(name), axes[name])
+    model = data["model"]
+    if not has_norm(model.get("norm")):
+        model.pop("window", None)
+    if "input_size" in model:
+        problems.append(Problem(("model", "input_size"), "comes from the task; leave it out"))
+    if model.get("batch_first"):
+        problems.append(Problem(("model", "batch_first"), "a task feeds time first; leave it out"))
+    parts: dict[str, Any] = {}
+    validators = {
+        "model": lambda value: LayerSpec.model_validate({**value, "input_size": 1}),
+        "task": TASK.validate_python,
+        "train": TrainSpec.model_validate,
+    }
+    for section, validate in validators.items():
+        try:
+            parts[section] = validate(data[section])
+        except ValidationError as error:
+            problems += [p._replace(path=(section, *p.path)) for p in problems_of(error)]
+    if not problems and (reason := parts["task"].refuses(parts["model"])):
+        problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
+    return problems, parts
+
+
+def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *parents, last = path
+    place: Any = data
+    for key in parents:
+        inner = place.get(key) if isinstance(place, dict) else None
+        if isinstance(inner, str) and inner != "none":  # a kind with default options, now about to get one
+            inner = place[key] = {"kind": inner}
+        elif key == "norm" and not has_norm(inner):
+            return  # an option of the norm, where there is none, means as little as a window
+        elif not isinstance(inner, dict):
+            inner = place[key] = {}
+        place = inner
+    place[last] = deepcopy(_plain(value))
+
+
+def _place(problem: Problem, axes: Mapping[tuple[str, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
+    """Move a problem from the resolved sections to where the file says it: on an axis, or in a section."""
+    path = problem.path
+    for length in range(len(path), 0, -1):
+        if (found := axes.get(path[:length])) is not None:  # type: ignore[call-overload]
+            return problem._replace(path=(*found, *path[length:]))
+    return problem._replace(path=(*task, *path[1:]) if path[0] == "task" else path)

@@ -1,0 +1,194 @@
+"""One trial: trained from its JSON alone, deterministic, and resumed bit for bit from its checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.ablation import optimizers
+from atn_norms.ablation.plan import VERSION
+from atn_norms.ablation.store import TrialFolder
+from atn_norms.ablation.study import TASK
+from atn_norms.layers import LayerSpec
+from atn_norms.registry import SpecError
+from atn_norms.tasks import Model, Split, generator
+from atn_norms.trees import Tree
+
+OnStep = Callable[[int], None]
+
+
+class Diverged(Exception):
+    """A loss or score is not finite: an outcome of the trial, not a fault."""
+
+
+class Trainer:
+    """A trial in memory: `advance` takes one training step, `state` and `restore` stop and go on bit for bit.
+
+    Equal trials start from equal weights whatever their normalizers: the initial weights are drawn from the seed in the
+    order encoder, layer, read-out, and a normalizer draws nothing. torch's global generator belongs to the trainer while
+    it works; wrap it in `isolated` where others need theirs.
+    """  # noqa: E501
+
+    def __init__(self, trial: dict[str, Any]) -> None:
+        if trial["version"] != VERSION:
+            raise SpecError(f"trial of version {trial['version']}, and this program knows version {VERSION}")
+        self.train, seed = trial["train"], trial["seed"]
+        spec = TASK.validate_python(trial["task"])
+        for option, content in trial["data"].items():
+            if spec.data()[option] != content:
+                raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+        torch.set_num_threads(self.train["threads"])
+        self.task = spec.build(seed)
+        torch.set_rng_state(generator(seed, "weights").get_state())
+        encoder = self.task.encoder()
+        layer = LayerSpec.model_validate(trial["model"]).build()
+        self.model = Model(encoder, layer, self.task.readout(layer.output_size))
+        torch.set_rng_state(generator(seed, "training").get_state())
+        self.optimizer = optimizers.make(self.train["optimizer"], list(self.model.parameters()))
+        self.step = 0
+        self.carry: Tree | None = None
+        self.summed = 0.0
+        self.count = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every training step has been taken."""
+        return self.step >= self.train["steps"]
+
+    def advance(self) -> dict[str, Any] | None:
+        """Take one training step; return a line of the learning curve when one is due.
+
+        Errors: `Diverged` where a loss or a score is not finite.
+        """
+        self.model.train()
+        batch = self.task.batch(self.step, self.train["batch_size"])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, self.carry = self.task.loss(self.model, batch, self.carry)
+        loss.backward()
+        if self.train["clip"] is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train["clip"])
+        self.optimizer.step()
+        self.step += 1
+        self.summed += _finite(loss.item() * self.task.metric_per_loss, "training loss")
+        self.count += 1
+        return self._line()
+
+    def _line(self) -> dict[str, Any] | None:
+        validate = self.finished or self.step % self.train["eval_every"] == 0
+        if not validate and self.step % self.train["log_every"]:
+            return None
+        score = self.evaluate("validation")[self.task.metric] if validate else None
+        line = {"step": self.step, "train_loss": self.summed / self.count, "validation": score}
+        self.summed, self.count = 0.0, 0
+        return line
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Score the model on a split; `Diverged` where the score is not finite."""
+        self.model.eval()
+        with torch.no_grad():
+            scores = self.task.evaluate(self.model, split)
+        return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "carry": self.carry,
+            "random": torch.get_rng_state(),
+            "summed": self.summed,
+            "count": self.count,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.carry = state["step"], state["carry"]
+        self.summed, self.count = state["summed"], state["count"]
+        torch.set_rng_state(state["random"])
+
+
+def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict[str, str] | None = None) -> str:
+    """Train the trial of a folder to its end, from its checkpoint if it has one; return the outcome.
+
+    `on_step` is called with the number of steps taken after each of them; whatever it raises ends the attempt there.
+    A trial that is done already is left alone. Errors: `Busy` while another process trains it; `StoreError` and
+    `SpecError` naming the file or option; whatever a plugin raises.
+    """
+    with folder.lock():
+        folder.tidy()
+        done = folder.result()
+        if done is not None:
+            return done["outcome"]
+        trial = folder.trial()
+        run = folder.run()
+        before = run.get("seconds", 0.0)
+        started = time.monotonic()
+        run |= {
+            "attempts": run.get("attempts", 0) + 1,
+            "started": run.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": before,
+            "host": platform.node(),
+            "process": os.getpid(),
+            "versions": versions or {},
+        }
+        folder.note(run)
+        with isolated():
+            result = _train(folder, trial, on_step)
+        run["seconds"] = round(before + time.monotonic() - started, 3)
+        folder.note(run)
+        folder.finish(result)
+        folder.log(f"{result['outcome']} after step {result['step']}, {run['seconds']} s in {run['attempts']} attempt(s)")
+        return result["outcome"]
+
+
+def _train(folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None) -> dict[str, Any]:
+    trainer = Trainer(trial)
+    checkpoint = folder.restore()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
+    metrics: dict[str, dict[str, float]] = {}
+    outcome = "finished"
+    try:
+        while not trainer.finished:
+            line = trainer.advance()
+            if line is not None:
+                folder.measure(line)
+            if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished:
+                folder.save(trainer.state())
+            if on_step is not None:
+                on_step(trainer.step)
+        metrics = {split: trainer.evaluate(split) for split in ("validation", "test")}
+    except Diverged as reason:
+        folder.log(f"diverged at step {trainer.step}: {reason}")
+        outcome, metrics = "diverged", {}
+    return {"trial": folder.id, "outcome": outcome, "step": trainer.step, "metrics": metrics}
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Give torch's global generator and number of threads back as they were."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _finite(value: float | Tensor, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise Diverged(f"the {what} is {number}")
+    return number

@@ -1,0 +1,97 @@
+"""The command line: parses, calls the library, prints; what goes wrong is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from atn_norms.commands import files, health, kinds, models, studies
+from atn_norms.commands.console import example
+
+app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+COMMANDS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "ablate": (
+        studies.ablate,
+        ("atn-norms ablate", "atn-norms ablate study.yaml --set train.steps=500 --set seeds=5 --workers 4"),
+    ),
+    "resume": (studies.resume, ("atn-norms resume studies/built-in-1a2b3c4d",)),
+    "status": (studies.status, ("atn-norms status studies/built-in-1a2b3c4d",)),
+    "report": (studies.report, ("atn-norms report studies/built-in-1a2b3c4d",)),
+    "list": (kinds.list_kinds, ("atn-norms list normalizers windows",)),
+    "plugins": (kinds.plugins, ("atn-norms plugins", "ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins")),
+    "show": (models.show, ("atn-norms show model.yaml",)),
+    "schema": (kinds.schema, ("atn-norms schema model --out model.schema.json",)),
+    "init": (files.init, ("atn-norms init study.yaml",)),
+    "doctor": (health.doctor, ("atn-norms doctor",)),
+}
+
+for _name, (_command, _examples) in COMMANDS.items():
+    app.command(_name, epilog=example(*_examples), no_args_is_help=False)(_command)
+
+
+@app.callback(invoke_without_command=True, epilog=example("atn-norms init", "atn-norms ablate study.yaml"))
+def about(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Recurrent layers whose normalization remembers, and studies that compare them."""
+    if version:
+        from atn_norms import __version__
+
+        print(f"atn-norms {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 something failed, 2 bad input, 130 interrupted.
+
+    >>> main(["--version"])
+    atn-norms 0.1.0
+    0
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = given[: given.index("--")] if "--" in given else given
+    debug = "--debug" in options
+    given = [word for word in options if word != "--debug"] + given[len(options) :]
+    try:
+        code = typer.main.get_command(app).main(given, prog_name="atn-norms", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("stopped", 130)
+    except BrokenPipeError:
+        # The reader has seen enough; what is still buffered must not raise again when Python closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001  a plugin may raise anything, and a user wants a sentence
+        if debug:
+            traceback.print_exc()
+        return _say(_sentence(error), 2)
+
+
+def _say(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"atn-norms: {line}", file=sys.stderr)
+    return code
+
+
+def _sentence(error: Exception) -> str:
+    from atn_norms.problems import SpecError
+
+    if hasattr(error, "format_message"):  # the parser's own
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
+    if isinstance(error, SpecError | OSError) or type(error) is ValueError:
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{said} ({last.filename}:{last.lineno}, in {last.name}); --debug shows the traceback"

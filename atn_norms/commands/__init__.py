@@ -1,0 +1,1 @@
+"""The commands, one module for each thing that people come to do; each parses, calls the library and prints."""

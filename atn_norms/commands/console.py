@@ -1,0 +1,63 @@
+"""What every command prints with: tables for people (drawn on a terminal, plain in a pipe) and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def example(*lines: str) -> str:
+    """Lay out the examples that end a command's help."""
+    return "\n\n".join(["Example:", *(f"  {line}" for line in lines)])
+
+
+def on_terminal() -> bool:
+    """Whether standard output is a terminal."""
+    return sys.stdout.isatty()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON; NaN and infinity, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table: drawn on a terminal, aligned text with the same words elsewhere."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if on_terminal():
+        from rich.console import Console
+
+        Console().print(drawn(title, columns, cells))
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    print(title)
+    for row in [columns, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def drawn(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
+    """Make a rich table; what the cells hold is text, never markup."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    return table
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value

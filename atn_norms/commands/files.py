@@ -1,0 +1,59 @@
+"""Files to begin with: a commented study, and the schema that lets an editor complete and check it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODELINE = "# yaml-language-server: $schema={schema}\n"
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="The study file to write.")] = Path("study.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Write a commented study file, and beside it the schema its editor modeline points at."""
+    from atn_norms.ablation.builtin import BUILTIN
+    from atn_norms.problems import SpecError
+
+    if file.suffix not in (".yaml", ".yml"):
+        raise SpecError(f"{file}: must end in .yaml or .yml, since a study file with comments is YAML")
+    beside = file.with_suffix(".schema.json")
+    present = [str(path) for path in (file, beside) if path.exists()]
+    if present and not force:
+        raise SpecError(f"{' and '.join(present)}: already there; choose another name, or overwrite with --force")
+    text = MODELINE.format(schema=beside.name) + BUILTIN
+    write_new(beside, schema_text("study"), force)
+    write_new(file, text, force)
+    print(f"wrote {file} and {beside}\nnext: edit {file}, then run `atn-norms ablate {file}`")
+
+
+def schema_text(what: str) -> str:
+    """Render the JSON schema of a `study` or a `model` file."""
+    from atn_norms.problems import SpecError, hint
+    from atn_norms.specs import schema
+
+    if what == "study":
+        from atn_norms.ablation.study import StudySpec as described
+    elif what == "model":
+        from atn_norms.layers import LayerSpec as described
+    else:
+        raise SpecError(f"unknown schema {what!r}; known: study, model{hint(what, ['study', 'model'])}")
+    return json.dumps(schema(described), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_new(path: Path, text: str, force: bool = False) -> None:
+    """Write a whole file or none; one that is there is kept unless forced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        if force:
+            temporary.replace(path)
+        else:
+            path.hardlink_to(temporary)  # unlike a rename, this refuses when the file has appeared meanwhile
+    finally:
+        temporary.unlink(missing_ok=True)

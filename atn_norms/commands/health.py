@@ -1,0 +1,113 @@
+"""What works here, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+
+EXTRAS = {
+    "ablation": {"distributed": "studies on several processes or a cluster", "matplotlib": "pictures in a report"},
+    "testing": {"hypothesis": "the laws as tests"},
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: `status` is `"ok"`, `"missing"` (optional) or `"failed"`; `advice` is what to do."""
+
+    subject: str
+    status: str
+    finding: str
+    advice: str = ""
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check environment, backends, plugins and optional parts; exit code 1 when something is broken."""
+    checks = [_python(), *_core(), *_backends(), *_extras(), *_plugins()]
+    failed = any(check.status == "failed" for check in checks)
+    if as_json:
+        print_json({"healthy": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        rows = [(c.status, c.subject, c.finding, c.advice) for c in checks]
+        print_table("atn-norms doctor", ("", "what", "found", "what to do"), rows)
+        print("\nsomething is broken: see `failed` above" if failed else "\neverything needed works")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _python() -> Check:
+    finding = f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()} {platform.system()}"
+    return Check("python", "ok", f"{finding}, {os.cpu_count()} cores")
+
+
+def _core() -> list[Check]:
+    checks = []
+    for name in ("atn-norms", "torch", "pydantic", "pluggy", "typer", "rich", "ruamel.yaml"):
+        try:
+            checks.append(Check(name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            advice = "pip install ." if name == "atn-norms" else f"pip install {name}"
+            checks.append(Check(name, "failed", "not installed", advice))
+    return checks
+
+
+def _backends() -> list[Check]:
+    import torch
+
+    from atn_norms.backends import known
+    from atn_norms.layers import LSTM
+
+    accelerator = "CUDA is available" if torch.cuda.is_available() else "no CUDA device"
+    checks = [Check("devices", "ok", f"CPU with {torch.get_num_threads()} threads; {accelerator}")]
+    for name in known():
+        norm = None if name == "torch" else "layer"
+        checks.append(_tried(f"backend {name}", lambda name=name, norm=norm: LSTM(2, 3, norm=norm, backend=name)))
+    return checks
+
+
+def _tried(subject: str, make: Any) -> Check:
+    import torch
+
+    try:
+        y, _ = make()(torch.zeros(2, 1, 2))
+        y.sum().backward()
+    except Exception as error:  # noqa: BLE001  whatever goes wrong here is the finding
+        return Check(subject, "failed", f"{type(error).__name__}: {error}", "reinstall atn-norms and torch")
+    return Check(subject, "ok", "runs, forward and backward")
+
+
+def _extras() -> list[Check]:
+    checks = []
+    for extra, modules in EXTRAS.items():
+        for module, purpose in modules.items():
+            if importlib.util.find_spec(module):
+                checks.append(Check(module, "ok", f"{importlib.metadata.version(module)}, for {purpose}"))
+            else:
+                advice = f"pip install 'atn-norms[{extra}]'"
+                checks.append(Check(module, "missing", f"not installed; it is for {purpose}", advice))
+    return checks
+
+
+def _plugins() -> list[Check]:
+    from atn_norms.plugins import report
+
+    checks = []
+    for record in report():
+        subject = f"plugin {record.name}"
+        if record.status == "failed":
+            advice = "mend or uninstall it, or block it with ATN_NORMS_DISABLE_PLUGINS"
+            checks.append(Check(subject, "failed", record.reason, advice))
+        elif record.reason and record.status == "loaded":
+            checks.append(Check(subject, "failed", record.reason, "uninstall one, or block one's plugin"))
+        else:
+            found = record.reason or f"{len(record.kinds)} kinds from {record.distribution} {record.version}"
+            checks.append(Check(subject, "ok", f"{record.status}: {found}"))
+    return checks

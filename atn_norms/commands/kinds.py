@@ -1,0 +1,124 @@
+"""What there is to use: the kinds with their options, the plugins they come from, and the schema of it all."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from atn_norms.registry import Options
+
+FAMILIES = {"normalizers": "normalizer", "windows": "window", "cells": "cell", "tasks": "task"}
+
+
+def list_kinds(
+    families: Annotated[list[str] | None, typer.Argument(metavar="[normalizers|windows|cells|tasks]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the usable kinds, the distribution each comes from, and its options."""
+    from atn_norms.problems import SpecError, hint
+    from atn_norms.registry import disputed, registry
+
+    for family in families or ():
+        if family not in FAMILIES:
+            raise SpecError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
+    chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES)}
+    if as_json:
+        print_json({
+            plural: [
+                {
+                    "kind": kind,
+                    "summary": summary(entry.spec),
+                    "distribution": entry.distribution,
+                    "version": entry.version,
+                    "plugin": entry.plugin,
+                    "options": options(entry.spec),
+                }
+                for kind, entry in registry.kinds(family).items()
+            ]
+            for plural, family in chosen.items()
+        })
+        return
+    for plural, family in chosen.items():
+        rows = [
+            (kind, entry.distribution, "\n".join(map(_option, options(entry.spec).items())), summary(entry.spec))
+            for kind, entry in registry.kinds(family).items()
+        ]
+        print_table(plural, ("kind", "from", "options", "what it is"), list(_unfolded(rows)))
+        for kind, entries in registry.conflicts(family).items():
+            print(disputed(family, kind, entries))
+        print()
+
+
+def plugins(as_json: Json = False) -> None:
+    """Show every plugin: loaded, blocked or failed, and why."""
+    from atn_norms.plugins import report
+
+    records = report()
+    if as_json:
+        print_json([asdict(record) for record in records])
+        return
+    columns = ("plugin", "distribution", "version", "status", "kinds", "reason")
+    rows = [(r.name, r.distribution, r.version, r.status, "\n".join(r.kinds), r.reason) for r in records]
+    print_table("plugins", columns, list(_unfolded(rows)))
+
+
+def schema(
+    what: Annotated[str, typer.Argument(metavar="[study|model]", help="Which file the schema describes.")] = "study",
+    out: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
+) -> None:
+    """Print the JSON schema of a study file or a model file, with every installed kind, for editors."""
+    from atn_norms.commands.files import schema_text, write_new
+
+    text = schema_text(what)
+    if out is None:
+        print(text, end="")
+    else:
+        write_new(out, text, force=True)
+        print(f"wrote {out}")
+
+
+def summary(spec: type[Options]) -> str:
+    """Take the first sentence of a class's own docstring."""
+    text = inspect.cleandoc(vars(spec).get("__doc__") or "").partition("\n\n")[0]
+    return " ".join(text.split())
+
+
+def options(spec: type[Options]) -> dict[str, Any]:
+    """Describe the options of a kind as JSON schema, its default among it."""
+    properties = spec.model_json_schema()["properties"]
+    return {name: option for name, option in properties.items() if name != "kind"}
+
+
+def _option(item: tuple[str, Any]) -> str:
+    name, option = item
+    default = f" = {option['default']}" if "default" in option else ""
+    return f"{name}: {_type(option)}{default}"
+
+
+def _type(option: dict[str, Any]) -> str:
+    if "anyOf" in option:
+        return " | ".join(dict.fromkeys(_type(each) for each in option["anyOf"]))
+    if "enum" in option:
+        return " | ".join(map(str, option["enum"]))
+    if "const" in option:
+        return str(option["const"])
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {option[key]}" for key, sign in bounds.items() if key in option]
+    return " ".join([option.get("type", "mapping"), *limits])
+
+
+def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Spread cells of several lines over several rows, which a plain table can show too."""
+    unfolded = []
+    for row in rows:
+        columns = [cell.split("\n") for cell in row]
+        for line in range(max(map(len, columns))):
+            unfolded.append(tuple(column[line] if line < len(column) else "" for column in columns))
+    return unfolded

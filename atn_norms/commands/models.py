@@ -1,0 +1,72 @@
+"""Look into one layer: what a model file builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from atn_norms.layers import Recurrent
+
+
+def show(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.yaml", help="A layer as YAML, JSON or TOML.")],
+    as_json: Json = False,
+) -> None:
+    """Validate a model file, build its layer, and print sites, parameters, state size, the backend and why."""
+    from atn_norms.specs import build
+
+    facts = describe(build(model))
+    if as_json:
+        print_json(facts)
+        return
+    sites = [(s["site"], s["features"], _named(s["norm"]), _named(s["window"])) for s in facts["sites"]]
+    print_table(f"sites of the {facts['spec']['cell']['kind']}", ("site", "features", "norm", "window"), sites)
+    print()
+    rows = [(p["name"], " x ".join(map(str, p["shape"])), p["count"]) for p in facts["parameters"]]
+    print_table("parameters", ("name", "shape", "count"), [*rows, ("all", "", facts["parameter_count"])])
+    state = facts["state"]
+    print(f"\nstate of one sequence: {state['numbers']} numbers, {state['bytes']} bytes")
+    print(f"\n{facts['explanation']}")
+
+
+def describe(layer: Recurrent) -> dict[str, Any]:
+    """Say of a layer what it is made of: options, sites, parameters, and the state one sequence carries."""
+    from atn_norms.layers import explain
+    from atn_norms.trees import tree_leaves
+
+    spec = layer.spec
+    state = list(tree_leaves(layer.initial(1)))
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "sites": [
+            {
+                "site": site,
+                "features": features,
+                "norm": None if (norm := spec.norm_at(site)) is None else norm.model_dump(mode="json"),
+                "window": None if norm is None else spec.window_at(site).model_dump(mode="json"),
+            }
+            for site, features in layer.cell.sites.items()
+        ],
+        "parameters": [
+            {"name": name, "shape": list(parameter.shape), "count": parameter.numel()}
+            for name, parameter in layer.named_parameters()
+        ],
+        "parameter_count": sum(parameter.numel() for parameter in layer.parameters()),
+        "state": {
+            "numbers": sum(leaf.numel() for leaf in state),
+            "bytes": sum(leaf.numel() * leaf.element_size() for leaf in state),
+        },
+        "explanation": explain(layer),
+    }
+
+
+def _named(spec: dict[str, Any] | None) -> str:
+    if spec is None:
+        return "none"
+    rest = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "kind")
+    return f"{spec['kind']}({rest})" if rest else spec["kind"]

@@ -1,0 +1,126 @@
+"""Run, resume and read studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from atn_norms.ablation import Plan, StudyRecord, StudySpec
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]
+Workers = Annotated[int, typer.Option(help="Local processes; 0 trains in this process, without Dask.")]
+Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
+
+
+def ablate(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY.yaml", help="Without one: the built-in study.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override an option; may be repeated.")
+    ] = None,
+    workers: Workers = 2,
+    scheduler: Scheduler = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the trials.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train every point of a study, compare, and write the report; the same study goes on where it stopped."""
+    from atn_norms.ablation import create, make_plan
+
+    spec = _read(study, settings or [])
+    if dry_run:
+        _list_trials(make_plan(spec), as_json)
+        return
+    _run(create(spec, out), workers, scheduler, as_json)
+
+
+def resume(folder: Folder, workers: Workers = 2, scheduler: Scheduler = None, as_json: Json = False) -> None:
+    """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
+    _run(folder, workers, scheduler, as_json)
+
+
+def status(folder: Folder, as_json: Json = False) -> None:
+    """Say how far a study is, trial by trial."""
+    from atn_norms.ablation import load
+    from atn_norms.ablation import status as counts
+    from atn_norms.commands.progress import called
+
+    record, count = load(folder), counts(folder)
+    trials = [
+        {
+            "id": trial.id,
+            "status": trial.status,
+            "points": list(trial.points),
+            "seed": trial.seed,
+            "step": trial.curve[-1]["step"] if trial.curve else 0,
+            "steps": trial.trial["train"]["steps"],
+            "error": trial.error["error"] if trial.error else None,
+        }
+        for trial in record.trials
+    ]
+    if as_json:
+        print_json({"name": record.name, "folder": str(folder), "counts": count, "trials": trials})
+        return
+    rows = [
+        (t["id"], t["status"], f"{t['step']} of {t['steps']}", f"{called(t['points'][0])} seed={t['seed']}", t["error"])
+        for t in trials
+    ]
+    print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "error"), rows)
+    print("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
+    if count["pending"] or count["failed"]:
+        print(f"to go on: atn-norms resume {folder}")
+
+
+def report(folder: Folder, as_json: Json = False) -> None:
+    """Make the report of a study anew from what is finished, and print its table."""
+    from atn_norms.ablation import load
+
+    _report(load(folder), folder, as_json)
+
+
+def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
+    from atn_norms.ablation import BUILTIN, StudySpec, override
+    from atn_norms.problems import dotted
+    from atn_norms.specs import parse, read, validate
+
+    data, where = parse(BUILTIN, "built-in study.yaml") if study is None else read(study)
+    set_names = [setting.partition("=")[0].strip() for setting in settings]
+
+    def place(path: tuple[Any, ...]) -> str:
+        name = dotted(path)
+        return next((f"--set {each}" for each in set_names if f"{name}.".startswith(f"{each}.")), where(path))
+
+    return validate(StudySpec, override(data, settings), place)
+
+
+def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
+    from atn_norms.ablation import load, run
+    from atn_norms.commands.progress import duration, shown
+    from atn_norms.problems import SpecError
+
+    if workers < 0:
+        raise SpecError(f"--workers: must be 0 (in this process) or more, got {workers}")
+    record = load(folder)
+    left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
+    if not as_json:
+        _announce(record, folder, len(left), workers, scheduler)
+    try:
+        if left and as_json:
+            record = run(folder, workers=workers, scheduler=scheduler)
+        elif left:
+            steps = sum(trial.trial["train"]["steps"] for trial in left)
+            with shown(steps) as see:
+                record = run(folder, workers=workers, scheduler=scheduler, on_event=see)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what is finished is kept. To go on: atn-norms resume {folder}", err=True)
+        raise typer.Exit(130) from None
+    _report(record, folder, as_json)
+    failed = [trial for trial in record.trials if trial.status == "failed"]
+    if failed:
+        typer.echo(f"{len(failed)} trials failed; see atn-norms status {folder}", err=True)
+        raise typer.Exit(1)

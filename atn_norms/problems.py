@@ -1,0 +1,100 @@
+"""What is wrong with a specification, said so that it can be mended: where, what, what is allowed, what is nearest."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class SpecError(ValueError):
+    """Say what is wrong with a specification, one located problem a line.
+
+    >>> print(SpecError(["norm.eps: must be positive, got -1", "window: must be at least 1, got 0"]))
+    norm.eps: must be positive, got -1
+    window: must be at least 1, got 0
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
+def nearest(word: object, choices: Iterable[str]) -> str | None:
+    """Name the choice most like a word, or None when none is like it.
+
+    >>> nearest("laier", ["batch", "layer", "rms"]), nearest("?", ["batch"])
+    ('layer', None)
+    """
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return by_lower[close[0]] if close else None
+
+
+def hint(word: object, choices: Iterable[str]) -> str:
+    """Render the nearest match as the tail of a message: `; nearest: 'layer'`, or nothing."""
+    match = nearest(word, choices)
+    return "" if match is None else f"; nearest: {match!r}"
+
+
+def explained(
+    error: ValidationError, where: Callable[[tuple[Any, ...]], str] | None = None, data: Any = None
+) -> SpecError:
+    """Turn pydantic's error into a SpecError: one line a problem, `place: path: what is wrong, got value`.
+
+    Symbols: `where` path -> place (such as `study.yaml:3:7`); `data` the validated mapping, which tells a path's
+    steps from the labels pydantic adds for the branches of a union, so that branches become one line.
+    """
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for line in error.errors(include_url=False):
+        path = line["loc"]
+        if data is not None and line["type"] not in ("missing", "unknown_key", "unknown_kind"):
+            path = _inside(path, data)
+        lines.setdefault(path, []).append(sentence(line))
+    problems = []
+    for path, sentences in lines.items():
+        place = where(path) if where is not None else ""
+        parts = [place, dotted(path), ", or ".join(dict.fromkeys(sentences))]
+        problems.append(": ".join(part for part in parts if part))
+    return SpecError(problems)
+
+
+def dotted(path: Iterable[Any]) -> str:
+    """Write a path as a user would: `axes.norm[0].eps`.
+
+    >>> dotted(("axes", "norm", 0, "eps"))
+    'axes.norm[0].eps'
+    """
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".")
+
+
+def _inside(path: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
+    for length, step in enumerate(path):
+        try:
+            data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]
+        except (KeyError, IndexError, TypeError):
+            return path[:length]
+    return path
+
+
+def sentence(line: Any) -> str:
+    """Say in our words what one line of pydantic's error says."""
+    if "message" in line.get("ctx", {}):
+        return line["ctx"]["message"]
+    if line["type"] == "missing":
+        return "required, and missing"
+    if line["type"] == "value_error":
+        return str(line["ctx"]["error"]).replace("\n", "; ")
+    message = line["msg"].replace("Input should", "must", 1)
+    value = line["input"]
+    shown = repr(value)
+    choices = re.findall(r"'([^']*)'", line["ctx"]["expected"]) if line["type"] == "literal_error" else []
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"{message}, got {shown}{hint(value, choices) if isinstance(value, str) else ''}"

@@ -1,0 +1,380 @@
+"""Kinds and their options: the base of every options model, the registry of kinds, and the field that asks it late."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, LiteralString, TypeVar, cast, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+from atn_norms.problems import SpecError, dotted, explained, hint, nearest, sentence
+
+__all__ = [
+    "FAMILIES",
+    "Entry",
+    "Open",
+    "Options",
+    "Registry",
+    "Source",
+    "SpecError",
+    "disputed",
+    "dotted",
+    "explained",
+    "hint",
+    "nearest",
+    "registry",
+]
+
+FAMILIES = ("normalizer", "window", "cell", "task")
+
+
+def _problem(code: str, message: str) -> PydanticCustomError:
+    # The message travels as a value, never as the template: it may hold braces that a user typed.
+    return PydanticCustomError(cast(LiteralString, code), "{message}", {"message": message})
+
+
+def _list_to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _relax(schema: Any) -> Any:
+    """Let every tuple of a core schema take a list, and every model a mapping; all else stays strict."""
+    if isinstance(schema, list):
+        return [_relax(item) for item in schema]
+    if isinstance(schema, tuple):  # choices of a union come as (schema, label)
+        return tuple(_relax(item) for item in schema)
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "function-before" and schema["function"].get("function") is _list_to_tuple:
+        return schema  # of an options model inside this one, relaxed when that one was built
+    relaxed = {key: value if key in ("metadata", "serialization") else _relax(value) for key, value in schema.items()}
+    if relaxed.get("type") == "model":
+        relaxed["strict"] = False
+    if relaxed.get("type") == "tuple":
+        return core_schema.no_info_before_validator_function(_list_to_tuple, relaxed)  # type: ignore[arg-type]
+    return relaxed
+
+
+class Options(BaseModel):
+    """A frozen, strict set of options that refuses what it does not know; the base of every options model.
+
+    Types are strict (`True` is no integer, `"3"` is none either), numbers are finite, and a list is taken for a tuple.
+    `family` is set by the base spec of each family: `"normalizer"`, `"window"`, `"cell"`, `"task"`.
+
+    Raises `pydantic.ValidationError` (a `ValueError`); `explained` turns it into a `SpecError`.
+
+    >>> class Blur(Options):
+    ...     sizes: tuple[int, ...] = (3,)
+    >>> Blur(sizes=[3, 5])
+    Blur(sizes=(3, 5))
+    >>> try:
+    ...     Blur.model_validate({"size": 3})
+    ... except ValidationError as error:
+    ...     print(explained(error))
+    size: unknown key; known: sizes; nearest: 'sizes'
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    family: ClassVar[str | None] = None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _relax(handler(source))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        known = list(cls.model_fields)
+        unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
+        if not unknown:
+            return handler(data)
+        problems = [
+            InitErrorDetails(
+                type=_problem("unknown_key", f"unknown key; known: {', '.join(known) or 'none'}{hint(key, known)}"),
+                loc=(key if type(key) in (str, int) else str(key),),
+                input=data[key],
+            )
+            for key in unknown
+        ]
+        try:  # the other problems are worth telling at the same time
+            handler({key: value for key, value in data.items() if key in known})
+        except ValidationError as error:
+            problems += [
+                InitErrorDetails(type=_problem(line["type"], sentence(line)), loc=line["loc"], input=line["input"])
+                for line in error.errors(include_url=False)
+            ]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
+
+
+SpecType = TypeVar("SpecType", bound=type[Options])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a kind comes from: the plugin's name, and the distribution that brought it with its version."""
+
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.distribution, self.version) if part)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered kind: its options model and where it comes from."""
+
+    spec: type[Options]
+    distribution: str
+    version: str
+    plugin: str
+
+
+class Registry:
+    """The kinds of every family, each with its options model; a kind claimed twice is unusable.
+
+    `normalizer`, `window`, `cell` and `task` take a concrete options model of that family with a field
+    `kind: Literal["name"] = "name"` and return it, so each is a decorator too. `loader` names a function
+    `"module:function"`, called with this registry at the first look-up.
+
+    Errors: `TypeError` for what cannot be registered, `SpecError` for a look-up of an unknown or disputed kind.
+
+    >>> class Norm(Options):
+    ...     family: ClassVar[str] = "normalizer"
+    >>> class Identity(Norm):
+    ...     kind: Literal["identity"] = "identity"
+    >>> own = Registry()
+    >>> own.normalizer(Identity).__name__, list(own.kinds("normalizer"))
+    ('Identity', ['identity'])
+    >>> own.lookup("normalizer", "identiti")
+    Traceback (most recent call last):
+    ...
+    atn_norms.registry.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
+    """
+
+    def __init__(self, loader: str | None = None) -> None:
+        self._loader = loader
+        self._loading = False
+        self._loaded: Any = None
+        self._claims: dict[str, dict[str, list[Entry]]] = {family: {} for family in FAMILIES}
+        self._source: Source | None = None
+        self._claimed: list[str] = []
+        self._lock = threading.RLock()
+
+    def normalizer(self, spec: SpecType) -> SpecType:
+        """Register the options model of a normalizer."""
+        return self._claim("normalizer", spec)
+
+    def window(self, spec: SpecType) -> SpecType:
+        """Register the options model of a window."""
+        return self._claim("window", spec)
+
+    def cell(self, spec: SpecType) -> SpecType:
+        """Register the options model of a cell."""
+        return self._claim("cell", spec)
+
+    def task(self, spec: SpecType) -> SpecType:
+        """Register the options model of a task."""
+        return self._claim("task", spec)
+
+    def load(self) -> Any:
+        """Run the loader once, and return what it returned."""
+        with self._lock:
+            if self._loader is not None and not self._loading:
+                self._loading = True  # set first: a plugin that looks something up while loading must not load again
+                module, _, function = self._loader.partition(":")
+                try:
+                    self._loaded = getattr(importlib.import_module(module), function)(self)
+                except BaseException:
+                    self._loading = False
+                    raise
+        return self._loaded
+
+    def lookup(self, family: str, kind: str) -> type[Options]:
+        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions."""
+        entries = self._of(family).get(kind, [])
+        if len(entries) == 1:
+            return entries[0].spec
+        if entries:
+            raise SpecError(disputed(family, kind, entries))
+        known = sorted(self.kinds(family))
+        raise SpecError(f"unknown {family} {kind!r}; known: {', '.join(known) or 'none'}{hint(kind, known)}")
+
+    def kinds(self, family: str) -> dict[str, Entry]:
+        """Return the usable kinds of a family, in alphabetical order."""
+        claims = self._of(family)
+        return {kind: claims[kind][0] for kind in sorted(claims) if len(claims[kind]) == 1}
+
+    def conflicts(self, family: str) -> dict[str, tuple[Entry, ...]]:
+        """Return the kinds of a family that several distributions claim, with every claim."""
+        claims = self._of(family)
+        return {kind: tuple(claims[kind]) for kind in sorted(claims) if len(claims[kind]) > 1}
+
+    def _of(self, family: str) -> dict[str, list[Entry]]:
+        if family not in FAMILIES:
+            raise SpecError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
+        self.load()
+        return self._claims[family]
+
+    @contextmanager
+    def transaction(self, source: Source) -> Iterator[list[str]]:
+        """Credit what is registered inside to a source, listed as `family:kind`; an exception takes it all back."""
+        with self._lock:
+            before = {family: {kind: list(e) for kind, e in kinds.items()} for family, kinds in self._claims.items()}
+            outer = self._source, self._claimed
+            self._source, self._claimed = source, []
+            try:
+                yield self._claimed
+            except BaseException:
+                self._claims = before
+                raise
+            finally:
+                self._source, self._claimed = outer
+
+    def _claim(self, family: str, spec: SpecType) -> SpecType:
+        kind = _kind_of(family, spec)
+        source = self._source or Source("", spec.__module__, "")
+        entry = Entry(spec, source.distribution, source.version, source.plugin)
+        with self._lock:
+            entries = self._claims[family].setdefault(kind, [])
+            # Running a notebook's cell again defines the same class anew: that replaces it and disputes nothing.
+            entries[:] = [other for other in entries if _identity(other) != _identity(entry)] + [entry]
+            self._claimed.append(f"{family}:{kind}")
+        return spec
+
+
+def disputed(family: str, kind: str, entries: Iterable[Entry]) -> str:
+    """Say who claims a kind that is claimed more than once."""
+    sources = " and ".join(f"{e.distribution} ({e.spec.__module__}.{e.spec.__qualname__})" for e in entries)
+    return f"{family} {kind!r} is claimed by {sources}, so it is unusable; uninstall one, or block its plugin"
+
+
+def _identity(entry: Entry) -> tuple[str, str, str]:
+    return entry.plugin, entry.spec.__module__, entry.spec.__qualname__
+
+
+def _kind_of(family: str, spec: Any) -> str:
+    name = getattr(spec, "__qualname__", repr(spec))
+    if not (isinstance(spec, type) and issubclass(spec, Options)):
+        raise TypeError(f"registry.{family} takes an options model (a subclass of Options), got {name}")
+    if spec.family != family:
+        raise TypeError(f"registry.{family} takes the options of a {family}; {name} is of family {spec.family!r}")
+    if inspect.isabstract(spec):
+        missing = ", ".join(sorted(spec.__abstractmethods__))
+        raise TypeError(f"registry.{family} takes a concrete options model; {name} does not define {missing}")
+    field = spec.model_fields.get("kind")
+    allowed = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    if field is None or len(allowed) != 1 or field.default != allowed[0]:
+        raise TypeError(f'{name} needs a field `kind: Literal["name"] = "name"`, one name on both sides')
+    kind = allowed[0]
+    if not (isinstance(kind, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", kind)) or kind == "none":
+        raise TypeError(f"{name}: kind {kind!r} must be lower-case letters, digits, '-' or '_', and not 'none'")
+    return kind
+
+
+registry = Registry(loader="atn_norms.plugins:load")
+
+_showing: ContextVar[frozenset[str]] = ContextVar("_showing", default=frozenset())
+
+
+@dataclass(frozen=True, eq=False)
+class Open:
+    """Mark a field as open to every registered kind of a family: `Annotated[NormSpec, Open("normalizer")]`.
+
+    The registry is asked when a value is validated, when a schema is written, and never when the class is built.
+    Taken are: a spec of the family, registered or not; a kind's name, for its default options; a mapping with `kind`
+    and that kind's own options; and whatever `shorthand` turns into one of these. A field that allows
+    None (`Annotated[NormSpec | None, ...]`) takes None too, and so does `shorthand` when it returns None.
+
+    Symbols: `family` one of normalizer, window, cell, task; `shorthand` value -> value, applied to all but specs;
+    `shorthand_schema` what it takes, as JSON schema.
+    """
+
+    family: str
+    shorthand: Callable[[Any], Any] | None = None
+    shorthand_schema: Mapping[str, Any] | None = None
+    source: Registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        nullable = type(None) in get_args(source)
+        return core_schema.no_info_plain_validator_function(
+            lambda value: self.resolve(value, nullable),
+            serialization=core_schema.simple_ser_schema("any"),  # dump the model that is there, not the declared one
+            metadata={"pydantic_js_functions": [lambda _, handler: self._json_schema(handler, nullable)]},
+        )
+
+    def resolve(self, value: Any, nullable: bool = False) -> Options | None:
+        """Turn a value into a spec of the family; errors are pydantic's, located below the field."""
+        if self._accepts(value, nullable):
+            return value
+        if self.shorthand is not None:
+            value = self.shorthand(value)
+            if self._accepts(value, nullable):
+                return value
+        if isinstance(value, str):
+            return self._model(value, ()).model_validate({"kind": value})
+        if isinstance(value, Mapping):
+            return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
+        wanted = f"must be a {self.family}'s kind or a mapping with `kind`, got {type(value).__name__} {value!r}"
+        raise _problem("spec_type", f"{wanted}; {self._known()}")
+
+    def _accepts(self, value: Any, nullable: bool) -> bool:
+        return (value is None and nullable) or (isinstance(value, Options) and value.family == self.family)
+
+    def _known(self) -> str:
+        return f"known: {', '.join(self.source.kinds(self.family)) or 'none'}"
+
+    def _model(self, kind: Any, loc: tuple[str, ...]) -> type[Options]:
+        if kind is _MISSING:
+            problem = f"missing: a mapping for a {self.family} names its kind; {self._known()}"
+        elif not isinstance(kind, str):
+            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {kind!r}; {self._known()}"
+        else:
+            try:
+                return self.source.lookup(self.family, kind)
+            except SpecError as error:
+                problem = str(error)
+        details = InitErrorDetails(type=_problem("unknown_kind", problem), loc=loc, input=kind)
+        raise ValidationError.from_exception_data(self.family, [details])
+
+    def _json_schema(self, handler: GetJsonSchemaHandler, nullable: bool) -> JsonSchemaValue:
+        kinds = self.source.kinds(self.family)
+        bare = [kind for kind, entry in kinds.items() if not _needs_options(entry.spec)]
+        choices: list[dict[str, Any]] = [{"enum": bare}] if bare else []
+        if self.family in _showing.get():  # a kind that holds another of its family: name the kinds and stop
+            kind = {"properties": {"kind": {"enum": list(kinds)}}, "required": ["kind"], "type": "object"}
+            return {"anyOf": [*choices, kind]}
+        token = _showing.set(_showing.get() | {self.family})
+        try:
+            models = [handler(entry.spec.__pydantic_core_schema__) for entry in kinds.values()]
+        finally:
+            _showing.reset(token)
+        choices += [{"allOf": [model], "required": ["kind"]} for model in models]
+        choices += [dict(self.shorthand_schema)] if self.shorthand_schema else []
+        choices += [{"type": "null"}] if nullable else []
+        return {"anyOf": choices}
+
+
+_MISSING = object()
+
+
+def _needs_options(spec: type[Options]) -> bool:
+    return any(field.is_required() for field in spec.model_fields.values())

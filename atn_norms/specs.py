@@ -1,0 +1,256 @@
+"""From a file or a mapping to a validated specification, and from that to a layer; errors say file, line and column."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from atn_norms.problems import SpecError, dotted, explained, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from atn_norms.layers import LayerSpec, Recurrent
+
+Where = Callable[[tuple[Any, ...]], str]
+Position = tuple[int, int]  # line and column, from 1
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def build(
+    source: Mapping[str, Any] | str | os.PathLike[str] | LayerSpec,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Recurrent:
+    """Build a layer from a mapping, a YAML, JSON or TOML file, or a `LayerSpec`.
+
+    Errors: `SpecError` (a `ValueError`) naming path, value, what is allowed and what is nearest, and `file:line:column`
+    where the source is a file (TOML: the file).
+
+    >>> layer = build({"cell": "gru", "input_size": 2, "hidden_size": 3, "norm": "layer", "window": 5})
+    >>> layer.hidden_size
+    3
+    >>> build({"cell": "gru", "input_size": 2, "hidden_sise": 3})
+    Traceback (most recent call last):
+    ...
+    atn_norms.problems.SpecError: hidden_sise: unknown key; known: ...; nearest: 'hidden_size'
+    hidden_size: required, and missing
+    """
+    from atn_norms.layers import LayerSpec
+
+    if isinstance(source, LayerSpec):
+        return source.build(device=device, dtype=dtype)
+    if isinstance(source, Mapping):
+        return validate(LayerSpec, source).build(device=device, dtype=dtype)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"build takes a mapping, a path or a LayerSpec, got {type(source).__name__} {source!r}")
+    data, where = read(source)
+    spec = validate(LayerSpec, data, where)
+    try:
+        return spec.build(device=device, dtype=dtype)
+    except ValueError as error:  # what only building can find out, such as a size too large, belongs to the file too
+        raise SpecError(f"{os.fspath(source)}: {error}") from error
+
+
+def validate(model_class: type[Model], data: Any, where: Where | None = None) -> Model:
+    """Validate a mapping as a model of options; `where` (from `read`) places the errors in their file.
+
+    >>> from atn_norms.registry import Options
+    >>> class Blur(Options):
+    ...     size: int
+    >>> validate(Blur, {"size": "3"}, lambda path: "blur.yaml:1:1")
+    Traceback (most recent call last):
+    ...
+    atn_norms.problems.SpecError: blur.yaml:1:1: size: must be a valid integer, got '3'
+    """
+    try:
+        return model_class.model_validate(data)
+    except ValidationError as error:
+        raise explained(error, where, data) from None  # pydantic's own rendering would only say it twice
+
+
+def schema(model_class: type[BaseModel]) -> dict[str, Any]:
+    """Give the JSON schema of a model of options, every registered kind included.
+
+    >>> from atn_norms.registry import Options
+    >>> class Blur(Options):
+    ...     size: int
+    >>> schema(Blur)["properties"]
+    {'size': {'title': 'Size', 'type': 'integer'}}
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model_class.model_json_schema()}
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
+    """Read a YAML, JSON or TOML file: its mapping, and a function from a path in it to `file:line:column`.
+
+    The place is the key's or the item's; for what is missing, that of the nearest thing around it. A TOML file
+    gives its name alone. Keys given twice, non-finite JSON numbers and anything but a mapping at the top are refused.
+
+    Errors: `SpecError`.
+    """
+    file = Path(path)
+    readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".toml": _read_toml}
+    if file.suffix.lower() not in readers:
+        raise SpecError(f"{file}: unknown kind of file {file.suffix!r}; known: {', '.join(readers)}")
+    text = _text(file)
+    try:
+        data, locate = readers[file.suffix.lower()](text)
+    except _Misplaced as error:
+        raise SpecError(f"{_place(file, error.position)}: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{file}: nested too deeply") from None
+    except ValueError as error:  # such as an integer of thousands of digits, which Python refuses to read
+        raise SpecError(f"{file}: {error}") from None
+    if not isinstance(data, dict):
+        shown = "nothing" if data is None else type(data).__name__
+        raise SpecError(f"{file}: must hold a mapping (key: value), holds {shown}")
+    return data, lambda place: _place(file, locate(place))
+
+
+class _Misplaced(Exception):
+    """A fault in a text, and its position."""
+
+    def __init__(self, message: str, position: Position | None) -> None:
+        self.position = position
+        super().__init__(message)
+
+
+def _place(file: Path, position: Position | None) -> str:
+    return str(file) if position is None else f"{file}:{position[0]}:{position[1]}"
+
+
+def _text(file: Path) -> str:
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+        match = nearest(file.name, beside)
+        raise SpecError(f"{file}: no such file" + (f"; nearest: {match!r}" if match else "")) from None
+    except OSError as error:
+        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8-sig")
+        raise SpecError(f"{_place(file, _position(before, len(before)))}: not UTF-8 text") from None
+
+
+def _position(text: str, index: int) -> Position:
+    line_start = text.rfind("\n", 0, index) + 1
+    return text.count("\n", 0, index) + 1, index - line_start + 1
+
+
+def _read_yaml(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError
+    from ruamel.yaml.reader import ReaderError
+
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        node = yaml.compose(text)
+        data = None if node is None else yaml.constructor.construct_document(node)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = " ".join(str(error.problem or error.context).split())
+        said = f"{error.context}, {said}" if said.startswith("but ") else said
+        raise _Misplaced(said, mark and (mark.line + 1, mark.column + 1)) from None
+    except ReaderError as error:
+        raise _Misplaced(f"a character that YAML does not allow: {error.character!r}", None) from None
+    _refuse_cycles(data, ())
+    return data, lambda path: _yaml_position(node, path)
+
+
+def _refuse_cycles(data: Any, above: tuple[int, ...]) -> None:
+    if id(data) in above:
+        raise _Misplaced("an alias (*name) stands inside what it names", None)
+    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        _refuse_cycles(part, (*above, id(data)))
+
+
+def _yaml_position(node: Any, path: tuple[Any, ...]) -> Position | None:
+    mark = node.start_mark
+    for step in path:
+        below = _yaml_below(node, step)
+        if below is None:
+            break
+        mark, node = below
+    return mark.line + 1, mark.column + 1
+
+
+def _yaml_below(node: Any, step: Any) -> tuple[Any, Any] | None:
+    if node.id == "sequence" and isinstance(step, int) and step < len(node.value):
+        return node.value[step].start_mark, node.value[step]
+    if node.id == "mapping":
+        for key, value in node.value:  # construction has put the entries of a merge (<<) among the others
+            if key.value == str(step):
+                return key.start_mark, value
+    return None
+
+
+def _read_json(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise _Misplaced(error.msg[:1].lower() + error.msg[1:], (error.lineno, error.colno)) from None
+    starts = _json_starts(text)
+
+    def locate(path: tuple[Any, ...]) -> Position:
+        while path not in starts:
+            path = path[:-1]
+        return _position(text, starts[path])
+
+    return data, locate
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that JSON allows")
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,"\s]+')
+
+
+def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
+    """Find where each key and each item of a valid JSON text starts; a key given twice is refused."""
+    starts: dict[tuple[Any, ...], int] = {}
+    path: list[Any] = []  # the step into each open container: an index, or a key, or None before the first key
+    expects_key = False
+    for token in _JSON_TOKEN.finditer(text):
+        kind = token.group()
+        if kind in "}]":
+            path.pop()
+            expects_key = False
+        elif kind == ",":
+            index = path[-1]
+            expects_key = not isinstance(index, int)
+            path[-1] = None if expects_key else index + 1
+        elif expects_key:
+            path[-1] = json.loads(kind)
+            if tuple(path) in starts:
+                raise _Misplaced(f"key {dotted(path)!r} is given twice", _position(text, token.start()))
+            starts[tuple(path)] = token.start()
+            expects_key = False
+        elif kind != ":":
+            starts.setdefault(tuple(path), token.start())
+            if kind in "{[":
+                expects_key = kind == "{"
+                path.append(None if expects_key else 0)
+    return starts
+
+
+def _read_toml(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+    try:
+        return tomllib.loads(text), lambda path: None
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
+        said = str(error)[: found.start()] if found else str(error)
+        position = (int(found[1]), int(found[2])) if found else None
+        raise _Misplaced(said[:1].lower() + said[1:], position) from None

@@ -1,0 +1,121 @@
+"""The adding problem: remember two numbers out of many, and add them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
+from atn_norms.trees import Tree
+
+EVALUATION_ROWS = 500  # sequences per evaluation batch: fixed, so that a score never depends on how training was batched
+
+
+class AddingSpec(TaskSpec):
+    """Options of the adding problem; the defaults are those of arXiv 2209.14439's authors.
+
+    | option | meaning | unit |
+    |---|---|---|
+    | `length` | T, steps of a sequence | steps |
+    | `train`, `validation`, `test` | size of each split, drawn from the seed | sequences |
+
+    >>> task = AddingSpec(length=50, train=1000).build(seed=0)
+    >>> task.batch(0, 20).inputs.shape
+    torch.Size([50, 20, 2])
+    """
+
+    kind: Literal["adding"] = "adding"
+    length: int = Field(100, ge=2, le=1_000_000)
+    train: int = Field(100_000, ge=1)
+    validation: int = Field(1_000, ge=1)
+    test: int = Field(10_000, ge=1)
+
+    def build(self, seed: int) -> Adding:
+        return Adding(self, seed)
+
+
+class Adding(Task):
+    r"""Sum the two marked values of a sequence: squared error at the last step.
+
+    $$x_t = (u_t, m_t), \quad u_t \sim U[0, 1), \quad y = \sum_t m_t u_t$$
+
+    Two steps are marked (m_t = 1), one uniformly among the first T/2 - 1 and one among the rest. The best constant
+    guess, 1, costs Var(u) + Var(u') = 2/12 = 1/6 at every length (derived: E[y] = 1 and the values are independent).
+    """
+
+    input_size = 2
+    batch_size = 50
+    metric = "mean squared error"
+
+    def __init__(self, spec: AddingSpec, seed: int) -> None:
+        self.spec, self.seed = spec, seed
+        self.baselines = {"always 1": 1 / 6}
+
+    def encoder(self) -> nn.Module:
+        return nn.Identity()
+
+    def readout(self, output_size: int) -> nn.Module:
+        return kaiming_linear(output_size, 1)
+
+    def batch(self, step: int, size: int) -> Batch:
+        values, marks = self._train
+        epoch, index = divmod(step, max(1, len(values) // size))  # the odd rows of an epoch sit it out
+        rows = self._order(epoch)[index * size : (index + 1) * size]
+        return Batch(*sequences(values[rows], marks[rows]))
+
+    def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:
+        return nn.functional.mse_loss(predict(model, batch.inputs), batch.targets), None
+
+    def evaluate(self, model: Model, split: Split) -> dict[str, float]:
+        values, marks = self._draw(split, getattr(self.spec, split))
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in torch.arange(len(values)).split(EVALUATION_ROWS):
+            inputs, targets = sequences(values[rows], marks[rows])
+            total += (predict(model, inputs) - targets).double().square().sum()
+        return {self.metric: total.item() / len(values)}
+
+    @cached_property
+    def _train(self) -> tuple[Tensor, Tensor]:
+        return self._draw("train", self.spec.train)
+
+    def _draw(self, split: str, count: int) -> tuple[Tensor, Tensor]:
+        """Values [count, T] and the two marked steps [count, 2] of a split."""
+        random = generator(self.seed, "adding", split)
+        length = self.spec.length
+        half = max(1, length // 2 - 1)
+        values = torch.rand(count, length, generator=random)
+        first = torch.randint(0, half, (count,), generator=random)
+        second = torch.randint(half, length, (count,), generator=random)
+        return values, torch.stack((first, second), 1)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch != self._epoch[0]:
+            order = torch.randperm(self.spec.train, generator=generator(self.seed, "adding", "order", epoch))
+            self._epoch = (epoch, order)
+        return self._epoch[1]
+
+    _epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+
+def sequences(values: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [T, B, 2] and targets [B] of values [B, T] whose steps `marks` [B, 2] are marked."""
+    marked = torch.zeros_like(values).scatter_(1, marks, 1.0)
+    return torch.stack((values, marked), -1).transpose(0, 1).contiguous(), values.gather(1, marks).sum(1)
+
+
+def predict(model: Model, inputs: Tensor) -> Tensor:
+    """The prediction [B] at the last step."""
+    y, _ = model.features(inputs)
+    return model.readout(y[-1])[:, 0]
+
+
+def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A read-out initialized as in arXiv 2209.14439: weight Kaiming normal, bias 0."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.kaiming_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,124 @@
+"""The protocol of a task: what it feeds a cell, what it asks of it, and how it scores the answer."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.registry import Options
+from atn_norms.trees import Tree
+
+Split = Literal["validation", "test"]
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A random generator of its own for each purpose of one seed, so that no draw shifts another.
+
+    | symbol | meaning |
+    |---|---|
+    | `seed` | the trial's seed |
+    | `purpose` | what the numbers are for, such as `"train"` and an epoch |
+
+    >>> a, b, c = (torch.rand(1, generator=generator(0, *p)).item() for p in [("train", 1), ("train", 1), ("test",)])
+    >>> a == b, a == c
+    (True, False)
+    """
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+class Batch(NamedTuple):
+    """What one training step sees: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh."""
+
+    inputs: Tensor
+    targets: Tensor
+    fresh: bool = True
+
+
+class Model(nn.Module):
+    """Encoder, recurrent layer, read-out: outputs [T, B, ...] and the state to carry on from, for inputs [T, B, ...].
+
+    `layer` is a `Recurrent` (time first); `state` is its nested tuple of tensors, None to start afresh.
+    """
+
+    def __init__(self, encoder: nn.Module, layer: Any, readout: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.layer, self.readout = encoder, layer, readout
+
+    def features(self, inputs: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
+        """The layer's outputs [T, B, output_size], before the read-out, and its state after them."""
+        return self.layer.unroll(self.encoder(inputs), state)
+
+    def forward(self, inputs: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
+        y, state = self.features(inputs, state)
+        return self.readout(y), state
+
+
+class Task(ABC):
+    """A problem for one seed: batches to train on, and two splits to be judged by.
+
+    | symbol | meaning |
+    |---|---|
+    | `input_size` | features the encoder hands to the layer at each step |
+    | `batch_size` | sequences per training step where the study says nothing |
+    | `metric` | name and unit of the score; smaller is better |
+    | `metric_per_loss` | what one unit of `loss` is in units of the metric, for the training curve |
+    | `baselines` | what trivial predictors score on the test split: name -> value of the metric |
+
+    Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
+    whenever it is asked, which is what lets a killed trial resume bit for bit.
+    """
+
+    input_size: int
+    batch_size: int
+    metric: str
+    goal: ClassVar[Literal["min"]] = "min"
+    metric_per_loss: float = 1.0
+    baselines: dict[str, float]
+
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """A fresh module from inputs [T, B, ...] to [T, B, input_size], drawn from torch's global generator."""
+
+    @abstractmethod
+    def readout(self, output_size: int) -> nn.Module:
+        """A fresh module from the layer's outputs to predictions, drawn from torch's global generator."""
+
+    @abstractmethod
+    def batch(self, step: int, size: int) -> Batch:
+        """The batch of training step `step` = 0, 1, ... with `size` sequences."""
+
+    @abstractmethod
+    def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:
+        """The loss of a batch, and what the next batch starts from (detached; None where nothing is carried)."""
+
+    @abstractmethod
+    def evaluate(self, model: Model, split: Split) -> dict[str, float]:
+        """Score a model, in evaluation mode and without gradients, on a whole split: `{metric: value}` and more."""
+
+
+class TaskSpec(Options, ABC):
+    """Options of a task: a frozen model with a `kind`, which builds the task for a seed."""
+
+    family: ClassVar[str | None] = "task"
+    kind: str
+
+    @abstractmethod
+    def build(self, seed: int) -> Task:
+        """The task these options describe, for one seed."""
+
+    def data(self) -> dict[str, str]:
+        """Content hashes of what the task reads: option -> `sha256:...`; empty for a synthetic task.
+
+        A trial is identified by these hashes in place of the options they belong to, so a file may move.
+        Errors: `SpecError` naming the option and the file that cannot be read.
+        """
+        return {}
+
+    def refuses(self, layer: Any) -> str | None:
+        """Why this task cannot train a layer (a `LayerSpec`), in one sentence; None when it can."""
+        return None
