@@ -126,7 +126,7 @@ class LayerNormSpec(NormSpec):
     """Options of `LayerNorm`."""
 
     kind: Literal["layer"] = "layer"
-    eps: float = Field(1e-5, ge=0, description="added to the variance, inside the root")
+    eps: float = Field(default=1e-5, ge=0, description="added to the variance, inside the root")
 
     def build(self, features: int) -> LayerNorm:
         return LayerNorm(features, eps=self.eps)
@@ -183,8 +183,8 @@ class RMSNormSpec(NormSpec):
     """Options of `RMSNorm`."""
 
     kind: Literal["rms"] = "rms"
-    eps: float = Field(1e-5, ge=0, description="added to the mean square, inside the root")
-    bias: bool = Field(False, description="whether to learn a shift too")
+    eps: float = Field(default=1e-5, ge=0, description="added to the mean square, inside the root")
+    bias: bool = Field(default=False, description="whether to learn a shift too")
 
     def build(self, features: int) -> RMSNorm:
         return RMSNorm(features, eps=self.eps, bias=self.bias)
@@ -332,10 +332,14 @@ class BatchNormSpec(NormSpec):
     """Options of `BatchNorm`."""
 
     kind: Literal["batch"] = "batch"
-    eps: float = Field(1e-5, ge=0, description="added to the variance, inside the root")
-    momentum: float | None = Field(0.1, gt=0, le=1, description="weight of one update; null: mean of all updates")
-    max_steps: int | None = Field(None, ge=1, description="one population per step up to here; null: one for all")
-    initial_gain: float = Field(1.0, description="what the gain starts at (0.1 in arXiv 1603.09025)")
+    eps: float = Field(default=1e-5, ge=0, description="added to the variance, inside the root")
+    momentum: float | None = Field(
+        default=0.1, gt=0, le=1, description="weight of one update; null: mean of all updates"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="one population per step up to here; null: one for all"
+    )
+    initial_gain: float = Field(default=1.0, description="what the gain starts at (0.1 in arXiv 1603.09025)")
 
     def build(self, features: int) -> BatchNorm:
         return BatchNorm(

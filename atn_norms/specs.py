@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Where = Callable[[tuple[Any, ...]], str]
 Position = tuple[int, int]  # line and column, from 1
+Locate = Callable[[tuple[Any, ...]], Position | None]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -98,12 +99,29 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
     Errors: `SpecError`.
     """
     file = Path(path)
+    reader = _reader(file)
+    return _parsed(_text(file), file, reader)
+
+
+def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
+    """Read a text as `read` reads a file of this name.
+
+    >>> parse("norm: {kind: layer}", "example.yaml")[0]
+    {'norm': {'kind': 'layer'}}
+    """
+    return _parsed(text, Path(name), _reader(Path(name)))
+
+
+def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".toml": _read_toml}
     if file.suffix.lower() not in readers:
         raise SpecError(f"{file}: unknown kind of file {file.suffix!r}; known: {', '.join(readers)}")
-    text = _text(file)
+    return readers[file.suffix.lower()]
+
+
+def _parsed(text: str, file: Path, reader: Callable[[str], tuple[Any, Locate]]) -> tuple[dict[str, Any], Where]:
     try:
-        data, locate = readers[file.suffix.lower()](text)
+        data, locate = reader(text)
     except _Misplaced as error:
         raise SpecError(f"{_place(file, error.position)}: {error}") from None
     except RecursionError:
@@ -149,7 +167,7 @@ def _position(text: str, index: int) -> Position:
     return text.count("\n", 0, index) + 1, index - line_start + 1
 
 
-def _read_yaml(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+def _read_yaml(text: str) -> tuple[Any, Locate]:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError
     from ruamel.yaml.reader import ReaderError
@@ -196,7 +214,7 @@ def _yaml_below(node: Any, step: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _read_json(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+def _read_json(text: str) -> tuple[Any, Locate]:
     try:
         data = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -246,7 +264,7 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
     return starts
 
 
-def _read_toml(text: str) -> tuple[Any, Callable[[tuple[Any, ...]], Position | None]]:
+def _read_toml(text: str) -> tuple[Any, Locate]:
     try:
         return tomllib.loads(text), lambda path: None
     except tomllib.TOMLDecodeError as error:

@@ -29,9 +29,13 @@ class Placement(Options):
     | | `normed` | the normed cell state is what the next step sees |
     """
 
-    sum: Literal["separate", "joint"] = Field("separate", description="norms of W x and U h: two, or one of their sum")
-    gates: Literal["joint", "per_gate"] = Field("joint", description="statistics over all gates, or gate by gate")
-    carry: Literal["raw", "normed"] = Field("raw", description="the cell state that the next step sees")
+    sum: Literal["separate", "joint"] = Field(
+        default="separate", description="norms of W x and U h: two, or one of their sum"
+    )
+    gates: Literal["joint", "per_gate"] = Field(
+        default="joint", description="statistics over all gates, or gate by gate"
+    )
+    carry: Literal["raw", "normed"] = Field(default="raw", description="the cell state that the next step sees")
 
 
 @dataclass(frozen=True)

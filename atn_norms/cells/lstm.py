@@ -72,7 +72,7 @@ class LSTMSpec(CellSpec):
     """Options of the LSTM."""
 
     kind: Literal["lstm"] = "lstm"
-    proj_size: int = Field(0, ge=0, description="features of the projected output; 0: no projection")
+    proj_size: int = Field(default=0, ge=0, description="features of the projected output; 0: no projection")
 
     def build(self, hidden_size: int, placement: Placement) -> LSTMEquations:
         if self.proj_size >= hidden_size:

@@ -44,7 +44,7 @@ class RNNSpec(CellSpec):
     """Options of the vanilla RNN."""
 
     kind: Literal["rnn"] = "rnn"
-    nonlinearity: Literal["tanh", "relu"] = Field("tanh", description="the activation")
+    nonlinearity: Literal["tanh", "relu"] = Field(default="tanh", description="the activation")
 
     def build(self, hidden_size: int, placement: Placement) -> RNNEquations:
         refuse(placement, "rnn", carry="an RNN carries its output and nothing else")

@@ -44,7 +44,9 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _python() -> Check:
-    finding = f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()} {platform.system()}"
+    finding = (
+        f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()} {platform.system()}"
+    )
     return Check("python", "ok", f"{finding}, {os.cpu_count()} cores")
 
 

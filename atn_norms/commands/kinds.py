@@ -30,20 +30,22 @@ def list_kinds(
             raise SpecError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
     chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES)}
     if as_json:
-        print_json({
-            plural: [
-                {
-                    "kind": kind,
-                    "summary": summary(entry.spec),
-                    "distribution": entry.distribution,
-                    "version": entry.version,
-                    "plugin": entry.plugin,
-                    "options": options(entry.spec),
-                }
-                for kind, entry in registry.kinds(family).items()
-            ]
-            for plural, family in chosen.items()
-        })
+        print_json(
+            {
+                plural: [
+                    {
+                        "kind": kind,
+                        "summary": summary(entry.spec),
+                        "distribution": entry.distribution,
+                        "version": entry.version,
+                        "plugin": entry.plugin,
+                        "options": options(entry.spec),
+                    }
+                    for kind, entry in registry.kinds(family).items()
+                ]
+                for plural, family in chosen.items()
+            }
+        )
         return
     for plural, family in chosen.items():
         rows = [

@@ -124,3 +124,45 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
     if failed:
         typer.echo(f"{len(failed)} trials failed; see atn-norms status {folder}", err=True)
         raise typer.Exit(1)
+
+
+def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
+    total = len(record.trials)
+    axes = " x ".join([f"{name} {{{', '.join(labels)}}}" for name, labels in record.axes.items()])
+    seeds = len({trial.seed for trial in record.trials})
+    print(f"study {record.name!r}: {', '.join(record.tasks)}; {axes or 'one point'}; {seeds} seeds; {total} trials")
+    print(f"folder: {folder}")
+    if not left:
+        print("every trial is done already")
+        return
+    where = f"on {scheduler}" if scheduler else f"in {workers} processes" if workers else "in this process"
+    print(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on")
+
+
+def _list_trials(plan: Plan, as_json: bool) -> None:
+    from atn_norms.commands.progress import called
+
+    trials = [{"id": each.id, "points": list(each.points), "trial": each.trial} for each in plan.trials]
+    if as_json:
+        print_json({"name": plan.name, "trials": trials})
+        return
+    rows = [
+        (each.id, each.trial["seed"], each.trial["train"]["steps"], "; ".join(map(called, each.points)))
+        for each in plan.trials
+    ]
+    print_table(f"study {plan.name!r}: {len(rows)} trials", ("trial", "seed", "steps", "points"), rows)
+
+
+def _report(record: StudyRecord, folder: Path, as_json: bool) -> None:
+    from atn_norms.ablation.report import table, write
+
+    written = write(record, folder / "report")
+    if as_json:
+        print_json(
+            {"name": record.name, "folder": str(folder), "table": table(record), "report": list(map(str, written))}
+        )
+        return
+    rows = table(record)
+    print_table(f"results of {record.name!r}", tuple(rows[0]) if rows else (), [tuple(row.values()) for row in rows])
+    page = next((path for path in written if path.suffix == ".html"), folder / "report")
+    print(f"\nreport: {page}")

@@ -168,10 +168,8 @@ class Recurrent(CellHost):
     def hidden(self, state: Tree) -> Any:
         """The part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
         cells = [cell for layer in state for cell in layer]
-        carried: tuple[Tensor, ...] = tuple(
-            torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True)
-        )
-        return carried if len(carried) > 1 else carried[0]
+        h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
+        return (h, *others) if others else h
 
     def _run(self, xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
         """Every layer in turn, time first."""

@@ -82,10 +82,10 @@ class LayerSpec(Options):
     cell: Annotated[CellSpec, Open("cell")]
     input_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    num_layers: int = Field(1, ge=1)
+    num_layers: int = Field(default=1, ge=1)
     bias: bool = True
     batch_first: bool = False
-    dropout: float = Field(0.0, ge=0, le=1)
+    dropout: float = Field(default=0.0, ge=0, le=1)
     bidirectional: bool = False
     norm: Annotated[NormSpec | NormSites | None, Open("normalizer", _norms, _sites_schema("norm"))] = None
     window: Annotated[WindowSpec | WindowSites, Open("window", _windows, {"type": "integer", "minimum": 1})] = Field(
