@@ -15,24 +15,26 @@ from atn_norms.commands.console import example
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-COMMANDS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+# name: the function (its docstring is the help), the line in the overview, examples
+COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "ablate": (
         studies.ablate,
+        "Train and compare every point of a study.",
         ("atn-norms ablate", "atn-norms ablate study.yaml --set train.steps=500 --set seeds=5 --workers 4"),
     ),
-    "resume": (studies.resume, ("atn-norms resume studies/built-in-1a2b3c4d",)),
-    "status": (studies.status, ("atn-norms status studies/built-in-1a2b3c4d",)),
-    "report": (studies.report, ("atn-norms report studies/built-in-1a2b3c4d",)),
-    "list": (kinds.list_kinds, ("atn-norms list normalizers windows",)),
-    "plugins": (kinds.plugins, ("atn-norms plugins", "ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins")),
-    "show": (models.show, ("atn-norms show model.yaml",)),
-    "schema": (kinds.schema, ("atn-norms schema model --out model.schema.json",)),
-    "init": (files.init, ("atn-norms init study.yaml",)),
-    "doctor": (health.doctor, ("atn-norms doctor",)),
+    "resume": (studies.resume, "Go on with a study.", ("atn-norms resume studies/my-study",)),
+    "status": (studies.status, "Say how far a study is.", ("atn-norms status studies/my-study",)),
+    "report": (studies.report, "Make a study's report anew.", ("atn-norms report studies/my-study",)),
+    "list": (kinds.list_kinds, "List usable kinds and their options.", ("atn-norms list normalizers windows",)),
+    "plugins": (kinds.plugins, "Show the plugins.", ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",)),
+    "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
+    "schema": (kinds.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
+    "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml",)),
+    "doctor": (health.doctor, "Check what works here.", ("atn-norms doctor",)),
 }
 
-for _name, (_command, _examples) in COMMANDS.items():
-    app.command(_name, epilog=example(*_examples), no_args_is_help=False)(_command)
+for _name, (_command, _short, _examples) in COMMANDS.items():
+    app.command(_name, short_help=_short, epilog=example(*_examples))(_command)
 
 
 @app.callback(invoke_without_command=True, epilog=example("atn-norms init", "atn-norms ablate study.yaml"))
@@ -62,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in options
     given = [word for word in options if word != "--debug"] + given[len(options) :]
     try:
-        code = typer.main.get_command(app).main(given, prog_name="atn-norms", standalone_mode=False)
+        command = typer.main.get_command(app)
+        with command.make_context("atn-norms", given) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return _say("stopped", 130)
     except BrokenPipeError:

@@ -55,7 +55,7 @@ def _list_to_tuple(value: object) -> object:
 
 
 def _relax(schema: Any) -> Any:
-    """Let every tuple of a core schema take a list, and every model a mapping; all else stays strict."""
+    """Let every tuple of a core schema take a list; all else stays as strict as it is."""
     if isinstance(schema, list):
         return [_relax(item) for item in schema]
     if isinstance(schema, tuple):  # choices of a union come as (schema, label)
@@ -65,11 +65,14 @@ def _relax(schema: Any) -> Any:
     if schema.get("type") == "function-before" and schema["function"].get("function") is _list_to_tuple:
         return schema  # of an options model inside this one, relaxed when that one was built
     relaxed = {key: value if key in ("metadata", "serialization") else _relax(value) for key, value in schema.items()}
-    if relaxed.get("type") == "model":
-        relaxed["strict"] = False
     if relaxed.get("type") == "tuple":
         return core_schema.no_info_before_validator_function(_list_to_tuple, relaxed)  # type: ignore[arg-type]
     return relaxed
+
+
+def _whole(schema: CoreSchema) -> CoreSchema:
+    """Wrap a schema so that a JSON schema handler minds its own metadata too, which it skips at the top."""
+    return core_schema.definitions_schema(schema, [])
 
 
 class Options(BaseModel):
@@ -167,7 +170,7 @@ class Registry:
     >>> own.lookup("normalizer", "identiti")
     Traceback (most recent call last):
     ...
-    atn_norms.registry.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
+    atn_norms.problems.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
     """
 
     def __init__(self, loader: str | None = None) -> None:
@@ -302,7 +305,7 @@ class Open:
     The registry is asked when a value is validated, when a schema is written, and never when the class is built.
     Taken are: a spec of the family, registered or not; a kind's name, for its default options; a mapping with `kind`
     and that kind's own options; and whatever `shorthand` turns into one of these. A field that allows
-    None (`Annotated[NormSpec | None, ...]`) takes None too, and so does `shorthand` when it returns None.
+    None (`Annotated[NormSpec | None, ...]`) takes None and `"none"` too.
 
     Symbols: `family` one of normalizer, window, cell, task; `shorthand` value -> value, applied to all but specs;
     `shorthand_schema` what it takes, as JSON schema.
@@ -317,7 +320,6 @@ class Open:
         nullable = type(None) in get_args(source)
         return core_schema.no_info_plain_validator_function(
             lambda value: self.resolve(value, nullable),
-            serialization=core_schema.simple_ser_schema("any"),  # dump the model that is there, not the declared one
             metadata={"pydantic_js_functions": [lambda _, handler: self._json_schema(handler, nullable)]},
         )
 
@@ -330,6 +332,8 @@ class Open:
             if self._accepts(value, nullable):
                 return value
         if isinstance(value, str):
+            if nullable and value == "none":
+                return None
             return self._model(value, ()).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
@@ -358,13 +362,14 @@ class Open:
     def _json_schema(self, handler: GetJsonSchemaHandler, nullable: bool) -> JsonSchemaValue:
         kinds = self.source.kinds(self.family)
         bare = [kind for kind, entry in kinds.items() if not _needs_options(entry.spec)]
+        bare += ["none"] if nullable else []
         choices: list[dict[str, Any]] = [{"enum": bare}] if bare else []
         if self.family in _showing.get():  # a kind that holds another of its family: name the kinds and stop
             kind = {"properties": {"kind": {"enum": list(kinds)}}, "required": ["kind"], "type": "object"}
             return {"anyOf": [*choices, kind]}
         token = _showing.set(_showing.get() | {self.family})
         try:
-            models = [handler(entry.spec.__pydantic_core_schema__) for entry in kinds.values()]
+            models = [handler(_whole(entry.spec.__pydantic_core_schema__)) for entry in kinds.values()]
         finally:
             _showing.reset(token)
         choices += [{"allOf": [model], "required": ["kind"]} for model in models]

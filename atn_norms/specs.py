@@ -247,9 +247,8 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
             path.pop()
             expects_key = False
         elif kind == ",":
-            index = path[-1]
-            expects_key = not isinstance(index, int)
-            path[-1] = None if expects_key else index + 1
+            expects_key = not isinstance(path[-1], int)
+            path[-1] = path[-1] + 1 if isinstance(path[-1], int) else None
         elif expects_key:
             path[-1] = json.loads(kind)
             if tuple(path) in starts:

@@ -11,11 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from .records import StudyRecord, TrialRecord
+from atn_norms.ablation.records import Status, StudyRecord, TrialRecord
 
 RESAMPLES = 10_000
 ENOUGH_SEEDS = 5
 COVERAGE = 0.95
+EXPLODED = 1e30  # beside a loss of this size no mean and no axis can show the others
 
 Verdict = Literal["better", "worse", "undecided", "too few seeds"]
 Cell = tuple[tuple[str, str], ...]
@@ -56,14 +57,22 @@ def bootstrap(values: Sequence[float]) -> Interval | None:
 def score(trial: TrialRecord, metric: str) -> float | None:
     """The trial's test metric; infinity where it diverged, so that it ranks last; None where it has no outcome.
 
-    A trial that ended with a metric that is not a number diverged too, whatever its status says.
+    A trial that ended with a metric that is no number, or beyond 1e30, diverged too, whatever its status says.
     """
     if trial.status == "diverged":
         return math.inf
     if trial.status != "done" or trial.result is None:
         return None
     value = trial.result.get("metrics", {}).get("test", {}).get(metric)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
+    return float(value) if isinstance(value, int | float) and abs(value) < EXPLODED else math.inf
+
+
+def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
+    """The trial's status, where one that ended with a metric out of all bounds counts as diverged."""
+    task = trial.points[0].get("task", "") if trial.points else ""
+    if trial.status != "done" or task not in record.tasks:
+        return trial.status
+    return "diverged" if score(trial, record.tasks[task].metric) == math.inf else "done"
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,17 @@ class Point:
 class Difference:
     """A point against its reference, paired by seed.
 
-        mean = 1/n sum_s (point_s - reference_s)                   over the n seeds where both scores are finite
-        improvement = 1/m sum_s [point_s < reference_s] + [point_s = reference_s] / 2    over the m seeds where both have one
+        mean        = 1/n sum_s (point_s - reference_s)                                    (derived)
+        improvement = 1/m sum_s [point_s < reference_s] + [point_s = reference_s] / 2
 
-    The difference has the metric's unit and is negative where the point is better. A diverged trial cannot enter a mean but loses its
-    comparison, so it counts in the probability of improvement and forbids the verdict it would otherwise flatter.
+    | field         | meaning                                                                                 |
+    |---------------|-----------------------------------------------------------------------------------------|
+    | `mean`        | in the metric's unit, negative where the point is better; NaN without a pair            |
+    | `interval`    | its bootstrap interval; None below two pairs                                            |
+    | `pairs`       | n, the seeds where both scores are finite                                               |
+    | `improvement` | probability of improvement, 0 to 1; a diverged trial loses, two of them tie             |
+    | `ranked`      | m, the seeds where both have an outcome                                                 |
+    | `diverged`    | of these, how many times the point diverged; `reference_diverged`: how many times the other |
     """
 
     reference: Point
@@ -155,7 +170,7 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What may be claimed: a direction needs five pairs, an interval without zero, and no divergence of the winner."""
+        """What may be claimed: five pairs, an interval without zero, and a winner that never diverged."""
         if self.pairs < ENOUGH_SEEDS or self.interval is None:
             return "too few seeds"
         if self.interval.high < 0 and not self.diverged:
@@ -195,8 +210,8 @@ class Comparison:
 def compare(record: StudyRecord, baseline: Mapping[str, str] | None = None) -> tuple[Comparison, ...]:
     """Compare every point of every task with the point that has the baseline's labels and is otherwise the same.
 
-    `baseline`: axis -> label; the study's own when None. Axes it does not name are matched: `{"norm": "none"}` compares a GRU with the
-    un-normalized GRU. Points without such a partner have no difference.
+    `baseline`: axis -> label; the study's own when None. Axes it does not name are matched: `{"norm": "none"}` compares
+    a GRU with the un-normalized GRU. Points without such a partner have no difference.
     """
     named = record.baseline if baseline is None else baseline
     return tuple(_compare_task(record, task, named) for task in record.tasks)

@@ -1,4 +1,4 @@
-"""Runs the trials of a study's folder: in this process, in local ones, or on a cluster; the store says what came of it."""
+"""Runs the trials of a study's folder, here, in local processes or on a cluster; the store says what came of it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from atn_norms.ablation.trial import run_trial
 from atn_norms.registry import SpecError
 
 POLL = 0.5  # seconds between looks at the store
+WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,15 @@ class Event:
 
     | field | meaning |
     |---|---|
-    | `kind` | `started`, `step` (some steps further), `done`, `diverged` or `failed` |
+    | `kind` | `started`, `step` (further on), `done`, `diverged`, `failed`, or `busy` (another process has it) |
     | `trial` | its id |
     | `point` | the first grid point it answers, and its seed: what to call it |
     | `step`, `steps` | training steps taken, and in all |
     | `finished`, `total` | trials of the study that are over (done, diverged or failed), and all of them |
-    | `message` | why it failed, one line |
+    | `message` | why it failed or is busy, one line |
     """
 
-    kind: Literal["started", "step", "done", "diverged", "failed"]
+    kind: Literal["started", "step", "done", "diverged", "failed", "busy"]
     trial: str
     point: dict[str, str]
     step: int
@@ -63,9 +64,9 @@ def run(
     A trial that raises, or kills its worker, becomes a failed trial and the others go on. `KeyboardInterrupt` stops
     the workers and passes on; run again to continue.
 
-    Errors: `SpecError` for a bad argument or where Dask is missing; `StoreError` where the folder cannot be used (`Busy`:
-    another run is at it); `OSError` where the scheduler cannot be reached.
-    """  # noqa: E501
+    Errors: `SpecError` for a bad argument, where Dask is missing or its scheduler out of reach; `StoreError` where the
+    folder cannot be used (`Busy`: another run is at it).
+    """
     if workers < 0:
         raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
     store = StudyFolder(folder)
@@ -109,8 +110,14 @@ class _Progress:
             if curve:
                 self.step(trial, curve[-1]["step"])
 
-    def ended(self, trial: str, trouble: str = "") -> None:
+    def ended(self, trial: str, told: dict[str, str]) -> None:
         """Read from the store how a trial ended; `trouble` is what is known where the store says nothing."""
+        if "unusable" in told:
+            raise StoreError(told["unusable"])
+        if "busy" in told:
+            self._tell("busy", trial, told["busy"])
+            return
+        trouble = told.get("trouble", "")
         self.over += 1
         folder = self.store.trial(trial)
         result = folder.result()
@@ -134,9 +141,9 @@ class _Progress:
 def work(job: str) -> str:
     """Train one trial, in whatever process this is; everything comes as JSON and goes to the store.
 
-    `job` holds `folder`, `trial` and the `versions` of the process that asked. Returns JSON: `{}`, or `unusable` with the reason
-    why the store cannot be written, which ends the run.
-    """  # noqa: E501
+    `job` holds `folder`, `trial` and the `versions` of the process that asked. Returns JSON: `{}`, `busy` where another
+    process has the trial, or `unusable` with the reason why the store cannot be written, which ends the run.
+    """
     asked = json.loads(job)
     return json.dumps(_attempt(StudyFolder(asked["folder"]), asked["trial"], asked["versions"], None))
 
@@ -152,9 +159,11 @@ def _attempt(
         if here != wanted:
             raise SpecError(f"this worker has {differences(wanted, here)}; install the same versions everywhere")
         run_trial(folder, on_step, here)
+    except Busy as error:
+        return {"busy": str(error)}
     except StoreError as error:
-        return {"trouble": str(error)} if isinstance(error, Busy) else {"unusable": str(error)}
-    except Exception as error:
+        return {"unusable": str(error)}
+    except Exception as error:  # noqa: BLE001 - a trial may fail in any way, and the others go on
         try:
             folder.fail(_line(error), traceback.format_exc())
         except StoreError as trouble:
@@ -167,9 +176,7 @@ def _run_here(store: StudyFolder, progress: _Progress) -> None:
     for trial in progress.todo:
         progress.started(trial)
         told = _attempt(store, trial, here, lambda step, trial=trial: progress.step(trial, step))
-        if "unusable" in told:
-            raise StoreError(told["unusable"])
-        progress.ended(trial, told.get("trouble", ""))
+        progress.ended(trial, told)
 
 
 def _run_with_dask(store: StudyFolder, progress: _Progress, workers: int, scheduler: str | None) -> None:
@@ -186,42 +193,44 @@ def _run_with_dask(store: StudyFolder, progress: _Progress, workers: int, schedu
                     future = client.submit(work, job, key=f"{trial}-{time.time_ns()}", pure=False)
                     running[future] = trial
                     progress.started(trial)
-                _wait(running)
+                _wait(client, running)
                 progress.look(list(running.values()))
                 for future in [future for future in running if future.done()]:
-                    told = _told(future)
-                    if "unusable" in told:
-                        raise StoreError(told["unusable"])
-                    progress.ended(running.pop(future), told.get("trouble", ""))
+                    progress.ended(running.pop(future), _told(future))
         finally:
             client.cancel(list(running))
 
 
-def _wait(running: Iterable[Any]) -> None:
+def _wait(client: Any, running: Iterable[Any]) -> None:
     """Until a trial ends, but no longer than it takes until the next look."""
     from distributed import wait
 
-    if not running:  # no worker yet
-        time.sleep(POLL)
+    if client.status != "running":
+        raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept, and resume goes on")
+    if running:
+        with contextlib.suppress(TimeoutError):
+            wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED")
         return
-    with contextlib.suppress(TimeoutError):
-        wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED")
+    try:
+        client.wait_for_workers(1, timeout=WORKERLESS)
+    except TimeoutError:
+        raise SpecError(f"the Dask scheduler has had no worker for {WORKERLESS:.0f} s; start some") from None
 
 
 def _told(future: Any) -> dict[str, str]:
     """What the worker said about an attempt, or what Dask says in its place."""
     try:
         return json.loads(future.result())
-    except Exception as error:  # whatever killed the worker or kept it from starting: the trial failed, others go on
+    except Exception as error:  # noqa: BLE001 - whatever Dask raises, this trial failed and the others go on
         if type(error).__name__ == "KilledWorker":
-            return {"trouble": "its worker process died twice while training it (out of memory, or a crash); see log.txt"}
+            return {"trouble": "its worker process died twice while training it (out of memory, or a crash)"}
         return {"trouble": f"its worker could not train it: {_line(error)}"}
 
 
 @contextlib.contextmanager
 def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
     try:
-        import dask
+        from dask import config
         from distributed import Client, LocalCluster
     except ModuleNotFoundError as error:
         raise SpecError(
@@ -237,7 +246,7 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
         "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
     }
-    with dask.config.set(settings), contextlib.ExitStack() as stack:
+    with config.set(settings), contextlib.ExitStack() as stack:
         if scheduler is None:
             cluster: Any = stack.enter_context(
                 LocalCluster(
@@ -245,13 +254,22 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
                     threads_per_worker=1,
                     processes=True,
                     memory_limit=0,
-                    dashboard_address=None,
+                    dashboard_address=None,  # type: ignore[arg-type]
                     silence_logs=logging.CRITICAL,
                 )
             )
             yield stack.enter_context(Client(cluster))
         else:
-            yield stack.enter_context(Client(scheduler, timeout=10))
+            yield stack.enter_context(_connected(scheduler))
+
+
+def _connected(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"scheduler: {scheduler} cannot be reached ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic durable writes, locks that die with their holder, errors that name the file."""
+"""Files that are whole or absent: durable atomic writes, locks that die with their holder, errors that say where."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def defaults(kind: str) -> dict[str, Any]:
 
 
 def resolve(value: Any) -> dict[str, Any]:
-    """Fill in an optimizer given by name or as a mapping with `kind`.
+    """Fill in an optimizer given by name or as a mapping with `kind` (adam where there is none).
 
     Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value
     unlike torch's default, or one that torch refuses.
@@ -55,8 +55,8 @@ def resolve(value: Any) -> dict[str, Any]:
     """
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping with `kind`, got {value!r}")])
-    kind = value.get("kind")
+        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {value!r}")])
+    kind = value.get("kind", "adam")
     if not isinstance(kind, str) or kind not in kinds():
         known = f"known: {', '.join(kinds())}{hint(kind, kinds())}"
         raise invalid("optimizer", [Problem(("kind",), f"unknown optimizer {kind!r}; {known}")])
@@ -86,7 +86,8 @@ def resolve(value: Any) -> dict[str, Any]:
 def make(resolved: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that `resolve` described, over some parameters."""
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in resolved.items() if name != "kind"}
-    return kinds()[resolved["kind"]](parameters, **options)
+    optimizer: Any = kinds()[resolved["kind"]]
+    return optimizer(parameters, **options)
 
 
 def _lower(item: tuple[str, object]) -> str:
@@ -115,3 +116,11 @@ def _alike(given: Any, default: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": list(kinds())},
+        {"type": "object", "properties": {"kind": {"enum": list(kinds())}}},
+    ]
+}

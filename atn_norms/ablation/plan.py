@@ -171,19 +171,19 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 def _assign(data: Any, path: list[str], value: Any, name: str) -> None:
     for depth, key in enumerate(path):
         inside = ".".join(path[:depth])
+        step: Any = key
         if isinstance(data, list):
             if not key.isdigit() or int(key) >= len(data):
                 raise SpecError(f"--set {name}: {inside} is a list of {len(data)}; got {key!r} for an index")
-            step: Any = int(key)
-        elif isinstance(data, dict):
-            step = key
-        else:
+            step = int(key)
+        elif not isinstance(data, dict):
             raise SpecError(f"--set {name}: {inside} is {data!r}, which has no {key!r}")
         if depth == len(path) - 1:
             data[step] = value
             return
-        if isinstance(data, dict) and isinstance(data.get(step), str) and data[step] != "none":
-            data[step] = {"kind": data[step]}  # a kind with default options, now about to get one
-        elif isinstance(data, dict) and data.get(step) in (None, "none"):
+        inner = data[step] if isinstance(data, list) else data.get(step)
+        if inner is None or inner == "none":
             data[step] = {}
+        elif isinstance(inner, str):
+            data[step] = {"kind": inner}  # a kind with default options, now about to get one
         data = data[step]

@@ -27,7 +27,7 @@ class TrialRecord:
     | `points` | the grid points it answers: axis name -> label, and `task` -> label; several when points collapse   |
     | `seed`   | the seed, in the trial as well                                                                      |
     | `status` | `pending`, `running`, `done`, `diverged` (ended early by a loss that is not finite) or `failed`     |
-    | `result` | `result.json`: `trial`, `outcome`, `step`, `metrics` {split: {metric: value}}; None until it is done |
+    | `result` | `result.json`: `trial`, `outcome`, `step`, `metrics` {split: {metric: value}}, empty if it diverged |
     | `curve`  | `metrics.jsonl`: `step`, `train_loss`, `validation` (None where it was not measured)                |
     | `run`    | `run.json`: seconds, host, attempts; differs from machine to machine                                |
     | `error`  | `error.json`: `error` (one line), `traceback`; None unless the last attempt failed                  |
@@ -46,7 +46,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A whole study as its folder tells it; `axes` and `tasks` keep the order of the study file, trials that of the grid."""
+    """A whole study as its folder tells it; axes, tasks and trials in the order of the study file."""
 
     name: str
     study: dict[str, Any]

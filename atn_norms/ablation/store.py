@@ -1,8 +1,8 @@
 """A study's folder: the only truth about what is done, laid out so that a kill at any moment costs nothing finished.
 
-    DIR/study.yaml  study.resolved.json  environment.json  .lock
-    DIR/trials/ID/  trial.json  metrics.jsonl  checkpoint.pt  result.json  run.json  error.json  log.txt  .lock
-    DIR/report/     derived, always rebuildable
+DIR/study.yaml  study.resolved.json  environment.json  .lock
+DIR/trials/ID/  trial.json  metrics.jsonl  checkpoint.pt  result.json  run.json  error.json  log.txt  .lock
+DIR/report/     derived, always rebuildable
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from atn_norms.ablation.files import (
     StoreError,
     append,
+    canonical,
     held,
     locked,
     make_folder,
@@ -32,7 +33,7 @@ from atn_norms.ablation.records import Status, StudyRecord, TaskFacts, TrialReco
 from atn_norms.registry import SpecError
 
 if TYPE_CHECKING:
-    from atn_norms.ablation.study import Plan
+    from atn_norms.ablation.plan import Plan
 
 RESOLVED = "study.resolved.json"
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", ".lock"}
@@ -65,7 +66,6 @@ class TrialFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Declare the trial done: what belongs to it becomes durable first, `result.json` last."""
         sync(self.path / "metrics.jsonl")
-        remove(self.path / "error.json")
         write_json(self.path / "result.json", result)
         remove(self.path / "checkpoint.pt")
 
@@ -85,8 +85,6 @@ class TrialFolder:
 
     def measure(self, line: dict[str, Any]) -> None:
         """Add a line to the learning curve."""
-        from atn_norms.ablation.files import canonical
-
         append(self.path / "metrics.jsonl", canonical(line))
 
     def curve(self) -> list[dict[str, Any]]:
@@ -132,18 +130,27 @@ class TrialFolder:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             return checkpoint["state"], checkpoint["metrics"]
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # noqa: E501
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             self.log(f"checkpoint.pt cannot be read ({type(error).__name__}: {error}); starting over")
             return None, 0
 
     def tidy(self) -> None:
-        """Remove what a kill in the middle of a write left behind; only the holder of the lock may."""
+        """Remove what the last attempt left behind, half a write or an error; only the holder of the lock may."""
+        remove(self.path / "error.json")
         for left in self.path.glob(".*.tmp"):
             remove(left)
 
-    def status(self) -> Status:
-        """What these files say about the trial."""
-        result = self.result()
+    def status(self, result: dict[str, Any] | None) -> Status:
+        """What these files say about the trial, given what `result` said."""
         if result is not None:
             return "done" if result["outcome"] == "finished" else "diverged"
         if held(self.path / ".lock"):
@@ -152,18 +159,20 @@ class TrialFolder:
 
     def record(self, points: tuple[dict[str, str], ...]) -> TrialRecord:
         """Everything these files say."""
-        trial, error = self.trial(), self.path / "error.json"
-        status = self.status()
+        trial, result = self.trial(), self.result()
+        if not isinstance(trial.get("seed"), int) or not isinstance(trial.get("train"), dict):
+            raise StoreError(f"{self.path / 'trial.json'}: damaged, not a trial; remove it and run the study again")
+        status, error = self.status(result), self.path / "error.json"
         return TrialRecord(
             id=self.id,
             trial=trial,
             points=points,
             seed=trial["seed"],
             status=status,
-            result=self.result(),
+            result=result,
             curve=self.curve(),
             run=self.run() or None,
-            error=read_json(error) if status == "failed" and error.exists() else None,
+            error=read_json(error) if status == "failed" else None,
         )
 
 
@@ -175,7 +184,8 @@ class StudyFolder:
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the study; `Busy` when another run is at it."""
-        return locked(self.path / ".lock", f"{self.path}: another run is at work on this study; wait for it or stop it")
+        busy = f"{self.path}: another run is at work on this study; wait for it or stop it"
+        return locked(self.path / ".lock", busy, patience=0.0)
 
     def trial(self, identity: str) -> TrialFolder:
         """The folder of one trial."""
@@ -197,9 +207,9 @@ class StudyFolder:
             fresh = not (self.path / RESOLVED).exists()
             if fresh:
                 self._refuse_strangers()
-            elif self.resolved().get("key") != plan.key:
+            elif (there := self.resolved()).get("key") != plan.key:
                 raise SpecError(
-                    f"{self.path} holds another study ({self.resolved().get('name')!r}, key {self.resolved().get('key')}; "
+                    f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}; "
                     f"this one is {plan.name!r}, key {plan.key}); choose another folder"
                 )
             for planned in plan.trials:
@@ -214,9 +224,10 @@ class StudyFolder:
         return fresh
 
     def _refuse_strangers(self) -> None:
-        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in OURS and not p.name.endswith(".tmp"))
+        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in OURS and p.suffix != ".tmp")
         if strangers:
-            raise SpecError(f"{self.path} is not empty and not a study's folder (it holds {strangers[0]!r}); choose another")
+            holds = f"it holds {strangers[0]!r}"
+            raise SpecError(f"{self.path} is not empty and not a study's folder ({holds}); choose another")
 
     def load(self) -> StudyRecord:
         """Read everything; `StoreError` names a file that is damaged."""

@@ -5,9 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Annotated, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from atn_norms.ablation import optimizers
 from atn_norms.ablation.files import canonical
@@ -35,23 +47,16 @@ class TrainSpec(Options):
     | `threads` | threads of torch per trial | |
     """
 
-    steps: int = Field(1000, ge=1)
-    batch_size: int | None = Field(None, ge=1)
-    optimizer: Annotated[
-        dict[str, Any],
-        BeforeValidator(optimizers.resolve),
-        WithJsonSchema({
-            "anyOf": [
-                {"enum": list(optimizers.kinds())},
-                {"type": "object", "properties": {"kind": {"enum": list(optimizers.kinds())}}, "required": ["kind"]},
-            ]
-        }),
-    ] = Field(default="adam", validate_default=True)  # type: ignore[assignment]
-    clip: float | None = Field(None, gt=0)
-    eval_every: int | None = Field(None, ge=1)
-    log_every: int | None = Field(None, ge=1)
-    checkpoint_every: int | None = Field(None, ge=1)
-    threads: int = Field(1, ge=1)
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    optimizer: Annotated[dict[str, Any], BeforeValidator(optimizers.resolve), WithJsonSchema(optimizers.SCHEMA)] = (
+        Field(default_factory=lambda: optimizers.resolve("adam"))
+    )
+    clip: float | None = Field(default=None, gt=0)
+    eval_every: int | None = Field(default=None, ge=1)
+    log_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=1, ge=1)
 
     def filled(self, batch_size: int) -> dict[str, Any]:
         """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
@@ -62,6 +67,30 @@ class TrainSpec(Options):
 
 
 TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, Open("task")])
+
+
+class _Sections(Options):
+    """What the sections hold once they are resolved."""
+
+    model: LayerSpec
+    task: Annotated[TaskSpec, Open("task")]
+    train: TrainSpec
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Show a section in the JSON schema as the options it holds; what is required there, an axis may give instead."""
+
+    section: Literal["model", "task", "train"]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        sections = handler.resolve_ref_schema(handler(_Sections.__pydantic_core_schema__))
+        shown = dict(handler.resolve_ref_schema(sections["properties"][self.section]))
+        if self.section == "task":
+            return shown
+        shown["properties"] = {name: each for name, each in shown["properties"].items() if name != "input_size"}
+        shown.pop("required", None)
+        return shown
 
 
 class Point(NamedTuple):
@@ -100,12 +129,14 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
             if each in labels[:i]:
                 problems.append(Problem((name, i), f"{each} is there twice"))
         if name in (*SECTIONS, "tasks", "seeds", "seed"):
-            problems.append(Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section"))  # noqa: E501
+            problems.append(
+                Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section")
+            )
     paths = [axis_path(name) for name in axes]
     problems += [Problem((n,), "this option is an axis already") for i, n in enumerate(axes) if paths[i] in paths[:i]]
     if problems:
         raise invalid("axes", problems)
-    return {name.removeprefix("model."): values for name, values in axes.items()}
+    return axes
 
 
 class StudySpec(Options):
@@ -122,11 +153,11 @@ class StudySpec(Options):
     [{'task': 'adding', 'norm': 'none'}, {'task': 'adding', 'norm': 'layer'}]
     """  # noqa: E501
 
-    name: str = Field("study", min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$")
-    model: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
-    task: Annotated[str | dict[str, Any] | None, BeforeValidator(_plain)] = None
-    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(_plain)], ...] | None = None
-    train: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    name: str = Field(default="study", min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$")
+    model: Annotated[dict[str, Any], BeforeValidator(_plain), _Shown("model")] = {}
+    task: Annotated[str | dict[str, Any] | None, BeforeValidator(_plain), _Shown("task")] = None
+    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(_plain), _Shown("task")], ...] | None = None
+    train: Annotated[dict[str, Any], BeforeValidator(_plain), _Shown("train")] = {}
     axes: Annotated[dict[str, tuple[Any, ...]], AfterValidator(_axes)] = {}
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
     baseline: dict[str, Any] = {}
@@ -157,13 +188,13 @@ class StudySpec(Options):
 
     def axis_labels(self) -> dict[str, list[str]]:
         """What the values of each axis are called, in order."""
-        return {name: [label(value) for value in values] for name, values in self.axes.items()}
+        return {axis_name(name): [label(value) for value in values] for name, values in self.axes.items()}
 
     def baseline_labels(self) -> dict[str, str]:
         """The baseline as labels: what the file says, else no norm, else the first value of each axis."""
         labels = self.axis_labels()
         if self.baseline:
-            return {name.removeprefix("model."): label(value) for name, value in self.baseline.items()}
+            return {axis_name(name): label(value) for name, value in self.baseline.items()}
         if "none" in labels.get("norm", ()):
             return {"norm": "none"}
         return {name: values[0] for name, values in labels.items()}
@@ -172,9 +203,11 @@ class StudySpec(Options):
         labels = self.axis_labels()
         problems = []
         for name, value in self.baseline.items():
-            axis = name.removeprefix("model.")
+            axis = axis_name(name)
             if axis not in labels:
-                problems.append(Problem(("baseline", name), f"no axis of this study; axes: {', '.join(labels) or 'none'}"))
+                problems.append(
+                    Problem(("baseline", name), f"no axis of this study; axes: {', '.join(labels) or 'none'}")
+                )
             elif label(value) not in labels[axis]:
                 known = ", ".join(labels[axis])
                 problems.append(Problem(("baseline", name), f"{label(value)} is not on this axis; it has {known}"))
@@ -192,7 +225,7 @@ class StudySpec(Options):
             for chosen in itertools.product(*choices):
                 given = dict(zip(self.axes, chosen, strict=True))
                 data = {"model": self.model, "task": task, "train": self.train}
-                labels = {"task": task_label} | {name: label(value) for name, (_, value) in given.items()}
+                labels = {"task": task_label} | {axis_name(name): label(value) for name, (_, value) in given.items()}
                 problems, parts = _resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
                 if problems:
                     places = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
@@ -209,6 +242,15 @@ def axis_path(name: str) -> tuple[str, ...]:
     """
     path = tuple(name.split("."))
     return path if path[0] in SECTIONS else ("model", *path)
+
+
+def axis_name(name: str) -> str:
+    """What an axis is called; `model.` goes without saying.
+
+    >>> axis_name("model.norm"), axis_name("train.optimizer.lr")
+    ('norm', 'train.optimizer.lr')
+    """
+    return name.removeprefix("model.")
 
 
 def label(value: Any) -> str:
@@ -282,10 +324,14 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     place[last] = deepcopy(_plain(value))
 
 
-def _place(problem: Problem, axes: Mapping[tuple[str, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
+def _place(problem: Problem, axes: Mapping[tuple[Any, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
     """Move a problem from the resolved sections to where the file says it: on an axis, or in a section."""
     path = problem.path
     for length in range(len(path), 0, -1):
-        if (found := axes.get(path[:length])) is not None:  # type: ignore[call-overload]
+        found = axes.get(path[:length])
+        if found is not None:
             return problem._replace(path=(*found, *path[length:]))
-    return problem._replace(path=(*task, *path[1:]) if path[0] == "task" else path)
+    within = [place for axis, place in axes.items() if len(path) > 1 and axis[: len(path)] == path]
+    if len(within) == 1:  # such as torch's refusal of an optimizer whose only varied option is its rate
+        return problem._replace(path=within[0])
+    return problem._replace(path=(*task, *path[1:]) if path[:1] == ("task",) else path)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -143,12 +144,15 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
             "versions": versions or {},
         }
         folder.note(run)
-        with isolated():
+        with isolated(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
             result = _train(folder, trial, on_step)
         run["seconds"] = round(before + time.monotonic() - started, 3)
         folder.note(run)
         folder.finish(result)
-        folder.log(f"{result['outcome']} after step {result['step']}, {run['seconds']} s in {run['attempts']} attempt(s)")
+        folder.log(
+            f"{result['outcome']} after step {result['step']}, {run['seconds']} s in {run['attempts']} attempt(s)"
+        )
         return result["outcome"]
 
 

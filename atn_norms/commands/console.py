@@ -14,7 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 def example(*lines: str) -> str:
     """Lay out the examples that end a command's help."""
-    return "\n\n".join(["Example:", *(f"  {line}" for line in lines)])
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])  # \b keeps the parser from filling lines
 
 
 def on_terminal() -> bool:

@@ -48,6 +48,8 @@ def schema_text(what: str) -> str:
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
     """Write a whole file or none; one that is there is kept unless forced."""
+    from atn_norms.problems import SpecError
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -55,5 +57,7 @@ def write_new(path: Path, text: str, force: bool = False) -> None:
             temporary.replace(path)
         else:
             path.hardlink_to(temporary)  # unlike a rename, this refuses when the file has appeared meanwhile
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,8 +101,8 @@ def options(spec: type[Options]) -> dict[str, Any]:
 
 def _option(item: tuple[str, Any]) -> str:
     name, option = item
-    default = f" = {option['default']}" if "default" in option else ""
-    return f"{name}: {_type(option)}{default}"
+    default = option.get("default", "(required)")
+    return f"{name}: {_type(option)} = {'none' if default is None else default}"
 
 
 def _type(option: dict[str, Any]) -> str:
@@ -113,7 +114,7 @@ def _type(option: dict[str, Any]) -> str:
         return str(option["const"])
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {option[key]}" for key, sign in bounds.items() if key in option]
-    return " ".join([option.get("type", "mapping"), *limits])
+    return " ".join([option.get("type", "mapping").replace("null", "none"), *limits])
 
 
 def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -121,6 +122,5 @@ def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     unfolded = []
     for row in rows:
         columns = [cell.split("\n") for cell in row]
-        for line in range(max(map(len, columns))):
-            unfolded.append(tuple(column[line] if line < len(column) else "" for column in columns))
+        unfolded += itertools.zip_longest(*columns, fillvalue="")
     return unfolded

@@ -69,7 +69,7 @@ class Progress:
     def summary(self) -> str:
         """One line: how many are over, how they ended, the time that is left."""
         ends = [f"{count} {kind}" for kind, count in self.counts.items() if kind != "done"]
-        over = f"{self.finished} of {self.total} trials over"
+        over = f"{self.finished} of {self.total} trials ended"
         return ", ".join(filter(None, [over, *ends, f"{duration(time.monotonic() - self.began)} so far", self.left()]))
 
 

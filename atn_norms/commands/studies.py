@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]
-Workers = Annotated[int, typer.Option(help="Local processes; 0 trains in this process, without Dask.")]
+Workers = Annotated[int, typer.Option(min=0, help="Local processes; 0 trains in this process, without Dask.")]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
 
 
@@ -32,6 +33,7 @@ def ablate(
     """Train every point of a study, compare, and write the report; the same study goes on where it stopped."""
     from atn_norms.ablation import create, make_plan
 
+    _need(workers)
     spec = _read(study, settings or [])
     if dry_run:
         _list_trials(make_plan(spec), as_json)
@@ -41,6 +43,7 @@ def ablate(
 
 def resume(folder: Folder, workers: Workers = 2, scheduler: Scheduler = None, as_json: Json = False) -> None:
     """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
+    _need(workers)
     _run(folder, workers, scheduler, as_json)
 
 
@@ -78,9 +81,21 @@ def status(folder: Folder, as_json: Json = False) -> None:
 
 def report(folder: Folder, as_json: Json = False) -> None:
     """Make the report of a study anew from what is finished, and print its table."""
+    _need(0)
     from atn_norms.ablation import load
 
     _report(load(folder), folder, as_json)
+
+
+def _need(workers: int) -> None:
+    """Refuse before anything is trained or written when what a study ends with could not be made."""
+    from atn_norms.problems import SpecError
+
+    needed = ["numpy", "matplotlib", *(["distributed"] if workers else [])]
+    missing = [module for module in needed if importlib.util.find_spec(module) is None]
+    if missing:
+        cure = "run pip install 'atn-norms[ablation]'" + (", or use --workers 0" if missing == ["distributed"] else "")
+        raise SpecError(f"{' and '.join(missing)}: not installed, and studies need it; {cure}")
 
 
 def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
@@ -93,23 +108,21 @@ def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
 
     def place(path: tuple[Any, ...]) -> str:
         name = dotted(path)
-        return next((f"--set {each}" for each in set_names if f"{name}.".startswith(f"{each}.")), where(path))
+        overridden = (each for each in set_names if name == each or name.startswith((f"{each}.", f"{each}[")))
+        return next((f"--set {each}" for each in overridden), where(path))
 
     return validate(StudySpec, override(data, settings), place)
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
     from atn_norms.ablation import load, run
-    from atn_norms.commands.progress import duration, shown
-    from atn_norms.problems import SpecError
+    from atn_norms.commands.progress import shown
 
-    if workers < 0:
-        raise SpecError(f"--workers: must be 0 (in this process) or more, got {workers}")
     record = load(folder)
     left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
-    if not as_json:
-        _announce(record, folder, len(left), workers, scheduler)
     try:
+        if not as_json:
+            _announce(record, folder, len(left), workers, scheduler)
         if left and as_json:
             record = run(folder, workers=workers, scheduler=scheduler)
         elif left:
@@ -127,6 +140,9 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
 
 
 def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
+    from atn_norms.ablation.estimate import estimate
+    from atn_norms.commands.progress import duration
+
     total = len(record.trials)
     axes = " x ".join([f"{name} {{{', '.join(labels)}}}" for name, labels in record.axes.items()])
     seeds = len({trial.seed for trial in record.trials})
@@ -136,7 +152,10 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
         print("every trial is done already")
         return
     where = f"on {scheduler}" if scheduler else f"in {workers} processes" if workers else "in this process"
-    print(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on")
+    print(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on", flush=True)
+    seconds = None if scheduler else estimate(record, max(1, workers))
+    if seconds is not None:
+        print(f"this may take about {duration(seconds)}, going by a few timed steps", flush=True)
 
 
 def _list_trials(plan: Plan, as_json: bool) -> None:
@@ -156,13 +175,11 @@ def _list_trials(plan: Plan, as_json: bool) -> None:
 def _report(record: StudyRecord, folder: Path, as_json: bool) -> None:
     from atn_norms.ablation.report import table, write
 
-    written = write(record, folder / "report")
+    page, *others = write(record, folder / "report")
+    results = table(record)
     if as_json:
-        print_json(
-            {"name": record.name, "folder": str(folder), "table": table(record), "report": list(map(str, written))}
-        )
+        files = [str(path) for path in (page, *others)]
+        print_json({"name": record.name, "folder": str(folder), "results": results.records, "report": files})
         return
-    rows = table(record)
-    print_table(f"results of {record.name!r}", tuple(rows[0]) if rows else (), [tuple(row.values()) for row in rows])
-    page = next((path for path in written if path.suffix == ".html"), folder / "report")
+    print_table(results.title, results.headers, results.rows)
     print(f"\nreport: {page}")

@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.trees import Tree
 
-EVALUATION_ROWS = 500  # sequences per evaluation batch: fixed, so that a score never depends on how training was batched
+EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
+MOST_NUMBERS = 2**31  # of a split that is drawn at once: 8 GiB
 
 
 class AddingSpec(TaskSpec):
@@ -29,10 +30,20 @@ class AddingSpec(TaskSpec):
     """
 
     kind: Literal["adding"] = "adding"
-    length: int = Field(100, ge=2, le=1_000_000)
-    train: int = Field(100_000, ge=1)
-    validation: int = Field(1_000, ge=1)
-    test: int = Field(10_000, ge=1)
+    length: int = Field(default=100, ge=2, le=1_000_000)
+    train: int = Field(default=100_000, ge=1)
+    validation: int = Field(default=1_000, ge=1)
+    test: int = Field(default=10_000, ge=1)
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _fits(cls, count: int, info: ValidationInfo) -> int:
+        length = info.data.get("length", 1)
+        if count * length > MOST_NUMBERS:
+            raise ValueError(
+                f"{count} sequences of {length} steps do not fit in memory; at most {MOST_NUMBERS // length}"
+            )
+        return count
 
     def build(self, seed: int) -> Adding:
         return Adding(self, seed)

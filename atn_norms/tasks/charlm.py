@@ -41,8 +41,8 @@ class CharLMSpec(TaskSpec):
 
     kind: Literal["charlm"] = "charlm"
     text: Annotated[str | None, AfterValidator(_absolute)] = None
-    embedding: int = Field(200, ge=1)
-    segment: int = Field(220, ge=1)
+    embedding: int = Field(default=200, ge=1)
+    segment: int = Field(default=220, ge=1)
     carry: Literal["all", "hidden", "none"] = "all"
 
     def build(self, seed: int) -> CharLM:

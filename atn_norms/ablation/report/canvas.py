@@ -17,13 +17,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .names import MINUS
+from atn_norms.ablation.comparison import EXPLODED
+from atn_norms.ablation.report.names import MINUS, shortened
 
 INK = "#1b1f24"
 MUTED = "#5b636d"
 RULE = "#d5d9de"
 PAPER = "#fefefe"
-ALERT = "#b4530a"
+ALERT = "#b0500c"
 # Okabe and Ito's palette without its yellow, which is too faint on white; told apart with any common colour vision.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (4, 1.4)), (0, (1.2, 1.2)))
@@ -60,12 +61,15 @@ _STYLE = {
 
 def style() -> AbstractContextManager[None]:
     """A context in which figures are drawn and saved in the report's style, whatever the user's matplotlibrc says."""
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE})
+    plain: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
+    del plain["backend"]  # it belongs to whoever else draws in this process
+    plain.update(_STYLE)
+    return matplotlib.rc_context(plain)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: `name` (of its files), `title`, `text` (what it shows, for who cannot see it), `svg`, `png`."""
+    """A finished picture: `name` of its files, `title`, `text` for who cannot see it, `svg` and `png`."""
 
     name: str
     title: str
@@ -76,14 +80,20 @@ class Picture:
     @property
     def inline(self) -> str:
         """The SVG for a page: its colours follow the page's, it shrinks with the page, and there is no XML prologue."""
-        names = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)", ALERT: "var(--alert)"}
+        names = {
+            INK: "var(--ink)",
+            MUTED: "var(--muted)",
+            RULE: "var(--rule)",
+            PAPER: "var(--paper)",
+            ALERT: "var(--alert)",
+        }
         svg = self.svg[self.svg.index("<svg") :]
         svg = _in_tags(svg, "|".join(names), lambda match: names[match[0]])
         return re.sub(r'<svg [^>]*?width="([\d.]+)pt"', _fluid, svg, count=1)
 
 
 def _fluid(match: re.Match[str]) -> str:
-    return match[0].replace(f'width="{match[1]}pt"', f'style="max-width: {match[1]}pt; width: 100%"')
+    return match[0].replace(f'width="{match[1]}pt"', f'style="--width: {match[1]}pt"')
 
 
 def save(figure: Figure, name: str, title: str, text: str) -> Picture:
@@ -130,9 +140,15 @@ def write(figure: Figure, left: float, bottom: float, text: str, **options: Any)
     figure.text(left / across, bottom / up, text, va="center", **options)
 
 
+def headline(figure: Figure, text: str) -> None:
+    """The title of a figure, cut where it would leave it."""
+    width, height = figure.get_size_inches()
+    write(figure, 0.15, height - 0.24, shortened(text, int(width / 0.1)), fontsize=11, fontweight="bold")
+
+
 def logarithmic(values: Sequence[float]) -> bool:
     """Whether an axis over these values reads better by ratios: all positive, tenfold apart or more."""
-    return bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
+    return bool(values) and min(values) > 1 / EXPLODED and max(values) >= 10 * min(values)
 
 
 def scale(axes: Axes, which: str, values: Sequence[float]) -> None:

@@ -12,12 +12,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..comparison import Comparison, Point
-from ..records import StudyRecord, TrialRecord
-from .canvas import DASHES, INK, MUTED, Picture, inches, look, save, scale, style, tidy, write
-from .names import Layout, leaf, name, number, shortened, title
+from atn_norms.ablation.comparison import EXPLODED, Comparison, Point
+from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.report.canvas import (
+    DASHES,
+    INK,
+    MUTED,
+    Picture,
+    headline,
+    inches,
+    look,
+    save,
+    scale,
+    style,
+    tidy,
+)
+from atn_norms.ablation.report.names import Layout, leaf, name, number, shortened, title
 
-_WIDTH, _HEIGHT = 2.75, 2.0  # of a panel, inches
+_WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.26  # of a panel, inches
 _KEYS = 4  # to a line
 _GUIDE: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
 
@@ -25,7 +37,7 @@ _GUIDE: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1,
 def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     """Draw a panel per label of the axis that runs down, a colour per label of the one across.
 
-    The baseline is drawn behind every panel. Where no trial measured the validation metric, the training loss stands in.
+    The baseline is drawn behind every panel. Where nothing measured the validation metric, the training loss stands in.
     """
     facts = record.tasks[comparison.task]
     layout = Layout.of(record)
@@ -34,21 +46,21 @@ def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     what = f"validation {facts.metric}" if measure == "validation" else "training loss"
     guide = min(facts.baselines.items(), key=lambda item: item[1], default=None) if measure == "validation" else None
     panels = _panels(record, comparison, layout)
-    keys = _keys(record, comparison, layout, guide)
+    keys = _keys(record, trials, layout, guide, any(panel.behind for panel in panels))
     columns = _columns(len(panels), len(layout.facets))
-    head = 0.62 + 0.2 * math.ceil(len(keys) / _KEYS)
-    width = max(0.75 + columns * (_WIDTH + 0.2), 6.2)
+    head = 0.76 + 0.2 * math.ceil(len(keys) / _KEYS)
+    width = max(0.75 + columns * (_WIDTH + _GAP), 6.2)
     height = head + math.ceil(len(panels) / columns) * (_HEIGHT + 0.42) + 0.22
     heading = f"{comparison.task}: {what} while training"
     seen = [value for trial in trials for value in _line(trial, measure)[1]] + ([guide[1]] if guide else [])
     with style():
         figure = Figure(figsize=(width, height))
-        write(figure, 0.15, height - 0.24, heading, fontsize=11, fontweight="bold")
+        headline(figure, heading)
         for place, panel in enumerate(panels):
             line, column = divmod(place, columns)
             axes = inches(
                 figure,
-                left=0.75 + column * (_WIDTH + 0.2),
+                left=0.75 + column * (_WIDTH + _GAP),
                 bottom=height - head - line * (_HEIGHT + 0.42) - _HEIGHT,
                 width=_WIDTH,
                 height=_HEIGHT,
@@ -81,9 +93,9 @@ def _columns(panels: int, facets: int) -> int:
 
 
 def _line(trial: TrialRecord, measure: str) -> tuple[list[int], list[float]]:
-    """The steps where a trial measured something finite, and what."""
+    """The steps where a trial measured something within bounds, and what."""
     points = [(line["step"], line.get(measure)) for line in trial.curve]
-    found = [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+    found = [(step, value) for step, value in points if isinstance(value, int | float) and abs(value) < EXPLODED]
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
@@ -113,7 +125,7 @@ def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list
 
 def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str) -> None:
     tidy(axes, "both")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_title(shortened(panel.title, 34), fontweight="bold")
     for point in panel.behind:
         _seeds(axes, point, measure, color=INK, linestyle=DASHES[1])
@@ -130,7 +142,8 @@ def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
         alone = "." if len(steps) == 1 else None
         axes.plot(steps, values, linewidth=0.7, alpha=0.5 if len(point.trials) < 5 else 0.32, marker=alone, **look)
         if trial.status in ("diverged", "failed"):
-            axes.plot(steps[-1:], values[-1:], "x", markersize=6, markeredgewidth=1.6, color=look["color"])
+            end = {"marker": "x", "markersize": 6, "markeredgewidth": 1.6, "clip_on": False}
+            axes.plot(steps[-1:], values[-1:], color=look["color"], **end)
         elif trial.status == "done":
             finished.append(dict(zip(steps, values, strict=True)))
     shared = sorted(set(finished[0]).intersection(*finished)) if finished else []
@@ -140,17 +153,21 @@ def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
 
 
 def _keys(
-    record: StudyRecord, comparison: Comparison, layout: Layout, guide: tuple[str, float] | None
+    record: StudyRecord,
+    trials: list[TrialRecord],
+    layout: Layout,
+    guide: tuple[str, float] | None,
+    behind: bool,
 ) -> list[Line2D]:
     keys = []
     for place, label in enumerate(record.axes[layout.across] if layout.across else []):
         words = shortened(f"{leaf(layout.across or '')} {label}", 28)
         keys.append(Line2D([], [], linewidth=2, label=words, **look(place)))
-    if comparison.has_reference:
+    if behind:
         keys.append(Line2D([], [], linewidth=2, color=INK, linestyle=DASHES[1], label="baseline"))
     if guide:
         keys.append(Line2D([], [], label=shortened(f"{guide[0]}, {number(guide[1])}", 34), **_GUIDE))
-    if any(trial.status in ("diverged", "failed") for row in comparison.rows for trial in row.point.trials):
+    if any(trial.status in ("diverged", "failed") for trial in trials):
         keys.append(Line2D([], [], linewidth=0, marker="x", color=INK, label="diverged or failed"))
     return keys
 

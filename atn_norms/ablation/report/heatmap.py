@@ -14,21 +14,33 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..comparison import ENOUGH_SEEDS, Comparison, Row
-from ..records import StudyRecord
-from .canvas import INK, MUTED, PAPER, RULE, Picture, inches, save, style, write
-from .names import NOTHING, Layout, change, leaf, name, number, plural, title
+from atn_norms.ablation.comparison import ENOUGH_SEEDS, Comparison, Row
+from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.report.canvas import (
+    INK,
+    MUTED,
+    PAPER,
+    RULE,
+    Picture,
+    headline,
+    inches,
+    logarithmic,
+    save,
+    style,
+    write,
+)
+from atn_norms.ablation.report.names import NOTHING, Layout, change, leaf, name, number, plural, title, unfinished
 
 # Blue against orange survives every common colour vision deficiency; dark ends print in grey as dark.
 _DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])
 _SEQUENTIAL = LinearSegmentedColormap.from_list("alone", ["#1f5fa8", "#8fb8de", "#f3f3f1"])
-_WIDTH, _HEIGHT = 1.62, 0.58  # of a cell, inches
+_WIDTH, _HEIGHT = 1.75, 0.58  # of a cell, inches
 _PAGE = 9.6
 
 
 @dataclass(frozen=True)
 class Shade:
-    """From a row to its colour, and the key to it: from a place in 0..1 to a colour, its two ends and what it says in words."""
+    """From a row to its colour; the key to it, from a place in 0..1 to a colour, with its two ends; both in words."""
 
     colour: Callable[[Row], str | None]
     key: Callable[[float], str]
@@ -43,7 +55,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
     seeds, so that noise stays pale. Ratios instead of differences where the means differ tenfold.
     """
     means = [row.point.mean for row in comparison.rows if row.point.values]
-    ratio = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
+    ratio = logarithmic(means)
     measure: Callable[[float], float] = math.log if ratio else float
     if not comparison.has_reference:
         low, high = (measure(min(means)), measure(max(means))) if means else (0.0, 0.0)
@@ -65,7 +77,9 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
             return row.against.mean
         return measure(row.point.mean) - measure(row.against.reference.mean)
 
-    spreads = [np.var([measure(v) for v in row.point.values], ddof=1) for row in comparison.rows if _spreads(row, ratio)]
+    spreads = [
+        np.var([measure(v) for v in row.point.values], ddof=1) for row in comparison.rows if _spreads(row, ratio)
+    ]
     found = [abs(delta) for row in comparison.rows if (delta := against(row)) is not None]
     full = max([*found, 2 * math.sqrt(float(np.mean(spreads))) if spreads else 0.0]) or 1.0
 
@@ -76,7 +90,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
     bound = f"{math.exp(full):.3g} times " if ratio else f"{number(full)} "
     says = "Colour: compared with the baseline."
     if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in comparison.rows):
-        says += " Below the mean: the paired difference and its 95% interval; bold where that excludes zero."
+        says += "\nBelow the mean: the paired difference and its 95% interval; bold where that tells better or worse."
     return Shade(colour, lambda t: to_hex(_DIVERGING(t)), (f"{bound}lower", f"{bound}higher"), says)
 
 
@@ -92,7 +106,9 @@ class _Block(NamedTuple):
     wide: int
 
 
-def blocks(comparison: Comparison, layout: Layout, facet: dict[str, str], downs: list[str], acrosses: list[str]) -> list[_Block]:
+def blocks(
+    comparison: Comparison, layout: Layout, facet: dict[str, str], downs: list[str], acrosses: list[str]
+) -> list[_Block]:
     """The facet as rectangles: cells that are one point make one rectangle where they adjoin."""
     places: dict[int, list[tuple[int, int]]] = {}
     rows: dict[int, Row] = {}
@@ -127,11 +143,11 @@ def heatmap(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     wide, tall = margin + _WIDTH * len(acrosses), head + _HEIGHT * len(downs) + 0.12
     columns = max(1, min(len(layout.facets), int(_PAGE // wide)))
     lines = math.ceil(len(layout.facets) / columns)
-    width, height = max(columns * wide + 0.15, 6.2), 0.38 + lines * tall + 0.95
+    width, height = max(columns * wide + 0.15, 6.2), 0.38 + lines * tall + 0.9 + 0.19 * shading.says.count("\n")
     heading = f"{comparison.task}: {metric} by {_axes_in_words(layout)}"
     with style():
         figure = Figure(figsize=(width, height))
-        write(figure, 0.15, height - 0.24, heading, fontsize=11, fontweight="bold")
+        headline(figure, heading)
         for place, facet in enumerate(layout.facets):
             line, column = divmod(place, columns)
             axes = inches(
@@ -185,18 +201,29 @@ def _draw(axes: Axes, block: _Block, shading: Shade) -> None:
     big, small = _words(block.row)
     decided = block.row.against is not None and block.row.against.verdict in ("better", "worse")
     weight = "bold" if decided else "normal"
-    axes.annotate(big, centre, (0, 6.5), textcoords="offset points", ha="center", va="center", fontsize=12, color=ink, weight=weight)
-    axes.annotate(small, centre, (0, -9.5), textcoords="offset points", ha="center", va="center", fontsize=7.2, color=ink)
+    fit = min(7.2, 72 * 0.95 * _WIDTH * block.wide / (0.6 * max(len(small), 1)))
+    for text, lift, size, bold in ((big, 6.5, 12, weight), (small, -9.5, fit, "normal")):
+        axes.annotate(
+            text,
+            centre,
+            (0, lift),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=ink,
+            weight=bold,
+        )
 
 
 def _words(row: Row) -> tuple[str, str]:
     """The value of a cell, and below it what it stands on."""
     point, total = row.point, len(row.point.trials)
-    wrong = [f"{count} {what}" for what in ("diverged", "failed", "running", "pending") if (count := point.counts[what])]
+    wrong = unfinished(point)
     if not point.values:
-        return NOTHING, ", ".join(wrong)
+        return NOTHING, wrong
     if wrong:
-        return number(point.mean), f"{len(point.values)} of {total} seeds; {', '.join(wrong)}"
+        return number(point.mean), f"{len(point.values)} of {total} seeds; {wrong}"
     if row.is_reference:
         return number(point.mean), f"baseline, {plural(total, 'seed')}"
     return number(point.mean), change(row.against) if row.against else plural(total, "seed")
@@ -207,7 +234,7 @@ def _readable(colour: str) -> str:
     return "#1b1f23" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.3 else "#ffffff"
 
 
-def _key(figure: Figure, shading: Shade, words: str) -> None:
+def _key(figure: Figure, shading: Shade, about: str) -> None:
     swatches, side = 9, 0.2
     left = 0.15 + 0.068 * len(shading.ends[0]) + 0.1
     axes = inches(figure, left=left, bottom=0.18, width=swatches * side, height=0.13)
@@ -217,8 +244,8 @@ def _key(figure: Figure, shading: Shade, words: str) -> None:
         axes.add_patch(Rectangle((place, 0), 1, 1, facecolor=shading.key(place / (swatches - 1)), linewidth=0))
     for x, text, side_ in ((-0.4, shading.ends[0], "right"), (swatches + 0.4, shading.ends[1], "left")):
         axes.text(x, 0.5, text, ha=side_, va="center", fontsize=8, color=MUTED)
-    write(figure, 0.15, 0.66, words, fontsize=8, color=MUTED)
-    write(figure, 0.15, 0.46, shading.says, fontsize=8, color=MUTED)
+    for line, words in enumerate(reversed([about, *shading.says.split("\n")])):
+        write(figure, 0.15, 0.46 + 0.19 * line, words, fontsize=8, color=MUTED)
 
 
 def _describe(record: StudyRecord, comparison: Comparison) -> str:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..comparison import ENOUGH_SEEDS, Difference, Interval, Point
-from ..records import StudyRecord
+from atn_norms.ablation.comparison import ENOUGH_SEEDS, Difference, Interval, Point
+from atn_norms.ablation.records import StudyRecord
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
@@ -46,7 +46,9 @@ def signed(*values: float) -> list[str]:
     ['−0.050', '−0.123', '+0.004']
     """
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return [f"{value:+{_form(largest)}}".replace("-", MINUS, 1) if math.isfinite(value) else NOTHING for value in values]
+    return [
+        f"{value:+{_form(largest)}}".replace("-", MINUS, 1) if math.isfinite(value) else NOTHING for value in values
+    ]
 
 
 def span(interval: Interval | None) -> str:
@@ -61,7 +63,7 @@ def share(difference: Difference) -> str:
 
 
 def change(difference: Difference) -> str:
-    """A paired difference with its interval, or with the number of seeds where they are too few for one to mean much."""
+    """A paired difference with its interval, or with its number of seeds where an interval would mean little."""
     if not difference.pairs:
         return NOTHING
     if difference.interval is None or difference.pairs < ENOUGH_SEEDS:
@@ -111,6 +113,12 @@ def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:
         own = list(dict.fromkeys(cell[axis] for cell in point.cells if axis in cell))
         found[axis] = None if len(own) > 1 and len(own) == len(known) else own
     return found
+
+
+def unfinished(point: Point) -> str:
+    """What became of the seeds without a value: `1 diverged, 2 pending`; empty when all finished."""
+    counts = point.counts
+    return ", ".join(f"{counts[what]} {what}" for what in ("diverged", "failed", "running", "pending") if counts[what])
 
 
 @dataclass(frozen=True)

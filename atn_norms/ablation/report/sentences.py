@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..comparison import ENOUGH_SEEDS, Comparison, Difference, Row
-from ..records import StudyRecord
-from .names import change, leaf, listed, name, number, plural, share
-from .tables import baseline_words
+from atn_norms.ablation.comparison import ENOUGH_SEEDS, Comparison, Row, outcome
+from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.report.names import change, leaf, listed, name, number, plural, share
+from atn_norms.ablation.report.tables import baseline_words
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 
@@ -33,7 +33,8 @@ def answer(
 
 def coverage(record: StudyRecord) -> str:
     """How many trials ended how."""
-    counts = {status: sum(trial.status == status for trial in record.trials) for status in _ORDER}
+    ends = [outcome(record, trial) for trial in record.trials]
+    counts = {status: ends.count(status) for status in _ORDER}
     if counts["done"] == len(record.trials):
         return f"All {plural(len(record.trials), 'trial')} finished." if record.trials else "The study has no trials."
     rest = [f"{count} {status}" for status, count in counts.items() if count and status != "done"]
@@ -47,8 +48,8 @@ def caution(comparisons: tuple[Comparison, ...]) -> str:
     if not pairs or most >= ENOUGH_SEEDS:
         return ""
     return (
-        f"With {plural(most, 'seed')} to compare, nothing here is a conclusion: a difference may well be chance, and this report claims none "
-        f"on fewer than {ENOUGH_SEEDS}. The numbers say what happened at these seeds."
+        f"With {plural(most, 'seed')} to compare, nothing here is a conclusion: a difference may well be chance, "
+        f"and this report claims none on fewer than {ENOUGH_SEEDS}. The numbers say what happened at these seeds."
     )
 
 
@@ -58,7 +59,8 @@ def _task(record: StudyRecord, comparison: Comparison) -> list[str]:
     if not finished:
         return [f"On {comparison.task} no trial has finished."]
     best = min(finished, key=lambda row: row.point.mean)
-    lead = f"On {comparison.task} the lowest mean {metric} is {number(best.point.mean)}, of {name(record, best.point)}"
+    where = f"{number(best.point.mean)} ({name(record, best.point)})"
+    lead = f"On {comparison.task} the lowest {metric}, averaged over seeds, is {where}"
     base = baseline_words(record)
     compared = [row for row in comparison.rows if row.against]
     if not comparison.has_reference:
@@ -68,20 +70,11 @@ def _task(record: StudyRecord, comparison: Comparison) -> list[str]:
     elif best.against is None or not best.against.pairs:
         said = [f"{lead}; the baseline has no finished seed to compare it with."]
     else:
-        said = [f"{lead}: {_measured(best.against)} {base}, better at {share(best.against)} seeds{_hedge(best.against)}."]
+        hedge = ", which does not tell the two apart" if best.against.verdict == "undecided" else ""
+        said = [f"{lead}: {change(best.against)} against {base}, better at {share(best.against)} seeds{hedge}."]
     if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in compared):
-        said.append(f"Against {base}: {_verdicts(record, compared)}.")
+        said.append(f"Against {base}, {_verdicts(record, compared)}.")
     return said
-
-
-def _measured(difference: Difference) -> str:
-    return f"{change(difference)} against"
-
-
-def _hedge(difference: Difference) -> str:
-    if difference.verdict == "undecided":
-        return ", which does not tell the two apart"
-    return ""
 
 
 def _windows(record: StudyRecord, comparison: Comparison) -> list[str]:
@@ -91,10 +84,10 @@ def _windows(record: StudyRecord, comparison: Comparison) -> list[str]:
     if all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
         lower = sum(bool(row.against and row.against.mean < 0) for row in compared)
         return [
-            f"Against window 1 of the same normalizer the mean is lower at {lower} of {plural(len(compared), 'point')}, "
-            "which so few seeds cannot tell from chance."
+            f"Against window 1 of the same normalizer the mean is lower at {lower} of "
+            f"{plural(len(compared), 'point')}, which so few seeds cannot tell from chance."
         ]
-    return [f"Against window 1 of the same normalizer: {_verdicts(record, compared)}."]
+    return [f"Against window 1 of the same normalizer, {_verdicts(record, compared)}."]
 
 
 def _verdicts(record: StudyRecord, rows: list[Row]) -> str:
@@ -107,5 +100,5 @@ def _verdicts(record: StudyRecord, rows: list[Row]) -> str:
         found = groups.get(verdict, [])
         if found:
             few = f" ({'; '.join(found)})" if len(found) <= 6 else ""
-            told.append(f"{len(found)} {verdict}{few}")
-    return ", ".join(told) + f" of {plural(len(rows), 'point')}"
+            told.append(f"{len(found)} {'with ' * (verdict == 'too few seeds')}{verdict}{few}")
+    return f"of {plural(len(rows), 'point')}: {', '.join(told)}"

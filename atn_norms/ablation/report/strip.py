@@ -9,10 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from ..comparison import Comparison
-from ..records import StudyRecord
-from .canvas import ALERT, MUTED, RULE, Picture, inches, logarithmic, look, save, scale, style, tidy, write
-from .names import Layout, name, number, plural, shortened
+from atn_norms.ablation.comparison import Comparison
+from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.report.canvas import (
+    ALERT,
+    MUTED,
+    RULE,
+    Picture,
+    headline,
+    inches,
+    logarithmic,
+    look,
+    save,
+    scale,
+    style,
+    tidy,
+    write,
+)
+from atn_norms.ablation.report.names import Layout, name, number, plural, shortened, unfinished
 
 _ROW = 0.3  # inches
 _WIDTH = 5.6
@@ -27,7 +41,7 @@ def strip(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     layout = Layout.of(record)
     rows = comparison.rows
     words = [shortened(name(record, row.point), 44) for row in rows]
-    missing = [_missing(row.point.counts) for row in rows]
+    missing = [unfinished(row.point) for row in rows]
     values = [value for row in rows for value in row.point.values]
     lines, beyond = _guides(facts.baselines, values)
     margin = 0.35 + 0.078 * max(map(len, words), default=0)
@@ -36,10 +50,10 @@ def strip(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     heading = f"{comparison.task}: {facts.metric} of every seed"
     with style():
         figure = Figure(figsize=(width, height))
-        write(figure, 0.15, height - 0.24, heading, fontsize=11, fontweight="bold")
+        headline(figure, heading)
         axes = inches(figure, left=margin, bottom=0.85, width=_WIDTH, height=tall)
         scale(axes, "x", [*values, *lines.values()])
-        axes.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=words)
+        axes.set(ylim=(max(len(rows), 1) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=words)
         tidy(axes, "x")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0, pad=6)
@@ -47,7 +61,8 @@ def strip(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
             axes.axhline(place, color=RULE, linewidth=0.6, zorder=0)
             _dots(axes, place, row.point.values, look(layout.place(record, row.point))["color"])
             edge = blended_transform_factory(axes.transAxes, axes.transData)
-            axes.text(1.015, place, missing[place], transform=edge, va="center", fontsize=8, color=ALERT)
+            colour = ALERT if row.point.counts["diverged"] or row.point.counts["failed"] else MUTED
+            axes.text(1.015, place, missing[place], transform=edge, va="center", fontsize=8, color=colour)
         for place, (label, value) in enumerate(lines.items()):
             _guide(axes, value, f"{shortened(label, 44)}, {number(value)}", place)
         axes.set_xlabel(f"test {facts.metric} (lower is better)")
@@ -78,13 +93,12 @@ def _dots(axes: Axes, place: int, values: list[float], colour: str) -> None:
 
 
 def _guides(baselines: dict[str, float], values: list[float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The trivial predictors that get a line, and those that would leave the dots less than a fifth of the axis."""
+    """The trivial predictors that get a line, and those that would leave the dots too little of the axis."""
     finite = {label: value for label, value in baselines.items() if math.isfinite(value)}
-    lines: dict[str, float] = {}
-    for label, value in sorted(finite.items(), key=lambda item: item[1]):
-        if not values or max(values) == min(values) or _room(values, value) > 0.2:
-            lines[label] = value
-    return lines, {label: value for label, value in finite.items() if label not in lines}
+    alike = not values or max(values) == min(values)
+    near = {label for label, value in finite.items() if alike or _room(values, value) > 0.3}
+    lines = {label: value for label, value in finite.items() if label in near}
+    return lines, {label: value for label, value in finite.items() if label not in near}
 
 
 def _room(values: list[float], value: float) -> float:
@@ -94,14 +108,10 @@ def _room(values: list[float], value: float) -> float:
     return (high - low) / (max(high, measure(value)) - min(low, measure(value)))
 
 
-def _missing(counts: dict[str, int]) -> str:
-    return ", ".join(f"{counts[what]} {what}" for what in ("diverged", "failed", "running", "pending") if counts[what])
-
-
 def _describe(record: StudyRecord, comparison: Comparison) -> str:
     told = []
     for row in comparison.rows:
         values = ", ".join(map(number, row.point.values)) or "none finished"
-        missing = _missing(row.point.counts)
+        missing = unfinished(row.point)
         told.append(f"{name(record, row.point)}: {values}" + (f" ({missing})" if missing else ""))
     return f"{plural(len(told), 'point')}. " + "; ".join(told)

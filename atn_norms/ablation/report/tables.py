@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..comparison import Comparison, Difference, Row, compare
-from ..records import StudyRecord, TrialRecord
-from .names import NOTHING, change, labels, leaf, number, share
+from atn_norms.ablation.comparison import Comparison, Difference, Row, compare, outcome
+from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.report.names import NOTHING, change, labels, leaf, number, share, unfinished
 
 _NUMERIC = ("mean", "median")
 _LATEX = {
@@ -24,7 +24,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """`headers` and `rows` as text to print; `records` the same rows as plain JSON values, None where there is no number."""
+    """`headers` and `rows` as text to print; `records` the same rows as JSON values, None where there is no number."""
 
     title: str
     headers: tuple[str, ...]
@@ -33,7 +33,7 @@ class Table:
 
 
 def contrasts(record: StudyRecord) -> tuple[Comparison, ...] | None:
-    """Every point against window 1 of the same normalizer, where the study has that and does not compare with it anyway."""
+    """Every point against window 1 of the same normalizer, where the study has it and does not compare so anyway."""
     axis = next((axis for axis in record.axes if leaf(axis) == "window"), None)
     if axis is None or "1" not in record.axes[axis] or len(record.axes[axis]) == 1 or set(record.baseline) == {axis}:
         return None
@@ -105,11 +105,8 @@ def _against(row: Row) -> str:
 
 def seeds(row: Row) -> str:
     """How many of a point's seeds have a value, and what became of the others."""
-    point = row.point
-    wrong = [f"{count} {what}" for what in ("diverged", "failed", "running", "pending") if (count := point.counts[what])]
-    if not wrong:
-        return str(len(point.trials))
-    return f"{len(point.values)} of {len(point.trials)} ({', '.join(wrong)})"
+    point, wrong = row.point, unfinished(row.point)
+    return f"{len(point.values)} of {len(point.trials)} ({wrong})" if wrong else str(len(point.trials))
 
 
 def _plain(value: float) -> float | None:
@@ -142,7 +139,7 @@ def markdown(record: StudyRecord) -> str:
 
 def _markdown(text: str) -> str:
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text) if not text.startswith(("+", "\N{MINUS SIGN}")) else text
+    return re.sub(r"([\\`*_{}|#~$]|(?<=\])\()", r"\\\1", text)
 
 
 def latex(record: StudyRecord) -> str:
@@ -153,7 +150,12 @@ def latex(record: StudyRecord) -> str:
         lines = [" & ".join(map(_latex, row)) + r" \\" for row in part.rows]
         head = " & ".join(map(_latex, part.headers)) + r" \\"
         rows = ["\\toprule", head, "\\midrule", *lines, "\\bottomrule"]
-        parts += ["\\begin{table}", "\\centering", f"\\caption{{{_latex(part.title)}}}", f"\\begin{{tabular}}{{{columns}}}"]
+        parts += [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{_latex(part.title)}}}",
+            f"\\begin{{tabular}}{{{columns}}}",
+        ]
         parts += [*rows, "\\end{tabular}", "\\end{table}", ""]
     return "\n".join(parts)
 
@@ -168,19 +170,25 @@ def results_csv(record: StudyRecord) -> str:
     Text that a spreadsheet would run as a formula is quoted with an apostrophe.
     """
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    columns = [*record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "seconds", "error", "trial"]
+    results = ["seed", "status", "metric", "test", "validation", *extra, "step", "seconds", "error", "trial"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_field, ["task", *columns]))
-    known = {row_trial.id: labels(record, row.point) for c in compare(record) for row in c.rows for row_trial in row.point.trials}
+    writer.writerow(map(_field, ["task", *record.axes, *results]))
+    points = [row.point for comparison in compare(record) for row in comparison.rows]
+    known = {trial.id: labels(record, point) for point in points for trial in point.trials}
     for trial in record.trials:
         task = task_of(trial)
         metric = record.tasks[task].metric if task in record.tasks else ""
         axes = known.get(trial.id, {})
-        line = [task, *(axes.get(axis, "") for axis in record.axes), trial.seed, trial.status, metric]
+        line = [task, *(axes.get(axis, "") for axis in record.axes), trial.seed, outcome(record, trial), metric]
         line += [_metric(trial, split, metric) for split in ("test", "validation")]
         line += [_metrics(record, trial).get(key, "") for key in extra]
-        line += [(trial.result or {}).get("step", ""), (trial.run or {}).get("seconds", ""), reason(trial), trial.id]
+        line += [
+            (trial.result or {}).get("step", ""),
+            (trial.run or {}).get("seconds", ""),
+            reason(record, trial),
+            trial.id,
+        ]
         writer.writerow(map(_field, line))
     return out.getvalue()
 
@@ -190,13 +198,13 @@ def task_of(trial: TrialRecord) -> str:
     return trial.points[0].get("task", "") if trial.points else ""
 
 
-def reason(trial: TrialRecord) -> str:
+def reason(record: StudyRecord, trial: TrialRecord) -> str:
     """Why a trial has no result, in one line; empty when it has one or is not there yet."""
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
-    if trial.status == "diverged":
+    if outcome(record, trial) == "diverged":
         step = (trial.result or {}).get("step")
-        return "the loss was no longer finite" + (f" at step {step}" if step is not None else "")
+        return "the loss grew out of all bounds" + (f" at step {step}" if step is not None else "")
     return ""
 
 

@@ -1,0 +1,96 @@
+"""What every test and every executed example shares: one torch thread, hypothesis profiles, and sybil."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: two workers on two cores must not fight
+
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from sybil import Example, Sybil
+from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
+from sybil.parsers.rest import DocTestParser
+
+torch.set_num_threads(1)
+
+slow_to_draw = [HealthCheck.too_slow]
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=slow_to_draw)
+settings.register_profile("deep", deadline=None, max_examples=500, suppress_health_check=slow_to_draw)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same global generator, whichever worker runs it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def example_folder(tmp_path_factory):
+    """The examples of a document write their files into one folder of their own."""
+    here, folder = Path.cwd(), tmp_path_factory.mktemp("example")
+    os.chdir(folder)
+    yield folder
+    os.chdir(here)
+
+
+def seed_examples(namespace):
+    """A document's examples share one namespace and begin from a fixed seed."""
+    torch.manual_seed(0)
+    namespace["__name__"] = "__main__"  # what a class defined in an example belongs to
+
+
+def run_in_shell(example: Example) -> str | None:
+    """Run each `$ command` of a console block and compare its output with what is shown; `...` stands for anything."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    surroundings = {**os.environ, "PATH": programs, "COLUMNS": "120", "NO_COLOR": "1"}
+    for shown in ("\n" + example.parsed).split("\n$ ")[1:]:
+        command, _, expected = shown.partition("\n")
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env=surroundings,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            return f"$ {command}\nexit code {done.returncode}\n{done.stdout}{done.stderr}"
+        expected = expected.rstrip("\n") + "\n" if expected.strip() else ""
+        if not doctest.OutputChecker().check_output(expected, done.stdout, flags):
+            return f"$ {command}\nexpected:\n{expected}\nprinted:\n{done.stdout}"
+    return None
+
+
+pages = Sybil(
+    parsers=[PythonCodeBlockParser(), CodeBlockParser(language="console", evaluator=run_in_shell)],
+    patterns=["*.md"],
+    fixtures=["example_folder"],
+    setup=seed_examples,
+)
+docstrings = Sybil(
+    parsers=[DocTestParser(doctest.ELLIPSIS)],
+    path="atn_norms",
+    patterns=["*.py"],
+    fixtures=["example_folder"],
+    setup=seed_examples,
+)
+pytest_collect_file = (pages + docstrings).pytest()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Share tests out one by one, but keep a document on one worker: each of its examples builds on those before it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class DocumentsWhole(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(("tests/", "plugins/")) else nodeid.partition("::")[0]
+
+    return DocumentsWhole(config, log)

@@ -1,0 +1,1 @@
+"""The tests: one file a part, `laws` for what must hold of every combination."""

@@ -1,0 +1,187 @@
+"""Batch statistics: what training records, what evaluation uses, and that evaluation mixes no rows."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import atn_norms as an
+from tests import oracle
+from tests.compare import compare
+from tests.laws.cases import (
+    CELLS,
+    Case,
+    LayerCase,
+    cases,
+    layer_cases,
+    lengths,
+    seeds,
+    sequence,
+    stirred,
+    textbook,
+    window,
+)
+
+EXACT = 1e-10
+counted = st.one_of(st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 100])), st.just(("cumulative",)))
+
+
+def statistics(site: oracle.Site) -> tuple[Tensor, Tensor]:
+    """Per living step: the pooled mean, and the pooled variance unbiased over the window's count."""
+    living = [pooled for pooled, alive in zip(site.pooled, site.alive, strict=True) if alive.any()]
+    means = [mean.flatten() for mean, _, _ in living]
+    variances = [(var * total / (total - 1)).flatten() for _, var, total in living]
+    return torch.stack(means), torch.stack(variances)
+
+
+def expected(site: oracle.Site, momentum: float = 0.1) -> dict[str, Tensor]:
+    """Shared statistics after one scan from a fresh start: one update, with the mean over living steps."""
+    means, variances = statistics(site)
+    return {
+        "running_mean": momentum * means.mean(0),
+        "running_var": (1 - momentum) + momentum * variances.mean(0),
+        "num_batches_tracked": torch.tensor(1),
+    }
+
+
+def buffers(module) -> dict[str, Tensor]:
+    return {name: getattr(module, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+@given(cases(bases=["batch"], kinds=counted, regimes=["normal"]), st.booleans())
+def test_a_scan_is_one_update_with_the_mean_over_living_steps(case: Case, ragged):
+    norm, xs = case.norm(), case.xs()
+    limit = lengths(case) if ragged else torch.full((case.batch,), case.steps)
+    alive = torch.arange(case.steps)[:, None] < limit
+    site = case.site(norm)
+    oracle.run(site, xs, alive)
+    norm.scan(torch.where(alive[..., None], xs, float("nan")), lengths=limit)
+    compare(buffers(norm.normalizer), expected(site), tolerance=1e-12)
+
+
+@given(layer_cases(bases=["batch"], kinds=counted), st.booleans())
+def test_every_site_of_a_layer_is_updated_once_a_call(case: LayerCase, ragged):
+    layer, kept = case.layer(), {}
+    limit = lengths(case) if ragged else torch.full((case.batch,), case.steps)
+    layer.unroll(case.xs(), layer.initial(case.batch, case.hx(layer)), lengths=limit)
+    textbook(layer, case, case.xs(), case.hx(layer), limit, kept=kept)
+    for name, site in kept.items():
+        compare(buffers(getattr(layer, f"norm_{name}_l0")), expected(site), tolerance=EXACT, what=name)
+
+
+@given(cases(bases=["batch"], kinds=counted, regimes=["normal"], steps=(1, 6)), st.integers(1, 8))
+def test_a_population_per_step_up_to_a_last_one(case: Case, slots):
+    """Steps past the last slot are not recorded; a step past the last recorded one reuses it."""
+    norm = an.AssortedTime(an.BatchNorm(case.features, max_steps=slots).double(), window=window(case.window))
+    xs, site = case.xs(), case.site(norm)
+    oracle.run(site, xs)
+    norm.scan(xs)
+    means, variances = statistics(site)
+    seen = min(slots, case.steps)
+    fresh_mean = torch.zeros(slots, case.features, dtype=torch.float64)
+    fresh_var = torch.ones(slots, case.features, dtype=torch.float64)
+    fresh_mean[:seen] = 0.1 * means[:seen]
+    fresh_var[:seen] = 0.9 + 0.1 * variances[:seen]
+    tracked = (torch.arange(slots) < seen).long()
+    wanted = {"running_mean": fresh_mean, "running_var": fresh_var, "num_batches_tracked": tracked}
+    compare(buffers(norm.normalizer), wanted, tolerance=1e-12)
+    norm.eval()
+    longer = sequence("normal", case.seed + 1, (case.steps + slots + 2, case.batch, case.features))
+    ys, _ = norm.scan(longer)
+    for t, (x, y) in enumerate(zip(longer, ys, strict=True)):
+        place = min(t, seen - 1)
+        compare(y, (x - fresh_mean[place]) / (fresh_var[place] + 1e-5).sqrt(), tolerance=1e-12, what=f"step {t}")
+
+
+@given(cases(bases=["batch"], regimes=["normal"], steps=(2, 6)), st.integers(1, 5))
+def test_steps_are_counted_across_a_cut(case: Case, cut):
+    """A population per step belongs to the step's place in the sequence, not in the chunk."""
+    cut = min(cut, case.steps - 1)
+    whole, parts = (
+        an.AssortedTime(an.BatchNorm(case.features, max_steps=4).double(), window=window(case.window)) for _ in range(2)
+    )
+    xs = case.xs()
+    whole.scan(xs)
+    _, state = parts.scan(xs[:cut])
+    parts.scan(xs[cut:], state)
+    compare(buffers(parts.normalizer), buffers(whole.normalizer), tolerance=1e-12)
+
+
+@given(layer_cases(bases=["batch"]), st.sampled_from([None, 3]))
+def test_evaluation_uses_the_population_and_changes_nothing(case: LayerCase, slots):
+    layer = case.layer(norm={"kind": "batch", "max_steps": slots})
+    for _ in range(3):
+        layer(case.xs())
+    layer.eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    together, _ = layer(case.xs())
+    compare(dict(layer.state_dict()), before, tolerance=0)
+    for row in range(case.batch):
+        compare(layer(case.xs()[:, row : row + 1])[0], together[:, row : row + 1], tolerance=EXACT)
+
+
+@given(layer_cases(bases=["batch"]), st.booleans(), st.sampled_from([None, 3]))
+def test_a_padded_row_is_that_row_alone_in_evaluation(case: LayerCase, both, slots):
+    """Both directions; the reverse one counts its steps from each row's own end."""
+    layer, xs = case.layer(bidirectional=both, norm={"kind": "batch", "max_steps": slots}), case.xs()
+    for _ in range(3):
+        layer(xs)
+    layer.eval()
+    limit = lengths(case)
+    packed, _ = layer(pack_padded_sequence(xs, limit, enforce_sorted=False))
+    ys, _ = pad_packed_sequence(packed)
+    for row, n in enumerate(limit.tolist()):
+        y, _ = layer(xs[:n, row : row + 1])
+        compare(ys[:n, row], y[:, 0], tolerance=EXACT)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@given(seed=seeds, kind=counted, slots=st.sampled_from([None, 4]))
+def test_the_reverse_direction_records_from_each_row_s_own_end(cell, seed, kind, slots):
+    case = LayerCase(seed, cell, "batch", kind, steps=5, batch=4, inputs=2, hidden=3)
+    norm = {"kind": "batch", "max_steps": slots}
+    both, xs, limit = case.layer(bidirectional=True, norm=norm), case.xs(), lengths(case)
+    single = case.layer(norm=norm)
+    own = {name.removesuffix("_reverse"): p for name, p in both.named_parameters() if name.endswith("_reverse")}
+    single.load_state_dict(own, strict=False)
+    for name, module in both.named_children():
+        if name.endswith("_reverse"):
+            getattr(single, name.removesuffix("_reverse")).load_state_dict(module.state_dict())
+    both(pack_padded_sequence(xs, limit, enforce_sorted=False))
+    turned = torch.zeros_like(xs)
+    for row, n in enumerate(limit.tolist()):
+        turned[:n, row] = xs[:n, row].flip(0)
+    single.unroll(turned, lengths=limit)
+    for name, module in single.named_children():
+        compare(buffers(getattr(both, name + "_reverse")), buffers(module), tolerance=EXACT, what=name)
+
+
+def test_a_packed_batch_counts_its_living_rows_alone():
+    """Three rows of lengths 4, 4, 1: from the second step on, the statistics are of two rows."""
+    layer: Any = an.RNN(2, 3, norm="batch", window=1, dtype=torch.float64)
+    xs = sequence("normal", 0, (4, 3, 2))
+    layer(pack_padded_sequence(xs, torch.tensor([4, 4, 1])))
+    a = xs @ layer.weight_ih_l0.T + layer.bias_ih_l0
+    means = torch.stack([a[0].mean(0), *a[1:, :2].mean(1)])
+    compare(layer.norm_ih_l0.running_mean, 0.1 * means.mean(0).detach(), tolerance=1e-12)
+
+
+def test_the_gain_may_start_small():
+    layer: Any = an.LSTM(2, 3, norm={"kind": "batch", "initial_gain": 0.1})
+    assert torch.equal(layer.norm_hh_l0.weight, torch.full((12,), 0.1))
+
+
+def test_records_of_a_failed_call_are_dropped():
+    layer = stirred(an.GRU(2, 3, norm="batch", dtype=torch.float64), 0)
+    xs = sequence("normal", 0, (3, 4, 2))
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(xs.float())
+    layer(xs)
+    fresh = stirred(an.GRU(2, 3, norm="batch", dtype=torch.float64), 0)
+    fresh.load_state_dict(dict(layer.named_parameters()), strict=False)
+    fresh(xs)
+    compare(buffers(layer.norm_hh_l0), buffers(fresh.norm_hh_l0), tolerance=0)

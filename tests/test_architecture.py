@@ -1,0 +1,180 @@
+"""Imports point one way, heavy libraries are loaded late, and the tree names no package registry."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "atn_norms"
+
+# A part may import the parts of the rows above it, and itself; never its neighbours in a row, never below.
+ROWS = [
+    {"trees", "problems"},
+    {"statistics", "registry"},
+    {"windows", "normalizers"},
+    {"assorted_time"},
+    {"cells"},
+    {"backends"},
+    {"layers"},
+    {"specs"},
+    {"tasks"},
+    {"plugins"},
+    {"ablation", "testing"},
+    {"cli", "commands", "__main__"},
+]
+ROW = {part: number for number, row in enumerate(ROWS) for part in row}
+NEIGHBOURS = {("cli", "commands"), ("commands", "cli"), ("__main__", "cli")}  # one command line, in several files
+
+# Which parts may load a library that is not the standard one. What stands nowhere below may be loaded nowhere.
+LIBRARIES = {
+    "torch": set(ROW) - {"problems", "registry", "plugins", "cli", "__main__"},
+    "pydantic": set(ROW),
+    "pydantic_core": set(ROW),
+    "pluggy": {"plugins"},
+    "typing_extensions": set(),
+    "ruamel": {"specs", "ablation", "cli", "commands"},
+    "typer": {"cli", "commands"},
+    "click": {"cli", "commands"},
+    "rich": {"cli", "commands"},
+    "distributed": {"ablation"},
+    "dask": {"ablation"},
+    "jinja2": {"ablation"},
+    "matplotlib": {"ablation"},
+    "numpy": {"ablation"},
+    "hypothesis": {"testing"},
+}
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+class Imports(ast.NodeVisitor):
+    """Every import of a file, those inside functions included; a TYPE_CHECKING block loads nothing and is left out."""
+
+    def __init__(self, path: Path):
+        self.package = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+        self.found: list[tuple[int, str]] = []
+        self.visit(ast.parse(path.read_text(encoding="utf-8")))
+
+    def visit_If(self, node: ast.If) -> None:
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for statement in node.orelse:
+                self.visit(statement)
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found += [(node.lineno, alias.name) for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = self.package[: len(self.package) - node.level + 1] if node.level else ()
+        module = ".".join([*base, *([node.module] if node.module else [])])
+        if module == PACKAGE.name:  # `from atn_norms import layers` names the part behind the import
+            self.found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
+        else:
+            self.found.append((node.lineno, module))
+
+
+def broken_rules(path: Path) -> Iterator[str]:
+    mine = part(path)
+    for line, name in Imports(path).found:
+        where = f"{path.relative_to(PACKAGE)}:{line}: {mine} imports {name}"
+        top, _, rest = name.partition(".")
+        if top == PACKAGE.name:
+            theirs = rest.partition(".")[0]
+            if rest == "__version__":
+                continue  # the one thing that the package's face itself defines
+            if theirs not in ROW:
+                yield f"{where}: import a name from the part that defines it, not from the package's lazy face"
+            elif theirs != mine and ROW[theirs] >= ROW[mine] and (mine, theirs) not in NEIGHBOURS:
+                yield f"{where}: imports point from later rows to earlier ones"
+        elif top not in sys.stdlib_module_names and mine not in LIBRARIES.get(top, set()):
+            yield f"{where}: this part may not load {top}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    assert part(path) in ROW, f"{part(path)} has no row yet"
+    assert not list(broken_rules(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from atn_norms.layers import LSTM", "later rows"),
+        ("from atn_norms import layers", "later rows"),
+        ("from .layers import LSTM", "later rows"),
+        ("def late():\n    import atn_norms.cli", "later rows"),
+        ("from atn_norms.normalizers import LayerNorm", "later rows"),
+        ("from atn_norms import LSTM", "lazy face"),
+        ("import rich.table", "may not load rich"),
+        ("import somebody", "may not load somebody"),
+        (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import atn_norms.cli\nelse:\n    import yaml",
+            "yaml",
+        ),
+    ],
+)
+def test_the_rules_are_seen_to_fail(source, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "atn_norms")
+    path = tmp_path / "atn_norms" / "windows.py"
+    path.parent.mkdir()
+    path.write_text(source, encoding="utf-8")
+    (broken,) = broken_rules(path)
+    assert message in broken
+
+
+@pytest.mark.parametrize("module", ["atn_norms", "atn_norms.registry", "atn_norms.plugins", "atn_norms.cli"])
+def test_torch_is_loaded_late(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'matplotlib', 'distributed'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plain_layer_needs_no_third_party_code():
+    code = (
+        "import sys, atn_norms; atn_norms.LSTM(2, 3, norm=None); "
+        "print(sorted({'typer', 'rich', 'ruamel', 'matplotlib', 'distributed', 'hypothesis'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_lazy_and_there():
+    import atn_norms
+
+    assert set(atn_norms.__all__) <= set(dir(atn_norms))
+    assert all(getattr(atn_norms, name) is not None for name in atn_norms.__all__)
+    with pytest.raises(AttributeError, match="Layernorm"):
+        atn_norms.Layernorm  # noqa: B018
+
+
+def test_files_stay_small_enough_to_hold_in_mind():
+    long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {name: lines for name, lines in long.items() if lines > 450} == {}
+
+
+HOSTS = [
+    ".".join(parts)
+    for parts in (("pypi", "org"), ("pythonhosted", "org"), ("download.pytorch", "org"), ("conda.anaconda", "org"))
+]
+PASSED_OVER = {".git", ".venv", ".hypothesis", ".pytest_cache", ".ruff_cache", "__pycache__", "_build", "html"}
+
+
+def test_no_file_names_a_package_registry():
+    """Where packages come from is the installer's own configuration."""
+    named = []
+    for path in sorted(ROOT.rglob("*")):
+        passed_over = any(piece in PASSED_OVER or piece.endswith(".egg-info") for piece in path.relative_to(ROOT).parts)
+        if passed_over or not path.is_file() or path.stat().st_size > 1_000_000:
+            continue
+        text = path.read_bytes()
+        named += [f"{path.relative_to(ROOT)}: {host}" for host in HOSTS if host.encode() in text]
+    assert not named

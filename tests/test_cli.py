@@ -1,0 +1,349 @@
+"""The command line: help that is quick and shows an example, one sentence and exit code 2 for bad input, studies end to end."""  # noqa: E501
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atn_norms.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+
+STUDY = """\
+model: {cell: lstm, hidden_size: 4}
+task: {kind: adding, length: 6, train: 40, validation: 10, test: 10}
+train: {steps: 4, batch_size: 5}
+axes: {norm: [none, layer], window: [1, 3]}
+seeds: 1
+"""
+MODEL = "cell: lstm\ninput_size: 2\nhidden_size: 3\nnorm: layer\nwindow: 5\n"
+
+
+def program(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "atn_norms", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    (tmp_path / "model.yaml").write_text(MODEL)
+    return tmp_path
+
+
+def printed(capsys, *arguments: str, code: int = 0) -> str:
+    """What a command prints; its exit code is `code`."""
+    assert main(arguments) == code
+    return capsys.readouterr().out
+
+
+def said(capsys, *arguments: str, code: int = 2) -> str:
+    """What a command says on standard error; it prints nothing else."""
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example(command, capsys):
+    out = printed(capsys, command, "--help")
+    assert f"Usage: atn-norms {command}" in out
+    assert "Example:\n" in out
+    assert f"atn-norms {command}" in out.partition("Example:")[2]
+
+
+def test_the_overview_names_every_command(capsys):
+    for arguments in ([], ["--help"]):
+        out = printed(capsys, *arguments)
+        for command, (_, short, _) in COMMANDS.items():
+            assert f"  {command} " in out
+            assert short in out
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys; from atn_norms.cli import main; main(['ablate', '--help']); print(*sys.modules, file=sys.stderr)"
+    )
+    spent = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "numpy", "rich", "ruamel.yaml", "distributed", "matplotlib"}
+    assert min(spent) < 0.5  # of processor time: what a busy machine adds to the wall time is not ours
+
+
+BAD = [
+    (["ablat"], "No such command 'ablat'"),
+    (["show"], "Missing argument 'MODEL.yaml'"),
+    (["show", "model.yml"], "model.yml: no such file; nearest: 'model.yaml'"),
+    (["show", "study.yaml"], "study.yaml:1:1: model: unknown key; known: cell"),
+    (["list", "norms"], "unknown family 'norms'; known: normalizers, windows, cells, tasks; nearest: 'normalizers'"),
+    (["schema", "studdy"], "unknown schema 'studdy'; known: study, model; nearest: 'study'"),
+    (["schema", "--out", "no/where.json"], "no/where.json: cannot be written: No such file or directory"),
+    (["init", "study.yaml"], "study.yaml: already there; choose another name, or overwrite with --force"),
+    (["init", "study.json"], "study.json: must end in .yaml or .yml"),
+    (["init", "no/where.yaml"], "cannot be written: No such file or directory"),
+    (["status", "."], "not a study's folder"),
+    (["report", "nowhere"], "not a study's folder"),
+    (["resume", "nowhere"], "not a study's folder"),
+    (["ablate", "stduy.yaml"], "stduy.yaml: no such file; nearest: 'study.yaml'"),
+    (
+        ["ablate", "study.yaml", "--set", "axes.norm=[laier]"],
+        "--set axes.norm: axes.norm[0]: unknown normalizer 'laier'",
+    ),
+    (["ablate", "study.yaml", "--set", "train.steps=0"], "--set train.steps: train.steps: must be greater"),
+    (
+        ["ablate", "study.yaml", "--set", "task=addding"],
+        "unknown task 'addding'; known: adding, charlm; nearest: 'adding'",
+    ),
+    (["ablate", "study.yaml", "--set", "steps"], "--set steps: must be path=value"),
+    (["ablate", "study.yaml", "--set", "task={kind: charlm, text: nothing.txt}"], "nothing.txt"),
+    (["ablate", "study.yaml", "--workers", "-1"], "Invalid value for '--workers'"),
+    (["ablate", "study.yaml", "--workers", "x"], "Invalid value for '--workers'"),
+    (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
+    (["ablate", "study.yaml", "--out", "."], "not empty and not a study's folder"),
+    (["ablate", "study.yaml", "--out", "/proc/nowhere"], "/proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, capsys, folder):
+    before = sorted(folder.rglob("*"))
+    error = said(capsys, *arguments)
+    assert message in error
+    assert all(line.startswith("atn-norms: ") for line in error.splitlines())
+    assert len(error.splitlines()) == 1 or arguments == ["show", "study.yaml"]
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["show", "nothing.yaml", "--debug"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_list_shows_kinds_sources_and_options(capsys):
+    out = printed(capsys, "list")
+    for word in ("layer", "rms", "sliding", "half_life", "lstm", "adding", "charlm", "atn-norms"):
+        assert word in out
+    assert "lstm" not in printed(capsys, "list", "windows")
+    data = json.loads(printed(capsys, "list", "--json"))
+    assert list(data) == ["normalizers", "windows", "cells", "tasks"]
+    (layer,) = [entry for entry in data["normalizers"] if entry["kind"] == "layer"]
+    assert layer["distribution"] == "atn-norms"
+    assert layer["options"]["eps"]["default"] == 1e-5
+
+
+def test_plugins_are_reported(capsys):
+    assert "built-in" in printed(capsys, "plugins")
+    (built_in, *_) = json.loads(printed(capsys, "plugins", "--json"))
+    assert (built_in["name"], built_in["status"]) == ("built-in", "loaded")
+
+
+def test_show_tells_what_a_model_is_made_of(capsys):
+    out = printed(capsys, "show", "model.yaml")
+    for word in (
+        "norm_ih_l0.weight",
+        "sliding(steps=5)",
+        "state of one sequence",
+        "backend 'reference'",
+        "torch: refuses",
+    ):
+        assert word in out
+    facts = json.loads(printed(capsys, "show", "model.yaml", "--json"))
+    assert facts["parameter_count"] == sum(parameter["count"] for parameter in facts["parameters"])
+    assert [site["site"] for site in facts["sites"]] == ["ih", "hh", "c"]
+    # h and c of 3 numbers; at each of 3 sites the step index and 4 earlier weights, means and variances
+    assert facts["state"]["numbers"] == 2 * 3 + 3 * (3 * 4 + 1)
+
+
+def test_the_schemas_show_options_of_every_kind(capsys):
+    for what in ("study", "model"):
+        text = printed(capsys, "schema", what)
+        assert json.loads(text)["$schema"].startswith("https://json-schema.org/")
+        for word in ("hidden_size", "half_life", "nonlinearity"):
+            assert f'"{word}"' in text
+    assert '"embedding"' in printed(capsys, "schema")
+    assert "wrote s.json" in printed(capsys, "schema", "--out", "s.json")
+    assert json.loads(Path("s.json").read_text())
+
+
+def test_init_writes_a_study_that_runs_and_overwrites_only_when_told(capsys):
+    printed(capsys, "init", "mine.yaml")
+    first = Path("mine.yaml").read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=mine.schema.json"
+    assert "hidden_size" in Path("mine.schema.json").read_text()
+    assert "40 trials" in printed(capsys, "ablate", "mine.yaml", "--dry-run")
+    Path("mine.yaml").write_text("mine")
+    assert "mine.yaml and mine.schema.json: already there" in said(capsys, "init", "mine.yaml")
+    assert Path("mine.yaml").read_text() == "mine"
+    printed(capsys, "init", "mine.yaml", "--force")
+    assert Path("mine.yaml").read_text().startswith(first)
+
+
+def test_doctor_finds_everything_and_says_what_is_broken(capsys, monkeypatch):
+    main(["doctor", "--json"])
+    checks = json.loads(capsys.readouterr().out)
+    found = {check["subject"]: check["status"] for check in checks["checks"]}
+    assert found["backend reference"] == found["plugin built-in"] == found["torch"] == "ok"
+    assert checks["healthy"] == ("failed" not in found.values())
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lacking = printed(capsys, "doctor", code=0 if checks["healthy"] else 1)
+    assert "pip install 'atn-norms[ablation]'" in lacking
+
+    monkeypatch.setattr("atn_norms.layers.LSTM", lambda *_, **__: 1 / 0)
+    broken = printed(capsys, "doctor", code=1)
+    assert "ZeroDivisionError: division by zero" in broken
+    assert "something is broken" in broken
+
+
+def test_a_dry_run_lists_the_trials_and_writes_nothing(capsys, folder):
+    before = sorted(folder.rglob("*"))
+    assert "3 trials" in printed(capsys, "ablate", "study.yaml", "--dry-run")
+    listed = json.loads(printed(capsys, "ablate", "study.yaml", "--dry-run", "--json", "--set", "seeds=2"))
+    assert len(listed["trials"]) == 6
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_study_from_start_to_report(capsys, folder):
+    out = printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here")
+    assert "training 3 of 3 trials in this process" in out
+    assert "this may take about" in out
+    assert "[3/3] done     adding norm=layer window=3 seed=0" in out
+    assert f"report: {Path('here/report/report.html')}" in out
+    assert (folder / "here/report/report.html").stat().st_size > 1000
+
+    again = printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here")
+    assert "every trial is done already" in again
+    table = out[out.index("\ntask ") :]
+    assert "mean squared error" in table
+    assert again.endswith(table)
+
+    state = json.loads(printed(capsys, "status", "here", "--json"))
+    assert state["counts"]["done"] == 3
+    assert {trial["step"] for trial in state["trials"]} == {4}
+    assert "3 done" in printed(capsys, "status", "here")
+
+    results = json.loads(printed(capsys, "report", "here", "--json"))
+    assert len(results["results"]) == 3
+    assert all(Path(path).exists() for path in results["report"])
+    assert json.loads(printed(capsys, "resume", "here", "--workers", "0", "--json"))["results"] == results["results"]
+    assert "holds another study" in said(capsys, "ablate", "study.yaml", "--set", "seeds=2", "--out", "here")
+
+
+def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeypatch):
+    real = importlib.util.find_spec
+    for absent, command, cure in [
+        ("matplotlib", ["report", "here"], "atn-norms[ablation]'"),
+        ("matplotlib", ["ablate", "study.yaml", "--workers", "0"], "atn-norms[ablation]'"),
+        ("distributed", ["resume", "here"], "or use --workers 0"),
+    ]:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, gone=absent: None if name == gone else real(name))
+        error = said(capsys, *command)
+        assert f"{absent}: not installed, and studies need it; run pip install" in error
+        assert cure in error
+    assert not (folder / "studies").exists()
+
+
+PLUGIN = '''
+from typing import Literal
+from atn_norms.normalizers import LayerNorm, NormSpec
+from atn_norms.plugins import hookimpl
+
+class Fragile(LayerNorm):
+    def normalize(self, x, pooled):
+        raise ZeroDivisionError("the fragile one")
+
+class FragileSpec(NormSpec):
+    """Breaks."""
+    kind: Literal["fragile"] = "fragile"
+    when: Literal["build", "run"] = "run"
+
+    def build(self, features):
+        if self.when == "build":
+            raise KeyError("no build")
+        return Fragile(features)
+
+@hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(FragileSpec)
+'''
+
+
+def test_a_plugin_that_raises_is_a_sentence_or_a_failed_trial(folder):
+    site = folder / "site"
+    (site / "fragile-1.0.dist-info").mkdir(parents=True)
+    (site / "fragile-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1.0\n")
+    (site / "fragile-1.0.dist-info" / "entry_points.txt").write_text("[atn_norms]\nfragile = fragile_plugin\n")
+    (site / "fragile_plugin.py").write_text(PLUGIN)
+    (folder / "model.yaml").write_text(MODEL.replace("layer", "{kind: fragile, when: build}"))
+    path = os.pathsep.join([str(site), str(ROOT)])
+
+    shown = program("show", "model.yaml", PYTHONPATH=path)
+    _, error = shown.communicate(timeout=60)
+    assert shown.returncode == 2, error
+    (line,) = error.splitlines()
+    assert line.startswith("atn-norms: KeyError: 'no build' (")
+    assert "fragile_plugin.py" in line
+
+    run = program("ablate", "study.yaml", "--set", "axes.norm=[none, fragile]", "--workers", "0", PYTHONPATH=path)
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 1, error
+    assert "failed   adding norm=fragile window=1 seed=0" in out
+    assert "ZeroDivisionError: the fragile one" in out
+    assert "done     adding norm=none" in out
+    assert "2 trials failed; see atn-norms status" in error
+    assert "Traceback" not in error
+
+    listed = program("list", "normalizers", PYTHONPATH=path)
+    assert "Breaks." in listed.communicate(timeout=60)[0]
+    blocked = program("show", "model.yaml", PYTHONPATH=path, ATN_NORMS_DISABLE_PLUGINS="fragile")
+    assert "unknown normalizer 'fragile'" in blocked.communicate(timeout=60)[1]
+
+
+def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
+    slow = ["--set", "train.steps=100000", "--set", "train.checkpoint_every=50", "--set", "train.eval_every=100000"]
+    run = program("ablate", "study.yaml", *slow, "--workers", "0", "--out", "here")
+    try:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("here/trials/*/checkpoint.pt")):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        _, error = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert error.strip() == "stopped; what is finished is kept. To go on: atn-norms resume here"
+    state = json.loads(printed(capsys, "status", "here", "--json"))
+    assert state["counts"] == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
+
+
+def test_a_closed_pipe_is_no_error():
+    listing = program("schema")
+    assert listing.stdout is not None
+    assert listing.stderr is not None
+    listing.stdout.close()
+    error = listing.stderr.read()
+    assert listing.wait(60) == 0
+    assert error == ""

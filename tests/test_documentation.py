@@ -1,0 +1,144 @@
+"""The pages keep up with the code: hooks, kinds, options, commands and public names are there, and all of it runs."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import atn_norms
+from atn_norms.plugins import Hooks
+from atn_norms.registry import FAMILIES, registry
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+TEXTS = PAGES | {"README": (ROOT / "README.md").read_text(encoding="utf-8")}
+PAGE_OF = {"normalizer": "normalizers", "window": "windows", "cell": "cells", "task": "tasks"}
+EXECUTED = {"python", "console"}
+SHOWN = {"text", "toml", "bash", "{toctree}", "{eval-rst}"}
+
+
+def test_every_hook_is_documented_with_its_exact_signature():
+    hooks = [name for name in vars(Hooks) if name.startswith("atn_norms_")]
+    assert hooks
+    for name in hooks:
+        signature = inspect.signature(getattr(Hooks, name), eval_str=True)
+        arguments = [f"{p.name}: {p.annotation.__name__}" for p in list(signature.parameters.values())[1:]]
+        assert f"\ndef {name}({', '.join(arguments)}) -> None\n" in PAGES["plugins"]
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    missing = [name for name in atn_norms.__all__ if not re.search(rf"atn_norms\.{name}$", PAGES["api"], flags=re.M)]
+    assert not missing
+
+
+def test_every_page_is_reached_from_the_first():
+    listed = re.findall(r"^[a-z]+$", "".join(re.findall(r"```{toctree}(.*?)```", PAGES["index"], flags=re.S)), re.M)
+    assert sorted(listed) == sorted(set(PAGES) - {"index"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_built_in_kind_is_on_its_page_with_every_option(family):
+    for kind, entry in registry.kinds(family).items():
+        if entry.distribution != "atn-norms":
+            continue
+        page = PAGES[PAGE_OF[family]]
+        options = set(entry.spec.model_fields) - {"kind"}
+        assert re.search(rf"`{kind}`|kind: {kind}\b", page), kind
+        assert {option for option in options if not re.search(rf"\b{option}\b", page)} == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "page"),
+    [
+        ("atn_norms.layers", "LayerSpec", "specs"),
+        ("atn_norms.cells", "Placement", "cells"),
+        ("atn_norms.ablation.study", "StudySpec", "studies"),
+        ("atn_norms.ablation.study", "TrainSpec", "studies"),
+    ],
+)
+def test_every_option_of_a_file_is_on_its_page(module, name, page):
+    fields = getattr(import_module(module), name).model_fields
+    assert not [field for field in fields if f"`{field}`" not in PAGES[page]]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_fenced_block_is_executed_or_openly_only_shown(page):
+    fences = re.findall(r"^```(\S*)", TEXTS[page], flags=re.M)
+    assert set(fences[::2]) <= EXECUTED | SHOWN
+    assert set(fences[1::2]) <= {""}
+
+
+def installed(folder: Path) -> Path:
+    """The plugin of the documentation, its files written to a folder that looks like an installation of it."""
+    files = dict(re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGES["plugins"], flags=re.M | re.S))
+    assert set(files) == {"atn_norms_pmean.py", "pyproject.toml"}
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    (folder / "atn_norms_pmean.py").write_text(files["atn_norms_pmean.py"], encoding="utf-8")
+    information = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", encoding="utf-8"
+    )
+    points = "\n".join(f"{name} = {module}" for name, module in project["entry-points"]["atn_norms"].items())
+    (information / "entry_points.txt").write_text(f"[atn_norms]\n{points}\n", encoding="utf-8")
+    return folder
+
+
+def test_the_plugin_of_the_documentation_works_once_installed(tmp_path):
+    code = """
+import json, torch, atn_norms as an
+from atn_norms.plugins import report
+options = {"input_size": 2, "hidden_size": 3, "norm": {"kind": "pmean", "p": 3.0}}
+shapes = {}
+for cell in ("lstm", "gru", "rnn"):
+    for window in (3, "cumulative", {"kind": "exponential", "half_life": 2.0}):
+        y, _ = an.build({"cell": cell, "window": window, **options})(torch.randn(5, 4, 2))
+        shapes[f"{cell} {window}"] = list(y.shape)
+spec = an.LayerSpec.model_validate({"cell": "gru", **options})
+print(json.dumps({
+    "shapes": shapes,
+    "schema": "pmean" in json.dumps(an.LayerSpec.model_json_schema()),
+    "again": an.LayerSpec.model_validate_json(spec.model_dump_json()) == spec,
+    "plugins": [[r.name, r.distribution, r.version, r.status] for r in report() if r.name == "pmean"],
+}))
+"""
+    path = os.pathsep.join([str(ROOT), str(installed(tmp_path))])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert set(map(tuple, told["shapes"].values())) == {(5, 4, 3)}
+    assert len(told["shapes"]) == 9
+    assert told["schema"]
+    assert told["again"]
+    assert told["plugins"] == [["pmean", "atn-norms-pmean", "0.1.0", "loaded"]]
+
+
+def test_every_command_is_on_its_page():
+    done = subprocess.run(
+        [sys.executable, "-m", "atn_norms", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    from typer.main import get_command
+
+    from atn_norms.cli import app
+
+    commands = list(get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
+    assert {"ablate", "resume", "status", "report", "list", "plugins", "show", "schema", "init", "doctor"} <= set(
+        commands
+    )
+    for command in commands:
+        assert command in done.stdout
+        assert re.search(rf"^\| `{command}\b", PAGES["cli"], flags=re.M), command

@@ -1,0 +1,283 @@
+"""The engine: here, in processes, after failures, deaths and interrupts; the store is believed and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import Any
+
+import pytest
+
+from atn_norms.ablation import create, engine, load, resume, run, status
+from atn_norms.ablation.environment import differences, versions
+from atn_norms.ablation.files import Busy, StoreError
+from atn_norms.ablation.store import StudyFolder
+from atn_norms.problems import SpecError
+
+STUDY = {
+    "model": {"cell": "gru", "hidden_size": 3},
+    "task": {"kind": "adding", "length": 4, "train": 20, "validation": 5, "test": 5},
+    "train": {"steps": 4, "batch_size": 5, "log_every": 1},
+    "axes": {"norm": ["none", "layer", "rms"]},
+    "seeds": 1,
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return create(STUDY, tmp_path / "study")
+
+
+def results(folder):
+    return {trial.id: (folder / "trials" / trial.id / "result.json").read_bytes() for trial in load(folder).trials}
+
+
+def test_a_study_runs_in_this_process_without_dask(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    events = []
+    record = run(study, workers=0, on_event=events.append)
+    assert record.count("done") == 3 and record == load(study)
+    assert status(study) == {"done": 3, "diverged": 0, "failed": 0, "running": 0, "pending": 0}
+    first = [event for event in events if event.trial == record.trials[0].id]
+    assert [(event.kind, event.step) for event in first] == [
+        ("started", 0), ("step", 1), ("step", 2), ("step", 3), ("step", 4), ("done", 4),
+    ]  # fmt: skip
+    assert first[0].point == {"task": "adding", "norm": "none", "seed": "0"}
+    assert [(event.finished, event.total) for event in events if event.kind == "done"] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_done_stays_done(study):
+    run(study, workers=0)
+    before, events = results(study), []
+    resume(study, workers=0, on_event=events.append)
+    assert events == [] and results(study) == before
+
+
+def cluster(workers) -> Any:
+    """A Dask scheduler with its workers in this process."""
+    from distributed import LocalCluster
+
+    return LocalCluster(n_workers=workers, processes=False, dashboard_address=None)  # type: ignore[arg-type]
+
+
+def test_a_running_scheduler_is_used(study):
+    with cluster(1) as running:
+        record = run(study, scheduler=running.scheduler_address)
+    assert record.count("done") == 3
+
+
+def test_a_scheduler_out_of_reach_is_named(study):
+    with pytest.raises(SpecError, match=r"scheduler: nonsense://x cannot be reached"):
+        run(study, scheduler="nonsense://x")
+
+
+def test_a_cluster_without_workers_is_not_waited_for_for_ever(study, monkeypatch):
+    monkeypatch.setattr(engine, "WORKERLESS", 0.2)
+    with cluster(0) as empty, pytest.raises(SpecError, match="has had no worker for 0 s"):
+        run(study, scheduler=empty.scheduler_address)
+    assert status(study)["pending"] == 3
+
+
+def test_without_dask_one_line_says_what_to_install(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(SpecError, match=r"pip install 'atn-norms\[ablation\]'") as caught:
+        run(study)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_cannot_be(study, tmp_path):
+    with pytest.raises(SpecError, match="workers: must be 0"):
+        run(study, workers=-1)
+    with pytest.raises(StoreError, match="is not a study's folder"):
+        run(tmp_path / "nowhere")
+
+
+def test_two_runs_in_one_folder(study):
+    def intrude(event):
+        if intruded:
+            return
+        with pytest.raises(Busy, match="another run is at work on this study"):
+            run(study, workers=0)
+        intruded.append(event)
+
+    intruded = []
+    assert run(study, workers=0, on_event=intrude).count("done") == 3
+    assert intruded
+
+
+def test_an_interrupt_stops_at_once_and_a_resume_gives_the_same_bytes(study, tmp_path):
+    run(study, workers=0)
+
+    def interrupt(event):
+        if event.finished == 1 and event.kind == "step" and event.step == 2:
+            raise KeyboardInterrupt
+
+    other = create(STUDY, tmp_path / "other")
+    with pytest.raises(KeyboardInterrupt):
+        run(other, workers=0, on_event=interrupt)
+    assert [trial.status for trial in load(other).trials] == ["done", "pending", "pending"]
+    resume(other, workers=0)
+    assert results(other) == results(study)
+
+
+def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
+    train = engine.run_trial
+    second = load(study).trials[1]
+
+    def sometimes(folder, *rest):
+        if folder.id == second.id:
+            raise RuntimeError("the norm's own\nfault")
+        return train(folder, *rest)
+
+    events = []
+    monkeypatch.setattr(engine, "run_trial", sometimes)
+    record = run(study, workers=0, on_event=events.append)
+    assert [trial.status for trial in record.trials] == ["done", "failed", "done"]
+    error = record.trials[1].error
+    assert error is not None and error["error"] == "RuntimeError: the norm's own fault"
+    assert "in sometimes" in error["traceback"]
+    assert [event.message for event in events if event.kind == "failed"] == ["RuntimeError: the norm's own fault"]
+    monkeypatch.undo()
+    record = resume(study, workers=0)
+    assert record.count("done") == 3 and record.trials[1].error is None
+    assert not (study / "trials" / second.id / "error.json").exists()
+
+
+def test_a_store_that_cannot_be_written_ends_the_run(study, monkeypatch):
+    def full(folder, *rest):
+        raise StoreError("cannot write x: No space left on device")
+
+    monkeypatch.setattr(engine, "run_trial", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        run(study, workers=0)
+    assert status(study)["pending"] == 3, "nothing is blamed on a trial"
+
+
+def test_a_trial_somebody_else_trains_is_left_to_them(study):
+    first, events = StudyFolder(study).trial(load(study).trials[0].id), []
+    with first.lock():
+        record = run(study, workers=0, on_event=events.append)
+    assert [trial.status for trial in record.trials] == ["running", "done", "done"]
+    assert [(event.trial, event.finished) for event in events if event.kind == "busy"] == [(first.id, 0)]
+    assert sorted(path.name for path in first.path.iterdir()) == [".lock", "trial.json"], "nothing is written there"
+    assert run(study, workers=0).count("done") == 3
+
+
+def test_versions_that_differ_are_named(study):
+    told = engine._attempt(StudyFolder(study), load(study).trials[0].id, {**versions(), "torch": "1.0"}, None)
+    assert told == {}
+    error = load(study).trials[0].error
+    assert error is not None and "instead of 1.0; install the same versions everywhere" in error["error"]
+    assert differences({"a": "1"}, {"a": "1"}) == ""
+
+
+PLUGIN = """
+import os, signal
+from typing import Literal
+from atn_norms import LayerNorm, NormSpec, hookimpl
+
+class Raising(LayerNorm):
+    def measure(self, x):
+        raise ArithmeticError("no statistic today")
+
+class Killing(LayerNorm):
+    def measure(self, x):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class RaisingSpec(NormSpec):
+    kind: Literal["raising"] = "raising"
+    def build(self, features):
+        return Raising(features)
+
+class KillingSpec(NormSpec):
+    kind: Literal["killing"] = "killing"
+    def build(self, features):
+        return Killing(features)
+
+@hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(RaisingSpec)
+    registry.normalizer(KillingSpec)
+"""
+
+PROGRAM = """
+import sys
+from atn_norms.ablation import create, run
+
+def tell(event):
+    print(event.kind, event.trial, event.step, flush=True)
+
+if __name__ == "__main__":
+    study = eval(sys.argv[2])
+    folder = create(study, sys.argv[1]) if study else sys.argv[1]
+    try:
+        run(folder, workers=2, on_event=tell)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Start a program that runs a study with two processes, beside an installed plugin with two bad norms."""
+    site = tmp_path / "site"
+    info = site / "bad_norms-1.5.dist-info"
+    info.mkdir(parents=True)
+    (site / "bad_norms.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-norms\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[atn_norms]\nbad = bad_norms\n")
+    path = os.pathsep.join(filter(None, [str(site), os.getcwd(), os.environ.get("PYTHONPATH", "")]))
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM))
+
+    def start(folder, study=None):
+        return subprocess.Popen(
+            [sys.executable, script, folder, repr(study)],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # a group of its own: an interrupt reaches its workers, as from a terminal
+        )
+
+    return start
+
+
+def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_path, study):
+    folder = tmp_path / "bad"
+    process = program(folder, {**STUDY, "axes": {"norm": ["killing", "raising", "none", "layer", "rms"]}})
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    record = load(folder)
+    assert [trial.status for trial in record.trials] == ["failed", "failed", "done", "done", "done"], told
+    killing, raising, *_ = record.trials
+    assert "worker process died twice" in killing.error["error"]  # type: ignore[index]
+    assert raising.error["error"] == "ArithmeticError: no statistic today"  # type: ignore[index]
+    assert "bad_norms.py" in raising.error["traceback"]  # type: ignore[index]
+    assert all(trial.run["versions"]["bad-norms"] == "1.5" for trial in record.trials)  # type: ignore[index]
+    run(study, workers=0)
+    mine = results(study)
+    here = {trial.id: (folder / "trials" / trial.id / "result.json").read_bytes() for trial in record.trials[2:]}
+    assert here == mine, "a process of its own gives the same bytes as this one"
+
+
+def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_path):
+    folder = tmp_path / "study"
+    process = program(folder, {**STUDY, "train": {"steps": 100_000, "batch_size": 5, "log_every": 1}})
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    workers = {trial.run["process"] for trial in load(folder).trials if trial.run}
+    assert status(folder)["running"] >= 1
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert "interrupted" in told and "Traceback" not in told, told
+    assert time.monotonic() - started < 20
+    assert status(folder) == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
+    assert workers
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)

@@ -1,0 +1,285 @@
+"""Plugins from real distributions on the path: what loads, what is blocked, what fails, and what a failure leaves."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from atn_norms import plugins
+from atn_norms.registry import Registry, SpecError
+
+NORMALIZER = '''
+"""Divide by the pooled p-mean of |x|."""
+from typing import Literal
+import torch
+from pydantic import Field
+from atn_norms.normalizers import Normalizer, NormSpec
+from atn_norms.plugins import hookimpl
+from atn_norms.statistics import Average
+
+
+class PMean(Normalizer):
+    def __init__(self, features, p):
+        super().__init__()
+        self.p = p
+        self.weight = torch.nn.Parameter(torch.ones(features))
+
+    def measure(self, x):
+        return Average(x.abs().pow(self.p).mean(-1, keepdim=True))
+
+    def normalize(self, x, pooled):
+        return self.weight * x / (pooled.mean + 1e-5) ** (1 / self.p)
+
+
+class PMeanSpec(NormSpec):
+    kind: Literal["KIND"] = "KIND"
+    p: float = Field(2.0, gt=0)
+
+    def build(self, features):
+        return PMean(features, self.p)
+
+
+@hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(PMeanSpec)
+'''
+
+
+class Site:
+    """A folder on the path into which tests install distributions."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def install(self, name: str, code: str, points: str | None = None, version: str = "1.0") -> None:
+        """Put a distribution `dist-NAME` with the module `plugin_NAME` and the entry point NAME on the path."""
+        info = self.folder / f"dist_{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(points or f"[atn_norms]\n{name} = plugin_{name}\n")
+        (self.folder / f"plugin_{name}.py").write_text(textwrap.dedent(code))
+
+    def load(self) -> tuple[Registry, dict[str, plugins.PluginRecord]]:
+        registry = Registry()
+        return registry, {record.name: record for record in plugins.load(registry)}
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    for variable in (plugins.DISABLE, plugins.LOAD):
+        monkeypatch.delenv(variable, raising=False)
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield Site(folder)
+    for module in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[module]
+
+
+BUILT_IN = {
+    "normalizer": ["batch", "layer", "rms"],
+    "window": ["cumulative", "exponential", "sliding"],
+    "cell": ["gru", "lstm", "rnn"],
+    "task": ["adding", "charlm"],
+}
+
+
+def assert_only_built_in(registry: Registry) -> None:
+    assert {family: list(registry.kinds(family)) for family in BUILT_IN} == BUILT_IN
+
+
+def test_the_built_in_kinds_come_through_the_same_door(site):
+    registry, records = site.load()
+    assert_only_built_in(registry)
+    record = records["built-in"]
+    assert (record.status, record.distribution) == ("loaded", "atn-norms")
+    assert set(record.kinds) == {f"{family}:{kind}" for family, kinds in BUILT_IN.items() for kind in kinds}
+
+
+def test_a_plugin_loads_with_its_source(site):
+    site.install("pmean", NORMALIZER.replace("KIND", "pmean"), version="3.1")
+    registry, records = site.load()
+    record = records["pmean"]
+    assert (record.status, record.kinds, record.reason) == ("loaded", ("normalizer:pmean",), "")
+    entry = registry.kinds("normalizer")["pmean"]
+    assert (entry.distribution, entry.version, entry.plugin) == ("dist-pmean", "3.1", "pmean")
+    assert registry.lookup("normalizer", "pmean").__name__ == "PMeanSpec"
+
+
+HOOK = "from atn_norms.plugins import hookimpl\n@hookimpl\ndef atn_norms_register(registry):\n    "
+BROKEN = {
+    "raises-on-import": ("1 / 0", r"ZeroDivisionError: division by zero \(.*plugin_broken.py:1\)"),
+    "cannot-be-parsed": ("def", "SyntaxError: .*plugin_broken.py, line 1"),
+    "exits": ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*plugin_broken.py:2\)"),
+    "raises-in-the-hook": (HOOK + "raise KeyError('x')", r"KeyError: 'x' \(.*plugin_broken.py:4\)"),
+    "registers-nonsense": (HOOK + "registry.normalizer(3)", "TypeError: registry.normalizer takes an options model"),
+    "wrong-arguments": (HOOK.replace("(registry)", "(registrar)") + "0", "PluginValidationError: .*registrar"),
+    "no-hook": ("x = 1", "implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register.registry.`"),
+    "misspelt-and-marked": (
+        HOOK.replace("atn_norms_register", "atn_norms_registr") + "0",
+        "implements an unknown hook 'atn_norms_registr'; known: atn_norms_register; nearest: 'atn_norms_register'",
+    ),
+    "marked-under-any-name": (
+        HOOK.replace("atn_norms_register", "register") + "0",
+        "implements an unknown hook 'register'; known: atn_norms_register",
+    ),
+    "misspelt-and-unmarked": (
+        "def atn_norms_regster(registry):\n    0",
+        "has a function 'atn_norms_regster' that lacks `@atn_norms.hookimpl`, so it does nothing; .*nearest",
+    ),
+    "unmarked": ("def atn_norms_register(registry):\n    0", "'atn_norms_register' that lacks `@atn_norms.hookimpl`"),
+    "unmarked-beside-a-good-one": (
+        HOOK + "0\ndef atn_norms_resume(registry):\n    0",
+        "has a function 'atn_norms_resume' that lacks",
+    ),
+    "kind-twice-in-one": (
+        NORMALIZER.replace("KIND", "p") + "    registry.window(PMeanSpec)",
+        "TypeError: registry.window takes the options of a window; PMeanSpec is of family 'normalizer'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_plugin_is_reported_and_takes_nothing_down(site, fault, caplog):
+    code, reason = BROKEN[fault]
+    site.install("broken", code)
+    site.install("good", NORMALIZER.replace("KIND", "good"))
+    registry, records = site.load()
+    record = records["broken"]
+    assert record.status == "failed"
+    assert re.search(reason, record.reason), record.reason
+    assert record.kinds == ()
+    assert "Traceback" in record.traceback or "Error" in record.traceback
+    assert [entry.plugin for entry in registry.kinds("normalizer").values()].count("good") == 1
+    assert f"plugin 'broken' of dist-broken 1.0 failed and is left out: {record.reason}" in caplog.messages
+    assert set(registry.kinds("normalizer")) == {*BUILT_IN["normalizer"], "good"}
+
+
+def test_an_exception_while_registering_leaves_nothing_behind(site):
+    late = NORMALIZER.replace("KIND", "half") + '    raise RuntimeError("late")\n'
+    site.install("half", late)
+    registry, records = site.load()
+    assert_only_built_in(registry)
+    assert records["half"].status == "failed"
+
+
+def test_an_unreadable_distribution_hides_no_other(site):
+    site.install("bad", "", points="[atn_norms]\nthis is no entry point\n")
+    site.install("good", NORMALIZER.replace("KIND", "good"))
+    _, records = site.load()
+    assert records["good"].status == "loaded"
+    (bad,) = [record for record in records.values() if record.status == "failed"]
+    assert "dist_bad" in bad.distribution or "dist-bad" in bad.distribution
+    assert "metadata cannot be read" in bad.reason
+
+
+def test_an_object_may_be_the_plugin(site):
+    door = "class Door:\n    @staticmethod\n    @hookimpl\n    def atn_norms_register(registry):\n        "
+    code = NORMALIZER.replace("KIND", "held").replace(HOOK.partition("\n")[2], door)
+    site.install("held", code, points="[atn_norms]\nheld = plugin_held:Door\n")
+    _, records = site.load()
+    assert records["held"].kinds == ("normalizer:held",), records["held"].reason
+
+
+def test_a_kind_claimed_twice_names_both_and_spoils_nothing_else(site):
+    site.install("one", NORMALIZER.replace("KIND", "same"))
+    site.install("two", NORMALIZER.replace("KIND", "same"))
+    site.install("three", NORMALIZER.replace("KIND", "layer"))
+    site.install("four", NORMALIZER.replace("KIND", "four"))
+    registry, _ = site.load()
+    with pytest.raises(SpecError, match=r"'same' is claimed by dist-\w+ \(.*\) and dist-\w+ \(.*\), so it is unusable"):
+        registry.lookup("normalizer", "same")
+    with pytest.raises(SpecError, match=r"'layer' is claimed by atn-norms.* and dist-three"):
+        registry.lookup("normalizer", "layer")
+    assert list(registry.kinds("normalizer")) == ["batch", "four", "rms"]
+    assert list(registry.conflicts("normalizer")) == ["layer", "same"]
+
+
+def test_the_same_distribution_twice_on_the_path_counts_once(site, tmp_path, monkeypatch):
+    site.install("pmean", NORMALIZER.replace("KIND", "pmean"), version="2.0")
+    older = tmp_path / "older"
+    older.mkdir()
+    Site(older).install("pmean", NORMALIZER.replace("KIND", "pmean"), version="1.0")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(older)])
+    registry, records = site.load()
+    assert registry.conflicts("normalizer") == {}
+    assert records["pmean"].version == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "loaded"),
+    [
+        ({}, {"a", "b", "c"}),
+        ({"ATN_NORMS_DISABLE_PLUGINS": "a,b"}, {"c"}),
+        ({"ATN_NORMS_DISABLE_PLUGINS": " a , "}, {"b", "c"}),
+        ({"ATN_NORMS_DISABLE_PLUGINS": ""}, {"a", "b", "c"}),
+        ({"ATN_NORMS_LOAD_PLUGINS": ""}, set()),
+        ({"ATN_NORMS_LOAD_PLUGINS": "a, c"}, {"a", "c"}),
+        ({"ATN_NORMS_LOAD_PLUGINS": "a,c", "ATN_NORMS_DISABLE_PLUGINS": "a"}, {"c"}),
+    ],
+)
+def test_environment_variables_block_and_block_before_import(site, monkeypatch, variables, loaded):
+    for name in "abc":
+        site.install(name, NORMALIZER.replace("KIND", name))
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    registry, records = site.load()
+    assert {name for name in "abc" if records[name].status == "loaded"} == loaded
+    assert {name for name in "abc" if name in registry.kinds("normalizer")} == loaded
+    assert {name for name in "abc" if f"plugin_{name}" in sys.modules} == loaded
+    for name in set("abc") - loaded:
+        assert records[name].status == "blocked"
+        assert "ATN_NORMS_" in records[name].reason
+
+
+@pytest.mark.parametrize("variable", [plugins.DISABLE, plugins.LOAD])
+def test_a_misspelt_name_in_the_environment_is_reported(site, monkeypatch, variable, caplog):
+    site.install("pmean", NORMALIZER.replace("KIND", "pmean"))
+    monkeypatch.setenv(variable, "pmaen")
+    with caplog.at_level(logging.WARNING):
+        _, records = site.load()
+    assert records["pmaen"].status == "failed"
+    wanted = f"named in {variable}, but no plugin of this name is installed; nearest: 'pmean'"
+    assert records["pmaen"].reason == wanted
+    assert any(wanted in message for message in caplog.messages)
+
+
+def test_a_strangers_normalizer_works_everywhere(site):
+    """In a fresh interpreter, by the global registry: every cell and window, spec, schema, dump, and the report."""
+    site.install("pmean", NORMALIZER.replace("KIND", "pmean"))
+    site.install("bad", "1 / 0")
+    code = """
+    import json, torch, atn_norms as an
+    from atn_norms import plugins, specs
+    for cell in ("lstm", "gru", "rnn"):
+        for window in (1, 3, {"kind": "cumulative"}, {"kind": "exponential", "half_life": 2.0}):
+            norm = {"kind": "pmean", "p": 3.0}
+            layer = an.build({"cell": cell, "input_size": 2, "hidden_size": 3, "norm": norm, "window": window})
+            y, _ = layer.unroll(torch.randn(4, 2, 2))
+            y.sum().backward()
+            assert y.isfinite().all()
+            again = an.LayerSpec.model_validate_json(layer.spec.model_dump_json())
+            assert again == layer.spec and '"p":3.0' in again.model_dump_json()
+    assert "pmean" in json.dumps(specs.schema(an.LayerSpec))
+    print({record.name: record.status for record in plugins.report()})
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.folder), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.replace("'", '"')) == {"built-in": "loaded", "pmean": "loaded", "bad": "failed"}
+    assert "plugin 'bad' of dist-bad 1.0 failed and is left out: ZeroDivisionError" in done.stderr
+
+
+def test_the_hook_is_what_the_documentation_says():
+    import inspect
+
+    hooks = {name: inspect.signature(hook) for name, hook in vars(plugins.Hooks).items() if name.startswith("atn_")}
+    assert [str(name) for name in hooks] == ["atn_norms_register"]
+    assert list(hooks["atn_norms_register"].parameters) == ["self", "registry"]

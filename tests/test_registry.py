@@ -1,0 +1,328 @@
+"""Options are strict, fields bind late, and every error says where, what, what is allowed, what is near."""
+
+import subprocess
+import sys
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from atn_norms.registry import Open, Options, Registry, Source, SpecError, dotted, explained, nearest
+
+own = Registry()
+
+
+class Norm(Options):
+    family: ClassVar[str | None] = "normalizer"
+    kind: str
+
+
+@own.normalizer
+class Plain(Norm):
+    kind: Literal["plain"] = "plain"
+    eps: float = Field(default=1e-5, gt=0)
+    shape: tuple[tuple[int, ...], ...] = ()
+
+
+@own.normalizer
+class Group(Norm):
+    kind: Literal["group"] = "group"
+    groups: int
+    inner: Annotated[Norm, Open("normalizer", source=own)] = Plain()
+
+
+class Window(Options):
+    family: ClassVar[str | None] = "window"
+    kind: str
+
+
+@own.window
+class Last(Window):
+    kind: Literal["last"] = "last"
+    steps: int = Field(ge=1)
+
+
+def steps_of(value: Any) -> Any:
+    """An integer is that many steps, as a mapping; `"all"` is a spec already."""
+    if value == "all":
+        return Last(steps=10**6)
+    return {"kind": "last", "steps": value} if type(value) is int else value
+
+
+class Placement(Options):
+    sum: Literal["separate", "joint"] = "separate"
+
+
+class Layer(Options):
+    norm: Annotated[Norm | None, Open("normalizer", source=own)] = None
+    size: int
+    window: Annotated[Window, Open("window", shorthand=steps_of, shorthand_schema={"type": "integer"}, source=own)] = (
+        Last(steps=1)
+    )
+    more: tuple[Annotated[Norm, Open("normalizer", source=own)], ...] = ()
+    placement: Placement = Placement()
+    seeds: int | list[int] = 1
+    scale: float = 1.0
+
+
+def said(data: dict[Any, Any]) -> list[str]:
+    with pytest.raises(ValidationError) as caught:
+        Layer.model_validate(data)
+    return list(explained(caught.value, data=data).problems)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"size": True}, "size: must be a valid integer, got True"),
+        ({"size": "3"}, "size: must be a valid integer, got '3'"),
+        ({"size": 3.0}, "size: must be a valid integer, got 3.0"),
+        ({"size": 1, "scale": float("nan")}, "scale: must be a finite number, got nan"),
+        ({"size": 1, "scale": 10**400}, "scale: must be a valid number, got 1" + 56 * "0" + "..."),
+        ({}, "size: required, and missing"),
+        ({"size": 1, "placement": {"sum": "joined"}}, "must be 'separate' or 'joint', got 'joined'; nearest: 'joint'"),
+        ({"size": 1, "norm": "plane"}, "norm: unknown normalizer 'plane'; known: group, plain; nearest: 'plain'"),
+        ({"size": 1, "norm": {"kind": "?"}}, "norm.kind: unknown normalizer '?'; known: group, plain"),
+        ({"size": 1, "norm": {"eps": 1.0}}, "norm.kind: missing: a mapping for a normalizer names its kind; known: "),
+        ({"size": 1, "norm": {"kind": 3}}, "norm.kind: must be a normalizer's name, got int 3; known: group, plain"),
+        ({"size": 1, "norm": 3}, "norm: must be a normalizer's kind or a mapping with `kind`, got int 3; known: group"),
+        ({"size": 1, "window": "none"}, "window: unknown window 'none'; known: last"),
+        ({"size": 1, "norm": "group"}, "norm.groups: required, and missing"),
+        ({"size": 1, "norm": Last(steps=2)}, "norm: must be a normalizer's kind or a mapping with `kind`, got Last"),
+        ({"size": 1, "window": 0}, "window: must be greater than or equal to 1, got 0"),
+        ({"size": 1, "window": None}, "window: must be a window's kind or a mapping with `kind`, got NoneType None"),
+        ({"size": 1, "seeds": "x"}, "seeds: must be a valid integer, got 'x', or must be a valid list, got 'x'"),
+        ({"size": 1, "more": {"a"}}, "more: must be a valid tuple, got {'a'}"),
+        ({"size": 1, "more": ["plain", {"kind": "plain", "shape": [[1], [2, "3"]]}]}, "more[1].shape[1][1]: must be a"),
+        ({"size": 1, "n{0}rm": 2}, "n{0}rm: unknown key; known: norm, size, window, more, placement, seeds, scale"),
+        ({"size": 1, 7: 2}, "[7]: unknown key; known: norm, size"),
+    ],
+)
+def test_an_error_names_place_value_choices_and_nearest(data, problem):
+    (only,) = said(data)
+    assert problem in only
+
+
+def test_errors_inside_a_late_bound_field_keep_their_path():
+    """pydantic splices a ValidationError raised inside a validator at the outer location; we stand on it."""
+    inner = {"kind": "group", "groups": 1.5, "inner": {"kind": "plain", "eps": -1.0, "shpae": []}}
+    assert said({"size": 1, "norm": inner}) == [
+        "norm.groups: must be a valid integer, got 1.5",
+        "norm.inner.shpae: unknown key; known: kind, eps, shape; nearest: 'shape'",
+        "norm.inner.eps: must be greater than 0, got -1.0",
+    ]
+
+
+def test_all_problems_are_told_at_once_and_in_place():
+    with pytest.raises(ValidationError) as caught:
+        Layer.model_validate({"sise": 1, "norm": 3})
+    error = explained(caught.value, where=lambda path: f"file:{len(path)}")
+    assert [problem.split(";")[0] for problem in str(error).splitlines()] == [
+        "file:1: sise: unknown key",
+        "file:1: norm: must be a normalizer's kind or a mapping with `kind`, got int 3",
+        "file:1: size: required, and missing",
+    ]
+
+
+def test_keywords_and_mappings_meet_the_same_wall():
+    with pytest.raises(ValidationError, match="unknown key; known: norm, size"):
+        Layer(size=1, nrom="plain")  # pyright: ignore[reportCallIssue]
+
+
+@given(st.sampled_from(["norm", "size", "window", "placement"]), st.data())
+def test_a_key_one_letter_off_is_recognized(word, data):
+    position = data.draw(st.integers(0, len(word) - 1))
+    misspelt = word[:position] + data.draw(st.sampled_from("qzxj")) + word[position + 1 :]
+    assert nearest(misspelt, Layer.model_fields) == word
+
+
+def test_options_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Plain().eps = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+plains = st.builds(
+    Plain,
+    eps=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    shape=st.lists(st.lists(st.integers(), max_size=2), max_size=2),
+)
+norms = st.recursive(plains, lambda inner: st.builds(Group, groups=st.integers(), inner=inner), max_leaves=3)
+layers = st.builds(
+    Layer,
+    norm=st.none() | norms,
+    size=st.integers(),
+    window=st.integers(1, 9).map(lambda k: Last(steps=k)),
+    more=st.lists(norms, max_size=2),
+)
+
+
+@given(layers)
+def test_round_trips_lose_nothing(layer):
+    """JSON and plain data give the spec back, the fields that only its own kind knows included."""
+    assert Layer.model_validate_json(layer.model_dump_json()) == layer
+    assert Layer.model_validate(layer.model_dump(mode="json")) == layer
+    assert Layer.model_validate(layer.model_dump()) == layer
+    for norm in layer.more:
+        assert type(norm) is type(Layer.model_validate(layer.model_dump()).more[layer.more.index(norm)])
+
+
+def test_the_forms_of_a_field_agree():
+    as_text, as_mapping = Layer(size=1, norm="plain"), Layer(size=1, norm={"kind": "plain"})  # pyright: ignore
+    assert as_text == as_mapping == Layer(size=1, norm=Plain())
+    assert Layer(size=1, window=4).window == Last(steps=4)  # pyright: ignore
+    assert Layer(size=1, window="all").window == Last(steps=10**6)  # pyright: ignore
+    assert Layer(size=1, norm=None).norm is None
+    assert Layer(size=1, norm="none").norm is None  # pyright: ignore
+
+
+def test_an_unregistered_spec_is_taken_as_it_is():
+    class Stranger(Norm):
+        kind: Literal["stranger"] = "stranger"
+
+    spec = Stranger()
+    assert Layer(size=1, norm=spec).norm is spec
+
+
+def test_registration_after_the_class_was_built_counts():
+    late = Registry()
+
+    class Holder(Options):
+        norm: Annotated[Norm, Open("normalizer", source=late)]
+
+    with pytest.raises(ValidationError, match="unknown normalizer 'plain'; known: none"):
+        Holder.model_validate({"norm": "plain"})
+    assert "plain" not in str(Holder.model_json_schema())
+    late.normalizer(Plain)
+    assert Holder.model_validate({"norm": "plain"}).norm == Plain()
+    assert "plain" in str(Holder.model_json_schema())
+
+
+def test_the_schema_shows_every_kind_and_form():
+    schema = Layer.model_json_schema()
+    forms = schema["properties"]["norm"]["anyOf"]
+    assert {"enum": ["plain", "none"]} in forms  # group needs its option, so its bare name is no form
+    assert {"type": "null"} in forms
+    mappings = [form for form in forms if "allOf" in form]
+    assert [form["required"] for form in mappings] == [["kind"], ["kind"]]
+    assert {"type": "integer"} in schema["properties"]["window"]["anyOf"]
+    assert {"type": "null"} not in schema["properties"]["window"]["anyOf"]
+
+
+def test_a_claim_from_two_sources_is_unusable_and_names_both():
+    both = Registry()
+
+    class Other(Norm):
+        kind: Literal["plain"] = "plain"
+
+    with both.transaction(Source("a", "dist-a", "1")):
+        both.normalizer(Plain)
+        both.normalizer(Group)
+    with both.transaction(Source("b", "dist-b", "2")):
+        both.normalizer(Other)
+    with pytest.raises(SpecError, match=r"'plain' is claimed by dist-a \(.*Plain\) and dist-b \(.*Other\)"):
+        both.lookup("normalizer", "plain")
+    assert list(both.kinds("normalizer")) == ["group"]
+    assert list(both.conflicts("normalizer")) == ["plain"]
+
+
+def test_defining_a_class_again_replaces_it():
+    again = Registry()
+    for default in (1, 2):
+
+        class Redefined(Norm):
+            kind: Literal["redefined"] = "redefined"
+            value: int = default
+
+        again.normalizer(Redefined)
+    assert again.lookup("normalizer", "redefined").model_fields["value"].default == 2
+
+
+def test_a_transaction_that_raises_leaves_nothing():
+    undone = Registry()
+    with pytest.raises(RuntimeError), undone.transaction(Source("a", "dist-a", "1")):
+        undone.normalizer(Plain)
+        raise RuntimeError
+    assert not undone.kinds("normalizer")
+    undone.normalizer(Plain)
+    assert undone.kinds("normalizer")["plain"].distribution == __name__
+
+
+class Abstract(Norm):
+    kind: Literal["abstract"] = "abstract"
+
+    @abstractmethod
+    def build(self) -> None: ...
+
+
+class Wide(Norm):
+    kind: Literal["a", "b"] = "a"
+
+
+class Parted(Norm):
+    kind: Literal["a"] = "b"  # pyright: ignore
+
+
+class Reserved(Norm):
+    kind: Literal["none"] = "none"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (int, r"takes an options model \(a subclass of Options\), got int"),
+        (Plain(), "takes an options model"),
+        (Last, "takes the options of a normalizer; Last is of family 'window'"),
+        (Abstract, "takes a concrete options model; Abstract does not define build"),
+        (Norm, 'Norm needs a field `kind: Literal\\["name"\\] = "name"`'),
+        (Wide, "Wide needs a field"),
+        (Parted, "Parted needs a field"),
+        (Reserved, "kind 'none' must be lower-case letters"),
+    ],
+)
+def test_what_cannot_be_registered_says_why(spec, message):
+    with pytest.raises(TypeError, match=message):
+        Registry().normalizer(spec)
+
+
+def test_an_unknown_family_is_named():
+    with pytest.raises(SpecError, match=r"unknown family 'normaliser'; known: .*; nearest: 'normalizer'"):
+        own.kinds("normaliser")
+
+
+def test_the_loader_runs_once_and_at_the_first_look_up(monkeypatch):
+    calls = []
+
+    def load(registry):
+        calls.append(list(registry.kinds("normalizer")))  # a look-up while loading must not load again
+        registry.normalizer(Plain)
+        return "loaded"
+
+    monkeypatch.setattr(sys.modules[__name__], "load", load, raising=False)
+    lazy = Registry(loader=f"{__name__}:load")
+    lazy.normalizer(Group)
+    assert calls == []
+    assert list(lazy.kinds("normalizer")) == ["group", "plain"]
+    assert lazy.load() == "loaded"
+    assert calls == [["group"]]
+
+
+def test_paths_read_as_a_user_writes_them():
+    assert dotted(("axes", "norm", 0, "eps")) == "axes.norm[0].eps"
+    assert dotted(()) == ""
+
+
+def test_a_spec_error_survives_a_process_boundary():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(SpecError(["a", "b"])))
+    assert error.problems == ("a", "b")
+    assert str(error) == "a\nb"
+
+
+def test_importing_the_registry_loads_no_torch_and_no_plugin():
+    code = "import sys, atn_norms.registry; print('torch' in sys.modules, 'pluggy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

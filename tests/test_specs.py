@@ -1,0 +1,215 @@
+"""Files become mappings whose every part has a place, mappings become layers, and what cannot says where and why."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+import atn_norms as an
+from atn_norms import specs
+from atn_norms.registry import Options, SpecError
+
+
+class Part(Options):
+    a: int = 1
+    rate: float = 1.0
+    parts: "tuple[Part, ...]" = ()
+
+
+def complaint(text: str | bytes, name: str, folder: Path) -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError) as caught:
+        specs.validate(Part, *specs.read(path))
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "a: 3\nparts:\n  - {a: 4}\n  - a: x\n", "a.yaml:4:5: parts[1].a: must be a valid integer, got 'x'"),
+        ("a.yaml", "a: 3\nb: 4\n", "a.yaml:2:1: b: unknown key; known: a, rate, parts"),
+        (
+            "a.yaml",
+            "parts:\n  - &x {rate: y}\n  - <<: *x\n",
+            "a.yaml:2:9: parts[1].rate: must be a valid number, got 'y'",
+        ),
+        ("a.yaml", "a: 3\na: 4\n", 'a.yaml:2:1: found duplicate key "a"'),
+        ("a.yaml", "a: [3\n", "a.yaml:2:1: expected ',' or ']'"),
+        ("a.yaml", "\ta: 3\n", "a.yaml:1:1: found character '\\t' that cannot start any token"),
+        ("a.yaml", "a: *x\n", "a.yaml:1:4: found undefined alias 'x'"),
+        ("a.yaml", "parts: &x [*x]\n", "a.yaml: an alias (*name) stands inside what it names"),
+        ("a.yaml", "a: 1\n---\na: 2\n", "a.yaml:2:1: expected a single document in the stream, but found another"),
+        ("a.yaml", "a: !!python/object:os.system 3\n", "a.yaml:1:4: could not determine a constructor for the tag"),
+        ("a.yaml", "a: !!int x\n", "a.yaml: invalid literal for int() with base 10: 'x'"),
+        ("a.yaml", "a: \0\n", "a.yaml: a character that YAML does not allow"),
+        ("a.yaml", b"a: 1\n# \xff\n", "a.yaml:2:3: not UTF-8 text"),
+        ("a.yaml", "a: " + "1" * 5000, "a.yaml: Exceeds the limit"),
+        ("a.yaml", "parts: " + "[" * 3000 + "]" * 3000, "a.yaml: nested too deeply"),
+        ("a.yaml", "", "a.yaml: must hold a mapping (key: value), holds nothing"),
+        ("a.yml", "- 1\n", "a.yml: must hold a mapping (key: value), holds list"),
+        (
+            "a.json",
+            '{"a": 1,\n "parts": [{}, {"a": "x,{", "b": 1}]}',
+            "a.json:2:17: parts[1].a: must be a valid integer",
+        ),
+        ("a.json", '{"a": 1,\n "b": 2}', "a.json:2:2: b: unknown key"),
+        ("a.json", '{"parts": [{"a": 1,\n"a": 2}]}', "a.json:2:1: key 'parts[0].a' is given twice"),
+        ("a.json", '{"a": 1,}', "a.json:1:9: "),
+        ("a.json", '{"rate": NaN}', "a.json: NaN is not a number that JSON allows"),
+        ("a.json", "[" * 100_000, "a.json: nested too deeply"),
+        ("a.json", "3", "a.json: must hold a mapping (key: value), holds int"),
+        ("a.toml", '[[parts]]\na = "x"\n', "a.toml: parts[0].a: must be a valid integer, got 'x'"),
+        ("a.toml", "a = \n", "a.toml:1:5: invalid value"),
+        ("a.toml", "a = 1\na = 2\n", "a.toml"),
+        ("a.txt", "a: 1\n", "a.txt: unknown kind of file '.txt'; known: .yaml, .yml, .json, .toml"),
+    ],
+)
+def test_a_fault_in_a_file_has_its_place(name, text, message, tmp_path):
+    assert message in complaint(text, name, tmp_path)
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    (tmp_path / "study.yaml").write_text("a: 1\n")
+    with pytest.raises(SpecError, match=r"studdy\.yaml: no such file; nearest: 'study\.yaml'"):
+        specs.read(tmp_path / "studdy.yaml")
+    with pytest.raises(SpecError, match=r"x\.yaml: no such file$"):
+        specs.read(tmp_path / "nowhere" / "x.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(SpecError, match=r"folder\.yaml: cannot be read: Is a directory"):
+        specs.read(tmp_path / "folder.yaml")
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert specs.read(tmp_path / "a.json")[0] == {}
+
+
+def test_numbers_and_words_mean_what_yaml_1_2_says():
+    data, _ = specs.parse("rate: 1e-3\nword: none\nnothing:\nno: yes\n", "a.yaml")
+    assert data == {"rate": 0.001, "word": "none", "nothing": None, "no": "yes"}
+
+
+keys = st.text("abc_ é\"'{}[]:,#\\\n7", min_size=1, max_size=5)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("ab \"'{}[]:,\\\n", max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def paths(data: Any, above: tuple[Any, ...] = ()):
+    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for step, value in inside:
+        yield (*above, step)
+        yield from paths(value, (*above, step))
+
+
+def text_at(text: str, place: str) -> str:
+    line, column = map(int, place.split(":")[1:])
+    return text.split("\n")[line - 1][column - 1 :]
+
+
+@given(st.dictionaries(keys, values, min_size=1, max_size=3), st.sampled_from([None, 0, 2]))
+def test_every_key_of_a_json_text_is_where_it_is_said_to_be(data, indent):
+    text = json.dumps(data, indent=indent)
+    read, where = specs.parse(text, "a.json")
+    assert read == data
+    for path in paths(data):
+        value = data
+        for step in path:
+            value = value[step]
+        # an item of a list begins with itself, an entry of a mapping with its key
+        start = json.dumps(path[-1]) if isinstance(path[-1], str) else json.dumps(value)[:1]
+        assert text_at(text, where(path)).startswith(start), path
+        assert where((*path, "absent", 3)) == where(path)
+
+
+names = st.text("abcdef", min_size=1, max_size=4).filter(lambda name: name not in ("null", "true", "false"))
+plain = st.recursive(
+    st.integers(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=8
+)
+
+
+@given(st.dictionaries(names, plain, min_size=1, max_size=3), st.sampled_from([None, False, True]))
+def test_every_key_of_a_yaml_text_is_where_it_is_said_to_be(data, flow):
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = flow
+    out = io.StringIO()
+    yaml.dump(data, out)
+    read, where = specs.parse(out.getvalue(), "a.yaml")
+    assert read == data
+    for path in paths(data):
+        key = path[-1]
+        if isinstance(key, str):
+            assert text_at(out.getvalue(), where(path)).startswith(key), path
+
+
+MODEL = {"cell": "gru", "input_size": 2, "hidden_size": 3, "norm": {"kind": "layer", "eps": 1e-3}, "window": 4}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json", "toml"])
+def test_a_layer_comes_from_any_file_alike(suffix, tmp_path):
+    text = {
+        "yaml": "cell: gru\ninput_size: 2\nhidden_size: 3\nnorm: {kind: layer, eps: 1e-3}\nwindow: 4\n",
+        "json": json.dumps(MODEL),
+        "toml": 'cell = "gru"\ninput_size = 2\nhidden_size = 3\nwindow = 4\nnorm = {kind = "layer", eps = 1e-3}\n',
+    }[suffix]
+    path = tmp_path / f"model.{suffix}"
+    path.write_text(text)
+    wanted = specs.build(MODEL).spec
+    assert specs.build(path).spec == specs.build(str(path)).spec == specs.build(wanted).spec == wanted
+    assert specs.build(path, dtype=torch.float64).weight_ih_l0.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "laier"}, r"^norm: unknown normalizer 'laier'; known: batch, layer, rms; nearest: 'layer'$"),
+        ({"norm": {"kind": "layer", "esp": 1.0}}, r"^norm\.esp: unknown key; known: .*eps.*; nearest: 'eps'$"),
+        ({"hidden_size": True}, r"^hidden_size: must be a valid integer, got True$"),
+        ({"hiden_size": 3}, r"^hiden_size: unknown key; .*nearest: 'hidden_size'$"),
+        (
+            {"window": {"kind": "exponential", "half_life": float("inf")}},
+            r"^window\.half_life: must be a finite number",
+        ),
+        ({"window": 0}, r"^window: must be greater than or equal to 1, got 0$"),
+    ],
+)
+def test_an_impossible_mapping_says_why(change, message):
+    with pytest.raises(SpecError, match=message):
+        specs.build(MODEL | change)
+
+
+def test_an_impossible_size_is_refused_at_once(tmp_path):
+    path = tmp_path / "huge.json"
+    path.write_text(json.dumps(MODEL | {"hidden_size": 10**9}))
+    started = time.monotonic()
+    with pytest.raises(SpecError, match=r"huge\.json:.*hidden_size"):
+        specs.build(path)
+    assert time.monotonic() - started < 1
+
+
+def test_what_only_building_finds_out_names_the_file_too(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(MODEL | {"backend": "torch"}))
+    with pytest.raises(SpecError, match=r"model\.json: backend: 'torch' cannot run this layer"):
+        specs.build(path)
+
+
+def test_build_refuses_what_is_neither_path_nor_mapping():
+    with pytest.raises(TypeError, match="build takes a mapping, a path or a LayerSpec, got int 3"):
+        specs.build(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_schema_of_a_layer_shows_every_kind():
+    text = json.dumps(specs.schema(an.LayerSpec))
+    for kind in ("layer", "batch", "rms", "sliding", "cumulative", "exponential", "lstm", "gru", "rnn"):
+        assert f'"{kind}"' in text

@@ -1,0 +1,294 @@
+"""The store: files whole or absent, locks that die with their holder, damage named."""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+
+import pytest
+import torch
+
+from atn_norms.ablation import create, files, load, status
+from atn_norms.ablation.files import Busy, StoreError
+from atn_norms.ablation.plan import make_plan
+from atn_norms.ablation.store import StudyFolder, TrialFolder
+from atn_norms.ablation.study import StudySpec
+from atn_norms.problems import SpecError
+
+STUDY = {
+    "model": {"cell": "lstm", "hidden_size": 3},
+    "task": {"kind": "adding", "length": 4, "train": 20, "validation": 5, "test": 5},
+    "train": {"steps": 4, "batch_size": 5},
+    "axes": {"norm": ["none", "layer"]},
+    "seeds": 1,
+}
+
+
+@pytest.fixture
+def study(tmp_path):
+    return create(STUDY, tmp_path / "study")
+
+
+@pytest.fixture
+def trial(study):
+    return StudyFolder(study).trial(load(study).trials[0].id)
+
+
+def test_a_folder_holds_the_study_and_its_trials(study):
+    assert {path.name for path in study.iterdir()} == {
+        "study.yaml", "study.resolved.json", "environment.json", "trials", ".lock"
+    }  # fmt: skip
+    record = load(study)
+    assert record.axes == {"norm": ["none", "layer"]} and record.baseline == {"norm": "none"}
+    assert record.tasks["adding"].metric == "mean squared error"
+    assert [trial.points for trial in record.trials] == [
+        ({"task": "adding", "norm": "none"},),
+        ({"task": "adding", "norm": "layer"},),
+    ]
+    assert {"versions", "python", "platform", "cores"} <= set(record.environment)
+    assert status(study) == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 2}
+
+
+def test_the_study_file_written_is_the_study_read(study):
+    from ruamel.yaml import YAML
+
+    again = StudySpec.model_validate(YAML(typ="safe").load((study / "study.yaml").read_text()))
+    assert make_plan(again).key == make_plan(StudySpec.model_validate(STUDY)).key
+
+
+def test_the_same_study_comes_back_to_its_folder_and_another_is_refused(study):
+    before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    assert create(STUDY, study) == study
+    with pytest.raises(SpecError, match="holds another study .* choose another folder"):
+        create({**STUDY, "seeds": 2}, study)
+    assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SpecError, match=r"not empty and not a study's folder \(it holds 'thesis.tex'\)"):
+        create(STUDY, tmp_path)
+    assert not (tmp_path / "trials").exists() and not (tmp_path / "study.resolved.json").exists()
+    with pytest.raises(SpecError, match="is a file"):
+        create(STUDY, tmp_path / "thesis.tex")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_start_killed_at_any_write_counts_as_fresh(tmp_path, monkeypatch):
+    writes = _writes_until_done(monkeypatch, lambda: create(STUDY, tmp_path / "counted"))
+    assert writes >= 5
+    for fatal in range(writes):
+        folder = tmp_path / f"killed{fatal}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            _kill_at(patch, fatal)
+            create(STUDY, folder)
+        create(STUDY, folder)
+        assert [trial.status for trial in load(folder).trials] == ["pending", "pending"]
+
+
+def _writes_until_done(monkeypatch, action):
+    with monkeypatch.context() as patch:
+        count = _kill_at(patch, -1)
+        action()
+    return count[0]
+
+
+def _kill_at(patch, fatal):
+    replace, count = os.replace, [0]
+
+    def replace_or_die(source, target):
+        if count[0] == fatal:
+            raise Killed
+        count[0] += 1
+        replace(source, target)
+
+    patch.setattr(files.os, "replace", replace_or_die)
+    return count
+
+
+def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    files.write_json(path, {"old": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StoreError, match=re.escape(f"cannot write {path}: No space left on device")):
+        files.write_json(path, {"new": 2})
+    assert files.read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
+
+
+def test_a_write_is_made_durable_before_and_after_the_rename(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda d: (order.append(os.path.isdir(f"/proc/self/fd/{d}")), fsync(d)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    files.write(tmp_path / "file", b"content")
+    assert order == [False, "rename", True], "file, rename, folder"
+
+
+def test_a_file_that_is_a_folder_is_named(tmp_path):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(StoreError, match="cannot read .*result.json: Is a directory"):
+        files.read_json(tmp_path / "result.json")
+    with pytest.raises(StoreError, match="cannot write .*result.json: Is a directory"):
+        files.write_json(tmp_path / "result.json", {})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_an_unwritable_folder_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="Permission denied"):
+        create(STUDY, tmp_path / "study")
+
+
+def test_a_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot create the folder .*file/study: Not a directory"):
+        create(STUDY, tmp_path / "file" / "study")
+
+
+NAMES = ["result.json", "trial.json", "study.resolved.json", "error.json", "run.json"]
+CONTENTS = [b"", b'{"trial": "x"', b"\xff\xfe\x00", b"[1]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*((name, each) for name in NAMES for each in CONTENTS), *((name, b"{}") for name in NAMES[:3])],
+)
+def test_damaged_json_is_named(study, trial, name, content):
+    path = study / name if name.startswith("study") else trial.path / name
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=re.escape(str(path))):
+        load(study)
+
+
+def test_a_folder_without_a_study_is_named(tmp_path):
+    with pytest.raises(StoreError, match="is not a study's folder: it has no study.resolved.json"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_lost_trial_is_named_and_comes_back_with_the_study(study, trial):
+    (trial.path / "trial.json").unlink()
+    with pytest.raises(StoreError, match="cannot read .*trial.json"):
+        load(study)
+    create(STUDY, study)
+    assert load(study).trials[0].status == "pending"
+
+
+def test_an_unfinished_last_line_of_the_curve_does_not_count_and_a_damaged_one_is_named(trial):
+    trial.measure({"step": 1, "train_loss": 0.5, "validation": None})
+    with open(trial.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "tra')
+    assert [line["step"] for line in trial.curve()] == [1]
+    with open(trial.path / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(StoreError, match=r"metrics.jsonl:2: damaged"):
+        trial.curve()
+
+
+def test_the_curve_is_cut_back_to_the_checkpoint(trial):
+    trial.measure({"step": 1})
+    trial.save({"step": 1, "weights": torch.arange(3.0), "carry": ((torch.ones(1),), ())})
+    trial.measure({"step": 2})
+    state = trial.restore()
+    assert (
+        state is not None
+        and state["carry"] == ((torch.ones(1),), ())
+        and torch.equal(state["weights"], torch.arange(3.0))
+    )
+    assert [line["step"] for line in trial.curve()] == [1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickled code", "curve shorter", "curve lost"])
+def test_a_checkpoint_that_cannot_be_used_costs_a_fresh_start_and_is_logged(trial, damage):
+    trial.measure({"step": 1})
+    trial.save({"step": 1})
+    path, metrics = trial.path / "checkpoint.pt", trial.path / "metrics.jsonl"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        torch.save([1, 2], path)
+    elif damage == "pickled code":
+        torch.save({"state": print, "metrics": 0}, path)
+    elif damage == "curve shorter":
+        metrics.write_bytes(b"")
+    else:
+        metrics.unlink()
+    assert trial.restore() is None
+    assert trial.curve() == []
+    assert "starting over" in (trial.path / "log.txt").read_text()
+
+
+def test_finished_is_declared_last(trial, monkeypatch):
+    trial.save({"step": 1})
+    seen = []
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda p, c: (seen.append(sorted(os.listdir(p.parent))), write(p, c)))
+    trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {}})
+    assert seen == [[".lock", "checkpoint.pt", "trial.json"]] or seen == [["checkpoint.pt", "trial.json"]]
+    assert sorted(p.name for p in trial.path.iterdir() if p.name != ".lock") == ["result.json", "trial.json"]
+    assert trial.record(({},)).status == "done"
+
+
+def test_a_result_of_another_trial_is_an_error(study, trial):
+    files.write_json(trial.path / "result.json", {"trial": "other", "outcome": "finished"})
+    with pytest.raises(StoreError, match=f"not the result of trial {trial.id}"):
+        load(study)
+
+
+def _hold(path, ready, release):
+    with TrialFolder(path).lock():
+        ready.set()
+        release.wait(30)
+
+
+def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(trial.path, ready, release))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(Busy, match=f"trial {trial.id} .* another process"), trial.lock():
+        pass
+    assert load(study).trials[0].status == "running"
+    other.kill()
+    other.join()
+    assert load(study).trials[0].status == "pending"
+    with trial.lock():
+        pass
+
+
+def test_asking_who_runs_does_not_stop_a_trial_from_starting(trial):
+    with trial.lock():
+        pass
+    lock = trial.path / ".lock"
+    descriptor = os.open(lock, os.O_RDONLY)
+    import fcntl
+    import threading
+
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # what `held` does for an instant
+    threading.Timer(0.2, lambda: os.close(descriptor)).start()
+    with trial.lock():
+        pass
+
+
+def test_leftovers_of_a_killed_write_are_removed_by_the_next_holder(trial):
+    (trial.path / ".result.json.1.tmp").write_bytes(b"{")
+    trial.fail("RuntimeError: of the last attempt", "")
+    trial.tidy()
+    assert {path.name for path in trial.path.iterdir()} <= {"trial.json", "log.txt", ".lock"}
+
+
+def test_canonical_json_refuses_what_is_not_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical(float("nan"))
+    assert json.loads(files.canonical({"é": [1.5, None]})) == {"é": [1.5, None]}

@@ -1,0 +1,297 @@
+"""Study files: what they mean, which trials they come to, and where they are wrong."""
+
+import copy
+import json
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from atn_norms import LayerSpec
+from atn_norms.ablation import BUILTIN, StudySpec, TrainSpec, make_plan, optimizers, override
+from atn_norms.ablation.plan import digest, identity
+from atn_norms.problems import SpecError, explained
+from atn_norms.tasks import AddingSpec
+
+LSTM = {"cell": "lstm", "hidden_size": 3}
+SMALL = {
+    "model": LSTM,
+    "task": {"kind": "adding", "length": 4, "train": 20, "validation": 5, "test": 5},
+    "train": {"steps": 4, "batch_size": 5},
+}
+
+
+def plan(**changes):
+    return make_plan(StudySpec.model_validate({**SMALL, "seeds": 1, **changes}))
+
+
+def complaint(**changes):
+    data = {**SMALL, **changes}
+    with pytest.raises(ValidationError) as caught:
+        StudySpec.model_validate(data)
+    return str(explained(caught.value, data=data))
+
+
+def test_the_built_in_study_is_what_the_first_look_needs():
+    study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(BUILTIN)))
+    assert study.axes == {"norm": ["none", "layer", "batch", "rms"], "window": ["1", "5", "25"]}
+    assert list(study.tasks) == ["adding", "charlm"] and study.baseline == {"norm": "none"}
+    assert len(study.trials) == 2 * 10 * 2, "without a norm three windows are one trial"
+    assert sum(len(trial.points) for trial in study.trials) == 2 * 12 * 2
+
+
+def test_every_default_of_a_trial_is_filled_in():
+    (trial,) = plan(train={"steps": 200}).trials
+    assert trial.trial["train"] == {
+        "steps": 200, "batch_size": 50, "clip": None, "eval_every": 20, "log_every": 2, "checkpoint_every": 20,
+        "threads": 1, "optimizer": optimizers.resolve("adam"),
+    }  # fmt: skip
+    assert set(trial.trial["model"]) == set(LayerSpec.model_fields)
+    assert trial.trial["model"]["input_size"] == 2 and trial.trial["data"] == {} and trial.trial["version"] == 1
+    assert json.loads(json.dumps(trial.trial)) == trial.trial
+
+
+def test_an_id_is_the_trial_and_not_how_it_was_written():
+    written = [
+        plan(model=LSTM | {"norm": "layer", "window": 5}),
+        plan(
+            model={
+                "window": {"steps": 5, "kind": "sliding"},
+                "norm": {"kind": "layer"},
+                "hidden_size": 3,
+                "cell": {"kind": "lstm"},
+            }
+        ),
+        plan(
+            model={
+                "cell": "lstm",
+                "hidden_size": 3,
+                "norm": "layer",
+                "window": {"kind": "sliding", "steps": 5},
+                "num_layers": 1,
+            }
+        ),
+        plan(model=LSTM, axes={"window": [5], "norm": ["layer"]}),
+        plan(
+            model=LSTM | {"norm": "layer", "window": 5},
+            task=AddingSpec(length=4, train=20, validation=5, test=5),
+        ),
+        plan(
+            model=LSTM | {"norm": "layer", "window": 5},
+            train={**SMALL["train"], "checkpoint_every": 1},
+        ),
+        plan(model=LSTM | {"norm": "layer", "window": 5}, name="another name", seeds=[0]),
+    ]
+    assert len({each.trials[0].id for each in written}) == 1
+    assert len({each.trials[0].id for each in [*written, plan()]}) == 2
+
+
+def test_an_id_stays_what_it_is():
+    trial = {"version": 1, "model": {"b": 1.0, "a": None}, "task": {"kind": "t"}, "train": {}, "seed": 0, "data": {}}
+    assert identity(trial) == "2a8008bacd36bb9e"
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from leaves(each, (*path, key))
+    else:
+        yield path, value
+
+
+def test_changing_anything_changes_the_id():
+    (planned,) = plan(model=LSTM | {"norm": "layer", "window": 5}).trials
+    paths = list(leaves(planned.trial))
+    assert len(paths) > 25
+    for path, value in paths:
+        other = copy.deepcopy(planned.trial)
+        place = other
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = [value]
+        assert (identity(other) == planned.id) == (path == ("train", "checkpoint_every")), path
+
+
+def test_a_text_counts_by_its_content_and_not_by_its_place(tmp_path):
+    def charlm(name, content):
+        (tmp_path / name).write_text(content)
+        return plan(task={"kind": "charlm", "text": str(tmp_path / name)}).trials[0]
+
+    here, moved, other = charlm("a.txt", "abc " * 50), charlm("b.txt", "abc " * 50), charlm("c.txt", "abd " * 50)
+    assert here.id == moved.id != other.id
+    assert here.trial["data"]["text"].startswith("sha256:")
+
+
+def test_digest_does_not_know_the_order_of_keys():
+    assert digest({"a": {"x": 1, "y": [2.0]}, "b": None}) == digest({"b": None, "a": {"y": [2.0], "x": 1}})
+    assert digest({"a": 1}) != digest({"a": 1.5}) != digest({"a": True})
+
+
+@pytest.mark.parametrize("none", ["none", None, {"sites": {"ih": "none", "hh": None}}])
+def test_points_without_a_norm_are_one_trial_whatever_the_window(none):
+    study = plan(axes={"norm": [none, "layer"], "window": [1, 25, "cumulative"]})
+    assert [len(trial.points) for trial in study.trials] == [3, 1, 1, 1]
+    assert [point["window"] for point in study.trials[0].points] == ["1", "25", "cumulative"]
+
+
+def test_a_window_for_one_site_of_three_is_kept():
+    study = plan(axes={"norm": [{"sites": {"ih": "layer"}}], "window": [1, 25]})
+    assert len(study.trials) == 2
+
+
+def test_options_of_a_norm_that_is_not_there_are_dropped_like_its_window():
+    study = plan(axes={"norm.eps": [1e-5, 1e-3], "norm": ["none", "layer"]})
+    assert [len(trial.points) for trial in study.trials] == [2, 1, 1]
+    assert [trial.trial["model"]["norm"] and trial.trial["model"]["norm"]["eps"] for trial in study.trials] == [
+        None, 1e-5, 1e-3,
+    ]  # fmt: skip
+
+
+def test_an_axis_may_be_any_option():
+    study = plan(
+        axes={"train.optimizer.lr": [0.1, 0.01], "task.length": [4, 5], "model.cell": ["gru"]},
+        train={"steps": 2, "optimizer": "sgd"},
+    )
+    assert list(study.axes) == ["train.optimizer.lr", "task.length", "cell"]
+    settings = [(t.trial["train"]["optimizer"]["lr"], t.trial["task"]["length"]) for t in study.trials]
+    assert settings == [(0.1, 4), (0.1, 5), (0.01, 4), (0.01, 5)]
+    assert {t.trial["train"]["optimizer"]["kind"] for t in study.trials} == {"sgd"}
+    assert study.baseline == {"train.optimizer.lr": "0.1", "task.length": "4", "cell": "gru"}
+
+
+def test_an_axis_may_give_what_the_base_lacks():
+    assert len(plan(model={"cell": "gru"}, axes={"hidden_size": [3, 4]}).trials) == 2
+
+
+def test_trials_come_seed_by_seed():
+    study = plan(axes={"norm": ["none", "layer"]}, seeds=[7, 3])
+    assert [(t.seed, t.points[0]["norm"]) for t in map(_seeded, study.trials)] == [
+        (7, "none"), (7, "layer"), (3, "none"), (3, "layer"),
+    ]  # fmt: skip
+
+
+def _seeded(planned):
+    from atn_norms.ablation import TrialRecord
+
+    return TrialRecord(planned.id, planned.trial, planned.points, planned.trial["seed"], "pending")
+
+
+def test_two_tasks_of_a_kind_are_told_apart():
+    study = plan(task=None, tasks=[{"kind": "adding", "length": 4}, {"kind": "adding", "length": 5}])
+    assert list(study.tasks) == ["adding(length=4)", "adding(length=5)"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"cell": "lstm"}}, "model.hidden_size: required, and missing"),
+        ({"model": LSTM | {"norm": "laier"}}, "model.norm: unknown normalizer 'laier'"),
+        ({"model": LSTM | {"norm": {"kind": "layer", "epz": 1}}}, "model.norm.epz: unknown key; known: "),
+        ({"model": LSTM | {"input_size": 2}}, "model.input_size: comes from the task"),
+        ({"model": LSTM | {"batch_first": True}}, "model.batch_first: a task feeds time first"),
+        ({"axes": {"norm": ["none", "laier"]}}, "axes.norm[1]: unknown normalizer 'laier'"),
+        ({"axes": {"norm": ["layer", {"kind": "layer", "eps": -1.0}]}}, "axes.norm[1].eps: "),
+        ({"axes": {"model.norm": ["laier"]}}, "axes.model.norm[0]: unknown normalizer 'laier'"),
+        ({"axes": {"window": [0]}, "model": LSTM | {"norm": "rms"}}, "axes.window[0]"),
+        ({"axes": {"train.step": [1]}}, "axes.train.step[0]: unknown key; known: steps,"),
+        ({"axes": {"train.optimizer.lr": [-1.0]}}, "axes.train.optimizer.lr[0]: torch refuses it: Invalid"),
+        ({"axes": {"norm": []}}, "axes.norm: an axis needs at least one value"),
+        ({"axes": {"norm": ["layer", "layer"]}}, "axes.norm[1]: layer is there twice"),
+        ({"axes": {"norm": ["layer"], "model.norm": ["rms"]}}, "axes.model.norm: this option is an axis already"),
+        ({"axes": {"task": ["adding"]}}, "axes.task: an axis is an option"),
+        ({"task": "addding"}, "task: unknown task 'addding'; known: adding, charlm; nearest: 'adding'"),
+        ({"task": None}, "task: a study needs `task`, or a list of `tasks`"),
+        ({"tasks": ["adding"]}, "task: a study needs `task`, or a list of `tasks`, and not both"),
+        ({"task": None, "tasks": ["adding", {"kind": "adding", "length": 1}]}, "tasks[1].length"),
+        ({"train": {"steps": True}}, "train.steps: must be a valid integer, got True"),
+        ({"train": {"optimizer": "adm"}}, "train.optimizer: unknown optimizer 'adm'"),
+        ({"train": {"optimizer": {"kind": "sgd", "mometum": 1}}}, "mometum: unknown option of 'sgd'; known: lr,"),
+        ({"train": {"optimizer": {"kind": "adam", "betas": [0.9]}}}, "train.optimizer.betas: must be like"),
+        ({"train": {"optimizer": "lbfgs"}}, "train.optimizer: unknown optimizer 'lbfgs'"),
+        ({"train": {"clip": 0.0}}, "train.clip"),
+        ({"seeds": 0}, "seeds: at least one seed"),
+        ({"seeds": [1, 1]}, "seeds: must be different numbers"),
+        ({"baseline": {"norm": "none"}}, "baseline.norm: no axis of this study"),
+        ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "none"}}, "baseline.norm: none is not on this axis; it"),
+        ({"axis": {}}, "axis: unknown key; known: "),
+        ({"task": "charlm", "model": LSTM | {"bidirectional": True}}, "model: task charlm: a bidirectional layer"),
+        ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: 1000000 points"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_where_it_is(changes, said):
+    text = complaint(**changes)
+    assert said in text, text
+    assert "\n" not in text, "one problem is told once"
+
+
+def test_every_problem_is_told():
+    text = complaint(
+        model=LSTM | {"norm": "laier"},
+        train={"stepz": 1},
+        task={"kind": "adding", "length": 0},
+    )
+    assert {line.split(":")[0] for line in text.splitlines()} == {"model.norm", "train.stepz", "task.length"}
+
+
+def test_a_missing_text_is_named_before_anything_is_written(tmp_path):
+    with pytest.raises(SpecError, match="task charlm: text: cannot read .*no.txt: No such file"):
+        plan(task={"kind": "charlm", "text": str(tmp_path / "no.txt")})
+
+
+def test_settings_from_the_command_line():
+    data = {"train": {"optimizer": "adam"}, "tasks": ["adding", {"kind": "charlm"}], "model": {"norm": "layer"}}
+    changed = override(
+        data,
+        ["train.optimizer.lr=1e-3", "tasks.0.length=9", "axes.train.optimizer.lr=[0.1, 1]", "model.norm.eps=1e-4",
+         "seeds=3", "model.window={kind: exponential, half_life: 2.0}", "baseline.norm=none", "tasks.1=adding"],
+    )  # fmt: skip
+    assert changed == {
+        "train": {"optimizer": {"kind": "adam", "lr": 1e-3}},
+        "tasks": [{"kind": "adding", "length": 9}, "adding"],
+        "model": {"norm": {"kind": "layer", "eps": 1e-4}, "window": {"kind": "exponential", "half_life": 2.0}},
+        "axes": {"train.optimizer.lr": [0.1, 1]},
+        "seeds": 3,
+        "baseline": {"norm": "none"},
+    }
+    assert data["train"] == {"optimizer": "adam"}, "what was given is left alone"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("steps", "--set steps: must be path=value"),
+        ("=3", "--set =3: must be path=value"),
+        ("train..x=3", "must be path=value"),
+        ("train.steps=[1", "--set train.steps: not a YAML value"),
+        ("tasks.7.length=3", "--set tasks.7.length: tasks is a list of 1; got '7' for an index"),
+        ("seeds.a=3", "--set seeds.a: seeds is 2, which has no 'a'"),
+    ],
+)
+def test_settings_that_cannot_be(setting, said):
+    with pytest.raises(SpecError) as caught:
+        override({"tasks": ["adding"], "seeds": 2, "train": {}}, [setting])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", sorted(optimizers.kinds()))
+def test_every_optimizer_offered_takes_a_step(kind):
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = optimizers.make(optimizers.resolve(kind), [weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3, 2))
+
+
+def test_a_schema_shows_every_option_of_every_section():
+    schema = json.dumps(StudySpec.model_json_schema())
+    for option in ("hidden_size", "optimizer", "checkpoint_every", "embedding", "half_life", "baseline", "rmsprop"):
+        assert f'"{option}"' in schema, option
+    assert '"input_size"' not in schema
+
+
+def test_options_given_for_a_trial_are_checked_by_themselves():
+    assert TrainSpec(optimizer={"kind": "sgd", "lr": 1}).optimizer["lr"] == 1.0
+    with pytest.raises(ValidationError, match="optimizer"):
+        TrainSpec.model_validate({"optimizer": 3})

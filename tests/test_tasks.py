@@ -1,0 +1,211 @@
+"""The built-in tasks: what they feed, what they ask, and what their baselines are worth."""
+
+import hashlib
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from atn_norms import LSTM
+from atn_norms.problems import SpecError
+from atn_norms.tasks import AddingSpec, CharLMSpec, Model, charlm
+from tests.compare import compare
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text of 2,000 characters with an uneven alphabet, two of which take two bytes."""
+    letters = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]).repeat(250)[torch.randperm(2000)]
+    path = tmp_path / "text.txt"
+    path.write_text("".join("aéß\n"[i] for i in letters), encoding="utf-8")
+    return str(path)
+
+
+def small_model(task, **options):
+    torch.manual_seed(1)
+    layer = LSTM(task.input_size, 5, **options)
+    return Model(task.encoder(), layer, task.readout(layer.output_size)).double()
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 50, 100])
+def test_adding_marks_one_step_in_each_half_and_asks_for_their_sum(length):
+    task = AddingSpec(length=length, train=2000).build(seed=3)
+    inputs, targets, fresh = task.batch(0, 2000)
+    values, marks = inputs.unbind(-1)
+    half = max(1, length // 2 - 1)
+    assert inputs.shape == (length, 2000, 2) and fresh
+    assert (marks[:half].sum(0) == 1).all() and (marks[half:].sum(0) == 1).all()
+    compare((values * marks).sum(0), targets, tolerance=1e-6)
+    assert set(marks[:half].sum(1).bool().tolist()) == {True}, "every step of the first part is marked somewhere"
+    assert set(marks[half:].sum(1).bool().tolist()) == {True}
+
+
+@pytest.mark.parametrize("length", [2, 50])
+def test_always_answering_1_costs_a_sixth_and_no_constant_costs_less(length):
+    count = 200_000
+    targets = AddingSpec(length=length, train=count).build(seed=0).batch(0, count).targets.double()
+    baseline = AddingSpec(length=length).build(seed=0).baselines["always 1"]
+    squared = (targets - 1).square()
+    assert abs(squared.mean().item() - baseline) < 4 * squared.std().item() / math.sqrt(count)
+    assert abs(targets.mean().item() - 1) < 4 * targets.std().item() / math.sqrt(count)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    spec = AddingSpec(length=8, train=100)
+    steps = [9, 0, 31, 9]
+    again = [spec.build(5).batch(step, 10) for step in steps]
+    task = spec.build(5)
+    torch.rand(7)
+    compare([task.batch(step, 10) for step in steps], again, tolerance=0)
+    assert not torch.equal(spec.build(6).batch(9, 10).inputs, again[0].inputs)
+    assert not torch.equal(task.batch(8, 10).inputs, again[0].inputs)
+
+
+def test_an_epoch_shows_every_sequence_once_and_the_next_in_another_order():
+    task = AddingSpec(length=8, train=60).build(0)
+    epochs = [torch.cat([task.batch(step, 20).targets for step in range(e * 3, e * 3 + 3)]) for e in range(2)]
+    assert not torch.equal(*epochs)
+    compare(epochs[0].sort().values, epochs[1].sort().values, tolerance=0)
+
+
+def test_the_splits_are_different_sequences():
+    task = AddingSpec(length=8, train=20, validation=20, test=20).build(0)
+    drawn = [task._draw(split, 20)[0] for split in ("train", "validation", "test")]
+    assert len({tuple(row.tolist()) for values in drawn for row in values}) == 60
+
+
+def test_adding_is_scored_on_every_sequence_however_it_is_cut(monkeypatch):
+    task = AddingSpec(length=6, validation=23).build(0)
+    model = small_model(task).float().eval()
+    whole = task.evaluate(model, "validation")
+    values, marks = task._draw("validation", 23)
+    one_by_one = [
+        model(torch.stack((v, torch.zeros(6).scatter(0, m, 1.0)), -1)[:, None])[0][-1, 0, 0] - v[m].sum()
+        for v, m in zip(values, marks, strict=True)
+    ]
+    assert whole["mean squared error"] == pytest.approx(torch.stack(one_by_one).square().mean().item(), rel=1e-5)
+    monkeypatch.setattr("atn_norms.tasks.adding.EVALUATION_ROWS", 4)
+    assert task.evaluate(model, "validation")["mean squared error"] == pytest.approx(
+        whole["mean squared error"], rel=1e-5
+    )
+
+
+def test_sizes_beyond_the_machine_are_refused_before_anything_is_drawn():
+    with pytest.raises(ValueError, match="train"):
+        AddingSpec(length=1_000_000, train=1_000_000_000)
+
+
+def test_the_default_text_is_real_and_hashed():
+    spec = CharLMSpec()
+    task = spec.build(0)
+    assert len(task.train) > 100_000
+    text = charlm.read_text(None)
+    assert spec.data() == {"text": "sha256:" + hashlib.sha256(text.encode()).hexdigest()}
+    assert "The Python" in text and task.alphabet == sorted(set(text))
+
+
+def test_the_text_is_split_in_reading_order(text):
+    task = CharLMSpec(text=text).build(0)
+    codes = torch.cat([task.train, task.splits["validation"], task.splits["test"]])
+    with open(text, encoding="utf-8") as file:
+        assert "".join(task.alphabet[i] for i in codes) == file.read()
+    assert [len(task.train), len(task.splits["validation"]), len(task.splits["test"])] == [1800, 100, 100]
+
+
+def test_the_baselines_are_entropies(text):
+    task = CharLMSpec(text=text).build(0)
+    counts = Counter(task.train.tolist())
+    cost = {code: -math.log2((count + 1) / (1800 + 4)) for code, count in counts.items()}
+    expected = sum(cost[code] for code in task.splits["test"].tolist()) / 100
+    assert task.baselines == {"uniform": 2.0, "character frequencies": pytest.approx(expected, rel=1e-12)}
+    entropy = -sum(p * math.log2(p) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 8))
+    assert task.baselines["character frequencies"] == pytest.approx(entropy, abs=0.1)
+
+
+def test_segments_follow_each_other_and_ask_for_the_next_character(text):
+    task = CharLMSpec(text=text, segment=50).build(0)
+    length = 1799 // 6
+    for step in range(2 * (length // 50)):
+        inputs, targets, fresh = task.batch(step, 6)
+        start = step % (length // 50) * 50
+        assert fresh == (start == 0)
+        for row in range(6):
+            at = row * length + start
+            compare(inputs[:, row], task.train[at : at + 50], tolerance=0)
+            compare(targets[:, row], task.train[at + 1 : at + 51], tolerance=0)
+
+
+class Unigram(Model):
+    """A model that knows the training frequencies and carries a count of its calls."""
+
+    def __init__(self, task):
+        super().__init__(nn.Identity(), None, nn.Identity())
+        counts = torch.bincount(task.train, minlength=len(task.alphabet)).double() + 1
+        self.logits = (counts / counts.sum()).log()
+
+    def forward(self, inputs, state=None):
+        return self.logits.expand(*inputs.shape, -1), (torch.zeros(1),)
+
+
+@pytest.mark.parametrize("streams", [1, 7, 50, 99])
+def test_every_character_of_a_split_but_the_first_counts_once(text, streams, monkeypatch):
+    monkeypatch.setattr(charlm, "EVALUATION_STREAMS", streams)
+    task = CharLMSpec(text=text, segment=3).build(0)
+    scored = task.evaluate(Unigram(task), "test")["bits per character"]
+    assert scored == pytest.approx(charlm.unigram(task.train, task.splits["test"][1:], 4), rel=1e-9)
+
+
+def test_evaluation_does_not_know_how_training_was_batched(text):
+    task = CharLMSpec(text=text, segment=10, embedding=3).build(0)
+    model = small_model(task, norm="layer", window=4).eval()
+    before = task.evaluate(model, "validation")
+    for size in (1, 30):
+        task.loss(model, task.batch(0, size), None)
+        assert task.evaluate(model, "validation") == before
+
+
+@pytest.mark.parametrize("carry", ["all", "hidden", "none"])
+def test_what_is_carried_from_segment_to_segment(text, carry):
+    task = CharLMSpec(text=text, segment=10, embedding=3, carry=carry).build(0)
+    model = small_model(task, norm="layer", window=4)
+    first, second = task.batch(0, 4), task.batch(1, 4)
+    _, carried = task.loss(model, first, None)
+    loss, _ = task.loss(model, second, carried)
+    _, state = model.features(first.inputs)
+    states = {
+        "all": state,
+        "hidden": model.layer.initial(4, model.layer.hidden(state)),
+        "none": None,
+    }
+    losses = {}
+    for name, start in states.items():
+        predictions, _ = model(second.inputs, start)
+        losses[name] = nn.functional.cross_entropy(predictions.flatten(0, 1), second.targets.flatten())
+    compare(loss, losses[carry], tolerance=1e-12)
+    assert len({round(each.item(), 9) for each in losses.values()}) == 3, "the three modes are three computations"
+    loss.backward()  # the carried state is cut from the graph: nothing is walked twice
+    fresh, _ = task.loss(model, first, carried)
+    compare(fresh, task.loss(model, first, None)[0], tolerance=0)
+
+
+def test_a_curve_in_bits_is_the_loss_in_nats_over_ln_2():
+    assert CharLMSpec().build(0).metric_per_loss == pytest.approx(1 / math.log(2))
+
+
+def test_texts_that_cannot_be_used_are_named(tmp_path):
+    missing, binary, short = tmp_path / "missing.txt", tmp_path / "binary.txt", tmp_path / "short.txt"
+    binary.write_bytes(b"abc\xff\xfe" * 100)
+    short.write_text("too short")
+    for path, said in [(missing, "No such file"), (binary, r"not UTF-8 \(byte 3\)"), (tmp_path, "directory")]:
+        with pytest.raises(SpecError, match=said) as caught:
+            CharLMSpec(text=str(path)).data()
+        assert str(path) in str(caught.value)
+    with pytest.raises(SpecError, match="9 characters; at least 100"):
+        CharLMSpec(text=str(short)).build(0)
+
+
+def test_more_streams_than_characters_are_refused(text):
+    with pytest.raises(SpecError, match="1800 streams of a text with 1800 training characters"):
+        CharLMSpec(text=text).build(0).batch(0, 1800)
