@@ -264,6 +264,14 @@ def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeyp
     assert not (folder / "studies").exists()
 
 
+def test_a_study_file_is_never_overwritten_by_its_own_study(capsys, folder):
+    (folder / "model.yaml").unlink()
+    error = said(capsys, "ablate", "study.yaml", "--out", ".")
+    assert "not empty and not a study's folder (it holds 'study.yaml')" in error
+    assert [path.name for path in folder.iterdir()] == ["study.yaml"]
+    assert (folder / "study.yaml").read_text() == STUDY
+
+
 PLUGIN = '''
 from typing import Literal
 from atn_norms.normalizers import LayerNorm, NormSpec

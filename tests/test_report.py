@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 import re
 import subprocess
@@ -22,6 +23,7 @@ from atn_norms.ablation.report.heatmap import blocks, shade
 from atn_norms.ablation.report.names import Layout, number
 from atn_norms.ablation.report.sentences import answer
 from atn_norms.ablation.report.tables import contrasts, latex, markdown, results_csv
+from atn_norms.specs import read
 from tests.recorded import METRIC, study
 
 EVIL = '<script>alert("x")</script> $x_1$ & {a}#|%`\\'
@@ -203,9 +205,8 @@ def test_failed_and_diverged_trials_are_shown_with_their_reason(tmp_path):
     assert "out of all bounds at step 137" in page
     assert "1 diverged, 1 failed, 1 running and 1 pending" in page
     for kind in ("heatmap", "strip"):
-        assert "1 diverged, 1 failed, 1 running, 1 pending" in (tmp_path / f"{kind}-adding.svg").read_text(
-            encoding="utf-8"
-        )
+        drawn = (tmp_path / f"{kind}-adding.svg").read_text(encoding="utf-8")
+        assert "1 diverged, 1 failed, 1 running, 1 pending</text>" in drawn
     assert "2 of 6 (1 diverged, 1 failed, 1 running, 1 pending)" in (tmp_path / "tables.md").read_text(encoding="utf-8")
 
 
@@ -266,9 +267,9 @@ def test_the_answer_says_when_an_interval_cannot_tell():
 
 
 def test_the_table_is_plain_json_with_every_row():
-    import json
-
     record = wreck(study(score, tasks=TASKS))
+    diverged = [replace(t, status="diverged") if t.points[0]["norm"] == "rms" else t for t in record.trials]
+    record = replace(record, trials=tuple(diverged))
     table = report.table(record)
     assert len(table.rows) == len(table.records) == 10
     assert {len(row) for row in table.rows} == {len(table.headers)}
@@ -277,6 +278,8 @@ def test_the_table_is_plain_json_with_every_row():
     assert first["point"] == {"norm": "layer", "window": "1"}
     assert first["against_baseline"]["verdict"] == "better"
     assert first["against_baseline"]["probability_of_improvement"] == 1.0
+    last = json.loads(text)[-1]
+    assert (last["mean"], last["median"], last["trials"]) == (None, None, {"diverged": 6})
 
 
 def strange(record: StudyRecord) -> dict[str, StudyRecord]:
@@ -334,6 +337,16 @@ def test_any_study_gets_a_report(case, tmp_path):
     for shown in record.trials:
         assert shown.id[:12] in page
     assert "nan" not in page.split()
+
+
+def test_the_study_on_the_page_is_a_file_that_reads_back(tmp_path):
+    record = replace(
+        study(score, seeds=1), study={"model": {"cell": "lstm"}, "axes": {"norm": ["none", "1"]}, "lr": 1e-2}
+    )
+    files = report.write(record, tmp_path)
+    page = Page(files[0].read_text(encoding="utf-8"))
+    (tmp_path / "study.yaml").write_text(next(text for text in page.texts if text.startswith("model:")))
+    assert read(tmp_path / "study.yaml")[0] == record.study
 
 
 def test_unwritable_folders_are_named(tmp_path):

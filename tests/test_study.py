@@ -135,7 +135,7 @@ def test_points_without_a_norm_are_one_trial_whatever_the_window(none):
 
 
 def test_a_window_for_one_site_of_three_is_kept():
-    study = plan(axes={"norm": [{"sites": {"ih": "layer"}}], "window": [1, 25]})
+    study = plan(axes={"norm": [{"sites": {"ih": "layer", "hh": "none"}}], "window": [1, 25]})
     assert len(study.trials) == 2
 
 

@@ -12,7 +12,7 @@ model:
 
 # What to train on. charlm reads Python's own language reference unless `text` names a UTF-8 file.
 tasks:
-  - {kind: adding, length: 50, test: 2000}
+  - {kind: adding, length: 50, validation: 500, test: 2000}
   - {kind: charlm, embedding: 32, segment: 50}
 
 train:

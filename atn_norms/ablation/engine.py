@@ -8,6 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,7 @@ class _Progress:
         self.todo = [trial.id for trial in self.trials.values() if trial.status not in ("done", "diverged")]
         self.over = len(self.trials) - len(self.todo)
         self.steps: dict[str, int] = {}
+        self.again: set[str] = set()
 
     def threads(self) -> int:
         return max(self.trials[trial].trial["train"]["threads"] for trial in self.todo)
@@ -110,13 +112,19 @@ class _Progress:
             if curve:
                 self.step(trial, curve[-1]["step"])
 
-    def ended(self, trial: str, told: dict[str, str]) -> None:
-        """Read from the store how a trial ended; `trouble` is what is known where the store says nothing."""
+    def ended(self, trial: str, told: dict[str, str]) -> list[str]:
+        """Read from the store how a trial ended; `trouble` is what is known where the store says nothing.
+
+        Return what to try once more: a trial that was busy, for its holder may be the last of a killed run.
+        """
         if "unusable" in told:
             raise StoreError(told["unusable"])
+        if "busy" in told and trial not in self.again:
+            self.again.add(trial)
+            return [trial]
         if "busy" in told:
             self._tell("busy", trial, told["busy"])
-            return
+            return []
         trouble = told.get("trouble", "")
         self.over += 1
         folder = self.store.trial(trial)
@@ -124,12 +132,13 @@ class _Progress:
         if result is not None:
             self.steps[trial] = result["step"]
             self._tell("diverged" if result["outcome"] == "diverged" else "done", trial)
-            return
+            return []
         record = folder.record(self.trials[trial].points)
         if record.error is None or trouble:
             folder.fail(trouble or "ended without a result", "")
             record = folder.record(record.points)
         self._tell("failed", trial, (record.error or {}).get("error", trouble))
+        return []
 
     def _tell(self, kind: Any, trial: str, message: str = "") -> None:
         record: TrialRecord = self.trials[trial]
@@ -172,17 +181,20 @@ def _attempt(
 
 
 def _run_here(store: StudyFolder, progress: _Progress) -> None:
-    here = versions()
-    for trial in progress.todo:
+    here, waiting = versions(), list(progress.todo)
+    while waiting:
+        trial = waiting.pop(0)
         progress.started(trial)
         told = _attempt(store, trial, here, lambda step, trial=trial: progress.step(trial, step))
-        progress.ended(trial, told)
+        waiting += progress.ended(trial, told)
 
 
 def _run_with_dask(store: StudyFolder, progress: _Progress, workers: int, scheduler: str | None) -> None:
     here = versions()
     waiting = list(progress.todo)
     with _client(min(workers, len(waiting)), scheduler, progress.threads()) as client:
+        from distributed.comm import CommClosedError
+
         running: dict[Any, str] = {}
         try:
             while waiting or running:
@@ -196,17 +208,18 @@ def _run_with_dask(store: StudyFolder, progress: _Progress, workers: int, schedu
                 _wait(client, running)
                 progress.look(list(running.values()))
                 for future in [future for future in running if future.done()]:
-                    progress.ended(running.pop(future), _told(future))
+                    waiting += progress.ended(running.pop(future), _told(future))
+        except (CancelledError, CommClosedError) as error:  # nothing else cancels what is running here
+            raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept") from error
         finally:
-            client.cancel(list(running))
+            if client.status == "running":
+                client.cancel(list(running))
 
 
 def _wait(client: Any, running: Iterable[Any]) -> None:
     """Until a trial ends, but no longer than it takes until the next look."""
     from distributed import wait
 
-    if client.status != "running":
-        raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept, and resume goes on")
     if running:
         with contextlib.suppress(TimeoutError):
             wait(list(running), timeout=POLL, return_when="FIRST_COMPLETED")
@@ -221,6 +234,8 @@ def _told(future: Any) -> dict[str, str]:
     """What the worker said about an attempt, or what Dask says in its place."""
     try:
         return json.loads(future.result())
+    except CancelledError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever Dask raises, this trial failed and the others go on
         if type(error).__name__ == "KilledWorker":
             return {"trouble": "its worker process died twice while training it (out of memory, or a crash)"}
@@ -260,6 +275,9 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
             )
             yield stack.enter_context(Client(cluster))
         else:
+            log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL)
             yield stack.enter_context(_connected(scheduler))
 
 

@@ -202,6 +202,8 @@ class StudyFolder:
         """Lay a study down, or find it there already (then False); a folder of anything else is refused."""
         if self.path.exists() and not self.path.is_dir():
             raise SpecError(f"{self.path} is a file, and the study needs a folder")
+        if self.path.exists() and not (self.path / RESOLVED).exists():
+            self._refuse_strangers()  # here already, so that a refusal leaves no lock behind
         make_folder(self.path)
         with self.lock():
             fresh = not (self.path / RESOLVED).exists()
@@ -224,7 +226,9 @@ class StudyFolder:
         return fresh
 
     def _refuse_strangers(self) -> None:
-        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in OURS and p.suffix != ".tmp")
+        # A start that was killed wrote trials before study.yaml: without them that file is somebody's own.
+        ours = OURS if (self.path / "trials").is_dir() else OURS - {"study.yaml"}
+        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in ours and p.suffix != ".tmp")
         if strangers:
             holds = f"it holds {strangers[0]!r}"
             raise SpecError(f"{self.path} is not empty and not a study's folder ({holds}); choose another")

@@ -166,7 +166,7 @@ def _keys(
     if behind:
         keys.append(Line2D([], [], linewidth=2, color=INK, linestyle=DASHES[1], label="baseline"))
     if guide:
-        keys.append(Line2D([], [], label=shortened(f"{guide[0]}, {number(guide[1])}", 34), **_GUIDE))
+        keys.append(Line2D([], [], label=shortened(f"{guide[0]}: {number(guide[1])}", 34), **_GUIDE))
     if any(trial.status in ("diverged", "failed") for trial in trials):
         keys.append(Line2D([], [], linewidth=0, marker="x", color=INK, label="diverged or failed"))
     return keys

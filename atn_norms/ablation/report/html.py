@@ -71,7 +71,7 @@ def page(record: StudyRecord, drawn: list[tuple[Picture, ...]]) -> str:
 def _sections(record: StudyRecord, drawn: list[tuple[Picture, ...]]) -> Iterator[Section]:
     for task, group, found in zip(record.tasks, drawn, tables(record), strict=True):
         facts = record.tasks[task]
-        trivial = ", ".join(f"{label} {number(value)}" for label, value in facts.baselines.items())
+        trivial = ", ".join(f"{label}: {number(value)}" for label, value in facts.baselines.items())
         words = f"{facts.metric}, lower is better" + (f". Trivial predictors: {trivial}." if trivial else ".")
         yield Section(task, words, group, found)
 

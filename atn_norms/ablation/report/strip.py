@@ -64,11 +64,11 @@ def strip(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
             colour = ALERT if row.point.counts["diverged"] or row.point.counts["failed"] else MUTED
             axes.text(1.015, place, missing[place], transform=edge, va="center", fontsize=8, color=colour)
         for place, (label, value) in enumerate(lines.items()):
-            _guide(axes, value, f"{shortened(label, 44)}, {number(value)}", place)
+            _guide(axes, value, f"{shortened(label, 44)}: {number(value)}", place)
         axes.set_xlabel(f"test {facts.metric} (lower is better)")
         note = "Dot: a seed. Bar: mean of the finished seeds."
         if beyond:
-            told = ", ".join(f"{shortened(label, 44)} {number(value)}" for label, value in beyond.items())
+            told = ", ".join(f"{shortened(label, 44)}: {number(value)}" for label, value in beyond.items())
             note += f" Beyond the right edge: {told}."
         write(figure, 0.15, 0.16, note, fontsize=8, color=MUTED)
         return save(figure, file, heading, _describe(record, comparison))
