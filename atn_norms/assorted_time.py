@@ -59,9 +59,13 @@ class AssortedTime(nn.Module):
     def initial(self, x: Tensor) -> Tree:
         """The state before the first step, for one step's pre-activations shaped like `x` `[B, ..., D]`."""
         with torch.no_grad():
-            now = self._stated(torch.zeros_like(x), torch.ones(x.shape[0], device=x.device), 0)[0]
-            leaf = next(iter(now))
-            return leaf.new_zeros(leaf.shape[0], dtype=torch.int64), self.window.initial(now)
+            sample = x.new_zeros(
+                (2, *x.shape[1:])
+            )  # what a statement looks like does not depend on how many rows there are
+            now, _ = self._stated(sample, torch.ones(2, device=x.device), 0)
+            rows = 1 if self.normalizer.couples_batch else x.shape[0]
+            now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
+            return x.new_zeros(rows, dtype=torch.int64), self.window.initial(now)
 
     def step(self, x: Tensor, state: Tree | None = None, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Normalize one step; return it with the state to pass to the next."""
