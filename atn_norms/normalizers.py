@@ -316,7 +316,8 @@ class BatchNorm(Normalizer):
         share = member.to(mean.dtype) / member.sum(1, keepdim=True).clamp(min=1)
         touched = member.any(1)
         tracked = self.num_batches_tracked.reshape(slots) + touched
-        rate = 1.0 / tracked.clamp(min=1).to(mean.dtype) if self.momentum is None else self.momentum
+        updates = tracked.clamp(min=1).to(mean.dtype)
+        rate = 1.0 / updates if self.momentum is None else torch.full_like(updates, self.momentum)
         rate = torch.where(touched, rate, 0.0).unsqueeze(1)
         for running, leaf in ((self.running_mean, mean), (self.running_var, var)):
             old = promoted(running).reshape(slots, -1)

@@ -100,8 +100,9 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, dim: int = -1) -> Moments:
         """Moments of `x` over one axis, which is kept with length 1; float64 wherever the device has it."""
-        var, mean = torch.var_mean(promoted(x), dim, correction=0, keepdim=True)
-        return cls(mean, var)
+        x = promoted(x)
+        mean = x.mean(dim, keepdim=True)
+        return cls(mean, (x - mean).square().mean(dim, keepdim=True))
 
     def pool(self, weights: Tensor, dim: int) -> Moments:
         shares = _Shares.of(weights, dim, self.mean)

@@ -214,7 +214,8 @@ class Recurrent(CellHost):
 
     def _checked_dims(self, x: Tensor) -> bool:
         if x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+            found = f"{x.dim()}D tensor" if self.cell.torch_name == "RNN" else f"{x.dim()}D"  # torch's own words
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {found} instead")
         return x.dim() == 3
 
     def _batched_hx(self, hx: Any, batched: bool) -> Any:
