@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,54 +15,17 @@ from atn_norms.trees import Tree, outline, rows, tree_leaves, tree_map
 from atn_norms.windows import Sliding, Window
 
 
-class AssortedTime(nn.Module):
-    r"""Normalize each time step with the statistics of a window of steps that ends with it.
+class OverTime:
+    """What a normalizer and a window do together; `AssortedTime` says it in full."""
 
-    $$s_t = \mathrm{measure}(a_t), \qquad \bar s_t = \mathrm{pool}_{s \in W_t}(s_s), \qquad
-    y_t = \mathrm{normalize}(a_t, \bar s_t)$$
-
-    Source: Pospisil, Zadorozhnyy, Ye, *Assorted-Time Normalization*, arXiv 2209.14439, for layer normalization and a
-    sliding window; any normalizer and any window here. The gradient flows through every step of the window. Training
-    and evaluation compute the same unless the normalizer says otherwise (`BatchNorm`).
-
-    | symbol | meaning | shape |
-    |---|---|---|
-    | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
-    | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
-    | `alive` | which rows this step exists for | `[B]`, bool |
-    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
-    | `state` | `(step_index [N], window state)`, N = B, or 1 if the normalizer couples the batch; None starts fresh | |
-
-    Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
-
-    Errors: `ValueError` for T = 0, for missing axes, for lengths that do not fit, and for a state of another batch.
-
-    >>> import torch, atn_norms as an
-    >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
-    >>> xs = torch.randn(100, 8, 240)
-    >>> ys, state = norm.scan(xs[:60])
-    >>> more, state = norm.scan(xs[60:], state)
-    >>> torch.allclose(torch.cat([ys, more]), norm.scan(xs)[0], atol=1e-6)
-    True
-    """
-
-    def __init__(self, normalizer: Normalizer, window: int | Window[Any] = 1) -> None:
-        super().__init__()
-        if not isinstance(normalizer, Normalizer):
-            raise TypeError(
-                f"normalizer: {type(normalizer).__name__}; allowed: a Normalizer, such as atn_norms.LayerNorm(features)"
-            )
-        if not isinstance(window, (int, Window)):
-            raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
-        self.normalizer = normalizer
-        self.window: Window[Any] = window if isinstance(window, Window) else Sliding(window)
+    normalizer: Normalizer
+    window: Window[Any]
 
     def initial(self, x: Tensor) -> Tree:
         """The state before the first step, for one step's pre-activations shaped like `x` `[B, ..., D]`."""
         with torch.no_grad():
-            sample = x.new_zeros(
-                (2, *x.shape[1:])
-            )  # what a statement looks like does not depend on how many rows there are
+            # What a statement looks like does not depend on how many rows there are.
+            sample = x.new_zeros((2, *x.shape[1:]))
             now, _ = self._stated(sample, torch.ones(2, device=x.device), 0)
             rows = 1 if self.normalizer.couples_batch else x.shape[0]
             now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
@@ -102,9 +66,6 @@ class AssortedTime(nn.Module):
         ys = self.normalizer.normalize(xs, pooled).to(xs.dtype)
         return ys if alive is None else masked(ys, alive), (index + count[-1], memory)
 
-    def extra_repr(self) -> str:
-        return f"window={self.window}"
-
     def _weights(self, x: Tensor, shape: torch.Size, alive: Tensor | None) -> Tensor:
         dtype = statistics_dtype(x.device)
         return torch.ones(shape, dtype=dtype, device=x.device) if alive is None else alive.to(dtype)
@@ -128,6 +89,60 @@ class AssortedTime(nn.Module):
             return tree_map(lambda leaf: leaf[:1], state)
         found = sorted({leaf.shape[0] for leaf in tree_leaves(state)})
         raise ValueError(f"state: rows {found} for a batch of {batch}; allowed: a state of {wanted} row(s)")
+
+
+@dataclass(frozen=True)
+class SiteNorm(OverTime):
+    """A normalizer of somebody else's module over a window, as a plain value: what a cell computes with."""
+
+    normalizer: Normalizer
+    window: Window[Any]
+
+
+class AssortedTime(OverTime, nn.Module):
+    r"""Normalize each time step with the statistics of a window of steps that ends with it.
+
+    $$s_t = \mathrm{measure}(a_t), \qquad \bar s_t = \mathrm{pool}_{s \in W_t}(s_s), \qquad
+    y_t = \mathrm{normalize}(a_t, \bar s_t)$$
+
+    Source: Pospisil, Zadorozhnyy, Ye, *Assorted-Time Normalization*, arXiv 2209.14439, for layer normalization and a
+    sliding window; any normalizer and any window here. The gradient flows through every step of the window. Training
+    and evaluation compute the same unless the normalizer says otherwise (`BatchNorm`).
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
+    | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
+    | `alive` | which rows this step exists for | `[B]`, bool |
+    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
+    | `state` | `(step_index [N], window state)`, N = B, or 1 if the normalizer couples the batch; None starts fresh | |
+
+    Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
+
+    Errors: `ValueError` for T = 0, for missing axes, for lengths that do not fit, and for a state of another batch.
+
+    >>> import torch, atn_norms as an
+    >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
+    >>> xs = torch.randn(100, 8, 240)
+    >>> ys, state = norm.scan(xs[:60])
+    >>> more, state = norm.scan(xs[60:], state)
+    >>> torch.allclose(torch.cat([ys, more]), norm.scan(xs)[0], atol=1e-6)
+    True
+    """
+
+    def __init__(self, normalizer: Normalizer, window: int | Window[Any] = 1) -> None:
+        super().__init__()
+        if not isinstance(normalizer, Normalizer):
+            raise TypeError(
+                f"normalizer: {type(normalizer).__name__}; allowed: a Normalizer, such as atn_norms.LayerNorm(features)"
+            )
+        if not isinstance(window, (int, Window)):
+            raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
+        self.normalizer = normalizer
+        self.window = window if isinstance(window, Window) else Sliding(window)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}"
 
 
 def masked(x: Tensor, alive: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from atn_norms.assorted_time import AssortedTime, alive_steps, masked
+from atn_norms.assorted_time import SiteNorm, alive_steps, masked
 from atn_norms.registry import Options
 from atn_norms.trees import Tree, hold
 
@@ -47,7 +47,7 @@ class CellWeights:
     """
 
     tensors: Mapping[str, Tensor]
-    norms: Mapping[str, AssortedTime] = field(default_factory=dict)
+    norms: Mapping[str, SiteNorm] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -110,13 +110,20 @@ class Cell(ABC):
         """Features of each carried tensor, in the order of `carried`."""
         return (self.output_size,)
 
-    def initial(self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None) -> Tree:
-        """The state before the first step: zeros (or `carried`), and fresh windows."""
+    def initial(
+        self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None, shown: bool = True
+    ) -> Tree:
+        """The state before the first step: zeros (or `carried`), and fresh windows.
+
+        Without `shown`, a fresh window is None, which every backend starts from too and nobody can look into.
+        """
         like = weights["weight_hh"]
         if carried is None:
             carried = tuple(like.new_zeros(batch, size) for size in self.carried_sizes())
         norms = tuple(
-            weights.norms[site].initial(like.new_zeros(batch, size)) if site in weights.norms else ()
+            (weights.norms[site].initial(like.new_zeros(batch, size)) if shown else None)
+            if site in weights.norms
+            else ()
             for site, size in self.sites.items()
         )
         return carried, norms

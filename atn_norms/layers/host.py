@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.assorted_time import AssortedTime
+from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
@@ -80,8 +80,7 @@ class CellHost(nn.Module):
     def _weights(self, suffix: str) -> CellWeights:
         names = self.cell.shapes(1, self.bias)
         norms = {
-            site: AssortedTime(normalizer, self._windows[site])
-            for site, normalizer in self._normalizers(suffix).items()
+            site: SiteNorm(normalizer, self._windows[site]) for site, normalizer in self._normalizers(suffix).items()
         }
         return CellWeights({name: getattr(self, name + suffix) for name in names}, norms)
 

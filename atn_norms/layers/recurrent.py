@@ -118,7 +118,7 @@ class Recurrent(CellHost):
         xs = self._time_first(given)
         if xs.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        ys, state = self._run(xs, self.initial(xs.shape[1], hx), None)
+        ys, state = self._run(xs, self._initial(xs.shape[1], hx, shown=False), None)
         last = self.hidden(state)
         return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
 
@@ -148,12 +148,17 @@ class Recurrent(CellHost):
             raise ValueError(f"x: shape {list(x.shape)} has no time step; allowed: at least one")
         if lengths is not None:
             lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
-        state = self.initial(xs.shape[1]) if state is None else self._checked_state(state, xs.shape[1])
+        state = (
+            self._initial(xs.shape[1], None, shown=False) if state is None else self._checked_state(state, xs.shape[1])
+        )
         ys, state = self._run(xs, state, lengths)
         return self._as_given(ys, batched), state
 
     def initial(self, batch: int, hx: Any = None) -> Tree:
         """The state before the first step, with fresh windows: zeros, or torch's `hx`."""
+        return self._initial(batch, hx, shown=True)
+
+    def _initial(self, batch: int, hx: Any, shown: bool) -> Tree:
         carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if carried is not None and len(carried) != len(self.cell.carried):
             names = ", ".join(self.cell.carried)
@@ -161,7 +166,7 @@ class Recurrent(CellHost):
         cells = []
         for place, suffix in enumerate(self._suffixes):
             own = None if carried is None else tuple(c[place] for c in carried)
-            cells.append(self.cell.initial(self._weights(suffix), batch, own))
+            cells.append(self.cell.initial(self._weights(suffix), batch, own, shown))
         per = self.spec.directions
         return tuple(tuple(cells[first : first + per]) for first in range(0, len(cells), per))
 
@@ -196,7 +201,7 @@ class Recurrent(CellHost):
             hx = _each(lambda h: h if order is None else h.index_select(1, order), hx)
         self._check_shapes(packed.data, hx, packed.batch_sizes)
         xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
-        ys, state = self._run(xs, self.initial(xs.shape[1], hx), lengths.to(xs.device))
+        ys, state = self._run(xs, self._initial(xs.shape[1], hx, shown=False), lengths.to(xs.device))
         data = pack_padded_sequence(ys, lengths).data
         last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
         return PackedSequence(data, packed.batch_sizes, order, back), last
