@@ -266,6 +266,22 @@ def test_dropout_stands_between_layers_in_training_only(cell):
     compare(layer(x)[0], layer(x)[0], tolerance=0)
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_dropout_acts_on_what_one_layer_hands_to_the_next_and_on_nothing_else(cell):
+    torch.manual_seed(0)
+    options = {"norm": "layer", "window": 3, "dtype": torch.float64}
+    stack = getattr(an, cell)(3, 4, 2, dropout=0.5, **options)
+    first, second = getattr(an, cell)(3, 4, **options), getattr(an, cell)(4, 4, **options)
+    named = stack.state_dict()
+    first.load_state_dict({name: named[name] for name in first.state_dict()})
+    second.load_state_dict({name: named[name.replace("_l0", "_l1")] for name in second.state_dict()})
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    torch.manual_seed(1)
+    y = stack(x)[0]
+    torch.manual_seed(1)
+    compare(y, second(nn.functional.dropout(first(x)[0], 0.5))[0], tolerance=EXACT)
+
+
 def test_one_layer_with_dropout_warns_as_torch_does():
     with pytest.warns(UserWarning, match="dropout option adds dropout"):
         an.LSTM(3, 4, dropout=0.5, norm="layer")

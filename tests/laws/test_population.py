@@ -170,6 +170,25 @@ def test_a_packed_batch_counts_its_living_rows_alone():
     compare(layer.norm_ih_l0.running_mean, 0.1 * means.mean(0).detach(), tolerance=1e-12)
 
 
+@pytest.mark.parametrize("slots", [None, 6])
+@pytest.mark.parametrize("kind", [1, 3, "cumulative"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_that_no_row_lives_to_are_not_recorded(cell, kind, slots):
+    """A batch padded beyond its longest row records what it records without that padding."""
+    xs = sequence("normal", 0, (6, 3, 2))
+    xs[4:] = float("nan")
+    layers = []
+    for steps in (6, 4):
+        torch.manual_seed(0)
+        norm = {"kind": "batch", "max_steps": slots}
+        layers.append(getattr(an, cell)(2, 3, norm=norm, window=kind, dtype=torch.float64))
+        layers[-1].unroll(xs[:steps], lengths=[4, 2, 4])
+    compare(dict(layers[0].state_dict()), dict(layers[1].state_dict()), tolerance=1e-12)
+    before = {name: value.clone() for name, value in layers[0].state_dict().items()}
+    layers[0].unroll(xs, lengths=[0, 0, 0])
+    compare(dict(layers[0].state_dict()), before, tolerance=0)
+
+
 def test_the_gain_may_start_small():
     layer: Any = an.LSTM(2, 3, norm={"kind": "batch", "initial_gain": 0.1})
     assert torch.equal(layer.norm_hh_l0.weight, torch.full((12,), 0.1))
