@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,6 +51,43 @@ class Normalizer(nn.Module, ABC):
     def scanning(self) -> Iterator[None]:
         """Everything `population` records inside belongs to one scan; a no-op for what keeps no records."""
         yield
+
+    def feature_moments(self) -> FeatureMoments | None:
+        """Declare that `measure` and `normalize` are exactly `FeatureMoments`, and a fast backend may compute them."""
+        return None
+
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    r"""The declaration of a normalizer that scales by moments over its features, group by group.
+
+    $$y_i = g_i \frac{x_i - \mu_{G(i)}}{\sqrt{v_{G(i)} + \epsilon}} + b_i$$
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `groups` | equal blocks of neighbouring features, each with a statement of its own | |
+    | `centred` | the statement is `Moments`; otherwise $\mu = 0$, and it is the `Average` of squares | |
+    | `eps` | added inside the root | |
+    | `gain`, `shift` | g and b; None where there is none | `[D]` |
+
+    A statement's leaves then hold one value a group: `[..., groups]`, or `[..., groups, 1]`.
+    """
+
+    groups: int
+    centred: bool
+    eps: float
+    gain: Tensor | None
+    shift: Tensor | None
+
+
+def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:
+    """What a normalizer declares of itself, unless a subclass has changed what the declaration was made about."""
+    order = type(normalizer).__mro__
+    place = {
+        name: next(i for i, base in enumerate(order) if name in vars(base))
+        for name in ("feature_moments", "measure", "normalize", "population")
+    }
+    return normalizer.feature_moments() if place["feature_moments"] == min(place.values()) else None
 
 
 class NormSpec(Options, ABC):
@@ -118,6 +156,9 @@ class LayerNorm(Normalizer):
     def normalize(self, x: Tensor, pooled: Moments) -> Tensor:
         return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
 
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, True, self.eps, self.weight, self.bias)
+
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"
 
@@ -174,6 +215,9 @@ class RMSNorm(Normalizer):
     def normalize(self, x: Tensor, pooled: Average) -> Tensor:
         y = x * torch.rsqrt(pooled.mean + self.eps) * self.weight
         return y if self.bias is None else y + self.bias
+
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, False, self.eps, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, bias={self.bias is not None}"
@@ -380,6 +424,22 @@ class PerGate(Normalizer):
         with scanning(self._gates()):
             yield
 
+    def feature_moments(self) -> FeatureMoments | None:
+        every = [feature_moments(gate) for gate in self._gates()]
+        known = [moments for moments in every if moments is not None]
+        first = known[0] if known else None
+        if first is None or len(known) < len(every):
+            return None
+        if len({(m.groups, m.centred, m.eps, m.gain is None, m.shift is None) for m in known}) > 1:
+            return None
+        return FeatureMoments(
+            first.groups * len(known),
+            first.centred,
+            first.eps,
+            _joined([m.gain for m in known]),
+            _joined([m.shift for m in known]),
+        )
+
     def _gates(self) -> list[Normalizer]:
         return [gate for gate in self.gates if isinstance(gate, Normalizer)]
 
@@ -393,6 +453,11 @@ class PerGate(Normalizer):
     @staticmethod
     def _of(pooled: Any, gate: int) -> Any:
         return type(pooled)(*(leaf[..., gate, :] for leaf in pooled))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 @contextmanager

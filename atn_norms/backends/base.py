@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from atn_norms.backends.native import Native
 from atn_norms.backends.reference import Reference
 from atn_norms.backends.torch_nn import TorchNN
 from atn_norms.cells import Cell, CellWeights
@@ -41,7 +42,7 @@ class Backend(Protocol):
         ...
 
 
-_IN_ORDER: tuple[Backend, ...] = (TorchNN(), Reference())
+_IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
 
 
 def known() -> Mapping[str, Backend]:

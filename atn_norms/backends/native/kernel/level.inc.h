@@ -1,0 +1,30 @@
+/* Both REALs for one instruction set: define LEVEL, VECTOR_BYTES and TILE_ROWS, then include. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "blocks.h"
+
+#define GLUE3(a, b, c) a##b##c
+#define GLUE(a, b, c) GLUE3(a, b, c)
+
+#define REAL float
+#define IS_DOUBLE 0
+#define FN(name) GLUE(name, _f32_, LEVEL)
+#include "recurrent.inc.h"
+#undef REAL
+#undef IS_DOUBLE
+#undef FN
+
+#define REAL double
+#define IS_DOUBLE 1
+#define FN(name) GLUE(name, _f64_, LEVEL)
+#include "recurrent.inc.h"
+#undef REAL
+#undef IS_DOUBLE
+#undef FN
+
+int GLUE(atn_norms_, run_, LEVEL)(const Call *call, int backward, int is_double) {
+    return is_double ? GLUE(run, _f64_, LEVEL)(call, backward) : GLUE(run, _f32_, LEVEL)(call, backward);
+}

@@ -1,0 +1,73 @@
+/* Choice of the instruction set, memory and threads; the work is in recurrent.inc.h. */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "blocks.h"
+
+#define INTERFACE 1
+
+static int32_t cap = 2;
+static volatile int forked = 0;
+
+static void after_fork(void) { forked = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
+
+void *atn_norms_memory(size_t bytes) {
+    void *memory = NULL;
+    return posix_memalign(&memory, 64, bytes ? bytes : 64) == 0 ? memory : NULL;
+}
+
+int atn_norms_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+int32_t atn_norms_level(int32_t limit) {
+    if (limit >= 0) cap = limit;
+    int32_t level = 0;
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
+    if (level && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        level = 2;
+#endif
+    return level < cap ? level : cap;
+}
+
+static int run(const Call *call, int backward, int32_t is_double) {
+    Call own = *call;
+#ifdef _OPENMP
+    /* The threads of a parent are not there in its child, and OpenMP would wait for them for ever. */
+    if (forked) own.threads = 1;
+#else
+    own.threads = 1;
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+    const int32_t level = atn_norms_level(-1);
+    if (level == 2) return atn_norms_run_avx512(&own, backward, is_double);
+    if (level == 1) return atn_norms_run_avx2(&own, backward, is_double);
+#endif
+    return atn_norms_run_base(&own, backward, is_double);
+}
+
+int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0, is_double); }
+
+int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
+
+int64_t atn_norms_blocks(int64_t batch) { return (batch + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+/* Blocks as equal as can be, whatever the number of threads. */
+int64_t atn_norms_block_start(int64_t batch, int64_t block) { return batch * block / atn_norms_blocks(batch); }
+
+int64_t atn_norms_interface(void) { return INTERFACE * 65536 + (int64_t)sizeof(Call); }

@@ -1,0 +1,72 @@
+/* The one interface between the kernels and whoever calls them: plain structures of sizes and pointers.
+
+   Notation: T time steps, B rows of the batch, H hidden units, D inputs, N = gates * H pre-activations, F features of a site,
+   G groups of a site (each group of F / G features has statistics of its own), L = B * G lanes of a site.
+   REAL is float or double, by the call. Time comes first in every array; rows are contiguous. */
+
+#ifndef ATN_NORMS_RECURRENT_H
+#define ATN_NORMS_RECURRENT_H
+
+#include <stdint.h>
+
+enum { CELL_LSTM = 0, CELL_GRU = 1, CELL_RNN_TANH = 2, CELL_RNN_RELU = 3 };
+enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2 };
+enum { WINDOW_SLIDING = 0, WINDOW_DECAYING = 1 };
+enum { SITE_IH = 0, SITE_HH = 1, SITE_C = 2, SITES = 3 };
+
+typedef struct {
+    int32_t norm;    /* NORM_* */
+    int32_t window;  /* WINDOW_* */
+    int64_t features, groups;
+    int64_t prefix;  /* statements the state brings: k - 1 for a sliding window of k steps, 1 for a decaying one */
+    int64_t hidden;  /* how many of these, from the oldest on, have weight 0 in every row */
+    double decay;    /* what remains of a step's weight one step later; 1 for a cumulative window */
+    double eps;
+    const void *gain, *shift; /* REAL [F]; NULL is 1 and 0 */
+    const double *weight;     /* [prefix, B] weights of the statements the state brings */
+    double *mean, *var;       /* [prefix + T, L] every step's own statement, the state's first; a mean square is `var` */
+    double *mu, *v;           /* [T, L] the pooled statement */
+    double *share;            /* [T, L] 1 / total weight of the window */
+    /* backward only */
+    double *dmean, *dvar;     /* [prefix + T, L] gradient of the own statements: in, what a sliding window's final state
+                                 asks of them; out, complete, the given state's among them */
+    double *dmu, *dv;         /* [T, L] gradient of the pooled statements: in, what a decaying window's final state asks */
+    double *carry;            /* [2, L] work space: gradient that a decaying window hands back in time */
+    double *dgain, *dshift;   /* [blocks, F] zeros at first: sums, one row for each block of rows */
+} Site;
+
+typedef struct {
+    int32_t cell; /* CELL_* */
+    int32_t threads;
+    int64_t steps, batch, inputs, hidden;
+    const int64_t *lengths;    /* [B] live steps of each row, or NULL: all */
+    const void *xs;            /* REAL [T, B, D] inputs */
+    const void *weight_ih;     /* REAL [N, D] */
+    const void *weight_hh;     /* REAL [N, H] */
+    const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
+    void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, and computed again */
+    void *recurrent;           /* REAL [T, B, N] recurrent products before their norm; NULL: not kept (forward only) */
+    void *cells;               /* REAL [T, B, H] cell states of an LSTM; NULL: not kept (forward only) */
+    void *output;              /* REAL [T, B, H] */
+    const void *h0, *c0;       /* REAL [B, H] */
+    void *hn, *cn;             /* REAL [B, H] */
+    /* backward only */
+    const void *doutput;       /* REAL [T, B, H] */
+    void *dh, *dc;             /* REAL [B, H] in: gradient of hn, cn; out: of h0, c0 */
+    void *dxs;                 /* REAL [T, B, D], or NULL: not wanted */
+    void *dweight_ih, *dweight_hh; /* REAL [N, D], [N, H], zeros at first */
+    void *dbias_ih, *dbias_hh; /* REAL [N], zeros at first, or NULL */
+    Site site[SITES];
+} Call;
+
+/* Both return 0, or 1 where memory could not be had. */
+int atn_norms_forward(const Call *call, int32_t is_double);
+int atn_norms_backward(const Call *call, int32_t is_double);
+/* Into how many blocks of rows a batch is cut; the sums of a Site have one row for each. */
+int64_t atn_norms_blocks(int64_t batch);
+/* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512; `limit` caps it (a negative one leaves the cap alone). */
+int32_t atn_norms_level(int32_t limit);
+/* The version of this interface, and the size of a Call, which the caller's own must match. */
+int64_t atn_norms_interface(void);
+
+#endif

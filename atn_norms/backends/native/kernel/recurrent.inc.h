@@ -1,0 +1,428 @@
+/* A whole sequence of one recurrent layer and direction, forward and backward, for one REAL and one instruction set.
+
+   Rows never meet under these norms, so a block of rows goes through all of time by itself: product, statements, windows
+   and gates while they are in cache, and no barrier between steps. Blocks have a fixed size, so neither values nor sums
+   depend on the number of threads. */
+
+#include "real.inc.h"
+
+#include "pooling.inc.h"
+
+/* Work space of one block of rows; `gates` is N wide and `hidden` H wide for each row. */
+typedef struct {
+    REAL *h, *c, *gates, *hidden, *recurrent, *projected, *wide, *narrow;
+    REAL *column; /* sums over the rows of one step, which are added to double after it: [2, N] */
+} FN(Space);
+
+/* One row of a normed site, ready to use: y = ((x - high) - low) * scale * gain + shift. The pooled mean is split so that
+   subtracting it in REAL loses nothing. */
+typedef struct { REAL high, low, scale; } FN(Affine);
+
+static inline FN(Affine) FN(affine)(const Site *site, long lane) {
+    FN(Affine) a = {0, 0, 1};
+    if (site->norm != NORM_NONE) {
+        const double mu = site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0;
+        a.high = (REAL)mu;
+        a.low = (REAL)(mu - (double)a.high);
+        a.scale = (REAL)(1.0 / sqrt(site->v[lane] + site->eps));
+    }
+    return a;
+}
+
+/* Normed row: out = N(x). */
+static void FN(normalize)(const Site *site, long lane, const REAL *restrict x, REAL *restrict out) {
+    const long width = site->features / site->groups;
+    const REAL *restrict gain = site->gain, *restrict shift = site->shift;
+    for (long g = 0; g < site->groups; g++) {
+        const FN(Affine) a = FN(affine)(site, lane + g);
+#pragma omp simd
+        for (long i = g * width; i < (g + 1) * width; i++) out[i] = ((x[i] - a.high) - a.low) * a.scale * gain[i] + shift[i];
+    }
+}
+
+/* The same, or a copy where the site has no norm. */
+static void FN(normed)(const Site *site, long lane, const REAL *x, REAL *out, long features) {
+    if (site->norm == NORM_NONE) memcpy(out, x, (size_t)features * sizeof(REAL));
+    else FN(normalize)(site, lane, x, out);
+}
+
+static void FN(state)(const Site *site, const Call *call, long t, long row, long rows, const REAL *x, long ldx) {
+    if (site->norm == NORM_NONE) return;
+    const long lanes = call->batch * site->groups, at = (site->prefix + t) * lanes + row * site->groups;
+    for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * site->groups, site->var + at + r * site->groups);
+    FN(pool)(site, call->batch, t, row * site->groups, rows * site->groups);
+}
+
+static inline long FN(lane)(const Site *site, const Call *call, long t, long row) {
+    return site->norm == NORM_NONE ? 0 : (t * call->batch + row) * site->groups;
+}
+
+/* A packed matrix and a padded bias. */
+typedef struct { REAL *panels, *bias; } FN(Packed);
+
+static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
+    const long T = call->steps, B = call->batch, D = call->inputs, H = call->hidden;
+    const int cell = call->cell;
+    const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
+    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH, *sc = call->site + SITE_C;
+    REAL *restrict h = space.h, *restrict c = space.c;
+    memcpy(h, (const REAL *)call->h0 + row * H, (size_t)(rows * H) * sizeof(REAL));
+    if (cell == CELL_LSTM) memcpy(c, (const REAL *)call->c0 + row * H, (size_t)(rows * H) * sizeof(REAL));
+    for (long t = 0; t < T; t++) {
+        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
+        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
+        REAL *out = (REAL *)call->output + (t * B + row) * H;
+        FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, ih_weight.panels, ih_weight.bias, in);
+        FN(product)(rows, H, N, h, hh_weight.panels, hh_weight.bias, recurrent);
+        FN(state)(ih, call, t, row, rows, in, N);
+        FN(state)(hh, call, t, row, rows, recurrent, N);
+        for (long r = 0; r < rows; r++) {
+            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            REAL *restrict x = space.wide, *restrict u = space.gates + r * N, *restrict hr = h + r * H, *restrict cr = c + r * H;
+            FN(normed)(ih, FN(lane)(ih, call, t, row + r), in + r * N, x, N);
+            FN(normed)(hh, FN(lane)(hh, call, t, row + r), recurrent + r * N, u, N);
+            if (cell == CELL_LSTM) {
+                REAL *restrict cs = space.hidden + r * H; /* the new cell state; the output gate stays in u + 3 H */
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL i = FN(sigmoid)(x[j] + u[j]), f = FN(sigmoid)(x[H + j] + u[H + j]);
+                    const REAL g = FN(tanh)(x[2 * H + j] + u[2 * H + j]);
+                    u[3 * H + j] = FN(sigmoid)(x[3 * H + j] + u[3 * H + j]);
+                    cs[j] = f * cr[j] + i * g;
+                }
+                continue;
+            }
+            REAL *restrict o = out + r * H;
+            if (cell == CELL_GRU)
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL reset = FN(sigmoid)(x[j] + u[j]), z = FN(sigmoid)(x[H + j] + u[H + j]);
+                    const REAL n = FN(tanh)(x[2 * H + j] + reset * u[2 * H + j]);
+                    o[j] = ((REAL)1 - z) * n + z * hr[j];
+                }
+            else if (cell == CELL_RNN_TANH)
+#pragma omp simd
+                for (long j = 0; j < H; j++) o[j] = FN(tanh)(x[j] + u[j]);
+            else
+#pragma omp simd
+                for (long j = 0; j < H; j++) { const REAL s = x[j] + u[j]; o[j] = s < 0 ? (REAL)0 : s; }
+            if (alive) memcpy(hr, o, (size_t)H * sizeof(REAL));
+            else memset(o, 0, (size_t)H * sizeof(REAL));
+        }
+        if (cell != CELL_LSTM) continue;
+        FN(state)(sc, call, t, row, rows, space.hidden, H);
+        for (long r = 0; r < rows; r++) {
+            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            REAL *restrict y = space.narrow, *restrict o = out + r * H;
+            const REAL *restrict gate = space.gates + r * N + 3 * H;
+            if (call->cells) memcpy((REAL *)call->cells + (t * B + row + r) * H, alive ? space.hidden + r * H : c + r * H, (size_t)H * sizeof(REAL));
+            if (!alive) { memset(o, 0, (size_t)H * sizeof(REAL)); continue; }
+            memcpy(c + r * H, space.hidden + r * H, (size_t)H * sizeof(REAL));
+            FN(normed)(sc, FN(lane)(sc, call, t, row + r), c + r * H, y, H);
+#pragma omp simd
+            for (long j = 0; j < H; j++) o[j] = gate[j] * FN(tanh)(y[j]);
+            memcpy(h + r * H, o, (size_t)H * sizeof(REAL));
+        }
+    }
+    memcpy((REAL *)call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
+    if (cell == CELL_LSTM) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
+}
+
+/* Back through the affine part of one row of a site: dy becomes w = gain * dy, and the pooled statement's gradient is left in
+   dmu and dv. Adds to the sums of gain and shift. */
+static void FN(denormalize)(const Site *site, long lane, const REAL *restrict x, REAL *restrict dy, REAL *restrict dgain,
+                            REAL *restrict dshift) {
+    const long width = site->features / site->groups;
+    const REAL *restrict gain = site->gain;
+    for (long g = 0; g < site->groups; g++) {
+        const FN(Affine) a = FN(affine)(site, lane + g);
+        const double scale = 1.0 / sqrt(site->v[lane + g] + site->eps);
+        double first[SUMS] = {0}, second[SUMS] = {0};
+        for (long from = g * width; from < (g + 1) * width; from += SUMS) {
+            const long many = (g + 1) * width - from < SUMS ? (g + 1) * width - from : SUMS;
+            const REAL *restrict xs = x + from;
+            REAL *restrict ys = dy + from, *restrict gs = dgain + from, *restrict ss = dshift + from;
+#define EACH                                                                        \
+    const REAL normal = ((xs[j] - a.high) - a.low) * a.scale, w = ys[j] * gain[from + j]; \
+    gs[j] += ys[j] * normal;                                                        \
+    ss[j] += ys[j];                                                                 \
+    ys[j] = w;                                                                      \
+    first[j] += (double)w;                                                          \
+    second[j] += (double)w * (double)normal;
+            if (many == SUMS)
+#pragma omp simd
+                for (long j = 0; j < SUMS; j++) { EACH }
+            else
+                for (long j = 0; j < many; j++) { EACH }
+#undef EACH
+        }
+        site->dmu[lane + g] += site->norm == NORM_MOMENTS ? -scale * FN(total)(first) : 0.0;
+        site->dv[lane + g] += -0.5 * scale * scale * FN(total)(second);
+    }
+}
+
+/* ... and through its statements: dx = w / deviation + what the own statement's gradient says. */
+static void FN(unmeasure)(const Site *site, long lane, long own, const REAL *restrict x, const REAL *restrict w, REAL *restrict dx) {
+    const long width = site->features / site->groups;
+    for (long g = 0; g < site->groups; g++) {
+        const double mean = site->norm == NORM_MOMENTS ? site->mean[own + g] : 0.0;
+        const REAL high = (REAL)mean, low = (REAL)(mean - (double)high);
+        const REAL scale = (REAL)(1.0 / sqrt(site->v[lane + g] + site->eps));
+        const REAL slope = (REAL)(2.0 * site->dvar[own + g] / (double)width);
+        const REAL level = site->norm == NORM_MOMENTS ? (REAL)(site->dmean[own + g] / (double)width) : (REAL)0;
+#pragma omp simd
+        for (long i = g * width; i < (g + 1) * width; i++) dx[i] = w[i] * scale + (slope * ((x[i] - high) - low) + level);
+    }
+}
+
+/* Back through one site of a block: dy [rows, F] in, dx [rows, F] out (they may be the same array). */
+static void FN(site_backward)(const Site *site, const Call *call, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
+                              REAL *dx, long ldd, REAL *sums) {
+    const long F = site->features, G = site->groups, lanes = call->batch * G;
+    if (site->norm == NORM_NONE) {
+        for (long r = 0; r < rows && dx != dy; r++) memcpy(dx + r * ldd, dy + r * ldd, (size_t)F * sizeof(REAL));
+        return;
+    }
+    memset(sums, 0, (size_t)(2 * F) * sizeof(REAL));
+    for (long r = 0; r < rows; r++) FN(denormalize)(site, t * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, sums, sums + F);
+    double *restrict dgain = site->dgain + block * F, *restrict dshift = site->dshift + block * F;
+    for (long i = 0; i < F; i++) { dgain[i] += (double)sums[i]; dshift[i] += (double)sums[F + i]; }
+    FN(unpool)(site, call->batch, call->steps, t, row * G, rows * G);
+    for (long r = 0; r < rows; r++)
+        FN(unmeasure)(site, t * lanes + (row + r) * G, (site->prefix + t) * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, dx + r * ldd);
+}
+
+/* What the backward blocks of one chunk of steps share. */
+typedef struct {
+    FN(Packed) ih, hh;   /* W_ih as the forward pass has it (to project again), and W_hh the other way round */
+    FN(Packed) back;     /* W_ih the other way round, where dxs is wanted */
+    REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
+    long first, last;
+} FN(Chunk);
+
+static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
+    const long B = call->batch, D = call->inputs, H = call->hidden;
+    const int cell = call->cell;
+    const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
+    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH, *sc = call->site + SITE_C;
+    REAL *restrict dh = (REAL *)call->dh + row * H, *restrict dc = cell == CELL_LSTM ? (REAL *)call->dc + row * H : NULL;
+    for (long t = chunk->last - 1; t >= chunk->first; t--) {
+        const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
+        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N;
+        const REAL *before_h = t ? (const REAL *)call->output + ((t - 1) * B + row) * H : (const REAL *)call->h0 + row * H;
+        const REAL *cells = NULL, *before_c = NULL, *dout = (const REAL *)call->doutput + (t * B + row) * H;
+        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
+        if (!call->projected)
+            FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, chunk->ih.panels, chunk->ih.bias, space.projected);
+        if (cell == CELL_LSTM) {
+            cells = (const REAL *)call->cells + (t * B + row) * H;
+            before_c = t ? cells - B * H : (const REAL *)call->c0 + row * H;
+        }
+        for (long r = 0; r < rows; r++) {
+            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            REAL *restrict x = space.wide, *restrict u = space.gates + r * N, *restrict hr = space.hidden + r * H;
+            const REAL *restrict dhr = dh + r * H, *restrict dor = dout + r * H;
+            if (!alive) { /* nothing came of this step: no gradient into it, and the state's goes by */
+                memset(din + r * N, 0, (size_t)N * sizeof(REAL));
+                memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
+                memset(hr, 0, (size_t)H * sizeof(REAL));
+                continue;
+            }
+            FN(normed)(ih, FN(lane)(ih, call, t, row + r), in + r * N, x, N);
+            FN(normed)(hh, FN(lane)(hh, call, t, row + r), recurrent + r * N, u, N);
+            REAL *restrict d = din + r * N, *restrict e = drec + r * N;
+            if (cell == CELL_LSTM) {
+                REAL *restrict y = space.narrow;
+                FN(normed)(sc, FN(lane)(sc, call, t, row + r), cells + r * H, y, H);
+#pragma omp simd
+                for (long j = 0; j < H; j++) { /* hr: gradient of the normed cell state; d's last gate: of the output gate */
+                    const REAL o = FN(sigmoid)(x[3 * H + j] + u[3 * H + j]), s = FN(tanh)(y[j]), g = dhr[j] + dor[j];
+                    d[3 * H + j] = g * s * o * ((REAL)1 - o);
+                    hr[j] = g * o * ((REAL)1 - s * s);
+                }
+#pragma omp simd
+                for (long j = 0; j < 3 * H; j++) u[j] += x[j];
+            } else if (cell == CELL_GRU) {
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL g = dhr[j] + dor[j];
+                    const REAL reset = FN(sigmoid)(x[j] + u[j]), z = FN(sigmoid)(x[H + j] + u[H + j]);
+                    const REAL n = FN(tanh)(x[2 * H + j] + reset * u[2 * H + j]), dn = g * ((REAL)1 - z) * ((REAL)1 - n * n);
+                    const REAL dr = dn * u[2 * H + j] * reset * ((REAL)1 - reset), dz = g * (before_h[r * H + j] - n) * z * ((REAL)1 - z);
+                    d[j] = dr;
+                    d[H + j] = dz;
+                    d[2 * H + j] = dn;
+                    e[j] = dr;
+                    e[H + j] = dz;
+                    e[2 * H + j] = dn * reset;
+                    hr[j] = g * z;
+                }
+            } else {
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL s = x[j] + u[j], y = cell == CELL_RNN_TANH ? FN(tanh)(s) : (REAL)0;
+                    const REAL slope = cell == CELL_RNN_TANH ? (REAL)1 - y * y : s > 0 ? (REAL)1 : (REAL)0;
+                    d[j] = e[j] = (dhr[j] + dor[j]) * slope;
+                    hr[j] = (REAL)0;
+                }
+            }
+        }
+        if (cell == CELL_LSTM) {
+            FN(site_backward)(sc, call, block, t, row, rows, cells, H, space.hidden, space.hidden, H, space.column);
+            for (long r = 0; r < rows; r++) {
+                if (call->lengths != NULL && t >= call->lengths[row + r]) continue;
+                const REAL *restrict u = space.gates + r * N, *restrict old = before_c + r * H;
+                REAL *restrict d = din + r * N, *restrict e = drec + r * N, *restrict dcr = dc + r * H, *restrict hr = space.hidden + r * H;
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL i = FN(sigmoid)(u[j]), f = FN(sigmoid)(u[H + j]), g = FN(tanh)(u[2 * H + j]), dcell = dcr[j] + hr[j];
+                    d[j] = dcell * g * i * ((REAL)1 - i);
+                    d[H + j] = dcell * old[j] * f * ((REAL)1 - f);
+                    d[2 * H + j] = dcell * i * ((REAL)1 - g * g);
+                    dcr[j] = dcell * f;
+                }
+                memcpy(e, d, (size_t)N * sizeof(REAL));
+            }
+        }
+        FN(site_backward)(ih, call, block, t, row, rows, in, N, din, din, N, space.column);
+        FN(site_backward)(hh, call, block, t, row, rows, recurrent, N, drec, drec, N, space.column);
+        FN(product)(rows, N, H, drec, chunk->hh.panels, chunk->hh.bias, space.recurrent);
+        if (call->dxs) FN(product)(rows, N, D, din, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
+        for (long r = 0; r < rows; r++) {
+            if (call->lengths != NULL && t >= call->lengths[row + r]) continue;
+            const REAL *restrict back = space.recurrent + r * H, *restrict hr = space.hidden + r * H;
+            REAL *restrict dhr = dh + r * H;
+            if (cell == CELL_GRU)
+#pragma omp simd
+                for (long j = 0; j < H; j++) dhr[j] = back[j] + hr[j];
+            else memcpy(dhr, back, (size_t)H * sizeof(REAL));
+        }
+    }
+    if (chunk->first > 0) return;
+    for (int s = 0; s < SITES; s++)
+        if (call->site[s].norm != NORM_NONE) FN(unpool_prefix)(call->site + s, B, call->steps, row * call->site[s].groups, rows * call->site[s].groups);
+}
+
+/* Steps of one chunk: enough rows for a good product of the weights' gradients, few enough to stay near. */
+static long FN(chunk_steps)(const Call *call) {
+    const long steps = (512 + call->batch - 1) / call->batch;
+    return steps < call->steps ? steps : call->steps;
+}
+
+static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
+
+/* Room for a packed [K, M] matrix with its bias, filled from `from` (element (k, m) at k * row + m * column). */
+static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long K, long M, long row, long column) {
+    const long width = FN(panels)(M) * PANEL;
+    FN(Packed) packed = {*room, *room + width * K};
+    *room += width * (K + 1);
+    FN(pack)(packed.panels, from, K, M, row, column);
+    memset(packed.bias, 0, (size_t)width * sizeof(REAL));
+    if (bias) memcpy(packed.bias, bias, (size_t)M * sizeof(REAL));
+    return packed;
+}
+
+static FN(Space) FN(space)(REAL *at, long H, long N) {
+    FN(Space) space;
+    space.h = at; at += BLOCK_ROWS * H;
+    space.c = at; at += BLOCK_ROWS * H;
+    space.hidden = at; at += BLOCK_ROWS * H;
+    space.gates = at; at += BLOCK_ROWS * N;
+    space.recurrent = at; at += BLOCK_ROWS * N;
+    space.projected = at; at += BLOCK_ROWS * N;
+    space.wide = at; at += N;
+    space.column = at; at += 2 * N;
+    space.narrow = at;
+    return space;
+}
+
+static size_t FN(space_size)(long H, long N) { return (size_t)(BLOCK_ROWS * (3 * H + 3 * N) + 3 * N + H + 64); }
+
+static int FN(forward)(const Call *call, long N) {
+    const long D = call->inputs, H = call->hidden, blocks = atn_norms_blocks(call->batch);
+    const long threads = call->threads < blocks ? call->threads : blocks;
+    const size_t each = FN(space_size)(H, N);
+    REAL *room = atn_norms_memory((FN(packed_size)(D, N) + FN(packed_size)(H, N) + each * (size_t)threads) * sizeof(REAL)), *at = room;
+    if (!room) return 1;
+    const FN(Packed) ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
+    const FN(Packed) hh = FN(take)(&at, call->weight_hh, call->bias_hh, H, N, 1, H);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (long b = 0; b < blocks; b++) {
+        const long row = atn_norms_block_start(call->batch, b), rows = atn_norms_block_start(call->batch, b + 1) - row;
+        FN(forward_block)(call, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
+    }
+    free(room);
+    return 0;
+}
+
+/* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
+static void FN(weight_gradients)(const Call *call, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
+    const long K = (chunk->last - chunk->first) * call->batch;
+    FN(accumulate)(from, to, N, K, call->inputs, chunk->dinput, xs, call->dweight_ih);
+    FN(accumulate)(from, to, N, K, call->hidden, chunk->drecurrent, hs, call->dweight_hh);
+    const REAL *sides[2] = {chunk->dinput, chunk->drecurrent};
+    REAL *sums[2] = {call->dbias_ih, call->dbias_hh};
+    for (int side = 0; side < 2; side++) {
+        if (!sums[side]) continue;
+        for (long k = 0; k < K; k++) {
+            REAL *restrict sum = sums[side];
+            const REAL *restrict row = sides[side] + k * N;
+#pragma omp simd
+            for (long n = from; n < to; n++) sum[n] += row[n];
+        }
+    }
+}
+
+static int FN(backward)(const Call *call, long N) {
+    const long B = call->batch, D = call->inputs, H = call->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(call);
+    const long threads = call->threads, rows_wide = FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
+    const size_t each = FN(space_size)(H, N), many = (size_t)(steps * B);
+    const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (call->dxs ? FN(packed_size)(N, D) : 0);
+    const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
+    REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
+    if (!room) return 1;
+    FN(Chunk) chunk;
+    if (!call->projected) chunk.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
+    chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, H, H, 1);
+    if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
+    chunk.dinput = at; at += many * (size_t)N;
+    chunk.drecurrent = at; at += many * (size_t)N;
+    REAL *xs = at; at += many * (size_t)rows_wide;
+    REAL *hs = at; at += many * (size_t)rows_deep;
+    for (chunk.last = call->steps; chunk.last > 0; chunk.last = chunk.first) {
+        chunk.first = chunk.last > steps ? chunk.last - steps : 0;
+        const long K = (chunk.last - chunk.first) * B;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+#pragma omp for schedule(dynamic, 1)
+            for (long b = 0; b < blocks; b++) {
+                const long row = atn_norms_block_start(B, b), rows = atn_norms_block_start(B, b + 1) - row;
+                FN(backward_block)(call, &chunk, b, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
+                if (p < rows_wide) {
+                    FN(pack_panel)(xs + p * K, (const REAL *)call->xs + chunk.first * B * D, K, D, p, D);
+                    continue;
+                }
+                const long q = p - rows_wide, started = chunk.first == 0 ? B : 0;
+                if (started) FN(pack_panel)(hs + q * K, call->h0, B, H, q, H);
+                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * H,
+                               K - started, H, q, H);
+            }
+#pragma omp for schedule(dynamic, 1)
+            for (long n = 0; n < N; n += 64)
+                FN(weight_gradients)(call, &chunk, xs, hs, N, n, n + 64 < N ? n + 64 : N);
+        }
+    }
+    free(room);
+    return 0;
+}
+
+static int FN(run)(const Call *call, int backward) {
+    const long N = (call->cell == CELL_LSTM ? 4 : call->cell == CELL_GRU ? 3 : 1) * call->hidden;
+    return backward ? FN(backward)(call, N) : FN(forward)(call, N);
+}
+
+#undef VL
+#undef PANEL
