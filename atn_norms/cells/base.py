@@ -93,6 +93,10 @@ class Cell(ABC):
     @property
     def sites(self) -> dict[str, int]:
         """Every place that can carry a norm, and its number of features."""
+        return self.product_sites()
+
+    def product_sites(self) -> dict[str, int]:
+        """The sites at the two products, or at their sum."""
         wide = self.pre_activations
         return {"sum": wide} if self.placement.sum == "joint" else {"ih": wide, "hh": wide}
 

@@ -47,7 +47,7 @@ class LSTMEquations(Cell):
 
     @property
     def sites(self) -> dict[str, int]:
-        return super().sites | {"c": self.hidden_size}
+        return self.product_sites() | {"c": self.hidden_size}
 
     def carried_sizes(self) -> tuple[int, ...]:
         return self.output_size, self.hidden_size

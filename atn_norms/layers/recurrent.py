@@ -235,7 +235,7 @@ class Recurrent(CellHost):
 
     def _check_shapes(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """torch's own checks, by torch's own code, for a cell that torch has."""
-        if self.cell.torch_name is None:
+        if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace what makes the twin
             if x.shape[-1] != self.input_size:
                 raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atn_norms.backends.native.library import load
+from atn_norms.backends.native.library import unavailable
 from atn_norms.backends.native.plan import planned, refusal
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.trees import Tree, tree_leaves
@@ -22,8 +22,7 @@ class Native:
             return f"it runs on the CPU, and the layer is on {like.device.type}"
         if like.dtype not in (torch.float32, torch.float64):
             return f"it runs float32 and float64, and the layer is {like.dtype}"
-        library = load()
-        return library if isinstance(library, str) else refusal(cell, weights)
+        return unavailable() or refusal(cell, weights)
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None

@@ -7,6 +7,8 @@ from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 INTERFACE = 1
 SITES = 3
 
@@ -84,3 +86,10 @@ def load() -> Library | str:
         return Library(found[0])
     except (OSError, AttributeError) as error:
         return f"its kernels cannot be loaded: {error}"
+
+
+@torch.compiler.assume_constant_result  # a compiler need not follow how a shared object is found
+def unavailable() -> str | None:
+    """In one sentence why there are no kernels, or None where there are."""
+    library = load()
+    return library if isinstance(library, str) else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, RNNEquations
@@ -26,6 +25,20 @@ class SitePlan:
     decay: float
     gain: bool
     shift: bool
+
+    def encode(self) -> str:
+        """As a text: the fields in order."""
+        return (
+            f"{self.site} {self.features} {self.groups} {int(self.centred)} {self.eps!r} {self.steps} {self.decay!r} "
+            f"{int(self.gain)} {int(self.shift)}"
+        )
+
+    @staticmethod
+    def decode(text: str) -> SitePlan:
+        """From a text."""
+        site, features, groups, centred, eps, steps, decay, gain, shift = text.split()
+        numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
+        return SitePlan(site, *numbers, gain == "1", shift == "1")
 
     @property
     def prefix(self) -> int:
@@ -56,15 +69,15 @@ class Plan:
         return {"lstm": 4, "gru": 3}.get(self.cell, 1)
 
     def encode(self) -> str:
-        """As a text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """As a text; nothing but formatting, so that a compiler can trace it."""
+        return "; ".join([self.cell, *[site.encode() for site in self.sites]])
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Plan:
         """From a text."""
-        data = json.loads(text)
-        return Plan(data["cell"], tuple(SitePlan(**site) for site in data["sites"]))
+        cell, *sites = text.split("; ")
+        return Plan(cell, tuple(SitePlan.decode(site) for site in sites))
 
 
 def kernel_of(cell: Cell) -> str | None:

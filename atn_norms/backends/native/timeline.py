@@ -138,7 +138,7 @@ class Gradients:
         if plan.prefix == 0:
             return [None] * len(before)
         leaves = [array[: plan.prefix].transpose(0, 1) for array in own]
-        return [None, *(leaf.reshape(old.shape).to(old.dtype) for leaf, old in zip(leaves, before[1:], strict=True))]
+        return [None, *(leaf.reshape(old.shape).contiguous() for leaf, old in zip(leaves, before[1:], strict=True))]
 
 
 def _time_first(leaf: Tensor, plan: SitePlan) -> Tensor:

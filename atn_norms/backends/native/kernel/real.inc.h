@@ -50,7 +50,18 @@ static inline __attribute__((always_inline)) REAL FN(exp)(REAL x) {
 
 static inline __attribute__((always_inline)) REAL FN(sigmoid)(REAL x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
 
-static inline __attribute__((always_inline)) REAL FN(tanh)(REAL x) { return (REAL)1 - (REAL)2 / (FN(exp)((REAL)2 * x) + (REAL)1); }
+/* exp(-2 x) for use in tanh(x) = (1 - e) / (1 + e), kept to where tanh is not yet 1 in REAL: it can then be multiplied. */
+static inline __attribute__((always_inline)) REAL FN(small_exp)(REAL x) {
+    const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
+    x = x > end ? end : x;
+    x = x < -end ? -end : x;
+    return FN(exp)((REAL)-2 * x);
+}
+
+static inline __attribute__((always_inline)) REAL FN(tanh)(REAL x) {
+    const REAL e = FN(small_exp)(x);
+    return ((REAL)1 - e) / ((REAL)1 + e);
+}
 
 /* Pack a matrix of K rows and M columns, element (k, m) at from[k * row + m * column], into panels [M / PANEL][K][PANEL]. */
 static void FN(pack)(REAL *to, const REAL *from, long K, long M, long row, long column) {

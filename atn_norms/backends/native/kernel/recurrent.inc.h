@@ -29,8 +29,16 @@ static inline FN(Affine) FN(affine)(const Site *site, long lane) {
     return a;
 }
 
-/* Normed row: out = N(x). */
-static void FN(normalize)(const Site *site, long lane, const REAL *restrict x, REAL *restrict out) {
+static inline long FN(lane)(const Site *site, const Call *call, long t, long row) {
+    return site->norm == NORM_NONE ? 0 : (t * call->batch + row) * site->groups;
+}
+
+/* Normed row: out = N(x), or a copy where the site has no norm. */
+static void FN(normed)(const Site *site, long lane, const REAL *restrict x, REAL *restrict out, long features) {
+    if (site->norm == NORM_NONE) {
+        memcpy(out, x, (size_t)features * sizeof(REAL));
+        return;
+    }
     const long width = site->features / site->groups;
     const REAL *restrict gain = site->gain, *restrict shift = site->shift;
     for (long g = 0; g < site->groups; g++) {
@@ -40,21 +48,63 @@ static void FN(normalize)(const Site *site, long lane, const REAL *restrict x, R
     }
 }
 
-/* The same, or a copy where the site has no norm. */
-static void FN(normed)(const Site *site, long lane, const REAL *x, REAL *out, long features) {
-    if (site->norm == NORM_NONE) memcpy(out, x, (size_t)features * sizeof(REAL));
-    else FN(normalize)(site, lane, x, out);
+/* Pre-activations of `gates` gates of one row: out = N_ih(x) + N_hh(u), in one pass where each gate has one statement. */
+static void FN(combined)(const Call *call, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
+                         REAL *restrict spare) {
+    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH;
+    const long H = call->hidden, all = (ih->norm != NORM_NONE ? ih : hh)->features / H;
+    const long lane_x = FN(lane)(ih, call, t, row), lane_u = FN(lane)(hh, call, t, row);
+    const int simple = ih->norm != NORM_NONE && hh->norm != NORM_NONE && (ih->groups == 1 || ih->groups == all) &&
+                       (hh->groups == 1 || hh->groups == all);
+    if (!simple) {
+        FN(normed)(ih, lane_x, x, spare, all * H);
+        FN(normed)(hh, lane_u, u, out, all * H);
+#pragma omp simd
+        for (long j = 0; j < gates * H; j++) out[j] += spare[j];
+        return;
+    }
+    const REAL *restrict gx = ih->gain, *restrict gu = hh->gain, *restrict sx = ih->shift, *restrict su = hh->shift;
+    for (long g = 0; g < gates; g++) {
+        const FN(Affine) a = FN(affine)(ih, lane_x + (ih->groups == 1 ? 0 : g)), b = FN(affine)(hh, lane_u + (hh->groups == 1 ? 0 : g));
+#pragma omp simd
+        for (long j = g * H; j < (g + 1) * H; j++)
+            out[j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
+    }
 }
 
+/* The two sides of a GRU's candidate, which its reset gate keeps apart: the last gate of each site. */
+static void FN(candidate)(const Call *call, long t, long row, const REAL *x, const REAL *u, REAL *xn, REAL *un) {
+    const long H = call->hidden;
+    const REAL *sides[2] = {x + 2 * H, u + 2 * H};
+    REAL *outs[2] = {xn, un};
+    for (int side = 0; side < 2; side++) {
+        const Site *site = call->site + (side ? SITE_HH : SITE_IH);
+        const REAL *restrict a = sides[side];
+        REAL *restrict out = outs[side];
+        if (site->norm == NORM_NONE) {
+            memcpy(out, a, (size_t)H * sizeof(REAL));
+            continue;
+        }
+        const long width = site->features / site->groups, lane = FN(lane)(site, call, t, row);
+        const REAL *restrict gain = (const REAL *)site->gain + 2 * H, *restrict shift = (const REAL *)site->shift + 2 * H;
+        for (long j = 0; j < H;) { /* group by group */
+            const long group = (2 * H + j) / width, end = (group + 1) * width - 2 * H < H ? (group + 1) * width - 2 * H : H;
+            const FN(Affine) by = FN(affine)(site, lane + group);
+            const long start = j;
+#pragma omp simd
+            for (long k = start; k < end; k++) out[k] = ((a[k] - by.high) - by.low) * by.scale * gain[k] + shift[k];
+            j = end;
+        }
+    }
+}
+
+/* Own statements of a site's rows at step t, and the pooled ones. */
 static void FN(state)(const Site *site, const Call *call, long t, long row, long rows, const REAL *x, long ldx) {
     if (site->norm == NORM_NONE) return;
-    const long lanes = call->batch * site->groups, at = (site->prefix + t) * lanes + row * site->groups;
-    for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * site->groups, site->var + at + r * site->groups);
-    FN(pool)(site, call->batch, t, row * site->groups, rows * site->groups);
-}
-
-static inline long FN(lane)(const Site *site, const Call *call, long t, long row) {
-    return site->norm == NORM_NONE ? 0 : (t * call->batch + row) * site->groups;
+    const long groups = site->groups, at = (site->prefix + t) * call->batch * groups + row * groups;
+    for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * groups, site->var + at + r * groups);
+    for (long r = 0; r < rows; r += BLOCK_ROWS)
+        FN(pool)(site, call->batch, t, (row + r) * groups, (rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS) * groups);
 }
 
 /* A packed matrix and a padded bias. */
@@ -78,34 +128,35 @@ static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed)
         FN(state)(hh, call, t, row, rows, recurrent, N);
         for (long r = 0; r < rows; r++) {
             const int alive = call->lengths == NULL || t < call->lengths[row + r];
-            REAL *restrict x = space.wide, *restrict u = space.gates + r * N, *restrict hr = h + r * H, *restrict cr = c + r * H;
-            FN(normed)(ih, FN(lane)(ih, call, t, row + r), in + r * N, x, N);
-            FN(normed)(hh, FN(lane)(hh, call, t, row + r), recurrent + r * N, u, N);
-            if (cell == CELL_LSTM) {
-                REAL *restrict cs = space.hidden + r * H; /* the new cell state; the output gate stays in u + 3 H */
+            const REAL *x = in + r * N, *u = recurrent + r * N;
+            REAL *restrict z = space.gates + r * N, *restrict hr = h + r * H;
+            FN(combined)(call, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
+            if (cell == CELL_LSTM) { /* the new cell state, and 1 / (output gate) in the place of the gate */
+                REAL *restrict cs = space.hidden + r * H;
+                const REAL *restrict cr = c + r * H;
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
-                    const REAL i = FN(sigmoid)(x[j] + u[j]), f = FN(sigmoid)(x[H + j] + u[H + j]);
-                    const REAL g = FN(tanh)(x[2 * H + j] + u[2 * H + j]);
-                    u[3 * H + j] = FN(sigmoid)(x[3 * H + j] + u[3 * H + j]);
-                    cs[j] = f * cr[j] + i * g;
+                    const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[H + j]), g = FN(small_exp)(z[2 * H + j]);
+                    cs[j] = cr[j] / f + ((REAL)1 - g) / (i * ((REAL)1 + g));
+                    z[3 * H + j] = (REAL)1 + FN(exp)(-z[3 * H + j]);
                 }
                 continue;
             }
             REAL *restrict o = out + r * H;
-            if (cell == CELL_GRU)
+            if (cell == CELL_GRU) {
+                REAL *restrict xn = space.narrow, *restrict un = space.wide;
+                FN(candidate)(call, t, row + r, x, u, xn, un);
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
-                    const REAL reset = FN(sigmoid)(x[j] + u[j]), z = FN(sigmoid)(x[H + j] + u[H + j]);
-                    const REAL n = FN(tanh)(x[2 * H + j] + reset * u[2 * H + j]);
-                    o[j] = ((REAL)1 - z) * n + z * hr[j];
+                    const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]), n = FN(tanh)(xn[j] + reset * un[j]);
+                    o[j] = ((REAL)1 - keep) * n + keep * hr[j];
                 }
-            else if (cell == CELL_RNN_TANH)
+            } else if (cell == CELL_RNN_TANH)
 #pragma omp simd
-                for (long j = 0; j < H; j++) o[j] = FN(tanh)(x[j] + u[j]);
+                for (long j = 0; j < H; j++) o[j] = FN(tanh)(z[j]);
             else
 #pragma omp simd
-                for (long j = 0; j < H; j++) { const REAL s = x[j] + u[j]; o[j] = s < 0 ? (REAL)0 : s; }
+                for (long j = 0; j < H; j++) o[j] = z[j] < 0 ? (REAL)0 : z[j];
             if (alive) memcpy(hr, o, (size_t)H * sizeof(REAL));
             else memset(o, 0, (size_t)H * sizeof(REAL));
         }
@@ -120,7 +171,10 @@ static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed)
             memcpy(c + r * H, space.hidden + r * H, (size_t)H * sizeof(REAL));
             FN(normed)(sc, FN(lane)(sc, call, t, row + r), c + r * H, y, H);
 #pragma omp simd
-            for (long j = 0; j < H; j++) o[j] = gate[j] * FN(tanh)(y[j]);
+            for (long j = 0; j < H; j++) {
+                const REAL e = FN(small_exp)(y[j]);
+                o[j] = ((REAL)1 - e) / (gate[j] * ((REAL)1 + e));
+            }
             memcpy(h + r * H, o, (size_t)H * sizeof(REAL));
         }
     }
@@ -220,7 +274,7 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
         }
         for (long r = 0; r < rows; r++) {
             const int alive = call->lengths == NULL || t < call->lengths[row + r];
-            REAL *restrict x = space.wide, *restrict u = space.gates + r * N, *restrict hr = space.hidden + r * H;
+            REAL *restrict z = space.gates + r * N, *restrict hr = space.hidden + r * H;
             const REAL *restrict dhr = dh + r * H, *restrict dor = dout + r * H;
             if (!alive) { /* nothing came of this step: no gradient into it, and the state's goes by */
                 memset(din + r * N, 0, (size_t)N * sizeof(REAL));
@@ -228,54 +282,52 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
                 memset(hr, 0, (size_t)H * sizeof(REAL));
                 continue;
             }
-            FN(normed)(ih, FN(lane)(ih, call, t, row + r), in + r * N, x, N);
-            FN(normed)(hh, FN(lane)(hh, call, t, row + r), recurrent + r * N, u, N);
+            FN(combined)(call, t, row + r, cell == CELL_GRU ? 2 : N / H, in + r * N, recurrent + r * N, z, space.wide);
             REAL *restrict d = din + r * N, *restrict e = drec + r * N;
             if (cell == CELL_LSTM) {
                 REAL *restrict y = space.narrow;
                 FN(normed)(sc, FN(lane)(sc, call, t, row + r), cells + r * H, y, H);
 #pragma omp simd
                 for (long j = 0; j < H; j++) { /* hr: gradient of the normed cell state; d's last gate: of the output gate */
-                    const REAL o = FN(sigmoid)(x[3 * H + j] + u[3 * H + j]), s = FN(tanh)(y[j]), g = dhr[j] + dor[j];
+                    const REAL o = FN(sigmoid)(z[3 * H + j]), s = FN(tanh)(y[j]), g = dhr[j] + dor[j];
                     d[3 * H + j] = g * s * o * ((REAL)1 - o);
                     hr[j] = g * o * ((REAL)1 - s * s);
                 }
-#pragma omp simd
-                for (long j = 0; j < 3 * H; j++) u[j] += x[j];
             } else if (cell == CELL_GRU) {
+                REAL *restrict xn = space.narrow, *restrict un = space.wide;
+                const REAL *restrict old = before_h + r * H;
+                FN(candidate)(call, t, row + r, in + r * N, recurrent + r * N, xn, un);
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
-                    const REAL g = dhr[j] + dor[j];
-                    const REAL reset = FN(sigmoid)(x[j] + u[j]), z = FN(sigmoid)(x[H + j] + u[H + j]);
-                    const REAL n = FN(tanh)(x[2 * H + j] + reset * u[2 * H + j]), dn = g * ((REAL)1 - z) * ((REAL)1 - n * n);
-                    const REAL dr = dn * u[2 * H + j] * reset * ((REAL)1 - reset), dz = g * (before_h[r * H + j] - n) * z * ((REAL)1 - z);
-                    d[j] = dr;
-                    d[H + j] = dz;
+                    const REAL g = dhr[j] + dor[j], reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]);
+                    const REAL n = FN(tanh)(xn[j] + reset * un[j]), dn = g * ((REAL)1 - keep) * ((REAL)1 - n * n);
+                    const REAL dr = dn * un[j] * reset * ((REAL)1 - reset), dz = g * (old[j] - n) * keep * ((REAL)1 - keep);
+                    d[j] = e[j] = dr;
+                    d[H + j] = e[H + j] = dz;
                     d[2 * H + j] = dn;
-                    e[j] = dr;
-                    e[H + j] = dz;
                     e[2 * H + j] = dn * reset;
-                    hr[j] = g * z;
+                    hr[j] = g * keep;
+                }
+            } else if (cell == CELL_RNN_TANH) {
+#pragma omp simd
+                for (long j = 0; j < H; j++) {
+                    const REAL y = FN(tanh)(z[j]);
+                    d[j] = e[j] = (dhr[j] + dor[j]) * ((REAL)1 - y * y);
                 }
             } else {
 #pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL s = x[j] + u[j], y = cell == CELL_RNN_TANH ? FN(tanh)(s) : (REAL)0;
-                    const REAL slope = cell == CELL_RNN_TANH ? (REAL)1 - y * y : s > 0 ? (REAL)1 : (REAL)0;
-                    d[j] = e[j] = (dhr[j] + dor[j]) * slope;
-                    hr[j] = (REAL)0;
-                }
+                for (long j = 0; j < H; j++) d[j] = e[j] = z[j] > 0 ? dhr[j] + dor[j] : (REAL)0;
             }
         }
         if (cell == CELL_LSTM) {
             FN(site_backward)(sc, call, block, t, row, rows, cells, H, space.hidden, space.hidden, H, space.column);
             for (long r = 0; r < rows; r++) {
                 if (call->lengths != NULL && t >= call->lengths[row + r]) continue;
-                const REAL *restrict u = space.gates + r * N, *restrict old = before_c + r * H;
+                const REAL *restrict z = space.gates + r * N, *restrict old = before_c + r * H;
                 REAL *restrict d = din + r * N, *restrict e = drec + r * N, *restrict dcr = dc + r * H, *restrict hr = space.hidden + r * H;
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
-                    const REAL i = FN(sigmoid)(u[j]), f = FN(sigmoid)(u[H + j]), g = FN(tanh)(u[2 * H + j]), dcell = dcr[j] + hr[j];
+                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[H + j]), g = FN(tanh)(z[2 * H + j]), dcell = dcr[j] + hr[j];
                     d[j] = dcell * g * i * ((REAL)1 - i);
                     d[H + j] = dcell * old[j] * f * ((REAL)1 - f);
                     d[2 * H + j] = dcell * i * ((REAL)1 - g * g);

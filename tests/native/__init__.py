@@ -1,0 +1,1 @@
+"""The native backend against the reference: values, states, gradients, digits, refusals."""
