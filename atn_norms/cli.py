@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atn_norms.commands import files, health, kinds, models, studies
+from atn_norms.commands import bench, files, health, kinds, models, studies
 from atn_norms.commands.console import example
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
     "schema": (kinds.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
     "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml",)),
+    "bench": (
+        bench.bench,
+        "Speed and memory, side by side.",
+        ("atn-norms bench", "atn-norms bench --cells gru,rnn --size 10,68,128,120 --windows 1,100 --threads 2"),
+    ),
     "doctor": (health.doctor, "Check what works here.", ("atn-norms doctor",)),
 }
 

@@ -69,8 +69,7 @@ class FeatureMoments:
     | `centred` | the statement is `Moments`; otherwise $\mu = 0$, and it is the `Average` of squares | |
     | `eps` | added inside the root | |
     | `gain`, `shift` | g and b; None where there is none | `[D]` |
-
-    A statement's leaves then hold one value a group: `[..., groups]`, or `[..., groups, 1]`.
+    | `shape` | how one row's statement lies in its leaves; `(groups,)` unless it says otherwise | |
     """
 
     groups: int
@@ -78,6 +77,12 @@ class FeatureMoments:
     eps: float
     gain: Tensor | None
     shift: Tensor | None
+    shape: tuple[int, ...] = ()
+
+    @property
+    def leaf(self) -> tuple[int, ...]:
+        """Trailing axes of a leaf of the statement."""
+        return self.shape or (self.groups,)
 
 
 def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:
@@ -438,6 +443,7 @@ class PerGate(Normalizer):
             first.eps,
             _joined([m.gain for m in known]),
             _joined([m.shift for m in known]),
+            (len(known), *first.leaf),
         )
 
     def _gates(self) -> list[Normalizer]:

@@ -23,7 +23,7 @@ ROWS = [
     {"specs"},
     {"tasks"},
     {"plugins"},
-    {"ablation", "testing"},
+    {"ablation", "bench", "testing"},
     {"cli", "commands", "__main__"},
 ]
 ROW = {part: number for number, row in enumerate(ROWS) for part in row}
@@ -43,7 +43,7 @@ LIBRARIES = {
     "distributed": {"ablation"},
     "dask": {"ablation"},
     "jinja2": {"ablation"},
-    "matplotlib": {"ablation"},
+    "matplotlib": {"ablation", "bench"},
     "numpy": {"ablation"},
     "hypothesis": {"testing"},
 }

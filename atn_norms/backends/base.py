@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from atn_norms.backends.native import Native
+from atn_norms.backends.native.library import unavailable, warn_once
 from atn_norms.backends.reference import Reference
 from atn_norms.backends.torch_nn import TorchNN
 from atn_norms.cells import Cell, CellWeights
@@ -53,11 +54,18 @@ def known() -> Mapping[str, Backend]:
 def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
     """The backend of that name, or with `"auto"` the first that does not refuse.
 
+    Where only the lack of compiled kernels keeps `native` from a case, one warning in a process says so.
+
     Errors: `ValueError` for an unknown name, and for one that refuses this case, with its reason.
     """
     backends = known()
     if name == "auto":
-        return next(backend for backend in backends.values() if backend.refuses(cell, weights) is None)
+        for backend in backends.values():
+            reason = backend.refuses(cell, weights)
+            if reason is None:
+                return backend
+            if reason == unavailable():
+                warn_once()
     if name not in backends:
         names = ["auto", *backends]
         raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{hint(name, names)}")

@@ -65,14 +65,34 @@ def _backends() -> list[Check]:
     import torch
 
     from atn_norms.backends import known
+    from atn_norms.backends.native.library import unavailable
     from atn_norms.layers import LSTM
 
     accelerator = "CUDA is available" if torch.cuda.is_available() else "no CUDA device"
     checks = [Check("devices", "ok", f"CPU with {torch.get_num_threads()} threads; {accelerator}")]
     for name in known():
+        if name == "native":
+            checks.append(_kernels())
+            if unavailable():
+                continue  # an optional part, and the line above has told
         norm = None if name == "torch" else "layer"
         checks.append(_tried(f"backend {name}", lambda name=name, norm=norm: LSTM(2, 3, norm=norm, backend=name)))
     return checks
+
+
+def _kernels() -> Check:
+    """The compiled part of the native backend: there or why not, and what it makes of this machine."""
+    from atn_norms.backends.native.library import load
+
+    library = load()
+    again = "and install atn-norms again: `pip install --force-reinstall --no-deps --no-cache-dir .` in its folder"
+    if isinstance(library, str):
+        finding = f"none: {library}; the reference runs instead, many times slower"
+        return Check("native kernels", "missing", finding, f"install a C compiler (gcc, or clang with libomp), {again}")
+    finding = f"{library.path.name}, {library.level()}"
+    if library.parallel:
+        return Check("native kernels", "ok", f"{finding}, OpenMP")
+    return Check("native kernels", "ok", f"{finding}, one thread", f"for threads, get a compiler with OpenMP {again}")
 
 
 def _tried(subject: str, make: Any) -> Check:

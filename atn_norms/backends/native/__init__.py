@@ -22,7 +22,7 @@ class Native:
             return f"it runs on the CPU, and the layer is on {like.device.type}"
         if like.dtype not in (torch.float32, torch.float64):
             return f"it runs float32 and float64, and the layer is {like.dtype}"
-        return unavailable() or refusal(cell, weights)
+        return refusal(cell, weights) or unavailable()  # the case first: compiling would not help it
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
@@ -35,9 +35,9 @@ class Native:
         places = [names.index(site.site) for site in plan.sites]
         if lengths is not None:
             xs = torch.where((torch.arange(xs.shape[0]).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
-        leaves = [list(tree_leaves(norms[place][1])) for place in places]
+        memories = [norms[place] for place in places]
+        flat = [] if None in memories else [leaf for memory in memories for leaf in tree_leaves(memory[1])]
         affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
-        flat = [leaf for of_site in leaves for leaf in of_site]
         tensors = [xs, *weights.tensors.values(), *carried, *affine, *flat]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         h0 = carried[0]
@@ -56,10 +56,9 @@ class Native:
             keep,
         )
         rest = iter(after)
-        happened = xs.shape[0] if lengths is None else lengths
+        happened = torch.full((xs.shape[1],), xs.shape[0]) if lengths is None else lengths
         new = list(norms)
-        for place, of_site in zip(places, leaves, strict=True):
-            index = norms[place][0] + happened
-            memory, *statistic = (next(rest) for _ in of_site)
-            new[place] = (index, (memory, tuple(statistic)))
+        for place, memory, site in zip(places, memories, plan.sites, strict=True):
+            weights, *statistic = (next(rest) for _ in range(1 + site.leaves))
+            new[place] = (happened if memory is None else memory[0] + happened, (weights, tuple(statistic)))
         return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(new))

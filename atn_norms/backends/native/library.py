@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-INTERFACE = 1
+INTERFACE = 2
 SITES = 3
 
 
@@ -19,11 +20,11 @@ class SiteArgs(ctypes.Structure):
     _fields_ = [
         ("norm", c_int32),
         ("window", c_int32),
-        *((name, c_int64) for name in ("features", "groups", "prefix", "hidden")),
-        ("decay", c_double),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("gain", "shift", "weight", "mean", "var", "mu", "v", "share")),
-        *((name, c_void_p) for name in ("dmean", "dvar", "dmu", "dv", "carry", "dgain", "dshift")),
+        *((name, c_int64) for name in ("features", "groups", "prefix")),
+        *((name, c_double) for name in ("decay", "eps")),
+        *((name, c_void_p) for name in ("gain", "shift")),
+        *((name, c_void_p * 3) for name in ("state", "next", "dnext", "dstate")),
+        *((name, c_void_p) for name in ("dgain", "dshift", "timeline")),
     ]
 
 
@@ -51,7 +52,7 @@ class Library:
         for name, result, arguments in (
             ("forward", c_int32, [ctypes.POINTER(CallArgs), c_int32]),
             ("backward", c_int32, [ctypes.POINTER(CallArgs), c_int32]),
-            ("blocks", c_int64, [c_int64]),
+            ("timeline", c_int64, [c_int64] * 4),
             ("level", c_int32, [c_int32]),
             ("interface", c_int64, []),
         ):
@@ -62,14 +63,15 @@ class Library:
         if found != expected:
             raise OSError(f"{path}: kernels of another version ({found}, expected {expected}); install again")
 
-    def blocks(self, batch: int) -> int:
-        """Into how many blocks of rows a batch is cut."""
-        return int(self._object.atn_norms_blocks(batch))
-
     def run(self, direction: str, call: CallArgs, is_double: bool) -> None:
         """`forward` or `backward`; the interpreter lock is free meanwhile. `MemoryError` where there was none."""
         if getattr(self._object, f"atn_norms_{direction}")(ctypes.byref(call), int(is_double)):
             raise MemoryError("the native backend could not have its work space")
+
+    @property
+    def parallel(self) -> bool:
+        """Whether they were compiled with OpenMP and so use several threads."""
+        return bool(self._object.atn_norms_openmp())
 
     def level(self, limit: int = -1) -> str:
         """The instruction set in use; a `limit` of 0, 1 or 2 caps it."""
@@ -93,3 +95,19 @@ def unavailable() -> str | None:
     """In one sentence why there are no kernels, or None where there are."""
     library = load()
     return library if isinstance(library, str) else None
+
+
+@torch.compiler.assume_constant_result
+def warn_once() -> None:
+    """Say, once in a process, that the reference runs what the kernels could: slowness has a reason, and a cure."""
+    if not _warned:
+        _warned.append(True)
+        warnings.warn(
+            f"the native backend could run this layer, but {unavailable()}; the reference runs it, many times slower. "
+            "`atn-norms doctor` says what to do.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_warned: list[bool] = []

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.native.library import CallArgs, Library, load
-from atn_norms.backends.native.plan import Plan
-from atn_norms.backends.native.timeline import DOUBLE, Gradients, Timeline
+from atn_norms.backends.native.plan import Plan, SitePlan
 
+DOUBLE = torch.float64
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 PLACES = {"ih": 0, "hh": 1, "c": 2}
 CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
@@ -43,16 +43,15 @@ def recurrent(
     ys, hn, cn = xs.new_empty(steps, batch, hidden), torch.empty_like(h0), torch.empty_like(c0)
     projected, products, cells = _kept(xs, what, hidden, inputs, keep)
     call.set(output=ys, hn=hn, cn=cn, projected=projected, recurrent=products, cells=cells)
-    lines, after = [], []
+    after, timelines = [], []
     for site, state, (gain, shift) in zip(what.sites, _by_site(what, states), _affine(what, affine, xs), strict=True):
-        line = Timeline.fresh(site, state, steps, batch)
-        call.site(site.site, gain, shift, line)
-        lines.append((line, state))
+        following = [xs.new_empty(shape, dtype=DOUBLE) for shape in site.shapes(batch)]
+        timeline = xs.new_empty(site.doubles(steps, batch), dtype=DOUBLE)
+        call.site(site, gain=gain, shift=shift, timeline=timeline, state=state, next=following)
+        after += following
+        timelines.append(timeline)
     call.run("forward")
-    for line, state in lines:
-        after += line.state(state, lengths)
-    kept = [projected, products, cells, *(array for line, _ in lines for array in line.arrays())] if keep else []
-    return [ys, hn, cn, *after, *kept]
+    return [ys, hn, cn, *after, *([projected, products, cells, *timelines] if keep else [])]
 
 
 @recurrent.register_fake
@@ -73,13 +72,11 @@ def _(
     what = Plan.decode(plan)
     (steps, batch, _), hidden = xs.shape, weight_hh.shape[1]
     results = [xs.new_empty(steps, batch, hidden), torch.empty_like(h0), torch.empty_like(c0)]
-    results += [torch.empty_like(leaf) for leaf in states]
+    for site in what.sites:
+        results += [xs.new_empty(shape, dtype=DOUBLE) for shape in site.shapes(batch)]
     if keep:
         results += _kept(xs, what, hidden, xs.shape[2], keep)
-        for site in what.sites:
-            results.append(xs.new_empty(site.prefix, batch, dtype=DOUBLE))
-            for length in [site.prefix + steps] * 2 + [steps] * 3:
-                results.append(xs.new_empty(length, batch, site.groups, dtype=DOUBLE))
+        results += [xs.new_empty(site.doubles(steps, batch), dtype=DOUBLE) for site in what.sites]
     return results
 
 
@@ -105,31 +102,25 @@ def recurrent_backward(
 ) -> list[Tensor]:
     """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves."""
     what = Plan.decode(plan)
-    batch = xs.shape[1]
     call = _call(what, xs, weight_ih, weight_hh, bias_ih, None, h0, c0, lengths)
-    projected, products, cells, *arrays = kept
+    projected, products, cells, *timelines = kept
     dh, dc = dhn.clone(memory_format=torch.contiguous_format), dcn.clone(memory_format=torch.contiguous_format)
     dxs = torch.empty_like(xs, memory_format=torch.contiguous_format) if wants_xs else xs.new_empty(0)
     dweight_ih, dweight_hh = (torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (weight_ih, weight_hh))
     dbias = xs.new_zeros(2, 0 if bias_ih is None else len(bias_ih))
     call.set(projected=projected, recurrent=products, cells=cells, output=ys.contiguous(), doutput=dys.contiguous())
     call.set(dh=dh, dc=dc, dxs=dxs, dweight_ih=dweight_ih, dweight_hh=dweight_hh, dbias_ih=dbias[0], dbias_hh=dbias[1])
-    sites = []
-    for place, (site, state, asked, (gain, shift)) in enumerate(
-        zip(what.sites, _by_site(what, states), _by_site(what, dstates), _affine(what, affine, xs), strict=True)
+    daffine, dstates_before = [], []
+    for site, timeline, state, asked, (gain, shift) in zip(
+        what.sites, timelines, _by_site(what, states), _by_site(what, dstates), _affine(what, affine, xs), strict=True
     ):
-        line = Timeline(site, *arrays[6 * place : 6 * place + 6])
-        back = Gradients.of(line, asked, lengths, call.library.blocks(batch))
-        call.site(site.site, gain, shift, line, back)
-        sites.append((line, back, state))
+        dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
+        back = [torch.zeros_like(leaf, memory_format=torch.contiguous_format) for leaf in state]
+        call.site(site, gain=gain, shift=shift, timeline=timeline, dnext=asked, dstate=back, dgain=dgain, dshift=dshift)
+        daffine += ([dgain] if site.gain else []) + ([dshift] if site.shift else [])
+        dstates_before += back
     call.run("backward")
-
-    daffine, dstate = [], []
-    for line, back, state in sites:
-        sums = ([back.dgain] if line.plan.gain else []) + ([back.dshift] if line.plan.shift else [])
-        daffine += [each.sum(0).to(xs.dtype) for each in sums]
-        dstate += [torch.zeros_like(old) if d is None else d for d, old in zip(back.state(line, state), state, strict=True)]
-    return [dxs, dweight_ih, dweight_hh, dbias[0].clone(), dbias[1].clone(), dh, dc, *daffine, *dstate]
+    return [dxs, dweight_ih, dweight_hh, dbias[0].clone(), dbias[1].clone(), dh, dc, *daffine, *dstates_before]
 
 
 @recurrent_backward.register_fake
@@ -173,13 +164,23 @@ class _Call:
                 self._alive.append(tensor)
                 setattr(self.args, name, tensor.data_ptr())
 
-    def site(self, name: str, gain: Tensor, shift: Tensor, line: Timeline, back: Gradients | None = None) -> None:
-        """Fill in one norm site."""
-        site = self.args.site[PLACES[name]]
-        line.fill(site, gain, shift)
-        if back is not None:
-            back.fill(site)
-        self._alive += [gain, shift, line, back]
+    def site(self, plan: SitePlan, **tensors: Any) -> None:
+        """Fill in one norm site; a list of leaves (weights, then mean and variance, or a mean square) fills three places."""
+        site = self.args.site[PLACES[plan.site]]
+        site.norm, site.window = (1 if plan.centred else 2), (0 if plan.steps else 1)
+        site.features, site.groups, site.prefix = plan.features, plan.groups, plan.prefix
+        site.decay, site.eps = plan.decay, plan.eps
+        for name, given in tensors.items():
+            if isinstance(given, Tensor):
+                self._alive.append(given)
+                setattr(site, name, given.data_ptr())
+                continue
+            places = getattr(site, name)
+            for place, leaf in zip((0, 1, 2) if plan.centred else (0, 2), given, strict=False):
+                if leaf is not None:
+                    leaf = leaf.contiguous()
+                    self._alive.append(leaf)
+                    places[place] = leaf.data_ptr()
 
     def run(self, direction: str) -> None:
         """Run the kernel."""
@@ -224,9 +225,9 @@ def _kept(xs: Tensor, plan: Plan, hidden: int, inputs: int, keep: bool) -> list[
 
 
 def _by_site(plan: Plan, leaves: Sequence[Any]) -> list[list[Any]]:
-    """The leaves of every site's state: weights, then those of its statistic."""
+    """The leaves of every site's state: weights, then those of its statistic; none where every window is fresh."""
     rest = iter(leaves)
-    return [[next(rest) for _ in range(1 + site.leaves)] for site in plan.sites]
+    return [[next(rest) for _ in range(1 + site.leaves)] if leaves else [] for site in plan.sites]
 
 
 def _affine(plan: Plan, tensors: Sequence[Tensor], like: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -245,8 +246,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, states, lengths, plan, keep = inputs
     if not keep:
         return
-    kept = output[3 + len(states) :]
-    ctx.counts, ctx.plan = (len(affine), len(states)), plan
+    following = sum(1 + site.leaves for site in Plan.decode(plan).sites)
+    kept = output[3 + following :]
+    ctx.counts, ctx.plan = (len(affine), len(states), following), plan
     ctx.save_for_backward(
         xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, lengths, output[0], *affine, *states, *kept
     )
@@ -254,9 +256,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, lengths, ys, *rest = ctx.saved_tensors
-    many, leaves = ctx.counts
+    many, leaves, following = ctx.counts
     affine, states, kept = rest[:many], rest[many : many + leaves], rest[many + leaves :]
-    dys, dhn, dcn, *dstates = grads[: 3 + leaves]
+    dys, dhn, dcn, *dstates = grads[: 3 + following]
     if torch.is_grad_enabled():
         from atn_norms.backends.native.twice import differentiable_backward
 

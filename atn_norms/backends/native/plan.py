@@ -25,20 +25,21 @@ class SitePlan:
     decay: float
     gain: bool
     shift: bool
+    leaf: tuple[int, ...]  # trailing axes of a leaf of the statement
 
     def encode(self) -> str:
         """As a text: the fields in order."""
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {self.eps!r} {self.steps} {self.decay!r} "
-            f"{int(self.gain)} {int(self.shift)}"
+            f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf))}"
         )
 
     @staticmethod
     def decode(text: str) -> SitePlan:
         """From a text."""
-        site, features, groups, centred, eps, steps, decay, gain, shift = text.split()
+        site, features, groups, centred, eps, steps, decay, gain, shift, leaf = text.split()
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
-        return SitePlan(site, *numbers, gain == "1", shift == "1")
+        return SitePlan(site, *numbers, gain == "1", shift == "1", tuple(map(int, leaf.split("x"))))
 
     @property
     def prefix(self) -> int:
@@ -49,6 +50,15 @@ class SitePlan:
     def leaves(self) -> int:
         """Leaves of a statistic: mean and variance, or a mean square."""
         return 2 if self.centred else 1
+
+    def shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Shapes of the state's leaves: the weights, then those of the statistic."""
+        rows = (batch, self.prefix) if self.steps else (batch,)
+        return [rows, *[(*rows, *self.leaf)] * self.leaves]
+
+    def doubles(self, steps: int, batch: int) -> int:
+        """Length of the timeline: every statement of a sequence, own and pooled, and the prefix's weights."""
+        return self.prefix * batch + (2 * (self.prefix + steps) + 3 * steps) * batch * self.groups
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[FeatureMoments
                 *window,
                 moments.gain is not None,
                 moments.shift is not None,
+                moments.leaf,
             )
         )
         all_moments.append(moments)

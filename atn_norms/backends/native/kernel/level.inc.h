@@ -25,6 +25,6 @@
 #undef IS_DOUBLE
 #undef FN
 
-int GLUE(atn_norms_, run_, LEVEL)(const Call *call, int backward, int is_double) {
-    return is_double ? GLUE(run, _f64_, LEVEL)(call, backward) : GLUE(run, _f32_, LEVEL)(call, backward);
+int GLUE(atn_norms_, run_, LEVEL)(const Work *work, int backward, int is_double) {
+    return is_double ? GLUE(run, _f64_, LEVEL)(work, backward) : GLUE(run, _f32_, LEVEL)(work, backward);
 }

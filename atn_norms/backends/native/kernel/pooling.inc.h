@@ -12,7 +12,7 @@ static inline double FN(total)(const double *sums) {
 }
 
 /* The pooled statement of step t: v = sum of shares * (own variance + (own mean - pooled mean)^2). */
-static void FN(pool)(const Site *site, long batch, long t, long from, long count) {
+static void FN(pool)(const Line *site, long batch, long t, long from, long count) {
     const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
     double *restrict mu = site->mu + t * lanes + from, *restrict v = site->v + t * lanes + from;
     double *restrict share = site->share + t * lanes + from;
@@ -62,7 +62,7 @@ static void FN(pool)(const Site *site, long batch, long t, long from, long count
 
 /* Gradient of step t's own statement, from those of every pooled statement it is in: dmean and dvar, added to what the
    final state asks of it. site->dmu and site->dv hold the local gradients of the pooled statements from t on. */
-static void FN(unpool)(const Site *site, long batch, long steps, long t, long from, long count) {
+static void FN(unpool)(const Line *site, long batch, long steps, long t, long from, long count) {
     const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
     double *restrict dmean = site->dmean + (prefix + t) * lanes + from, *restrict dvar = site->dvar + (prefix + t) * lanes + from;
     const double *restrict own = site->mean + (prefix + t) * lanes + from;
@@ -96,7 +96,7 @@ static void FN(unpool)(const Site *site, long batch, long steps, long t, long fr
 }
 
 /* The gradient of the statements the given state brought, after step 0 has been worked back. */
-static void FN(unpool_prefix)(const Site *site, long batch, long steps, long from, long count) {
+static void FN(unpool_prefix)(const Line *site, long batch, long steps, long from, long count) {
     const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
     if (site->window == WINDOW_DECAYING) {
         for (long l = from; l < from + count; l++) { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
@@ -119,7 +119,7 @@ static void FN(unpool_prefix)(const Site *site, long batch, long steps, long fro
 
 /* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Sums are double,
    taken from a value of the row itself, which loses nothing: its distance to the mean is at most F deviations. */
-static void FN(measure)(const Site *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
+static void FN(measure)(const Line *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
     const long width = site->features / site->groups;
     for (long g = 0; g < site->groups; g++, x += width) {
         const double pivot = site->norm == NORM_MOMENTS ? (double)x[0] : 0.0;

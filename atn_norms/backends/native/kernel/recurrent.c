@@ -11,7 +11,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 1
+#define INTERFACE 2
 
 static int32_t cap = 2;
 static volatile int forked = 0;
@@ -45,20 +45,27 @@ int32_t atn_norms_level(int32_t limit) {
     return level < cap ? level : cap;
 }
 
-static int run(const Call *call, int backward, int32_t is_double) {
-    Call own = *call;
-#ifdef _OPENMP
-    /* The threads of a parent are not there in its child, and OpenMP would wait for them for ever. */
-    if (forked) own.threads = 1;
-#else
-    own.threads = 1;
-#endif
+static int run_level(const Work *work, int backward, int32_t is_double) {
 #if defined(__x86_64__) && defined(__GNUC__)
     const int32_t level = atn_norms_level(-1);
-    if (level == 2) return atn_norms_run_avx512(&own, backward, is_double);
-    if (level == 1) return atn_norms_run_avx2(&own, backward, is_double);
+    if (level == 2) return atn_norms_run_avx512(work, backward, is_double);
+    if (level == 1) return atn_norms_run_avx2(work, backward, is_double);
 #endif
-    return atn_norms_run_base(&own, backward, is_double);
+    return atn_norms_run_base(work, backward, is_double);
+}
+
+static int run(const Call *call, int backward, int32_t is_double) {
+    Work work;
+    if (atn_norms_begin(&work, call, backward)) return 1;
+#ifdef _OPENMP
+    /* The threads of a parent are not there in its child, and OpenMP would wait for them for ever. */
+    if (forked) work.threads = 1;
+#else
+    work.threads = 1;
+#endif
+    const int failed = run_level(&work, backward, is_double);
+    atn_norms_end(&work, failed ? -1 : backward, is_double);
+    return failed;
 }
 
 int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0, is_double); }
@@ -69,5 +76,14 @@ int64_t atn_norms_blocks(int64_t batch) { return (batch + BLOCK_ROWS - 1) / BLOC
 
 /* Blocks as equal as can be, whatever the number of threads. */
 int64_t atn_norms_block_start(int64_t batch, int64_t block) { return batch * block / atn_norms_blocks(batch); }
+
+/* Whether a batch can be shared out among threads. */
+int32_t atn_norms_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 int64_t atn_norms_interface(void) { return INTERFACE * 65536 + (int64_t)sizeof(Call); }

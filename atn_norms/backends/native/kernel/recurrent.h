@@ -19,21 +19,21 @@ typedef struct {
     int32_t window;  /* WINDOW_* */
     int64_t features, groups;
     int64_t prefix;  /* statements the state brings: k - 1 for a sliding window of k steps, 1 for a decaying one */
-    int64_t hidden;  /* how many of these, from the oldest on, have weight 0 in every row */
     double decay;    /* what remains of a step's weight one step later; 1 for a cumulative window */
     double eps;
-    const void *gain, *shift; /* REAL [F]; NULL is 1 and 0 */
-    const double *weight;     /* [prefix, B] weights of the statements the state brings */
-    double *mean, *var;       /* [prefix + T, L] every step's own statement, the state's first; a mean square is `var` */
-    double *mu, *v;           /* [T, L] the pooled statement */
-    double *share;            /* [T, L] 1 / total weight of the window */
-    /* backward only */
-    double *dmean, *dvar;     /* [prefix + T, L] gradient of the own statements: in, what a sliding window's final state
-                                 asks of them; out, complete, the given state's among them */
-    double *dmu, *dv;         /* [T, L] gradient of the pooled statements: in, what a decaying window's final state asks */
-    double *carry;            /* [2, L] work space: gradient that a decaying window hands back in time */
-    double *dgain, *dshift;   /* [blocks, F] zeros at first: sums, one row for each block of rows */
+    const void *gain, *shift; /* REAL [F] */
+    /* The state, and the state that follows: weights [B, prefix], then mean and variance [B, prefix, G] each (of a mean
+       square, itself in the second place). A first that is NULL: a fresh window. */
+    const double *state[3];
+    double *next[3];
+    const double *dnext[3]; /* backward: gradient of the state that follows; NULL: none */
+    double *dstate[3];      /* backward: of the given state; NULL: not wanted */
+    void *dgain, *dshift;   /* backward: REAL [F] */
+    double *timeline;       /* [atn_norms_timeline(...)] every statement of the sequence; forward fills it, backward reads it */
 } Site;
+
+/* Doubles in the timeline of a site. */
+int64_t atn_norms_timeline(int64_t prefix, int64_t steps, int64_t batch, int64_t groups);
 
 typedef struct {
     int32_t cell; /* CELL_* */
@@ -62,8 +62,6 @@ typedef struct {
 /* Both return 0, or 1 where memory could not be had. */
 int atn_norms_forward(const Call *call, int32_t is_double);
 int atn_norms_backward(const Call *call, int32_t is_double);
-/* Into how many blocks of rows a batch is cut; the sums of a Site have one row for each. */
-int64_t atn_norms_blocks(int64_t batch);
 /* The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512; `limit` caps it (a negative one leaves the cap alone). */
 int32_t atn_norms_level(int32_t limit);
 /* The version of this interface, and the size of a Call, which the caller's own must match. */

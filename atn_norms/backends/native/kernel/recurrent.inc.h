@@ -18,7 +18,7 @@ typedef struct {
    subtracting it in REAL loses nothing. */
 typedef struct { REAL high, low, scale; } FN(Affine);
 
-static inline FN(Affine) FN(affine)(const Site *site, long lane) {
+static inline FN(Affine) FN(affine)(const Line *site, long lane) {
     FN(Affine) a = {0, 0, 1};
     if (site->norm != NORM_NONE) {
         const double mu = site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0;
@@ -29,12 +29,12 @@ static inline FN(Affine) FN(affine)(const Site *site, long lane) {
     return a;
 }
 
-static inline long FN(lane)(const Site *site, const Call *call, long t, long row) {
-    return site->norm == NORM_NONE ? 0 : (t * call->batch + row) * site->groups;
+static inline long FN(lane)(const Line *site, const Work *work, long t, long row) {
+    return site->norm == NORM_NONE ? 0 : (t * work->batch + row) * site->groups;
 }
 
 /* Normed row: out = N(x), or a copy where the site has no norm. */
-static void FN(normed)(const Site *site, long lane, const REAL *restrict x, REAL *restrict out, long features) {
+static void FN(normed)(const Line *site, long lane, const REAL *restrict x, REAL *restrict out, long features) {
     if (site->norm == NORM_NONE) {
         memcpy(out, x, (size_t)features * sizeof(REAL));
         return;
@@ -49,11 +49,11 @@ static void FN(normed)(const Site *site, long lane, const REAL *restrict x, REAL
 }
 
 /* Pre-activations of `gates` gates of one row: out = N_ih(x) + N_hh(u), in one pass where each gate has one statement. */
-static void FN(combined)(const Call *call, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
+static void FN(combined)(const Work *work, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
                          REAL *restrict spare) {
-    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH;
-    const long H = call->hidden, all = (ih->norm != NORM_NONE ? ih : hh)->features / H;
-    const long lane_x = FN(lane)(ih, call, t, row), lane_u = FN(lane)(hh, call, t, row);
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
+    const long H = work->hidden, all = work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1;
+    const long lane_x = FN(lane)(ih, work, t, row), lane_u = FN(lane)(hh, work, t, row);
     const int simple = ih->norm != NORM_NONE && hh->norm != NORM_NONE && (ih->groups == 1 || ih->groups == all) &&
                        (hh->groups == 1 || hh->groups == all);
     if (!simple) {
@@ -73,19 +73,19 @@ static void FN(combined)(const Call *call, long t, long row, long gates, const R
 }
 
 /* The two sides of a GRU's candidate, which its reset gate keeps apart: the last gate of each site. */
-static void FN(candidate)(const Call *call, long t, long row, const REAL *x, const REAL *u, REAL *xn, REAL *un) {
-    const long H = call->hidden;
+static void FN(candidate)(const Work *work, long t, long row, const REAL *x, const REAL *u, REAL *xn, REAL *un) {
+    const long H = work->hidden;
     const REAL *sides[2] = {x + 2 * H, u + 2 * H};
     REAL *outs[2] = {xn, un};
     for (int side = 0; side < 2; side++) {
-        const Site *site = call->site + (side ? SITE_HH : SITE_IH);
+        const Line *site = work->site + (side ? SITE_HH : SITE_IH);
         const REAL *restrict a = sides[side];
         REAL *restrict out = outs[side];
         if (site->norm == NORM_NONE) {
             memcpy(out, a, (size_t)H * sizeof(REAL));
             continue;
         }
-        const long width = site->features / site->groups, lane = FN(lane)(site, call, t, row);
+        const long width = site->features / site->groups, lane = FN(lane)(site, work, t, row);
         const REAL *restrict gain = (const REAL *)site->gain + 2 * H, *restrict shift = (const REAL *)site->shift + 2 * H;
         for (long j = 0; j < H;) { /* group by group */
             const long group = (2 * H + j) / width, end = (group + 1) * width - 2 * H < H ? (group + 1) * width - 2 * H : H;
@@ -99,38 +99,38 @@ static void FN(candidate)(const Call *call, long t, long row, const REAL *x, con
 }
 
 /* Own statements of a site's rows at step t, and the pooled ones. */
-static void FN(state)(const Site *site, const Call *call, long t, long row, long rows, const REAL *x, long ldx) {
+static void FN(state)(const Line *site, const Work *work, long t, long row, long rows, const REAL *x, long ldx) {
     if (site->norm == NORM_NONE) return;
-    const long groups = site->groups, at = (site->prefix + t) * call->batch * groups + row * groups;
+    const long groups = site->groups, at = (site->prefix + t) * work->batch * groups + row * groups;
     for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * groups, site->var + at + r * groups);
     for (long r = 0; r < rows; r += BLOCK_ROWS)
-        FN(pool)(site, call->batch, t, (row + r) * groups, (rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS) * groups);
+        FN(pool)(site, work->batch, t, (row + r) * groups, (rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS) * groups);
 }
 
 /* A packed matrix and a padded bias. */
 typedef struct { REAL *panels, *bias; } FN(Packed);
 
-static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
-    const long T = call->steps, B = call->batch, D = call->inputs, H = call->hidden;
-    const int cell = call->cell;
+static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden;
+    const int cell = work->cell;
     const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
-    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH, *sc = call->site + SITE_C;
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
     REAL *restrict h = space.h, *restrict c = space.c;
-    memcpy(h, (const REAL *)call->h0 + row * H, (size_t)(rows * H) * sizeof(REAL));
-    if (cell == CELL_LSTM) memcpy(c, (const REAL *)call->c0 + row * H, (size_t)(rows * H) * sizeof(REAL));
+    memcpy(h, (const REAL *)work->call->h0 + row * H, (size_t)(rows * H) * sizeof(REAL));
+    if (cell == CELL_LSTM) memcpy(c, (const REAL *)work->call->c0 + row * H, (size_t)(rows * H) * sizeof(REAL));
     for (long t = 0; t < T; t++) {
-        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
-        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
-        REAL *out = (REAL *)call->output + (t * B + row) * H;
-        FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, ih_weight.panels, ih_weight.bias, in);
+        REAL *in = work->call->projected ? (REAL *)work->call->projected + (t * B + row) * N : space.projected;
+        REAL *recurrent = work->call->recurrent ? (REAL *)work->call->recurrent + (t * B + row) * N : space.recurrent;
+        REAL *out = (REAL *)work->call->output + (t * B + row) * H;
+        FN(product)(rows, D, N, (const REAL *)work->call->xs + (t * B + row) * D, ih_weight.panels, ih_weight.bias, in);
         FN(product)(rows, H, N, h, hh_weight.panels, hh_weight.bias, recurrent);
-        FN(state)(ih, call, t, row, rows, in, N);
-        FN(state)(hh, call, t, row, rows, recurrent, N);
+        FN(state)(ih, work, t, row, rows, in, N);
+        FN(state)(hh, work, t, row, rows, recurrent, N);
         for (long r = 0; r < rows; r++) {
-            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
             const REAL *x = in + r * N, *u = recurrent + r * N;
             REAL *restrict z = space.gates + r * N, *restrict hr = h + r * H;
-            FN(combined)(call, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
+            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
             if (cell == CELL_LSTM) { /* the new cell state, and 1 / (output gate) in the place of the gate */
                 REAL *restrict cs = space.hidden + r * H;
                 const REAL *restrict cr = c + r * H;
@@ -145,7 +145,7 @@ static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed)
             REAL *restrict o = out + r * H;
             if (cell == CELL_GRU) {
                 REAL *restrict xn = space.narrow, *restrict un = space.wide;
-                FN(candidate)(call, t, row + r, x, u, xn, un);
+                FN(candidate)(work, t, row + r, x, u, xn, un);
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
                     const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]), n = FN(tanh)(xn[j] + reset * un[j]);
@@ -161,15 +161,15 @@ static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed)
             else memset(o, 0, (size_t)H * sizeof(REAL));
         }
         if (cell != CELL_LSTM) continue;
-        FN(state)(sc, call, t, row, rows, space.hidden, H);
+        FN(state)(sc, work, t, row, rows, space.hidden, H);
         for (long r = 0; r < rows; r++) {
-            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
             REAL *restrict y = space.narrow, *restrict o = out + r * H;
             const REAL *restrict gate = space.gates + r * N + 3 * H;
-            if (call->cells) memcpy((REAL *)call->cells + (t * B + row + r) * H, alive ? space.hidden + r * H : c + r * H, (size_t)H * sizeof(REAL));
+            if (work->call->cells) memcpy((REAL *)work->call->cells + (t * B + row + r) * H, alive ? space.hidden + r * H : c + r * H, (size_t)H * sizeof(REAL));
             if (!alive) { memset(o, 0, (size_t)H * sizeof(REAL)); continue; }
             memcpy(c + r * H, space.hidden + r * H, (size_t)H * sizeof(REAL));
-            FN(normed)(sc, FN(lane)(sc, call, t, row + r), c + r * H, y, H);
+            FN(normed)(sc, FN(lane)(sc, work, t, row + r), c + r * H, y, H);
 #pragma omp simd
             for (long j = 0; j < H; j++) {
                 const REAL e = FN(small_exp)(y[j]);
@@ -178,13 +178,13 @@ static void FN(forward_block)(const Call *call, FN(Packed) ih_weight, FN(Packed)
             memcpy(h + r * H, o, (size_t)H * sizeof(REAL));
         }
     }
-    memcpy((REAL *)call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
-    if (cell == CELL_LSTM) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
+    memcpy((REAL *)work->call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
+    if (cell == CELL_LSTM) memcpy((REAL *)work->call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
 }
 
 /* Back through the affine part of one row of a site: dy becomes w = gain * dy, and the pooled statement's gradient is left in
    dmu and dv. Adds to the sums of gain and shift. */
-static void FN(denormalize)(const Site *site, long lane, const REAL *restrict x, REAL *restrict dy, REAL *restrict dgain,
+static void FN(denormalize)(const Line *site, long lane, const REAL *restrict x, REAL *restrict dy, REAL *restrict dgain,
                             REAL *restrict dshift) {
     const long width = site->features / site->groups;
     const REAL *restrict gain = site->gain;
@@ -216,7 +216,7 @@ static void FN(denormalize)(const Site *site, long lane, const REAL *restrict x,
 }
 
 /* ... and through its statements: dx = w / deviation + what the own statement's gradient says. */
-static void FN(unmeasure)(const Site *site, long lane, long own, const REAL *restrict x, const REAL *restrict w, REAL *restrict dx) {
+static void FN(unmeasure)(const Line *site, long lane, long own, const REAL *restrict x, const REAL *restrict w, REAL *restrict dx) {
     const long width = site->features / site->groups;
     for (long g = 0; g < site->groups; g++) {
         const double mean = site->norm == NORM_MOMENTS ? site->mean[own + g] : 0.0;
@@ -230,9 +230,9 @@ static void FN(unmeasure)(const Site *site, long lane, long own, const REAL *res
 }
 
 /* Back through one site of a block: dy [rows, F] in, dx [rows, F] out (they may be the same array). */
-static void FN(site_backward)(const Site *site, const Call *call, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
+static void FN(site_backward)(const Line *site, const Work *work, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
                               REAL *dx, long ldd, REAL *sums) {
-    const long F = site->features, G = site->groups, lanes = call->batch * G;
+    const long F = site->features, G = site->groups, lanes = work->batch * G;
     if (site->norm == NORM_NONE) {
         for (long r = 0; r < rows && dx != dy; r++) memcpy(dx + r * ldd, dy + r * ldd, (size_t)F * sizeof(REAL));
         return;
@@ -241,7 +241,7 @@ static void FN(site_backward)(const Site *site, const Call *call, long block, lo
     for (long r = 0; r < rows; r++) FN(denormalize)(site, t * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, sums, sums + F);
     double *restrict dgain = site->dgain + block * F, *restrict dshift = site->dshift + block * F;
     for (long i = 0; i < F; i++) { dgain[i] += (double)sums[i]; dshift[i] += (double)sums[F + i]; }
-    FN(unpool)(site, call->batch, call->steps, t, row * G, rows * G);
+    FN(unpool)(site, work->batch, work->steps, t, row * G, rows * G);
     for (long r = 0; r < rows; r++)
         FN(unmeasure)(site, t * lanes + (row + r) * G, (site->prefix + t) * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, dx + r * ldd);
 }
@@ -254,26 +254,26 @@ typedef struct {
     long first, last;
 } FN(Chunk);
 
-static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
-    const long B = call->batch, D = call->inputs, H = call->hidden;
-    const int cell = call->cell;
+static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
+    const long B = work->batch, D = work->inputs, H = work->hidden;
+    const int cell = work->cell;
     const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
-    const Site *ih = call->site + SITE_IH, *hh = call->site + SITE_HH, *sc = call->site + SITE_C;
-    REAL *restrict dh = (REAL *)call->dh + row * H, *restrict dc = cell == CELL_LSTM ? (REAL *)call->dc + row * H : NULL;
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
+    REAL *restrict dh = (REAL *)work->call->dh + row * H, *restrict dc = cell == CELL_LSTM ? (REAL *)work->call->dc + row * H : NULL;
     for (long t = chunk->last - 1; t >= chunk->first; t--) {
-        const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
-        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N;
-        const REAL *before_h = t ? (const REAL *)call->output + ((t - 1) * B + row) * H : (const REAL *)call->h0 + row * H;
-        const REAL *cells = NULL, *before_c = NULL, *dout = (const REAL *)call->doutput + (t * B + row) * H;
+        const REAL *in = work->call->projected ? (const REAL *)work->call->projected + (t * B + row) * N : space.projected;
+        const REAL *recurrent = (const REAL *)work->call->recurrent + (t * B + row) * N;
+        const REAL *before_h = t ? (const REAL *)work->call->output + ((t - 1) * B + row) * H : (const REAL *)work->call->h0 + row * H;
+        const REAL *cells = NULL, *before_c = NULL, *dout = (const REAL *)work->call->doutput + (t * B + row) * H;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
-        if (!call->projected)
-            FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, chunk->ih.panels, chunk->ih.bias, space.projected);
+        if (!work->call->projected)
+            FN(product)(rows, D, N, (const REAL *)work->call->xs + (t * B + row) * D, chunk->ih.panels, chunk->ih.bias, space.projected);
         if (cell == CELL_LSTM) {
-            cells = (const REAL *)call->cells + (t * B + row) * H;
-            before_c = t ? cells - B * H : (const REAL *)call->c0 + row * H;
+            cells = (const REAL *)work->call->cells + (t * B + row) * H;
+            before_c = t ? cells - B * H : (const REAL *)work->call->c0 + row * H;
         }
         for (long r = 0; r < rows; r++) {
-            const int alive = call->lengths == NULL || t < call->lengths[row + r];
+            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
             REAL *restrict z = space.gates + r * N, *restrict hr = space.hidden + r * H;
             const REAL *restrict dhr = dh + r * H, *restrict dor = dout + r * H;
             if (!alive) { /* nothing came of this step: no gradient into it, and the state's goes by */
@@ -282,11 +282,11 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
                 memset(hr, 0, (size_t)H * sizeof(REAL));
                 continue;
             }
-            FN(combined)(call, t, row + r, cell == CELL_GRU ? 2 : N / H, in + r * N, recurrent + r * N, z, space.wide);
+            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, in + r * N, recurrent + r * N, z, space.wide);
             REAL *restrict d = din + r * N, *restrict e = drec + r * N;
             if (cell == CELL_LSTM) {
                 REAL *restrict y = space.narrow;
-                FN(normed)(sc, FN(lane)(sc, call, t, row + r), cells + r * H, y, H);
+                FN(normed)(sc, FN(lane)(sc, work, t, row + r), cells + r * H, y, H);
 #pragma omp simd
                 for (long j = 0; j < H; j++) { /* hr: gradient of the normed cell state; d's last gate: of the output gate */
                     const REAL o = FN(sigmoid)(z[3 * H + j]), s = FN(tanh)(y[j]), g = dhr[j] + dor[j];
@@ -296,7 +296,7 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
             } else if (cell == CELL_GRU) {
                 REAL *restrict xn = space.narrow, *restrict un = space.wide;
                 const REAL *restrict old = before_h + r * H;
-                FN(candidate)(call, t, row + r, in + r * N, recurrent + r * N, xn, un);
+                FN(candidate)(work, t, row + r, in + r * N, recurrent + r * N, xn, un);
 #pragma omp simd
                 for (long j = 0; j < H; j++) {
                     const REAL g = dhr[j] + dor[j], reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]);
@@ -320,9 +320,9 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
             }
         }
         if (cell == CELL_LSTM) {
-            FN(site_backward)(sc, call, block, t, row, rows, cells, H, space.hidden, space.hidden, H, space.column);
+            FN(site_backward)(sc, work, block, t, row, rows, cells, H, space.hidden, space.hidden, H, space.column);
             for (long r = 0; r < rows; r++) {
-                if (call->lengths != NULL && t >= call->lengths[row + r]) continue;
+                if (work->call->lengths != NULL && t >= work->call->lengths[row + r]) continue;
                 const REAL *restrict z = space.gates + r * N, *restrict old = before_c + r * H;
                 REAL *restrict d = din + r * N, *restrict e = drec + r * N, *restrict dcr = dc + r * H, *restrict hr = space.hidden + r * H;
 #pragma omp simd
@@ -336,12 +336,12 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
                 memcpy(e, d, (size_t)N * sizeof(REAL));
             }
         }
-        FN(site_backward)(ih, call, block, t, row, rows, in, N, din, din, N, space.column);
-        FN(site_backward)(hh, call, block, t, row, rows, recurrent, N, drec, drec, N, space.column);
+        FN(site_backward)(ih, work, block, t, row, rows, in, N, din, din, N, space.column);
+        FN(site_backward)(hh, work, block, t, row, rows, recurrent, N, drec, drec, N, space.column);
         FN(product)(rows, N, H, drec, chunk->hh.panels, chunk->hh.bias, space.recurrent);
-        if (call->dxs) FN(product)(rows, N, D, din, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
+        if (work->call->dxs) FN(product)(rows, N, D, din, chunk->back.panels, chunk->back.bias, (REAL *)work->call->dxs + (t * B + row) * D);
         for (long r = 0; r < rows; r++) {
-            if (call->lengths != NULL && t >= call->lengths[row + r]) continue;
+            if (work->call->lengths != NULL && t >= work->call->lengths[row + r]) continue;
             const REAL *restrict back = space.recurrent + r * H, *restrict hr = space.hidden + r * H;
             REAL *restrict dhr = dh + r * H;
             if (cell == CELL_GRU)
@@ -352,13 +352,13 @@ static void FN(backward_block)(const Call *call, const FN(Chunk) *chunk, long bl
     }
     if (chunk->first > 0) return;
     for (int s = 0; s < SITES; s++)
-        if (call->site[s].norm != NORM_NONE) FN(unpool_prefix)(call->site + s, B, call->steps, row * call->site[s].groups, rows * call->site[s].groups);
+        if (work->site[s].norm != NORM_NONE) FN(unpool_prefix)(work->site + s, B, work->steps, row * work->site[s].groups, rows * work->site[s].groups);
 }
 
 /* Steps of one chunk: enough rows for a good product of the weights' gradients, few enough to stay near. */
-static long FN(chunk_steps)(const Call *call) {
-    const long steps = (512 + call->batch - 1) / call->batch;
-    return steps < call->steps ? steps : call->steps;
+static long FN(chunk_steps)(const Work *work) {
+    const long steps = (512 + work->batch - 1) / work->batch;
+    return steps < work->steps ? steps : work->steps;
 }
 
 static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
@@ -390,30 +390,30 @@ static FN(Space) FN(space)(REAL *at, long H, long N) {
 
 static size_t FN(space_size)(long H, long N) { return (size_t)(BLOCK_ROWS * (3 * H + 3 * N) + 3 * N + H + 64); }
 
-static int FN(forward)(const Call *call, long N) {
-    const long D = call->inputs, H = call->hidden, blocks = atn_norms_blocks(call->batch);
-    const long threads = call->threads < blocks ? call->threads : blocks;
+static int FN(forward)(const Work *work, long N) {
+    const long D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(work->batch);
+    const long threads = work->threads < blocks ? work->threads : blocks;
     const size_t each = FN(space_size)(H, N);
     REAL *room = atn_norms_memory((FN(packed_size)(D, N) + FN(packed_size)(H, N) + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
-    const FN(Packed) ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
-    const FN(Packed) hh = FN(take)(&at, call->weight_hh, call->bias_hh, H, N, 1, H);
+    const FN(Packed) ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
+    const FN(Packed) hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (long b = 0; b < blocks; b++) {
-        const long row = atn_norms_block_start(call->batch, b), rows = atn_norms_block_start(call->batch, b + 1) - row;
-        FN(forward_block)(call, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
+        const long row = atn_norms_block_start(work->batch, b), rows = atn_norms_block_start(work->batch, b + 1) - row;
+        FN(forward_block)(work, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
     }
     free(room);
     return 0;
 }
 
 /* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
-static void FN(weight_gradients)(const Call *call, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
-    const long K = (chunk->last - chunk->first) * call->batch;
-    FN(accumulate)(from, to, N, K, call->inputs, chunk->dinput, xs, call->dweight_ih);
-    FN(accumulate)(from, to, N, K, call->hidden, chunk->drecurrent, hs, call->dweight_hh);
+static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
+    const long K = (chunk->last - chunk->first) * work->batch;
+    FN(accumulate)(from, to, N, K, work->inputs, chunk->dinput, xs, work->call->dweight_ih);
+    FN(accumulate)(from, to, N, K, work->hidden, chunk->drecurrent, hs, work->call->dweight_hh);
     const REAL *sides[2] = {chunk->dinput, chunk->drecurrent};
-    REAL *sums[2] = {call->dbias_ih, call->dbias_hh};
+    REAL *sums[2] = {work->call->dbias_ih, work->call->dbias_hh};
     for (int side = 0; side < 2; side++) {
         if (!sums[side]) continue;
         for (long k = 0; k < K; k++) {
@@ -425,23 +425,23 @@ static void FN(weight_gradients)(const Call *call, const FN(Chunk) *chunk, const
     }
 }
 
-static int FN(backward)(const Call *call, long N) {
-    const long B = call->batch, D = call->inputs, H = call->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(call);
-    const long threads = call->threads, rows_wide = FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
+static int FN(backward)(const Work *work, long N) {
+    const long B = work->batch, D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
+    const long threads = work->threads, rows_wide = FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
     const size_t each = FN(space_size)(H, N), many = (size_t)(steps * B);
-    const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (call->dxs ? FN(packed_size)(N, D) : 0);
+    const size_t weights = (work->call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (work->call->dxs ? FN(packed_size)(N, D) : 0);
     const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
     if (!room) return 1;
     FN(Chunk) chunk;
-    if (!call->projected) chunk.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
-    chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, H, H, 1);
-    if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
+    if (!work->call->projected) chunk.ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
+    chunk.hh = FN(take)(&at, work->call->weight_hh, NULL, N, H, H, 1);
+    if (work->call->dxs) chunk.back = FN(take)(&at, work->call->weight_ih, NULL, N, D, D, 1);
     chunk.dinput = at; at += many * (size_t)N;
     chunk.drecurrent = at; at += many * (size_t)N;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
-    for (chunk.last = call->steps; chunk.last > 0; chunk.last = chunk.first) {
+    for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
         chunk.first = chunk.last > steps ? chunk.last - steps : 0;
         const long K = (chunk.last - chunk.first) * B;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -449,31 +449,31 @@ static int FN(backward)(const Call *call, long N) {
 #pragma omp for schedule(dynamic, 1)
             for (long b = 0; b < blocks; b++) {
                 const long row = atn_norms_block_start(B, b), rows = atn_norms_block_start(B, b + 1) - row;
-                FN(backward_block)(call, &chunk, b, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
+                FN(backward_block)(work, &chunk, b, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
             }
 #pragma omp for schedule(dynamic, 1)
             for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
                 if (p < rows_wide) {
-                    FN(pack_panel)(xs + p * K, (const REAL *)call->xs + chunk.first * B * D, K, D, p, D);
+                    FN(pack_panel)(xs + p * K, (const REAL *)work->call->xs + chunk.first * B * D, K, D, p, D);
                     continue;
                 }
                 const long q = p - rows_wide, started = chunk.first == 0 ? B : 0;
-                if (started) FN(pack_panel)(hs + q * K, call->h0, B, H, q, H);
-                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * H,
+                if (started) FN(pack_panel)(hs + q * K, work->call->h0, B, H, q, H);
+                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)work->call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * H,
                                K - started, H, q, H);
             }
 #pragma omp for schedule(dynamic, 1)
             for (long n = 0; n < N; n += 64)
-                FN(weight_gradients)(call, &chunk, xs, hs, N, n, n + 64 < N ? n + 64 : N);
+                FN(weight_gradients)(work, &chunk, xs, hs, N, n, n + 64 < N ? n + 64 : N);
         }
     }
     free(room);
     return 0;
 }
 
-static int FN(run)(const Call *call, int backward) {
-    const long N = (call->cell == CELL_LSTM ? 4 : call->cell == CELL_GRU ? 3 : 1) * call->hidden;
-    return backward ? FN(backward)(call, N) : FN(forward)(call, N);
+static int FN(run)(const Work *work, int backward) {
+    const long N = (work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1) * work->hidden;
+    return backward ? FN(backward)(work, N) : FN(forward)(work, N);
 }
 
 #undef VL

@@ -1,0 +1,113 @@
+"""Run the cases one after the other: laws first, then memory, then everybody's time, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+
+from atn_norms.bench import memory
+from atn_norms.bench.contest import Refused, Runner, module_of
+from atn_norms.bench.laws import PROBES, broken_law
+from atn_norms.bench.machine import KEPT, available_memory, facts, load_average, set_malloc
+from atn_norms.bench.records import Bench, CaseResult, Row, compared
+from atn_norms.bench.spec import TEXTBOOK, TORCH, BenchSpec, Case
+from atn_norms.bench.textbook import footprint
+from atn_norms.bench.timing import LEAST, Clock, interleaved, whole_call
+
+OnCase = Callable[[CaseResult], None]
+
+
+def measure(spec: BenchSpec, on_case: OnCase | None = None, clock: Clock = perf_counter) -> Bench:
+    """Measure every case of a run; `on_case` is shown each when it is done.
+
+    Threads are set back afterwards; with malloc `keep` or `both`, this process's malloc keeps its memory from then on.
+
+    Errors: `SpecError` for a case that no layer has, before anything is measured.
+    """
+    cases, machine = spec.cases(), facts()
+    judged: dict[tuple[object, ...], str | None] = {}
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for case in cases:
+            set_malloc(case.malloc)
+            torch.set_num_threads(case.threads)
+            results.append(_measured(case, spec, judged, clock))
+            if on_case is not None:
+                on_case(results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    malloc = {"default": "as the system has it", "keep": KEPT}
+    said = f"first {malloc['default']}, then {KEPT}" if spec.malloc == "both" else malloc[spec.malloc]
+    return Bench(machine, spec.model_dump(mode="json"), tuple(results), said)
+
+
+def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str | None], clock: Clock) -> CaseResult:
+    before = load_average()
+    pairs = [(TORCH, None), *((name, window) for window in spec.windows for name in spec.runners)]
+    allowed = spec.budget / (LEAST * min(4, len(pairs)))
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    estimates: dict[str, float] = {}
+    for name, window in pairs:
+        row = Row(name, window)
+        admitted = _admitted(case, row, judged)
+        if isinstance(admitted, Row):
+            rows[row.label] = admitted
+            continue
+        # torch.nn is what all else is held against, and who is in its league is never left out.
+        limit = max(allowed, 4 * estimates[TORCH]) if name != TORCH else float("inf")
+        try:
+            seconds = whole_call(admitted.call, case.size.steps, limit, clock)
+        except Exception as error:  # noqa: BLE001  one runner that breaks must not take the others' figures along
+            rows[row.label] = replace(row, status="failed", reason=f"{type(error).__name__}: {error}")
+            continue
+        if isinstance(seconds, str):
+            rows[row.label] = replace(row, status="skipped", reason=seconds)
+            continue
+        rows[row.label], estimates[row.label] = row, seconds
+        calls[row.label] = admitted.call(case.size.steps)
+    for label, samples in interleaved(calls, estimates, spec.budget, clock).items():
+        rows[label] = rows[label].timed(samples)
+    if spec.memory and case.mode == "training":
+        rows = {label: _with_memory(case, row, spec.budget) if label in calls else row for label, row in rows.items()}
+    return CaseResult(case, compared(list(rows.values())), (before, load_average()))
+
+
+def _admitted(case: Case, row: Row, judged: dict[tuple[object, ...], str | None]) -> Runner | Row:
+    """A runner that may be timed, or its row saying why not."""
+    if row.window is None:
+        return Runner(case, row.runner, None)
+    try:
+        module_of(replace(case, size=PROBES[1].size), row.runner, row.window)
+        if row.runner == TEXTBOOK and (reason := _too_large(case, row.window)):
+            return replace(row, status="skipped", reason=reason)
+        key = (case.cell, case.norm, case.mode == "training", case.threads, case.dtype, row.runner, row.window)
+        if key not in judged:
+            judged[key] = broken_law(case, row.runner, row.window)
+        if (broken := judged[key]) is not None:
+            return replace(row, status="laws fail", reason=broken)
+        return Runner(case, row.runner, row.window)
+    except Refused as refused:
+        return replace(row, status="refused", reason=str(refused))
+
+
+def _too_large(case: Case, window: int) -> str | None:
+    cell = case.layer(window).equations()
+    itemsize = torch.finfo(getattr(torch, case.dtype)).bits // 8
+    steps = case.size.steps if case.mode == "training" else 1
+    needed = 2 * footprint(window, steps, case.size.batch, sum(cell.sites.values()), itemsize)
+    there = available_memory()
+    if there is None or needed < there / 2:
+        return None
+    return f"too large here: it would hold about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free"
+
+
+def _with_memory(case: Case, row: Row, budget: float) -> Row:
+    if not memory.can_measure():
+        return replace(row, reason="memory: this system does not let a process set its peak back")
+    found = memory.growth(case, row.runner, row.window, timeout=60 + 4 * budget)
+    return replace(row, reason=found) if isinstance(found, str) else replace(row, memory=found)

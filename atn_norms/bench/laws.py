@@ -1,0 +1,173 @@
+"""The gate: who does not compute what the reference computes, in float64 and in the timed type, gets no figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.bench.spec import TEXTBOOK, Case, Size
+from atn_norms.bench.textbook import Textbook
+from atn_norms.layers import Recurrent
+from atn_norms.trees import Tree, tree_leaves, tree_map
+
+# Rounding per step, times how much 1 / sqrt(variance + 1e-5) can magnify it, with room for eight roundings a step.
+_MAGNIFIED = 8 * 1e-5**-0.5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A small odd case: sizes, whether its windows start full of foreign steps, and whether rows end early."""
+
+    size: Size
+    full: bool
+    ragged: bool = False
+
+
+PROBES = (
+    Probe(Size(1, 1, 1, 3), full=False),
+    Probe(Size(3, 17, 5, 7), full=False),
+    Probe(Size(3, 17, 5, 7), full=True),
+    Probe(Size(2, 5, 33, 4), full=True, ragged=True),
+)
+
+
+def broken_law(case: Case, name: str, window: int) -> str | None:
+    """What a runner computes otherwise than the reference on a case's cell, norm, mode and window; None if nothing.
+
+    Values, states, and the gradients of inputs, starting states and parameters are compared, in float64 and in the
+    case's dtype; the reference itself is held against the textbook, where the textbook knows the norm.
+    """
+    for dtype in dict.fromkeys(("float64", case.dtype)):
+        for probe in PROBES:
+            try:
+                difference = _difference(case, name, window, probe, getattr(torch, dtype))
+            except Exception as error:  # noqa: BLE001  whatever it raises, it does not do what the reference does
+                difference = f"it raises {type(error).__name__}: {error}"
+            if difference is not None:
+                start = "full windows" if probe.full else "empty windows"
+                return f"{case.cell}, norm {case.norm}, k = {window}, {probe.size}, {start}, {dtype}: {difference}"
+    return None
+
+
+def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.dtype) -> str | None:
+    case = Case(case.cell, case.norm, probe.size, case.threads, case.mode, case.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        truth = case.layer(window, "reference").build(dtype=torch.float64).train(case.mode == "training")
+        _stir(truth)
+        size = probe.size
+        xs = _rounded(torch.randn(size.steps, size.batch, size.input, dtype=torch.float64))
+        lengths = torch.randint(0, size.steps + 1, (size.batch,)) if probe.ragged else None
+        if name in ("reference", TEXTBOOK):  # the textbook's memory has another form, so only empty windows compare
+            return None if probe.full else _from_textbook(truth, window, xs, dtype)
+        start = _filled(truth.initial(size.batch), size.batch) if probe.full else truth.initial(size.batch)
+        mine = case.layer(window, name).build(dtype=dtype).train(case.mode == "training")
+        mine.load_state_dict(truth.state_dict())
+        expected = _outcome(truth, xs, start, lengths)
+        own = tree_map(lambda leaf, like: leaf.to(like.dtype), start, mine.initial(size.batch))
+        found = _compare(_outcome(mine, xs.to(dtype), own, lengths), expected, dtype, size.steps)
+        return found or (None if probe.full else _as_timed(truth, mine, xs, dtype))
+
+
+def _as_timed(truth: Recurrent, mine: Recurrent, xs: Tensor, dtype: torch.dtype) -> str | None:
+    """The calls that are timed may take ways of their own: torch.nn's call, and one that needs no gradients."""
+    found = _compare(_of_values(mine, mine(xs.to(dtype))[0]), _of_values(truth, truth(xs)[0]), dtype, len(xs))
+    if found is None:
+        with torch.no_grad():
+            found = _compare({"y": mine(xs.to(dtype))[0]}, {"y": truth(xs)[0]}, dtype, len(xs))
+    return found
+
+
+def _from_textbook(truth: Recurrent, window: int, xs: Tensor, dtype: torch.dtype) -> str | None:
+    expected = _of_values(truth, truth(xs)[0])
+    mine = truth.spec.build(dtype=dtype)
+    mine.load_state_dict(truth.state_dict())
+    try:
+        textbook = Textbook(mine, window)
+    except ValueError:
+        return None  # it does not know this norm, and so says nothing about the reference
+    return _compare(_of_values(mine, textbook(xs.to(dtype))[0]), expected, dtype, len(xs))
+
+
+def _of_values(layer: Recurrent, ys: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    gradients = torch.autograd.grad((ys * _fixed(ys)).sum(), parameters, allow_unused=True)
+    return {"y": ys} | {f"the gradient of {n}": g for n, g in zip(names, gradients, strict=True) if g is not None}
+
+
+def _outcome(layer: Recurrent, xs: Tensor, start: Tree, lengths: Tensor | None) -> dict[str, Tensor]:
+    """Everything a call gives: outputs, the state after, and the gradient of each tensor that it was made of."""
+    xs = xs.clone().requires_grad_()
+    start = tree_map(lambda leaf: leaf.clone(), start)
+    ((carried, norms),), *_ = start
+    told = {f"the starting state {i}": leaf for i, leaf in enumerate(carried)}
+    for site, memory in zip(layer.cell.sites, norms, strict=True):
+        if memory:
+            told |= {f"the starting window {i} at {site}": leaf for i, leaf in enumerate(memory[1][1])}
+    for leaf in told.values():
+        leaf.requires_grad_()
+    ys, after = layer.unroll(xs, start, lengths)
+    leaves = {f"leaf {i} of the state": leaf for i, leaf in enumerate(tree_leaves(after))}
+    sources = {"the input": xs, **told, **dict(layer.named_parameters())}
+    results = [result for result in (ys, *leaves.values()) if result.requires_grad]
+    loss = torch.stack([(result.double() * _fixed(result)).sum() for result in results]).sum()
+    gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    pairs = zip(sources.items(), gradients, strict=True)
+    return {"y": ys, **leaves} | {
+        f"the gradient of {name}": torch.zeros_like(source) if gradient is None else gradient
+        for (name, source), gradient in pairs
+    }
+
+
+def _compare(mine: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, steps: int) -> str | None:
+    allowed = _MAGNIFIED * steps * torch.finfo(dtype).eps
+    for name, value in expected.items():
+        found = mine.get(name)
+        if found is None or found.shape != value.shape:
+            shape = "missing" if found is None else f"of shape {list(found.shape)}"
+            return f"{name} is {shape}, expected {list(value.shape)}"
+        if value.numel() == 0:
+            continue
+        right = value.detach().double()
+        apart = float((found.detach().double() - right).abs().max()) / max(1.0, float(right.abs().max()))
+        if not apart <= allowed:  # a NaN is apart from everything
+            return f"{name} is off by {apart:.2g}, allowed {allowed:.2g}"
+    return None
+
+
+@torch.no_grad()
+def _stir(layer: Recurrent) -> None:
+    """Parameters that no initialization gives, so that a gain or a shift that is forgotten is seen."""
+    for parameter in layer.parameters():
+        parameter.copy_(_rounded(parameter + 0.3 * torch.randn_like(parameter)))
+
+
+def _filled(state: Tree, batch: int) -> Tree:
+    """A state in mid-sequence: every window full of statements that no step of the probe made."""
+
+    def memory_of(memory: Any) -> Any:
+        if not memory:
+            return memory
+        index, (weights, leaves) = memory
+        seen = tree_map(lambda leaf: _rounded(0.5 + torch.rand_like(leaf)), leaves)
+        alive = 1 if weights.shape[0] == batch else batch  # a coupled batch counts its rows
+        return index + 1000, (torch.full_like(weights, alive), seen)
+
+    def cell_of(cell: Any) -> Any:
+        carried, norms = cell
+        return tuple(_rounded(0.5 * torch.randn_like(c)) for c in carried), tuple(memory_of(each) for each in norms)
+
+    return tuple(tuple(cell_of(cell) for cell in layer) for layer in state)
+
+
+def _fixed(like: Tensor) -> Tensor:
+    """The same random numbers for every tensor of a shape."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """Numbers that float32 has too, so that both types are given the same."""
+    return tensor.float().to(tensor.dtype)

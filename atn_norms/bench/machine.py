@@ -1,0 +1,73 @@
+"""Facts about the machine that a figure means nothing without, and what malloc is told."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Any
+
+import torch
+
+from atn_norms.backends.native.library import load
+from atn_norms.problems import SpecError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+KEPT = "mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1): freed memory stays in the process, for every runner"
+
+
+def facts() -> dict[str, Any]:
+    """Processor, cores, versions, instruction set of the kernels, and how busy the machine is."""
+    from atn_norms import __version__
+
+    library = load()
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "atn_norms": __version__,
+        "native_kernels": f"not there: {library}" if isinstance(library, str) else library.level(),
+        "load": load_average(),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            named = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(named, platform.processor() or platform.machine())
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run, on average over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next((1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")), None)
+    except OSError:
+        return None
+
+
+def set_malloc(mode: str) -> None:
+    """`keep`: let glibc keep what is freed, until the process ends; `default`: leave it as it is.
+
+    Errors: `SpecError` where the C library cannot be told.
+    """
+    if mode == "default":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
+        raise SpecError("malloc: 'keep' needs glibc's mallopt, which this system does not have; allowed: default")

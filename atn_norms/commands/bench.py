@@ -1,0 +1,156 @@
+"""Hold every backend against torch.nn and the textbook: time, memory, and whether it may be timed at all."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.problems import SpecError
+
+if TYPE_CHECKING:
+    from atn_norms.bench import Bench, CaseResult
+
+FULL = {
+    "sizes": ((2, 60, 50, 100), (10, 68, 128, 120), (200, 512, 32, 100), (256, 1000, 32, 50)),
+    "windows": (1, 25, 100),
+    "threads": (1, 2),
+}
+_COLUMNS = ("runner", "k", "best", "median", "runs", "of torch.nn", "by medians", "memory", "of torch.nn", "note")
+
+_List = str | None
+Names = "Separated by commas."
+
+
+def bench(
+    cells: Annotated[_List, typer.Option("--cells", metavar="LSTM,GRU,RNN", help=f"Cells. {Names}")] = None,
+    norms: Annotated[_List, typer.Option("--norms", metavar="KIND,...", help=f"Norms, by kind. {Names}")] = None,
+    sizes: Annotated[
+        list[str] | None, typer.Option("--size", metavar="INPUT,HIDDEN,BATCH,STEPS", help="May be repeated.")
+    ] = None,
+    windows: Annotated[_List, typer.Option("--windows", metavar="K,...", help="Windows, in steps.")] = None,
+    threads: Annotated[_List, typer.Option("--threads", metavar="N,...", help="Numbers of threads.")] = None,
+    modes: Annotated[
+        _List, typer.Option("--modes", metavar="training,inference,streaming", help="Streaming: one row, step by step.")
+    ] = None,
+    dtype: Annotated[_List, typer.Option("--dtype", metavar="float32|float64")] = None,
+    runners: Annotated[
+        _List, typer.Option("--runners", metavar="NAME,...", help="Of native, reference, textbook; torch.nn always is.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of timing, for one case; about.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
+    malloc: Annotated[
+        _List, typer.Option("--malloc", metavar="default|keep|both", help="keep: freed memory stays in the process.")
+    ] = None,
+    input_gradient: Annotated[
+        bool, typer.Option("--input-gradient", help="Training asks for the input's gradient too, as in a stack.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2.")] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time torch.nn, the textbook window and each backend in turn, in one run; exit code 1 when laws fail.
+
+    torch.nn runs without a norm. Before a backend is timed it must agree with the reference (values, states, every
+    gradient); one that does not gets no figure. Times are the best and the median of interleaved runs.
+    """
+    given = {
+        "cells": _names(cells),
+        "norms": _names(norms),
+        "sizes": None if sizes is None else [_size(size) for size in sizes],
+        "windows": _numbers("--windows", windows),
+        "threads": _numbers("--threads", threads),
+        "modes": _names(modes),
+        "dtype": dtype,
+        "runners": _names(runners),
+        "budget": budget,
+        "malloc": malloc,
+    }
+    chosen = (FULL if full else {}) | {name: value for name, value in given.items() if value is not None}
+    for path in (csv, picture):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SpecError(f"{path}: there is no folder {path.parent} to write it to")
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SpecError("--picture: matplotlib is not installed; run pip install 'atn-norms[ablation]'")
+
+    from atn_norms.bench import BenchSpec, measure
+    from atn_norms.specs import validate
+
+    spec = validate(BenchSpec, {**chosen, "memory": memory, "input_gradient": input_gradient})
+    found = measure(spec, None if as_json else _print_case)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_machine(found)
+    if csv is not None:
+        csv.write_text(found.to_csv(), encoding="utf-8")
+    if picture is not None:
+        from atn_norms.bench.picture import draw
+
+        files = draw(found, picture)
+        typer.echo(f"picture: {', '.join(map(str, files))}", err=True)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _print_case(result: CaseResult) -> None:
+    rows = []
+    for row in result.rows:
+        note = row.reason if row.status == "measured" else f"{row.status}: {row.reason}"
+        times = (_time(row.best), _time(row.median), row.runs or "", _ratio(row.ratio), _ratio(row.ratio_of_medians))
+        memory = "" if row.memory is None else f"{row.memory / 1e6:.1f} MB"
+        rows.append((row.runner, row.window, *times, memory, _ratio(row.memory_ratio), note))
+    print_table(str(result.case), _COLUMNS, rows)
+    before, after = ("unknown" if load is None else f"{load:.1f}" for load in result.load)
+    print(f"noise: torch.nn's median is {_ratio(result.noise)} times its best; load average {before}, then {after}\n")
+
+
+def _print_machine(found: Bench) -> None:
+    machine = found.machine
+    print(
+        f"machine: {machine['processor']}, {machine['usable_cores']} of {machine['cores']} cores, {machine['system']}"
+    )
+    print(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {machine['native_kernels']}")
+    print(f"malloc: {found.malloc}")
+    if found.failed:
+        who = ", ".join(dict.fromkeys(row.label for row in found.failed))
+        print(f"no figures, for the reasons above: {who}")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip().lower() for word in text.split(",") if word.strip()]
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise SpecError(f"{option}: {text!r}; allowed: integers of at least 1, separated by commas") from None
+
+
+def _size(text: str) -> list[Any]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4:
+        raise SpecError(f"--size: {text!r}; allowed: input,hidden,batch,steps, four integers such as 2,60,50,100")
+    return numbers

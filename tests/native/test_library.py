@@ -1,0 +1,249 @@
+"""The shared object and its surroundings: found or not, which processor, threads, forks, signals."""
+
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import copy
+from typing import Any
+
+import pytest
+import torch
+
+import atn_norms as an
+from atn_norms.backends.native import library as native
+from atn_norms.cli import main
+from atn_norms.trees import tree_leaves
+from tests.compare import compare
+
+ROOT = Path(__file__).parents[2]
+needs_kernels = pytest.mark.skipif(isinstance(native.load(), str), reason=f"{native.load()}")
+CASES = [("LSTM", "layer", 3), ("GRU", "rms", "cumulative"), ("RNN", "layer", {"kind": "exponential", "half_life": 2.0})]
+
+
+@pytest.fixture
+def library():
+    """The kernels, with no cap on the instruction set after the test."""
+    kernels = native.load()
+    assert isinstance(kernels, native.Library)
+    yield kernels
+    kernels.level(2)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """An installation that has not been looked at yet, with no kernels; the test may put some there."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "library.py"))
+    monkeypatch.setattr(native, "_warned", [])
+    native.load.cache_clear()
+    yield tmp_path
+    native.load.cache_clear()
+
+
+def layer_of(case: tuple, backend: str = "native", dtype: torch.dtype = torch.float32, sizes: tuple = (5, 20)) -> Any:
+    cell, norm, window = case
+    torch.manual_seed(0)
+    return getattr(an, cell)(*sizes, norm=norm, window=window, backend=backend, dtype=dtype)
+
+
+def results(layer: Any, steps: int = 9, batch: int = 33) -> dict[str, Any]:
+    """Values, states and gradients of one layer on an input that is always the same."""
+    dtype = next(layer.parameters()).dtype
+    xs = torch.linspace(-2, 3, steps * batch * layer.input_size, dtype=dtype).sin().reshape(steps, batch, -1)
+    xs.requires_grad_()
+    ys, state = layer.unroll(xs)
+    leaves = list(tree_leaves(state))
+    floating = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    wanted = [xs, *layer.parameters()]
+    loss = (ys * torch.linspace(-1, 2, ys.numel(), dtype=dtype).reshape(ys.shape)).mean()
+    gradients = torch.autograd.grad(loss + sum(leaf.mean() for leaf in floating), wanted)
+    return {"values": ys, "state": leaves, "gradients": gradients}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_every_instruction_set_agrees_with_the_reference(library, case, dtype, limit):
+    names = ("baseline", "AVX2", "AVX-512")
+    best = names.index(library.level(2))
+    assert library.level(limit) == names[min(limit, best)]
+    expected = results(layer_of(case, "reference", torch.float64))
+    if dtype == torch.float64:
+        compare(results(layer_of(case, dtype=dtype)), expected, tolerance=1e-12)  # sums of some 20 * 33 * 9 terms
+        return
+    actual = results(layer_of(case, dtype=dtype))
+    narrow = results(layer_of(case, "reference", torch.float32))
+    compare(actual, narrow, tolerance=2e-5)  # the same sums in float32, each side with its own order
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_the_number_of_threads_changes_no_bit(case, two_threads):
+    layer = layer_of(case)
+    shared = results(layer, batch=70)
+    torch.set_num_threads(1)
+    compare(shared, results(layer, batch=70), tolerance=0)
+
+
+@needs_kernels
+def test_python_threads_may_call_at_once(two_threads):
+    work = [layer_of(case, dtype=dtype) for case in CASES for dtype in (torch.float32, torch.float64)]
+    expected = [results(layer, batch=40) for layer in work]
+    with ThreadPoolExecutor(len(work)) as pool:
+        for _ in range(5):
+            actual = list(pool.map(lambda layer: results(layer, batch=40), work))
+            compare(actual, expected, tolerance=0)
+        same = list(pool.map(lambda _: results(work[0], batch=40), range(len(work))))  # one layer for all of them
+    compare(same, [expected[0]] * len(work), tolerance=0)
+
+
+def run_script(body: str) -> str:
+    """What a fresh interpreter prints that runs `body`."""
+    code = f"from tests.native.test_library import *\n{body}"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+FORKED = """
+import multiprocessing, os, signal
+torch.set_num_threads(2)
+layer = layer_of(CASES[0])
+alone = len(os.listdir("/proc/self/task"))
+expected = results(layer, batch=70)
+assert len(os.listdir("/proc/self/task")) > alone or not native.load().parallel, "the parent used one thread only"
+
+def child():
+    signal.alarm(60)  # rather killed than waiting for threads that are not there
+    compare(results(layer, batch=70), expected, tolerance=0)
+
+def grandchild():
+    again = multiprocessing.get_context("fork").Process(target=child)
+    again.start(); again.join(); assert again.exitcode == 0
+
+pid = os.fork()
+if pid == 0:
+    try:
+        child()
+        os._exit(0)
+    finally:
+        os._exit(1)
+print("fork", os.waitpid(pid, 0)[1])
+for target in (child, grandchild):
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start(); process.join()
+    print("process", process.exitcode)
+child()  # and the parent goes on with both
+print("parent")
+"""
+
+
+@needs_kernels
+def test_a_child_forked_after_threads_were_used_works():
+    assert run_script(FORKED).splitlines() == ["fork 0", "process 0", "process 0", "parent"]
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+layer = layer_of(CASES[0], sizes=(5, 64))
+steps, took = 500, 0.0
+with torch.no_grad():
+    while took < 1.0:
+        steps, started = 2 * steps, time.monotonic()
+        layer(torch.zeros(steps, 16, 5))
+        took = time.monotonic() - started
+fired = []
+def interrupt():
+    fired.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+timer = threading.Timer(0.3 * took, interrupt)
+xs = torch.zeros(2 * steps, 16, 5)
+timer.start()
+try:
+    with torch.no_grad():
+        layer(xs)
+    print("lost")
+except KeyboardInterrupt:
+    assert time.monotonic() > fired[0] + 0.1, "nothing was running any more"
+    print("delivered")
+compare(results(layer), results(layer), tolerance=0)
+print("goes on")
+"""
+
+
+@needs_kernels
+def test_ctrl_c_while_the_kernels_run_is_delivered_afterwards():
+    assert run_script(INTERRUPTED).splitlines() == ["delivered", "goes on"]
+
+
+def test_without_kernels_the_reference_runs_and_one_warning_says_so(elsewhere, capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for window in (1, 5):
+            layer = an.LSTM(2, 3, norm="layer", window=window)
+            layer(torch.zeros(4, 1, 2))
+        assert [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)] == [
+            "the native backend could run this layer, but its kernels were not compiled when the package was installed "
+            "(a C compiler was missing or failed); the reference runs it, many times slower. "
+            "`atn-norms doctor` says what to do."
+        ]
+    assert "native: its kernels were not compiled" in " ".join(an.explain(layer).split())
+    with pytest.raises(ValueError, match="'native' cannot run this layer: its kernels were not compiled"):
+        an.LSTM(2, 3, norm="layer", backend="native")
+
+
+def test_no_warning_where_kernels_would_not_help(elsewhere):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        an.LSTM(2, 3, norm=None)
+        an.LSTM(2, 3, norm="layer", backend="reference")
+        an.LSTM(2, 3, norm="layer", dtype=torch.bfloat16)
+        an.LSTM(2, 3, norm="layer", proj_size=2)
+
+
+def test_doctor_says_that_kernels_are_missing_and_what_to_do(elsewhere, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "native kernels" in told and "C compiler" in told and "pip install" in told
+    assert "backend native" not in told
+    assert stopped.value.code in (0, 1)
+
+
+@needs_kernels
+def test_doctor_names_the_instruction_set(capsys, library, monkeypatch):
+    from atn_norms.commands.health import _kernels
+
+    assert (_kernels().status, _kernels().advice) == ("ok", "")
+    assert library.level() in _kernels().finding and "OpenMP" in _kernels().finding
+    monkeypatch.setattr(native.Library, "parallel", False)
+    assert "one thread" in _kernels().finding and "OpenMP" in _kernels().advice
+
+
+@needs_kernels
+def test_kernels_of_another_interface_are_refused(elsewhere, library, monkeypatch):
+    copy(library.path, elsewhere / "_kernels.abi3.so")
+    assert native.unavailable() is None
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    assert "kernels of another version" in str(native.unavailable())
+    with pytest.raises(ValueError, match="install again"):
+        an.LSTM(2, 3, norm="layer", backend="native")
+
+
+def test_what_is_no_library_or_another_one_is_refused(elsewhere):
+    (elsewhere / "_kernels.so").write_text("text")
+    assert "cannot be loaded" in str(native.unavailable())
+    native.load.cache_clear()
+    copy(torch._C.__file__, elsewhere / "_kernels.so")
+    assert "cannot be loaded" in str(native.unavailable()) and "atn_norms_forward" in str(native.unavailable())

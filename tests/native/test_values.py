@@ -1,0 +1,98 @@
+"""Native is the reference in float64: outputs, final states, and every gradient, at every structure and odd size."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from tests.compare import compare
+from tests.laws.cases import leaves, level
+from tests.native.cases import CELLS, EXACT, NORMS, Pair, agree, check, functional, needs_kernels, outcome, pairs
+
+pytestmark = needs_kernels
+
+K = 4
+SIZES = list(itertools.product([1, 3, 17, 60, 64, 65], [1, 2, 5, 33], [1, 2, K - 1, K, K + 1, 3 * K + 1]))
+random.Random(0).shuffle(SIZES)
+STRUCTURES = [
+    (cell, norm, window, per_gate)
+    for cell, norm, window, per_gate in itertools.product(
+        CELLS, NORMS, ["1", "4", "cumulative", "exponential"], [False, True]
+    )
+    if (norm != "c" or cell == "lstm") and (not per_gate or (norm in ("layer", "mixed") and cell in ("lstm", "gru")))
+]
+
+
+@pytest.mark.parametrize("place", range(len(STRUCTURES)))
+def test_every_structure(place):
+    cell, norm, window, per_gate = STRUCTURES[place]
+    hidden, batch, steps = SIZES[place % len(SIZES)]
+    check(Pair(cell, norm, window, hidden, batch, steps, 3, place, per_gate, place % 2 == 1, [None, 2, 5][place % 3]))
+
+
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_every_size(place):
+    hidden, batch, steps = SIZES[place]
+    cell, norm = list(CELLS)[place % 4], ["layer", "rms"][place // 4 % 2]
+    inputs = [1, 2, 65, 70][place % 3 if batch * steps > 100 else place % 4]
+    check(Pair(cell, norm, str(K), hidden, batch, steps, inputs, place, ragged=place % 3 == 0, before=[None, 7][place % 2]))
+
+
+@given(pairs())
+def test_any_structure(pair: Pair):
+    check(pair)
+
+
+@pytest.mark.parametrize("window", ["4", "100", "cumulative", "exponential"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_many_groups_of_rows_over_a_long_sequence(cell, window):
+    """More rows and steps than one block or one chunk of the way back holds."""
+    check(Pair(cell, "layer", window, hidden=5, batch=37, steps=40, ragged=True, before=3))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_row_and_no_step_is_alive(cell):
+    pair = Pair(cell, "layer", "4", batch=3, before=5)
+    given = pair.xs(), pair.state(), torch.zeros(3, dtype=torch.int64)
+    found = outcome(pair.layer("native"), *given)
+    agree(found, outcome(pair.layer("reference"), *given), 0)
+    assert (found.ys == 0).all()
+    compare(found.state, leaves(pair.state()), tolerance=0)
+
+
+def test_padding_may_hold_anything():
+    pair = Pair(batch=5, steps=6, ragged=True, seed=3)
+    lengths = pair.lengths()
+    assert lengths is not None and 0 < int(lengths.sum()) < 30
+    dead = torch.arange(6)[:, None] >= lengths
+    dirty = pair.xs().masked_fill(dead[..., None], float("nan"))
+    layer = pair.layer("native")
+    agree(outcome(layer, dirty, None, lengths), outcome(layer, pair.xs(), None, lengths), 0)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_input(cell, depth, both):
+    pair = Pair(cell, batch=5, steps=6, hidden=7, options={"num_layers": depth, "bidirectional": both})
+    lengths, results = torch.tensor([3, 6, 1, 6, 2]), []
+    for backend in ("native", "reference"):
+        layer, xs = pair.layer(backend), pair.xs().requires_grad_()
+        hx = [pair.draw(depth * (1 + both), 5, 7, seed=s).requires_grad_() for s in range(7, 7 + len(layer.cell.carried))]
+        packed = pack_padded_sequence(xs, lengths, enforce_sorted=False)
+        out, last = layer(packed, tuple(hx) if len(hx) > 1 else hx[0])
+        ends = [out.data, *leaves(last)]
+        results.append((ends, torch.autograd.grad(functional(ends), [xs, *hx, *layer.parameters()])))
+    (found, gradients), (expected, other) = results
+    compare(found, expected, tolerance=EXACT)
+    compare(gradients, other, tolerance=EXACT, scale=level(*other))
+
+
+@pytest.mark.parametrize("inputs", [64, 65])
+def test_projected_inputs_kept_or_computed_twice(inputs):
+    """On either side of the number of inputs up to which the way back computes the input products again."""
+    for cell in CELLS:
+        check(Pair(cell, inputs=inputs, hidden=5, batch=3, steps=6, ragged=True))
