@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.assorted_time import AssortedTime
+from atn_norms.assorted_time import SiteNorm
 from atn_norms.backends.native.plan import Plan, SitePlan
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
@@ -21,14 +21,12 @@ from atn_norms.trees import tree_leaves
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 
-def differentiable_backward(
-    plan_text: str, gradients: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[Any, ...]:
+def differentiable_backward(plan_text: str, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Gradients of the operator `recurrent`, in the order of its arguments, as functions that have a gradient.
 
     | symbol | meaning |
     |---|---|
-    | `gradients` | of ys, hn, cn, and of every leaf of the final states; None where nothing is asked |
+    | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where nothing is asked |
     | `inputs` | xs, the weights, the biases, h0, c0, affine, states, lengths, as the operator took them |
     """
     plan = Plan.decode(plan_text)
@@ -58,7 +56,13 @@ def differentiable_backward(
             )
     rest = iter(found)
     every = iter([next(rest) if tensor is not None and tensor.requires_grad else None for tensor in arguments])
-    return (*islice(every, len(single)), *(list(islice(every, len(many))) for many in (affine, states)), None, None, None)
+    return (
+        *islice(every, len(single)),
+        *(list(islice(every, len(many))) for many in (affine, states)),
+        None,
+        None,
+        None,
+    )
 
 
 class _FeatureMoments(Normalizer):
@@ -86,19 +90,25 @@ class _Site:
     """One norm site of the reference, and its state out of and back into the operator's leaves."""
 
     plan: SitePlan
-    norm: AssortedTime
+    norm: SiteNorm
     given: list[Tensor]
 
     def state(self) -> Any:
-        """The reference's state: an index that no norm here reads, weights, statistic."""
+        """The reference's state: an index that no norm here reads, weights, statistic; None for a fresh window."""
+        if not self.given:
+            return None
         weights, *leaves = self.given
         lanes = (*weights.shape, self.plan.groups)
-        return weights.new_zeros(weights.shape[0], dtype=torch.int64), (weights, tuple(x.reshape(lanes) for x in leaves))
+        return weights.new_zeros(weights.shape[0], dtype=torch.int64), (
+            weights,
+            tuple(x.reshape(lanes) for x in leaves),
+        )
 
     def leaves(self, state: Any) -> list[Tensor]:
-        """The leaves of a state of the reference, shaped as they were given."""
-        _, memory = state
-        return [leaf.reshape(given.shape) for leaf, given in zip(tree_leaves(memory), self.given, strict=True)]
+        """The leaves of a state of the reference, shaped as the operator shapes them."""
+        index, memory = state
+        shapes = self.plan.shapes(index.shape[0])
+        return [leaf.reshape(shape) for leaf, shape in zip(tree_leaves(memory), shapes, strict=True)]
 
 
 def _run(
@@ -111,7 +121,7 @@ def _run(
     sites = {}
     for site in plan.sites:
         gain, shift = (next(factors) if there else None for there in (site.gain, site.shift))
-        norm = AssortedTime(_FeatureMoments(site, gain, shift), _window(site))
+        norm = SiteNorm(_FeatureMoments(site, gain, shift), _window(site))
         sites[site.site] = _Site(site, norm, list(islice(given, 1 + site.leaves)))
     tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})

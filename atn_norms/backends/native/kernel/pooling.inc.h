@@ -132,10 +132,16 @@ static void FN(measure)(const Line *site, const REAL *restrict x, double *restri
                 first[j] += d;
                 second[j] += d * d;
             }
-        for (long j = 0; i + j < width; j++) {
-            const double d = (double)x[i + j] - pivot;
-            first[j] += d;
-            second[j] += d * d;
+        if (i < width) { /* the rest, filled up with what adds nothing */
+            REAL rest[SUMS];
+            for (long j = 0; j < SUMS; j++) rest[j] = (REAL)pivot;
+            memcpy(rest, x + i, (size_t)(width - i) * sizeof(REAL));
+#pragma omp simd
+            for (long j = 0; j < SUMS; j++) {
+                const double d = (double)rest[j] - pivot;
+                first[j] += d;
+                second[j] += d * d;
+            }
         }
         const double offset = FN(total)(first) / (double)width, square = FN(total)(second) / (double)width;
         const double spread = square - (site->norm == NORM_MOMENTS ? offset * offset : 0.0);

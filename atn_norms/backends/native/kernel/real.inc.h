@@ -128,9 +128,9 @@ static inline __attribute__((always_inline)) void FN(strip)(const int onto, long
     }
 }
 
-/* out [R, M] = A [R, K] times packed panels, plus a padded bias. */
-static void FN(product)(long R, long K, long M, const REAL *A, const REAL *packed, const REAL *bias, REAL *out) {
-    for (long p = 0; p < M; p += PANEL, packed += K * PANEL) FN(strip)(0, R, K, A, K, 1, packed, bias + p, out + p, M, M - p);
+/* out [R, M] = A [R, K], whose rows lie lda apart, times packed panels, plus a padded bias. */
+static void FN(product)(long R, long K, long M, const REAL *A, long lda, const REAL *packed, const REAL *bias, REAL *out) {
+    for (long p = 0; p < M; p += PANEL, packed += K * PANEL) FN(strip)(0, R, K, A, lda, 1, packed, bias + p, out + p, M, M - p);
 }
 
 /* Rows from to to of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */

@@ -48,19 +48,25 @@ static void FN(normed)(const Line *site, long lane, const REAL *restrict x, REAL
     }
 }
 
-/* Pre-activations of `gates` gates of one row: out = N_ih(x) + N_hh(u), in one pass where each gate has one statement. */
+/* Hidden units filled up to whole vectors: rows of work space have this length, so that the costly loops over gates leave no
+   odd ones to be done one by one. What the filling computes is finite and never read. */
+static inline long FN(padded)(long H) { return (H + VL - 1) / VL * VL; }
+
+/* Pre-activations of `gates` gates of one row: N_ih(x) + N_hh(u), in one pass where each gate has one statement; each gate's
+   part of `out` has padded length. `spare` holds twice all gates. */
 static void FN(combined)(const Work *work, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
                          REAL *restrict spare) {
     const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
-    const long H = work->hidden, all = work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1;
+    const long H = work->hidden, P = FN(padded)(H), all = work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1;
     const long lane_x = FN(lane)(ih, work, t, row), lane_u = FN(lane)(hh, work, t, row);
     const int simple = ih->norm != NORM_NONE && hh->norm != NORM_NONE && (ih->groups == 1 || ih->groups == all) &&
                        (hh->groups == 1 || hh->groups == all);
     if (!simple) {
         FN(normed)(ih, lane_x, x, spare, all * H);
-        FN(normed)(hh, lane_u, u, out, all * H);
+        FN(normed)(hh, lane_u, u, spare + all * H, all * H);
+        for (long g = 0; g < gates; g++)
 #pragma omp simd
-        for (long j = 0; j < gates * H; j++) out[j] += spare[j];
+            for (long j = 0; j < H; j++) out[g * P + j] = spare[g * H + j] + spare[(all + g) * H + j];
         return;
     }
     const REAL *restrict gx = ih->gain, *restrict gu = hh->gain, *restrict sx = ih->shift, *restrict su = hh->shift;
@@ -68,7 +74,7 @@ static void FN(combined)(const Work *work, long t, long row, long gates, const R
         const FN(Affine) a = FN(affine)(ih, lane_x + (ih->groups == 1 ? 0 : g)), b = FN(affine)(hh, lane_u + (hh->groups == 1 ? 0 : g));
 #pragma omp simd
         for (long j = g * H; j < (g + 1) * H; j++)
-            out[j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
+            out[g * (P - H) + j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
     }
 }
 
@@ -110,76 +116,92 @@ static void FN(state)(const Line *site, const Work *work, long t, long row, long
 /* A packed matrix and a padded bias. */
 typedef struct { REAL *panels, *bias; } FN(Packed);
 
+/* One step of one row, from its pre-activations: the new h, or for an LSTM the new c and, in the place of the output gate, one
+   over it. Rows of work space throughout. */
+static void FN(step_row)(int cell, long P, REAL *restrict z, const REAL *restrict xn, const REAL *restrict un, const REAL *restrict old,
+                         REAL *restrict out) {
+    if (cell == CELL_LSTM)
+#pragma omp simd
+        for (long j = 0; j < P; j++) {
+            const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[P + j]), g = FN(small_exp)(z[2 * P + j]);
+            out[j] = old[j] / f + ((REAL)1 - g) / (i * ((REAL)1 + g));
+            z[3 * P + j] = (REAL)1 + FN(exp)(-z[3 * P + j]);
+        }
+    else if (cell == CELL_GRU)
+#pragma omp simd
+        for (long j = 0; j < P; j++) {
+            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[P + j]), n = FN(tanh)(xn[j] + reset * un[j]);
+            out[j] = ((REAL)1 - keep) * n + keep * old[j];
+        }
+    else if (cell == CELL_RNN_TANH)
+#pragma omp simd
+        for (long j = 0; j < P; j++) out[j] = FN(tanh)(z[j]);
+    else
+#pragma omp simd
+        for (long j = 0; j < P; j++) out[j] = z[j] < 0 ? (REAL)0 : z[j];
+}
+
+/* Rows of length H into rows of padded length, or back. */
+static void FN(spread)(long rows, long H, long from, long to, const REAL *x, REAL *out) {
+    for (long r = 0; r < rows; r++) memcpy(out + r * to, x + r * from, (size_t)H * sizeof(REAL));
+}
+
+static inline int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
+
 static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden;
+    const Call *call = work->call;
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H);
     const int cell = work->cell;
     const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
+    const size_t row_bytes = (size_t)H * sizeof(REAL);
     const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
     REAL *restrict h = space.h, *restrict c = space.c;
-    memcpy(h, (const REAL *)work->call->h0 + row * H, (size_t)(rows * H) * sizeof(REAL));
-    if (cell == CELL_LSTM) memcpy(c, (const REAL *)work->call->c0 + row * H, (size_t)(rows * H) * sizeof(REAL));
+    FN(spread)(rows, H, H, P, (const REAL *)call->h0 + row * H, h);
+    if (cell == CELL_LSTM) FN(spread)(rows, H, H, P, (const REAL *)call->c0 + row * H, c);
     for (long t = 0; t < T; t++) {
-        REAL *in = work->call->projected ? (REAL *)work->call->projected + (t * B + row) * N : space.projected;
-        REAL *recurrent = work->call->recurrent ? (REAL *)work->call->recurrent + (t * B + row) * N : space.recurrent;
-        REAL *out = (REAL *)work->call->output + (t * B + row) * H;
-        FN(product)(rows, D, N, (const REAL *)work->call->xs + (t * B + row) * D, ih_weight.panels, ih_weight.bias, in);
-        FN(product)(rows, H, N, h, hh_weight.panels, hh_weight.bias, recurrent);
+        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
+        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
+        REAL *out = (REAL *)call->output + (t * B + row) * H;
+        FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, ih_weight.panels, ih_weight.bias, in);
+        FN(product)(rows, H, N, h, P, hh_weight.panels, hh_weight.bias, recurrent);
         FN(state)(ih, work, t, row, rows, in, N);
         FN(state)(hh, work, t, row, rows, recurrent, N);
         for (long r = 0; r < rows; r++) {
-            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
             const REAL *x = in + r * N, *u = recurrent + r * N;
-            REAL *restrict z = space.gates + r * N, *restrict hr = h + r * H;
+            REAL *z = space.gates + r * 4 * P, *next = space.hidden + r * P;
             FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
-            if (cell == CELL_LSTM) { /* the new cell state, and 1 / (output gate) in the place of the gate */
-                REAL *restrict cs = space.hidden + r * H;
-                const REAL *restrict cr = c + r * H;
-#pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[H + j]), g = FN(small_exp)(z[2 * H + j]);
-                    cs[j] = cr[j] / f + ((REAL)1 - g) / (i * ((REAL)1 + g));
-                    z[3 * H + j] = (REAL)1 + FN(exp)(-z[3 * H + j]);
-                }
-                continue;
-            }
-            REAL *restrict o = out + r * H;
-            if (cell == CELL_GRU) {
-                REAL *restrict xn = space.narrow, *restrict un = space.wide;
-                FN(candidate)(work, t, row + r, x, u, xn, un);
-#pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]), n = FN(tanh)(xn[j] + reset * un[j]);
-                    o[j] = ((REAL)1 - keep) * n + keep * hr[j];
-                }
-            } else if (cell == CELL_RNN_TANH)
-#pragma omp simd
-                for (long j = 0; j < H; j++) o[j] = FN(tanh)(z[j]);
-            else
-#pragma omp simd
-                for (long j = 0; j < H; j++) o[j] = z[j] < 0 ? (REAL)0 : z[j];
-            if (alive) memcpy(hr, o, (size_t)H * sizeof(REAL));
-            else memset(o, 0, (size_t)H * sizeof(REAL));
+            if (cell == CELL_GRU) FN(candidate)(work, t, row + r, x, u, space.narrow, space.narrow + P);
+            FN(step_row)(cell, P, z, space.narrow, space.narrow + P, (cell == CELL_LSTM ? c : h) + r * P, next);
+            if (cell == CELL_LSTM) continue;
+            if (FN(alive)(work, t, row + r)) {
+                memcpy(h + r * P, next, row_bytes);
+                memcpy(out + r * H, next, row_bytes);
+            } else
+                memset(out + r * H, 0, row_bytes);
         }
         if (cell != CELL_LSTM) continue;
-        FN(state)(sc, work, t, row, rows, space.hidden, H);
+        FN(state)(sc, work, t, row, rows, space.hidden, P);
         for (long r = 0; r < rows; r++) {
-            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
-            REAL *restrict y = space.narrow, *restrict o = out + r * H;
-            const REAL *restrict gate = space.gates + r * N + 3 * H;
-            if (work->call->cells) memcpy((REAL *)work->call->cells + (t * B + row + r) * H, alive ? space.hidden + r * H : c + r * H, (size_t)H * sizeof(REAL));
-            if (!alive) { memset(o, 0, (size_t)H * sizeof(REAL)); continue; }
-            memcpy(c + r * H, space.hidden + r * H, (size_t)H * sizeof(REAL));
-            FN(normed)(sc, FN(lane)(sc, work, t, row + r), c + r * H, y, H);
-#pragma omp simd
-            for (long j = 0; j < H; j++) {
-                const REAL e = FN(small_exp)(y[j]);
-                o[j] = ((REAL)1 - e) / (gate[j] * ((REAL)1 + e));
+            const REAL *restrict gate = space.gates + r * 4 * P + 3 * P;
+            REAL *restrict y = space.narrow, *restrict cr = c + r * P, *restrict hr = h + r * P;
+            const int alive = FN(alive)(work, t, row + r);
+            if (alive) memcpy(cr, space.hidden + r * P, row_bytes);
+            if (call->cells) memcpy((REAL *)call->cells + (t * B + row + r) * H, cr, row_bytes);
+            if (!alive) {
+                memset(out + r * H, 0, row_bytes);
+                continue;
             }
-            memcpy(h + r * H, o, (size_t)H * sizeof(REAL));
+            FN(normed)(sc, FN(lane)(sc, work, t, row + r), cr, y, H);
+#pragma omp simd
+            for (long j = 0; j < P; j++) {
+                const REAL e = FN(small_exp)(y[j]);
+                hr[j] = ((REAL)1 - e) / (gate[j] * ((REAL)1 + e));
+            }
+            memcpy(out + r * H, hr, row_bytes);
         }
     }
-    memcpy((REAL *)work->call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
-    if (cell == CELL_LSTM) memcpy((REAL *)work->call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
+    FN(spread)(rows, H, P, H, h, (REAL *)call->hn + row * H);
+    if (cell == CELL_LSTM) FN(spread)(rows, H, P, H, c, (REAL *)call->cn + row * H);
 }
 
 /* Back through the affine part of one row of a site: dy becomes w = gain * dy, and the pooled statement's gradient is left in
@@ -254,102 +276,113 @@ typedef struct {
     long first, last;
 } FN(Chunk);
 
-static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
-    const long B = work->batch, D = work->inputs, H = work->hidden;
-    const int cell = work->cell;
-    const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
-    REAL *restrict dh = (REAL *)work->call->dh + row * H, *restrict dc = cell == CELL_LSTM ? (REAL *)work->call->dc + row * H : NULL;
-    for (long t = chunk->last - 1; t >= chunk->first; t--) {
-        const REAL *in = work->call->projected ? (const REAL *)work->call->projected + (t * B + row) * N : space.projected;
-        const REAL *recurrent = (const REAL *)work->call->recurrent + (t * B + row) * N;
-        const REAL *before_h = t ? (const REAL *)work->call->output + ((t - 1) * B + row) * H : (const REAL *)work->call->h0 + row * H;
-        const REAL *cells = NULL, *before_c = NULL, *dout = (const REAL *)work->call->doutput + (t * B + row) * H;
-        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
-        if (!work->call->projected)
-            FN(product)(rows, D, N, (const REAL *)work->call->xs + (t * B + row) * D, chunk->ih.panels, chunk->ih.bias, space.projected);
-        if (cell == CELL_LSTM) {
-            cells = (const REAL *)work->call->cells + (t * B + row) * H;
-            before_c = t ? cells - B * H : (const REAL *)work->call->c0 + row * H;
+/* Back through the gates of one row of a GRU or an RNN: what reaches the two products (d of the input's, e of the recurrent
+   one's; apart in a GRU's candidate only), and in `back` what reaches the old h past them. Rows of work space throughout. */
+static void FN(step_row_back)(int cell, long P, const REAL *restrict z, const REAL *restrict xn, const REAL *restrict un,
+                              const REAL *restrict old, const REAL *restrict g, REAL *restrict d, REAL *restrict e, REAL *restrict back) {
+    if (cell == CELL_GRU)
+#pragma omp simd
+        for (long j = 0; j < P; j++) {
+            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[P + j]), n = FN(tanh)(xn[j] + reset * un[j]);
+            const REAL dn = g[j] * ((REAL)1 - keep) * ((REAL)1 - n * n), dr = dn * un[j] * reset * ((REAL)1 - reset);
+            const REAL dz = g[j] * (old[j] - n) * keep * ((REAL)1 - keep);
+            d[j] = e[j] = dr;
+            d[P + j] = e[P + j] = dz;
+            d[2 * P + j] = dn;
+            e[2 * P + j] = dn * reset;
+            back[j] = g[j] * keep;
         }
+    else if (cell == CELL_RNN_TANH)
+#pragma omp simd
+        for (long j = 0; j < P; j++) {
+            const REAL y = FN(tanh)(z[j]);
+            d[j] = e[j] = g[j] * ((REAL)1 - y * y);
+        }
+    else
+#pragma omp simd
+        for (long j = 0; j < P; j++) d[j] = e[j] = z[j] > 0 ? g[j] : (REAL)0;
+}
+
+static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
+    const Call *call = work->call;
+    const long B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H);
+    const int cell = work->cell;
+    const long gates = cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1, N = gates * H;
+    const size_t row_bytes = (size_t)H * sizeof(REAL);
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
+    REAL *restrict dh = space.h, *restrict dc = space.c; /* gradient of the state after the step at hand */
+    FN(spread)(rows, H, H, P, (REAL *)call->dh + row * H, dh);
+    if (cell == CELL_LSTM) FN(spread)(rows, H, H, P, (REAL *)call->dc + row * H, dc);
+    for (long t = chunk->last - 1; t >= chunk->first; t--) {
+        const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
+        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + (t * B + row) * H;
+        const REAL *cells = cell == CELL_LSTM ? (const REAL *)call->cells + (t * B + row) * H : NULL;
+        const REAL *before = cell == CELL_LSTM ? (t ? cells - B * H : (const REAL *)call->c0 + row * H)
+                                               : (t ? (const REAL *)call->output + ((t - 1) * B + row) * H : (const REAL *)call->h0 + row * H);
+        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
+        if (!call->projected)
+            FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, chunk->ih.panels, chunk->ih.bias, space.projected);
         for (long r = 0; r < rows; r++) {
-            const int alive = work->call->lengths == NULL || t < work->call->lengths[row + r];
-            REAL *restrict z = space.gates + r * N, *restrict hr = space.hidden + r * H;
-            const REAL *restrict dhr = dh + r * H, *restrict dor = dout + r * H;
-            if (!alive) { /* nothing came of this step: no gradient into it, and the state's goes by */
+            REAL *restrict z = space.gates + r * 4 * P, *restrict back = space.hidden + r * P, *restrict y = space.narrow;
+            REAL *restrict g = space.narrow + P;
+            if (!FN(alive)(work, t, row + r)) { /* nothing came of this step: no gradient into it, and the state's goes by */
                 memset(din + r * N, 0, (size_t)N * sizeof(REAL));
                 memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
-                memset(hr, 0, (size_t)H * sizeof(REAL));
+                memset(back, 0, row_bytes);
                 continue;
             }
-            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, in + r * N, recurrent + r * N, z, space.wide);
-            REAL *restrict d = din + r * N, *restrict e = drec + r * N;
-            if (cell == CELL_LSTM) {
-                REAL *restrict y = space.narrow;
+            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : gates, in + r * N, recurrent + r * N, z, space.wide);
+            memcpy(g, dout + r * H, row_bytes);
+            for (long j = 0; j < P; j++) g[j] += dh[r * P + j];
+            if (cell == CELL_LSTM) { /* back: gradient of the normed cell state; z's last gate: of the output gate */
                 FN(normed)(sc, FN(lane)(sc, work, t, row + r), cells + r * H, y, H);
 #pragma omp simd
-                for (long j = 0; j < H; j++) { /* hr: gradient of the normed cell state; d's last gate: of the output gate */
-                    const REAL o = FN(sigmoid)(z[3 * H + j]), s = FN(tanh)(y[j]), g = dhr[j] + dor[j];
-                    d[3 * H + j] = g * s * o * ((REAL)1 - o);
-                    hr[j] = g * o * ((REAL)1 - s * s);
+                for (long j = 0; j < P; j++) {
+                    const REAL o = FN(sigmoid)(z[3 * P + j]), s = FN(tanh)(y[j]);
+                    z[3 * P + j] = g[j] * s * o * ((REAL)1 - o);
+                    back[j] = g[j] * o * ((REAL)1 - s * s);
                 }
-            } else if (cell == CELL_GRU) {
-                REAL *restrict xn = space.narrow, *restrict un = space.wide;
-                const REAL *restrict old = before_h + r * H;
-                FN(candidate)(work, t, row + r, in + r * N, recurrent + r * N, xn, un);
-#pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL g = dhr[j] + dor[j], reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[H + j]);
-                    const REAL n = FN(tanh)(xn[j] + reset * un[j]), dn = g * ((REAL)1 - keep) * ((REAL)1 - n * n);
-                    const REAL dr = dn * un[j] * reset * ((REAL)1 - reset), dz = g * (old[j] - n) * keep * ((REAL)1 - keep);
-                    d[j] = e[j] = dr;
-                    d[H + j] = e[H + j] = dz;
-                    d[2 * H + j] = dn;
-                    e[2 * H + j] = dn * reset;
-                    hr[j] = g * keep;
-                }
-            } else if (cell == CELL_RNN_TANH) {
-#pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL y = FN(tanh)(z[j]);
-                    d[j] = e[j] = (dhr[j] + dor[j]) * ((REAL)1 - y * y);
-                }
-            } else {
-#pragma omp simd
-                for (long j = 0; j < H; j++) d[j] = e[j] = z[j] > 0 ? dhr[j] + dor[j] : (REAL)0;
+                continue;
             }
+            REAL *old = space.narrow + 4 * P, *d = space.wide, *e = space.wide + 4 * P;
+            if (cell == CELL_GRU) FN(candidate)(work, t, row + r, in + r * N, recurrent + r * N, y, space.narrow + 2 * P);
+            memcpy(old, before + r * H, row_bytes);
+            FN(step_row_back)(cell, P, z, y, space.narrow + 2 * P, old, g, d, e, back);
+            FN(spread)(gates, H, P, H, d, din + r * N);
+            FN(spread)(gates, H, P, H, e, drec + r * N);
         }
         if (cell == CELL_LSTM) {
-            FN(site_backward)(sc, work, block, t, row, rows, cells, H, space.hidden, space.hidden, H, space.column);
+            FN(site_backward)(sc, work, block, t, row, rows, cells, H, space.hidden, space.hidden, P, space.column);
             for (long r = 0; r < rows; r++) {
-                if (work->call->lengths != NULL && t >= work->call->lengths[row + r]) continue;
-                const REAL *restrict z = space.gates + r * N, *restrict old = before_c + r * H;
-                REAL *restrict d = din + r * N, *restrict e = drec + r * N, *restrict dcr = dc + r * H, *restrict hr = space.hidden + r * H;
+                if (!FN(alive)(work, t, row + r)) continue;
+                REAL *restrict z = space.gates + r * 4 * P, *restrict dcr = dc + r * P, *restrict old = space.narrow;
+                const REAL *restrict back = space.hidden + r * P;
+                memcpy(old, before + r * H, row_bytes);
 #pragma omp simd
-                for (long j = 0; j < H; j++) {
-                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[H + j]), g = FN(tanh)(z[2 * H + j]), dcell = dcr[j] + hr[j];
-                    d[j] = dcell * g * i * ((REAL)1 - i);
-                    d[H + j] = dcell * old[j] * f * ((REAL)1 - f);
-                    d[2 * H + j] = dcell * i * ((REAL)1 - g * g);
+                for (long j = 0; j < P; j++) {
+                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[P + j]), g = FN(tanh)(z[2 * P + j]), dcell = dcr[j] + back[j];
+                    z[j] = dcell * g * i * ((REAL)1 - i);
+                    z[P + j] = dcell * old[j] * f * ((REAL)1 - f);
+                    z[2 * P + j] = dcell * i * ((REAL)1 - g * g);
                     dcr[j] = dcell * f;
                 }
-                memcpy(e, d, (size_t)N * sizeof(REAL));
+                FN(spread)(4, H, P, H, z, din + r * N);
+                memcpy(drec + r * N, din + r * N, (size_t)N * sizeof(REAL));
             }
         }
         FN(site_backward)(ih, work, block, t, row, rows, in, N, din, din, N, space.column);
         FN(site_backward)(hh, work, block, t, row, rows, recurrent, N, drec, drec, N, space.column);
-        FN(product)(rows, N, H, drec, chunk->hh.panels, chunk->hh.bias, space.recurrent);
-        if (work->call->dxs) FN(product)(rows, N, D, din, chunk->back.panels, chunk->back.bias, (REAL *)work->call->dxs + (t * B + row) * D);
+        FN(product)(rows, N, H, drec, N, chunk->hh.panels, chunk->hh.bias, space.recurrent);
+        if (call->dxs) FN(product)(rows, N, D, din, N, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
         for (long r = 0; r < rows; r++) {
-            if (work->call->lengths != NULL && t >= work->call->lengths[row + r]) continue;
-            const REAL *restrict back = space.recurrent + r * H, *restrict hr = space.hidden + r * H;
-            REAL *restrict dhr = dh + r * H;
+            if (!FN(alive)(work, t, row + r)) continue;
+            memcpy(dh + r * P, space.recurrent + r * H, row_bytes);
             if (cell == CELL_GRU)
-#pragma omp simd
-                for (long j = 0; j < H; j++) dhr[j] = back[j] + hr[j];
-            else memcpy(dhr, back, (size_t)H * sizeof(REAL));
+                for (long j = 0; j < P; j++) dh[r * P + j] += space.hidden[r * P + j];
         }
     }
+    FN(spread)(rows, H, P, H, dh, (REAL *)call->dh + row * H);
+    if (cell == CELL_LSTM) FN(spread)(rows, H, P, H, dc, (REAL *)call->dc + row * H);
     if (chunk->first > 0) return;
     for (int s = 0; s < SITES; s++)
         if (work->site[s].norm != NORM_NONE) FN(unpool_prefix)(work->site + s, B, work->steps, row * work->site[s].groups, rows * work->site[s].groups);
@@ -375,20 +408,21 @@ static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long
 }
 
 static FN(Space) FN(space)(REAL *at, long H, long N) {
+    const long P = FN(padded)(H);
     FN(Space) space;
-    space.h = at; at += BLOCK_ROWS * H;
-    space.c = at; at += BLOCK_ROWS * H;
-    space.hidden = at; at += BLOCK_ROWS * H;
-    space.gates = at; at += BLOCK_ROWS * N;
+    space.h = at; at += BLOCK_ROWS * P;
+    space.c = at; at += BLOCK_ROWS * P;
+    space.hidden = at; at += BLOCK_ROWS * P;
+    space.gates = at; at += BLOCK_ROWS * 4 * P;
     space.recurrent = at; at += BLOCK_ROWS * N;
     space.projected = at; at += BLOCK_ROWS * N;
-    space.wide = at; at += N;
+    space.wide = at; at += 8 * P;
     space.column = at; at += 2 * N;
     space.narrow = at;
     return space;
 }
 
-static size_t FN(space_size)(long H, long N) { return (size_t)(BLOCK_ROWS * (3 * H + 3 * N) + 3 * N + H + 64); }
+static size_t FN(space_size)(long H, long N) { return (size_t)((BLOCK_ROWS * 7 + 13) * FN(padded)(H) + (BLOCK_ROWS * 2 + 2) * N + 64); }
 
 static int FN(forward)(const Work *work, long N) {
     const long D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(work->batch);
@@ -398,6 +432,7 @@ static int FN(forward)(const Work *work, long N) {
     if (!room) return 1;
     const FN(Packed) ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
     const FN(Packed) hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
+    memset(at, 0, each * (size_t)threads * sizeof(REAL)); /* the filling of padded rows */
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (long b = 0; b < blocks; b++) {
         const long row = atn_norms_block_start(work->batch, b), rows = atn_norms_block_start(work->batch, b + 1) - row;
@@ -441,6 +476,7 @@ static int FN(backward)(const Work *work, long N) {
     chunk.drecurrent = at; at += many * (size_t)N;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
+    memset(at, 0, each * (size_t)threads * sizeof(REAL)); /* the filling of padded rows */
     for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
         chunk.first = chunk.last > steps ? chunk.last - steps : 0;
         const long K = (chunk.last - chunk.first) * B;
