@@ -48,7 +48,7 @@ def measure(spec: BenchSpec, on_case: OnCase | None = None, clock: Clock = perf_
 def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str | None], clock: Clock) -> CaseResult:
     before = load_average()
     pairs = [(TORCH, None), *((name, window) for window in spec.windows for name in spec.runners)]
-    allowed = spec.budget / (LEAST * min(4, len(pairs)))
+    allowed = spec.budget / (LEAST * (len(pairs) - 1))
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], object]] = {}
     estimates: dict[str, float] = {}

@@ -59,6 +59,8 @@ def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.d
         truth = case.layer(window, "reference").build(dtype=torch.float64).train(case.mode == "training")
         _stir(truth)
         size = probe.size
+        if any(getattr(module, "couples_batch", False) for module in truth.modules()):
+            size = size._replace(batch=max(2, size.batch))  # no one row can be normalized by its batch in training
         xs = _rounded(torch.randn(size.steps, size.batch, size.input, dtype=torch.float64))
         lengths = torch.randint(0, size.steps + 1, (size.batch,)) if probe.ragged else None
         if name in ("reference", TEXTBOOK):  # the textbook's memory has another form, so only empty windows compare

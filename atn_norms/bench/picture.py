@@ -1,4 +1,4 @@
-"""The picture of a run: one panel a case, one bar a runner, as long as its time is beside torch.nn's."""
+"""The picture of a run: one panel a case, one mark a runner, left of 1 where it is faster than torch.nn."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "atn-norms",
 }
+_UNSAID = ("Date", "Creator")  # the same run always gives the same file
 _COLUMNS, _WIDTH, _BAR, _ROOM = 3, 4.4, 0.24, 0.85  # of the page; of a panel, a bar and its surroundings, in inches
 
 
@@ -41,16 +42,14 @@ def draw(bench: Bench, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg, and say where."""
     plain: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
     del plain["backend"]  # it belongs to whoever else draws in this process
+    plain.update(_STYLE)
     written = []
-    with matplotlib.rc_context({**plain, **_STYLE}):
+    with matplotlib.rc_context(plain):
         figure = _figure(bench)
-        for canvas, kind, options in (
-            (FigureCanvasAgg, "png", {"dpi": 160, "metadata": {"Software": None}}),
-            (FigureCanvasSVG, "svg", {"metadata": {"Date": None, "Creator": None}}),
-        ):
+        for canvas, kind, unsaid in ((FigureCanvasAgg, "png", ("Software",)), (FigureCanvasSVG, "svg", _UNSAID)):
             canvas(figure)
             path = stem.with_name(f"{stem.name}.{kind}")
-            figure.savefig(path, format=kind, **options)
+            figure.savefig(path, format=kind, dpi=160, metadata=dict.fromkeys(unsaid))
             written.append(path)
     return written
 
@@ -60,13 +59,14 @@ def _figure(bench: Bench) -> Figure:
     columns = min(_COLUMNS, len(cases))
     lines = [cases[at : at + columns] for at in range(0, len(cases), columns)]
     heights = [max(len(case.rows) for case in line) * _BAR + _ROOM for line in lines]
-    width, height = max(7.0, _WIDTH * columns), sum(heights) + 0.9
+    width, height = max(7.0, _WIDTH * columns), sum(heights) + 0.65
     figure = Figure(figsize=(width, height))
     ratios = [row.ratio for case in cases for row in case.rows if row.ratio]
     limits = (min(0.5, *ratios, 1.0) / 1.15, max(2.0, *ratios, 1.0) * 2.2)
     machine = bench.machine
+    kernels = machine["native_kernels"].partition(":")[0]
     figure.text(0.15 / width, 1 - 0.25 / height, "Time beside torch.nn without a norm (1 = as long)", weight="bold")
-    told = f"{machine['processor']}, torch {machine['torch']}, kernels: {machine['native_kernels'][:24]}; best of runs"
+    told = f"{machine['processor']}, torch {machine['torch']}, kernels: {kernels}; best of runs"
     figure.text(0.15 / width, 1 - 0.48 / height, told, color=_MUTED, fontsize=8)
     top = height - 0.6
     for line, tall in zip(lines, heights, strict=True):
@@ -100,6 +100,7 @@ def _panel(axes: Axes, result: CaseResult, limits: tuple[float, float]) -> None:
             axes.text(limits[0] * 1.05, place, row.status, va="center", color=_MUTED, fontsize=7.5, style="italic")
             continue
         colour = _COLOURS.get(row.runner, _OTHER)
-        axes.barh(place, row.ratio - limits[0], left=limits[0], height=0.66, color=colour)
+        axes.plot([1, row.ratio], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
+        axes.plot(row.ratio, place, "o", color=colour, markersize=6)
         text = f"{row.ratio:.2f}" if row.ratio < 10 else f"{row.ratio:.0f}"
-        axes.text(row.ratio * 1.06, place, text, va="center", fontsize=8)
+        axes.annotate(text, (max(row.ratio, 1), place), (7, 0), textcoords="offset points", va="center", fontsize=8)

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from atn_norms.backends import known
+from atn_norms.bench.machine import available_memory
 from atn_norms.layers import LayerSpec
 from atn_norms.problems import SpecError, hint
 from atn_norms.registry import Options
+from atn_norms.specs import validate
 
 TORCH = "torch.nn"
 TEXTBOOK = "textbook"
@@ -87,7 +89,7 @@ class BenchSpec(Options):
     | `windows` | k of every runner but torch.nn, which has no norm | steps |
     | `modes` | `training` is forward and backward; `streaming` is batch 1, T = 1, state carried, no gradients | |
     | `runners` | what is held against torch.nn | |
-    | `budget` | about the time that one case is timed; a runner that needs much of it for one call is left out | seconds |
+    | `budget` | about the time for timing one case; a runner too slow for its share of it is left out | seconds |
     | `memory` | whether to measure the growth of peak resident size over one training step | |
     | `malloc` | `keep`: freed memory stays in the process, for every runner; `both`: first as it is, then so | |
     | `input_gradient` | whether training also asks for the gradient of the input, as inside a stack | |
@@ -136,14 +138,11 @@ class BenchSpec(Options):
 
 
 def _refuse_impossible(case: Case) -> None:
-    from atn_norms.layers.spec import _physical_memory
-    from atn_norms.specs import validate
-
     sizes = {"input_size": case.size.input, "hidden_size": case.size.hidden}
     layer = validate(LayerSpec, {"cell": case.cell, "norm": case.norm, **sizes})
     if layer.equations().torch_name is None:
         raise SpecError(f"cells: {case.cell!r} has no torch.nn layer to be held against; allowed: lstm, gru, rnn")
-    physical = _physical_memory()
+    free = available_memory()
     width = max(case.size.input, layer.equations().pre_activations)
-    if physical is not None and 8 * prod((case.size.batch, case.size.steps, width)) > physical:
-        raise SpecError(f"sizes: {case.size} makes sequences that do not fit this machine's memory")
+    if free is not None and 8 * prod((case.size.batch, case.size.steps, width)) > free:
+        raise SpecError(f"sizes: {case.size} makes sequences that do not fit the {free / 2**30:.1f} GiB that are free")

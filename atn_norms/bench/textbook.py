@@ -36,7 +36,7 @@ class Textbook(nn.Module):
 
     def forward(self, xs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Outputs `[T, B, H]` of inputs `[T, B, D]`, and the state that follows."""
-        p = self.layer
+        p: Any = self.layer
         if state is None:
             zeros = tuple(xs.new_zeros(xs.shape[1], p.hidden_size) for _ in p.cell.carried)
             state = zeros, dict.fromkeys(self.sites, ())

@@ -13,6 +13,7 @@ Clock = Callable[[], float]
 
 LEAST = 3  # samples of everything that is timed at all
 MOST = 60
+LEAGUE = 8  # times the fastest: whoever takes longer is not worth many samples
 SHORTEST = 2e-3  # seconds of one sample; shorter calls are repeated within it, or the clock would be what is timed
 
 
@@ -28,7 +29,7 @@ def whole_call(make: Callable[[int], Call], steps: int, allowed: float, clock: C
         call = make(length)
         seconds = _once(call, clock)
         for _ in range(2):  # a disturbance is no reason, so the least of three
-            per_step = max(0.0, seconds - before[1]) / (length - before[0])
+            per_step = min(seconds / length, max(0.0, seconds - before[1]) / (length - before[0]))
             least = seconds + per_step * (steps - length)
             judged = length == steps or length > 4
             if not judged or least <= allowed or seconds > 2 * allowed:
@@ -53,12 +54,14 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call, sample by sample: round after round, each round starts with another one.
 
-    Everything gets an equal share of the budget, so slow ones sit out rounds, evenly spread; none has fewer than LEAST
-    samples.
+    Those of the same league share the budget; the far slower get LEAST samples, evenly spread over the rounds.
     """
-    repeats = {name: max(1, math.ceil(SHORTEST / max(estimates[name], 1e-7))) for name in calls}
-    share = budget / len(calls)
-    wanted = {n: min(MOST, max(LEAST, int(share / max(estimates[n] * repeats[n], 1e-7)))) for n in calls}
+    estimates = {name: max(seconds, 1e-7) for name, seconds in estimates.items()}
+    repeats = {name: math.ceil(SHORTEST / estimates[name]) for name in calls}
+    league = [name for name in calls if estimates[name] <= LEAGUE * min(estimates.values())]
+    share = budget / len(league)
+    wanted = {n: int(share / (estimates[n] * repeats[n])) if n in league else 0 for n in calls}
+    wanted = {name: min(MOST, max(LEAST, number)) for name, number in wanted.items()}
     rounds = max(wanted.values())
     every = {name: rounds // wanted[name] for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}

@@ -18,6 +18,7 @@ FULL = {
     "sizes": ((2, 60, 50, 100), (10, 68, 128, 120), (200, 512, 32, 100), (256, 1000, 32, 50)),
     "windows": (1, 25, 100),
     "threads": (1, 2),
+    "budget": 20.0,
 }
 _COLUMNS = ("runner", "k", "best", "median", "runs", "of torch.nn", "by medians", "memory", "of torch.nn", "note")
 
@@ -48,7 +49,9 @@ def bench(
     input_gradient: Annotated[
         bool, typer.Option("--input-gradient", help="Training asks for the input's gradient too, as in a stack.")
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2; about ten minutes.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,
     as_json: Json = False,

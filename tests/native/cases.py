@@ -91,18 +91,21 @@ class Pair:
         return torch.randint(-1, self.steps + 2, (self.batch,), generator=source).clamp(0, self.steps)
 
     def state(self, dtype: torch.dtype | None = None) -> Any:
-        """What `before` steps, no two rows alike, leave behind in the reference."""
+        """What `before` steps, no two rows alike, leave behind in the reference; the same numbers in every `dtype`."""
         if self.before is None:
             return None
-        layer = self.layer("reference", dtype)
-        batch_first = bool(self.options.get("batch_first"))
-        past = self.draw(max(self.before, 1), self.batch, self.inputs, seed=3).to(dtype or self.dtype)
+        layer = self.layer("reference")
+        past = self.draw(max(self.before, 1), self.batch, self.inputs, seed=3)
+        past = past.transpose(0, 1) if self.options.get("batch_first") else past
         carried = [
             self.draw(layer.num_layers, self.batch, self.hidden, seed=4 + i) for i in range(len(layer.cell.carried))
         ]
-        state = layer.initial(self.batch, tuple(c.to(dtype or self.dtype) for c in carried))
         lengths = (torch.arange(self.batch) + self.before) % (self.before + 1)
-        return an.detach(layer.unroll(past.transpose(0, 1) if batch_first else past, state, lengths)[1])
+        state = an.detach(layer.unroll(past, layer.initial(self.batch, tuple(carried)), lengths)[1])
+        return tuple(
+            tuple((tuple(c.to(dtype or self.dtype) for c in carried), norms) for carried, norms in cells)
+            for cells in state
+        )
 
 
 def open_state(state: Any) -> tuple[Any, list[Tensor]]:
@@ -140,7 +143,7 @@ def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Any = None, reta
     xs = xs.detach().clone().requires_grad_()
     given, opened = (None, []) if state is None else open_state(state)
     ys, after = layer.unroll(xs, given, lengths)
-    ends = [leaf for leaf in (ys, *leaves(after)) if leaf.requires_grad]
+    ends = [leaf for leaf in (ys, *leaves(after)) if leaf.is_floating_point()]
     loss = functional(ends)
     wanted = [xs, *layer.parameters(), *opened]
     found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=retain)

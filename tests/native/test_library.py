@@ -1,5 +1,6 @@
 """The shared object and its surroundings: found or not, which processor, threads, forks, signals."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -57,8 +58,8 @@ def layer_of(case: tuple, backend: str = "native", dtype: torch.dtype = torch.fl
 def results(layer: Any, steps: int = 9, batch: int = 33) -> dict[str, Any]:
     """Values, states and gradients of one layer on an input that is always the same."""
     dtype = next(layer.parameters()).dtype
-    xs = torch.linspace(-2, 3, steps * batch * layer.input_size, dtype=dtype).sin().reshape(steps, batch, -1)
-    xs.requires_grad_()
+    numbers = torch.arange(steps * batch * layer.input_size) * 37 % 101  # few and plain: torch shares nothing out here
+    xs = (numbers.to(dtype) / 20 - 2.5).reshape(steps, batch, -1).requires_grad_()
     ys, state = layer.unroll(xs)
     leaves = list(tree_leaves(state))
     floating = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
@@ -89,9 +90,9 @@ def test_every_instruction_set_agrees_with_the_reference(library, case, dtype, l
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_the_number_of_threads_changes_no_bit(case, two_threads):
     layer = layer_of(case)
-    shared = results(layer, batch=70)
+    shared = results(layer, batch=40)
     torch.set_num_threads(1)
-    compare(shared, results(layer, batch=70), tolerance=0)
+    compare(shared, results(layer, batch=40), tolerance=0)
 
 
 @needs_kernels
@@ -115,17 +116,18 @@ def run_script(body: str) -> str:
     return done.stdout
 
 
+# Small enough that torch shares none of its own work out: in a child of a process with threads that waits for ever.
 FORKED = """
 import multiprocessing, os, signal
 torch.set_num_threads(2)
 layer = layer_of(CASES[0])
 alone = len(os.listdir("/proc/self/task"))
-expected = results(layer, batch=70)
+expected = results(layer, batch=40)
 assert len(os.listdir("/proc/self/task")) > alone or not native.load().parallel, "the parent used one thread only"
 
 def child():
-    signal.alarm(60)  # rather killed than waiting for threads that are not there
-    compare(results(layer, batch=70), expected, tolerance=0)
+    signal.alarm(30)  # rather killed than waiting for threads that are not there
+    compare(results(layer, batch=40), expected, tolerance=0)
 
 def grandchild():
     again = multiprocessing.get_context("fork").Process(target=child)
@@ -197,7 +199,7 @@ def test_without_kernels_the_reference_runs_and_one_warning_says_so(elsewhere, c
             "(a C compiler was missing or failed); the reference runs it, many times slower. "
             "`atn-norms doctor` says what to do."
         ]
-    assert "native: its kernels were not compiled" in " ".join(an.explain(layer).split())
+    assert "native: refuses: its kernels were not compiled" in " ".join(an.explain(layer).split())
     with pytest.raises(ValueError, match="'native' cannot run this layer: its kernels were not compiled"):
         an.LSTM(2, 3, norm="layer", backend="native")
 
@@ -212,12 +214,12 @@ def test_no_warning_where_kernels_would_not_help(elsewhere):
 
 
 def test_doctor_says_that_kernels_are_missing_and_what_to_do(elsewhere, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["doctor"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "native kernels" in told and "C compiler" in told and "pip install" in told
-    assert "backend native" not in told
-    assert stopped.value.code in (0, 1)
+    main(["doctor", "--json"])
+    checks = {check["subject"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["native kernels"]["status"] == "missing"  # not "failed": they are optional
+    assert "not compiled" in checks["native kernels"]["finding"]
+    assert "C compiler" in checks["native kernels"]["advice"] and "pip install" in checks["native kernels"]["advice"]
+    assert "backend native" not in checks and checks["backend reference"]["status"] == "ok"
 
 
 @needs_kernels
@@ -231,7 +233,7 @@ def test_doctor_names_the_instruction_set(capsys, library, monkeypatch):
 
 
 @needs_kernels
-def test_kernels_of_another_interface_are_refused(elsewhere, library, monkeypatch):
+def test_kernels_of_another_interface_are_refused(library, elsewhere, monkeypatch):
     copy(library.path, elsewhere / "_kernels.abi3.so")
     assert native.unavailable() is None
     native.load.cache_clear()

@@ -9,6 +9,9 @@
 
 #define BLOCK_ROWS 16
 #define BLOCK_LANES (BLOCK_ROWS * 64) /* rows times groups */
+#define MOST_TOGETHER 4               /* blocks */
+#define NEAR_BYTES ((size_t)1 << 20)  /* of recurrent weights */
+#define THIN 4                        /* input features whose weight gradients are summed without a product */
 
 /* A site while it is worked on: what a Site says, and where in its timeline and in work space everything lies. */
 typedef struct {

@@ -252,7 +252,7 @@ static void FN(unmeasure)(const Line *site, long lane, long own, const REAL *res
 }
 
 /* Back through one site of a block: dy [rows, F] in, dx [rows, F] out (they may be the same array). */
-static void FN(site_backward)(const Line *site, const Work *work, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
+static void FN(site_block_backward)(const Line *site, const Work *work, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
                               REAL *dx, long ldd, REAL *sums) {
     const long F = site->features, G = site->groups, lanes = work->batch * G;
     if (site->norm == NORM_NONE) {
@@ -275,6 +275,16 @@ typedef struct {
     REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
     long first, last;
 } FN(Chunk);
+
+/* Blocks first to last - 1, each with sums of its own, so that these do not depend on how blocks are grouped. */
+static void FN(site_backward)(const Line *site, const Work *work, long first, long last, long t, const REAL *x, long ldx, REAL *dy, REAL *dx,
+                              long ldd, REAL *sums) {
+    const long start = atn_norms_block_start(work->batch, first);
+    for (long b = first; b < last; b++) {
+        const long row = atn_norms_block_start(work->batch, b), at = row - start, rows = atn_norms_block_start(work->batch, b + 1) - row;
+        FN(site_block_backward)(site, work, b, t, row, rows, x + at * ldx, ldx, dy + at * ldd, dx + at * ldd, ldd, sums);
+    }
+}
 
 /* Back through the gates of one row of a GRU or an RNN: what reaches the two products (d of the input's, e of the recurrent
    one's; apart in a GRU's candidate only), and in `back` what reaches the old h past them. Rows of work space throughout. */
@@ -303,8 +313,9 @@ static void FN(step_row_back)(int cell, long P, const REAL *restrict z, const RE
         for (long j = 0; j < P; j++) d[j] = e[j] = z[j] > 0 ? g[j] : (REAL)0;
 }
 
-static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long block, long row, long rows, FN(Space) space) {
+static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space) {
     const Call *call = work->call;
+    const long row = atn_norms_block_start(work->batch, first), rows = atn_norms_block_start(work->batch, last) - row;
     const long B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H);
     const int cell = work->cell;
     const long gates = cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1, N = gates * H;
@@ -352,7 +363,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long bl
             FN(spread)(gates, H, P, H, e, drec + r * N);
         }
         if (cell == CELL_LSTM) {
-            FN(site_backward)(sc, work, block, t, row, rows, cells, H, space.hidden, space.hidden, P, space.column);
+            FN(site_backward)(sc, work, first, last, t, cells, H, space.hidden, space.hidden, P, space.column);
             for (long r = 0; r < rows; r++) {
                 if (!FN(alive)(work, t, row + r)) continue;
                 REAL *restrict z = space.gates + r * 4 * P, *restrict dcr = dc + r * P, *restrict old = space.narrow;
@@ -370,8 +381,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long bl
                 memcpy(drec + r * N, din + r * N, (size_t)N * sizeof(REAL));
             }
         }
-        FN(site_backward)(ih, work, block, t, row, rows, in, N, din, din, N, space.column);
-        FN(site_backward)(hh, work, block, t, row, rows, recurrent, N, drec, drec, N, space.column);
+        FN(site_backward)(ih, work, first, last, t, in, N, din, din, N, space.column);
+        FN(site_backward)(hh, work, first, last, t, recurrent, N, drec, drec, N, space.column);
         FN(product)(rows, N, H, drec, N, chunk->hh.panels, chunk->hh.bias, space.recurrent);
         if (call->dxs) FN(product)(rows, N, D, din, N, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
         for (long r = 0; r < rows; r++) {
@@ -407,63 +418,91 @@ static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long
     return packed;
 }
 
-static FN(Space) FN(space)(REAL *at, long H, long N) {
+static FN(Space) FN(space)(REAL *at, long rows, long H, long N) {
     const long P = FN(padded)(H);
     FN(Space) space;
-    space.h = at; at += BLOCK_ROWS * P;
-    space.c = at; at += BLOCK_ROWS * P;
-    space.hidden = at; at += BLOCK_ROWS * P;
-    space.gates = at; at += BLOCK_ROWS * 4 * P;
-    space.recurrent = at; at += BLOCK_ROWS * N;
-    space.projected = at; at += BLOCK_ROWS * N;
+    space.h = at; at += rows * P;
+    space.c = at; at += rows * P;
+    space.hidden = at; at += rows * P;
+    space.gates = at; at += rows * 4 * P;
+    space.recurrent = at; at += rows * N;
+    space.projected = at; at += rows * N;
     space.wide = at; at += 8 * P;
     space.column = at; at += 2 * N;
     space.narrow = at;
     return space;
 }
 
-static size_t FN(space_size)(long H, long N) { return (size_t)((BLOCK_ROWS * 7 + 13) * FN(padded)(H) + (BLOCK_ROWS * 2 + 2) * N + 64); }
+static size_t FN(space_size)(long rows, long H, long N) { return (size_t)((rows * 7 + 13) * FN(padded)(H) + (rows * 2 + 2) * N + 64); }
+
+/* How many blocks go through time together: one, unless the recurrent weights are too large to stay near a processor, so that
+   every step brings them in again and is better shared by more rows. */
+static long FN(together)(const Work *work, long N, long blocks) {
+    const long threads = work->threads < blocks ? work->threads : blocks, each = (blocks + threads - 1) / threads;
+    if ((size_t)(N * work->hidden) * sizeof(REAL) < NEAR_BYTES) return 1;
+    return each < MOST_TOGETHER ? each : MOST_TOGETHER;
+}
 
 static int FN(forward)(const Work *work, long N) {
     const long D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(work->batch);
-    const long threads = work->threads < blocks ? work->threads : blocks;
-    const size_t each = FN(space_size)(H, N);
+    const long group = FN(together)(work, N, blocks), items = (blocks + group - 1) / group;
+    const long threads = work->threads < items ? work->threads : items;
+    const size_t each = FN(space_size)(group * BLOCK_ROWS, H, N);
     REAL *room = atn_norms_memory((FN(packed_size)(D, N) + FN(packed_size)(H, N) + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
     const FN(Packed) ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
     const FN(Packed) hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
     memset(at, 0, each * (size_t)threads * sizeof(REAL)); /* the filling of padded rows */
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (long b = 0; b < blocks; b++) {
-        const long row = atn_norms_block_start(work->batch, b), rows = atn_norms_block_start(work->batch, b + 1) - row;
-        FN(forward_block)(work, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
+    for (long i = 0; i < items; i++) {
+        const long last = (i + 1) * group < blocks ? (i + 1) * group : blocks;
+        const long row = atn_norms_block_start(work->batch, i * group), rows = atn_norms_block_start(work->batch, last) - row;
+        FN(forward_block)(work, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), group * BLOCK_ROWS, H, N));
     }
     free(room);
     return 0;
 }
 
-/* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
-static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
-    const long K = (chunk->last - chunk->first) * work->batch;
-    FN(accumulate)(from, to, N, K, work->inputs, chunk->dinput, xs, work->call->dweight_ih);
-    FN(accumulate)(from, to, N, K, work->hidden, chunk->drecurrent, hs, work->call->dweight_hh);
-    const REAL *sides[2] = {chunk->dinput, chunk->drecurrent};
-    REAL *sums[2] = {work->call->dbias_ih, work->call->dbias_hh};
-    for (int side = 0; side < 2; side++) {
-        if (!sums[side]) continue;
+/* Columns from to to of the N of A [K, N]: sums over K onto `total` (where it is given), and products with the few columns of
+   xs [K, D] onto dweight [N, D]; one vector of columns at a time, its sums in registers. */
+static void FN(thin)(long from, long to, long N, long K, long D, const REAL *A, const REAL *xs, REAL *dweight, REAL *total) {
+    for (long n = from; n < to; n += VL) {
+        const long columns = to - n < VL ? to - n : VL;
+        REAL sums[THIN + 1][64] = {{0}};
         for (long k = 0; k < K; k++) {
-            REAL *restrict sum = sums[side];
-            const REAL *restrict row = sides[side] + k * N;
-#pragma omp simd
-            for (long n = from; n < to; n++) sum[n] += row[n];
+            REAL row[64] = {0};
+            const REAL *a = A + k * N + n;
+            if (columns < VL) {
+                memcpy(row, a, (size_t)columns * sizeof(REAL));
+                a = row;
+            }
+            const FN(vec) left = *(const FN(vec) *)a;
+            *(FN(vec) *)sums[THIN] += left;
+            for (long d = 0; d < D; d++) *(FN(vec) *)sums[d] += left * xs[k * D + d];
+        }
+        for (long j = 0; j < columns; j++) {
+            if (total) total[n + j] += sums[THIN][j];
+            for (long d = 0; d < D; d++) dweight[(n + j) * D + d] += sums[d][j];
         }
     }
 }
 
+/* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
+static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
+    const Call *call = work->call;
+    const long K = (chunk->last - chunk->first) * work->batch, D = work->inputs, few = D <= THIN;
+    const REAL *inputs = (const REAL *)call->xs + chunk->first * work->batch * D;
+    FN(thin)(from, to, N, K, few ? D : 0, chunk->dinput, inputs, call->dweight_ih, call->dbias_ih);
+    if (!few) FN(accumulate)(from, to, N, K, D, chunk->dinput, xs, call->dweight_ih);
+    if (call->dbias_hh) FN(thin)(from, to, N, K, 0, chunk->drecurrent, NULL, NULL, call->dbias_hh);
+    FN(accumulate)(from, to, N, K, work->hidden, chunk->drecurrent, hs, call->dweight_hh);
+}
+
 static int FN(backward)(const Work *work, long N) {
     const long B = work->batch, D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
-    const long threads = work->threads, rows_wide = FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
-    const size_t each = FN(space_size)(H, N), many = (size_t)(steps * B);
+    const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
+    const long group = FN(together)(work, N, blocks), items = (blocks + group - 1) / group;
+    const size_t each = FN(space_size)(group * BLOCK_ROWS, H, N), many = (size_t)(steps * B);
     const size_t weights = (work->call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (work->call->dxs ? FN(packed_size)(N, D) : 0);
     const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
@@ -483,10 +522,9 @@ static int FN(backward)(const Work *work, long N) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(dynamic, 1)
-            for (long b = 0; b < blocks; b++) {
-                const long row = atn_norms_block_start(B, b), rows = atn_norms_block_start(B, b + 1) - row;
-                FN(backward_block)(work, &chunk, b, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), H, N));
-            }
+            for (long i = 0; i < items; i++)
+                FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks,
+                                   FN(space)(at + each * (size_t)atn_norms_thread(), group * BLOCK_ROWS, H, N));
 #pragma omp for schedule(dynamic, 1)
             for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
                 if (p < rows_wide) {

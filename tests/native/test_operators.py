@@ -1,0 +1,147 @@
+"""The operators as torch sees them: schema, fakes, compilation; and memory that nobody has written."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.compare import compare
+from tests.laws.cases import leaves, level
+from tests.native.cases import CELLS, EXACT, NORMS, Outcome, Pair, agree, functional, needs_kernels, outcome
+
+pytestmark = needs_kernels
+
+PAIRS = [
+    Pair("lstm", "layer", "4", ragged=True, before=2),
+    Pair("gru", "rms", "cumulative", per_gate=True, dtype=torch.float32),
+    Pair("tanh", "shifted", "exponential", before=3, options={"bias": False}),
+    Pair("relu", "ih", "1", inputs=66, dtype=torch.float32),
+    Pair("lstm", "c", "2", batch=1, steps=1, ragged=True),
+]
+
+
+class Recorded(TorchDispatchMode):
+    """Remembers the arguments of every call of one of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "atn_norms":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.cell}-{pair.norm}-{pair.window}")
+@pytest.mark.parametrize("training", [True, False])
+def test_opcheck(pair, training):
+    with Recorded() as recorded, torch.set_grad_enabled(training):
+        ys, _ = pair.layer("native").unroll(pair.xs(), pair.state(), pair.lengths())
+        if training:
+            ys.square().sum().backward()
+    assert [func.overloadpacket for func, _ in recorded.calls] == [
+        torch.ops.atn_norms.recurrent,
+        torch.ops.atn_norms.recurrent_backward,
+    ][: 1 + training]
+    for func, args in recorded.calls:
+        differentiable = training and func.overloadpacket is torch.ops.atn_norms.recurrent
+
+        def fresh(arg, differentiable=differentiable):
+            if isinstance(arg, (list, tuple)):
+                return [fresh(each) for each in arg]
+            return (
+                arg.detach().clone().requires_grad_(differentiable and arg.is_floating_point())
+                if isinstance(arg, torch.Tensor)
+                else arg
+            )
+
+        found = torch.library.opcheck(func, tuple(fresh(arg) for arg in args))
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize(("cell", "both"), [("lstm", False), ("gru", True), ("tanh", False)])
+def test_compiled_without_a_graph_break(cell, both):
+    """Inference and training, one and more layers, a given hidden state, and sequences of other lengths."""
+    torch._dynamo.reset()
+    options = {"window": 3, "num_layers": 1 + both, "bidirectional": both}
+    pair = Pair(cell, batch=3, steps=9, dtype=torch.float32, options=options)
+    layer, hidden = pair.layer("native"), None
+    compiled = torch.compile(layer, fullgraph=True, backend="eager" if both else "aot_eager")
+    for steps in (4, 9):
+        for training in (False, True):
+            results = []
+            for run in (compiled, layer):
+                xs = pair.xs()[:steps].requires_grad_(training)
+                with torch.set_grad_enabled(training):
+                    ys, last = run(xs, hidden)
+                wanted = [xs, *layer.parameters()]
+                found = torch.autograd.grad(functional([ys, *leaves(last)]), wanted) if training else []
+                results.append((ys, last, found))
+            # the same operator on the same numbers; sums around it (of two directions) may be taken in another order
+            compare(results[0][:2], results[1][:2], tolerance=0)
+            compare(results[0][2], results[1][2], tolerance=1e-6, scale=level(*results[1][2]))
+        hidden = tuple(h.detach() for h in last) if cell == "lstm" else last.detach()
+
+
+def test_a_compiled_stream_goes_on_from_its_state():
+    torch._dynamo.reset()
+    pair = Pair("lstm", batch=2, steps=8, dtype=torch.float32)
+    layer, state = pair.layer("native"), None
+    _, state = layer.unroll(pair.xs()[:2])
+    step, parts = torch.compile(layer.unroll, fullgraph=True, backend="aot_eager"), []
+    with torch.no_grad():
+        for x in pair.xs()[2:].split(1):
+            ys, state = step(x, state)
+            parts.append(ys)
+    compare(torch.cat(parts), layer.unroll(pair.xs())[0][2:], tolerance=1e-6)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every tensor that is allocated without content is full of NaN."""
+
+    def spoiled(make):
+        def allocate(*args, **options):
+            made = make(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return allocate
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "empty_strided")):
+        monkeypatch.setattr(owner, name, spoiled(getattr(owner, name)))
+    assert torch.ones(3).new_empty(2).isnan().all() and torch.empty(2).isnan().all()
+
+
+@pytest.mark.parametrize("window", ["1", "4", "100", "cumulative", "exponential"])
+@pytest.mark.parametrize("norm", [name for name in NORMS if name != "c"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_reads_what_nobody_wrote(cell, norm, window, poisoned):
+    for ragged, before, inputs in ((False, None, 3), (True, 2, 66)):
+        pair = Pair(cell, norm, window, 17, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
+        given = pair.xs(), pair.state(), pair.lengths()
+        found = outcome(pair.layer("native"), *given)
+        assert all(torch.isfinite(tensor).all() for tensor in (found.ys, *found.state, *found.gradients))
+
+
+def test_poison_changes_nothing(monkeypatch, request):
+    clean: list[Outcome] = []
+    for turn in range(2):
+        if turn:
+            request.getfixturevalue("poisoned")
+        for place, pair in enumerate(PAIRS):
+            found = outcome(pair.layer("native"), pair.xs(), pair.state(), pair.lengths())
+            clean.append(found)
+            if turn:
+                agree(found, clean[place], 0)
+
+
+def test_without_a_graph_nothing_is_kept():
+    """Inference gives the numbers of training, and its results hold no graph."""
+    for pair in PAIRS:
+        layer, given = pair.layer("native"), (pair.xs(), pair.state(), pair.lengths())
+        ys, after = layer.unroll(*given)
+        with torch.no_grad():
+            quiet, state = layer.unroll(*given)
+        assert ys.requires_grad and not any(leaf.requires_grad for leaf in [quiet, *leaves(state)])
+        compare(quiet, ys, tolerance=EXACT if pair.dtype == torch.float64 else 1e-6)
+        compare(leaves(state), leaves(after), tolerance=EXACT if pair.dtype == torch.float64 else 1e-6)

@@ -1,0 +1,177 @@
+"""What the native backend does not run, in its own words; and that `auto` takes it wherever it does."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+
+import atn_norms as an
+from atn_norms.backends import choose
+from atn_norms.cells import CellWeights, GRUEquations
+from tests.native.cases import CELLS, NORMS, RMS_SHIFTED, WINDOWS, needs_kernels
+
+pytestmark = needs_kernels
+
+
+class Halved(an.LayerNorm):
+    """A subclass that computes something else than what the base class declares of itself."""
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return super().normalize(x, pooled) / 2
+
+
+class HalvedSpec(an.NormSpec):
+    kind: Literal["halved"] = "halved"
+
+    def build(self, features: int) -> an.Normalizer:
+        return Halved(features)
+
+
+class Foreign(an.Normalizer):
+    """A normalizer that says nothing of itself."""
+
+    def measure(self, x: Any) -> Any:
+        return an.Moments.of(x)
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x - pooled.mean
+
+
+class ForeignSpec(an.NormSpec):
+    kind: Literal["foreign"] = "foreign"
+
+    def build(self, features: int) -> an.Normalizer:
+        return Foreign()
+
+
+class Lately(an.Sliding):
+    """A subclass of a window that may count anything."""
+
+
+class LatelySpec(an.WindowSpec):
+    kind: Literal["lately"] = "lately"
+
+    def build(self) -> an.Window:
+        return Lately(3)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "joint sum": (
+        lambda: an.LSTM(2, 3, norm="layer", placement={"sum": "joint"}),
+        "it runs the default placement (sums separate, cell state carried raw) only",
+    ),
+    "normed carry": (
+        lambda: an.LSTM(2, 3, norm="layer", placement={"carry": "normed"}),
+        "it runs the default placement (sums separate, cell state carried raw) only",
+    ),
+    "projection": (lambda: an.LSTM(2, 3, norm="layer", proj_size=2), "it has no projection (proj_size)"),
+    "a normalizer that declares nothing": (
+        lambda: an.GRU(2, 3, norm=ForeignSpec()),
+        "the norm at ih (Foreign) is not declared as moments over features",
+    ),
+    "a subclass that normalizes otherwise": (
+        lambda: an.RNN(2, 3, norm={"sites": {"hh": HalvedSpec()}}),
+        "the norm at hh (Halved) is not declared as moments over features",
+    ),
+    "gates that differ": (
+        lambda: changed_gate(an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"})),
+        "the norm at ih (PerGate) is not declared as moments over features",
+    ),
+    "a window of another class": (
+        lambda: an.GRU(2, 3, norm="layer", window=LatelySpec()),
+        "it has no kernel for the window Lately(steps=3) at ih",
+    ),
+    "no norm": (lambda: an.RNN(2, 3), "it runs normed cells only"),
+    "half precision": (
+        lambda: an.LSTM(2, 3, norm="layer", dtype=torch.bfloat16),
+        "it runs float32 and float64, and the layer is torch.bfloat16",
+    ),
+    "another device": (
+        lambda: an.LSTM(2, 3, norm="layer", device="meta"),
+        "it runs on the CPU, and the layer is on meta",
+    ),
+}
+
+
+def changed_gate(layer: Any) -> Any:
+    layer.norm_ih_l0.gates[1].eps = 1e-3
+    return layer
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_says_why(case):
+    make, sentence = REFUSED[case]
+    layer = make()
+    assert f"  native: refuses: {sentence}" in an.explain(layer).splitlines()
+    weights = layer._weights(layer._suffixes[0])
+    with pytest.raises(ValueError, match="'native' cannot run this layer") as caught:
+        choose("native", layer.cell, weights)
+    assert str(caught.value) == f"backend: 'native' cannot run this layer: {sentence}"
+    assert choose("auto", layer.cell, weights).name in ("reference", "torch")
+
+
+def test_a_layer_that_is_asked_for_it_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match=r"'native' cannot run this layer: it has no projection \(proj_size\)"):
+        an.LSTM(2, 3, norm="layer", proj_size=1, backend="native")
+
+
+def test_batch_statistics_are_run_or_refused_with_a_reason():
+    layer = an.GRU(2, 3, norm="batch")
+    weights = layer._weights("_l0")
+    chosen = choose("auto", layer.cell, weights).name
+    if chosen != "native":
+        assert "the norm at ih (BatchNorm) is not declared as moments over features" in an.explain(layer)
+
+
+def test_a_subclass_of_a_cell_is_refused():
+    class Other(GRUEquations):
+        """Equations of its own."""
+
+    layer = an.GRU(2, 3, norm="layer")
+    weights = layer._weights("_l0")
+    with pytest.raises(ValueError, match="'native' cannot run this layer: it has no kernel for Other"):
+        choose("native", Other(3, layer.cell.placement), CellWeights(weights.tensors, weights.norms))
+
+
+def test_more_groups_than_the_kernels_hold_are_refused():
+    class Grouped(an.LayerNorm):
+        """One statement for each feature."""
+
+        def measure(self, x: Any) -> Any:
+            return an.Moments(x.double(), torch.zeros_like(x.double()))
+
+        def feature_moments(self) -> Any:
+            groups = self.features
+            return type(super().feature_moments())(groups, True, self.eps, self.weight, self.bias)
+
+    class GroupedSpec(an.NormSpec):
+        kind: Literal["grouped"] = "grouped"
+
+        def build(self, features: int) -> an.Normalizer:
+            return Grouped(features)
+
+    assert "could run it too" in an.explain(an.RNN(2, 64, norm=GroupedSpec(), backend="reference"))
+    layer = an.RNN(2, 65, norm=GroupedSpec())
+    assert "the norm at ih has 65 groups, and it takes at most 64" in an.explain(layer)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_auto_takes_what_is_not_refused(cell, norm, window):
+    if norm == "c" and cell != "lstm":
+        return
+    make, own = CELLS[cell]
+    layer = make(2, 3, num_layers=2, bidirectional=True, norm=NORMS[norm], window=WINDOWS[window], **own)
+    assert an.explain(layer).count("backend 'native'") == 4
+    assert "reference: could run it too" in an.explain(layer)
+
+
+def test_auto_takes_it_per_gate_and_in_another_type_after_a_move():
+    layer = an.LSTM(2, 3, norm=RMS_SHIFTED, placement={"gates": "per_gate"})
+    assert "backend 'native'" in an.explain(layer)
+    layer.to(torch.float16)
+    assert "backend 'reference'" in an.explain(layer)
+    layer.to(torch.float64)
+    assert "backend 'native'" in an.explain(layer)
