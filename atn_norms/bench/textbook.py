@@ -52,7 +52,7 @@ class Textbook(nn.Module):
     def normed(self, site: str, a: Tensor, past: dict[str, tuple[Tensor, ...]]) -> Tensor:
         """Normalize pre-activations `a` `[B, D]` over the features of the last k steps."""
         norm = self.sites[site]
-        steps = (*past[site], a)[-self.window :]
+        steps = (*past[site], a)
         past[site] = steps[1:] if len(steps) == self.window else steps
         stack = torch.stack(steps)  # [m, B, D]
         if isinstance(norm, RMSNorm):

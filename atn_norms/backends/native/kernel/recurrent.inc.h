@@ -214,24 +214,19 @@ static void FN(denormalize)(const Line *site, long lane, const REAL *restrict x,
         const FN(Affine) a = FN(affine)(site, lane + g);
         const double scale = 1.0 / sqrt(site->v[lane + g] + site->eps);
         double first[SUMS] = {0}, second[SUMS] = {0};
-        for (long from = g * width; from < (g + 1) * width; from += SUMS) {
-            const long many = (g + 1) * width - from < SUMS ? (g + 1) * width - from : SUMS;
-            const REAL *restrict xs = x + from;
-            REAL *restrict ys = dy + from, *restrict gs = dgain + from, *restrict ss = dshift + from;
-#define EACH                                                                        \
-    const REAL normal = ((xs[j] - a.high) - a.low) * a.scale, w = ys[j] * gain[from + j]; \
-    gs[j] += ys[j] * normal;                                                        \
-    ss[j] += ys[j];                                                                 \
-    ys[j] = w;                                                                      \
-    first[j] += (double)w;                                                          \
+        const long start = g * width, end = start + width, whole = start + width / SUMS * SUMS;
+#define EACH(i)                                                                         \
+    const REAL normal = ((x[i] - a.high) - a.low) * a.scale, d = dy[i], w = d * gain[i]; \
+    dgain[i] += d * normal;                                                             \
+    dshift[i] += d;                                                                     \
+    dy[i] = w;                                                                          \
+    first[j] += (double)w;                                                              \
     second[j] += (double)w * (double)normal;
-            if (many == SUMS)
+        for (long from = start; from < whole; from += SUMS)
 #pragma omp simd
-                for (long j = 0; j < SUMS; j++) { EACH }
-            else
-                for (long j = 0; j < many; j++) { EACH }
+            for (long j = 0; j < SUMS; j++) { EACH(from + j) }
+        for (long j = 0; whole + j < end; j++) { EACH(whole + j) }
 #undef EACH
-        }
         site->dmu[lane + g] += site->norm == NORM_MOMENTS ? -scale * FN(total)(first) : 0.0;
         site->dv[lane + g] += -0.5 * scale * scale * FN(total)(second);
     }
