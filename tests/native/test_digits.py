@@ -15,7 +15,7 @@ WIDTH = 21
 
 
 def both(pair, xs, state=None, dtype=torch.float32, prepare=None):
-    """Outputs, last hidden states and final state: native in `dtype`, and the reference in float64 on the same numbers."""
+    """Outputs, last hidden states and final state: native in `dtype`, the reference in float64 on the same numbers."""
     results = []
     for backend, kind in (("native", dtype), ("reference", torch.float64)):
         layer = pair.layer(backend, kind)
@@ -55,7 +55,7 @@ def normalization_alone(sign):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalization_keeps_its_digits_in_every_regime(dtype, regime, norm, window, sign):
-    """An offset of 1e4 beside deviations of 1e-2, a spike of 1e6 that leaves the window, constants, 1e-20, 1e30, drift."""
+    """1e4 with deviations of 1e-2, a spike of 1e6 that leaves the window, constants, 1e-20, 1e30, drift."""
     pair = Pair("relu", norm, window, WIDTH, 3, 24, WIDTH, dtype=dtype, options={"norm": {"sites": {"ih": norm}}})
     xs = sequence(regime, 7, (24, 3, WIDTH)).to(dtype)
     (ys, _, after), (expected, _, final) = both(pair, xs, dtype=dtype, prepare=normalization_alone(sign))
@@ -93,7 +93,7 @@ def test_gates_keep_their_digits(cell, silent):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_the_normed_cell_state_keeps_its_digits(norm):
-    """Forget gate and output gate 1, input gate 0: the cell state is the given one to the bit, whatever is made of it."""
+    """Forget and output gate 1, input gate 0: the cell state is the given one to the bit, whatever is made of it."""
 
     def prepare(layer):
         layer.weight_ih_l0.zero_()

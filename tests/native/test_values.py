@@ -102,3 +102,26 @@ def test_projected_inputs_kept_or_computed_twice(inputs):
     """On either side of the number of inputs up to which the way back computes the input products again."""
     for cell in CELLS:
         check(Pair(cell, inputs=inputs, hidden=5, batch=3, steps=6, ragged=True))
+
+
+LARGE = [("lstm", 190), ("gru", 215), ("relu", 365)]
+
+
+@pytest.mark.parametrize(("cell", "hidden"), LARGE)
+def test_recurrent_weights_too_large_to_stay_near(cell, hidden):
+    """More than a megabyte of them: several blocks of rows go through time together."""
+    check(Pair(cell, "layer", "4", hidden, batch=70, steps=4, inputs=5, ragged=True, before=3))
+
+
+@pytest.mark.parametrize(("cell", "hidden"), [*LARGE, ("lstm", 9), ("gru", 9)])
+def test_the_number_of_threads_changes_no_bit(cell, hidden):
+    pair = Pair(cell, "layer", "4", hidden, batch=70, steps=4, inputs=5, before=3)
+    given, results = (pair.xs(), pair.state()), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(outcome(pair.layer("native"), *given))
+    finally:
+        torch.set_num_threads(1)
+    for found in results[1:]:
+        agree(found, results[0], 0)

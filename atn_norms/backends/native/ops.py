@@ -106,7 +106,9 @@ def recurrent_backward(
     projected, products, cells, *timelines = kept
     dh, dc = dhn.clone(memory_format=torch.contiguous_format), dcn.clone(memory_format=torch.contiguous_format)
     dxs = torch.empty_like(xs, memory_format=torch.contiguous_format) if wants_xs else xs.new_empty(0)
-    dweight_ih, dweight_hh = (torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (weight_ih, weight_hh))
+    dweight_ih, dweight_hh = (
+        torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (weight_ih, weight_hh)
+    )
     dbias = xs.new_zeros(2, 0 if bias_ih is None else len(bias_ih))
     call.set(projected=projected, recurrent=products, cells=cells, output=ys.contiguous(), doutput=dys.contiguous())
     call.set(dh=dh, dc=dc, dxs=dxs, dweight_ih=dweight_ih, dweight_hh=dweight_hh, dbias_ih=dbias[0], dbias_hh=dbias[1])
@@ -263,12 +265,29 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         from atn_norms.backends.native.twice import differentiable_backward
 
         return differentiable_backward(
-            ctx.plan, (dys, dhn, dcn, dstates), (xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, states, lengths)
+            ctx.plan,
+            (dys, dhn, dcn, dstates),
+            (xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, states, lengths),
         )
     dys, dhn, dcn = (torch.zeros_like(a) if g is None else g for g, a in ((dys, ys), (dhn, h0), (dcn, c0)))
     dxs, dwi, dwh, dbi, dbh, dh0, dc0, *others = recurrent_backward(
-        dys, dhn, dcn, dstates, xs, weight_ih, weight_hh, bias_ih, h0, c0, affine, states, lengths, ys, kept,
-        ctx.plan, ctx.needs_input_grad[0],
+        dys,
+        dhn,
+        dcn,
+        dstates,
+        xs,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        h0,
+        c0,
+        affine,
+        states,
+        lengths,
+        ys,
+        kept,
+        ctx.plan,
+        ctx.needs_input_grad[0],
     )
     biases = (dbi, dbh) if bias_ih is not None else (None, None)
     dx = dxs if ctx.needs_input_grad[0] else None

@@ -1,0 +1,21 @@
+"""Normalizers: what a step measures of itself, and how a pooled statement normalizes it."""
+
+from atn_norms.normalizers.base import FeatureMoments, Normalizer, NormSpec, feature_moments, scanning
+from atn_norms.normalizers.batch import BatchNorm, BatchNormSpec
+from atn_norms.normalizers.features import LayerNorm, LayerNormSpec, RMSNorm, RMSNormSpec
+from atn_norms.normalizers.per_gate import PerGate
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormSpec",
+    "FeatureMoments",
+    "LayerNorm",
+    "LayerNormSpec",
+    "NormSpec",
+    "Normalizer",
+    "PerGate",
+    "RMSNorm",
+    "RMSNormSpec",
+    "feature_moments",
+    "scanning",
+]

@@ -1,0 +1,176 @@
+"""Batch normalization: statistics over the rows of a batch, and populations that stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from atn_norms.normalizers.base import Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.statistics import CountedMoments, Moments, promoted
+
+
+class BatchNorm(Normalizer):
+    r"""Centre and scale each feature by its mean and variance over batch and window; populations stand in later.
+
+    $$y = g \odot \frac{a - \mu}{\sqrt{v + \epsilon}} + b, \qquad
+    \hat\mu \leftarrow (1 - m)\,\hat\mu + m\,\mu, \qquad \hat v \leftarrow (1 - m)\,\hat v + m\,\tfrac{n}{n-1} v$$
+
+    Source: Ioffe, Szegedy, arXiv 1502.03167; in recurrent networks Cooijmans et al., arXiv 1603.09025, who keep one
+    population per time step and start the gain at 0.1; pooled over time: live rows of every step in the window, each
+    counting alike (derived). In training the window's own statistic is used and recorded: one update per scan, with
+    the mean over its live steps; or, with `max_steps`, one per step index below it. In evaluation the population is
+    used, nothing mixes rows, and steps later than any that was recorded reuse the last one.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `weight`, `bias` | gain g, starts at `initial_gain`; shift b, starts at 0 | `[D]` |
+    | `running_mean`, `running_var` | population, starts at 0 and 1 | `[D]`, or `[max_steps, D]` |
+    | `num_batches_tracked` | updates so far | `[]`, or `[max_steps]` |
+    | `momentum` | m in (0, 1]; None averages all updates alike | |
+    | n | live rows in the window | |
+
+    Errors: `ValueError` for a single row in training, as in torch.
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, BatchNorm
+    >>> norm = AssortedTime(BatchNorm(8), window=1)
+    >>> y, _ = norm.scan(torch.randn(5, 16, 8))
+    >>> y.mean(1).abs().max() < 1e-6
+    tensor(True)
+    """
+
+    couples_batch = True
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        max_steps: int | None = None,
+        initial_gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.features, self.eps = checked_features(features), checked_eps(eps)
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum: {momentum}; allowed: a number in (0, 1], or None for the mean of all updates")
+        if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+            raise ValueError(f"max_steps: {max_steps}; allowed: an integer of at least 1, or None for one population")
+        self.momentum, self.max_steps, self.initial_gain = momentum, max_steps, initial_gain
+        self.weight = nn.Parameter(torch.empty(features))
+        self.bias = nn.Parameter(torch.empty(features))
+        steps = () if max_steps is None else (max_steps,)
+        self.register_buffer("running_mean", torch.empty(*steps, features))
+        self.register_buffer("running_var", torch.empty(*steps, features))
+        self.register_buffer("num_batches_tracked", torch.empty(steps, dtype=torch.int64))
+        self._records: list[tuple[CountedMoments, Tensor]] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain `initial_gain`, shift 0, and a population of mean 0 and variance 1."""
+        nn.init.constant_(self.weight, self.initial_gain)
+        nn.init.zeros_(self.bias)
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def measure(self, x: Tensor) -> CountedMoments:
+        if self.training and x.ndim > 1 and x.shape[-2] == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {list(x.shape)}; "
+                f"allowed: a batch of at least 2 rows, or evaluation mode"
+            )
+        rows = promoted(x)
+        return CountedMoments(rows, torch.zeros_like(rows), torch.ones_like(rows[..., :1]))
+
+    def normalize(self, x: Tensor, pooled: Moments | CountedMoments) -> Tensor:
+        return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
+
+    def population(self, pooled: CountedMoments, step: Tensor) -> Moments | CountedMoments:
+        if self.training:
+            with torch.no_grad():
+                record = CountedMoments(*(leaf.detach() for leaf in pooled)), step
+                if self._records is None:
+                    self._update([record])
+                else:
+                    self._records.append(record)
+            return pooled
+        mean, var = promoted(self.running_mean), promoted(self.running_var)
+        if self.max_steps is not None:
+            last = ((self.num_batches_tracked > 0).sum() - 1).clamp(min=0)
+            place = torch.minimum(step.clamp(min=0), last)
+            mean, var = mean[place], var[place]
+        return Moments(mean.expand(pooled.mean.shape), var.expand(pooled.var.shape))
+
+    @contextmanager
+    def scanning(self) -> Iterator[None]:
+        if self._records is not None:  # an outer scan commits
+            yield
+            return
+        self._records = []
+        try:
+            yield
+            with torch.no_grad():
+                self._update(self._records)
+        finally:
+            self._records = None
+
+    def _update(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
+        """Average the recorded steps of each slot of the population, and move the slot towards that average."""
+        if not records:
+            return
+        step = torch.cat([step.flatten() for _, step in records])
+        mean, var, count = (
+            torch.cat([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves])
+            for leaves in zip(*(pooled for pooled, _ in records), strict=True)
+        )
+        var = var * torch.where(count > 1, count / (count - 1), 1.0)
+        alive = step >= 0
+        slots = 1 if self.max_steps is None else self.max_steps
+        slot = torch.zeros_like(step) if self.max_steps is None else step
+        member = alive & (slot == torch.arange(slots, device=step.device).unsqueeze(1))  # [slots, recorded steps]
+        share = member.to(mean.dtype) / member.sum(1, keepdim=True).clamp(min=1)
+        touched = member.any(1)
+        tracked = self.num_batches_tracked.reshape(slots) + touched
+        updates = tracked.clamp(min=1).to(mean.dtype)
+        rate = 1.0 / updates if self.momentum is None else torch.full_like(updates, self.momentum)
+        rate = torch.where(touched, rate, 0.0).unsqueeze(1)
+        for running, leaf in ((self.running_mean, mean), (self.running_var, var)):
+            old = promoted(running).reshape(slots, -1)
+            new = share @ torch.where(alive.unsqueeze(1), leaf, 0.0)
+            running.copy_(torch.where(rate > 0, old + rate * (new - old), old).reshape(running.shape))
+        self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, momentum={self.momentum}, max_steps={self.max_steps}"
+
+
+class BatchNormSpec(NormSpec):
+    """Options of `BatchNorm`."""
+
+    kind: Literal["batch"] = "batch"
+    eps: float = Field(default=1e-5, ge=0, description="added to the variance, inside the root")
+    momentum: float | None = Field(
+        default=0.1, gt=0, le=1, description="weight of one update; null: mean of all updates"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="one population per step up to here; null: one for all"
+    )
+    initial_gain: float = Field(default=1.0, description="what the gain starts at (0.1 in arXiv 1603.09025)")
+
+    def build(self, features: int) -> BatchNorm:
+        return BatchNorm(
+            features,
+            eps=self.eps,
+            momentum=self.momentum,
+            max_steps=self.max_steps,
+            initial_gain=self.initial_gain,
+        )

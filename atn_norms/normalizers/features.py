@@ -1,0 +1,129 @@
+"""Normalizers over the features of a row: layer and RMS normalization."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from atn_norms.normalizers.base import FeatureMoments, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.statistics import Average, Moments, promoted
+
+
+class LayerNorm(Normalizer):
+    r"""Centre and scale by the pooled mean and variance over the features.
+
+    $$y = g \odot \frac{a - \mu}{\sqrt{v + \epsilon}} + b$$
+
+    Source: Ba, Kiros, Hinton, arXiv 1607.06450; pooled over time as in Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `weight` | gain g, starts at 1 | `[D]` |
+    | `bias` | shift b, starts at 0 | `[D]` |
+    | `eps` | added to the variance, inside the root; unit of the input squared | |
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, LayerNorm
+    >>> x = torch.randn(5, 2, 8, dtype=torch.float64)
+    >>> y, _ = AssortedTime(LayerNorm(8), window=1).scan(x)
+    >>> torch.allclose(y, torch.nn.functional.layer_norm(x, (8,)), atol=1e-12)
+    True
+    """
+
+    def __init__(self, features: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.features, self.eps = checked_features(features), checked_eps(eps)
+        self.weight = nn.Parameter(torch.empty(features))
+        self.bias = nn.Parameter(torch.empty(features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain 1, shift 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def measure(self, x: Tensor) -> Moments:
+        return Moments.of(x)
+
+    def normalize(self, x: Tensor, pooled: Moments) -> Tensor:
+        return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
+
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, True, self.eps, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}"
+
+
+class LayerNormSpec(NormSpec):
+    """Options of `LayerNorm`."""
+
+    kind: Literal["layer"] = "layer"
+    eps: float = Field(default=1e-5, ge=0, description="added to the variance, inside the root")
+
+    def build(self, features: int) -> LayerNorm:
+        return LayerNorm(features, eps=self.eps)
+
+
+class RMSNorm(Normalizer):
+    r"""Scale by the pooled root mean square over the features; nothing is centred.
+
+    $$y = g \odot \frac{a}{\sqrt{\overline{a^2} + \epsilon}} \; (+\, b)$$
+
+    Source: Zhang, Sennrich, arXiv 1910.07467; pooled over time: the mean square over window and features (derived).
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `weight` | gain g, starts at 1 | `[D]` |
+    | `bias` | shift b, starts at 0; None unless asked for | `[D]` |
+    | `eps` | added to the mean square, inside the root; unit of the input squared | |
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, RMSNorm
+    >>> x = torch.randn(5, 2, 8, dtype=torch.float64)
+    >>> y, _ = AssortedTime(RMSNorm(8), window=1).scan(x)
+    >>> torch.allclose(y, torch.nn.functional.rms_norm(x, (8,), eps=1e-5), atol=1e-12)
+    True
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = False) -> None:
+        super().__init__()
+        self.features, self.eps = checked_features(features), checked_eps(eps)
+        self.weight = nn.Parameter(torch.empty(features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(features)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gain 1, shift 0."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def measure(self, x: Tensor) -> Average:
+        return Average.of(promoted(x).square())
+
+    def normalize(self, x: Tensor, pooled: Average) -> Tensor:
+        y = x * torch.rsqrt(pooled.mean + self.eps) * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, False, self.eps, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, bias={self.bias is not None}"
+
+
+class RMSNormSpec(NormSpec):
+    """Options of `RMSNorm`."""
+
+    kind: Literal["rms"] = "rms"
+    eps: float = Field(default=1e-5, ge=0, description="added to the mean square, inside the root")
+    bias: bool = Field(default=False, description="whether to learn a shift too")
+
+    def build(self, features: int) -> RMSNorm:
+        return RMSNorm(features, eps=self.eps, bias=self.bias)

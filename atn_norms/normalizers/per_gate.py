@@ -1,0 +1,77 @@
+"""One normalizer for each gate of a site, as one normalizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.normalizers.base import FeatureMoments, Normalizer, feature_moments, scanning
+
+
+class PerGate(Normalizer):
+    """One normalizer for each gate of a site: the features are cut into equal blocks that never meet.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `gates` | G normalizers over D / G features each | |
+    | statistic | the gates' own statistics, stacked | leaves `[..., G, d]` |
+    """
+
+    def __init__(self, gates: Sequence[Normalizer]) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(gates)
+        self.couples_batch = gates[0].couples_batch
+
+    def measure(self, x: Tensor) -> Any:
+        return self._stack([gate.measure(part) for gate, part in self._parts(x)])
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return torch.cat([g.normalize(part, self._of(pooled, i)) for i, (g, part) in enumerate(self._parts(x))], -1)
+
+    def population(self, pooled: Any, step: Tensor) -> Any:
+        return self._stack([gate.population(self._of(pooled, i), step) for i, gate in enumerate(self._gates())])
+
+    @contextmanager
+    def scanning(self) -> Iterator[None]:
+        with scanning(self._gates()):
+            yield
+
+    def feature_moments(self) -> FeatureMoments | None:
+        every = [feature_moments(gate) for gate in self._gates()]
+        known = [moments for moments in every if moments is not None]
+        first = known[0] if known else None
+        if first is None or len(known) < len(every):
+            return None
+        if len({(m.groups, m.centred, m.eps, m.gain is None, m.shift is None) for m in known}) > 1:
+            return None
+        return FeatureMoments(
+            first.groups * len(known),
+            first.centred,
+            first.eps,
+            _joined([m.gain for m in known]),
+            _joined([m.shift for m in known]),
+            (len(known), *first.leaf),
+        )
+
+    def _gates(self) -> list[Normalizer]:
+        return [gate for gate in self.gates if isinstance(gate, Normalizer)]
+
+    def _parts(self, x: Tensor) -> Iterator[tuple[Normalizer, Tensor]]:
+        return zip(self._gates(), x.chunk(len(self.gates), -1), strict=True)
+
+    @staticmethod
+    def _stack(statistics: Sequence[Any]) -> Any:
+        return type(statistics[0])(*(torch.stack(leaves, -2) for leaves in zip(*statistics, strict=True)))
+
+    @staticmethod
+    def _of(pooled: Any, gate: int) -> Any:
+        return type(pooled)(*(leaf[..., gate, :] for leaf in pooled))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
