@@ -16,9 +16,9 @@ CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 PLACES = {"ih": 0, "hh": 1, "c": 2}
 CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
 
-# Arguments of both operators. xs [T, B, D]; weight_ih [N, D], weight_hh [N, H]; biases [N] or None; h0, c0 [B, H] (c0 of a
-# cell without one is empty); affine: gain and shift of every site that has them, in order; states: every site's leaves, in
-# order; lengths [B] or None; plan: `Plan.encode()`. N = gates * H.
+# Arguments of both operators, N = gates * H. xs [T, B, D]; weight_ih [N, D], weight_hh [N, H]; biases [N] or None; h0,
+# c0 [B, H] (c0 of a cell without one is empty); affine: gain and shift of every site that has them, in order; states:
+# every site's leaves, in order, or none where all are fresh; lengths [B] or None; plan: `Plan.encode()`.
 
 
 @torch.library.custom_op("atn_norms::recurrent", mutates_args=())
@@ -167,7 +167,7 @@ class _Call:
                 setattr(self.args, name, tensor.data_ptr())
 
     def site(self, plan: SitePlan, **tensors: Any) -> None:
-        """Fill in one norm site; a list of leaves (weights, then mean and variance, or a mean square) fills three places."""
+        """Fill in one norm site; a list is a state's leaves: weights, then mean and variance, or a mean square."""
         site = self.args.site[PLACES[plan.site]]
         site.norm, site.window = (1 if plan.centred else 2), (0 if plan.steps else 1)
         site.features, site.groups, site.prefix = plan.features, plan.groups, plan.prefix
@@ -215,8 +215,10 @@ def _call(
 
 
 def _kept(xs: Tensor, plan: Plan, hidden: int, inputs: int, keep: bool) -> list[Tensor]:
-    """Room for what the way back reads: projected inputs (unless few inputs make them cheap to compute again), recurrent
-    products, cell states; empty for what is not kept."""
+    """Room for what the way back reads: projected inputs, recurrent products, cell states; empty for what is not kept.
+
+    Few inputs are projected again on the way back, which costs less than keeping what became of them.
+    """
     rows = xs.shape[0] if keep else 0
     wide = (xs.shape[1], plan.gates * hidden)
     return [
