@@ -302,9 +302,10 @@ def explain(layer: CellHost) -> str:
     """Which backend runs each cell of a layer, and why the others do not.
 
     >>> import atn_norms as an
-    >>> print(an.explain(an.GRU(2, 4)))
+    >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
     GRU(2, 4, norm=none)
     cell _l0: backend 'torch'
+      native: refuses: ...
       reference: could run it too
     """
     if not isinstance(layer, CellHost):

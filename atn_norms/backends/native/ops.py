@@ -248,6 +248,7 @@ def _affine(plan: Plan, tensors: Sequence[Tensor], like: Tensor) -> list[tuple[T
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, states, lengths, plan, keep = inputs
+    ctx.set_materialize_grads(False)  # or zeros are made for everything that is kept
     if not keep:
         return
     following = sum(1 + site.leaves for site in Plan.decode(plan).sites)
