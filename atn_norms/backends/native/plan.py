@@ -58,7 +58,7 @@ class SitePlan:
 
     def doubles(self, steps: int, batch: int) -> int:
         """Length of the timeline: every statement of a sequence, own and pooled, and the prefix's weights."""
-        return self.prefix * batch + (2 * (self.prefix + steps) + 3 * steps) * batch * self.groups
+        return self.prefix * batch + (2 * (self.prefix + steps) + 4 * steps) * batch * self.groups
 
 
 @dataclass(frozen=True)

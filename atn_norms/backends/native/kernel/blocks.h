@@ -23,6 +23,7 @@ typedef struct {
     double *weight;          /* [prefix, B] weights of the prefix */
     double *mean, *var;      /* [prefix + T, L] own statements, the prefix first; a mean square is `var` */
     double *mu, *v, *share;  /* [T, L] pooled statements, and 1 / total weight of the window */
+    double *scale;           /* [T, L] 1 / sqrt(v + eps) */
     double *dmean, *dvar;    /* [prefix + T, L] gradient of own statements */
     double *dmu, *dv;        /* [T, L] gradient of pooled statements */
     double *carry;           /* [2, L] what a decaying window hands back in time */

@@ -11,8 +11,8 @@ static inline double FN(total)(const double *sums) {
     return all;
 }
 
-/* The pooled statement of step t: v = sum of shares * (own variance + (own mean - pooled mean)^2). */
-static void FN(pool)(const Line *site, long batch, long t, long from, long count) {
+/* The pooled statement of step t from lane `from` on: v = sum of shares * (own variance + (own mean - pooled mean)^2). */
+static void FN(pool_window)(const Line *site, long batch, long t, long from, long count) {
     const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
     double *restrict mu = site->mu + t * lanes + from, *restrict v = site->v + t * lanes + from;
     double *restrict share = site->share + t * lanes + from;
@@ -58,6 +58,16 @@ static void FN(pool)(const Line *site, long batch, long t, long from, long count
             for (long l = 0; l < count; l++) mean[l] /= total[l];
     }
     for (long l = 0; l < count; l++) { mu[l] = mean[l]; v[l] = spread[l] / total[l]; share[l] = 1.0 / total[l]; }
+}
+
+/* ... and what a deviation of it divides by. */
+static void FN(pool)(const Line *site, long batch, long t, long from, long count) {
+    FN(pool_window)(site, batch, t, from, count);
+    const double eps = site->eps;
+    const double *restrict v = site->v + t * batch * site->groups + from;
+    double *restrict scale = site->scale + t * batch * site->groups + from;
+#pragma omp simd
+    for (long l = 0; l < count; l++) scale[l] = 1.0 / sqrt(v[l] + eps);
 }
 
 /* Gradient of step t's own statement, from those of every pooled statement it is in: dmean and dvar, added to what the
@@ -132,16 +142,11 @@ static void FN(measure)(const Line *site, const REAL *restrict x, double *restri
                 first[j] += d;
                 second[j] += d * d;
             }
-        if (i < width) { /* the rest, filled up with what adds nothing */
-            REAL rest[SUMS];
-            for (long j = 0; j < SUMS; j++) rest[j] = (REAL)pivot;
-            memcpy(rest, x + i, (size_t)(width - i) * sizeof(REAL));
 #pragma omp simd
-            for (long j = 0; j < SUMS; j++) {
-                const double d = (double)rest[j] - pivot;
-                first[j] += d;
-                second[j] += d * d;
-            }
+        for (long j = 0; j < width - i; j++) {
+            const double d = (double)x[i + j] - pivot;
+            first[j] += d;
+            second[j] += d * d;
         }
         const double offset = FN(total)(first) / (double)width, square = FN(total)(second) / (double)width;
         const double spread = square - (site->norm == NORM_MOMENTS ? offset * offset : 0.0);

@@ -24,7 +24,7 @@ static inline FN(Affine) FN(affine)(const Line *site, long lane) {
         const double mu = site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0;
         a.high = (REAL)mu;
         a.low = (REAL)(mu - (double)a.high);
-        a.scale = (REAL)(1.0 / sqrt(site->v[lane] + site->eps));
+        a.scale = (REAL)site->scale[lane];
     }
     return a;
 }
@@ -52,8 +52,17 @@ static void FN(normed)(const Line *site, long lane, const REAL *restrict x, REAL
    odd ones to be done one by one. What the filling computes is finite and never read. */
 static inline long FN(padded)(long H) { return (H + VL - 1) / VL * VL; }
 
-/* Pre-activations of `gates` gates of one row: N_ih(x) + N_hh(u), in one pass where each gate has one statement; each gate's
-   part of `out` has padded length. `spare` holds twice all gates. */
+/* How far apart the gates of a row of combined pre-activations lie: side by side where one statement serves all of them, so
+   that they are one stretch of numbers; what is computed for a gate's filling then comes from the next gate. */
+static inline int FN(one_stretch)(const Work *work) {
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
+    return ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->groups == 1 && hh->groups == 1;
+}
+
+static inline long FN(stride)(const Work *work) { return FN(one_stretch)(work) ? work->hidden : FN(padded)(work->hidden); }
+
+/* Pre-activations of `gates` gates of one row: N_ih(x) + N_hh(u), in one pass where each gate has one statement; gates lie
+   `stride` apart in `out`. `spare` holds twice all gates. */
 static void FN(combined)(const Work *work, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
                          REAL *restrict spare) {
     const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
@@ -70,6 +79,13 @@ static void FN(combined)(const Work *work, long t, long row, long gates, const R
         return;
     }
     const REAL *restrict gx = ih->gain, *restrict gu = hh->gain, *restrict sx = ih->shift, *restrict su = hh->shift;
+    if (FN(one_stretch)(work)) {
+        const FN(Affine) a = FN(affine)(ih, lane_x), b = FN(affine)(hh, lane_u);
+#pragma omp simd
+        for (long j = 0; j < gates * H; j++)
+            out[j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
+        return;
+    }
     for (long g = 0; g < gates; g++) {
         const FN(Affine) a = FN(affine)(ih, lane_x + (ih->groups == 1 ? 0 : g)), b = FN(affine)(hh, lane_u + (hh->groups == 1 ? 0 : g));
 #pragma omp simd
@@ -118,19 +134,19 @@ typedef struct { REAL *panels, *bias; } FN(Packed);
 
 /* One step of one row, from its pre-activations: the new h, or for an LSTM the new c and, in the place of the output gate, one
    over it. Rows of work space throughout. */
-static void FN(step_row)(int cell, long P, REAL *restrict z, const REAL *restrict xn, const REAL *restrict un, const REAL *restrict old,
+static void FN(step_row)(int cell, long P, long S, REAL *restrict z, const REAL *restrict xn, const REAL *restrict un, const REAL *restrict old,
                          REAL *restrict out) {
     if (cell == CELL_LSTM)
 #pragma omp simd
         for (long j = 0; j < P; j++) {
-            const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[P + j]), g = FN(small_exp)(z[2 * P + j]);
+            const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[S + j]), g = FN(small_exp)(z[2 * S + j]);
             out[j] = old[j] / f + ((REAL)1 - g) / (i * ((REAL)1 + g));
-            z[3 * P + j] = (REAL)1 + FN(exp)(-z[3 * P + j]);
+            z[3 * S + j] = (REAL)1 + FN(exp)(-z[3 * S + j]);
         }
     else if (cell == CELL_GRU)
 #pragma omp simd
         for (long j = 0; j < P; j++) {
-            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[P + j]), n = FN(tanh)(xn[j] + reset * un[j]);
+            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[S + j]), n = FN(tanh)(xn[j] + reset * un[j]);
             out[j] = ((REAL)1 - keep) * n + keep * old[j];
         }
     else if (cell == CELL_RNN_TANH)
@@ -150,7 +166,7 @@ static inline int FN(alive)(const Work *work, long t, long row) { return work->c
 
 static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H);
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H), S = FN(stride)(work);
     const int cell = work->cell;
     const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
     const size_t row_bytes = (size_t)H * sizeof(REAL);
@@ -171,7 +187,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
             REAL *z = space.gates + r * 4 * P, *next = space.hidden + r * P;
             FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
             if (cell == CELL_GRU) FN(candidate)(work, t, row + r, x, u, space.narrow, space.narrow + P);
-            FN(step_row)(cell, P, z, space.narrow, space.narrow + P, (cell == CELL_LSTM ? c : h) + r * P, next);
+            FN(step_row)(cell, P, S, z, space.narrow, space.narrow + P, (cell == CELL_LSTM ? c : h) + r * P, next);
             if (cell == CELL_LSTM) continue;
             if (FN(alive)(work, t, row + r)) {
                 memcpy(h + r * P, next, row_bytes);
@@ -182,7 +198,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
         if (cell != CELL_LSTM) continue;
         FN(state)(sc, work, t, row, rows, space.hidden, P);
         for (long r = 0; r < rows; r++) {
-            const REAL *restrict gate = space.gates + r * 4 * P + 3 * P;
+            const REAL *restrict gate = space.gates + r * 4 * P + 3 * S;
             REAL *restrict y = space.narrow, *restrict cr = c + r * P, *restrict hr = h + r * P;
             const int alive = FN(alive)(work, t, row + r);
             if (alive) memcpy(cr, space.hidden + r * P, row_bytes);
@@ -212,7 +228,7 @@ static void FN(denormalize)(const Line *site, long lane, const REAL *restrict x,
     const REAL *restrict gain = site->gain;
     for (long g = 0; g < site->groups; g++) {
         const FN(Affine) a = FN(affine)(site, lane + g);
-        const double scale = 1.0 / sqrt(site->v[lane + g] + site->eps);
+        const double scale = site->scale[lane + g];
         double first[SUMS] = {0}, second[SUMS] = {0};
         const long start = g * width, end = start + width, whole = start + width / SUMS * SUMS;
 #define EACH(i)                                                                         \
@@ -238,7 +254,7 @@ static void FN(unmeasure)(const Line *site, long lane, long own, const REAL *res
     for (long g = 0; g < site->groups; g++) {
         const double mean = site->norm == NORM_MOMENTS ? site->mean[own + g] : 0.0;
         const REAL high = (REAL)mean, low = (REAL)(mean - (double)high);
-        const REAL scale = (REAL)(1.0 / sqrt(site->v[lane + g] + site->eps));
+        const REAL scale = (REAL)site->scale[lane + g];
         const REAL slope = (REAL)(2.0 * site->dvar[own + g] / (double)width);
         const REAL level = site->norm == NORM_MOMENTS ? (REAL)(site->dmean[own + g] / (double)width) : (REAL)0;
 #pragma omp simd
@@ -283,12 +299,12 @@ static void FN(site_backward)(const Line *site, const Work *work, long first, lo
 
 /* Back through the gates of one row of a GRU or an RNN: what reaches the two products (d of the input's, e of the recurrent
    one's; apart in a GRU's candidate only), and in `back` what reaches the old h past them. Rows of work space throughout. */
-static void FN(step_row_back)(int cell, long P, const REAL *restrict z, const REAL *restrict xn, const REAL *restrict un,
+static void FN(step_row_back)(int cell, long P, long S, const REAL *restrict z, const REAL *restrict xn, const REAL *restrict un,
                               const REAL *restrict old, const REAL *restrict g, REAL *restrict d, REAL *restrict e, REAL *restrict back) {
     if (cell == CELL_GRU)
 #pragma omp simd
         for (long j = 0; j < P; j++) {
-            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[P + j]), n = FN(tanh)(xn[j] + reset * un[j]);
+            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[S + j]), n = FN(tanh)(xn[j] + reset * un[j]);
             const REAL dn = g[j] * ((REAL)1 - keep) * ((REAL)1 - n * n), dr = dn * un[j] * reset * ((REAL)1 - reset);
             const REAL dz = g[j] * (old[j] - n) * keep * ((REAL)1 - keep);
             d[j] = e[j] = dr;
@@ -311,7 +327,7 @@ static void FN(step_row_back)(int cell, long P, const REAL *restrict z, const RE
 static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space) {
     const Call *call = work->call;
     const long row = atn_norms_block_start(work->batch, first), rows = atn_norms_block_start(work->batch, last) - row;
-    const long B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H);
+    const long B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H), S = FN(stride)(work);
     const int cell = work->cell;
     const long gates = cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1, N = gates * H;
     const size_t row_bytes = (size_t)H * sizeof(REAL);
@@ -344,8 +360,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                 FN(normed)(sc, FN(lane)(sc, work, t, row + r), cells + r * H, y, H);
 #pragma omp simd
                 for (long j = 0; j < P; j++) {
-                    const REAL o = FN(sigmoid)(z[3 * P + j]), s = FN(tanh)(y[j]);
-                    z[3 * P + j] = g[j] * s * o * ((REAL)1 - o);
+                    const REAL o = FN(sigmoid)(z[3 * S + j]), s = FN(tanh)(y[j]);
+                    z[3 * S + j] = g[j] * s * o * ((REAL)1 - o);
                     back[j] = g[j] * o * ((REAL)1 - s * s);
                 }
                 continue;
@@ -353,7 +369,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             REAL *old = space.narrow + 4 * P, *d = space.wide, *e = space.wide + 4 * P;
             if (cell == CELL_GRU) FN(candidate)(work, t, row + r, in + r * N, recurrent + r * N, y, space.narrow + 2 * P);
             memcpy(old, before + r * H, row_bytes);
-            FN(step_row_back)(cell, P, z, y, space.narrow + 2 * P, old, g, d, e, back);
+            FN(step_row_back)(cell, P, S, z, y, space.narrow + 2 * P, old, g, d, e, back);
             FN(spread)(gates, H, P, H, d, din + r * N);
             FN(spread)(gates, H, P, H, e, drec + r * N);
         }
@@ -361,18 +377,20 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             FN(site_backward)(sc, work, first, last, t, cells, H, space.hidden, space.hidden, P, space.column);
             for (long r = 0; r < rows; r++) {
                 if (!FN(alive)(work, t, row + r)) continue;
-                REAL *restrict z = space.gates + r * 4 * P, *restrict dcr = dc + r * P, *restrict old = space.narrow;
+                const REAL *restrict z = space.gates + r * 4 * P;
+                REAL *restrict dz = space.wide, *restrict dcr = dc + r * P, *restrict old = space.narrow;
                 const REAL *restrict back = space.hidden + r * P;
                 memcpy(old, before + r * H, row_bytes);
 #pragma omp simd
                 for (long j = 0; j < P; j++) {
-                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[P + j]), g = FN(tanh)(z[2 * P + j]), dcell = dcr[j] + back[j];
-                    z[j] = dcell * g * i * ((REAL)1 - i);
-                    z[P + j] = dcell * old[j] * f * ((REAL)1 - f);
-                    z[2 * P + j] = dcell * i * ((REAL)1 - g * g);
+                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[S + j]), g = FN(tanh)(z[2 * S + j]), dcell = dcr[j] + back[j];
+                    dz[j] = dcell * g * i * ((REAL)1 - i);
+                    dz[P + j] = dcell * old[j] * f * ((REAL)1 - f);
+                    dz[2 * P + j] = dcell * i * ((REAL)1 - g * g);
                     dcr[j] = dcell * f;
                 }
-                FN(spread)(4, H, P, H, z, din + r * N);
+                FN(spread)(3, H, P, H, dz, din + r * N);
+                memcpy(din + r * N + 3 * H, z + 3 * S, row_bytes);
                 memcpy(drec + r * N, din + r * N, (size_t)N * sizeof(REAL));
             }
         }

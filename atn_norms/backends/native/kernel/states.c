@@ -6,7 +6,7 @@
 #include "blocks.h"
 
 int64_t atn_norms_timeline(int64_t prefix, int64_t steps, int64_t batch, int64_t groups) {
-    return prefix * batch + 2 * (prefix + steps) * batch * groups + 3 * steps * batch * groups;
+    return prefix * batch + 2 * (prefix + steps) * batch * groups + 4 * steps * batch * groups;
 }
 
 static int64_t live(const Work *work, int64_t row) { return work->call->lengths ? work->call->lengths[row] : work->steps; }
@@ -50,6 +50,7 @@ static void lay_out(Work *work, Line *line, const Site *site) {
     line->mu = line->var + own;
     line->v = line->mu + pooled;
     line->share = line->v + pooled;
+    line->scale = line->share + pooled;
 }
 
 /* What is asked of the state that follows, put where the statements it is made of lie. */
