@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.statistics import Statistic, statistics_dtype
-from atn_norms.trees import Tree, outline, rows, tree_leaves, tree_map
+from atn_norms.trees import Leaf, Tree, checked_state, rows
 from atn_norms.windows import Sliding, Window
 
 
@@ -33,37 +33,36 @@ class OverTime:
 
     def step(self, x: Tensor, state: Tree | None = None, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Normalize one step; return it with the state to pass to the next."""
-        if x.ndim < 2:
-            raise ValueError(f"x: shape {list(x.shape)}; allowed: [batch, ..., features]")
-        index, memory = self._fitting(self.initial(x) if state is None else state, x.shape[0])
+        self._check(x, "x", ("batch",))
         if alive is not None:
-            x = masked(x, alive)
+            x = masked(x, checked_alive(alive, x))
         now, weight = self._stated(x, self._weights(x, x.shape[:1], alive), 0)
+        index, memory = self.initial(x) if state is None else self._fitting(state, now)
         pooled, memory = self.window.push(now, weight, memory)
         live = weight > 0
         pooled = self.normalizer.population(pooled, torch.where(live, index, -1))
-        y = self.normalizer.normalize(x, pooled).to(x.dtype)
+        y = self._normalized(x, pooled)
         return y if alive is None else masked(y, alive), (index + live, memory)
 
     def scan(
         self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tree]:
         """Normalize T steps, time first; the same as `step` T times, and the state after the last."""
-        if xs.ndim < 3:
-            raise ValueError(f"xs: shape {list(xs.shape)}; allowed: [time, batch, ..., features]")
+        self._check(xs, "xs", ("time", "batch"))
         if xs.shape[0] == 0:
             raise ValueError(f"xs: shape {list(xs.shape)}; allowed: at least one time step")
-        index, memory = self._fitting(self.initial(xs[0]) if state is None else state, xs.shape[1])
         alive = None if lengths is None else alive_steps(lengths, xs)
         if alive is not None:
             xs = masked(xs, alive)
         steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], alive), 1)
+        first = type(steps)(*(leaf[0] for leaf in steps))
+        index, memory = self.initial(xs[0]) if state is None else self._fitting(state, first)
         with scanning([self.normalizer]):
             pooled, memory = self.window.scan(steps, weights, memory)
             live = weights > 0
             count = live.cumsum(0)
             pooled = self.normalizer.population(pooled, torch.where(live, index + count - 1, -1))
-        ys = self.normalizer.normalize(xs, pooled).to(xs.dtype)
+        ys = self._normalized(xs, pooled)
         return ys if alive is None else masked(ys, alive), (index + count[-1], memory)
 
     def _weights(self, x: Tensor, shape: torch.Size, alive: Tensor | None) -> Tensor:
@@ -73,22 +72,44 @@ class OverTime:
     def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
         """What each row says, or, where the normalizer couples the batch (axis `batch`), what its live rows say."""
         said = self.normalizer.measure(x)
+        leading = x.shape[:-1]
+        if not callable(getattr(said, "pool", None)) or not all(
+            isinstance(leaf, Tensor) and leaf.ndim > len(leading) and leaf.shape[: len(leading)] == leading
+            for leaf in said
+        ):
+            raise TypeError(
+                f"{type(self.normalizer).__name__}.measure: returned {_described(said)} for x {list(x.shape)}; "
+                f"allowed: a Statistic (a named tuple with pool) whose leaves have shape {[*leading, '...']}"
+            )
         if not self.normalizer.couples_batch:
             return said, weights
         together = said.pool(weights, batch)
         return type(said)(*(leaf.unsqueeze(batch) for leaf in together)), weights.sum(batch, keepdim=True)
 
-    def _fitting(self, state: Tree, batch: int) -> Tree:
-        """`state` if it belongs to a batch of this size; a coupled one that `reorder` repeated is taken once."""
-        wanted = 1 if self.normalizer.couples_batch else batch
-        if not (isinstance(state, tuple) and len(state) == 2):
-            raise ValueError(f"state: {outline(state)}; allowed: what initial, step or scan returned")
-        if all(leaf.shape[0] == wanted for leaf in tree_leaves(state)):
-            return state
-        if wanted == 1 and self.normalizer.couples_batch:
-            return tree_map(lambda leaf: leaf[:1], state)
-        found = sorted({leaf.shape[0] for leaf in tree_leaves(state)})
-        raise ValueError(f"state: rows {found} for a batch of {batch}; allowed: a state of {wanted} row(s)")
+    def _normalized(self, x: Tensor, pooled: Any) -> Tensor:
+        y = self.normalizer.normalize(x, pooled)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            raise TypeError(
+                f"{type(self.normalizer).__name__}.normalize: returned {_described(y)}; "
+                f"allowed: a tensor of the shape of x, {list(x.shape)}"
+            )
+        return y.to(x.dtype)
+
+    def _check(self, x: Tensor, name: str, leading: tuple[str, ...]) -> None:
+        features = getattr(self.normalizer, "features", "features")
+        allowed = f"allowed: [{', '.join(leading)}, ..., {features}] of a floating-point type"
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: {type(x).__name__}; {allowed}")
+        if x.ndim <= len(leading) or (isinstance(features, int) and x.shape[-1] != features):
+            raise ValueError(f"{name}: shape {list(x.shape)}; {allowed}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: of type {x.dtype}; {allowed}")
+
+    def _fitting(self, state: Tree, now: Statistic) -> Tree:
+        """`state` if this normalizer and window could have returned it where a step's statement is `now`."""
+        leaf = next(iter(now))
+        wanted = (Leaf((), floating=False), self.window.layout(now))
+        return checked_state(state, wanted, leaf.shape[0], leaf.device, self.normalizer.couples_batch)
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,10 @@ class AssortedTime(OverTime, nn.Module):
 
     Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
 
-    Errors: `ValueError` for T = 0, for missing axes, for lengths that do not fit, and for a state of another batch.
+    Errors: `ValueError` for T = 0, for missing axes, for features that are not the normalizer's, for a type that is
+    not floating point, for lengths or `alive` that do not fit, and for a state that this normalizer and window cannot
+    have returned for this batch (`Cumulative` and `Exponential` states look the same and are not told apart);
+    `TypeError` for a normalizer whose `measure` or `normalize` returns something else than it must.
 
     >>> import torch, atn_norms as an
     >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
@@ -160,10 +184,24 @@ def alive_steps(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
     return torch.arange(steps, device=xs.device).unsqueeze(1) < counts
 
 
+def checked_alive(alive: Tensor, x: Tensor) -> Tensor:
+    """`alive` if it is a bool for each row of one step's `x` `[B, ...]`; `ValueError` if not."""
+    if not isinstance(alive, Tensor) or alive.dtype != torch.bool or alive.shape != x.shape[:1]:
+        raise ValueError(
+            f"alive: {_described(alive)}; allowed: a bool tensor of shape [{x.shape[0]}], one for each row"
+        )
+    return alive
+
+
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
     """`lengths` as an int64 tensor `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
-    counts = torch.as_tensor(lengths)
     allowed = f"allowed: {batch} integer(s) from 0 to {steps}"
+    try:
+        counts = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"lengths: {lengths!r:.80}; {allowed}") from None
+    if counts.is_meta:
+        raise ValueError(f"lengths: on the meta device, which holds no numbers; {allowed}")
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
         raise ValueError(f"lengths: of type {counts.dtype}; {allowed}")
     if counts.shape != (batch,):
@@ -173,3 +211,12 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
         row = int(outside.nonzero()[0])
         raise ValueError(f"lengths: row {row} has {int(counts[row])}; {allowed}")
     return counts.to(torch.int64)
+
+
+def _described(value: Any) -> str:
+    """A value in a few words, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of type {value.dtype} and shape {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"{type(value).__name__}({', '.join(map(_described, value))})"
+    return type(value).__name__

@@ -17,6 +17,7 @@ from atn_norms.registry import FAMILIES, Registry, Source, disputed, hint, regis
 
 PROJECT = "atn_norms"  # of pluggy, and the group of entry points
 OWN = "atn-norms"
+BUILT_IN = "built-in"
 DISABLE, LOAD = "ATN_NORMS_DISABLE_PLUGINS", "ATN_NORMS_LOAD_PLUGINS"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -100,7 +101,7 @@ def load(into: Registry) -> tuple[PluginRecord, ...]:
     `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
     """
     # Unguarded: an installation whose own kinds do not load is broken, and nothing useful can follow.
-    records = [_register(BuiltIn, Source("built-in", OWN, _own_version()), into)]
+    records = [_register(BuiltIn, Source(BUILT_IN, OWN, _own_version()), into)]
     found = list(_discover())
     for source, point in found:
         reason = _blocked(source.plugin)
@@ -200,7 +201,11 @@ def _names(variable: str) -> list[str] | None:
 def _unknown_names(found: set[str]) -> Iterator[PluginRecord]:
     for variable in (DISABLE, LOAD):
         for name in _names(variable) or ():
-            if name not in found:
+            if name == BUILT_IN and variable == DISABLE:
+                reason = f"named in {variable}, but the kinds of atn-norms itself cannot be blocked"
+                log.warning("plugin %r: %s", name, reason)
+                yield PluginRecord(name, "", "", "failed", reason)
+            elif name not in found and name != BUILT_IN:
                 reason = f"named in {variable}, but no plugin of this name is installed{hint(name, found)}"
                 log.warning("plugin %r: %s", name, reason)
                 yield PluginRecord(name, "", "", "failed", reason)

@@ -43,6 +43,19 @@ def hint(word: object, choices: Iterable[str]) -> str:
     return "" if match is None else f"; nearest: {match!r}"
 
 
+def shown(value: object, most: int = 60) -> str:
+    """Write a value as Python does, shortened where it is long.
+
+    >>> shown("layer"), len(shown("x" * 1000))
+    ("'layer'", 60)
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits, which Python refuses to write
+        return "a number of thousands of digits"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def explained(
     error: ValidationError, where: Callable[[tuple[Any, ...]], str] | None = None, data: Any = None
 ) -> SpecError:
@@ -53,16 +66,36 @@ def explained(
     """
     lines: dict[tuple[Any, ...], list[str]] = {}
     for line in error.errors(include_url=False):
-        path = line["loc"]
+        path, said = located(line, data)
         if data is not None and line["type"] not in ("missing", "unknown_key", "unknown_kind"):
             path = _inside(path, data)
-        lines.setdefault(path, []).append(sentence(line))
+        lines.setdefault(path, []).append(said)
     problems = []
     for path, sentences in lines.items():
         place = where(path) if where is not None else ""
-        parts = [place, dotted(path), ", or ".join(dict.fromkeys(sentences))]
+        parts = [place, brief(dotted(path)), ", or ".join(dict.fromkeys(sentences))]
         problems.append(": ".join(part for part in parts if part))
     return SpecError(problems)
+
+
+def located(line: Any, data: Any) -> tuple[tuple[Any, ...], str]:
+    """Where a line of pydantic's error belongs, and what it says.
+
+    A check of several options says which one it blames by starting with it (`window: ...`); where `data` holds that
+    option, it is the place.
+    """
+    path, said = line["loc"], sentence(line)
+    blamed = re.match(r"(\w+(?:\.[\w-]+)*): ", said) if line["type"] == "value_error" and data is not None else None
+    if blamed:
+        inner = (*path, *blamed[1].split("."))
+        if _inside(inner, data) == inner:
+            return inner, said[blamed.end() :]
+    return path, said
+
+
+def brief(text: str, most: int = 120) -> str:
+    """Shorten a text that is long."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -94,7 +127,5 @@ def sentence(line: Any) -> str:
         return str(line["ctx"]["error"]).replace("\n", "; ")
     message = line["msg"].replace("Input should", "must", 1)
     value = line["input"]
-    shown = repr(value)
     choices = re.findall(r"'([^']*)'", line["ctx"]["expected"]) if line["type"] == "literal_error" else []
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{message}, got {shown}{hint(value, choices) if isinstance(value, str) else ''}"
+    return f"{message}, got {shown(value)}{hint(value, choices) if isinstance(value, str) else ''}"

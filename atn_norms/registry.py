@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from atn_norms.problems import SpecError, dotted, explained, hint, nearest, sentence
+from atn_norms.problems import SpecError, dotted, explained, hint, nearest, sentence, shown
 
 __all__ = [
     "FAMILIES",
@@ -219,7 +219,7 @@ class Registry:
         if entries:
             raise SpecError(disputed(family, kind, entries))
         known = sorted(self.kinds(family))
-        raise SpecError(f"unknown {family} {kind!r}; known: {', '.join(known) or 'none'}{hint(kind, known)}")
+        raise SpecError(f"unknown {family} {shown(kind)}; known: {', '.join(known) or 'none'}{hint(kind, known)}")
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -233,7 +233,7 @@ class Registry:
 
     def _of(self, family: str) -> dict[str, list[Entry]]:
         if family not in FAMILIES:
-            raise SpecError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
+            raise SpecError(f"unknown family {shown(family)}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
         self.load()
         return self._claims[family]
 
@@ -337,7 +337,7 @@ class Open:
             return self._model(value, ()).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        wanted = f"must be a {self.family}'s kind or a mapping with `kind`, got {type(value).__name__} {value!r}"
+        wanted = f"must be a {self.family}'s kind or a mapping with `kind`, got {type(value).__name__} {shown(value)}"
         raise _problem("spec_type", f"{wanted}; {self._known()}")
 
     def _accepts(self, value: Any, nullable: bool) -> bool:
@@ -350,7 +350,7 @@ class Open:
         if kind is _MISSING:
             problem = f"missing: a mapping for a {self.family} names its kind; {self._known()}"
         elif not isinstance(kind, str):
-            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {kind!r}; {self._known()}"
+            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {shown(kind)}; {self._known()}"
         else:
             try:
                 return self.source.lookup(self.family, kind)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from atn_norms.problems import SpecError, dotted, explained, nearest
+from atn_norms.problems import SpecError, dotted, explained, nearest, shown
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ Where = Callable[[tuple[Any, ...]], str]
 Position = tuple[int, int]  # line and column, from 1
 Locate = Callable[[tuple[Any, ...]], Position | None]
 Model = TypeVar("Model", bound=BaseModel)
+MOST_VALUES = 100_000  # of a YAML text, each counted as often as aliases repeat it
+DEEPEST = 100  # levels: all that walks through data may do so recursively
 
 
 def build(
@@ -52,7 +54,7 @@ def build(
     if isinstance(source, Mapping):
         return validate(LayerSpec, source).build(device=device, dtype=dtype)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"build takes a mapping, a path or a LayerSpec, got {type(source).__name__} {source!r}")
+        raise TypeError(f"build takes a mapping, a path or a LayerSpec, got {type(source).__name__} {shown(source)}")
     data, where = read(source)
     spec = validate(LayerSpec, data, where)
     try:
@@ -76,6 +78,10 @@ def validate(model_class: type[Model], data: Any, where: Where | None = None) ->
         return model_class.model_validate(data)
     except ValidationError as error:
         raise explained(error, where, data) from None  # pydantic's own rendering would only say it twice
+    except (OverflowError, RecursionError) as error:  # what a check of ours cannot reckon with
+        place = where(()) if where is not None else ""
+        said = "nested too deeply" if isinstance(error, RecursionError) else f"a number is too large: {error}"
+        raise SpecError(": ".join(filter(None, [place, said]))) from None
 
 
 def schema(model_class: type[BaseModel]) -> dict[str, Any]:
@@ -112,6 +118,15 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
     return _parsed(text, Path(name), _reader(Path(name)))
 
 
+def value(text: str, place: str) -> Any:
+    """Read a text as one YAML value, guarded as a file is; `place` is what errors start with.
+
+    >>> value("[none, layer]", "--set axes.norm")
+    ['none', 'layer']
+    """
+    return _guarded(lambda: _read_yaml(text)[0], lambda position: place)
+
+
 def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".toml": _read_toml}
     if file.suffix.lower() not in readers:
@@ -120,18 +135,22 @@ def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
 
 
 def _parsed(text: str, file: Path, reader: Callable[[str], tuple[Any, Locate]]) -> tuple[dict[str, Any], Where]:
-    try:
-        data, locate = reader(text)
-    except _Misplaced as error:
-        raise SpecError(f"{_place(file, error.position)}: {error}") from None
-    except RecursionError:
-        raise SpecError(f"{file}: nested too deeply") from None
-    except ValueError as error:  # such as an integer of thousands of digits, which Python refuses to read
-        raise SpecError(f"{file}: {error}") from None
+    data, locate = _guarded(lambda: reader(text), lambda position: _place(file, position))
     if not isinstance(data, dict):
         shown = "nothing" if data is None else type(data).__name__
         raise SpecError(f"{file}: must hold a mapping (key: value), holds {shown}")
     return data, lambda place: _place(file, locate(place))
+
+
+def _guarded(reading: Callable[[], Any], place: Callable[[Position | None], str]) -> Any:
+    try:
+        return reading()
+    except _Misplaced as error:
+        raise SpecError(f"{place(error.position)}: {error}") from None
+    except RecursionError:
+        raise SpecError(f"{place(None)}: nested too deeply") from None
+    except ValueError as error:  # such as an integer of thousands of digits, which Python refuses to read
+        raise SpecError(f"{place(None)}: {error}") from None
 
 
 class _Misplaced(Exception):
@@ -155,6 +174,8 @@ def _text(file: Path) -> str:
         raise SpecError(f"{file}: no such file" + (f"; nearest: {match!r}" if match else "")) from None
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # the system's names hold no zero character
+        raise SpecError(f"{shown(str(file))}: no file can be called so: {error}") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -175,6 +196,8 @@ def _read_yaml(text: str) -> tuple[Any, Locate]:
     yaml = YAML(typ="safe", pure=True)
     try:
         node = yaml.compose(text)
+        if node is not None:
+            _count(node, (), {})  # before anything is made of them: a merge (<<) repeats what it names too
         data = None if node is None else yaml.constructor.construct_document(node)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -183,15 +206,24 @@ def _read_yaml(text: str) -> tuple[Any, Locate]:
         raise _Misplaced(said, mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         raise _Misplaced(f"a character that YAML does not allow: {error.character!r}", None) from None
-    _refuse_cycles(data, ())
     return data, lambda path: _yaml_position(node, path)
 
 
-def _refuse_cycles(data: Any, above: tuple[int, ...]) -> None:
-    if id(data) in above:
-        raise _Misplaced("an alias (*name) stands inside what it names", None)
-    for part in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
-        _refuse_cycles(part, (*above, id(data)))
+def _count(node: Any, above: tuple[int, ...], counted: dict[int, int]) -> int:
+    """How many values a node stands for, aliases written out; endless, far too many or too deep is refused."""
+    position = node.start_mark.line + 1, node.start_mark.column + 1
+    if id(node) in above:
+        raise _Misplaced("an alias (*name) stands inside what it names", position)
+    if len(above) >= DEEPEST and node.id != "scalar":
+        raise _Misplaced(f"nested too deeply; allowed: {DEEPEST} levels", position)
+    if id(node) not in counted:
+        parts = [part for pair in node.value for part in pair] if node.id == "mapping" else node.value
+        below = (*above, id(node))
+        total = 1 if node.id == "scalar" else 1 + sum(_count(part, below, counted) for part in parts)
+        if total > MOST_VALUES:
+            raise _Misplaced(f"{total} values, with every alias (*name) written out; at most {MOST_VALUES}", position)
+        counted[id(node)] = total
+    return counted[id(node)]
 
 
 def _yaml_position(node: Any, path: tuple[Any, ...]) -> Position | None:
@@ -252,12 +284,14 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
         elif expects_key:
             path[-1] = json.loads(kind)
             if tuple(path) in starts:
-                raise _Misplaced(f"key {dotted(path)!r} is given twice", _position(text, token.start()))
+                raise _Misplaced(f"key {shown(dotted(path))} is given twice", _position(text, token.start()))
             starts[tuple(path)] = token.start()
             expects_key = False
         elif kind != ":":
             starts.setdefault(tuple(path), token.start())
             if kind in "{[":
+                if len(path) >= DEEPEST:
+                    raise _Misplaced(f"nested too deeply; allowed: {DEEPEST} levels", _position(text, token.start()))
                 expects_key = kind == "{"
                 path.append(None if expects_key else 0)
     return starts

@@ -152,4 +152,5 @@ class CountedMoments(NamedTuple):
         if weights.ndim == 1:
             weights = weights.reshape((1,) * (dim % self.mean.ndim) + weights.shape)
         total = rows(weights, self.mean).sum(dim, keepdim=True)[..., :1]
-        return CountedMoments(mean, var, total.expand(self.count.shape).narrow(dim, 0, 1).squeeze(dim))
+        pooled = [1 if axis == dim % self.count.ndim else n for axis, n in enumerate(self.count.shape)]
+        return CountedMoments(mean, var, total.expand(pooled).squeeze(dim))

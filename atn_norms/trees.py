@@ -3,12 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; recursive aliases do not survive every tool, so the name says it
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a leaf of a state looks like: its axes after the batch, and whether it holds numbers or counts."""
+
+    shape: tuple[int, ...]
+    floating: bool = True
+
+
+def layout(tree: Tree) -> Any:
+    """The same tree with a `Leaf` in the place of every tensor."""
+    if isinstance(tree, Tensor):
+        return Leaf(tuple(tree.shape[1:]), tree.is_floating_point())
+    return tuple(layout(branch) for branch in tree)
+
+
+def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, shared: bool = False) -> Tree:
+    """`state` if it is laid out as `wanted` (see `layout`) for `batch` rows on `device`.
+
+    A `shared` state has one row; the copies of it that `reorder` made are taken once.
+
+    Errors: `ValueError` with both outlines, or with the types, where it is not.
+    """
+    found = batch
+    if shared and isinstance(state, tuple) and state and isinstance(state[0], Tensor) and state[0].numel():
+        found = state[0].shape[0]
+    pairs = _paired(state, wanted)
+    if pairs is None or any(tuple(leaf.shape) != (found, *form.shape) for leaf, form in pairs):
+        allowed = outline(wanted).replace("[", f"[{batch}, ").replace(", ]", "]")
+        raise ValueError(f"state: {outline(state)}; allowed: {allowed}, as a norm and window of this kind return it")
+    for leaf, form in pairs:
+        counts = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
+        if leaf.device != device or (not leaf.is_floating_point() if form.floating else not counts):
+            kind = "a floating-point type" if form.floating else "an integer type"
+            raise ValueError(f"state: a leaf of type {leaf.dtype} on {leaf.device}; allowed: {kind} on {device}")
+    return tree_map(lambda leaf: leaf[:1], state) if found != batch else state
+
+
+def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:
+    """Every leaf with what it should look like, or None where the structures differ."""
+    if isinstance(wanted, Leaf):
+        return [(state, wanted)] if isinstance(state, Tensor) else None
+    if not isinstance(state, tuple) or len(state) != len(wanted):
+        return None
+    branches = [_paired(branch, form) for branch, form in zip(state, wanted, strict=True)]
+    return None if None in branches else [pair for branch in branches if branch is not None for pair in branch]
 
 
 def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
@@ -22,6 +70,8 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
     """
     if isinstance(tree, Tensor):
         return function(tree, *others)
+    if not isinstance(tree, tuple):
+        raise ValueError(f"state: {outline(tree)}; allowed: tensors in nested tuples")
     if any(not isinstance(other, tuple) or len(other) != len(tree) for other in others):
         raise ValueError(f"state of another structure: {outline(tree)} against {', '.join(map(outline, others))}")
     return tuple(tree_map(function, *branches) for branches in zip(tree, *others, strict=True))
@@ -31,14 +81,16 @@ def tree_leaves(tree: Tree) -> Iterator[Tensor]:
     """Every tensor of a tree, left to right."""
     if isinstance(tree, Tensor):
         yield tree
-    else:
+    elif isinstance(tree, tuple):
         for branch in tree:
             yield from tree_leaves(branch)
+    else:
+        raise ValueError(f"state: {outline(tree)}; allowed: tensors in nested tuples")
 
 
 def outline(tree: Tree) -> str:
     """The structure of a tree in words, for error messages: shapes in nested parentheses."""
-    if isinstance(tree, Tensor):
+    if isinstance(tree, (Tensor, Leaf)):
         return str(list(tree.shape))
     if isinstance(tree, tuple):
         return "(" + ", ".join(map(outline, tree)) + ")"

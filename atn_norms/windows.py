@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atn_norms.registry import Options
 from atn_norms.statistics import Statistic
-from atn_norms.trees import Tree, hold
+from atn_norms.trees import Leaf, Tree, hold, layout
 
 S = TypeVar("S", bound=Statistic)
 
@@ -43,6 +43,10 @@ class Window(ABC, Generic[S]):
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
         """`push` over axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; a window may do it at once."""
         return scan_by_steps(self, steps, weights, state)
+
+    def layout(self, now: S) -> Any:
+        """What a state looks like for statistics shaped like `now`, so that one of another kind can be refused."""
+        return layout(self.initial(now))
 
     def spec(self) -> WindowSpec:
         """The options that build this window, so that a layer can be described; `TypeError` if it has none."""
@@ -108,6 +112,10 @@ class Sliding(Window[S]):
         leaves = tuple(leaf.new_zeros((leaf.shape[0], past, *leaf.shape[1:])) for leaf in now)
         return leaves[0].new_zeros((leaves[0].shape[0], past)), leaves
 
+    def layout(self, now: S) -> Any:
+        past = self.steps - 1
+        return Leaf((past,)), tuple(Leaf((past, *leaf.shape[1:])) for leaf in now)
+
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
         if self.steps == 1:
             return now, state
@@ -155,6 +163,10 @@ def _nothing(now: Statistic) -> Tree:
     return leaves[0].new_zeros(leaves[0].shape[0]), leaves
 
 
+def _one(now: Statistic) -> Any:
+    return Leaf(()), tuple(Leaf(tuple(leaf.shape[1:])) for leaf in now)
+
+
 def _merge(now: S, weight: Tensor, total: Tensor, past: tuple[Tensor, ...]) -> S:
     """Pool what is known, of weight `total`, with the current step."""
     both = (torch.stack(pair, 1) for pair in zip(past, now, strict=True))
@@ -169,6 +181,8 @@ class Cumulative(Window[S]):
     |---|---|---|
     | state | `(total weight, pooled leaves)` | `([N], [N, ...])` |
 
+    An `Exponential` window's state looks the same, so a state handed from one to the other is not noticed.
+
     >>> import torch
     >>> from atn_norms import AssortedTime, Cumulative, LayerNorm
     >>> norm = AssortedTime(LayerNorm(4), Cumulative())
@@ -178,6 +192,9 @@ class Cumulative(Window[S]):
 
     def initial(self, now: S) -> Tree:
         return _nothing(now)
+
+    def layout(self, now: S) -> Any:
+        return _one(now)
 
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
         total, past = state
@@ -230,6 +247,9 @@ class Exponential(Window[S]):
 
     def initial(self, now: S) -> Tree:
         return _nothing(now)
+
+    def layout(self, now: S) -> Any:
+        return _one(now)
 
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
         total, past = state

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+import atn_norms
 from atn_norms.cli import COMMANDS, main
+from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +118,15 @@ BAD = [
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: nothing.txt}"], "nothing.txt"),
     (["ablate", "study.yaml", "--workers", "-1"], "Invalid value for '--workers'"),
     (["ablate", "study.yaml", "--workers", "x"], "Invalid value for '--workers'"),
+    (["ablate", "study.yaml", "--scheduler", "nonsense"], "scheduler: 'nonsense' is no address of a Dask scheduler"),
+    (["ablate", "study.yaml", "--set", "train.threads=100000"], "must be less than or equal to 1024, got 100000"),
+    (["ablate", "study.yaml", "--set", "seeds=1000000000", "--dry-run"], "seeds: at most 100000 are possible"),
+    (["ablate", "study.yaml", "--set", "model.hidden_size=1000000"], "what fits this machine's"),
+    (
+        ["ablate", "study.yaml", "--set", "task={kind: charlm, embedding: 1000000000000}"],
+        "task.embedding: must be less",
+    ),
+    (["ablate", "study.yaml", "--set", "axes.norm=!!set {layer}"], "axes.norm: set {'layer'} is not possible here"),
     (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
     (["ablate", "study.yaml", "--out", "."], "not empty and not a study's folder"),
     (["ablate", "study.yaml", "--out", "/proc/nowhere"], "/proc/nowhere"),
@@ -144,6 +154,7 @@ def test_list_shows_kinds_sources_and_options(capsys):
     out = printed(capsys, "list")
     for word in ("layer", "rms", "sliding", "half_life", "lstm", "adding", "charlm", "atn-norms"):
         assert word in out
+    assert "Options of" not in out and "pooled root mean square over the features" in out
     assert "lstm" not in printed(capsys, "list", "windows")
     data = json.loads(printed(capsys, "list", "--json"))
     assert list(data) == ["normalizers", "windows", "cells", "tasks"]
@@ -160,13 +171,8 @@ def test_plugins_are_reported(capsys):
 
 def test_show_tells_what_a_model_is_made_of(capsys):
     out = printed(capsys, "show", "model.yaml")
-    for word in (
-        "norm_ih_l0.weight",
-        "sliding(steps=5)",
-        "state of one sequence",
-        "backend 'reference'",
-        "torch: refuses",
-    ):
+    explained = atn_norms.explain(atn_norms.build("model.yaml"))  # which backend it is differs from machine to machine
+    for word in ("norm_ih_l0.weight", "sliding(steps=5)", "state of one sequence", explained):
         assert word in out
     facts = json.loads(printed(capsys, "show", "model.yaml", "--json"))
     assert facts["parameter_count"] == sum(parameter["count"] for parameter in facts["parameters"])
@@ -307,14 +313,14 @@ def test_a_plugin_that_raises_is_a_sentence_or_a_failed_trial(folder):
     path = os.pathsep.join([str(site), str(ROOT)])
 
     shown = program("show", "model.yaml", PYTHONPATH=path)
-    _, error = shown.communicate(timeout=60)
+    _, error = shown.communicate(timeout=PATIENCE)
     assert shown.returncode == 2, error
     (line,) = error.splitlines()
-    assert line.startswith("atn-norms: KeyError: 'no build' (")
-    assert "fragile_plugin.py" in line
+    assert line.startswith("atn-norms: ")
+    assert "no build" in line
 
     run = program("ablate", "study.yaml", "--set", "axes.norm=[none, fragile]", "--workers", "0", PYTHONPATH=path)
-    out, error = run.communicate(timeout=120)
+    out, error = run.communicate(timeout=PATIENCE)
     assert run.returncode == 1, error
     assert "failed   adding norm=fragile window=1 seed=0" in out
     assert "ZeroDivisionError: the fragile one" in out
@@ -323,22 +329,19 @@ def test_a_plugin_that_raises_is_a_sentence_or_a_failed_trial(folder):
     assert "Traceback" not in error
 
     listed = program("list", "normalizers", PYTHONPATH=path)
-    assert "Breaks." in listed.communicate(timeout=60)[0]
+    assert "Breaks." in listed.communicate(timeout=PATIENCE)[0]
     blocked = program("show", "model.yaml", PYTHONPATH=path, ATN_NORMS_DISABLE_PLUGINS="fragile")
-    assert "unknown normalizer 'fragile'" in blocked.communicate(timeout=60)[1]
+    assert "unknown normalizer 'fragile'" in blocked.communicate(timeout=PATIENCE)[1]
 
 
 def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
     slow = ["--set", "train.steps=100000", "--set", "train.checkpoint_every=50", "--set", "train.eval_every=100000"]
     run = program("ablate", "study.yaml", *slow, "--workers", "0", "--out", "here")
     try:
-        deadline = time.monotonic() + 60
-        while not list(folder.glob("here/trials/*/checkpoint.pt")):
-            assert run.poll() is None, run.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        assert until(lambda: list(folder.glob("here/trials/*/checkpoint.pt")) or run.poll() is not None)
+        assert run.poll() is None, run.communicate()
         os.killpg(run.pid, signal.SIGINT)
-        _, error = run.communicate(timeout=30)
+        _, error = run.communicate(timeout=PATIENCE)
     finally:
         run.kill()
     assert run.returncode == 130
@@ -347,11 +350,34 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
     assert state["counts"] == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
 
 
+@pytest.mark.parametrize(
+    ("command", "stopped", "goes_on"),
+    [
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.estimate.estimate", "resume here"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here"),
+        (["resume", "here"], "atn_norms.ablation.load", "resume here"),
+        (["report", "here"], "atn_norms.ablation.report.write", "report here"),
+    ],
+)
+def test_interrupted_at_any_time_it_says_how_to_go_on(command, stopped, goes_on, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    workers = [] if command[0] == "report" else ["--workers", "0"]
+    if command[0] != "ablate":
+        printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here")
+    monkeypatch.setattr(stopped, interrupted)
+    assert main([*command, *workers]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said == f"stopped; what is finished is kept. To go on: atn-norms {goes_on}"
+
+
 def test_a_closed_pipe_is_no_error():
     listing = program("schema")
     assert listing.stdout is not None
     assert listing.stderr is not None
     listing.stdout.close()
     error = listing.stderr.read()
-    assert listing.wait(60) == 0
+    assert listing.wait(PATIENCE) == 0
     assert error == ""

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from atn_norms.ablation.environment import differences, versions
 from atn_norms.ablation.files import Busy, StoreError
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.problems import SpecError
+from tests.waiting import PATIENCE, until
 
 STUDY = {
     "model": {"cell": "gru", "hidden_size": 3},
@@ -69,8 +69,21 @@ def test_a_running_scheduler_is_used(study):
 
 
 def test_a_scheduler_out_of_reach_is_named(study):
-    with pytest.raises(SpecError, match=r"scheduler: nonsense://x cannot be reached"):
-        run(study, scheduler="nonsense://x")
+    with pytest.raises(SpecError, match=r"scheduler: tcp://127.0.0.1:9 cannot be reached"):
+        run(study, scheduler="tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "nonsense://x", "tcp://x", "tcp://:1", "tcp://x:y", "x y:1"])
+def test_what_is_no_address_is_refused_at_once(study, address):
+    with pytest.raises(SpecError, match="is no address of a Dask scheduler; allowed: tcp://host:port"):
+        run(study, scheduler=address)
+
+
+@pytest.mark.parametrize(
+    "address", [None, "host:1", "tcp://10.0.0.1:8786", "tls://a.b:1", "tcp://[::1]:1", "inproc://1/2"]
+)
+def test_what_may_be_an_address_is_tried(address):
+    engine.check_scheduler(address)
 
 
 def test_a_cluster_without_workers_is_not_waited_for_for_ever(study, monkeypatch):
@@ -160,9 +173,9 @@ def test_a_trial_somebody_else_trains_is_left_to_them(study):
     with first.lock():
         record = run(study, workers=0, on_event=events.append)
     assert [trial.status for trial in record.trials] == ["running", "done", "done"]
-    assert [(event.trial, event.finished) for event in events if event.kind == "busy"] == [(first.id, 2)]
+    assert {event.trial for event in events if event.kind == "busy"} == {first.id}
     assert sorted(path.name for path in first.path.iterdir()) == [".lock", "trial.json"], "nothing is written there"
-    assert run(study, workers=0).count("done") == 3
+    assert until(lambda: run(study, workers=0).count("done") == 3)
 
 
 def test_versions_that_differ_are_named(study):
@@ -248,7 +261,7 @@ def program(tmp_path):
 def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_path, study):
     folder = tmp_path / "bad"
     process = program(folder, {**STUDY, "axes": {"norm": ["killing", "raising", "none", "layer", "rms"]}})
-    told, _ = process.communicate(timeout=240)
+    told, _ = process.communicate(timeout=2 * PATIENCE)
     assert process.returncode == 0, told
     record = load(folder)
     assert [trial.status for trial in record.trials] == ["failed", "failed", "done", "done", "done"], told
@@ -269,15 +282,19 @@ def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_
     for line in process.stdout:
         if line.startswith("step"):
             break
+    assert until(lambda: any(trial.run for trial in load(folder).trials))
     workers = {trial.run["process"] for trial in load(folder).trials if trial.run}
-    assert status(folder)["running"] >= 1
-    started = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=60)
+    told, _ = process.communicate(timeout=PATIENCE)
     assert "interrupted" in told and "Traceback" not in told, told
-    assert time.monotonic() - started < 20
-    assert status(folder) == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
-    assert workers
-    for worker in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
+    stopped = {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
+    assert until(lambda: status(folder) == stopped), status(folder)
+    assert until(lambda: not any(map(alive, workers)))
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -238,6 +238,17 @@ def test_environment_variables_block_and_block_before_import(site, monkeypatch, 
         assert "ATN_NORMS_" in records[name].reason
 
 
+def test_the_built_in_kinds_cannot_be_blocked(site, monkeypatch, caplog):
+    monkeypatch.setenv(plugins.DISABLE, "built-in")
+    registry, records = site.load()
+    assert_only_built_in(registry)
+    assert "the kinds of atn-norms itself cannot be blocked" in records["built-in"].reason
+    monkeypatch.delenv(plugins.DISABLE)
+    monkeypatch.setenv(plugins.LOAD, "built-in")
+    _, records = site.load()
+    assert [(name, record.status) for name, record in records.items()] == [("built-in", "loaded")]
+
+
 @pytest.mark.parametrize("variable", [plugins.DISABLE, plugins.LOAD])
 def test_a_misspelt_name_in_the_environment_is_reported(site, monkeypatch, variable, caplog):
     site.install("pmean", NORMALIZER.replace("KIND", "pmean"))

@@ -45,7 +45,11 @@ def complaint(text: str | bytes, name: str, folder: Path) -> str:
         ("a.yaml", "a: [3\n", "a.yaml:2:1: expected ',' or ']'"),
         ("a.yaml", "\ta: 3\n", "a.yaml:1:1: found character '\\t' that cannot start any token"),
         ("a.yaml", "a: *x\n", "a.yaml:1:4: found undefined alias 'x'"),
-        ("a.yaml", "parts: &x [*x]\n", "a.yaml: an alias (*name) stands inside what it names"),
+        ("a.yaml", "parts: &x [*x]\n", "a.yaml:1:8: an alias (*name) stands inside what it names"),
+        ("a.yaml", "a: 1\nparts: &x {<<: *x}\n", "a.yaml:2:8: an alias (*name) stands inside what it names"),
+        ("a.yaml", "parts: " + "[" * 120 + "]" * 120, "a.yaml:1:107: nested too deeply; allowed: 100 levels"),
+        ("a.json", '{"parts": ' + "[" * 120 + "]" * 120 + "}", "a.json:1:110: nested too deeply"),
+        ("a.toml", "a = " + "1" * 5000, "a.toml: Exceeds the limit"),
         ("a.yaml", "a: 1\n---\na: 2\n", "a.yaml:2:1: expected a single document in the stream, but found another"),
         ("a.yaml", "a: !!python/object:os.system 3\n", "a.yaml:1:4: could not determine a constructor for the tag"),
         ("a.yaml", "a: !!int x\n", "a.yaml: invalid literal for int() with base 10: 'x'"),
@@ -74,6 +78,57 @@ def complaint(text: str | bytes, name: str, folder: Path) -> str:
 )
 def test_a_fault_in_a_file_has_its_place(name, text, message, tmp_path):
     assert message in complaint(text, name, tmp_path)
+
+
+@pytest.mark.parametrize("repeat", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_repeat_themselves_a_billion_times_are_refused_at_once(repeat, tmp_path):
+    levels = "".join(f"l{i}: &l{i} {repeat.format(', '.join([f'*l{i - 1}'] * 9))}\n" for i in range(1, 10))
+    text = "l0: &l0 {a: 1}\n" + levels
+    started = time.monotonic()
+    said = complaint(text, "a.yaml", tmp_path)
+    assert time.monotonic() - started < 5
+    assert "values, with every alias (*name) written out; at most 100000" in said
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(SpecError, match="no file can be called so"):
+        specs.build("a\0b.yaml")
+
+
+def test_a_setting_is_read_as_a_file_is():
+    assert specs.value("{a: [1, none]}", "--set x") == {"a": [1, "none"]}
+    for text in ("&x [*x]", "2024-13-45", "1" * 5000, "[" * 3000 + "]" * 3000, "[1", "[" * 120 + "]" * 120):
+        with pytest.raises(SpecError, match="^--set x: [^\n]+$"):
+            specs.value(text, "--set x")
+
+
+def test_what_several_options_come_to_is_placed_at_the_one_to_blame(tmp_path):
+    path = tmp_path / "model.yaml"
+    for text, said in [
+        ("cell: lstm\ninput_size: 2\nhidden_size: 3\nwindow: 5\n", "model.yaml:4:1: window: a 'sliding' window"),
+        ("cell: lstm\ninput_size: 2\nbackend: nativ\nhidden_size: 3\n", "model.yaml:3:1: backend: unknown 'nativ'"),
+        (
+            "cell: gru\ninput_size: 2\nhidden_size: 3\nnorm:\n  sites:\n    cc: layer\n",
+            "model.yaml:6:5: norm.sites.cc: unknown site",
+        ),
+    ]:
+        path.write_text(text)
+        with pytest.raises(SpecError) as caught:
+            an.build(path)
+        assert str(caught.value).replace(f"{tmp_path}/", "").startswith(said)
+
+
+def test_long_values_are_shortened_where_they_are_told():
+    long = "x" * 5000
+    for change in ({"norm": long}, {"norm": {"kind": long}}, {"hidden_size": long}, {long: 1}, {"norm": [long]}):
+        with pytest.raises(SpecError) as caught:
+            an.build({"cell": "lstm", "input_size": 2, "hidden_size": 3} | change)
+        assert len(str(caught.value)) < 500, change
+
+
+def test_a_number_beyond_all_reckoning_is_a_sentence():
+    with pytest.raises(SpecError):
+        an.build({"cell": "lstm", "input_size": 2, "hidden_size": 10**200})
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):

@@ -5,11 +5,12 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 
 import pytest
 import torch
 
-from atn_norms.ablation import create, files, load, status
+from atn_norms.ablation import create, files, load, run, status
 from atn_norms.ablation.files import Busy, StoreError
 from atn_norms.ablation.plan import make_plan
 from atn_norms.ablation.store import StudyFolder, TrialFolder
@@ -23,6 +24,7 @@ STUDY = {
     "axes": {"norm": ["none", "layer"]},
     "seeds": 1,
 }
+LINE = {"step": 1, "train_loss": 0.5, "validation": None}
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_a_folder_below_a_file_is_named(tmp_path):
         create(STUDY, tmp_path / "file" / "study")
 
 
-NAMES = ["result.json", "trial.json", "study.resolved.json", "error.json", "run.json"]
+NAMES = ["result.json", "trial.json", "study.resolved.json", "error.json"]
 CONTENTS = [b"", b'{"trial": "x"', b"\xff\xfe\x00", b"[1]"]
 
 
@@ -174,16 +176,77 @@ def test_a_folder_without_a_study_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_a_lost_trial_is_named_and_comes_back_with_the_study(study, trial):
-    (trial.path / "trial.json").unlink()
-    with pytest.raises(StoreError, match="cannot read .*trial.json"):
+@pytest.mark.parametrize("lost", ["folder", "content"])
+@pytest.mark.parametrize("again", ["create", "run"])
+def test_a_lost_trial_is_pending_and_comes_back(study, trial, lost, again):
+    before = load(study)
+    shutil.rmtree(trial.path)
+    if lost == "content":
+        trial.path.mkdir()
+    assert load(study) == before and before.trials[0].status == "pending"
+    if again == "create":
+        create(STUDY, study)
+        assert load(study) == before and (trial.path / "trial.json").exists()
+    else:
+        assert run(study, workers=0).count("done") == 2
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, b'{"seconds": "x", "attempts": 3}'])
+def test_damaged_times_count_as_none_and_are_noted(study, trial, content):
+    (trial.path / "run.json").write_bytes(content)
+    assert load(study).trials[0].run is None
+    assert run(study, workers=0).count("done") == 2
+    assert "run.json is damaged; attempts and seconds are counted anew" in (trial.path / "log.txt").read_text()
+    assert load(study).trials[0].run["attempts"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("lacking", ["step", "metrics", "metrics.test", "metrics.test.mean squared error"])
+def test_a_result_that_lacks_something_is_named_and_never_left_out(study, trial, lacking):
+    run(study, workers=0)
+    result = files.read_json(trial.path / "result.json")
+    place = result
+    *parents, last = lacking.split(".")
+    for key in parents:
+        place = place[key]
+    del place[last]
+    files.write_json(trial.path / "result.json", result)
+    with pytest.raises(StoreError, match=re.escape(f"{trial.path / 'result.json'}: damaged, it lacks")):
         load(study)
-    create(STUDY, study)
-    assert load(study).trials[0].status == "pending"
+
+
+@pytest.mark.parametrize("line", ['{"a":1}', '{"step":"1","train_loss":1.0,"validation":null}', "[]"])
+def test_a_damaged_line_of_the_curve_is_named(study, trial, line):
+    trial.measure(LINE)
+    with open(trial.path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(StoreError, match=re.escape(f"{trial.path / 'metrics.jsonl'}:2: damaged")):
+        load(study)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_study_that_cannot_be_laid_down_leaves_nothing(tmp_path, monkeypatch, error, there):
+    folder = tmp_path / "studies" / "mine"
+    if there:
+        folder.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    for writes in range(5):
+
+        def full(source, target, left=[writes]):  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            os.rename(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises((StoreError, KeyboardInterrupt)):
+            patch.setattr(files.os, "replace", full)
+            create(STUDY, folder)
+        assert sorted(tmp_path.rglob("*")) == before
+    create(STUDY, folder)
 
 
 def test_an_unfinished_last_line_of_the_curve_does_not_count_and_a_damaged_one_is_named(trial):
-    trial.measure({"step": 1, "train_loss": 0.5, "validation": None})
+    trial.measure(LINE)
     with open(trial.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "tra')
     assert [line["step"] for line in trial.curve()] == [1]
@@ -194,9 +257,9 @@ def test_an_unfinished_last_line_of_the_curve_does_not_count_and_a_damaged_one_i
 
 
 def test_the_curve_is_cut_back_to_the_checkpoint(trial):
-    trial.measure({"step": 1})
+    trial.measure(LINE)
     trial.save({"step": 1, "weights": torch.arange(3.0), "carry": ((torch.ones(1),), ())})
-    trial.measure({"step": 2})
+    trial.measure(LINE | {"step": 2})
     state = trial.restore()
     assert (
         state is not None
@@ -208,7 +271,7 @@ def test_the_curve_is_cut_back_to_the_checkpoint(trial):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickled code", "curve shorter", "curve lost"])
 def test_a_checkpoint_that_cannot_be_used_costs_a_fresh_start_and_is_logged(trial, damage):
-    trial.measure({"step": 1})
+    trial.measure(LINE)
     trial.save({"step": 1})
     path, metrics = trial.path / "checkpoint.pt", trial.path / "metrics.jsonl"
     if damage == "truncated":
@@ -233,7 +296,7 @@ def test_finished_is_declared_last(trial, monkeypatch):
     seen = []
     write = files.write
     monkeypatch.setattr(files, "write", lambda p, c: (seen.append(sorted(os.listdir(p.parent))), write(p, c)))
-    trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {}})
+    trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {"test": {"score": 1.0}}})
     assert seen == [[".lock", "checkpoint.pt", "trial.json"]] or seen == [["checkpoint.pt", "trial.json"]]
     assert sorted(p.name for p in trial.path.iterdir() if p.name != ".lock") == ["result.json", "trial.json"]
     assert trial.record(({},)).status == "done"

@@ -2,13 +2,14 @@
 
 import copy
 import json
+from datetime import date
 
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from atn_norms import LayerSpec
-from atn_norms.ablation import BUILTIN, StudySpec, TrainSpec, make_plan, optimizers, override
+from atn_norms.ablation import BUILTIN, StudySpec, TrainSpec, create, make_plan, optimizers, override
 from atn_norms.ablation.plan import digest, identity
 from atn_norms.problems import SpecError, explained
 from atn_norms.tasks import AddingSpec
@@ -41,7 +42,7 @@ def test_the_built_in_study_is_what_the_first_look_needs():
 
 
 def test_every_default_of_a_trial_is_filled_in():
-    (trial,) = plan(train={"steps": 200}).trials
+    (trial,) = plan(train={"steps": 200}, task=SMALL["task"] | {"train": 50}).trials
     assert trial.trial["train"] == {
         "steps": 200, "batch_size": 50, "clip": None, "eval_every": 20, "log_every": 2, "checkpoint_every": 20,
         "threads": 1, "optimizer": optimizers.resolve("adam"),
@@ -150,7 +151,7 @@ def test_options_of_a_norm_that_is_not_there_are_dropped_like_its_window():
 def test_an_axis_may_be_any_option():
     study = plan(
         axes={"train.optimizer.lr": [0.1, 0.01], "task.length": [4, 5], "model.cell": ["gru"]},
-        train={"steps": 2, "optimizer": "sgd"},
+        train={"steps": 2, "optimizer": "sgd", "batch_size": 5},
     )
     assert list(study.axes) == ["train.optimizer.lr", "task.length", "cell"]
     settings = [(t.trial["train"]["optimizer"]["lr"], t.trial["task"]["length"]) for t in study.trials]
@@ -213,6 +214,16 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"seeds": [1, 1]}, "seeds: must be different numbers"),
         ({"baseline": {"norm": "none"}}, "baseline.norm: no axis of this study"),
         ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "none"}}, "baseline.norm: none is not on this axis; it"),
+        ({"seeds": 10**9}, "seeds: at most 100000 are possible, got 1000000000"),
+        ({"seeds": 60_000, "axes": {"hidden_size": [3, 4]}}, "seeds: 2 points with 60000 seeds are 120000 trials"),
+        ({"train": {"threads": 100_000}}, "train.threads: must be less than or equal to 1024, got 100000"),
+        ({"axes": {"train.optimizer.lr": [0.1, float("nan")]}}, "axes.train.optimizer.lr[1]: must be a finite number"),
+        ({"axes": {"norm": [{"layer"}]}}, "axes.norm[0]: set {'layer'} is not possible here; allowed: text, numbers,"),
+        ({"model": LSTM | {"norm": date(2024, 1, 2)}}, "model.norm: date datetime.date(2024, 1, 2) is not possible"),
+        ({"train": {3: 4}}, "train: a key must be text, got 3"),
+        ({"name": "\ud800"}, "name: must be text, and this has half a character in it: '\\ud800'"),
+        ({"model": LSTM | {"backend": "nativ"}}, "model.backend: unknown 'nativ'"),
+        ({"model": LSTM | {"hidden_size": 10**200}}, "a number is too large"),
         ({"axis": {}}, "axis: unknown key; known: "),
         ({"task": "charlm", "model": LSTM | {"bidirectional": True}}, "model: task charlm: a bidirectional layer"),
         ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: 1000000 points"),
@@ -231,6 +242,38 @@ def test_every_problem_is_told():
         task={"kind": "adding", "length": 0},
     )
     assert {line.split(":")[0] for line in text.splitlines()} == {"model.norm", "train.stepz", "task.length"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": {"kind": "charlm", "embedding": 10**6}, "model": LSTM | {"hidden_size": 300}}, "parameters"),
+        ({"model": LSTM | {"hidden_size": 10**5}}, "hidden_size"),
+        ({"task": {"kind": "adding", "train": 20}, "train": {"batch_size": 21}}, "train.batch_size: 21 sequences of a"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("atn_norms.layers.spec._physical_memory", lambda: 10**10)
+    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 10**10, raising=False)
+    with pytest.raises(SpecError, match=said):
+        create({**SMALL, "seeds": 1, **changes}, tmp_path / "study")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ends_of_a_model_count_like_its_middle(monkeypatch):
+    task = {"kind": "charlm", "embedding": 1000}
+    numbers = 4 * 3 * (1000 + 3 + 2) + 4 * len(set(text_of_python())) + 1000 * len(set(text_of_python()))
+    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 8 * numbers, raising=False)
+    assert plan(task=task)
+    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 8 * numbers - 1)
+    with pytest.raises(SpecError, match="allowed: what fits this machine's"):
+        plan(task=task)
+
+
+def text_of_python():
+    from atn_norms.tasks.charlm import read_text
+
+    return read_text(None)
 
 
 def test_a_missing_text_is_named_before_anything_is_written(tmp_path):
@@ -263,6 +306,10 @@ def test_settings_from_the_command_line():
         ("=3", "--set =3: must be path=value"),
         ("train..x=3", "must be path=value"),
         ("train.steps=[1", "--set train.steps: not a YAML value"),
+        ("train.steps=&x [*x]", "--set train.steps: not a YAML value: an alias"),
+        ("train.steps=2024-13-45", "--set train.steps: not a YAML value: month must be"),
+        ("train.steps=" + "1" * 5000, "--set train.steps: not a YAML value: Exceeds the limit"),
+        ("train.steps=" + "[" * 2000 + "]" * 2000, "--set train.steps: not a YAML value: nested too deeply"),
         ("tasks.7.length=3", "--set tasks.7.length: tasks is a list of 1; got '7' for an index"),
         ("seeds.a=3", "--set seeds.a: seeds is 2, which has no 'a'"),
     ],

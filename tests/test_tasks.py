@@ -208,6 +208,17 @@ def test_texts_that_cannot_be_used_are_named(tmp_path):
         CharLMSpec(text=str(short)).build(0)
 
 
+def test_a_text_of_one_character_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    with pytest.raises(SpecError, match="a.txt repeats 'a'; two different characters are needed"):
+        CharLMSpec(text=str(tmp_path / "a.txt")).build(0)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused():
+    with pytest.raises(SpecError, match="train.batch_size: 21 sequences of a training set of 20"):
+        AddingSpec(length=4, train=20).build(0).batch(0, 21)
+
+
 def test_more_streams_than_characters_are_refused(text):
     with pytest.raises(SpecError, match="1800 streams of a text with 1800 training characters"):
         CharLMSpec(text=text).build(0).batch(0, 1800)

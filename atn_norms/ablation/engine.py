@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from atn_norms.ablation.files import Busy, StoreError
 from atn_norms.ablation.records import StudyRecord, TrialRecord
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.ablation.trial import run_trial
-from atn_norms.registry import SpecError
+from atn_norms.problems import SpecError, shown
 
 POLL = 0.5  # seconds between looks at the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
@@ -70,9 +71,11 @@ def run(
     """
     if workers < 0:
         raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
+    check_scheduler(scheduler)
     store = StudyFolder(folder)
     store.resolved()
     with store.lock():
+        store.mend()
         progress = _Progress(store, on_event or (lambda event: None))
         if progress.todo:
             if workers == 0 and scheduler is None:
@@ -80,6 +83,18 @@ def run(
             else:
                 _run_with_dask(store, progress, workers, scheduler)
     return store.load()
+
+
+def check_scheduler(address: str | None) -> None:
+    """Refuse what cannot be a Dask scheduler's address.
+
+    >>> check_scheduler("tcp://10.0.0.1:8786")
+    """
+    if address is None or re.fullmatch(r"inproc://\S+|(?:(?:tcp|tls|ws|wss|ucx)://)?[^\s:/]+:\d{1,5}/?", address):
+        return
+    if re.fullmatch(r"(?:(?:tcp|tls|ws|wss|ucx)://)?\[[0-9a-fA-F:.]+\]:\d{1,5}/?", address):  # IPv6
+        return
+    raise SpecError(f"scheduler: {shown(address)} is no address of a Dask scheduler; allowed: tcp://host:port")
 
 
 class _Progress:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import LiteralString, NamedTuple, cast
+from typing import Any, LiteralString, NamedTuple, cast
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from atn_norms.problems import sentence
+from atn_norms.problems import located
 
 
 class Problem(NamedTuple):
@@ -19,9 +19,9 @@ class Problem(NamedTuple):
     type: str = "study"
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
-    """The problems a pydantic error tells."""
-    return [Problem(line["loc"], sentence(line), line["type"]) for line in error.errors(include_url=False)]
+def problems_of(error: ValidationError, data: Any = None) -> list[Problem]:
+    """The problems a pydantic error tells; `data` is what was validated."""
+    return [Problem(*located(line, data), line["type"]) for line in error.errors(include_url=False)]
 
 
 def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from atn_norms.ablation.located import Problem, invalid
-from atn_norms.problems import hint
+from atn_norms.problems import hint, shown
 
 # A dense model of vectors and matrices, stepped without a closure: what these three ask for, a trial does not have.
 _UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
@@ -55,11 +55,11 @@ def resolve(value: Any) -> dict[str, Any]:
     """
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {value!r}")])
+        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {shown(value)}")])
     kind = value.get("kind", "adam")
     if not isinstance(kind, str) or kind not in kinds():
         known = f"known: {', '.join(kinds())}{hint(kind, kinds())}"
-        raise invalid("optimizer", [Problem(("kind",), f"unknown optimizer {kind!r}; {known}")])
+        raise invalid("optimizer", [Problem(("kind",), f"unknown optimizer {shown(kind)}; {known}")])
     options = defaults(kind)
     problems = []
     for name, given in value.items():
@@ -69,7 +69,7 @@ def resolve(value: Any) -> dict[str, Any]:
             known = f"known: {', '.join(options)}{hint(name, options)}"
             problems.append(Problem((name,), f"unknown option of {kind!r}; {known}"))
         elif not _alike(given, options[name]):
-            problems.append(Problem((name,), f"must be like torch's default {options[name]!r}, got {given!r}"))
+            problems.append(Problem((name,), f"must be like torch's default {options[name]!r}, got {shown(given)}"))
         else:
             options[name] = _plain(given)
     resolved = {"kind": kind, **options}

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
+import torch
+from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from atn_norms.ablation.files import canonical
 from atn_norms.ablation.records import TaskFacts
 from atn_norms.ablation.study import Point, StudySpec
+from atn_norms.layers import LayerSpec
+from atn_norms.layers.spec import _physical_memory
+from atn_norms.problems import brief, explained, shown
 from atn_norms.registry import SpecError
+from atn_norms.specs import value as yaml_value
 from atn_norms.tasks import Task
 
 VERSION = 1  # of a trial's meaning: raised when the same options come to mean other numbers
@@ -57,7 +64,7 @@ class Plan:
             "axes": self.axes,
             "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
             "baseline": self.baseline,
-            "trials": [{"id": trial.id, "points": list(trial.points)} for trial in self.trials],
+            "trials": [{"id": trial.id, "points": list(trial.points), "trial": trial.trial} for trial in self.trials],
         }
 
 
@@ -121,7 +128,8 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         task.batch(0, point.train.filled(task.batch_size)["batch_size"])  # a task refuses here what it cannot batch
         built[which] = task, data
     task, data = built[which]
-    model = point.model.model_copy(update={"input_size": task.input_size}).model_dump(mode="json")
+    layer = _fitted(point.model, task)
+    model = layer.model_dump(mode="json")
     trial = {
         "version": VERSION,
         "model": model,
@@ -131,6 +139,32 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         "data": data,
     }
     return trial, TaskFacts(task.metric, dict(task.baselines))
+
+
+def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
+    """The layer with the task's inputs; `SpecError` where it, with encoder and read-out, is too large to train here."""
+    try:
+        layer = LayerSpec.model_validate({**dict(model), "input_size": task.input_size})
+    except ValidationError as error:
+        raise explained(error) from None
+    memory, cell = _physical_memory(), layer.equations()
+    if memory is None:
+        return layer
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # sizes without memory
+            ends = [*task.encoder().parameters(), *task.readout(layer.layer_inputs(1)).parameters()]
+        shapes = [cell.shapes(layer.layer_inputs(i), layer.bias) for i in (0, 1)]  # all layers but the first are alike
+        first, other = (layer.directions * sum(map(math.prod, each.values())) for each in shapes)
+        numbers = first + (layer.num_layers - 1) * other + sum(parameter.numel() for parameter in ends)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise SpecError(f"model.hidden_size and the task's sizes: too large for torch ({shown(str(error))})") from None
+    if 2 * 4 * numbers > memory:  # float32 weights, and a gradient for each
+        raise SpecError(
+            f"model.hidden_size {layer.hidden_size} and the task's sizes take {numbers:.3g} parameters "
+            f"({8 * numbers / 2**30:.3g} GiB in float32 with their gradients); allowed: what fits this machine's "
+            f"{memory / 2**30:.3g} GiB of memory"
+        )
+    return layer
 
 
 def to_yaml(value: Any) -> str:
@@ -157,11 +191,8 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         name, equals, text = assignment.partition("=")
         path = name.strip().split(".")
         if not equals or not all(path):
-            raise SpecError(f"--set {assignment}: must be path=value, such as train.steps=100")
-        try:
-            value = YAML(typ="safe", pure=True).load(text)
-        except YAMLError as error:
-            raise SpecError(f"--set {name}: not a YAML value: {str(error).splitlines()[0]}") from error
+            raise SpecError(f"--set {brief(assignment)}: must be path=value, such as train.steps=100")
+        value = yaml_value(text, f"--set {name}: not a YAML value")
         if path[0] in ("axes", "baseline") and len(path) > 1:  # an axis is called by its whole path
             path = [path[0], ".".join(path[1:])]
         _assign(data, path, value, name)
@@ -174,10 +205,10 @@ def _assign(data: Any, path: list[str], value: Any, name: str) -> None:
         step: Any = key
         if isinstance(data, list):
             if not key.isdigit() or int(key) >= len(data):
-                raise SpecError(f"--set {name}: {inside} is a list of {len(data)}; got {key!r} for an index")
+                raise SpecError(f"--set {name}: {inside} is a list of {len(data)}; got {shown(key)} for an index")
             step = int(key)
         elif not isinstance(data, dict):
-            raise SpecError(f"--set {name}: {inside} is {data!r}, which has no {key!r}")
+            raise SpecError(f"--set {name}: {inside} is {shown(data)}, which has no {shown(key)}")
         if depth == len(path) - 1:
             data[step] = value
             return

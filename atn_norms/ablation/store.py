@@ -11,7 +11,8 @@ import io
 import pickle
 import time
 import zipfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ class TrialFolder:
         result = read_json(path)
         if result.get("trial") != self.id or result.get("outcome") not in ("finished", "diverged"):
             raise StoreError(f"{path}: not the result of trial {self.id}; remove it to train the trial again")
+        if not _is_whole(result):
+            raise StoreError(f"{path}: damaged, it lacks `step` or `metrics`; remove it to train the trial again")
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -75,9 +78,18 @@ class TrialFolder:
         self.log(f"failed: {error}")
 
     def run(self) -> dict[str, Any]:
-        """Attempts, seconds, host: what differs from run to run; empty before the first attempt."""
+        """Attempts, seconds, host: what differs from run to run; empty before the first attempt.
+
+        Only times are lost with a damaged one, so it counts as empty, and the next attempt notes that in the log.
+        """
         path = self.path / "run.json"
-        return read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        with suppress(StoreError):
+            run = read_json(path)
+            if isinstance(run.get("attempts", 0), int) and isinstance(run.get("seconds", 0.0), int | float):
+                return run
+        return {}
 
     def note(self, run: dict[str, Any]) -> None:
         """Write `run.json`."""
@@ -89,7 +101,12 @@ class TrialFolder:
 
     def curve(self) -> list[dict[str, Any]]:
         """The learning curve so far."""
-        return read_lines(self.path / "metrics.jsonl")
+        path = self.path / "metrics.jsonl"
+        lines = read_lines(path)
+        for number, line in enumerate(lines, 1):
+            if not (isinstance(line.get("step"), int) and line.keys() >= {"train_loss", "validation"}):
+                raise StoreError(f"{path}:{number}: damaged, a line needs step, train_loss and validation")
+        return lines
 
     def log(self, text: str) -> None:
         """Add a line, with the time, to `log.txt`."""
@@ -157,9 +174,10 @@ class TrialFolder:
             return "running"
         return "failed" if (self.path / "error.json").exists() else "pending"
 
-    def record(self, points: tuple[dict[str, str], ...]) -> TrialRecord:
-        """Everything these files say."""
-        trial, result = self.trial(), self.result()
+    def record(self, points: tuple[dict[str, str], ...], planned: dict[str, Any] | None = None) -> TrialRecord:
+        """Everything these files say; `planned` stands in for a `trial.json` that is lost."""
+        lost = planned is not None and not (self.path / "trial.json").exists()
+        trial, result = planned if planned is not None and lost else self.trial(), self.result()
         if not isinstance(trial.get("seed"), int) or not isinstance(trial.get("train"), dict):
             raise StoreError(f"{self.path / 'trial.json'}: damaged, not a trial; remove it and run the study again")
         status, error = self.status(result), self.path / "error.json"
@@ -174,6 +192,17 @@ class TrialFolder:
             run=self.run() or None,
             error=read_json(error) if status == "failed" else None,
         )
+
+
+def _is_whole(result: dict[str, Any]) -> bool:
+    """Whether a result says at which step it ended, and after a whole training what the test split scored."""
+    metrics = result.get("metrics")
+    if not isinstance(result.get("step"), int) or not isinstance(metrics, dict):
+        return False
+    if result["outcome"] == "diverged":
+        return True
+    test = metrics.get("test")
+    return isinstance(test, dict) and bool(test) and all(isinstance(each, int | float) for each in test.values())
 
 
 class StudyFolder:
@@ -204,7 +233,28 @@ class StudyFolder:
             raise SpecError(f"{self.path} is a file, and the study needs a folder")
         if self.path.exists() and not (self.path / RESOLVED).exists():
             self._refuse_strangers()  # here already, so that a refusal leaves no lock behind
-        make_folder(self.path)
+        with self._or_nothing() as made:
+            return self._create(plan, environment, made)
+
+    @contextmanager
+    def _or_nothing(self) -> Iterator[list[Path]]:
+        """Remove again what was made (and is listed), in reverse, when it fails or is interrupted."""
+        made: list[Path] = []
+        try:
+            yield made
+        except (Exception, KeyboardInterrupt):
+            for path in reversed(made):
+                with suppress(OSError):  # why it failed is what the user must hear of, not what stays behind
+                    path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            raise
+
+    def _create(self, plan: Plan, environment: dict[str, Any], made: list[Path]) -> bool:
+        def new(path: Path) -> Path:
+            made.extend(each for each in (*reversed(path.parents), path) if not each.exists())
+            return path
+
+        make_folder(new(self.path))
+        new(self.path / ".lock")
         with self.lock():
             fresh = not (self.path / RESOLVED).exists()
             if fresh:
@@ -217,13 +267,21 @@ class StudyFolder:
             for planned in plan.trials:
                 folder = self.trial(planned.id)
                 if not (folder.path / "trial.json").exists():
-                    make_folder(folder.path)
-                    write_json(folder.path / "trial.json", planned.trial)
+                    make_folder(new(folder.path))
+                    write_json(new(folder.path / "trial.json"), planned.trial)
             if fresh:
-                write(self.path / "study.yaml", plan.source.encode())
-                write_json(self.path / "environment.json", environment)
-                write_json(self.path / RESOLVED, plan.resolved())
+                write(new(self.path / "study.yaml"), plan.source.encode())
+                write_json(new(self.path / "environment.json"), environment)
+                write_json(new(self.path / RESOLVED), plan.resolved())
         return fresh
+
+    def mend(self) -> None:
+        """Lay trials down again whose folders are lost or empty; whoever calls it holds the study."""
+        for entry in self.resolved().get("trials", ()):
+            folder = self.trial(entry["id"])
+            if "trial" in entry and not (folder.path / "trial.json").exists():
+                make_folder(folder.path)
+                write_json(folder.path / "trial.json", entry["trial"])
 
     def _refuse_strangers(self) -> None:
         # A start that was killed wrote trials before study.yaml: without them that file is somebody's own.
@@ -239,7 +297,10 @@ class StudyFolder:
         environment = self.path / "environment.json"
         try:
             tasks = {label: TaskFacts(**facts) for label, facts in resolved["tasks"].items()}
-            trials = tuple(self.trial(entry["id"]).record(tuple(entry["points"])) for entry in resolved["trials"])
+            trials = tuple(
+                self.trial(entry["id"]).record(tuple(entry["points"]), entry.get("trial"))
+                for entry in resolved["trials"]
+            )
             return StudyRecord(
                 name=resolved["name"],
                 study=resolved["study"],

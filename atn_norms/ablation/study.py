@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from atn_norms.ablation import optimizers
 from atn_norms.ablation.files import canonical
 from atn_norms.ablation.located import Problem, invalid, problems_of
 from atn_norms.layers import LayerSpec
+from atn_norms.problems import brief, shown
 from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
@@ -56,7 +58,7 @@ class TrainSpec(Options):
     eval_every: int | None = Field(default=None, ge=1)
     log_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
 
     def filled(self, batch_size: int) -> dict[str, Any]:
         """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
@@ -113,10 +115,39 @@ def _plain(value: Any) -> Any:
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
     if isinstance(seeds, int):
         if seeds < 1:
-            raise ValueError(f"at least one seed is needed, got {seeds}")
+            raise ValueError(f"at least one seed is needed, got {shown(seeds)}")
+        if seeds > MOST_POINTS:
+            raise ValueError(f"at most {MOST_POINTS} are possible, got {shown(seeds)}")
     elif not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"must be different numbers, none below 0, got {list(seeds)}")
+        raise ValueError(f"must be different numbers, none below 0, got {shown(list(seeds))}")
     return seeds
+
+
+def _refuse_what_is_not_json(data: Any) -> Any:
+    problems = list(_not_json(data, ()))
+    if problems:
+        raise invalid("study", problems)
+    return data
+
+
+def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
+    """Whatever in a study cannot be written as JSON, and so not be kept: dates, sets, .nan, keys that are no text."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            if isinstance(name, str):
+                yield from _not_json(each, (*path, name))
+            else:
+                yield Problem(path, f"a key must be text, got {shown(name)}")
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from _not_json(each, (*path, i))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Problem(path, f"must be a finite number, got {value}")
+    elif isinstance(value, str) and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        yield Problem(path, f"must be text, and this has half a character in it: {shown(value)}")
+    elif not isinstance(value, str | bool | int | float | Options | None):
+        allowed = "allowed: text, numbers, true, false, null, lists and mappings"
+        yield Problem(path, f"{type(value).__name__} {shown(value)} is not possible here; {allowed}")
 
 
 def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -127,7 +158,7 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
             problems.append(Problem((name,), "an axis needs at least one value"))
         for i, each in enumerate(labels):
             if each in labels[:i]:
-                problems.append(Problem((name, i), f"{each} is there twice"))
+                problems.append(Problem((name, i), f"{brief(each)} is there twice"))
         if name in (*SECTIONS, "tasks", "seeds", "seed"):
             problems.append(
                 Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section")
@@ -162,6 +193,11 @@ class StudySpec(Options):
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
     baseline: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_json(cls, data: Any) -> Any:
+        return _refuse_what_is_not_json(data) if isinstance(data, Mapping) else data
+
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
         if (self.task is None) == (not self.tasks):
@@ -171,6 +207,10 @@ class StudySpec(Options):
             count *= len(values)
         if count > MOST_POINTS:
             raise invalid("study", [Problem(("axes",), f"{count} points; at most {MOST_POINTS} are possible")])
+        seeds = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
+        if count * seeds > MOST_POINTS:
+            told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
+            raise invalid("study", [Problem(("seeds",), told)])
         problems = self._baseline_problems()
         for point in self._points():
             problems += point if isinstance(point, list) else []
@@ -210,7 +250,9 @@ class StudySpec(Options):
                 )
             elif label(value) not in labels[axis]:
                 known = ", ".join(labels[axis])
-                problems.append(Problem(("baseline", name), f"{label(value)} is not on this axis; it has {known}"))
+                problems.append(
+                    Problem(("baseline", name), f"{brief(label(value))} is not on this axis; it has {known}")
+                )
         return problems
 
     def _task_list(self) -> list[tuple[tuple[str | int, ...], Any]]:
@@ -303,7 +345,9 @@ def _resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem],
         try:
             parts[section] = validate(data[section])
         except ValidationError as error:
-            problems += [p._replace(path=(section, *p.path)) for p in problems_of(error)]
+            problems += [p._replace(path=(section, *p.path)) for p in problems_of(error, data[section])]
+        except OverflowError as error:
+            problems.append(Problem((section,), f"a number is too large: {error}"))
     if not problems and (reason := parts["task"].refuses(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts

@@ -133,6 +133,8 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
             return done["outcome"]
         trial = folder.trial()
         run = folder.run()
+        if not run and (folder.path / "run.json").exists():
+            folder.log("run.json is damaged; attempts and seconds are counted anew")
         before = run.get("seconds", 0.0)
         started = time.monotonic()
         run |= {

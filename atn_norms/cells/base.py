@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm, alive_steps, masked
 from atn_norms.registry import Options
-from atn_norms.trees import Tree, hold
+from atn_norms.trees import Tree, hold, outline
 
 
 class Placement(Options):
@@ -121,9 +122,13 @@ class Cell(ABC):
 
         Without `shown`, a fresh window is None, which every backend starts from too and nobody can look into.
         """
+        if isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0:
+            raise ValueError(f"batch: {batch!r}; allowed: a number of rows, 0 or more")
         like = weights["weight_hh"]
         if carried is None:
             carried = tuple(like.new_zeros(batch, size) for size in self.carried_sizes())
+        else:
+            self.check_carried(weights, carried, batch, "hx")
         norms = tuple(
             (weights.norms[site].initial(like.new_zeros(batch, size)) if shown else None)
             if site in weights.norms
@@ -131,6 +136,32 @@ class Cell(ABC):
             for site, size in self.sites.items()
         )
         return carried, norms
+
+    def check_carried(self, weights: CellWeights, carried: Tree, batch: int, name: str = "state") -> None:
+        """Raise `ValueError` for carried tensors of another number, shape, type or device than the cell carries."""
+        like = weights["weight_hh"]
+        expected = [(batch, size) for size in self.carried_sizes()]
+        fits = isinstance(carried, tuple) and all(isinstance(c, Tensor) for c in carried)
+        if not fits or [tuple(c.shape) for c in carried] != expected:
+            allowed = ", ".join(f"[{batch}, {size}]" for _, size in expected)
+            raise ValueError(f"{name}: carries {outline(carried)}; allowed for a batch of {batch}: ({allowed})")
+        for c in carried:
+            mixed = c.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)
+            if mixed or c.device != like.device:
+                raise ValueError(f"{name}: {c.dtype} on {c.device}; allowed: the layer's {like.dtype} on {like.device}")
+
+    def check_state(self, weights: CellWeights, state: Tree, batch: int) -> None:
+        """Raise `ValueError` for a state of another structure; what a norm's own state must be, the norm checks."""
+        if not isinstance(state, tuple) or len(state) != 2:
+            raise ValueError(f"state: {outline(state)}; allowed: (carried, norms), as this cell or layer returned it")
+        carried, norms = state
+        self.check_carried(weights, carried, batch)
+        if not isinstance(norms, tuple) or len(norms) != len(self.sites):
+            raise ValueError(f"state: norms {outline(norms)}; allowed: one state for each of {', '.join(self.sites)}")
+        for site, norm in zip(self.sites, norms, strict=True):
+            if not isinstance(norm, tuple) or (site not in weights.norms and norm != ()):
+                allowed = "what its norm returned" if site in weights.norms else "(), as it carries no norm"
+                raise ValueError(f"state: {outline(norm)} at site {site!r}; allowed: {allowed}")
 
     def project(
         self, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None

@@ -34,7 +34,7 @@ def init(
 
 def schema_text(what: str) -> str:
     """Render the JSON schema of a `study` or a `model` file."""
-    from atn_norms.problems import SpecError, hint
+    from atn_norms.problems import SpecError, hint, shown
     from atn_norms.specs import schema
 
     if what == "study":
@@ -42,7 +42,7 @@ def schema_text(what: str) -> str:
     elif what == "model":
         from atn_norms.layers import LayerSpec as described
     else:
-        raise SpecError(f"unknown schema {what!r}; known: study, model{hint(what, ['study', 'model'])}")
+        raise SpecError(f"unknown schema {shown(what)}; known: study, model{hint(what, ['study', 'model'])}")
     return json.dumps(schema(described), indent=2, ensure_ascii=False) + "\n"
 
 

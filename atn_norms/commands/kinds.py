@@ -6,7 +6,7 @@ import inspect
 import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -23,12 +23,12 @@ def list_kinds(
     as_json: Json = False,
 ) -> None:
     """List the usable kinds, the distribution each comes from, and its options."""
-    from atn_norms.problems import SpecError, hint
+    from atn_norms.problems import SpecError, hint, shown
     from atn_norms.registry import disputed, registry
 
     for family in families or ():
         if family not in FAMILIES:
-            raise SpecError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
+            raise SpecError(f"unknown family {shown(family)}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
     chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES)}
     if as_json:
         print_json(
@@ -88,8 +88,19 @@ def schema(
 
 
 def summary(spec: type[Options]) -> str:
-    """Take the first sentence of a class's own docstring."""
-    text = inspect.cleandoc(vars(spec).get("__doc__") or "").partition("\n\n")[0]
+    """Take the first sentence about what the options build, else about the options."""
+    try:
+        built = get_type_hints(spec.build)["return"]  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, NameError, TypeError):  # a plugin need not annotate
+        built = None
+    built = get_origin(built) or built
+    if isinstance(built, type) and not inspect.isabstract(built):
+        return _first_sentence(built) or _first_sentence(spec)
+    return _first_sentence(spec)
+
+
+def _first_sentence(described: type) -> str:
+    text = inspect.cleandoc(vars(described).get("__doc__") or "").partition("\n\n")[0]
     return " ".join(text.split())
 
 

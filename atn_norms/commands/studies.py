@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,7 @@ def ablate(
     """Train every point of a study, compare, and write the report; the same study goes on where it stopped."""
     from atn_norms.ablation import create, make_plan
 
-    _need(workers)
+    _need(workers, scheduler)
     spec = _read(study, settings or [])
     if dry_run:
         _list_trials(make_plan(spec), as_json)
@@ -43,7 +44,7 @@ def ablate(
 
 def resume(folder: Folder, workers: Workers = 2, scheduler: Scheduler = None, as_json: Json = False) -> None:
     """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
-    _need(workers)
+    _need(workers, scheduler)
     _run(folder, workers, scheduler, as_json)
 
 
@@ -82,20 +83,25 @@ def status(folder: Folder, as_json: Json = False) -> None:
 def report(folder: Folder, as_json: Json = False) -> None:
     """Make the report of a study anew from what is finished, and print its table."""
     _need(0)
-    from atn_norms.ablation import load
+    with _going_on(f"atn-norms report {folder}"):
+        from atn_norms.ablation import load
 
-    _report(load(folder), folder, as_json)
+        _report(load(folder), folder, as_json)
 
 
-def _need(workers: int) -> None:
+def _need(workers: int, scheduler: str | None = None) -> None:
     """Refuse before anything is trained or written when what a study ends with could not be made."""
     from atn_norms.problems import SpecError
 
-    needed = ["numpy", "matplotlib", *(["distributed"] if workers else [])]
+    needed = ["numpy", "matplotlib", *(["distributed"] if workers or scheduler else [])]
     missing = [module for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         cure = "run pip install 'atn-norms[ablation]'" + (", or use --workers 0" if missing == ["distributed"] else "")
         raise SpecError(f"{' and '.join(missing)}: not installed, and studies need it; {cure}")
+    if scheduler is not None:
+        from atn_norms.ablation.engine import check_scheduler
+
+        check_scheduler(scheduler)
 
 
 def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
@@ -115,12 +121,12 @@ def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
-    from atn_norms.ablation import load, run
-    from atn_norms.commands.progress import shown
+    with _going_on(f"atn-norms resume {folder}"):
+        from atn_norms.ablation import load, run
+        from atn_norms.commands.progress import shown
 
-    record = load(folder)
-    left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
-    try:
+        record = load(folder)
+        left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
         if not as_json:
             _announce(record, folder, len(left), workers, scheduler)
         if left and as_json:
@@ -129,14 +135,21 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
             steps = sum(trial.trial["train"]["steps"] for trial in left)
             with shown(steps) as see:
                 record = run(folder, workers=workers, scheduler=scheduler, on_event=see)
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what is finished is kept. To go on: atn-norms resume {folder}", err=True)
-        raise typer.Exit(130) from None
-    _report(record, folder, as_json)
+        _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if failed:
         typer.echo(f"{len(failed)} trials failed; see atn-norms status {folder}", err=True)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _going_on(command: str) -> Iterator[None]:
+    """Say how to go on when it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what is finished is kept. To go on: {command}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:

@@ -159,10 +159,16 @@ class Recurrent(CellHost):
         return self._initial(batch, hx, shown=True)
 
     def _initial(self, batch: int, hx: Any, shown: bool) -> Tree:
-        carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        if carried is not None and len(carried) != len(self.cell.carried):
+        carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+        wanted, depth = len(self.cell.carried), len(self._suffixes)
+        if carried is not None and not (
+            isinstance(carried, (tuple, list))
+            and len(carried) == wanted
+            and all(isinstance(c, Tensor) and c.ndim == 3 and c.shape[0] == depth for c in carried)
+        ):
+            found = outline(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
             names = ", ".join(self.cell.carried)
-            raise ValueError(f"hx: {len(carried)} tensor(s); allowed: {names}, each [layers * directions, batch, size]")
+            raise ValueError(f"hx: {found}; allowed: {names}, each [{depth}, batch, size]")
         cells = []
         for place, suffix in enumerate(self._suffixes):
             own = None if carried is None else tuple(c[place] for c in carried)
@@ -238,21 +244,26 @@ class Recurrent(CellHost):
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace what makes the twin
             if x.shape[-1] != self.input_size:
                 raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
+            if not x.is_floating_point():
+                raise ValueError(f"x: of type {x.dtype}; allowed: a floating-point type")
             return
         twin = self._twin()
         twin.check_input(x, batch_sizes)
         if hx is not None:
             twin.check_forward_args(x, hx, batch_sizes)
+            weight = self.all_weights[0][0]
+            for h in [hx] if isinstance(hx, Tensor) else hx:
+                if h.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+                    raise RuntimeError(f"hx: of type {h.dtype}; allowed: the layer's, {weight.dtype}")
 
     def _checked_state(self, state: Tree, batch: int) -> Tree:
-        cells = [cell for layer in state for cell in layer] if isinstance(state, tuple) else []
-        if len(cells) != len(self._suffixes) or any(len(cell) != 2 for cell in cells):
+        per = self.spec.directions
+        layers = state if isinstance(state, tuple) else ()
+        if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
             raise ValueError(f"state: {outline(state)}; allowed: what unroll or initial returned")
-        sizes = self.cell.carried_sizes()
-        for cell in cells:
-            if [c.shape for c in cell[0]] != [(batch, size) for size in sizes]:
-                expected = ", ".join(f"[{batch}, {size}]" for size in sizes)
-                raise ValueError(f"state: carries {outline(cell[0])}; allowed for a batch of {batch}: ({expected})")
+        cells = [cell for layer in layers for cell in layer]
+        for suffix, cell in zip(self._suffixes, cells, strict=True):
+            self.cell.check_state(self._weights(suffix), cell, batch)
         return state
 
     def _delegates(self) -> bool:

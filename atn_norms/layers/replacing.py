@@ -11,6 +11,16 @@ from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.skins import skin_of
 from atn_norms.layers.spec import specified
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _KINDS: dict[type[nn.RNNBase], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}
 
 
@@ -23,8 +33,9 @@ def replace(
     fresh beside them. `model` is changed in place and returned; if it is itself such a layer, the new one is returned.
     A module that stands in several places is replaced by one. Options are those of `LSTM`.
 
-    Errors: `TypeError` for a subclass or a parametrized layer, whose own behaviour a replacement would drop;
-    `SpecError` for options that do not fit. The model is untouched then.
+    Errors: `TypeError` for what is no module, and for a layer whose own behaviour a replacement would drop: a subclass,
+    a parametrized or pruned one, one with hooks or with modules inside; `SpecError` for options that do not fit, also
+    where there is no layer to replace. The model is untouched then.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 5))
@@ -33,8 +44,12 @@ def replace(
       (0): LSTM(3, 5, norm=layer, window=10)
     )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}; allowed: a torch.nn.Module")
     options = {"norm": norm, "window": window, "backend": backend} | ({"placement": placement} if placement else {})
     ours: dict[nn.Module, Recurrent] = {}
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        _check_options(options)
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             ours[module] = _ours(name or type(module).__name__, module, options)
@@ -50,12 +65,32 @@ def replace(
     return model
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    """Options without a layer to put them on must fit one kind of layer at least."""
+    errors = []
+    for kind in _KINDS.values():
+        try:
+            specified(cell={"kind": kind}, input_size=1, hidden_size=8, **options)
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == len(_KINDS):
+        raise errors[0]
+
+
 def _ours(name: str, module: nn.RNNBase, options: dict[str, Any]) -> Recurrent:
     kind = _KINDS.get(type(module))
     if parametrize.is_parametrized(module):
         raise TypeError(f"{name}: a parametrized {module._get_name()}; allowed: remove its parametrizations first")
     if kind is None:
         raise TypeError(f"{name}: a {type(module).__name__}; allowed: exactly nn.LSTM, nn.GRU or nn.RNN")
+    names = {weight for cell in module._all_weights for weight in cell}
+    if names != set(dict(module.named_parameters(recurse=False))):  # pruning and the old weight_norm rename them
+        raise TypeError(f"{name}: a parametrized {module._get_name()}; allowed: remove its parametrizations first")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise TypeError(f"{name}: a {kind.upper()} with hooks; allowed: remove its hooks first")
+    if module._modules or module._buffers:
+        inside = ", ".join([*module._modules, *module._buffers])
+        raise TypeError(f"{name}: a {kind.upper()} with modules or buffers inside ({inside}); allowed: none")
     cell: dict[str, Any] = {"kind": kind}
     if kind == "lstm":
         cell["proj_size"] = module.proj_size

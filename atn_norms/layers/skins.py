@@ -10,6 +10,7 @@ from atn_norms.layers.recurrent import Recurrent, torch_twin
 from atn_norms.layers.spec import specified
 
 _LARGEST = 2**24  # no layer has it, and torch itself overflows on such sizes; the options say what is wrong instead
+_DEEPEST = 1_000  # torch's module would cost time and memory; the options say what is wrong with more
 
 
 class _Skin(Recurrent):
@@ -25,7 +26,9 @@ class _Skin(Recurrent):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        if all(not isinstance(value, int) or value < _LARGEST for value in torch_options.values()):
+        depth = torch_options["num_layers"]
+        small = all(not isinstance(value, int) or value < _LARGEST for value in torch_options.values())
+        if small and not (isinstance(depth, int) and depth > _DEEPEST):
             torch_twin(self.kind.upper(), **torch_options, **cell)
         spec = specified(cell={"kind": self.kind, **cell}, **torch_options, **own)
         Recurrent.__init__(self, spec, device, dtype)

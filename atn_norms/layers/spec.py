@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
+from atn_norms.normalizers.base import LARGEST
 from atn_norms.registry import Open, Options, explained, hint
 from atn_norms.windows import SlidingSpec, Window, WindowSpec
 
@@ -30,6 +31,8 @@ def _one_window(value: Any) -> Any:
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return {"kind": "sliding", "steps": value} if is_count else value
 
+
+MOST_LAYERS = 10_000  # a module costs time and memory whatever its size
 
 AnyNorm = Annotated[NormSpec | None, Open("normalizer", _no_norm, {"const": "none"})]
 AnyWindow = Annotated[WindowSpec, Open("window", _one_window, {"type": "integer", "minimum": 1})]
@@ -82,7 +85,7 @@ class LayerSpec(Options):
     cell: Annotated[CellSpec, Open("cell")]
     input_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
-    num_layers: int = Field(default=1, ge=1)
+    num_layers: int = Field(default=1, ge=1, le=MOST_LAYERS)
     bias: bool = True
     batch_first: bool = False
     dropout: float = Field(default=0.0, ge=0, le=1)
@@ -93,7 +96,7 @@ class LayerSpec(Options):
     )
     placement: Placement = Placement()
     init: Literal["torch", "paper"] = "torch"
-    forget_bias: float | None = None
+    forget_bias: float | None = Field(default=None, ge=-LARGEST, le=LARGEST)
     backend: str = "auto"
 
     @model_validator(mode="after")
@@ -103,8 +106,9 @@ class LayerSpec(Options):
         self._refuse_windows_without_a_norm(cell)
         if self.backend not in (names := ["auto", *known()]):
             raise ValueError(f"backend: unknown {self.backend!r}; known: {', '.join(names)}{hint(self.backend, names)}")
-        self._refuse_impossible_size(cell)
-        norms = {site: self.normalizer(cell, site) for site in cell.sites}
+        self._refuse_impossible_size(cell, {})  # before a norm is built for such a size
+        norms = {site: self._sketched(cell, site) for site in cell.sites}
+        self._refuse_impossible_size(cell, norms)
         if self.forget_bias is not None:
             self._refuse_homeless_forget_bias(cell, norms)
         return self
@@ -136,10 +140,18 @@ class LayerSpec(Options):
         features, gates = cell.sites[site], cell.gates_at(site)
         try:
             if self.placement.gates == "per_gate" and gates > 1:
-                return PerGate([spec.build(features // gates) for _ in range(gates)])
-            return spec.build(features)
-        except ValueError as error:
+                return PerGate([_built(spec, features // gates) for _ in range(gates)])
+            return _built(spec, features)
+        except Exception as error:  # whatever a plugin raises
             raise ValueError(f"norm: {spec.kind!r} at site {site!r} with {features} features: {error}") from error
+
+    def _sketched(self, cell: Cell, site: str) -> Normalizer | None:
+        """`normalizer` without memory behind it, unless it reads the numbers it starts with."""
+        try:
+            with torch.device("meta"):
+                return self.normalizer(cell, site)
+        except ValueError:
+            return self.normalizer(cell, site)
 
     def layer_inputs(self, layer: int) -> int:
         """Input features of one layer of the stack."""
@@ -174,16 +186,19 @@ class LayerSpec(Options):
                     "allowed: give a norm, or leave the window at 1"
                 )
 
-    def _refuse_impossible_size(self, cell: Cell) -> None:
+    def _refuse_impossible_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         memory = _physical_memory()
         inner = self.directions * cell.output_size
         layers = [self.input_size] + [inner] * min(self.num_layers - 1, 1)
         sizes = [self.directions * sum(map(prod, cell.shapes(i, self.bias).values())) for i in layers]
         parameters = sizes[0] + (self.num_layers - 1) * sizes[-1]
+        kept = sum(t.numel() for norm in norms.values() if norm for t in (*norm.parameters(), *norm.buffers()))
+        parameters += self.directions * self.num_layers * kept
         if memory is not None and 4 * parameters > memory:
+            norm = f" with norm {_kinds(self.norm)}" if kept else ""
             raise ValueError(
                 f"input_size, hidden_size, num_layers: {self.input_size}, {self.hidden_size}, {self.num_layers} take "
-                f"{parameters:.3g} parameters ({4 * parameters / 2**30:.3g} GiB in float32); "
+                f"{parameters:.3g} numbers ({4 * parameters / 2**30:.3g} GiB in float32){norm}; "
                 f"allowed: what fits this machine's {memory / 2**30:.3g} GiB of memory"
             )
 
@@ -198,6 +213,18 @@ class LayerSpec(Options):
                 f"forget_bias: the norm on the input side ({type(norm).__name__}) has no bias for it; "
                 "allowed: a norm with a bias (for rms: bias true), or leave it out"
             )
+
+
+def _built(spec: NormSpec, features: int) -> Normalizer:
+    norm = spec.build(features)
+    if not isinstance(norm, Normalizer):
+        raise TypeError(f"build returned {type(norm).__name__}; allowed: a Normalizer")
+    return norm
+
+
+def _kinds(norm: NormSpec | NormSites | None) -> str:
+    specs = norm.sites.values() if isinstance(norm, NormSites) else [norm]
+    return ", ".join(sorted({spec.kind for spec in specs if spec is not None}))
 
 
 def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:

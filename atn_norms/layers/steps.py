@@ -11,7 +11,7 @@ from atn_norms.backends import choose
 from atn_norms.layers.host import CellHost
 from atn_norms.layers.spec import specified
 from atn_norms.normalizers import scanning
-from atn_norms.trees import Tree, outline
+from atn_norms.trees import Tree
 
 
 class _StepCell(CellHost):
@@ -75,10 +75,8 @@ class _StepCell(CellHost):
         weights = self._weights("")
         if state is None:
             state = self.cell.initial(weights, rows.shape[0])
-        elif not isinstance(state, tuple) or len(state) != 2 or len(state[1]) != len(self.cell.sites):
-            raise ValueError(f"state: {outline(state)}; allowed: what this cell or its `initial` returned")
-        elif any(carried.shape[0] != rows.shape[0] for carried in state[0]):
-            raise ValueError(f"state: carries {outline(state[0])}; allowed for this input: {rows.shape[0]} row(s)")
+        else:
+            self.cell.check_state(weights, state, rows.shape[0])
         with scanning([norm.normalizer for norm in weights.norms.values()]):
             us, state = self.cell.project(weights, rows.unsqueeze(0), state)
             y, state = self.cell.step(weights, us[0], state)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from atn_norms.registry import Options
 from atn_norms.statistics import Statistic
 
+LARGEST = 3e38  # what float32 holds, rounded down
+
 
 class Normalizer(nn.Module, ABC):
     """Measure one row, normalize it with what a window pooled; the window itself is somebody else's business.

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from atn_norms.normalizers.base import Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.normalizers.base import LARGEST, Normalizer, NormSpec, checked_eps, checked_features
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 
@@ -34,7 +34,13 @@ class BatchNorm(Normalizer):
     | `momentum` | m in (0, 1]; None averages all updates alike | |
     | n | live rows in the window | |
 
-    Errors: `ValueError` for a single row in training, as in torch.
+    With `max_steps` the index is one for the whole batch: it counts the steps at which any row was live since the state
+    was fresh. Where rows begin at different times in one stream, a row that begins late is normalized in evaluation
+    with the populations of the rows' common index, not with those of its own first steps; give such rows a state, and
+    so a batch, of their own.
+
+    Errors: `ValueError` for less than two rows in training (torch refuses one), for axes between batch and features,
+    and for options that are no such numbers.
 
     >>> import torch
     >>> from atn_norms import AssortedTime, BatchNorm
@@ -60,10 +66,12 @@ class BatchNorm(Normalizer):
     ) -> None:
         super().__init__()
         self.features, self.eps = checked_features(features), checked_eps(eps)
-        if momentum is not None and not 0 < momentum <= 1:
+        if momentum is not None and not (_is_number(momentum) and 0 < momentum <= 1):
             raise ValueError(f"momentum: {momentum}; allowed: a number in (0, 1], or None for the mean of all updates")
         if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
             raise ValueError(f"max_steps: {max_steps}; allowed: an integer of at least 1, or None for one population")
+        if not (_is_number(initial_gain) and abs(initial_gain) <= LARGEST):
+            raise ValueError(f"initial_gain: {initial_gain}; allowed: a number from {-LARGEST} to {LARGEST}")
         self.momentum, self.max_steps, self.initial_gain = momentum, max_steps, initial_gain
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features))
@@ -83,10 +91,10 @@ class BatchNorm(Normalizer):
         self.num_batches_tracked.zero_()
 
     def measure(self, x: Tensor) -> CountedMoments:
-        if self.training and x.ndim > 1 and x.shape[-2] == 1:
+        if self.training and x.ndim > 1 and x.shape[-2] < 2:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {list(x.shape)}; "
-                f"allowed: a batch of at least 2 rows, or evaluation mode"
+                f"allowed: a batch of at least 2 rows [batch, {self.features}], or evaluation mode"
             )
         rows = promoted(x)
         return CountedMoments(rows, torch.zeros_like(rows), torch.ones_like(rows[..., :1]))
@@ -95,6 +103,11 @@ class BatchNorm(Normalizer):
         return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
 
     def population(self, pooled: CountedMoments, step: Tensor) -> Moments | CountedMoments:
+        if pooled.mean.ndim != step.ndim + 1:
+            raise ValueError(
+                f"x: {pooled.mean.ndim - step.ndim - 1} axes between batch and features; allowed for BatchNorm: "
+                f"[batch, {self.features}], or [time, batch, {self.features}] in scan"
+            )
         if self.training:
             with torch.no_grad():
                 record = CountedMoments(*(leaf.detach() for leaf in pooled)), step
@@ -162,9 +175,11 @@ class BatchNormSpec(NormSpec):
         default=0.1, gt=0, le=1, description="weight of one update; null: mean of all updates"
     )
     max_steps: int | None = Field(
-        default=None, ge=1, description="one population per step up to here; null: one for all"
+        default=None, ge=1, le=10**9, description="one population per step up to here; null: one for all"
     )
-    initial_gain: float = Field(default=1.0, description="what the gain starts at (0.1 in arXiv 1603.09025)")
+    initial_gain: float = Field(
+        default=1.0, ge=-LARGEST, le=LARGEST, description="what the gain starts at (0.1 in arXiv 1603.09025)"
+    )
 
     def build(self, features: int) -> BatchNorm:
         return BatchNorm(
@@ -174,3 +189,7 @@ class BatchNormSpec(NormSpec):
             max_steps=self.max_steps,
             initial_gain=self.initial_gain,
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

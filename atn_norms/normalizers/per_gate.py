@@ -25,6 +25,8 @@ class PerGate(Normalizer):
         super().__init__()
         self.gates = nn.ModuleList(gates)
         self.couples_batch = gates[0].couples_batch
+        features = [getattr(gate, "features", None) for gate in gates]
+        self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
 
     def measure(self, x: Tensor) -> Any:
         return self._stack([gate.measure(part) for gate, part in self._parts(x)])

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.trees import Tree
 
@@ -73,8 +74,10 @@ class Adding(Task):
         return kaiming_linear(output_size, 1)
 
     def batch(self, step: int, size: int) -> Batch:
+        if size > self.spec.train:
+            raise SpecError(f"train.batch_size: {size} sequences of a training set of {self.spec.train}")
         values, marks = self._train
-        epoch, index = divmod(step, max(1, len(values) // size))  # the odd rows of an epoch sit it out
+        epoch, index = divmod(step, len(values) // size)  # the odd rows of an epoch sit it out
         rows = self._order(epoch)[index * size : (index + 1) * size]
         return Batch(*sequences(values[rows], marks[rows]))
 

@@ -41,7 +41,7 @@ class CharLMSpec(TaskSpec):
 
     kind: Literal["charlm"] = "charlm"
     text: Annotated[str | None, AfterValidator(_absolute)] = None
-    embedding: int = Field(default=200, ge=1)
+    embedding: int = Field(default=200, ge=1, le=1_000_000)
     segment: int = Field(default=220, ge=1)
     carry: Literal["all", "hidden", "none"] = "all"
 
@@ -81,6 +81,8 @@ class CharLM(Task):
         if len(text) < SHORTEST:
             raise SpecError(f"text: {spec.text} has {len(text)} characters; at least {SHORTEST} are needed")
         self.alphabet = sorted(set(text))
+        if len(self.alphabet) == 1:
+            raise SpecError(f"text: {spec.text} repeats {self.alphabet[0]!r}; two different characters are needed")
         index = {character: i for i, character in enumerate(self.alphabet)}
         codes = torch.tensor([index[character] for character in text])
         first, second = len(codes) * 90 // 100, len(codes) * 95 // 100

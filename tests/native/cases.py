@@ -196,4 +196,5 @@ def pairs(draw, **fixed: Any) -> Pair:
         "bias": draw(st.booleans()),
         "bidirectional": both,
     }
-    return Pair(**(named | {"options": options} | fixed))
+    fields: dict[str, Any] = named | {"options": options} | fixed
+    return Pair(**fields)

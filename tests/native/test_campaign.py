@@ -1,5 +1,7 @@
 """The long searches: wide, long and deep layers, any window; run with `-m deep --hypothesis-profile deep`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +25,7 @@ windows = st.one_of(
 @given(pairs(), windows, st.integers(1, 70), st.integers(1, 40), st.integers(1, 60), st.integers(1, 80))
 def test_any_size(pair: Pair, window, hidden, batch, steps, inputs):
     sizes = {"hidden": hidden, "batch": batch, "steps": steps, "inputs": inputs}
-    pair = Pair(**(vars(pair) | sizes | {"options": pair.options | {"window": window}}))
+    pair = replace(pair, **sizes, options=pair.options | {"window": window})
     given = pair.xs(), pair.state(), pair.lengths()
     expected = outcome(pair.layer("reference"), *given)
     # gradients that grow over 60 steps magnify roundings as they do themselves

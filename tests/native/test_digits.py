@@ -1,5 +1,7 @@
 """Digits in float32, judged by the reference in float64: ranges, spikes, saturation, and where a NaN goes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,7 +104,7 @@ def test_the_normed_cell_state_keeps_its_digits(norm):
         layer.bias_ih_l0.copy_(torch.tensor([-200.0, 200.0, 0.0, 200.0]).repeat_interleave(WIDTH))
 
     pair = Pair(window="4", hidden=WIDTH, batch=8, steps=1, before=6, dtype=torch.float32)
-    pair = Pair(**(vars(pair) | {"options": {"norm": {"sites": {"c": norm}}}}))
+    pair = replace(pair, options={"norm": {"sites": {"c": norm}}})
     (ys, (_, c), _), (expected, (_, kept), _) = both(pair, pair.xs(), state=6, prepare=prepare)
     compare(c, kept, tolerance=0)
     compare(ys, expected, tolerance=ULPS)
@@ -166,10 +168,11 @@ def test_gradients_keep_their_digits(cell, norm, window):
 
 @pytest.mark.parametrize("where", ["input", "given state"])
 @pytest.mark.parametrize("window", ["1", "4", "cumulative"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_nan_stays_in_its_row(dtype, cell, window, where):
-    pair = Pair(cell, "layer", window, 17, 5, 6, 3, before=4, dtype=dtype)
+def test_a_nan_fills_its_row_and_stays_in_it(dtype, cell, norm, window, where):
+    pair = Pair(cell, norm, window, 17, 5, 6, 3, before=4, dtype=dtype)
     layer, step = pair.layer("native"), 2 if where == "input" else 0
     clean, dirty = ((pair.xs().requires_grad_(), pair.state()) for _ in range(2))
     with torch.no_grad():
@@ -188,3 +191,13 @@ def test_a_nan_stays_in_its_row(dtype, cell, window, where):
     assert poisoned[step:, 1].isnan().all()
     compare([leaf[others] for leaf in state], [leaf[others] for leaf in after], tolerance=0)
     compare(reached[:, others], gradient[:, others], tolerance=0)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_nan_among_the_pre_activations_fills_the_row(cell, norm):
+    """It is in the statement of its row, and with that in every feature."""
+    layer = Pair(cell, hidden=17, batch=2, steps=1, options={"norm": {"sites": {"ih": norm}}}).layer("native")
+    with torch.no_grad():
+        layer.bias_ih_l0[5] = float("nan")
+        assert layer(torch.ones(1, 2, 2).double())[0].isnan().all()

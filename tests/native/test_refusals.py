@@ -175,3 +175,33 @@ def test_auto_takes_it_per_gate_and_in_another_type_after_a_move():
     assert "backend 'reference'" in an.explain(layer)
     layer.to(torch.float64)
     assert "backend 'native'" in an.explain(layer)
+
+
+def test_a_norm_of_another_type_is_refused():
+    layer = an.LSTM(2, 3, norm="layer")
+    layer.norm_hh_l0.double()
+    assert "the norm at hh is of another type than the layer, torch.float32" in an.explain(layer)
+    assert "backend 'reference'" in an.explain(layer)
+
+
+def altered(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The state of one cell with every statement of its first site changed."""
+    (((carried, ((index, (weights, statistic)), *others)),),) = state
+    return (((carried, ((index, (weights, tuple(change(leaf) for leaf in statistic))), *others)),),)
+
+
+def test_what_does_not_fit_is_never_read():
+    """The kernels know addresses only: another type or shape would be another memory."""
+    layer, xs = an.LSTM(2, 3, norm="layer", window=4, backend="native"), torch.randn(5, 2, 2)
+    wide = torch.zeros(1, 2, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="hx: of type torch.float64; allowed: the layer's, torch.float32"):
+        layer(xs, (wide, wide))
+    _, state = layer.unroll(xs)
+    _, longer = an.LSTM(2, 3, norm="layer", window=7).unroll(xs)
+    with pytest.raises(ValueError, match=r"state: .*; allowed"):
+        layer.unroll(xs, longer)
+    with pytest.raises(ValueError, match=r"state: .*; allowed"):
+        layer.unroll(xs, altered(state, lambda leaf: leaf[:1]))
+    found, _ = layer.unroll(xs, altered(state, torch.Tensor.float))
+    expected, _ = layer.unroll(xs, state)
+    assert (found - expected).abs().max() < 1e-5

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from atn_norms.backends.native.library import unavailable
 from atn_norms.backends.native.plan import Plan, planned, refusal
+from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.trees import Leaf, Tree, checked_state, outline, tree_leaves
+from atn_norms.trees import Leaf, Tree, checked_state, tree_leaves
 
 
 class Native:
@@ -29,6 +30,8 @@ class Native:
     ) -> tuple[Tensor, Tree]:
         from atn_norms.backends.native.ops import recurrent
 
+        if xs.shape[1] == 0:  # the kernels share the rows out among threads, and there are none
+            return Reference().run(cell, weights, xs, state, lengths)
         plan, moments = planned(cell, weights)
         carried, norms = state
         names = list(cell.sites)
@@ -37,8 +40,7 @@ class Native:
             xs = torch.where((torch.arange(xs.shape[0]).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
         memories = _checked_memories([norms[place] for place in places], plan, xs.shape[1])
         flat = [leaf.double() for memory in memories if memory is not None for leaf in tree_leaves(memory[1])]
-        affine = [tensor.to(xs.dtype) for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
-        _check(cell, weights, xs, carried, affine, [s.features for s in plan.sites for _ in range(s.gain + s.shift)])
+        affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
         tensors = [xs, *weights.tensors.values(), *carried, *affine, *flat]
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         h0 = carried[0]
@@ -75,19 +77,3 @@ def _checked_memories(memories: list[Tree], plan: Plan, batch: int) -> list[Tree
         wanted = (Leaf((), floating=False), (weights, tuple(statistic)))
         checked.append(checked_state(memory, wanted, batch, torch.device("cpu")))
     return checked
-
-
-def _check(
-    cell: Cell, weights: CellWeights, xs: Tensor, carried: Tree, affine: list[Tensor], features: list[int]
-) -> None:
-    """Raise `ValueError` for tensors of other sizes or types than the kernels, which see addresses only, will read."""
-    cell.check_carried(weights, carried, xs.shape[1])
-    tensors = {name: tensor for name, tensor in weights.tensors.items() if tensor is not None}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != cell.shapes(xs.shape[2], "bias_ih" in tensors):
-        raise ValueError(f"weights: shapes {shapes} for inputs {outline(xs)}; allowed: those of the cell's parameters")
-    if [tuple(tensor.shape) for tensor in affine] != [(size,) for size in features]:
-        raise ValueError(f"norms: gains and shifts {outline(tuple(affine))}; allowed: one number for each feature")
-    kinds = {(str(tensor.dtype), str(tensor.device)) for tensor in (xs, *carried, *affine, *tensors.values())}
-    if len(kinds) > 1:
-        raise ValueError(f"types and devices: {sorted(kinds)}; allowed: one type on the CPU for all of them")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.backends.native.fit import check_fit
 from atn_norms.backends.native.library import CallArgs, Library, load
 from atn_norms.backends.native.plan import Plan, SitePlan
 
@@ -38,6 +39,7 @@ def recurrent(
 ) -> list[Tensor]:
     """Outputs, last h and c, every site's new state; and, to `keep`, what the way back needs."""
     what = Plan.decode(plan)
+    check_fit(what, xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, states, lengths)
     (steps, batch, inputs), hidden = xs.shape, weight_hh.shape[1]
     call = _call(what, xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, lengths)
     ys, hn, cn = xs.new_empty(steps, batch, hidden), torch.empty_like(h0), torch.empty_like(c0)

@@ -122,6 +122,9 @@ def refusal(cell: Cell, weights: CellWeights) -> str | None:
             return f"the norm at {site} ({type(norm.normalizer).__name__}) is not declared as moments over features"
         if moments.groups > MOST_GROUPS:
             return f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
+        dtype = weights["weight_hh"].dtype
+        if any(tensor is not None and tensor.dtype != dtype for tensor in (moments.gain, moments.shift)):
+            return f"the norm at {site} is of another type than the layer, {dtype}"
         if window_of(norm.window) is None:
             return f"it has no kernel for the window {norm.window!r} at {site}"
     return None

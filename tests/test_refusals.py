@@ -1,0 +1,398 @@
+"""What does not fit is refused in one sentence, in every backend, before anything is computed or allocated."""
+
+import time
+import warnings
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import atn_norms as an
+
+BACKENDS = ["reference", "native"]
+
+
+def normed(norm: Any = "layer", window: Any = 3, **options):
+    return an.LSTM(2, 4, norm=norm, window=window, **options)
+
+
+def streamed(layer, batch=2):
+    return layer.unroll(torch.randn(3, batch, 2))[1]
+
+
+def changed(state, place, value):
+    """The state of one layer with the tree at `place` (0: carried, 1: norms; which of them) replaced."""
+    ((cell,),) = state
+    part, index = place
+    branch = (*cell[part][:index], value, *cell[part][index + 1 :])
+    return (((branch, cell[1]) if part == 0 else (cell[0], branch),),)
+
+
+def one_line(error, *words):
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"window": 2},
+        {"window": 7},
+        {"window": "cumulative"},
+        {"norm": "rms"},
+        {"norm": {"sites": {"ih": "layer"}}},
+        {"norm": "batch"},
+        {"placement": {"gates": "per_gate"}},
+    ],
+    ids=str,
+)
+def test_a_state_of_another_window_normalizer_or_site_is_refused(backend, other):
+    foreign = streamed(normed(**other))
+    with pytest.raises(ValueError, match="^state: .*; allowed: ") as error:
+        normed(backend=backend).unroll(torch.randn(1, 2, 2), foreign)
+    one_line(error)
+
+
+def test_a_state_with_norms_is_refused_where_there_is_none():
+    foreign = streamed(normed())
+    for backend in ("auto", "reference", "torch"):
+        with pytest.raises(ValueError, match=r"^state: .* at site 'ih'; allowed: \(\), as it carries no norm"):
+            an.LSTM(2, 4, backend=backend).unroll(torch.randn(1, 2, 2), foreign)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((0, 0), torch.zeros(2, 3)),
+        ((0, 1), torch.zeros(2, 1)),
+        ((0, 1), torch.zeros(2, 4, dtype=torch.float64)),
+        ((0, 1), torch.zeros(2, 4, dtype=torch.int64)),
+        ((0, 1), "c"),
+        ((1, 0), None),
+        ((1, 0), ()),
+        ((1, 1), "junk"),
+        ((1, 1), (torch.zeros(2, dtype=torch.int64), (torch.zeros(2, 1), (torch.zeros(2, 1, 1),) * 2))),
+        ((1, 1), (torch.zeros(2), (torch.zeros(2, 2), (torch.zeros(2, 2, 1),) * 2))),
+        ((1, 1), (torch.zeros(2, dtype=torch.int64), (torch.zeros(2, 2).long(), (torch.zeros(2, 2, 1),) * 2))),
+        ((1, 2), (torch.zeros((), dtype=torch.int64), (torch.zeros(2, 2), (torch.zeros(2, 2, 1),) * 2))),
+    ],
+)
+def test_a_part_of_a_state_that_does_not_fit_is_refused(backend, place, value):
+    layer = normed(backend=backend)
+    state = changed(streamed(layer), place, value)
+    with pytest.raises(ValueError, match="^state: .*; allowed") as error:
+        layer.unroll(torch.randn(1, 2, 2), state)
+    one_line(error)
+
+
+@pytest.mark.parametrize("junk", ["abc", 3, (), ((),), (3,), ((3,),), (((), ()),), {"a": 1}, torch.zeros(2)], ids=str)
+def test_junk_for_a_state_is_refused(junk):
+    norm = an.AssortedTime(an.LayerNorm(4), 3)
+    cell = an.LSTMCell(2, 4, norm="layer")
+    for call in (
+        lambda: normed().unroll(torch.randn(1, 2, 2), junk),
+        lambda: cell(torch.randn(2, 2), junk),
+        lambda: norm.step(torch.randn(2, 4), junk),
+        lambda: norm.scan(torch.randn(1, 2, 4), junk),
+        lambda: an.detach(junk) if not isinstance(junk, (tuple, torch.Tensor)) else norm.step(torch.ones(2, 4), junk),
+    ):
+        with pytest.raises(ValueError, match="^state: .*; allowed: ") as error:
+            call()
+        one_line(error)
+
+
+def test_a_cell_refuses_carried_tensors_that_would_broadcast():
+    cell = an.LSTMCell(2, 4, norm="layer", window=3)
+    (h, c), norms = cell.initial(2)
+    for carried in ((h, c[:, :1]), (h[:1], c), (h,), (h, c, c), (h, c.double()), (h.long(), c)):
+        with pytest.raises(ValueError, match="^state: .*; allowed"):
+            cell(torch.randn(2, 2), (carried, norms))
+
+
+def test_states_of_one_kind_pass_between_backends_and_types():
+    torch.manual_seed(0)
+    reference, native = normed(backend="reference"), normed()
+    native.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 2, 2)
+    state = streamed(reference)
+    assert torch.allclose(reference.unroll(x, state)[0], native.unroll(x, state)[0], atol=1e-6)
+    ((cell,),) = state
+    single = tuple(
+        (index, (weights.float(), tuple(leaf.float() for leaf in said))) for index, (weights, said) in cell[1]
+    )
+    assert torch.allclose(native.unroll(x, state)[0], native.unroll(x, (((cell[0], single),),))[0], atol=1e-5)
+
+
+def test_a_shared_state_that_was_reordered_is_taken_once():
+    norm = an.AssortedTime(an.BatchNorm(4), 3)
+    _, state = norm.scan(torch.randn(3, 2, 4))
+    repeated = an.reorder(state, torch.tensor([0, 0, 0]))
+    x = torch.randn(2, 4)
+    assert torch.equal(norm.step(x, state)[0], norm.step(x, repeated)[0])
+
+
+@pytest.mark.parametrize("batch", [-1, True, "a", None, 1.5])
+def test_a_number_of_rows_that_is_none_is_refused(batch):
+    for owner in (normed(), an.LSTMCell(2, 4, norm="layer")):
+        with pytest.raises(ValueError, match="^batch: .*; allowed: a number of rows"):
+            owner.initial(batch)
+
+
+@pytest.mark.parametrize(
+    "hx",
+    [torch.zeros(1, 2, 4), "ab", (torch.zeros(1, 2, 4), 3), (torch.zeros(2, 2, 4),) * 2, (torch.zeros(1, 2, 3),) * 2],
+)
+def test_an_initial_state_of_another_form_is_refused(hx):
+    with pytest.raises(ValueError, match="^hx: .*; allowed"):
+        normed().initial(2, hx)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_hx_of_another_type_is_refused(backend):
+    hx = (torch.zeros(1, 2, 4, dtype=torch.float64),) * 2
+    with pytest.raises(RuntimeError, match="^hx: of type torch.float64; allowed: the layer's, torch.float32"):
+        normed(backend=backend)(torch.randn(3, 2, 2), hx)
+
+
+def test_the_kernels_are_never_given_parameters_of_another_size():
+    layer: Any = normed(backend="native")
+    layer.norm_hh_l0.weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"^norm: .*; allowed: torch.float32 \[16\] on cpu"):
+        layer(torch.randn(3, 2, 2))
+    layer = normed(backend="native")
+    layer.weight_hh_l0 = nn.Parameter(torch.ones(8, 4))
+    with pytest.raises(RuntimeError, match=r"^weight_hh: .*; allowed: torch.float32 \[16, 4\] on cpu"):
+        layer(torch.randn(3, 2, 2))
+
+
+class StrangeSpec(an.NormSpec):
+    kind: Literal["strange"] = "strange"
+    how: str
+
+    def build(self, features: int) -> Any:
+        if self.how == "raises":
+            raise KeyError("no such thing")
+        if self.how == "reads":
+            torch.ones(features).sum().item()
+            return an.LayerNorm(features)
+        return nn.LayerNorm(features) if self.how == "torch" else None
+
+
+def test_a_plugin_s_build_must_return_a_normalizer():
+    with pytest.raises(
+        ValueError, match="norm: 'strange' at site 'ih' with 16 features: build returned NoneType; allowed"
+    ):
+        normed(StrangeSpec(how="nothing"))
+    with pytest.raises(ValueError, match="build returned LayerNorm; allowed: a Normalizer"):
+        normed(StrangeSpec(how="torch"))
+    with pytest.raises(ValueError, match="norm: 'strange' at site 'ih' with 16 features: 'no such thing'"):
+        normed(StrangeSpec(how="raises"))
+    normed(StrangeSpec(how="reads"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 10**7},
+        {"num_layers": 10**12},
+        {"norm": {"kind": "batch", "max_steps": 10**9}},
+        {"norm": {"kind": "batch", "max_steps": 10**30}},
+        {"hidden_size": 10**9, "norm": "layer"},
+    ],
+    ids=str,
+)
+def test_impossible_sizes_are_refused_at_once(options):
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=r"num_layers|max_steps"):
+        an.LSTM(**{"input_size": 2, "hidden_size": 60} | options)
+    assert time.perf_counter() - begin < 1
+
+
+def test_validation_draws_no_random_number_and_leaves_no_meta_tensor():
+    torch.manual_seed(0)
+    an.LayerSpec.model_validate({"cell": "lstm", "input_size": 2, "hidden_size": 4, "norm": "layer"})
+    drawn = torch.randn(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(1))
+    assert not any(parameter.is_meta for parameter in normed("batch").parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_types_that_are_not_floating_point_are_refused(dtype):
+    norm = an.AssortedTime(an.LayerNorm(4), 3)
+    for call in (lambda: norm.step(torch.ones(2, 4, dtype=dtype)), lambda: norm.scan(torch.ones(3, 2, 4, dtype=dtype))):
+        with pytest.raises(ValueError, match=f"^xs?: of type {dtype}; allowed: .* floating-point"):
+            call()
+    for kind in (None, "layer"):
+        with pytest.raises(ValueError, match=f"^dtype: {dtype}; allowed: a floating-point type"):
+            an.LSTM(2, 4, norm=kind, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", [an.LayerNorm, an.RMSNorm, an.BatchNorm])
+@pytest.mark.parametrize("features", [1, 5])
+def test_another_number_of_features_is_refused(kind, features):
+    norm = an.AssortedTime(kind(4), 3)
+    with pytest.raises(ValueError, match=rf"^x: shape \[2, {features}\]; allowed: \[batch, ..., 4\]"):
+        norm.step(torch.randn(2, features))
+    with pytest.raises(ValueError, match=rf"^xs: shape \[3, 2, {features}\]; allowed: \[time, batch, ..., 4\]"):
+        norm.scan(torch.randn(3, 2, features))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_an_empty_batch_runs(backend, norm):
+    layer = normed(norm, backend=backend)
+    with warnings.catch_warnings(action="error"):
+        y, state = layer.unroll(torch.zeros(3, 0, 2, requires_grad=True))
+        y, state = layer.unroll(torch.zeros(3, 0, 2), state)
+        y.sum().backward()
+    assert y.shape == (3, 0, 4)
+
+
+def test_an_empty_batch_of_batch_normalization():
+    norm = an.AssortedTime(an.BatchNorm(4), 3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel.*allowed: a batch of at least 2 rows"):
+        norm.step(torch.zeros(0, 4))
+    assert norm.normalizer.num_batches_tracked == 0
+    assert norm.eval().scan(torch.zeros(3, 0, 4))[0].shape == (3, 0, 4)
+
+
+@pytest.mark.parametrize("max_steps", [None, 5])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_normalization_refuses_axes_it_does_not_know(max_steps, training):
+    norm = an.AssortedTime(an.BatchNorm(4, max_steps=max_steps), 3).train(training)
+    for call in (lambda: norm.scan(torch.randn(3, 2, 5, 4)), lambda: norm.step(torch.randn(2, 5, 4))):
+        with pytest.raises(ValueError, match=r"^x: 1 axes between batch and features; allowed for BatchNorm"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ["a", "b"],
+        "ab",
+        [[1], [2, 3]],
+        [None, 1],
+        [2**70, 1],
+        [True, False],
+        [1.0, 2.0],
+        object(),
+        torch.zeros(2, dtype=torch.int64, device="meta"),
+    ],
+    ids=repr,
+)
+def test_lengths_of_odd_types_are_refused(lengths):
+    with pytest.raises(ValueError, match="^lengths: .*allowed: 2 integer") as error:
+        normed().unroll(torch.randn(3, 2, 2), lengths=lengths)
+    one_line(error)
+    with pytest.raises(ValueError, match="^lengths: .*allowed: 2 integer"):
+        an.AssortedTime(an.LayerNorm(4), 3).scan(torch.randn(3, 2, 4), lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    "alive", [[True, False], torch.ones(3).bool(), torch.ones(2), torch.ones(2, 1).bool(), "a"], ids=repr
+)
+def test_alive_of_another_shape_or_type_is_refused(alive):
+    with pytest.raises(ValueError, match=r"^alive: .*; allowed: a bool tensor of shape \[2\]"):
+        an.AssortedTime(an.LayerNorm(4), 3).step(torch.randn(2, 4), alive=alive)
+
+
+def pruned():
+    model = nn.LSTM(2, 3)
+    prune.l1_unstructured(model, "weight_hh_l0", 0.3)
+    return model
+
+
+def old_weight_norm():
+    with warnings.catch_warnings(action="ignore"):
+        return nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
+
+
+def hooked(name):
+    model = nn.GRU(2, 3)
+    getattr(model, name)(lambda *_: None)
+    return model
+
+
+def with_a_child():
+    model = nn.GRU(2, 3)
+    model.head = nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (pruned, "a parametrized LSTM; allowed: remove its parametrizations first"),
+        (old_weight_norm, "a parametrized LSTM; allowed: remove its parametrizations first"),
+        (lambda: parametrizations.weight_norm(nn.LSTM(2, 3), "weight_hh_l0"), "a parametrized"),
+        (lambda: hooked("register_forward_hook"), "a GRU with hooks; allowed"),
+        (lambda: hooked("register_forward_pre_hook"), "a GRU with hooks; allowed"),
+        (lambda: hooked("register_full_backward_hook"), "a GRU with hooks; allowed"),
+        (with_a_child, r"a GRU with modules or buffers inside \(head\); allowed"),
+    ],
+)
+def test_replace_refuses_what_it_would_drop(make, words):
+    model = nn.Sequential(nn.Linear(2, 2), make())
+    inside = model[1]
+    with pytest.raises(TypeError, match=f"^1: {words}"):
+        an.replace(model, norm="layer")
+    assert model[1] is inside
+
+
+def test_replace_checks_its_arguments_without_a_layer_to_replace():
+    with pytest.raises(ValueError, match="unknown normalizer 'laier'"):
+        an.replace(nn.Linear(2, 2), norm="laier")
+    with pytest.raises(TypeError, match="^model: int; allowed: a torch.nn.Module"):
+        an.replace(3)  # pyright: ignore[reportArgumentType]
+    model = nn.Linear(2, 2)
+    assert an.replace(model, norm={"sites": {"c": "layer"}}) is model
+
+
+def test_numbers_beyond_float32_are_refused_with_their_place():
+    with pytest.raises(ValueError, match="^forget_bias: "):
+        an.LSTM(2, 4, forget_bias=1e39)
+    with pytest.raises(ValueError, match=r"^norm\.initial_gain: "):
+        normed({"kind": "batch", "initial_gain": -1e39})
+    for gain in (float("nan"), 1e39, True):
+        with pytest.raises(ValueError, match="^initial_gain: .*; allowed"):
+            an.BatchNorm(4, initial_gain=gain)
+    with pytest.raises(ValueError, match="^momentum: True; allowed"):
+        an.BatchNorm(4, momentum=True)
+
+
+class Misbehaving(an.LayerNorm):
+    measured: Any = staticmethod(an.Moments.of)
+    normalized: Any = staticmethod(lambda x: x)
+
+    def measure(self, x: torch.Tensor) -> Any:
+        return self.measured(x)
+
+    def normalize(self, x: torch.Tensor, pooled: Any) -> Any:
+        return self.normalized(x)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [lambda x: None, lambda x: x, lambda x: (x, x), lambda x: an.Moments.of(x[:1]), lambda x: an.Average(x.sum())],
+)
+def test_a_measure_that_returns_something_else_is_named(measured):
+    norm = Misbehaving(4)
+    norm.measured = measured
+    for call in (lambda n: n.step(torch.randn(2, 4)), lambda n: n.scan(torch.randn(3, 2, 4))):
+        with pytest.raises(TypeError, match=r"^Misbehaving\.measure: returned .*; allowed: a Statistic"):
+            call(an.AssortedTime(norm, 3))
+
+
+@pytest.mark.parametrize("normalized", [lambda x: None, lambda x: x[..., :1], lambda x: 3])
+def test_a_normalize_that_returns_something_else_is_named(normalized):
+    norm = Misbehaving(4)
+    norm.normalized = normalized
+    for call in (lambda n: n.step(torch.randn(2, 4)), lambda n: n.scan(torch.randn(3, 2, 4))):
+        with pytest.raises(TypeError, match=r"^Misbehaving\.normalize: returned .*; allowed: a tensor"):
+            call(an.AssortedTime(norm, 3))
