@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import re
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -258,6 +260,19 @@ def _told(future: Any) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def _children_deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C: a terminal sends it to all, and it is this one that stops the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
     try:
         from dask import config
@@ -278,16 +293,17 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
     }
     with config.set(settings), contextlib.ExitStack() as stack:
         if scheduler is None:
-            cluster: Any = stack.enter_context(
-                LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    memory_limit=0,
-                    dashboard_address=None,  # type: ignore[arg-type]
-                    silence_logs=logging.CRITICAL,
+            with _children_deaf_to_interrupts():
+                cluster: Any = stack.enter_context(
+                    LocalCluster(
+                        n_workers=workers,
+                        threads_per_worker=1,
+                        processes=True,
+                        memory_limit=0,
+                        dashboard_address=None,  # type: ignore[arg-type]
+                        silence_logs=logging.CRITICAL,
+                    )
                 )
-            )
             yield stack.enter_context(Client(cluster))
         else:
             log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does

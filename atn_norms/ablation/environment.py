@@ -34,16 +34,17 @@ def environment() -> dict[str, Any]:
 
 
 def differences(wanted: dict[str, str], here: dict[str, str]) -> str:
-    """What differs between two sets of versions, in words; empty when nothing does.
+    """What is missing here of the versions that are wanted, in words; empty when nothing is.
+
+    What is here beside them, such as a plugin that was installed while a study ran, changes no number.
 
     >>> differences({"torch": "2.13.0"}, {"torch": "2.12.1", "extra": "1"})
-    'torch 2.12.1 instead of 2.13.0, extra 1 instead of nothing'
+    'torch 2.12.1 instead of 2.13.0'
     """
-    names = [*wanted, *(name for name in here if name not in wanted)]
     return ", ".join(
-        f"{name} {here.get(name, 'missing')} instead of {wanted.get(name, 'nothing')}"
-        for name in names
-        if here.get(name) != wanted.get(name)
+        f"{name} {here.get(name, 'missing')} instead of {version}"
+        for name, version in wanted.items()
+        if here.get(name) != version
     )
 
 

@@ -17,8 +17,8 @@ PATIENCE = 10.0  # seconds after which no further trial is timed
 def estimate(record: StudyRecord, workers: int) -> float | None:
     """Seconds that the trials of a study which are not over may take; None where none could be timed.
 
-    One trial of each task with a norm, and one without, takes a few training steps and a validation; the others are
-    taken to be like these. `workers` is how many run at a time, as far as there are cores.
+    One trial of each task and kind of norm takes a few training steps and a validation; the others are taken to be like
+    these. `workers` is how many run at a time, as far as there are cores.
     """
     left = [trial.trial for trial in record.trials if trial.status not in ("done", "diverged")]
     timed: dict[str, tuple[float, float]] = {}
@@ -44,7 +44,7 @@ def estimate(record: StudyRecord, workers: int) -> float | None:
 def _like(trial: dict[str, Any]) -> str:
     model = trial["model"]
     alike = {name: model[name] for name in ("cell", "hidden_size", "num_layers", "bidirectional")}
-    return canonical([trial["task"], alike, model["norm"] is None])
+    return canonical([trial["task"], alike, model["norm"] and model["norm"].get("kind", model["norm"])])
 
 
 def _timed(trial: dict[str, Any]) -> tuple[float, float]:
