@@ -337,7 +337,8 @@ class Open:
             return self._model(value, ()).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        wanted = f"must be a {self.family}'s kind or a mapping with `kind`, got {type(value).__name__} {shown(value)}"
+        got = f"{type(value).__name__} {shown(value)}"
+        wanted = f"must be a {self.family}'s kind, a mapping or a spec, got {got}"
         raise _problem("spec_type", f"{wanted}; {self._known()}")
 
     def _accepts(self, value: Any, nullable: bool) -> bool:

@@ -88,12 +88,12 @@ def said(data: dict[Any, Any]) -> list[str]:
         ({"size": 1, "norm": {"kind": "?"}}, "norm.kind: unknown normalizer '?'; known: group, plain"),
         ({"size": 1, "norm": {"eps": 1.0}}, "norm.kind: missing: a mapping for a normalizer names its kind; known: "),
         ({"size": 1, "norm": {"kind": 3}}, "norm.kind: must be a normalizer's name, got int 3; known: group, plain"),
-        ({"size": 1, "norm": 3}, "norm: must be a normalizer's kind or a mapping with `kind`, got int 3; known: group"),
+        ({"size": 1, "norm": 3}, "norm: must be a normalizer's kind, a mapping or a spec, got int 3; known: group"),
         ({"size": 1, "window": "none"}, "window: unknown window 'none'; known: last"),
         ({"size": 1, "norm": "group"}, "norm.groups: required, and missing"),
-        ({"size": 1, "norm": Last(steps=2)}, "norm: must be a normalizer's kind or a mapping with `kind`, got Last"),
+        ({"size": 1, "norm": Last(steps=2)}, "norm: must be a normalizer's kind, a mapping or a spec, got Last"),
         ({"size": 1, "window": 0}, "window: must be greater than or equal to 1, got 0"),
-        ({"size": 1, "window": None}, "window: must be a window's kind or a mapping with `kind`, got NoneType None"),
+        ({"size": 1, "window": None}, "window: must be a window's kind, a mapping or a spec, got NoneType None"),
         ({"size": 1, "seeds": "x"}, "seeds: must be a valid integer, got 'x', or must be a valid list, got 'x'"),
         ({"size": 1, "more": {"a"}}, "more: must be a valid tuple, got {'a'}"),
         ({"size": 1, "more": ["plain", {"kind": "plain", "shape": [[1], [2, "3"]]}]}, "more[1].shape[1][1]: must be a"),
@@ -122,7 +122,7 @@ def test_all_problems_are_told_at_once_and_in_place():
     error = explained(caught.value, where=lambda path: f"file:{len(path)}")
     assert [problem.split(";")[0] for problem in str(error).splitlines()] == [
         "file:1: sise: unknown key",
-        "file:1: norm: must be a normalizer's kind or a mapping with `kind`, got int 3",
+        "file:1: norm: must be a normalizer's kind, a mapping or a spec, got int 3",
         "file:1: size: required, and missing",
     ]
 
