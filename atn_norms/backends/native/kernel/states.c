@@ -13,7 +13,6 @@ static int64_t live(const Work *work, int64_t row) { return work->call->lengths 
 
 static void bring_in(const Work *work, Line *line, const Site *site) {
     const int64_t B = work->batch, G = line->groups, P = line->prefix;
-    line->hidden = P;
     if (site->state[0] == NULL) {
         memset(line->weight, 0, (size_t)(P * B) * sizeof(double));
         memset(line->mean, 0, (size_t)(P * B * G) * sizeof(double));
@@ -28,9 +27,14 @@ static void bring_in(const Work *work, Line *line, const Site *site) {
                 for (int64_t g = 0; g < width; g++)
                     own[leaf][(j * B + b) * width + g] = site->state[leaf] ? site->state[leaf][(b * P + j) * width + g] : 0.0;
     }
-    for (int64_t j = P - 1; j >= 0; j--)
-        for (int64_t b = 0; b < B; b++)
-            if (line->weight[j * B + b] > 0.0) line->hidden = j;
+}
+
+/* How many statements of the prefix no row has seen, from the oldest on. */
+static void hide(const Work *work, Line *line) {
+    line->hidden = line->prefix;
+    for (int64_t j = line->prefix - 1; j >= 0; j--)
+        for (int64_t b = 0; b < work->batch; b++)
+            if (line->weight[j * work->batch + b] > 0.0) line->hidden = j;
 }
 
 static void lay_out(Work *work, Line *line, const Site *site) {
@@ -89,12 +93,10 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
         lay_out(work, line, site);
         if (!backward) {
             bring_in(work, line, site);
+            hide(work, line);
             continue;
         }
-        line->hidden = line->prefix;
-        for (int64_t j = line->prefix - 1; j >= 0; j--)
-            for (int64_t b = 0; b < call->batch; b++)
-                if (line->weight[j * call->batch + b] > 0.0) line->hidden = j;
+        hide(work, line);
         const size_t lanes = (size_t)(call->batch * line->groups), own = (size_t)(line->prefix + call->steps) * lanes;
         const size_t pooled = (size_t)call->steps * lanes, sums = (size_t)(blocks * line->features);
         double *room = calloc(2 * own + 2 * pooled + 2 * lanes + 2 * sums, sizeof(double));
