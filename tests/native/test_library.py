@@ -101,6 +101,30 @@ def test_the_number_of_threads_changes_no_bit(case, two_threads):
 
 
 @needs_kernels
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("lengths", [None, torch.arange(40) % 6], ids=["whole", "ragged"])
+def test_threads_that_share_large_weights_change_no_bit(cell, lengths, two_threads):
+    """Beyond a megabyte of recurrent weights the threads go through time as a team."""
+    hidden = {"LSTM": 184, "GRU": 212, "RNN": 364}[cell]
+    layer, truth = (
+        getattr(an, cell)(3, hidden, norm="layer", window=3, backend=backend, dtype=torch.float64)
+        for backend in ("native", "reference")
+    )
+    truth.load_state_dict(layer.state_dict())
+
+    def run(layer: Any) -> Any:
+        xs = (torch.arange(5 * 40 * 3) * 37 % 101 / 50 - 1).double().reshape(5, 40, 3).requires_grad_()
+        ys, state = layer.unroll(xs, lengths=lengths)
+        loss = (ys * torch.linspace(-1, 2, ys.numel(), dtype=ys.dtype).reshape(ys.shape)).mean()
+        return [ys, list(tree_leaves(state)), torch.autograd.grad(loss, [xs, *layer.parameters()])]
+
+    shared = run(layer)
+    torch.set_num_threads(1)
+    compare(shared, run(layer), tolerance=0)
+    compare(shared, run(truth), tolerance=1e-10)  # sums of up to 848 * 40 terms
+
+
+@needs_kernels
 def test_python_threads_may_call_at_once(two_threads):
     work = [layer_of(case, dtype=dtype) for case in CASES for dtype in (torch.float32, torch.float64)]
     expected = [results(layer, batch=40) for layer in work]

@@ -8,26 +8,30 @@
 #include "recurrent.h"
 
 #define BLOCK_ROWS 16
-#define BLOCK_LANES (BLOCK_ROWS * 64) /* rows times groups */
+#define LANE_STEP 8 /* lanes of a block are filled up to a multiple of this */
 #define MOST_TOGETHER 4               /* blocks */
 #define NEAR_BYTES ((size_t)1 << 20)  /* of recurrent weights */
 #define THIN 4                        /* input features whose weight gradients are summed without a product */
 
-/* A site while it is worked on: what a Site says, and where in its timeline and in work space everything lies. */
+/* A site while it is worked on: what a Site says, and where in its timeline and in work space everything of one block lies.
+   A block's part of the timeline is one piece. A lane that no row fills holds a mean and a variance of 0. */
 typedef struct {
     int32_t norm, window;
-    int64_t features, groups, prefix;
+    int64_t features, groups, prefix, lanes;
     int64_t hidden; /* how many statements of the prefix, from the oldest on, have weight 0 in every row */
     double decay, eps;
     const void *gain, *shift;
-    double *weight;          /* [prefix, B] weights of the prefix */
+    const double *counts;    /* [T] what each step weighs; NULL: 1 */
+    double *weight;          /* [prefix, L] weights of the prefix */
     double *mean, *var;      /* [prefix + T, L] own statements, the prefix first; a mean square is `var` */
     double *mu, *v, *share;  /* [T, L] pooled statements, and 1 / total weight of the window */
     double *scale;           /* [T, L] 1 / sqrt(v + eps) */
+    double *late, *run;      /* forward: [3, prefix, L] and [2, L] and one more, parts of windows: weight, mean, variance */
     double *dmean, *dvar;    /* [prefix + T, L] gradient of own statements */
     double *dmu, *dv;        /* [T, L] gradient of pooled statements */
-    double *carry;           /* [2, L] what a decaying window hands back in time */
-    double *dgain, *dshift;  /* [blocks, F] sums, one row for each block of rows */
+    double *carry;           /* [2, L] what comes back in time */
+    double *dgain, *dshift;  /* [F] sums */
+    double *room;            /* where all that is not in the timeline lies */
 } Line;
 
 /* A call with its sites laid out. */
@@ -35,7 +39,7 @@ typedef struct {
     int32_t cell, threads;
     int64_t steps, batch, inputs, hidden;
     const Call *call;
-    Line site[SITES];
+    Line site[SITES]; /* of the first block */
 } Work;
 
 /* Lay out every site and bring in its given state; for the way back, also take and prepare room for gradients. 0 if well. */
@@ -43,10 +47,15 @@ int atn_norms_begin(Work *work, const Call *call, int backward);
 /* Hand out what follows: the next states, or all gradients of the sites; then give the room back. */
 void atn_norms_end(Work *work, int backward, int is_double);
 
+/* A site of another block. */
+Line atn_norms_line(const Line *first, int64_t steps, int64_t block);
+
 void *atn_norms_memory(size_t bytes); /* aligned to a cache line; NULL where there is none */
 int64_t atn_norms_block_start(int64_t batch, int64_t block); /* first row of a block */
 int64_t atn_norms_blocks(int64_t batch);                        /* into how many blocks of rows a batch is cut */
 int atn_norms_thread(void);           /* index of the calling thread in its team */
+int atn_norms_team(void);             /* how many the team has */
+void atn_norms_wait(void);            /* until all of the team are there */
 
 int atn_norms_run_base(const Work *work, int backward, int is_double);
 int atn_norms_run_avx2(const Work *work, int backward, int is_double);

@@ -1,156 +1,257 @@
-/* Statements of steps, and windows over them. Everything here is double and runs over the lanes of one block of rows
-   (lane = row * groups + group), which lie side by side so that the compiler can take many at a time.
+/* Statements of steps, and windows over them. Statements are double and run over the lanes of one block of rows
+   (lane = row * groups + group), which lie side by side and fill whole vectors.
 
-   A window is never updated by subtracting: it is summed afresh, or merged from parts that are. */
+   A window is never updated by subtracting. A sliding one is cut at every k-th step: what lies before the cut has been merged
+   from the cut backwards when it was reached, what lies after it is merged as it comes, and a window is the merge of one of
+   each. So a step costs three merges whatever k is, and each is exact about what it holds. */
 
-#define SUMS 16 /* running sums side by side, so that none waits for the one before it; always the same ones */
+#define LANES _Pragma("omp simd") for (long l = 0; l < lanes; l++)
 
-static inline double FN(total)(const double *sums) {
-    double all = 0.0;
-    for (int j = 0; j < SUMS; j++) all += sums[j];
-    return all;
+/* The statement of the union of a (weight wa) and b (weight wb > 0), left in a; one of weight 0 is hidden, NaN included. */
+#define MERGE(wa, mean_a, var_a, wb, mean_b, var_b)                                                      \
+    do {                                                                                                 \
+        const double all_ = (wa) + (wb), pb_ = (wb) / all_, pa_ = (wa) / all_;                             \
+        const double old_mean_ = (wa) > 0.0 ? (mean_a) : (mean_b), old_var_ = (wa) > 0.0 ? (var_a) : 0.0;    \
+        const double apart_ = (mean_b) - old_mean_;                                                      \
+        (mean_a) = old_mean_ + pb_ * apart_;                                                             \
+        (var_a) = pa_ * (old_var_ + pb_ * apart_ * apart_) + pb_ * (var_b);                                \
+    } while (0)
+
+/* Before the first step of a stretch of k: entry i of `late` becomes the merge of the statements i to prefix - 1 of the k - 1
+   before it. */
+static void FN(merge_late)(const Line *site, long t) {
+    const long lanes = site->lanes, prefix = site->prefix, size = prefix * lanes;
+    for (long i = prefix - 1; i >= (t ? 0 : site->hidden); i--) {
+        const long at = t + i;
+        const double *restrict mean = site->mean + at * lanes, *restrict var = site->var + at * lanes;
+        double *restrict w = site->late + i * lanes, *restrict m = w + size, *restrict v = m + size;
+        const double *restrict past_w = w + lanes, *restrict past_m = m + lanes, *restrict past_v = v + lanes;
+        if (at < prefix) { /* the state's own statements, which may be hidden by a weight of 0 */
+            const double *restrict given = site->weight + at * lanes;
+            const int last = i == prefix - 1;
+            LANES {
+                const double own = given[l];
+                double past = last ? 0.0 : past_w[l], pm = last ? 0.0 : past_m[l], pv = last ? 0.0 : past_v[l];
+                if (own > 0.0) MERGE(past, pm, pv, own, mean[l], var[l]);
+                w[l] = past + own; m[l] = pm; v[l] = pv;
+            }
+            continue;
+        }
+        const double own = site->counts ? site->counts[at - prefix] : 1.0;
+        if (i == prefix - 1) {
+            LANES { w[l] = own; m[l] = mean[l]; v[l] = var[l]; }
+        } else {
+            LANES {
+                double past = past_w[l], pm = past_m[l], pv = past_v[l];
+                MERGE(past, pm, pv, own, mean[l], var[l]);
+                w[l] = past + own; m[l] = pm; v[l] = pv;
+            }
+        }
+    }
 }
 
-/* The pooled statement of step t from lane `from` on: v = sum of shares * (own variance + (own mean - pooled mean)^2). */
-static void FN(pool_window)(const Line *site, long batch, long t, long from, long count) {
-    const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
-    double *restrict mu = site->mu + t * lanes + from, *restrict v = site->v + t * lanes + from;
-    double *restrict share = site->share + t * lanes + from;
-    const double *restrict now_mean = site->mean + (prefix + t) * lanes + from;
-    const double *restrict now_var = site->var + (prefix + t) * lanes + from;
+/* The pooled statement of step t, and what a deviation of it divides by. */
+static void FN(pool)(const Line *site, long t) {
+    const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
+    const double eps = site->eps, count = site->counts ? site->counts[t] : 1.0;
+    double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
+    const double *restrict now_mean = site->mean + prefix * lanes + at, *restrict now_var = site->var + prefix * lanes + at;
     if (site->window == WINDOW_DECAYING) {
-        const double *restrict mean = t ? mu - lanes : site->mean + from, *restrict var = t ? v - lanes : site->var + from;
-        for (long l = 0; l < count; l++) {
-            const double before = t ? 1.0 / share[l - lanes] : site->weight[(from + l) / groups];
-            const double total = before * site->decay + 1.0, now = 1.0 / total, past = before * site->decay / total;
-            const double old_mean = past > 0.0 ? mean[l] : 0.0, old_var = past > 0.0 ? var[l] : 0.0;
-            const double m = past * old_mean + now * now_mean[l];
-            const double a = old_mean - m, b = now_mean[l] - m;
-            mu[l] = m;
-            v[l] = past * (old_var + a * a) + now * (now_var[l] + b * b);
-            share[l] = now;
+        const double decay = site->decay;
+        const double *restrict mean = t ? mu - lanes : site->mean, *restrict var = t ? v - lanes : site->var;
+        const double *restrict before = t ? share - lanes : site->weight;
+        LANES {
+            const double past = (t ? 1.0 / before[l] : before[l]) * decay;
+            double m = mean[l], s = var[l];
+            MERGE(past, m, s, count, now_mean[l], now_var[l]);
+            mu[l] = m; v[l] = s;
+            share[l] = 1.0 / (past + count);
+            scale[l] = 1.0 / sqrt(s + eps);
         }
         return;
     }
     if (prefix == 0) {
-        for (long l = 0; l < count; l++) { mu[l] = now_mean[l]; v[l] = now_var[l]; share[l] = 1.0; }
+        const double only = 1.0 / count;
+        LANES { mu[l] = now_mean[l]; v[l] = now_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(now_var[l] + eps); }
         return;
     }
-    double total[BLOCK_LANES], mean[BLOCK_LANES], spread[BLOCK_LANES], weight[BLOCK_LANES];
-    for (long l = 0; l < count; l++) total[l] = mean[l] = spread[l] = 0.0;
-    for (int second = 0; second < 2; second++) {
-        for (long j = t > site->hidden ? t : site->hidden; j <= t + prefix; j++) {
-            const double *restrict m = site->mean + j * lanes + from, *restrict var = site->var + j * lanes + from;
-            if (j < prefix) { /* the state's own statements, which may be hidden by a weight of 0 */
-                for (long l = 0; l < count; l++) weight[l] = site->weight[j * batch + (from + l) / groups];
-                for (long l = 0; l < count; l++) {
-                    const double w = weight[l], m_l = w > 0.0 ? m[l] : 0.0, v_l = w > 0.0 ? var[l] : 0.0;
-                    if (second) spread[l] += w * (v_l + (m_l - mean[l]) * (m_l - mean[l]));
-                    else { total[l] += w; mean[l] += w * m_l; }
-                }
-            } else if (second) {
-                for (long l = 0; l < count; l++) spread[l] += var[l] + (m[l] - mean[l]) * (m[l] - mean[l]);
-            } else {
-                for (long l = 0; l < count; l++) { total[l] += 1.0; mean[l] += m[l]; }
-            }
-        }
-        if (!second)
-            for (long l = 0; l < count; l++) mean[l] /= total[l];
+    const long since = t % (prefix + 1), i = t <= prefix && since < site->hidden ? site->hidden : since;
+    double *restrict run_mean = site->run, *restrict run_var = site->run + lanes, weight = count;
+    if (since == 0) {
+        FN(merge_late)(site, t);
+        LANES { run_mean[l] = now_mean[l]; run_var[l] = now_var[l]; }
+    } else {
+        const double past = site->run[2 * lanes];
+        weight += past;
+        LANES MERGE(past, run_mean[l], run_var[l], count, now_mean[l], now_var[l]);
     }
-    for (long l = 0; l < count; l++) { mu[l] = mean[l]; v[l] = spread[l] / total[l]; share[l] = 1.0 / total[l]; }
+    site->run[2 * lanes] = weight;
+    if (i >= prefix) {
+        const double only = 1.0 / weight;
+        LANES { mu[l] = run_mean[l]; v[l] = run_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(run_var[l] + eps); }
+        return;
+    }
+    const double *restrict w = site->late + i * lanes, *restrict late_mean = w + prefix * lanes, *restrict late_var = late_mean + prefix * lanes;
+    LANES {
+        double m = late_mean[l], s = late_var[l];
+        MERGE(w[l], m, s, weight, run_mean[l], run_var[l]);
+        mu[l] = m; v[l] = s;
+        share[l] = 1.0 / (w[l] + weight);
+        scale[l] = 1.0 / sqrt(s + eps);
+    }
 }
 
-/* ... and what a deviation of it divides by. */
-static void FN(pool)(const Line *site, long batch, long t, long from, long count) {
-    FN(pool_window)(site, batch, t, from, count);
-    const double eps = site->eps;
-    const double *restrict v = site->v + t * batch * site->groups + from;
-    double *restrict scale = site->scale + t * batch * site->groups + from;
-#pragma omp simd
-    for (long l = 0; l < count; l++) scale[l] = 1.0 / sqrt(v[l] + eps);
+/* What the gradients of the windows of one stretch are taken around: a mean of the stretch itself, if that is a number. */
+INLINE double FN(around)(double mu) { return mu - mu == 0.0 ? mu : 0.0; }
+
+INLINE long FN(last_of_stretch)(const Line *site, long steps, long t) {
+    const long k = site->prefix + 1, last = t - t % k + k - 1;
+    return last < steps ? last : steps - 1;
 }
 
 /* Gradient of step t's own statement, from those of every pooled statement it is in: dmean and dvar, added to what the
-   final state asks of it. site->dmu and site->dv hold the local gradients of the pooled statements from t on. */
-static void FN(unpool)(const Line *site, long batch, long steps, long t, long from, long count) {
-    const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
-    double *restrict dmean = site->dmean + (prefix + t) * lanes + from, *restrict dvar = site->dvar + (prefix + t) * lanes + from;
-    const double *restrict own = site->mean + (prefix + t) * lanes + from;
+   final state asks of it. site->dmu and site->dv hold the gradients of the pooled statements of t and before; of those after t
+   in a sliding window's stretch at hand, what they say of a mean and a variance: G and Q, with dL/dmean_s the sum over its
+   windows of G + 2 Q (mean_s - around) and dL/dvar_s the sum of Q; of stretches gone by, the sums of these from their start on. */
+static void FN(unpool)(const Line *site, long steps, long t) {
+    const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
+    const double count = site->counts ? site->counts[t] : 1.0;
+    double *restrict dmean = site->dmean + prefix * lanes + at, *restrict dvar = site->dvar + prefix * lanes + at;
+    const double *restrict own = site->mean + prefix * lanes + at, *restrict mu = site->mu + at, *restrict share = site->share + at;
+    double *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
+    double *restrict sum_mean = site->carry, *restrict sum_var = site->carry + lanes;
     if (site->window == WINDOW_DECAYING) {
-        double *restrict cmu = site->carry + from, *restrict cv = site->carry + lanes + from;
-        const double *restrict dmu = site->dmu + t * lanes + from, *restrict dv = site->dv + t * lanes + from;
-        const double *restrict mu = site->mu + t * lanes + from, *restrict share = site->share + t * lanes + from;
-        const double *restrict before = t ? mu - lanes : site->mean + from;
-        for (long l = 0; l < count; l++) {
-            const double gm = dmu[l] + cmu[l], gv = dv[l] + cv[l], now = share[l], past = 1.0 - now;
-            const int any = t || site->weight[(from + l) / groups] > 0.0;
+        const double *restrict before = t ? mu - lanes : site->mean, *restrict given = site->weight;
+        LANES {
+            const double gm = dmu[l] + sum_mean[l], gv = dv[l] + sum_var[l], now = count * share[l], past = 1.0 - now;
+            const int any = t || given[l] > 0.0;
             dmean[l] += now * (gm + 2.0 * gv * (own[l] - mu[l]));
             dvar[l] += now * gv;
-            cmu[l] = any ? past * (gm + 2.0 * gv * (before[l] - mu[l])) : 0.0;
-            cv[l] = any ? past * gv : 0.0;
+            sum_mean[l] = any ? past * (gm + 2.0 * gv * (before[l] - mu[l])) : 0.0;
+            sum_var[l] = any ? past * gv : 0.0;
         }
         return;
     }
-    const long last = t + prefix < steps - 1 ? t + prefix : steps - 1;
-    double sum_mean[BLOCK_LANES], sum_var[BLOCK_LANES];
-    for (long l = 0; l < count; l++) sum_mean[l] = sum_var[l] = 0.0;
-    for (long s = t; s <= last; s++) {
-        const double *restrict dmu = site->dmu + s * lanes + from, *restrict dv = site->dv + s * lanes + from;
-        const double *restrict mu = site->mu + s * lanes + from, *restrict share = site->share + s * lanes + from;
-        for (long l = 0; l < count; l++) {
-            sum_mean[l] += share[l] * (dmu[l] + 2.0 * dv[l] * (own[l] - mu[l]));
-            sum_var[l] += share[l] * dv[l];
+    if (prefix == 0) {
+        LANES { dmean[l] += dmu[l] + (dv[l] != 0.0 ? 2.0 * dv[l] * (own[l] - mu[l]) : 0.0); dvar[l] += dv[l]; }
+        return;
+    }
+    const long last = FN(last_of_stretch)(site, steps, t), start = t - t % (prefix + 1);
+    const double *restrict centre = site->mu + last * lanes;
+    const int fresh = t == last, beyond = last + 1 < steps && t > start;
+    LANES {
+        const double q = share[l] * dv[l], g = share[l] * dmu[l] - (q != 0.0 ? 2.0 * q * (mu[l] - FN(around)(centre[l])) : 0.0);
+        dmu[l] = g;
+        dv[l] = q;
+        const double all_g = fresh ? g : sum_mean[l] + g, all_q = fresh ? q : sum_var[l] + q;
+        sum_mean[l] = all_g;
+        sum_var[l] = all_q;
+        dmean[l] += count * (all_g + (all_q != 0.0 ? 2.0 * all_q * (own[l] - FN(around)(centre[l])) : 0.0));
+        dvar[l] += count * all_q;
+    }
+    if (beyond) { /* windows that end in the next stretch */
+        const long end = t + prefix < steps ? t + prefix : steps - 1;
+        const double *restrict next_g = site->dmu + end * lanes, *restrict next_q = site->dv + end * lanes;
+        const double *restrict next_centre = site->mu + FN(last_of_stretch)(site, steps, last + 1) * lanes;
+        LANES {
+            const double q = next_q[l];
+            dmean[l] += count * (next_g[l] + (q != 0.0 ? 2.0 * q * (own[l] - FN(around)(next_centre[l])) : 0.0));
+            dvar[l] += count * q;
         }
     }
-    for (long l = 0; l < count; l++) { dmean[l] += sum_mean[l]; dvar[l] += sum_var[l]; }
+    if (t == start)
+        for (long j = start + 1; j <= last; j++) {
+            double *restrict g = site->dmu + j * lanes, *restrict q = site->dv + j * lanes;
+            LANES { g[l] += g[l - lanes]; q[l] += q[l - lanes]; }
+        }
 }
 
 /* The gradient of the statements the given state brought, after step 0 has been worked back. */
-static void FN(unpool_prefix)(const Line *site, long batch, long steps, long from, long count) {
-    const long lanes = batch * site->groups, groups = site->groups, prefix = site->prefix;
+static void FN(unpool_prefix)(const Line *site, long steps) {
+    const long lanes = site->lanes, prefix = site->prefix;
     if (site->window == WINDOW_DECAYING) {
-        for (long l = from; l < from + count; l++) { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
+        LANES { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
         return;
     }
-    for (long j = site->hidden; j < prefix; j++)
-        for (long l = from; l < from + count; l++) {
-            const double w = site->weight[j * batch + l / groups];
-            double sum_mean = 0.0, sum_var = 0.0;
-            if (w > 0.0)
-                for (long s = 0; s <= j && s < steps; s++) {
-                    const long at = s * lanes + l;
-                    sum_mean += site->share[at] * (site->dmu[at] + 2.0 * site->dv[at] * (site->mean[j * lanes + l] - site->mu[at]));
-                    sum_var += site->share[at] * site->dv[at];
-                }
-            site->dmean[j * lanes + l] += w * sum_mean;
-            site->dvar[j * lanes + l] += w * sum_var;
+    for (long j = site->hidden; j < prefix; j++) {
+        const long at = j * lanes, end = (j < steps ? j : steps - 1) * lanes;
+        const double *restrict weight = site->weight + at, *restrict mean = site->mean + at, *restrict g = site->dmu + end, *restrict q = site->dv + end;
+        const double *restrict centre = site->mu + FN(last_of_stretch)(site, steps, 0) * lanes;
+        double *restrict dmean = site->dmean + at, *restrict dvar = site->dvar + at;
+        for (long l = 0; l < lanes; l++) {
+            if (!(weight[l] > 0.0)) continue;
+            dmean[l] += weight[l] * (g[l] + (q[l] != 0.0 ? 2.0 * q[l] * (mean[l] - FN(around)(centre[l])) : 0.0));
+            dvar[l] += weight[l] * q[l];
         }
+    }
 }
 
-/* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Sums are double,
-   taken from a value of the row itself, which loses nothing: its distance to the mean is at most F deviations. */
+/* Sums of x - pivot and of its square, in double throughout. */
+static void FN(sums_in_double)(long width, const REAL *restrict x, double pivot, double *first, double *second) {
+    double ones[16] = {0}, squares[16] = {0};
+    long i = 0;
+    for (; i + 16 <= width; i += 16)
+#pragma omp simd
+        for (long j = 0; j < 16; j++) {
+            const double d = (double)x[i + j] - pivot;
+            ones[j] += d;
+            squares[j] += d * d;
+        }
+    for (long j = 0; j < width - i; j++) {
+        const double d = (double)x[i + j] - pivot;
+        ones[j] += d;
+        squares[j] += d * d;
+    }
+    *first = *second = 0.0;
+    for (int j = 0; j < 16; j++) { *first += ones[j]; *second += squares[j]; }
+}
+
+#if !IS_DOUBLE
+/* The same in REAL, but for sums over stretches of 16 vectors. */
+INLINE void FN(sums_in_real)(long width, const REAL *x, REAL pivot, double *first, double *second) {
+    *first = *second = 0.0;
+    for (long from = 0; from < width; from += 16 * VL) {
+        const long end = from + 16 * VL < width ? from + 16 * VL : width;
+        FN(vec) ones = {0}, squares = {0};
+        for (long i = from; i < end; i += VL) {
+            const FN(vec) d = FN(load_or)(x + i, end - i, pivot) - pivot;
+            ones += d;
+            squares += d * d;
+        }
+        FN(totals)(ones, squares, first, second);
+    }
+}
+#endif
+
+/* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Deviations are taken
+   from a value near the mean. In float they lose nothing that counts while that value is within one deviation of the mean and
+   their squares are within float's range; what is not so is summed in double, from one of its own values. */
 static void FN(measure)(const Line *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
     const long width = site->features / site->groups;
+    const int centred = site->norm == NORM_MOMENTS;
     for (long g = 0; g < site->groups; g++, x += width) {
-        const double pivot = site->norm == NORM_MOMENTS ? (double)x[0] : 0.0;
-        double first[SUMS] = {0}, second[SUMS] = {0};
-        long i = 0;
-        for (; i + SUMS <= width; i += SUMS)
-#pragma omp simd
-            for (long j = 0; j < SUMS; j++) {
-                const double d = (double)x[i + j] - pivot;
-                first[j] += d;
-                second[j] += d * d;
+        double first = 0.0, second = 0.0, pivot = 0.0, offset = 0.0, spread = -1.0;
+#if !IS_DOUBLE
+        if (width >= 2 * VL) {
+            REAL near = 0;
+            if (centred) { /* the mean of eight of them */
+                const REAL *middle = x + width / 2;
+                near = (((x[0] + x[1]) + (middle[0] + middle[1])) + ((x[2] + x[3]) + (middle[2] + middle[3]))) * (REAL)0.125;
             }
-#pragma omp simd
-        for (long j = 0; j < width - i; j++) {
-            const double d = (double)x[i + j] - pivot;
-            first[j] += d;
-            second[j] += d * d;
+            FN(sums_in_real)(width, x, near, &first, &second);
+            if (!centred) first = 0.0;
+            pivot = (double)near;
+            offset = first / (double)width;
+            spread = second / (double)width - offset * offset;
         }
-        const double offset = FN(total)(first) / (double)width, square = FN(total)(second) / (double)width;
-        const double spread = square - (site->norm == NORM_MOMENTS ? offset * offset : 0.0);
-        mean[g] = site->norm == NORM_MOMENTS ? pivot + offset : 0.0;
+#endif
+        if (!(spread > 1e-30 && spread < 1e30 && offset * offset <= spread)) {
+            pivot = centred ? (double)x[0] : 0.0;
+            FN(sums_in_double)(width, x, pivot, &first, &second);
+            offset = centred ? first / (double)width : 0.0;
+            spread = second / (double)width - offset * offset;
+        }
+        mean[g] = pivot + offset;
         var[g] = spread < 0.0 ? 0.0 : spread; /* keeps NaN */
     }
 }

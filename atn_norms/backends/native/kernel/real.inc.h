@@ -1,22 +1,113 @@
-/* Elementary functions and the product, for one REAL and one instruction set. Included by recurrent.inc.h. */
+/* Vectors, elementary functions and the product, for one REAL and one instruction set. Included by recurrent.inc.h. */
 
 #define VL ((long)(VECTOR_BYTES / sizeof(REAL)))
 #define PANEL (2 * VL) /* columns of a packed panel: two vectors */
+#define INLINE static inline __attribute__((always_inline))
 
 typedef REAL FN(vec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
-/* exp by range reduction to |r| <= ln(2) / 2 and a polynomial; NaN stays NaN, the ends saturate. */
-static inline __attribute__((always_inline)) REAL FN(exp)(REAL x) {
-    const REAL high = IS_DOUBLE ? (REAL)708.0 : (REAL)88.0, low = IS_DOUBLE ? (REAL)-708.0 : (REAL)-87.0;
-    x = x > high ? high : x;
-    x = x < low ? low : x;
 #if IS_DOUBLE
-    const double magic = 6755399441055744.0; /* 1.5 * 2^52: adding it rounds to an integer held in the low bits */
-    union { double f; int64_t i; } shifted = {x * 1.4426950408889634074 + magic}, scale;
-    double n = shifted.f - magic;
-    double r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
-    double p = 1.0 / 6227020800.0;
-    p = p * r + 1.0 / 479001600.0;
+typedef int64_t FN(whole) __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int32_t FN(whole) __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+
+/* The first n numbers at an address, n at most a vector; the rest is `fill`. */
+INLINE FN(vec) FN(load_or)(const REAL *from, long n, REAL fill) {
+    if (n >= VL) return *(const FN(vec) *)from;
+    FN(vec) part = (FN(vec)){0} + fill;
+#if VECTOR_BYTES == 64 && IS_DOUBLE
+    part = (FN(vec))_mm512_mask_loadu_pd((__m512d)part, (__mmask8)((1u << n) - 1u), from);
+#elif VECTOR_BYTES == 64
+    part = (FN(vec))_mm512_mask_loadu_ps((__m512)part, (__mmask16)((1u << n) - 1u), from);
+#else
+    memcpy(&part, from, (size_t)n * sizeof(REAL));
+#endif
+    return part;
+}
+
+INLINE FN(vec) FN(load)(const REAL *from, long n) { return FN(load_or)(from, n, 0); }
+
+INLINE void FN(store)(REAL *to, FN(vec) value, long n) {
+    if (n >= VL) *(FN(vec) *)to = value;
+#if VECTOR_BYTES == 64 && IS_DOUBLE
+    else _mm512_mask_storeu_pd(to, (__mmask8)((1u << n) - 1u), (__m512d)value);
+#elif VECTOR_BYTES == 64
+    else _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1u), (__m512)value);
+#else
+    else memcpy(to, &value, (size_t)n * sizeof(REAL));
+#endif
+}
+
+typedef double FN(wide) __attribute__((vector_size(VECTOR_BYTES)));
+
+INLINE FN(wide) FN(widened)(FN(vec) value) {
+#if IS_DOUBLE
+    return (FN(wide))value;
+#else
+    typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
+    half halves[2];
+    memcpy(halves, &value, sizeof halves);
+    return __builtin_convertvector(halves[0], FN(wide)) + __builtin_convertvector(halves[1], FN(wide));
+#endif
+}
+
+/* The sums of two vectors' numbers, in double and always in the same order, onto first and second. */
+INLINE void FN(totals)(FN(vec) one, FN(vec) other, double *first, double *second) {
+    const FN(wide) a = FN(widened)(one), b = FN(widened)(other);
+#if VECTOR_BYTES == 64
+    FN(wide) sum = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
+    sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif VECTOR_BYTES == 32
+    FN(wide) sum = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2);
+#else
+    const FN(wide) sum = __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+#endif
+    *first += sum[0];
+    *second += sum[VECTOR_BYTES / 16];
+}
+
+INLINE void FN(copy)(REAL *restrict to, const REAL *restrict from, long n) {
+    if (n < VL) {
+        memcpy(to, from, (size_t)n * sizeof(REAL));
+        return;
+    }
+    for (long i = 0; i + VL <= n; i += VL) *(FN(vec) *)(to + i) = *(const FN(vec) *)(from + i);
+    *(FN(vec) *)(to + n - VL) = *(const FN(vec) *)(from + n - VL);
+}
+
+/* The smaller, or larger, of each number and a limit; NaN stays. */
+INLINE FN(vec) FN(at_most)(FN(vec) x, REAL limit) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(min_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(min_ps)(X86(set1_ps)(limit), X86_FLOATS x);
+#else
+    const FN(whole) over = (FN(whole))(x > limit);
+    return (FN(vec))((over & (FN(whole))((FN(vec)){0} + limit)) | (~over & (FN(whole))x));
+#endif
+}
+
+INLINE FN(vec) FN(at_least)(FN(vec) x, REAL limit) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(max_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(max_ps)(X86(set1_ps)(limit), X86_FLOATS x);
+#else
+    const FN(whole) under = (FN(whole))(x < limit);
+    return (FN(vec))((under & (FN(whole))((FN(vec)){0} + limit)) | (~under & (FN(whole))x));
+#endif
+}
+
+/* exp of what is neither too large nor too small for REAL, or NaN: range reduction to |r| <= ln(2) / 2, and there a polynomial
+   (in float the one whose largest relative error is least, 2.8e-9; in double Taylor's). */
+INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
+#if IS_DOUBLE
+    const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+    FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
     p = p * r + 1.0 / 362880.0;
@@ -29,37 +120,36 @@ static inline __attribute__((always_inline)) REAL FN(exp)(REAL x) {
     p = p * r + 0.5;
     p = p * r + 1.0;
     p = p * r + 1.0;
-    scale.i = (int64_t)((uint64_t)(shifted.i + 1023) << 52);
+    return p * (FN(vec))(((FN(whole))shifted + 1023) << 52);
 #else
-    const float magic = 12582912.0f; /* 1.5 * 2^23 */
-    union { float f; int32_t i; } shifted = {x * 1.44269504f + magic}, scale;
-    float n = shifted.f - magic;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
-    p = p * r + 1.0f / 24.0f;
-    p = p * r + 1.0f / 6.0f;
-    p = p * r + 0.5f;
+    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    FN(vec) p = r * 0.0013839915627613664f + 0.00837522093206644f;
+    p = p * r + 0.0416681207716465f;
+    p = p * r + 0.16666418313980103f;
+    p = p * r + 0.4999999403953552f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    scale.i = (int32_t)((uint32_t)(shifted.i + 127) << 23);
+    return p * (FN(vec))(((FN(whole))shifted + 127) << 23);
 #endif
-    return p * scale.f;
 }
 
-static inline __attribute__((always_inline)) REAL FN(sigmoid)(REAL x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
+/* exp; NaN stays NaN, the ends saturate. */
+INLINE FN(vec) FN(exp)(FN(vec) x) {
+    const REAL high = IS_DOUBLE ? (REAL)708.0 : (REAL)88.0, low = IS_DOUBLE ? (REAL)-708.0 : (REAL)-87.0;
+    return FN(bounded_exp)(FN(at_least)(FN(at_most)(x, high), low));
+}
+
+INLINE FN(vec) FN(sigmoid)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
 
 /* exp(-2 x) for use in tanh(x) = (1 - e) / (1 + e), kept to where tanh is not yet 1 in REAL: it can then be multiplied. */
-static inline __attribute__((always_inline)) REAL FN(small_exp)(REAL x) {
+INLINE FN(vec) FN(small_exp)(FN(vec) x) {
     const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
-    x = x > end ? end : x;
-    x = x < -end ? -end : x;
-    return FN(exp)((REAL)-2 * x);
+    return FN(bounded_exp)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end));
 }
 
-static inline __attribute__((always_inline)) REAL FN(tanh)(REAL x) {
-    const REAL e = FN(small_exp)(x);
+INLINE FN(vec) FN(tanh)(FN(vec) x) {
+    const FN(vec) e = FN(small_exp)(x);
     return ((REAL)1 - e) / ((REAL)1 + e);
 }
 
@@ -74,17 +164,17 @@ static void FN(pack)(REAL *to, const REAL *from, long K, long M, long row, long 
 static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, long row) {
     const long columns = M - p < PANEL ? M - p : PANEL;
     for (long k = 0; k < K; k++, to += PANEL) {
-        memcpy(to, from + k * row + p, (size_t)columns * sizeof(REAL));
-        if (columns < PANEL) memset(to + columns, 0, (size_t)(PANEL - columns) * sizeof(REAL));
+        FN(store)(to, FN(load)(from + k * row + p, columns), VL);
+        FN(store)(to + VL, columns > VL ? FN(load)(from + k * row + p + VL, columns - VL) : (FN(vec)){0}, VL);
     }
 }
 
-static inline long FN(panels)(long M) { return (M + PANEL - 1) / PANEL; }
+INLINE long FN(panels)(long M) { return (M + PANEL - 1) / PANEL; }
 
 /* `rows` rows of A times one panel, onto what `sum` starts from, to `columns` columns of the result. Element (r, k) of A is
    at A[r * lda + k * step]. Each element is summed over k in order, so it does not depend on how rows are grouped. */
-static inline __attribute__((always_inline)) void FN(tile)(const int rows, const int onto, long K, const REAL *A, long lda, long step,
-                                                           const REAL *panel, const REAL *bias, REAL *out, long ldo, long columns) {
+INLINE void FN(tile)(const int rows, const int onto, long K, const REAL *A, long lda, long step, const REAL *panel,
+                     const REAL *bias, REAL *out, long ldo, long columns) {
     FN(vec) sum[TILE_ROWS][2];
     REAL edge[TILE_ROWS][PANEL] __attribute__((aligned(64)));
     if (onto && columns < PANEL)
@@ -94,47 +184,89 @@ static inline __attribute__((always_inline)) void FN(tile)(const int rows, const
         sum[r][0] = *(const FN(vec) *)from;
         sum[r][1] = *(const FN(vec) *)(from + VL);
     }
-    for (long k = 0; k < K; k++, panel += PANEL) {
+    /* A row's address is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which processors add
+       for nothing; the compiler, left alone, keeps an address for each row, and has not the registers. */
+    const char *at = (const char *)A;
+    const long ahead = step * (long)sizeof(REAL);
+    long apart[TILE_ROWS];
+    for (int r = 1; r < rows; r += 2) {
+        apart[r] = r * lda * (long)sizeof(REAL);
+        __asm__("" : "+r"(apart[r]));
+    }
+    for (long k = 0; k < K; k++, panel += PANEL, at += ahead) {
         const FN(vec) left = *(const FN(vec) *)panel, right = *(const FN(vec) *)(panel + VL);
         for (int r = 0; r < rows; r++) {
-            const REAL a = A[r * lda + k * step];
+            const long times = r % 8 == 0 ? 8 : r % 4 == 0 ? 4 : r % 2 == 0 ? 2 : 1;
+            const REAL a = *(const REAL *)(r ? at + apart[r / times] * times : at);
             sum[r][0] += a * left;
             sum[r][1] += a * right;
         }
     }
     for (int r = 0; r < rows; r++) {
-        REAL *to = columns < PANEL ? edge[r] : out + r * ldo;
-        *(FN(vec) *)to = sum[r][0];
-        *(FN(vec) *)(to + VL) = sum[r][1];
-        if (columns < PANEL) memcpy(out + r * ldo, edge[r], (size_t)columns * sizeof(REAL));
+        FN(store)(out + r * ldo, sum[r][0], columns);
+        if (columns > VL) FN(store)(out + r * ldo + VL, sum[r][1], columns - VL);
     }
 }
 
-/* One panel's columns of R rows: as many rows at a time as stay in registers. */
-static inline __attribute__((always_inline)) void FN(strip)(const int onto, long R, long K, const REAL *A, long lda, long step,
-                                                            const REAL *panel, const REAL *bias, REAL *out, long ldo, long columns) {
-    for (long r = 0; r < R;) {
-        const REAL *a = A + r * lda;
-        REAL *o = out + r * ldo;
-#define TILE(n) FN(tile)(n, onto, K, a, lda, step, panel, bias, o, ldo, columns), r += n
-        const long left = R - r;
-        if (left >= TILE_ROWS) TILE(TILE_ROWS);
-#if TILE_ROWS > 4
-        else if (left >= 4) TILE(4);
+/* One panel's columns of R rows, in tiles as equal as can be of at most the rows that stay in registers. */
+INLINE void FN(strip)(const int onto, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
+                      REAL *out, long ldo, long columns) {
+    for (long tiles = (R + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
+        const long rows = (R + tiles - 1) / tiles;
+#define TILE(n) case n: FN(tile)(n, onto, K, A, lda, step, panel, bias, out, ldo, columns); break;
+        switch (rows) {
+            TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if TILE_ROWS > 6
+            TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
 #endif
-        else if (left >= 2) TILE(2);
-        else TILE(1);
+        }
 #undef TILE
+        A += rows * lda;
+        out += rows * ldo;
+        R -= rows;
     }
 }
 
-/* out [R, M] = A [R, K], whose rows lie lda apart, times packed panels, plus a padded bias. */
-static void FN(product)(long R, long K, long M, const REAL *A, long lda, const REAL *packed, const REAL *bias, REAL *out) {
-    for (long p = 0; p < M; p += PANEL, packed += K * PANEL) FN(strip)(0, R, K, A, lda, 1, packed, bias + p, out + p, M, M - p);
+/* out [R, M] = A [R, K], whose rows lie lda apart, times packed panels, plus a padded bias: what member `id` of a team of so many
+   computes of it. */
+static void FN(product)(int id, int team, long R, long K, long M, const REAL *A, long lda, const REAL *packed, const REAL *bias, REAL *out) {
+    const long panels = FN(panels)(M), last = panels * (id + 1) / team * PANEL;
+    for (long p = panels * id / team * PANEL; p < last; p += PANEL)
+        FN(strip)(0, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p);
 }
 
 /* Rows from to to of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */
 static void FN(accumulate)(long from, long to, long N, long K, long M, const REAL *A, const REAL *packed, REAL *out) {
     for (long p = 0; p < M; p += PANEL, packed += K * PANEL)
         FN(strip)(1, to - from, K, A + from, 1, N, packed, NULL, out + from * M + p, M, M - p);
+}
+
+/* Columns n to n + 2 vectors of sums over the K rows of A [K, N]: onto `total` (where it is given) the rows themselves, onto
+   dweight [N, D] their products with the few columns of xs [K, D]. */
+INLINE void FN(thin_columns)(const int D, long n, long columns, long N, long K, const REAL *A, const REAL *xs, REAL *dweight, REAL *total) {
+    FN(vec) sums[THIN + 1][2] = {{{0}}};
+    const long left = columns < VL ? columns : VL, right = columns - left;
+    for (long k = 0; k < K; k++) {
+        const FN(vec) a = FN(load)(A + k * N + n, left), b = FN(load)(A + k * N + n + left, right);
+        sums[D][0] += a;
+        sums[D][1] += b;
+        for (int d = 0; d < D; d++) {
+            sums[d][0] += a * xs[k * D + d];
+            sums[d][1] += b * xs[k * D + d];
+        }
+    }
+    for (long j = 0; j < columns; j++) {
+        const long half = j >= VL, at = j - half * VL;
+        if (total) total[n + j] += sums[D][half][at];
+        for (int d = 0; d < D; d++) dweight[(n + j) * D + d] += sums[d][half][at];
+    }
+}
+
+static void FN(thin)(long from, long to, long N, long K, long D, const REAL *A, const REAL *xs, REAL *dweight, REAL *total) {
+    for (long n = from; n < to; n += PANEL) {
+        const long columns = to - n < PANEL ? to - n : PANEL;
+#define FEW(d) case d: FN(thin_columns)(d, n, columns, N, K, A, xs, dweight, total); break;
+        switch (D) { FEW(0) FEW(1) FEW(2) FEW(3) FEW(4) }
+#undef FEW
+    }
 }

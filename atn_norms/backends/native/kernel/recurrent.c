@@ -33,6 +33,20 @@ int atn_norms_thread(void) {
 #endif
 }
 
+int atn_norms_team(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+
+void atn_norms_wait(void) {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
 int32_t atn_norms_level(int32_t limit) {
     if (limit >= 0) cap = limit;
     int32_t level = 0;

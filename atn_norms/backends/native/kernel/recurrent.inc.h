@@ -1,282 +1,168 @@
 /* A whole sequence of one recurrent layer and direction, forward and backward, for one REAL and one instruction set.
 
    Rows never meet under these norms, so a block of rows goes through all of time by itself: product, statements, windows
-   and gates while they are in cache, and no barrier between steps. Blocks have a fixed size, so neither values nor sums
-   depend on the number of threads. */
+   and gates while they are in cache, and no barrier between steps. Only where the recurrent weights are too large to stay near a
+   processor do threads go through time as a team: each computes some columns of the products of all rows, then the rest of some
+   blocks of rows, and they wait for one another in between. Blocks have a fixed size and each number is computed in one way, so
+   neither values nor sums depend on the number of threads. */
 
 #include "real.inc.h"
 
 #include "pooling.inc.h"
 
-/* Work space of one block of rows; `gates` is N wide and `hidden` H wide for each row. */
+#include "gates.inc.h"
+
+#include "sites.inc.h"
+
+/* Work space of a group of blocks, R rows in all. */
 typedef struct {
-    REAL *h, *c, *gates, *hidden, *recurrent, *projected, *wide, *narrow;
-    REAL *column; /* sums over the rows of one step, which are added to double after it: [2, N] */
+    REAL *h, *c[2], *gate, *hidden; /* [R, H] */
+    REAL *recurrent, *projected;    /* [R, N] */
+    REAL *wide;                     /* [3, N] rows normed ahead of time */
+    REAL *sums;                     /* [blocks, 4 N + 2 H] sums of gains and shifts */
+    FN(Plain) plain;                /* [N] */
 } FN(Space);
 
-/* One row of a normed site, ready to use: y = ((x - high) - low) * scale * gain + shift. The pooled mean is split so that
-   subtracting it in REAL loses nothing. */
-typedef struct { REAL high, low, scale; } FN(Affine);
+static size_t FN(space_size)(long blocks, long H, long N) {
+    return (size_t)(blocks * BLOCK_ROWS * (5 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + 64);
+}
 
-static inline FN(Affine) FN(affine)(const Line *site, long lane) {
-    FN(Affine) a = {0, 0, 1};
-    if (site->norm != NORM_NONE) {
-        const double mu = site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0;
-        a.high = (REAL)mu;
-        a.low = (REAL)(mu - (double)a.high);
-        a.scale = (REAL)site->scale[lane];
+static FN(Space) FN(space_at)(REAL *at, long blocks, long H, long N) {
+    const long rows = blocks * BLOCK_ROWS;
+    FN(Space) space;
+    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.gate, &space.hidden};
+    for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++, at += rows * H) *narrow[i] = at;
+    space.recurrent = at; at += rows * N;
+    space.projected = at; at += rows * N;
+    space.wide = at; at += 3 * N;
+    space.sums = at; at += blocks * (4 * N + 2 * H);
+    space.plain.ones = at;
+    space.plain.zeros = at + N;
+    return space;
+}
+
+static FN(Space) FN(space)(REAL *at, long blocks, long H, long N) {
+    const FN(Space) space = FN(space_at)(at, blocks, H, N);
+    for (long i = 0; i < N; i++) { ((REAL *)space.plain.ones)[i] = (REAL)1; ((REAL *)space.plain.zeros)[i] = (REAL)0; }
+    return space;
+}
+
+/* A group of blocks with its sites. */
+typedef struct {
+    long blocks, row, rows;            /* the group's first row, and how many */
+    long start[MOST_TOGETHER + 1];     /* of each block, counted from the group's first row */
+    Line line[MOST_TOGETHER][SITES];
+} FN(Group);
+
+static void FN(gather)(FN(Group) *group, const Work *work, long first, long last) {
+    group->blocks = last - first;
+    group->row = atn_norms_block_start(work->batch, first);
+    for (long b = 0; b <= group->blocks; b++) group->start[b] = atn_norms_block_start(work->batch, first + b) - group->row;
+    group->rows = group->start[group->blocks];
+    for (long b = 0; b < group->blocks; b++)
+        for (int s = 0; s < SITES; s++) group->line[b][s] = atn_norms_line(work->site + s, work->steps, first + b);
+}
+
+INLINE long FN(gates)(const Work *work) { return work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1; }
+
+INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
+
+/* Ask for n numbers that the next step will read or write, while this one is computed. */
+INLINE void FN(fetch)(const REAL *from, long n, const int write) {
+    for (long i = 0; i < n; i += 64 / (long)sizeof(REAL)) {
+        if (write) __builtin_prefetch(from + i, 1, 2);
+        else __builtin_prefetch(from + i, 0, 2);
     }
-    return a;
 }
 
-static inline long FN(lane)(const Line *site, const Work *work, long t, long row) {
-    return site->norm == NORM_NONE ? 0 : (t * work->batch + row) * site->groups;
-}
-
-/* Normed row: out = N(x), or a copy where the site has no norm. */
-static void FN(normed)(const Line *site, long lane, const REAL *restrict x, REAL *restrict out, long features) {
-    if (site->norm == NORM_NONE) {
-        memcpy(out, x, (size_t)features * sizeof(REAL));
+/* Keep a row for the way back without driving the weights out of the caches. */
+INLINE void FN(stream)(REAL *to, const REAL *from, long n) {
+#if defined(__x86_64__)
+    if ((uintptr_t)to % VECTOR_BYTES == 0 && n % VL == 0) {
+        for (long i = 0; i < n; i += VL)
+#if IS_DOUBLE
+            X86(stream_pd)(to + i, X86_DOUBLES *(const FN(vec) *)(from + i));
+#else
+            X86(stream_ps)(to + i, X86_FLOATS *(const FN(vec) *)(from + i));
+#endif
         return;
     }
-    const long width = site->features / site->groups;
-    const REAL *restrict gain = site->gain, *restrict shift = site->shift;
-    for (long g = 0; g < site->groups; g++) {
-        const FN(Affine) a = FN(affine)(site, lane + g);
-#pragma omp simd
-        for (long i = g * width; i < (g + 1) * width; i++) out[i] = ((x[i] - a.high) - a.low) * a.scale * gain[i] + shift[i];
-    }
+#endif
+    FN(copy)(to, from, n);
 }
 
-/* Hidden units filled up to whole vectors: rows of work space have this length, so that the costly loops over gates leave no
-   odd ones to be done one by one. What the filling computes is finite and never read. */
-static inline long FN(padded)(long H) { return (H + VL - 1) / VL * VL; }
-
-/* How far apart the gates of a row of combined pre-activations lie: side by side where one statement serves all of them, so
-   that they are one stretch of numbers; what is computed for a gate's filling then comes from the next gate. */
-static inline int FN(one_stretch)(const Work *work) {
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
-    return ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->groups == 1 && hh->groups == 1;
-}
-
-static inline long FN(stride)(const Work *work) { return FN(one_stretch)(work) ? work->hidden : FN(padded)(work->hidden); }
-
-/* Pre-activations of `gates` gates of one row: N_ih(x) + N_hh(u), in one pass where each gate has one statement; gates lie
-   `stride` apart in `out`. `spare` holds twice all gates. */
-static void FN(combined)(const Work *work, long t, long row, long gates, const REAL *restrict x, const REAL *restrict u, REAL *restrict out,
-                         REAL *restrict spare) {
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
-    const long H = work->hidden, P = FN(padded)(H), all = work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1;
-    const long lane_x = FN(lane)(ih, work, t, row), lane_u = FN(lane)(hh, work, t, row);
-    const int simple = ih->norm != NORM_NONE && hh->norm != NORM_NONE && (ih->groups == 1 || ih->groups == all) &&
-                       (hh->groups == 1 || hh->groups == all);
-    if (!simple) {
-        FN(normed)(ih, lane_x, x, spare, all * H);
-        FN(normed)(hh, lane_u, u, spare + all * H, all * H);
-        for (long g = 0; g < gates; g++)
-#pragma omp simd
-            for (long j = 0; j < H; j++) out[g * P + j] = spare[g * H + j] + spare[(all + g) * H + j];
-        return;
-    }
-    const REAL *restrict gx = ih->gain, *restrict gu = hh->gain, *restrict sx = ih->shift, *restrict su = hh->shift;
-    if (FN(one_stretch)(work)) {
-        const FN(Affine) a = FN(affine)(ih, lane_x), b = FN(affine)(hh, lane_u);
-#pragma omp simd
-        for (long j = 0; j < gates * H; j++)
-            out[j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
-        return;
-    }
-    for (long g = 0; g < gates; g++) {
-        const FN(Affine) a = FN(affine)(ih, lane_x + (ih->groups == 1 ? 0 : g)), b = FN(affine)(hh, lane_u + (hh->groups == 1 ? 0 : g));
-#pragma omp simd
-        for (long j = g * H; j < (g + 1) * H; j++)
-            out[g * (P - H) + j] = (((x[j] - a.high) - a.low) * a.scale * gx[j] + sx[j]) + (((u[j] - b.high) - b.low) * b.scale * gu[j] + su[j]);
-    }
-}
-
-/* The two sides of a GRU's candidate, which its reset gate keeps apart: the last gate of each site. */
-static void FN(candidate)(const Work *work, long t, long row, const REAL *x, const REAL *u, REAL *xn, REAL *un) {
-    const long H = work->hidden;
-    const REAL *sides[2] = {x + 2 * H, u + 2 * H};
-    REAL *outs[2] = {xn, un};
-    for (int side = 0; side < 2; side++) {
-        const Line *site = work->site + (side ? SITE_HH : SITE_IH);
-        const REAL *restrict a = sides[side];
-        REAL *restrict out = outs[side];
-        if (site->norm == NORM_NONE) {
-            memcpy(out, a, (size_t)H * sizeof(REAL));
-            continue;
-        }
-        const long width = site->features / site->groups, lane = FN(lane)(site, work, t, row);
-        const REAL *restrict gain = (const REAL *)site->gain + 2 * H, *restrict shift = (const REAL *)site->shift + 2 * H;
-        for (long j = 0; j < H;) { /* group by group */
-            const long group = (2 * H + j) / width, end = (group + 1) * width - 2 * H < H ? (group + 1) * width - 2 * H : H;
-            const FN(Affine) by = FN(affine)(site, lane + group);
-            const long start = j;
-#pragma omp simd
-            for (long k = start; k < end; k++) out[k] = ((a[k] - by.high) - by.low) * by.scale * gain[k] + shift[k];
-            j = end;
-        }
-    }
-}
-
-/* Own statements of a site's rows at step t, and the pooled ones. */
-static void FN(state)(const Line *site, const Work *work, long t, long row, long rows, const REAL *x, long ldx) {
-    if (site->norm == NORM_NONE) return;
-    const long groups = site->groups, at = (site->prefix + t) * work->batch * groups + row * groups;
-    for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * groups, site->var + at + r * groups);
-    for (long r = 0; r < rows; r += BLOCK_ROWS)
-        FN(pool)(site, work->batch, t, (row + r) * groups, (rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS) * groups);
-}
+/* Whether the recurrent weights are too large to stay near a processor. */
+INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
 
 /* A packed matrix and a padded bias. */
 typedef struct { REAL *panels, *bias; } FN(Packed);
 
-/* One step of one row, from its pre-activations: the new h, or for an LSTM the new c and, in the place of the output gate, one
-   over it. Rows of work space throughout. */
-static void FN(step_row)(int cell, long P, long S, REAL *restrict z, const REAL *restrict xn, const REAL *restrict un, const REAL *restrict old,
-                         REAL *restrict out) {
-    if (cell == CELL_LSTM)
-#pragma omp simd
-        for (long j = 0; j < P; j++) {
-            const REAL i = (REAL)1 + FN(exp)(-z[j]), f = (REAL)1 + FN(exp)(-z[S + j]), g = FN(small_exp)(z[2 * S + j]);
-            out[j] = old[j] / f + ((REAL)1 - g) / (i * ((REAL)1 + g));
-            z[3 * S + j] = (REAL)1 + FN(exp)(-z[3 * S + j]);
-        }
-    else if (cell == CELL_GRU)
-#pragma omp simd
-        for (long j = 0; j < P; j++) {
-            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[S + j]), n = FN(tanh)(xn[j] + reset * un[j]);
-            out[j] = ((REAL)1 - keep) * n + keep * old[j];
-        }
-    else if (cell == CELL_RNN_TANH)
-#pragma omp simd
-        for (long j = 0; j < P; j++) out[j] = FN(tanh)(z[j]);
-    else
-#pragma omp simd
-        for (long j = 0; j < P; j++) out[j] = z[j] < 0 ? (REAL)0 : z[j];
+/* A step of one row in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h. */
+static void FN(row_forward)(const Work *work, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
+    const long H = work->hidden;
+    if (work->cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));
+    else if (work->cell == CELL_GRU) EVERY_UNIT(H, FN(gru)(n, at, H, x, u, old, now));
+    else if (work->cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn)(0, n, at, H, x, u, now));
+    else EVERY_UNIT(H, FN(rnn)(1, n, at, H, x, u, now));
 }
 
-/* Rows of length H into rows of padded length, or back. */
-static void FN(spread)(long rows, long H, long from, long to, const REAL *x, REAL *out) {
-    for (long r = 0; r < rows; r++) memcpy(out + r * to, x + r * from, (size_t)H * sizeof(REAL));
+static void FN(row_output)(long H, FN(Side) y, const REAL *gate, REAL *out) { EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out)); }
+
+/* A member of a team: the blocks it cares for are every `team`-th. */
+typedef struct { int id, team; } FN(Member);
+
+INLINE void FN(wait)(FN(Member) member) {
+    if (member.team > 1) atn_norms_wait();
 }
 
-static inline int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
-
-static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long row, long rows, FN(Space) space) {
+static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H), S = FN(stride)(work);
-    const int cell = work->cell;
-    const long N = (cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1) * H;
-    const size_t row_bytes = (size_t)H * sizeof(REAL);
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
-    REAL *restrict h = space.h, *restrict c = space.c;
-    FN(spread)(rows, H, H, P, (const REAL *)call->h0 + row * H, h);
-    if (cell == CELL_LSTM) FN(spread)(rows, H, H, P, (const REAL *)call->c0 + row * H, c);
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const int lstm = work->cell == CELL_LSTM, far = FN(far)(work);
+    FN(Group) group;
+    FN(gather)(&group, work, first, last);
+    const long row = group.row, rows = group.rows;
+    const REAL *h = (const REAL *)call->h0 + row * H, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
     for (long t = 0; t < T; t++) {
-        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
-        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
+        REAL *kept_in = call->projected ? (REAL *)call->projected + (t * B + row) * N : NULL, *in = kept_in && !far ? kept_in : space.projected;
+        REAL *kept = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : NULL, *recurrent = kept && !far ? kept : space.recurrent;
         REAL *out = (REAL *)call->output + (t * B + row) * H;
-        FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, ih_weight.panels, ih_weight.bias, in);
-        FN(product)(rows, H, N, h, P, hh_weight.panels, hh_weight.bias, recurrent);
-        FN(state)(ih, work, t, row, rows, in, N);
-        FN(state)(hh, work, t, row, rows, recurrent, N);
-        for (long r = 0; r < rows; r++) {
-            const REAL *x = in + r * N, *u = recurrent + r * N;
-            REAL *z = space.gates + r * 4 * P, *next = space.hidden + r * P;
-            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : N / H, x, u, z, space.wide);
-            if (cell == CELL_GRU) FN(candidate)(work, t, row + r, x, u, space.narrow, space.narrow + P);
-            FN(step_row)(cell, P, S, z, space.narrow, space.narrow + P, (cell == CELL_LSTM ? c : h) + r * P, next);
-            if (cell == CELL_LSTM) continue;
-            if (FN(alive)(work, t, row + r)) {
-                memcpy(h + r * P, next, row_bytes);
-                memcpy(out + r * H, next, row_bytes);
-            } else
-                memset(out + r * H, 0, row_bytes);
-        }
-        if (cell != CELL_LSTM) continue;
-        FN(state)(sc, work, t, row, rows, space.hidden, P);
-        for (long r = 0; r < rows; r++) {
-            const REAL *restrict gate = space.gates + r * 4 * P + 3 * S;
-            REAL *restrict y = space.narrow, *restrict cr = c + r * P, *restrict hr = h + r * P;
-            const int alive = FN(alive)(work, t, row + r);
-            if (alive) memcpy(cr, space.hidden + r * P, row_bytes);
-            if (call->cells) memcpy((REAL *)call->cells + (t * B + row + r) * H, cr, row_bytes);
-            if (!alive) {
-                memset(out + r * H, 0, row_bytes);
-                continue;
+        REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
+        FN(product)(me.id, me.team, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, ih_weight.panels, ih_weight.bias, in);
+        FN(product)(me.id, me.team, rows, H, N, h, H, hh_weight.panels, hh_weight.bias, recurrent);
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team) {
+            const Line *line = group.line[b];
+            const long start = group.start[b], end = group.start[b + 1];
+            FN(state)(line + SITE_IH, t, end - start, in + start * N, N);
+            FN(state)(line + SITE_HH, t, end - start, recurrent + start * N, N);
+            for (long r = start; r < end; r++) {
+                const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
+                const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                if (far && kept_in) FN(stream)(kept_in + r * N, in + r * N, N);
+                if (far && kept) FN(stream)(kept + r * N, recurrent + r * N, N);
+                if (!far && kept && t + 1 < T) FN(fetch)(kept + (r + B) * N, N, 1);
+                FN(row_forward)(work, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
+                if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
             }
-            FN(normed)(sc, FN(lane)(sc, work, t, row + r), cr, y, H);
-#pragma omp simd
-            for (long j = 0; j < P; j++) {
-                const REAL e = FN(small_exp)(y[j]);
-                hr[j] = ((REAL)1 - e) / (gate[j] * ((REAL)1 + e));
+            if (lstm) FN(state)(line + SITE_C, t, end - start, now + start * H, H);
+            for (long r = start; r < end && lstm; r++) {
+                const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, space.wide);
+                FN(row_output)(H, y, space.gate + r * H, out + r * H);
             }
-            memcpy(out + r * H, hr, row_bytes);
+            for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
+                const int alive = FN(alive)(work, t, row + r);
+                if (alive || t == 0) FN(copy)(space.h + r * H, alive ? out + r * H : h + r * H, H);
+                if (!alive) memset(out + r * H, 0, (size_t)H * sizeof(REAL));
+            }
         }
+        if (lstm) c = now;
+        h = call->lengths ? space.h : out;
+        FN(wait)(me);
     }
-    FN(spread)(rows, H, P, H, h, (REAL *)call->hn + row * H);
-    if (cell == CELL_LSTM) FN(spread)(rows, H, P, H, c, (REAL *)call->cn + row * H);
-}
-
-/* Back through the affine part of one row of a site: dy becomes w = gain * dy, and the pooled statement's gradient is left in
-   dmu and dv. Adds to the sums of gain and shift. */
-static void FN(denormalize)(const Line *site, long lane, const REAL *restrict x, REAL *restrict dy, REAL *restrict dgain,
-                            REAL *restrict dshift) {
-    const long width = site->features / site->groups;
-    const REAL *restrict gain = site->gain;
-    for (long g = 0; g < site->groups; g++) {
-        const FN(Affine) a = FN(affine)(site, lane + g);
-        const double scale = site->scale[lane + g];
-        double first[SUMS] = {0}, second[SUMS] = {0};
-        const long start = g * width, end = start + width, whole = start + width / SUMS * SUMS;
-#define EACH(i)                                                                         \
-    const REAL normal = ((x[i] - a.high) - a.low) * a.scale, d = dy[i], w = d * gain[i]; \
-    dgain[i] += d * normal;                                                             \
-    dshift[i] += d;                                                                     \
-    dy[i] = w;                                                                          \
-    first[j] += (double)w;                                                              \
-    second[j] += (double)w * (double)normal;
-        for (long from = start; from < whole; from += SUMS)
-#pragma omp simd
-            for (long j = 0; j < SUMS; j++) { EACH(from + j) }
-        for (long j = 0; whole + j < end; j++) { EACH(whole + j) }
-#undef EACH
-        site->dmu[lane + g] += site->norm == NORM_MOMENTS ? -scale * FN(total)(first) : 0.0;
-        site->dv[lane + g] += -0.5 * scale * scale * FN(total)(second);
-    }
-}
-
-/* ... and through its statements: dx = w / deviation + what the own statement's gradient says. */
-static void FN(unmeasure)(const Line *site, long lane, long own, const REAL *restrict x, const REAL *restrict w, REAL *restrict dx) {
-    const long width = site->features / site->groups;
-    for (long g = 0; g < site->groups; g++) {
-        const double mean = site->norm == NORM_MOMENTS ? site->mean[own + g] : 0.0;
-        const REAL high = (REAL)mean, low = (REAL)(mean - (double)high);
-        const REAL scale = (REAL)site->scale[lane + g];
-        const REAL slope = (REAL)(2.0 * site->dvar[own + g] / (double)width);
-        const REAL level = site->norm == NORM_MOMENTS ? (REAL)(site->dmean[own + g] / (double)width) : (REAL)0;
-#pragma omp simd
-        for (long i = g * width; i < (g + 1) * width; i++) dx[i] = w[i] * scale + (slope * ((x[i] - high) - low) + level);
-    }
-}
-
-/* Back through one site of a block: dy [rows, F] in, dx [rows, F] out (they may be the same array). */
-static void FN(site_block_backward)(const Line *site, const Work *work, long block, long t, long row, long rows, const REAL *x, long ldx, REAL *dy,
-                              REAL *dx, long ldd, REAL *sums) {
-    const long F = site->features, G = site->groups, lanes = work->batch * G;
-    if (site->norm == NORM_NONE) {
-        for (long r = 0; r < rows && dx != dy; r++) memcpy(dx + r * ldd, dy + r * ldd, (size_t)F * sizeof(REAL));
-        return;
-    }
-    memset(sums, 0, (size_t)(2 * F) * sizeof(REAL));
-    for (long r = 0; r < rows; r++) FN(denormalize)(site, t * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, sums, sums + F);
-    double *restrict dgain = site->dgain + block * F, *restrict dshift = site->dshift + block * F;
-    for (long i = 0; i < F; i++) { dgain[i] += (double)sums[i]; dshift[i] += (double)sums[F + i]; }
-    FN(unpool)(site, work->batch, work->steps, t, row * G, rows * G);
-    for (long r = 0; r < rows; r++)
-        FN(unmeasure)(site, t * lanes + (row + r) * G, (site->prefix + t) * lanes + (row + r) * G, x + r * ldx, dy + r * ldd, dx + r * ldd);
+    if (me.id > 0) return;
+    memcpy((REAL *)call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
+    if (lstm) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
 }
 
 /* What the backward blocks of one chunk of steps share. */
@@ -287,129 +173,141 @@ typedef struct {
     long first, last;
 } FN(Chunk);
 
-/* Blocks first to last - 1, each with sums of its own, so that these do not depend on how blocks are grouped. */
-static void FN(site_backward)(const Line *site, const Work *work, long first, long last, long t, const REAL *x, long ldx, REAL *dy, REAL *dx,
-                              long ldd, REAL *sums) {
-    const long start = atn_norms_block_start(work->batch, first);
-    for (long b = first; b < last; b++) {
-        const long row = atn_norms_block_start(work->batch, b), at = row - start, rows = atn_norms_block_start(work->batch, b + 1) - row;
-        FN(site_block_backward)(site, work, b, t, row, rows, x + at * ldx, ldx, dy + at * ldd, dx + at * ldd, ldd, sums);
-    }
+/* What is read and written of one row on the way back; `old` is its c or h before the step. */
+typedef struct {
+    FN(Side) x, u;
+    const REAL *old, *dout, *dh;
+    REAL *din, *drec, *hidden; /* hidden: gradient of an LSTM's normed c, or of a GRU's old h past its products */
+} FN(Back);
+
+static void FN(row_back)(const Work *work, FN(Back) row) {
+    const long H = work->hidden;
+    if (work->cell == CELL_GRU) EVERY_UNIT(H, FN(gru_back)(n, at, H, row.x, row.u, row.old, row.dout, row.dh, row.din, row.drec, row.hidden));
+    else if (work->cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn_back)(0, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
+    else EVERY_UNIT(H, FN(rnn_back)(1, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
 }
 
-/* Back through the gates of one row of a GRU or an RNN: what reaches the two products (d of the input's, e of the recurrent
-   one's; apart in a GRU's candidate only), and in `back` what reaches the old h past them. Rows of work space throughout. */
-static void FN(step_row_back)(int cell, long P, long S, const REAL *restrict z, const REAL *restrict xn, const REAL *restrict un,
-                              const REAL *restrict old, const REAL *restrict g, REAL *restrict d, REAL *restrict e, REAL *restrict back) {
-    if (cell == CELL_GRU)
-#pragma omp simd
-        for (long j = 0; j < P; j++) {
-            const REAL reset = FN(sigmoid)(z[j]), keep = FN(sigmoid)(z[S + j]), n = FN(tanh)(xn[j] + reset * un[j]);
-            const REAL dn = g[j] * ((REAL)1 - keep) * ((REAL)1 - n * n), dr = dn * un[j] * reset * ((REAL)1 - reset);
-            const REAL dz = g[j] * (old[j] - n) * keep * ((REAL)1 - keep);
-            d[j] = e[j] = dr;
-            d[P + j] = e[P + j] = dz;
-            d[2 * P + j] = dn;
-            e[2 * P + j] = dn * reset;
-            back[j] = g[j] * keep;
-        }
-    else if (cell == CELL_RNN_TANH)
-#pragma omp simd
-        for (long j = 0; j < P; j++) {
-            const REAL y = FN(tanh)(z[j]);
-            d[j] = e[j] = g[j] * ((REAL)1 - y * y);
-        }
-    else
-#pragma omp simd
-        for (long j = 0; j < P; j++) d[j] = e[j] = z[j] > 0 ? g[j] : (REAL)0;
+static void FN(row_output_back)(long H, FN(Back) row, FN(Side) y) {
+    EVERY_UNIT(H, FN(lstm_output_back)(n, at, H, row.x, row.u, y, row.dout, row.dh, row.din + 3 * H, row.hidden));
 }
 
-static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space) {
+static void FN(row_cell_back)(long H, FN(Back) row, const REAL *dc, REAL *dold) {
+    EVERY_UNIT(H, FN(lstm_back)(n, at, H, row.x, row.u, row.old, dc, row.hidden, row.din, dold));
+}
+
+/* Where the sums of a block's site lie. */
+INLINE FN(Sums) FN(sums)(FN(Space) space, long block, int site, long H, long N) {
+    REAL *at = space.sums + block * (4 * N + 2 * H);
+    const long features = site == SITE_C ? H : N;
+    at += site == SITE_IH ? 0 : site == SITE_HH ? 2 * N : 4 * N;
+    return (FN(Sums)){at, at + features};
+}
+
+/* Add the sums of a chunk to those of the call, in double. */
+static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space, long H, long N) {
+    for (long b = 0; b < group->blocks; b++)
+        for (int s = 0; s < SITES; s++) {
+            const Line *line = &group->line[b][s];
+            if (line->norm == NORM_NONE) continue;
+            const FN(Sums) sums = FN(sums)(space, b, s, H, N);
+            const REAL *dshift = s == SITE_HH && FN(paired)(work) ? FN(sums)(space, b, SITE_IH, H, N).dshift : sums.dshift;
+#pragma omp simd
+            for (long i = 0; i < line->features; i++) {
+                line->dgain[i] += (double)sums.dgain[i];
+                line->dshift[i] += (double)dshift[i];
+            }
+        }
+}
+
+static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long row = atn_norms_block_start(work->batch, first), rows = atn_norms_block_start(work->batch, last) - row;
-    const long B = work->batch, D = work->inputs, H = work->hidden, P = FN(padded)(H), S = FN(stride)(work);
-    const int cell = work->cell;
-    const long gates = cell == CELL_LSTM ? 4 : cell == CELL_GRU ? 3 : 1, N = gates * H;
-    const size_t row_bytes = (size_t)H * sizeof(REAL);
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH, *sc = work->site + SITE_C;
-    REAL *restrict dh = space.h, *restrict dc = space.c; /* gradient of the state after the step at hand */
-    FN(spread)(rows, H, H, P, (REAL *)call->dh + row * H, dh);
-    if (cell == CELL_LSTM) FN(spread)(rows, H, H, P, (REAL *)call->dc + row * H, dc);
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const int lstm = work->cell == CELL_LSTM, paired = FN(paired)(work);
+    FN(Group) group;
+    FN(gather)(&group, work, first, last);
+    const long row = group.row, rows = group.rows;
+    REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
+    if (me.id == 0) {
+        memset(space.sums, 0, (size_t)(group.blocks * (4 * N + 2 * H)) * sizeof(REAL));
+        memcpy(dh, (REAL *)call->dh + row * H, (size_t)(rows * H) * sizeof(REAL)); /* gradient of the state after the step at hand */
+        if (lstm) memcpy(dc, (REAL *)call->dc + row * H, (size_t)(rows * H) * sizeof(REAL));
+    }
     for (long t = chunk->last - 1; t >= chunk->first; t--) {
+        const long now = (t * B + row) * H, before = now - B * H;
         const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
-        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + (t * B + row) * H;
-        const REAL *cells = cell == CELL_LSTM ? (const REAL *)call->cells + (t * B + row) * H : NULL;
-        const REAL *before = cell == CELL_LSTM ? (t ? cells - B * H : (const REAL *)call->c0 + row * H)
-                                               : (t ? (const REAL *)call->output + ((t - 1) * B + row) * H : (const REAL *)call->h0 + row * H);
+        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + now;
+        const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
+        const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
+        const REAL *old = t == 0 ? start_at : (const REAL *)(lstm ? call->cells : call->output) + before;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
         if (!call->projected)
-            FN(product)(rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, chunk->ih.panels, chunk->ih.bias, space.projected);
-        for (long r = 0; r < rows; r++) {
-            REAL *restrict z = space.gates + r * 4 * P, *restrict back = space.hidden + r * P, *restrict y = space.narrow;
-            REAL *restrict g = space.narrow + P;
-            if (!FN(alive)(work, t, row + r)) { /* nothing came of this step: no gradient into it, and the state's goes by */
-                memset(din + r * N, 0, (size_t)N * sizeof(REAL));
-                memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
-                memset(back, 0, row_bytes);
-                continue;
-            }
-            FN(combined)(work, t, row + r, cell == CELL_GRU ? 2 : gates, in + r * N, recurrent + r * N, z, space.wide);
-            memcpy(g, dout + r * H, row_bytes);
-            for (long j = 0; j < P; j++) g[j] += dh[r * P + j];
-            if (cell == CELL_LSTM) { /* back: gradient of the normed cell state; z's last gate: of the output gate */
-                FN(normed)(sc, FN(lane)(sc, work, t, row + r), cells + r * H, y, H);
-#pragma omp simd
-                for (long j = 0; j < P; j++) {
-                    const REAL o = FN(sigmoid)(z[3 * S + j]), s = FN(tanh)(y[j]);
-                    z[3 * S + j] = g[j] * s * o * ((REAL)1 - o);
-                    back[j] = g[j] * o * ((REAL)1 - s * s);
+            FN(product)(me.id, me.team, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, chunk->ih.panels, chunk->ih.bias, space.projected);
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team) {
+            const Line *line = group.line[b];
+            const long start = group.start[b], end = group.start[b + 1];
+            for (int part = 0; part < 1 + lstm; part++) {
+                for (long r = start; r < end; r++) {
+                    REAL *hidden = space.hidden + r * H;
+                    if (!FN(alive)(work, t, row + r)) { /* nothing came of this step: no gradient into it, and the state's goes by */
+                        memset(din + r * N, 0, (size_t)N * sizeof(REAL));
+                        memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
+                        memset(hidden, 0, (size_t)H * sizeof(REAL));
+                        if (lstm) FN(copy)(dold + r * H, dc + r * H, H);
+                        continue;
+                    }
+                    const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
+                    const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                    if (t > chunk->first && part == 0) {
+                        FN(fetch)(recurrent + (r - B) * N, N, 0);
+                        FN(fetch)(dout + (r - B) * H, H, 0);
+                        if (call->projected) FN(fetch)(in + (r - B) * N, N, 0);
+                        if (t > 1) FN(fetch)(old + (r - B) * H, H, 0);
+                    }
+                    const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
+                    if (!lstm) FN(row_back)(work, each);
+                    else if (part) FN(row_cell_back)(H, each, dc + r * H, dold + r * H);
+                    else FN(row_output_back)(H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, space.wide + 2 * N));
                 }
-                continue;
-            }
-            REAL *old = space.narrow + 4 * P, *d = space.wide, *e = space.wide + 4 * P;
-            if (cell == CELL_GRU) FN(candidate)(work, t, row + r, in + r * N, recurrent + r * N, y, space.narrow + 2 * P);
-            memcpy(old, before + r * H, row_bytes);
-            FN(step_row_back)(cell, P, S, z, y, space.narrow + 2 * P, old, g, d, e, back);
-            FN(spread)(gates, H, P, H, d, din + r * N);
-            FN(spread)(gates, H, P, H, e, drec + r * N);
-        }
-        if (cell == CELL_LSTM) {
-            FN(site_backward)(sc, work, first, last, t, cells, H, space.hidden, space.hidden, P, space.column);
-            for (long r = 0; r < rows; r++) {
-                if (!FN(alive)(work, t, row + r)) continue;
-                const REAL *restrict z = space.gates + r * 4 * P;
-                REAL *restrict dz = space.wide, *restrict dcr = dc + r * P, *restrict old = space.narrow;
-                const REAL *restrict back = space.hidden + r * P;
-                memcpy(old, before + r * H, row_bytes);
-#pragma omp simd
-                for (long j = 0; j < P; j++) {
-                    const REAL i = FN(sigmoid)(z[j]), f = FN(sigmoid)(z[S + j]), g = FN(tanh)(z[2 * S + j]), dcell = dcr[j] + back[j];
-                    dz[j] = dcell * g * i * ((REAL)1 - i);
-                    dz[P + j] = dcell * old[j] * f * ((REAL)1 - f);
-                    dz[2 * P + j] = dcell * i * ((REAL)1 - g * g);
-                    dcr[j] = dcell * f;
+                if (lstm && part == 0) {
+                    REAL *hidden = space.hidden + start * H;
+                    FN(site_back)((FN(Given)){line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)}, T, t, end - start, hidden, H);
                 }
-                FN(spread)(3, H, P, H, dz, din + r * N);
-                memcpy(din + r * N + 3 * H, z + 3 * S, row_bytes);
-                memcpy(drec + r * N, din + r * N, (size_t)N * sizeof(REAL));
+            }
+            const FN(Given) given[2] = {
+                {line + SITE_IH, in + start * N, N, din + start * N, FN(sums)(space, b, SITE_IH, H, N)},
+                {line + SITE_HH, recurrent + start * N, N, drec + start * N, FN(sums)(space, b, SITE_HH, H, N)},
+            };
+            if (paired) FN(pair_back)(given, T, t, end - start, din + start * N, N);
+            else {
+                if (work->cell != CELL_GRU) memcpy(given[1].dx, given[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
+                for (int s = 0; s < 2; s++) FN(site_back)(given[s], T, t, end - start, given[s].dx, N);
             }
         }
-        FN(site_backward)(ih, work, first, last, t, in, N, din, din, N, space.column);
-        FN(site_backward)(hh, work, first, last, t, recurrent, N, drec, drec, N, space.column);
-        FN(product)(rows, N, H, drec, N, chunk->hh.panels, chunk->hh.bias, space.recurrent);
-        if (call->dxs) FN(product)(rows, N, D, din, N, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
-        for (long r = 0; r < rows; r++) {
-            if (!FN(alive)(work, t, row + r)) continue;
-            memcpy(dh + r * P, space.recurrent + r * H, row_bytes);
-            if (cell == CELL_GRU)
-                for (long j = 0; j < P; j++) dh[r * P + j] += space.hidden[r * P + j];
-        }
+        if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
+        FN(wait)(me);
+        REAL *to = call->lengths ? space.recurrent : dh;
+        FN(product)(me.id, me.team, rows, N, H, drec, N, chunk->hh.panels, chunk->hh.bias, to);
+        if (call->dxs)
+            FN(product)(me.id, me.team, rows, N, D, din, N, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
+        if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step waits before it reads */
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team)
+            for (long r = group.start[b]; r < group.start[b + 1]; r++) {
+                if (call->lengths && FN(alive)(work, t, row + r)) FN(copy)(dh + r * H, to + r * H, H);
+                if (work->cell == CELL_GRU)
+#pragma omp simd
+                    for (long j = r * H; j < (r + 1) * H; j++) dh[j] += space.hidden[j];
+            }
     }
-    FN(spread)(rows, H, P, H, dh, (REAL *)call->dh + row * H);
-    if (cell == CELL_LSTM) FN(spread)(rows, H, P, H, dc, (REAL *)call->dc + row * H);
-    if (chunk->first > 0) return;
-    for (int s = 0; s < SITES; s++)
-        if (work->site[s].norm != NORM_NONE) FN(unpool_prefix)(work->site + s, B, work->steps, row * work->site[s].groups, rows * work->site[s].groups);
+    FN(wait)(me);
+    if (me.id > 0) return;
+    FN(add_up)(work, &group, space, H, N);
+    memcpy((REAL *)call->dh + row * H, dh, (size_t)(rows * H) * sizeof(REAL));
+    if (lstm) memcpy((REAL *)call->dc + row * H, dc, (size_t)(rows * H) * sizeof(REAL));
+    for (long b = 0; b < group.blocks && chunk->first == 0; b++)
+        for (int s = 0; s < SITES; s++)
+            if (group.line[b][s].norm != NORM_NONE) FN(unpool_prefix)(&group.line[b][s], T);
 }
 
 /* Steps of one chunk: enough rows for a good product of the weights' gradients, few enough to stay near. */
@@ -431,73 +329,53 @@ static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long
     return packed;
 }
 
-static FN(Space) FN(space)(REAL *at, long rows, long H, long N) {
-    const long P = FN(padded)(H);
-    FN(Space) space;
-    space.h = at; at += rows * P;
-    space.c = at; at += rows * P;
-    space.hidden = at; at += rows * P;
-    space.gates = at; at += rows * 4 * P;
-    space.recurrent = at; at += rows * N;
-    space.projected = at; at += rows * N;
-    space.wide = at; at += 8 * P;
-    space.column = at; at += 2 * N;
-    space.narrow = at;
-    return space;
+/* Whether threads go through time as a team. */
+INLINE int FN(teamed)(const Work *work) { return FN(far)(work) && work->threads > 1 && work->batch > 1; }
+
+/* How many blocks go through time together: one, unless every step has to bring in all weights again, which is better shared
+   by more rows. */
+static long FN(together)(const Work *work, long blocks) {
+    if (!FN(far)(work)) return 1;
+    return blocks < MOST_TOGETHER ? blocks : MOST_TOGETHER;
 }
 
-static size_t FN(space_size)(long rows, long H, long N) { return (size_t)((rows * 7 + 13) * FN(padded)(H) + (rows * 2 + 2) * N + 64); }
-
-/* How many blocks go through time together: one, unless the recurrent weights are too large to stay near a processor, so that
-   every step brings them in again and is better shared by more rows. */
-static long FN(together)(const Work *work, long N, long blocks) {
-    const long threads = work->threads < blocks ? work->threads : blocks, each = (blocks + threads - 1) / threads;
-    if ((size_t)(N * work->hidden) * sizeof(REAL) < NEAR_BYTES) return 1;
-    return each < MOST_TOGETHER ? each : MOST_TOGETHER;
+/* Room for the work space of every thread; all of a team share that of the first, but for what is of one row. */
+INLINE FN(Space) FN(own_space)(const Work *work, REAL *at, size_t each, long blocks, long H, long N) {
+    FN(Space) own = FN(space)(at + each * (size_t)atn_norms_thread(), blocks, H, N);
+    if (!FN(teamed)(work)) return own;
+    REAL *wide = own.wide;
+    const FN(Plain) plain = own.plain;
+    own = FN(space_at)(at, blocks, H, N);
+    own.wide = wide;
+    own.plain = plain;
+    return own;
 }
 
 static int FN(forward)(const Work *work, long N) {
     const long D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(work->batch);
-    const long group = FN(together)(work, N, blocks), items = (blocks + group - 1) / group;
-    const long threads = work->threads < items ? work->threads : items;
-    const size_t each = FN(space_size)(group * BLOCK_ROWS, H, N);
+    const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
+    const int teamed = FN(teamed)(work);
+    const long threads = teamed || work->threads < items ? work->threads : items;
+    const size_t each = FN(space_size)(group, H, N);
     REAL *room = atn_norms_memory((FN(packed_size)(D, N) + FN(packed_size)(H, N) + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
     const FN(Packed) ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
     const FN(Packed) hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
-    memset(at, 0, each * (size_t)threads * sizeof(REAL)); /* the filling of padded rows */
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (long i = 0; i < items; i++) {
-        const long last = (i + 1) * group < blocks ? (i + 1) * group : blocks;
-        const long row = atn_norms_block_start(work->batch, i * group), rows = atn_norms_block_start(work->batch, last) - row;
-        FN(forward_block)(work, ih, hh, row, rows, FN(space)(at + each * (size_t)atn_norms_thread(), group * BLOCK_ROWS, H, N));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const FN(Space) space = FN(own_space)(work, at, each, group, H, N);
+        if (teamed) {
+            const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
+            for (long i = 0; i < items; i++)
+                FN(forward_block)(work, ih, hh, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, me);
+        } else {
+#pragma omp for schedule(dynamic, 1)
+            for (long i = 0; i < items; i++)
+                FN(forward_block)(work, ih, hh, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
+        }
     }
     free(room);
     return 0;
-}
-
-/* Columns from to to of the N of A [K, N]: sums over K onto `total` (where it is given), and products with the few columns of
-   xs [K, D] onto dweight [N, D]; one vector of columns at a time, its sums in registers. */
-static void FN(thin)(long from, long to, long N, long K, long D, const REAL *A, const REAL *xs, REAL *dweight, REAL *total) {
-    for (long n = from; n < to; n += VL) {
-        const long columns = to - n < VL ? to - n : VL;
-        REAL sums[THIN + 1][64] = {{0}};
-        for (long k = 0; k < K; k++) {
-            REAL row[64] = {0};
-            const REAL *a = A + k * N + n;
-            if (columns < VL) {
-                memcpy(row, a, (size_t)columns * sizeof(REAL));
-                a = row;
-            }
-            const FN(vec) left = *(const FN(vec) *)a;
-            *(FN(vec) *)sums[THIN] += left;
-            for (long d = 0; d < D; d++) *(FN(vec) *)sums[d] += left * xs[k * D + d];
-        }
-        for (long j = 0; j < columns; j++) {
-            if (total) total[n + j] += sums[THIN][j];
-            for (long d = 0; d < D; d++) dweight[(n + j) * D + d] += sums[d][j];
-        }
-    }
 }
 
 /* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
@@ -514,8 +392,9 @@ static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const
 static int FN(backward)(const Work *work, long N) {
     const long B = work->batch, D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
     const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
-    const long group = FN(together)(work, N, blocks), items = (blocks + group - 1) / group;
-    const size_t each = FN(space_size)(group * BLOCK_ROWS, H, N), many = (size_t)(steps * B);
+    const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
+    const int teamed = FN(teamed)(work);
+    const size_t each = FN(space_size)(group, H, N), many = (size_t)(steps * B);
     const size_t weights = (work->call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (work->call->dxs ? FN(packed_size)(N, D) : 0);
     const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
@@ -528,16 +407,22 @@ static int FN(backward)(const Work *work, long N) {
     chunk.drecurrent = at; at += many * (size_t)N;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
-    memset(at, 0, each * (size_t)threads * sizeof(REAL)); /* the filling of padded rows */
     for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
         chunk.first = chunk.last > steps ? chunk.last - steps : 0;
         const long K = (chunk.last - chunk.first) * B;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
+            const FN(Space) space = FN(own_space)(work, at, each, group, H, N);
+            if (teamed) {
+                const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
+                for (long i = 0; i < items; i++)
+                    FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, me);
+                atn_norms_wait();
+            } else {
 #pragma omp for schedule(dynamic, 1)
-            for (long i = 0; i < items; i++)
-                FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks,
-                                   FN(space)(at + each * (size_t)atn_norms_thread(), group * BLOCK_ROWS, H, N));
+                for (long i = 0; i < items; i++)
+                    FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
+            }
 #pragma omp for schedule(dynamic, 1)
             for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
                 if (p < rows_wide) {
@@ -559,9 +444,13 @@ static int FN(backward)(const Work *work, long N) {
 }
 
 static int FN(run)(const Work *work, int backward) {
-    const long N = (work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1) * work->hidden;
+    const long N = FN(gates)(work) * work->hidden;
     return backward ? FN(backward)(work, N) : FN(forward)(work, N);
 }
 
+#undef LANES
+#undef MERGE
+#undef EVERY_UNIT
+#undef INLINE
 #undef VL
 #undef PANEL

@@ -1,0 +1,150 @@
+/* Norm sites: from a row and its pooled statement to its normed row, and back. */
+
+/* Rows of ones and zeros, and a row to norm into, for what has no statement of its own for each gate. */
+typedef struct { const REAL *ones, *zeros; } FN(Plain);
+
+/* Of a mean and 1 / deviation. */
+INLINE FN(Affine) FN(split)(double mean, double scale) {
+    const FN(Affine) a = {(REAL)mean, (REAL)scale, (REAL)(((double)(REAL)mean - mean) * scale)};
+    return a;
+}
+
+INLINE FN(Affine) FN(affine)(const Line *site, long lane) {
+    return FN(split)(site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0, site->scale[lane]);
+}
+
+/* A whole normed row: out = N(x). */
+static void FN(normed_row)(const Line *site, long lane, const REAL *x, REAL *out) {
+    const long width = site->features / site->groups;
+    for (long g = 0; g < site->groups; g++) {
+        const FN(Side) side = {x, site->gain, site->shift, {FN(affine)(site, lane + g)}};
+        for (long i = g * width; i < (g + 1) * width; i += VL) {
+            const long n = (g + 1) * width - i;
+            FN(store)(out + i, FN(normed)(&side, 0, i, n), n);
+        }
+    }
+}
+
+/* A row of a site with `gates` gates, in row r of its block. Where groups are not gates the row is normed into `spare` first. */
+INLINE FN(Side) FN(side)(const Line *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
+    FN(Side) side = {x, site->gain, site->shift, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
+    const long lane = t * site->lanes + r * site->groups;
+    if (site->norm != NORM_NONE && site->groups == 1) {
+        side.by[0] = side.by[1] = side.by[2] = side.by[3] = FN(affine)(site, lane);
+    } else if (site->norm != NORM_NONE && site->groups == gates) {
+        for (long g = 0; g < gates; g++) side.by[g] = FN(affine)(site, lane + g);
+    } else {
+        side.gain = plain.ones;
+        side.shift = plain.zeros;
+        if (site->norm != NORM_NONE) {
+            FN(normed_row)(site, lane, x, spare);
+            side.x = spare;
+        }
+    }
+    return side;
+}
+
+/* Own statements of a block's rows at step t, and the pooled ones. */
+static void FN(state)(const Line *site, long t, long rows, const REAL *x, long ldx) {
+    if (site->norm == NORM_NONE) return;
+    const long at = (site->prefix + t) * site->lanes;
+    for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * site->groups, site->var + at + r * site->groups);
+    for (long l = rows * site->groups; l < site->lanes; l++) site->mean[at + l] = site->var[at + l] = 0.0;
+    FN(pool)(site, t);
+}
+
+/* What one or two sites that are fed the same gradient dy need of it, one group of one row: the gradient of each pooled
+   statement, and onto the sums of gain and shift (one sum of shifts serves both). */
+INLINE void FN(denormalize)(const int sides, const Line *const *site, const long *lane, long start, long end, const REAL *const *x, const REAL *dy,
+                            REAL *const *dgain, REAL *dshift) {
+    FN(Affine) by[2];
+    double first[2] = {0}, second[2] = {0};
+    for (int s = 0; s < sides; s++) by[s] = FN(affine)(site[s], lane[s]);
+    for (long from = start; from < end; from += 16 * VL) {
+        const long until = from + 16 * VL < end ? from + 16 * VL : end;
+        FN(vec) ones[2] = {{0}}, products[2] = {{0}};
+        for (long i = from; i < until; i += VL) {
+            const long n = until - i;
+            const FN(vec) d = FN(load)(dy + i, n);
+            FN(store)(dshift + i, FN(load)(dshift + i, n) + d, n);
+            for (int s = 0; s < sides; s++) {
+                const FN(vec) normal = (FN(load)(x[s] + i, n) - by[s].high) * by[s].scale + by[s].rest;
+                const FN(vec) w = d * FN(load)((const REAL *)site[s]->gain + i, n);
+                FN(store)(dgain[s] + i, FN(load)(dgain[s] + i, n) + d * normal, n);
+                ones[s] += w; /* past the end d is 0 */
+                products[s] += w * normal;
+            }
+        }
+        for (int s = 0; s < sides; s++) FN(totals)(ones[s], products[s], &first[s], &second[s]);
+    }
+    for (int s = 0; s < sides; s++) {
+        const double scale = site[s]->scale[lane[s]];
+        site[s]->dmu[lane[s]] += site[s]->norm == NORM_MOMENTS ? -scale * first[s] : 0.0;
+        site[s]->dv[lane[s]] += -0.5 * scale * scale * second[s];
+    }
+}
+
+/* ... and through their statements: dx = w / deviation + what the own statement's gradient says. dy may be the first dx. */
+INLINE void FN(unmeasure)(const int sides, const Line *const *site, const long *lane, const long *own, long start, long end, const REAL *const *x,
+                          const REAL *dy, REAL *const *dx) {
+    FN(Affine) by[2]; /* what is added: slope * (x - mean) + level */
+    REAL scale[2];
+    for (int s = 0; s < sides; s++) {
+        const int centred = site[s]->norm == NORM_MOMENTS;
+        const double width = (double)(end - start);
+        by[s] = FN(split)(centred ? site[s]->mean[own[s]] : 0.0, 2.0 * site[s]->dvar[own[s]] / width);
+        if (centred) by[s].rest += (REAL)(site[s]->dmean[own[s]] / width);
+        scale[s] = (REAL)site[s]->scale[lane[s]];
+    }
+    for (long i = start; i < end; i += VL) {
+        const long n = end - i;
+        const FN(vec) d = FN(load)(dy + i, n);
+        for (int s = 0; s < sides; s++) {
+            const FN(vec) w = d * FN(load)((const REAL *)site[s]->gain + i, n);
+            FN(store)(dx[s] + i, w * scale[s] + ((FN(load)(x[s] + i, n) - by[s].high) * by[s].scale + by[s].rest), n);
+        }
+    }
+}
+
+/* Sums of gain and shift over the rows of one block and chunk of steps, and one site's rows of one step. */
+typedef struct { REAL *dgain, *dshift; } FN(Sums);
+typedef struct { const Line *line; const REAL *x; long ldx; REAL *dx; FN(Sums) sums; } FN(Given);
+
+/* Back through `sides` sites of a block that share dy [rows, F] and have as many groups; rows of dy and dx lie ldd apart. */
+INLINE void FN(sites_back)(const int sides, const FN(Given) *given, long steps, long t, long rows, const REAL *dy, long ldd) {
+    const Line *line[2] = {given[0].line, given[sides - 1].line};
+    REAL *dgain[2] = {given[0].sums.dgain, given[sides - 1].sums.dgain};
+    const long F = line[0]->features, G = line[0]->groups, width = F / G;
+    for (long r = 0; r < rows; r++)
+        for (long g = 0; g < G; g++) {
+            const REAL *x[2] = {given[0].x + r * given[0].ldx, given[sides - 1].x + r * given[sides - 1].ldx};
+            const long lane[2] = {t * line[0]->lanes + r * G + g, t * line[1]->lanes + r * G + g};
+            FN(denormalize)(sides, line, lane, g * width, (g + 1) * width, x, dy + r * ldd, dgain, given[0].sums.dshift);
+        }
+    for (int s = 0; s < sides; s++) FN(unpool)(line[s], steps, t);
+    for (long r = 0; r < rows; r++)
+        for (long g = 0; g < G; g++) {
+            const REAL *x[2] = {given[0].x + r * given[0].ldx, given[sides - 1].x + r * given[sides - 1].ldx};
+            REAL *dx[2] = {given[0].dx + r * ldd, given[sides - 1].dx + r * ldd};
+            const long lane[2] = {t * line[0]->lanes + r * G + g, t * line[1]->lanes + r * G + g};
+            const long own[2] = {lane[0] + line[0]->prefix * line[0]->lanes, lane[1] + line[1]->prefix * line[1]->lanes};
+            FN(unmeasure)(sides, line, lane, own, g * width, (g + 1) * width, x, dy + r * ldd, dx);
+        }
+}
+
+static void FN(pair_back)(const FN(Given) *given, long steps, long t, long rows, const REAL *dy, long ldd) {
+    FN(sites_back)(2, given, steps, t, rows, dy, ldd);
+}
+
+/* ... or one; a site without a norm hands dy on. */
+static void FN(site_back)(FN(Given) given, long steps, long t, long rows, const REAL *dy, long ldd) {
+    if (given.line->norm != NORM_NONE) FN(sites_back)(1, &given, steps, t, rows, dy, ldd);
+    else
+        for (long r = 0; r < rows && given.dx != dy; r++) FN(copy)(given.dx + r * ldd, dy + r * ldd, ldd);
+}
+
+/* Whether what reaches both products of a cell, being the same, can go back through both sites at once. */
+INLINE int FN(paired)(const Work *work) {
+    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
+    return work->cell != CELL_GRU && ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->groups == hh->groups;
+}
