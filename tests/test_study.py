@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from atn_norms import LayerSpec
-from atn_norms.ablation import BUILTIN, StudySpec, TrainSpec, create, make_plan, optimizers, override
+from atn_norms.ablation import StudySpec, TrainSpec, create, make_plan, optimizers, override, ready, schedules
 from atn_norms.ablation.plan import digest, identity
 from atn_norms.problems import SpecError, explained
 from atn_norms.tasks import AddingSpec
@@ -34,7 +34,7 @@ def complaint(**changes):
 
 
 def test_the_built_in_study_is_what_the_first_look_needs():
-    study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(BUILTIN)))
+    study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(ready.text("quick"))))
     assert study.axes == {"norm": ["none", "layer", "batch", "rms"], "window": ["1", "5", "25"]}
     assert list(study.tasks) == ["adding", "charlm"] and study.baseline == {"norm": "none"}
     assert len(study.trials) == 2 * 10 * 2, "without a norm three windows are one trial"
@@ -45,10 +45,11 @@ def test_every_default_of_a_trial_is_filled_in():
     (trial,) = plan(train={"steps": 200}, task=SMALL["task"] | {"train": 50}).trials
     assert trial.trial["train"] == {
         "steps": 200, "batch_size": 50, "clip": None, "eval_every": 20, "log_every": 2, "checkpoint_every": 20,
-        "threads": 1, "optimizer": optimizers.resolve("adam"),
+        "threads": 1, "optimizer": optimizers.resolve({"kind": "rmsprop", "lr": 1e-3}), "explosion": 1e3,
+        "schedule": schedules.resolve("constant"), "patience": None, "keep": "last",
     }  # fmt: skip
     assert set(trial.trial["model"]) == set(LayerSpec.model_fields)
-    assert trial.trial["model"]["input_size"] == 2 and trial.trial["data"] == {} and trial.trial["version"] == 1
+    assert trial.trial["model"]["input_size"] == 2 and trial.trial["data"] == {} and trial.trial["version"] == 2
     assert json.loads(json.dumps(trial.trial)) == trial.trial
 
 
@@ -200,7 +201,7 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"axes": {"norm": ["layer", "layer"]}}, "axes.norm[1]: layer is there twice"),
         ({"axes": {"norm": ["layer"], "model.norm": ["rms"]}}, "axes.model.norm: this option is an axis already"),
         ({"axes": {"task": ["adding"]}}, "axes.task: an axis is an option"),
-        ({"task": "addding"}, "task: unknown task 'addding'; known: adding, charlm; nearest: 'adding'"),
+        ({"task": "addding"}, "task: unknown task 'addding'; known: adding, charlm, copying, denoise, wordlm; "),
         ({"task": None}, "task: a study needs `task`, or a list of `tasks`"),
         ({"tasks": ["adding"]}, "task: a study needs `task`, or a list of `tasks`, and not both"),
         ({"task": None, "tasks": ["adding", {"kind": "adding", "length": 1}]}, "tasks[1].length"),
@@ -271,9 +272,9 @@ def test_the_ends_of_a_model_count_like_its_middle(monkeypatch):
 
 
 def text_of_python():
-    from atn_norms.tasks.charlm import read_text
+    from pydoc_data.topics import topics
 
-    return read_text(None)
+    return "\n".join(topics.values())
 
 
 def test_a_missing_text_is_named_before_anything_is_written(tmp_path):
@@ -342,3 +343,11 @@ def test_options_given_for_a_trial_are_checked_by_themselves():
     assert TrainSpec(optimizer={"kind": "sgd", "lr": 1}).optimizer["lr"] == 1.0
     with pytest.raises(ValidationError, match="optimizer"):
         TrainSpec.model_validate({"optimizer": 3})
+
+
+def test_a_schema_describes_without_examples():
+    from atn_norms.specs import schema
+
+    text = json.dumps(schema(StudySpec))
+    assert ">>>" in json.dumps(StudySpec.model_json_schema()), "the docstrings have some"
+    assert ">>>" not in text and "How a trial is trained" in text

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections import Counter
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from atn_norms import LSTM
 from atn_norms.problems import SpecError
-from atn_norms.tasks import AddingSpec, CharLMSpec, Model, charlm
+from atn_norms.tasks import AddingSpec, CharLMSpec, Model, language
 from atn_norms.trees import tree_leaves
 from tests.compare import compare
 
@@ -102,16 +103,16 @@ def test_the_default_text_is_real_and_hashed():
     spec = CharLMSpec()
     task = spec.build(0)
     assert len(task.train) > 100_000
-    text = charlm.read_text(None)
+    text = "\n".join(topics[name] for name in sorted(topics))
     assert spec.data() == {"text": "sha256:" + hashlib.sha256(text.encode()).hexdigest()}
-    assert "The Python" in text and task.alphabet == sorted(set(text))
+    assert "The Python" in text and task.vocabulary == sorted(set(text))
 
 
 def test_the_text_is_split_in_reading_order(text):
     task = CharLMSpec(text=text).build(0)
     codes = torch.cat([task.train, task.splits["validation"], task.splits["test"]])
     with open(text, encoding="utf-8") as file:
-        assert "".join(task.alphabet[i] for i in codes) == file.read()
+        assert "".join(task.vocabulary[i] for i in codes) == file.read()
     assert [len(task.train), len(task.splits["validation"]), len(task.splits["test"])] == [1800, 100, 100]
 
 
@@ -119,7 +120,7 @@ def test_the_baselines_are_entropies(text):
     task = CharLMSpec(text=text).build(0)
     counts = Counter(task.train.tolist())
     cost = {code: -math.log2((count + 1) / (1800 + 4)) for code, count in counts.items()}
-    expected = sum(cost[code] for code in task.splits["test"].tolist()) / 100
+    expected = sum(cost[code] for code in task.splits["test"].tolist()[1:]) / 99
     assert task.baselines == {"uniform": 2.0, "character frequencies": pytest.approx(expected, rel=1e-12)}
     entropy = -sum(p * math.log2(p) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 8))
     assert task.baselines["character frequencies"] == pytest.approx(entropy, abs=0.1)
@@ -143,19 +144,19 @@ class Unigram(Model):
 
     def __init__(self, task):
         super().__init__(nn.Identity(), None, nn.Identity())
-        counts = torch.bincount(task.train, minlength=len(task.alphabet)).double() + 1
+        counts = torch.bincount(task.train, minlength=len(task.vocabulary)).double() + 1
         self.logits = (counts / counts.sum()).log()
 
-    def forward(self, inputs, state=None):
+    def features(self, inputs, state=None):
         return self.logits.expand(*inputs.shape, -1), (torch.zeros(1),)
 
 
 @pytest.mark.parametrize("streams", [1, 7, 50, 99])
 def test_every_character_of_a_split_but_the_first_counts_once(text, streams, monkeypatch):
-    monkeypatch.setattr(charlm, "EVALUATION_STREAMS", streams)
+    monkeypatch.setattr(language, "EVALUATION_STREAMS", streams)
     task = CharLMSpec(text=text, segment=3).build(0)
     scored = task.evaluate(Unigram(task), "test")["bits per character"]
-    assert scored == pytest.approx(charlm.unigram(task.train, task.splits["test"][1:], 4), rel=1e-9)
+    assert scored == pytest.approx(language.unigram(task.train, task.splits["test"][1:], 4) / math.log(2), rel=1e-9)
 
 
 def test_evaluation_does_not_know_how_training_was_batched(text):
@@ -193,14 +194,18 @@ def test_what_is_carried_from_segment_to_segment(text, carry):
 
 
 def test_a_curve_in_bits_is_the_loss_in_nats_over_ln_2():
-    assert CharLMSpec().build(0).metric_per_loss == pytest.approx(1 / math.log(2))
+    assert CharLMSpec().build(0).in_metric(math.log(2)) == pytest.approx(1)
 
 
 def test_texts_that_cannot_be_used_are_named(tmp_path):
     missing, binary, short = tmp_path / "missing.txt", tmp_path / "binary.txt", tmp_path / "short.txt"
     binary.write_bytes(b"abc\xff\xfe" * 100)
     short.write_text("too short")
-    for path, said in [(missing, "No such file"), (binary, r"not UTF-8 \(byte 3\)"), (tmp_path, "directory")]:
+    for path, said in [
+        (missing, "No such file"),
+        (binary, r"not UTF-8 \(byte 3\)"),
+        (tmp_path, "without ptb.char.train.txt"),
+    ]:
         with pytest.raises(SpecError, match=said) as caught:
             CharLMSpec(text=str(path)).data()
         assert str(path) in str(caught.value)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atn_norms.ablation.builtin import BUILTIN
+from atn_norms.ablation import ready
 from atn_norms.ablation.engine import Event, OnEvent, run
 from atn_norms.ablation.environment import environment
 from atn_norms.ablation.files import Busy, StoreError
@@ -17,7 +18,6 @@ from atn_norms.ablation.study import StudySpec, TrainSpec
 from atn_norms.problems import explained
 
 __all__ = [
-    "BUILTIN",
     "Busy",
     "Event",
     "OnEvent",
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "make_plan",
     "override",
+    "ready",
     "resume",
     "run",
     "status",
@@ -41,12 +42,13 @@ __all__ = [
 def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None) -> Path:
     """Lay a study down in a folder, ready to `run`, and return the folder; one that holds this study is left as it is.
 
-    `out` is by default `studies/NAME-KEY`, where the key is a hash of the study, so that the same study comes back to the
-    same folder.
+    A folder whose study has grown, by more seeds or axes or another baseline, takes what is new and keeps what is done.
+    `out` is by default `studies/NAME-KEY`, where the key is a hash of the study; or the folder there of the same name
+    whose study this one is, or has grown from.
 
     Errors: `SpecError` where the folder holds another study or anything else, or a task cannot read its data;
     `StoreError` where it cannot be written.
-    """  # noqa: E501
+    """
     from pydantic import ValidationError
 
     try:
@@ -54,9 +56,24 @@ def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None) 
     except ValidationError as error:
         raise explained(error, data=study) from error
     plan = make_plan(spec)
-    folder = Path(out) if out is not None else Path("studies") / f"{plan.name.replace(' ', '-')}-{plan.key[:8]}"
+    folder = Path(out) if out is not None else _home(plan)
     StudyFolder(folder).create(plan, environment())
     return folder
+
+
+def _home(plan: Plan) -> Path:
+    """Where a study belongs that was given no folder: where it, or what it has grown from, is already."""
+    name = plan.name.replace(" ", "-")
+    same, smaller = [], []
+    for folder in sorted(Path("studies").glob(f"{name}-{'[0-9a-f]' * 8}")):
+        with suppress(StoreError, KeyError, TypeError):  # a damaged folder, or one half made, is no place to grow in
+            there = StudyFolder(folder).resolved()
+            if there["key"] == plan.key:
+                same.append(folder)
+            elif not plan.lacks(there):
+                smaller.append((len(there["trials"]), folder))
+    largest = [folder for _, folder in sorted(smaller)[-1:]]
+    return [*same, *largest, Path("studies") / f"{name}-{plan.key[:8]}"][0]
 
 
 def resume(

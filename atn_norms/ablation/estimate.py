@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from atn_norms.ablation.files import canonical
@@ -15,16 +16,20 @@ PATIENCE = 10.0  # seconds after which no further trial is timed
 
 
 def estimate(record: StudyRecord, workers: int) -> float | None:
-    """Seconds that the trials of a study which are not over may take; None where none could be timed.
+    """Seconds that the trials of a study which are not over may take; None where none could be timed."""
+    return duration_of([trial.trial for trial in record.trials if trial.status not in ("done", "diverged")], workers)
 
-    One trial of each task and kind of norm takes a few training steps and a validation; the others are taken to be like
-    these. `workers` is how many run at a time, as far as there are cores.
+
+def duration_of(trials: Sequence[dict[str, Any]], workers: int) -> float | None:
+    """Seconds that trials may take; None where none could be timed.
+
+    One trial of each task, size and kind of norm takes a few training steps and a validation; the others are taken to
+    be like these. `workers` is how many run at a time, as far as there are cores.
     """
-    left = [trial.trial for trial in record.trials if trial.status not in ("done", "diverged")]
     timed: dict[str, tuple[float, float]] = {}
     began = time.monotonic()
     with isolated():
-        for trial in left:
+        for trial in trials:
             if _like(trial) not in timed and (not timed or time.monotonic() - began < PATIENCE):
                 try:
                     timed[_like(trial)] = _timed(trial)
@@ -34,7 +39,7 @@ def estimate(record: StudyRecord, workers: int) -> float | None:
         return None
     dearest = max(timed.values())
     seconds = 0.0
-    for trial in left:
+    for trial in trials:
         step, validation = timed.get(_like(trial), dearest)
         train = trial["train"]
         seconds += train["steps"] * step + (train["steps"] // train["eval_every"] + 2) * validation
@@ -44,7 +49,9 @@ def estimate(record: StudyRecord, workers: int) -> float | None:
 def _like(trial: dict[str, Any]) -> str:
     model = trial["model"]
     alike = {name: model[name] for name in ("cell", "hidden_size", "num_layers", "bidirectional")}
-    return canonical([trial["task"], alike, model["norm"] and model["norm"].get("kind", model["norm"])])
+    return canonical(
+        [trial["task"], trial["train"]["batch_size"], alike, model["norm"] and model["norm"].get("kind", model["norm"])]
+    )
 
 
 def _timed(trial: dict[str, Any]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from atn_norms.registry import SpecError
 from atn_norms.specs import value as yaml_value
 from atn_norms.tasks import Task
 
-VERSION = 1  # of a trial's meaning: raised when the same options come to mean other numbers
+VERSION = 2  # of a trial's meaning: raised when the same options come to mean other numbers
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Plan:
         """What makes a study this study: its trials, where they stand in the grid, and the baseline."""
         trials = [{"id": trial.id, "points": trial.points} for trial in self.trials]
         return digest({"axes": self.axes, "baseline": self.baseline, "trials": trials})
+
+    def lacks(self, resolved: Mapping[str, Any]) -> int:
+        """How many trials of a study that was laid down (`resolved`) this one lacks; 0: it may take its place."""
+        mine = {trial.id for trial in self.trials}
+        return sum(trial["id"] not in mine for trial in resolved["trials"])
 
     def resolved(self) -> dict[str, Any]:
         """What `study.resolved.json` holds."""
@@ -138,7 +143,7 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         "seed": 0,
         "data": data,
     }
-    return trial, TaskFacts(task.metric, dict(task.baselines))
+    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal)
 
 
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:

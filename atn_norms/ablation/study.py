@@ -9,66 +9,20 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from atn_norms.ablation import optimizers
 from atn_norms.ablation.files import canonical
-from atn_norms.ablation.located import Problem, invalid, problems_of
+from atn_norms.ablation.located import Problem, invalid
+from atn_norms.ablation.resolving import SECTIONS, axis_name, axis_path, place, plain, resolve
+from atn_norms.ablation.training import TrainSpec
 from atn_norms.layers import LayerSpec
-from atn_norms.problems import brief, shown
+from atn_norms.problems import brief, hint, shown
 from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
-SECTIONS = ("model", "task", "train")
 MOST_POINTS = 100_000
-
-
-class TrainSpec(Options):
-    """How a trial is trained; None is filled in from the task or the number of steps.
-
-    | option | meaning | unit, default |
-    |---|---|---|
-    | `steps` | training steps | |
-    | `batch_size` | sequences per step | the task's |
-    | `optimizer` | a name of `torch.optim` in lower case, or a mapping with `kind` and torch's options | adam |
-    | `clip` | largest norm of the whole gradient; None does not clip | |
-    | `eval_every` | steps between validations | a tenth of `steps` |
-    | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
-    | `checkpoint_every` | steps a kill may cost at most; no part of a trial's identity | a tenth of `steps` |
-    | `threads` | threads of torch per trial | |
-    """
-
-    steps: int = Field(default=1000, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    optimizer: Annotated[dict[str, Any], BeforeValidator(optimizers.resolve), WithJsonSchema(optimizers.SCHEMA)] = (
-        Field(default_factory=lambda: optimizers.resolve("adam"))
-    )
-    clip: float | None = Field(default=None, gt=0)
-    eval_every: int | None = Field(default=None, ge=1)
-    log_every: int | None = Field(default=None, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    threads: int = Field(default=1, ge=1, le=1024)
-
-    def filled(self, batch_size: int) -> dict[str, Any]:
-        """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
-        tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)
-        given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-        derived = {"batch_size": batch_size, "eval_every": tenth, "log_every": hundredth, "checkpoint_every": tenth}
-        return {"clip": None} | derived | given
-
-
-TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, Open("task")])
 
 
 class _Sections(Options):
@@ -102,14 +56,6 @@ class Point(NamedTuple):
     model: LayerSpec
     task: TaskSpec
     train: TrainSpec
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Options):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
@@ -156,9 +102,11 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         labels = [label(value) for value in values]
         if not values:
             problems.append(Problem((name,), "an axis needs at least one value"))
-        for i, each in enumerate(labels):
-            if each in labels[:i]:
-                problems.append(Problem((name, i), f"{brief(each)} is there twice"))
+        for each in dict.fromkeys(labels):
+            places = [i for i, other in enumerate(labels) if other == each]
+            if len(places) > 1:
+                times = "twice" if len(places) == 2 else f"{len(places)} times"
+                problems.append(Problem((name, places[1]), f"{brief(each)} is there {times}"))
         if name in (*SECTIONS, "tasks", "seeds", "seed"):
             problems.append(
                 Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section")
@@ -175,7 +123,8 @@ class StudySpec(Options):
 
     An axis names an option by its path (`norm`, which is short for `model.norm`; `train.optimizer.lr`; `task.length`) and
     lists its values. A window where there is no norm means nothing and is dropped. `seeds` is a list or a count.
-    `baseline` names a value for some axes; the others' points are compared with it.
+    `baseline` names a value for some axes; the others' points are compared with it. `reach` is a level of the validation
+    metric whose first reaching the report times: a number, or one for each task; it changes no trial.
 
     Errors: `pydantic.ValidationError` for any point of the grid that cannot be, at its place in the file.
 
@@ -185,13 +134,14 @@ class StudySpec(Options):
     """  # noqa: E501
 
     name: str = Field(default="study", min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$")
-    model: Annotated[dict[str, Any], BeforeValidator(_plain), _Shown("model")] = {}
-    task: Annotated[str | dict[str, Any] | None, BeforeValidator(_plain), _Shown("task")] = None
-    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(_plain), _Shown("task")], ...] | None = None
-    train: Annotated[dict[str, Any], BeforeValidator(_plain), _Shown("train")] = {}
+    model: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("model")] = {}
+    task: Annotated[str | dict[str, Any] | None, BeforeValidator(plain), _Shown("task")] = None
+    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(plain), _Shown("task")], ...] | None = None
+    train: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("train")] = {}
     axes: Annotated[dict[str, tuple[Any, ...]], AfterValidator(_axes)] = {}
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
     baseline: dict[str, Any] = {}
+    reach: float | dict[str, float] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -211,7 +161,7 @@ class StudySpec(Options):
         if count * seeds > MOST_POINTS:
             told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
             raise invalid("study", [Problem(("seeds",), told)])
-        problems = self._baseline_problems()
+        problems = [*self._baseline_problems(), *self._reach_problems()]
         for point in self._points():
             problems += point if isinstance(point, list) else []
         if problems:
@@ -238,6 +188,12 @@ class StudySpec(Options):
         if "none" in labels.get("norm", ()):
             return {"norm": "none"}
         return {name: values[0] for name, values in labels.items()}
+
+    def _reach_problems(self) -> Iterator[Problem]:
+        labels = _task_labels([task for _, task in self._task_list()])
+        for name in self.reach if isinstance(self.reach, dict) else ():
+            if name not in labels:
+                yield Problem(("reach", name), f"no task of this study; tasks: {', '.join(labels)}{hint(name, labels)}")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
@@ -268,31 +224,12 @@ class StudySpec(Options):
                 given = dict(zip(self.axes, chosen, strict=True))
                 data = {"model": self.model, "task": task, "train": self.train}
                 labels = {"task": task_label} | {axis_name(name): label(value) for name, (_, value) in given.items()}
-                problems, parts = _resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
+                problems, parts = resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
                 if problems:
                     places = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
-                    yield [_place(problem, places, task_path) for problem in problems]
+                    yield [place(problem, places, task_path) for problem in problems]
                 else:
                     yield Point(labels, parts["model"], parts["task"], parts["train"])
-
-
-def axis_path(name: str) -> tuple[str, ...]:
-    """The path of an axis from the top of the study.
-
-    >>> axis_path("norm"), axis_path("train.optimizer.lr")
-    (('model', 'norm'), ('train', 'optimizer', 'lr'))
-    """
-    path = tuple(name.split("."))
-    return path if path[0] in SECTIONS else ("model", *path)
-
-
-def axis_name(name: str) -> str:
-    """What an axis is called; `model.` goes without saying.
-
-    >>> axis_name("model.norm"), axis_name("train.optimizer.lr")
-    ('norm', 'train.optimizer.lr')
-    """
-    return name.removeprefix("model.")
 
 
 def label(value: Any) -> str:
@@ -306,76 +243,10 @@ def label(value: Any) -> str:
     if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
         options = ", ".join(f"{name}={label(each)}" for name, each in value.items() if name != "kind")
         return f"{value['kind']}({options})" if options else value["kind"]
-    return canonical(_plain(value))
+    return canonical(plain(value))
 
 
 def _task_labels(tasks: list[Any]) -> list[str]:
     """The kind of each task; its options too where a kind comes twice."""
     kinds = [str(task.get("kind")) if isinstance(task, Mapping) else str(task) for task in tasks]
     return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]
-
-
-def has_norm(norm: Any) -> bool:
-    """Whether a layer's `norm`, as written in a file, is one at any site."""
-    if isinstance(norm, Mapping) and "sites" in norm:
-        sites = norm["sites"]
-        return any(map(has_norm, sites.values())) if isinstance(sites, Mapping) else True
-    return norm is not None and norm != "none"
-
-
-def _resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
-    """Put the axes' values into the sections and validate each; problems are at paths from the section on."""
-    problems: list[Problem] = []
-    for name in sorted(axes, key=lambda each: len(axis_path(each))):  # norm before norm.eps
-        _put(data, axis_path(name), axes[name])
-    model = data["model"]
-    if not has_norm(model.get("norm")):
-        model.pop("window", None)
-    if "input_size" in model:
-        problems.append(Problem(("model", "input_size"), "comes from the task; leave it out"))
-    if model.get("batch_first"):
-        problems.append(Problem(("model", "batch_first"), "a task feeds time first; leave it out"))
-    parts: dict[str, Any] = {}
-    validators = {
-        "model": lambda value: LayerSpec.model_validate({**value, "input_size": 1}),
-        "task": TASK.validate_python,
-        "train": TrainSpec.model_validate,
-    }
-    for section, validate in validators.items():
-        try:
-            parts[section] = validate(data[section])
-        except ValidationError as error:
-            problems += [p._replace(path=(section, *p.path)) for p in problems_of(error, data[section])]
-        except OverflowError as error:
-            problems.append(Problem((section,), f"a number is too large: {error}"))
-    if not problems and (reason := parts["task"].refuses(parts["model"])):
-        problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
-    return problems, parts
-
-
-def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    *parents, last = path
-    place: Any = data
-    for key in parents:
-        inner = place.get(key) if isinstance(place, dict) else None
-        if isinstance(inner, str) and inner != "none":  # a kind with default options, now about to get one
-            inner = place[key] = {"kind": inner}
-        elif key == "norm" and not has_norm(inner):
-            return  # an option of the norm, where there is none, means as little as a window
-        elif not isinstance(inner, dict):
-            inner = place[key] = {}
-        place = inner
-    place[last] = deepcopy(_plain(value))
-
-
-def _place(problem: Problem, axes: Mapping[tuple[Any, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
-    """Move a problem from the resolved sections to where the file says it: on an axis, or in a section."""
-    path = problem.path
-    for length in range(len(path), 0, -1):
-        found = axes.get(path[:length])
-        if found is not None:
-            return problem._replace(path=(*found, *path[length:]))
-    within = [place for axis, place in axes.items() if len(path) > 1 and axis[: len(path)] == path]
-    if len(within) == 1:  # such as torch's refusal of an optimizer whose only varied option is its rate
-        return problem._replace(path=within[0])
-    return problem._replace(path=(*task, *path[1:]) if path[:1] == ("task",) else path)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from atn_norms.ablation import optimizers
 from atn_norms.ablation.plan import VERSION
+from atn_norms.ablation.resolving import TASK
+from atn_norms.ablation.schedules import Improvement, Rate
 from atn_norms.ablation.store import TrialFolder
-from atn_norms.ablation.study import TASK
 from atn_norms.layers import LayerSpec
 from atn_norms.registry import SpecError
 from atn_norms.tasks import Model, Split, generator
@@ -52,24 +53,34 @@ class Trainer:
         encoder = self.task.encoder()
         layer = LayerSpec.model_validate(trial["model"]).build()
         self.model = Model(encoder, layer, self.task.readout(layer.output_size))
+        self.task.share(self.model)
         torch.set_rng_state(generator(seed, "training").get_state())
         self.optimizer = optimizers.make(self.train["optimizer"], list(self.model.parameters()))
+        self.rate = Rate(self.train["schedule"], self.train["steps"], self.optimizer)
         self.step = 0
         self.carry: Tree | None = None
-        self.summed = 0.0
-        self.count = 0
+        self.first: float | None = None  # loss of the first step, by which an explosion is known
+        self.summed, self.count = 0.0, 0  # losses since the last point of the curve
+        self.watch = Improvement()
+        self.kept: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether every training step has been taken."""
-        return self.step >= self.train["steps"]
+        """Whether every training step has been taken, or patience has run out."""
+        return self.step >= self.train["steps"] or self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether validation has not become better for as long as there is patience."""
+        return self.train["patience"] is not None and self.watch.since >= self.train["patience"]
 
     def advance(self) -> dict[str, Any] | None:
         """Take one training step; return a line of the learning curve when one is due.
 
-        Errors: `Diverged` where a loss or a score is not finite.
+        Errors: `Diverged` where a loss or a score is not finite, or the loss has exploded.
         """
         self.model.train()
+        self.rate.set(self.step)
         batch = self.task.batch(self.step, self.train["batch_size"])
         self.optimizer.zero_grad(set_to_none=True)
         loss, self.carry = self.task.loss(self.model, batch, self.carry)
@@ -78,18 +89,35 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train["clip"])
         self.optimizer.step()
         self.step += 1
-        self.summed += _finite(loss.item() * self.task.metric_per_loss, "training loss")
+        value = _finite(loss.item(), "training loss")
+        self.first = value if self.first is None else self.first
+        self.summed += value
         self.count += 1
         return self._line()
 
     def _line(self) -> dict[str, Any] | None:
-        validate = self.finished or self.step % self.train["eval_every"] == 0
+        validate = self.step >= self.train["steps"] or self.step % self.train["eval_every"] == 0
         if not validate and self.step % self.train["log_every"]:
             return None
-        score = self.evaluate("validation")[self.task.metric] if validate else None
-        line = {"step": self.step, "train_loss": self.summed / self.count, "validation": score}
+        loss = self.summed / self.count
+        self._refuse_explosion(loss)
+        score = self._validate() if validate else None
         self.summed, self.count = 0.0, 0
-        return line
+        in_metric = _finite(self.task.in_metric(loss), f"training {self.task.metric}")
+        return {"step": self.step, "train_loss": in_metric, "validation": score}
+
+    def _refuse_explosion(self, loss: float) -> None:
+        most = self.train["explosion"]
+        if most is not None and self.first is not None and loss > most * abs(self.first) > 0:
+            raise Diverged(f"the training loss is {loss:.3g}, over {most:g} times what it was at first")
+
+    def _validate(self) -> float:
+        score = self.evaluate("validation")[self.task.metric]
+        cost = score if self.task.goal == "min" else -score
+        self.rate.see(cost)
+        if self.watch.see(cost) and self.train["keep"] == "best":
+            self.kept = {name: each.clone() for name, each in self.model.state_dict().items()}
+        return score
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Score the model on a split; `Diverged` where the score is not finite."""
@@ -98,24 +126,37 @@ class Trainer:
             scores = self.task.evaluate(self.model, split)
         return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
 
+    def conclude(self) -> dict[str, dict[str, float]]:
+        """Score the weights that are to be kept on both splits; `Diverged` where a score is not finite."""
+        if self.kept is not None:
+            self.model.load_state_dict(self.kept)
+        return {split: self.evaluate(split) for split in ("validation", "test")}
+
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "rate": self.rate.state(),
             "carry": self.carry,
             "random": torch.get_rng_state(),
+            "first": self.first,
             "summed": self.summed,
             "count": self.count,
+            "best": self.watch.best,
+            "since": self.watch.since,
+            "kept": self.kept,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a `state`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.rate.restore(state["rate"])
         self.step, self.carry = state["step"], state["carry"]
-        self.summed, self.count = state["summed"], state["count"]
+        self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
+        self.watch.best, self.watch.since, self.kept = state["best"], state["since"], state["kept"]
         torch.set_rng_state(state["random"])
 
 
@@ -164,8 +205,7 @@ def _train(folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None) -
     if checkpoint is not None:
         trainer.restore(checkpoint)
     folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
-    metrics: dict[str, dict[str, float]] = {}
-    outcome = "finished"
+    result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     try:
         while not trainer.finished:
             line = trainer.advance()
@@ -175,11 +215,13 @@ def _train(folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None) -
                 folder.save(trainer.state())
             if on_step is not None:
                 on_step(trainer.step)
-        metrics = {split: trainer.evaluate(split) for split in ("validation", "test")}
+        result["metrics"] = trainer.conclude()
+        if trainer.step < trial["train"]["steps"]:
+            result["reason"] = f"no better validation in {trainer.watch.since} looks"
     except Diverged as reason:
         folder.log(f"diverged at step {trainer.step}: {reason}")
-        outcome, metrics = "diverged", {}
-    return {"trial": folder.id, "outcome": outcome, "step": trainer.step, "metrics": metrics}
+        result |= {"outcome": "diverged", "metrics": {}, "reason": str(reason)}
+    return result | {"step": trainer.step}
 
 
 @contextmanager

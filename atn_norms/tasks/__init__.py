@@ -3,6 +3,11 @@
 from atn_norms.tasks.adding import Adding, AddingSpec
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.tasks.charlm import CharLM, CharLMSpec
+from atn_norms.tasks.copying import Copying, CopyingSpec
+from atn_norms.tasks.denoise import Denoise, DenoiseSpec
+from atn_norms.tasks.language import Language
+from atn_norms.tasks.recall import Recall
+from atn_norms.tasks.wordlm import WordLM, WordLMSpec
 
 __all__ = [
     "Adding",
@@ -10,9 +15,17 @@ __all__ = [
     "Batch",
     "CharLM",
     "CharLMSpec",
+    "Copying",
+    "CopyingSpec",
+    "Denoise",
+    "DenoiseSpec",
+    "Language",
     "Model",
+    "Recall",
     "Split",
     "Task",
     "TaskSpec",
+    "WordLM",
+    "WordLMSpec",
     "generator",
 ]

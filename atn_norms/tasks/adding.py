@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from atn_norms.registry import SpecError
-from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
+from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
 from atn_norms.trees import Tree
 
 EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
@@ -30,6 +31,7 @@ class AddingSpec(TaskSpec):
     torch.Size([50, 20, 2])
     """
 
+    recommended: ClassVar[Mapping[str, Any]] = {"steps": 20_000, "optimizer": {"kind": "rmsprop", "lr": 1e-3}}
     kind: Literal["adding"] = "adding"
     length: int = Field(default=100, ge=2, le=1_000_000)
     train: int = Field(default=100_000, ge=1)
@@ -125,11 +127,3 @@ def predict(model: Model, inputs: Tensor) -> Tensor:
     """The prediction [B] at the last step."""
     y, _ = model.features(inputs)
     return model.readout(y[-1])[:, 0]
-
-
-def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A read-out initialized as in arXiv 2209.14439: weight Kaiming normal, bias 0."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.kaiming_normal_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,14 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A read-out initialized as in arXiv 2209.14439: weight Kaiming normal, bias 0."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.kaiming_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 class Batch(NamedTuple):
@@ -65,8 +74,9 @@ class Task(ABC):
     |---|---|
     | `input_size` | features the encoder hands to the layer at each step |
     | `batch_size` | sequences per training step where the study says nothing |
-    | `metric` | name and unit of the score; smaller is better |
-    | `metric_per_loss` | what one unit of `loss` is in units of the metric, for the training curve |
+    | `metric` | name and unit of the score |
+    | `goal` | `"min"` where a smaller score is better, such as a loss; `"max"` where a larger one is |
+    | `metric_per_loss` | what one unit of `loss` is in units of the metric, for `in_metric` |
     | `baselines` | what trivial predictors score on the test split: name -> value of the metric |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
@@ -76,9 +86,13 @@ class Task(ABC):
     input_size: int
     batch_size: int
     metric: str
-    goal: ClassVar[Literal["min"]] = "min"
+    goal: Literal["min", "max"] = "min"
     metric_per_loss: float = 1.0
     baselines: dict[str, float]
+
+    def in_metric(self, loss: float) -> float:
+        """What a mean training loss is in units of the metric, for the training curve."""
+        return loss * self.metric_per_loss
 
     @abstractmethod
     def encoder(self) -> nn.Module:
@@ -87,6 +101,10 @@ class Task(ABC):
     @abstractmethod
     def readout(self, output_size: int) -> nn.Module:
         """A fresh module from the layer's outputs to predictions, drawn from torch's global generator."""
+
+    def share(self, model: Model) -> None:
+        """Let parts of a fresh model share their weights; none do unless a task says so."""
+        return
 
     @abstractmethod
     def batch(self, step: int, size: int) -> Batch:
@@ -102,9 +120,13 @@ class Task(ABC):
 
 
 class TaskSpec(Options, ABC):
-    """Options of a task: a frozen model with a `kind`, which builds the task for a seed."""
+    """Options of a task: a frozen model with a `kind`, which builds the task for a seed.
+
+    `recommended` holds options of a study's `train` section that stand where the study says nothing.
+    """
 
     family: ClassVar[str | None] = "task"
+    recommended: ClassVar[Mapping[str, Any]] = {}
     kind: str
 
     @abstractmethod

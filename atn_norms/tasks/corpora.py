@@ -1,0 +1,80 @@
+"""Texts to learn a language from: Python's own reference, a UTF-8 file, or a folder laid out like the Penn Treebank."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from atn_norms.registry import SpecError
+
+Unit = Literal["characters", "words"]
+PARTS = ("train", "valid", "test")
+# Characters stand one by one, with spaces between, in the first; the second is prepared for words.
+LAYOUTS: dict[Unit, tuple[str, ...]] = {"characters": ("ptb.char", "ptb"), "words": ("ptb",)}
+
+
+class Corpus(NamedTuple):
+    """A text's tokens, in three splits; a line's end is a token as well."""
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    test: Sequence[str]
+
+
+def read(path: str | None, unit: Unit) -> Corpus:
+    """Read a text as `characters` or `words`; None is Python's own language reference.
+
+    A text is split 90/5/5 in reading order; its words are runs of letters and digits, runs of other signs, and line
+    ends. A folder brings its splits with it, in files `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`, whose words
+    stand between spaces; for characters, the files `ptb.char.*` are preferred, whose characters do.
+
+    Errors: `SpecError` naming the file that cannot be read.
+    """
+    texts, layout = _texts(path, unit)
+    if layout == "ptb.char":
+        texts = ["\n".join("".join(line.split()) for line in text.split("\n")) for text in texts]
+    if unit == "words":
+        pattern = r"\S+|\n" if layout else r"\w+|[^\w\s]+|\n"
+        tokens: list[Sequence[str]] = [re.findall(pattern, text) for text in texts]
+    else:
+        tokens = list(texts)
+    if not layout:
+        (whole,) = tokens
+        first, second = len(whole) * 90 // 100, len(whole) * 95 // 100
+        tokens = [whole[:first], whole[first:second], whole[second:]]
+    return Corpus(*tokens)
+
+
+def fingerprint(path: str | None, unit: Unit) -> str:
+    """The hash of what `read` reads: `sha256:` and 64 digits; that of a folder covers its three files."""
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in _texts(path, unit)[0]]
+    one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return f"sha256:{one}"
+
+
+def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
+    """One text and no layout, or three and which."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return ["\n".join(topics[name] for name in sorted(topics))], ""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [_decoded(folder)], ""
+    for layout in LAYOUTS[unit]:
+        if (folder / f"{layout}.train.txt").exists():
+            return [_decoded(folder / f"{layout}.{part}.txt") for part in PARTS], layout
+    wanted = " or ".join(f"{layout}.train.txt" for layout in LAYOUTS[unit])
+    raise SpecError(f"text: {path} is a folder without {wanted}; allowed: a UTF-8 file, or a folder with that layout")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise SpecError(f"text: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"text: {path} is not UTF-8 (byte {error.start})") from error

@@ -1,0 +1,52 @@
+"""The denoising problem: pick out the symbols that are strewn in a long blank sequence, and write them down."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from atn_norms.tasks.recall import Layout, Recall, RecallSpec
+
+
+class DenoiseSpec(RecallSpec):
+    """Options of the denoising problem; how it is trained was not released, and is as in the copying problem.
+
+    | option | meaning | unit |
+    |---|---|---|
+    | `recall` | how many symbols are shown and asked for | symbols |
+    | `alphabet` | how many different symbols there are | symbols |
+    | `length` | T; symbols stand in the first T + `recall` - 1 steps, of T + 2 `recall` in all | steps |
+    | `validation`, `test` | size of each split, drawn from the seed | sequences |
+
+    >>> task = DenoiseSpec(recall=3, length=6).build(seed=0)
+    >>> inputs, targets, _ = task.batch(0, 1)
+    >>> inputs[:, 0].tolist(), targets[:, 0].tolist()
+    ([0, 0, 8, 9, 0, 0, 6, 0, 10, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 9, 6])
+    """
+
+    kind: Literal["denoise"] = "denoise"
+    alphabet: int = Field(default=9, ge=2, le=1_000_000)
+
+    def build(self, seed: int) -> Denoise:
+        return Denoise(self, seed)
+
+
+class Denoise(Recall):
+    r"""`recall` symbols at random different steps of T' = `length` + `recall` - 1, a marker, and `recall` blanks.
+
+    At the defaults a sequence has 120 steps and no memory costs 10 ln 9 / 120 = 0.1831; see `Recall` for the loss.
+    The symbols' steps are drawn without replacement, so that there are always `recall` of them, and they are asked for
+    in the order in which they stand (Jing et al., arXiv 1706.02761, in the sizes of the NC-GRU's authors).
+    """
+
+    purpose = "denoise"
+
+    def plan(self) -> Layout:
+        return Layout(self.spec.length + self.spec.recall - 1, self.spec.length + 2 * self.spec.recall)
+
+    def places(self, count: int, random: torch.Generator) -> Tensor:
+        shuffled = torch.rand(count, self.layout.reading, generator=random).argsort(1)
+        return shuffled[:, : self.spec.recall].sort(1).values

@@ -1,0 +1,74 @@
+"""A word language model: predict the next word of a real text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from atn_norms.tasks.corpora import Corpus, Unit
+from atn_norms.tasks.language import Language, LanguageSpec
+
+UNKNOWN = "<unk>"
+
+
+class WordLMSpec(LanguageSpec):
+    """Options of the word language model; sizes and training are customary small ones, from no particular paper.
+
+    | option | meaning | unit |
+    |---|---|---|
+    | `text` | a UTF-8 file (relative to where the program runs), or a folder with `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`; None: Python's own language reference | path |
+    | `vocabulary` | how many words are told apart, the most frequent of the training split; all others are one, `<unk>` | words |
+    | `embedding` | size of a word's vector, the layer's input | features |
+    | `segment` | steps of truncated back-propagation | words |
+    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, windows start anew; or `none` | |
+    | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
+
+    >>> task = WordLMSpec(vocabulary=50).build(seed=0)
+    >>> task.vocabulary[0], len(task.vocabulary), task.batch(0, 20).inputs.shape
+    ('<unk>', 50, torch.Size([35, 20]))
+    """  # noqa: E501
+
+    unit: ClassVar[Unit] = "words"
+    recommended: ClassVar[Mapping[str, Any]] = {
+        "steps": 2000,
+        "optimizer": {"kind": "adam", "lr": 2e-3},
+        "clip": 1.0,
+    }
+    kind: Literal["wordlm"] = "wordlm"
+    segment: int = Field(default=35, ge=1)
+    vocabulary: int = Field(default=10_000, ge=2, le=10_000_000)
+
+    def build(self, seed: int) -> WordLM:
+        return WordLM(self)
+
+
+class WordLM(Language):
+    r"""Perplexity of the next word, the exponential of its cross-entropy; line ends are words as well.
+
+    $$\mathrm{ppl} = \exp\Big(-\frac{1}{N} \sum_{n=1}^{N} \ln p(w_n \mid w_{<n})\Big)$$
+
+    Perplexities compare only where the vocabulary is the same: a smaller one makes more words `<unk>`, and those easy.
+
+    Baselines, on the test split: `uniform`, the vocabulary's size; `word frequencies`, the perplexity under the
+    training split's frequencies (each count plus one). Of Python's language reference they are about 4,700 and 340.
+    """
+
+    spec: WordLMSpec
+    batch_size = 20
+    metric = "perplexity"
+
+    def __init__(self, spec: WordLMSpec) -> None:
+        super().__init__(spec)
+        self.baselines = self.baselines_of("word frequencies")
+
+    def known(self, corpus: Corpus) -> list[str]:
+        counts = Counter(word for word in corpus.train if word != UNKNOWN)
+        frequent = sorted(counts, key=lambda word: (-counts[word], word))
+        return [UNKNOWN, *frequent[: self.spec.vocabulary - 1]]
+
+    def score(self, nats: float) -> float:
+        return math.exp(nats) if nats < 700 else math.inf

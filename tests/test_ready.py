@@ -1,0 +1,82 @@
+"""Ready-made studies: they are what the paper's setting says, run by name, and are written out as they are."""
+
+import json
+from importlib import resources
+
+import pytest
+from ruamel.yaml import YAML
+
+from atn_norms.ablation import StudySpec, make_plan, ready
+from atn_norms.cli import main
+from atn_norms.problems import SpecError
+
+PAPER = {  # task, length, hidden_size, batch_size, steps, optimizer, k
+    "paper-adding": ("adding", 100, 60, 50, 20_000, {"kind": "rmsprop", "lr": 1e-3, "momentum": 0.0}, 25),
+    "paper-copying": ("copying", 100, 68, 128, 4000, {"kind": "rmsprop", "lr": 2e-4, "momentum": 0.9}, 45),
+    "paper-denoise": ("denoise", 100, 68, 128, 4000, {"kind": "rmsprop", "lr": 2e-4, "momentum": 0.9}, 45),
+    "charlm": ("charlm", None, 200, 32, 1000, {"kind": "adam", "lr": 1e-2}, 20),
+}
+
+
+def planned(name):
+    return make_plan(StudySpec.model_validate(YAML(typ="safe").load(ready.text(name))))
+
+
+@pytest.mark.parametrize("name", ready.names())
+def test_a_ready_made_study_is_one_and_is_called_by_its_name(name):
+    plan = planned(name)
+    assert plan.name == name and list(plan.axes) == ["norm", "window"]
+    assert {trial.trial["model"]["init"] for trial in plan.trials} == {"paper"}
+    assert all(trial.trial["train"]["eval_every"] * 8 <= trial.trial["train"]["steps"] for trial in plan.trials)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_study_has_the_setting_of_the_paper(name):
+    kind, length, hidden, batch, steps, optimizer, k = PAPER[name]
+    plan = planned(name)
+    assert plan.axes == {"norm": ["none", "layer", "rms", "batch"], "window": ["1", str(k)]}
+    assert plan.baseline == {"window": "1"} and len(plan.trials) == 7 * 5, "without a norm both windows are one trial"
+    for trial in (each.trial for each in plan.trials):
+        assert (trial["task"]["kind"], trial["task"].get("length")) == (kind, length)
+        assert trial["model"]["hidden_size"] == hidden and trial["model"]["cell"]["kind"] == "lstm"
+        assert (trial["train"]["batch_size"], trial["train"]["steps"]) == (batch, steps)
+        assert trial["train"]["optimizer"].items() >= optimizer.items()
+
+
+def test_every_file_of_the_folder_is_a_study():
+    files = resources.files("atn_norms.ablation") / "studies"
+    assert sorted(file.name for file in files.iterdir() if not file.name.startswith("_")) == [
+        f"{name}.yaml" for name in ready.names()
+    ]
+    assert set(PAPER) | {"quick"} == set(ready.names())
+
+
+def test_an_unknown_study_is_named_with_what_there_is():
+    with pytest.raises(SpecError, match=r"unknown study 'paper-coping'; a file, or one of: charlm, .*'paper-copying'"):
+        ready.text("paper-coping")
+
+
+def test_a_ready_made_study_runs_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["train.steps=2", "train.eval_every=1", "axes={norm: [none]}", "baseline={norm: none}", "seeds=1"]
+    small = ["task.validation=2", "task.test=2", "train.batch_size=2", "model.hidden_size=3"]
+    options = [word for setting in settings + small for word in ("--set", setting)]
+    assert main(["ablate", "paper-copying", *options, "--workers", "0", "--out", "here", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["task"] == "copying"
+    assert main(["ablate", "paper-coping"]) == 2
+    assert "nearest: 'paper-copying'" in capsys.readouterr().err
+
+
+def test_a_ready_made_study_is_written_out_to_be_edited(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "paper-adding"]) == 0
+    written = (tmp_path / "paper-adding.yaml").read_text()
+    assert written.endswith(ready.text("paper-adding")) and written.startswith("# yaml-language-server: $schema=paper-")
+    assert main(["init", "charlm", "mine.yaml"]) == 0
+    assert (tmp_path / "mine.yaml").read_text().endswith(ready.text("charlm"))
+    assert main(["init", "other.yaml"]) == 0
+    assert (tmp_path / "other.yaml").read_text().endswith(ready.text("quick"))
+    assert main(["init", "charlm", "other.yaml"]) == 2 and "already there" in capsys.readouterr().err
+    assert main(["init", "charml"]) == 2
+    assert "unknown study 'charml'" in capsys.readouterr().err
