@@ -1,11 +1,14 @@
 """Study records made by hand, for what reads them."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
 
 METRIC = "mean squared error"
 Score = Callable[[str, str, int], float]
+Point = dict[str, str]
 
 
 def trial(
@@ -15,11 +18,11 @@ def trial(
     points = tuple({"task": task, "norm": norm, "window": window} for window in windows)
     identity = f"{task}-{norm}-{'-'.join(windows)}-{seed}"
     if value is None:
-        return TrialRecord(identity, {"seed": seed}, points, seed, "pending")
+        return TrialRecord(identity, {"seed": seed, "train": {"steps": 20}}, points, seed, "pending")
     metrics = {"test": {metric: value}, "validation": {metric: value * 1.01}}
     return TrialRecord(
         identity,
-        {"seed": seed},
+        {"seed": seed, "train": {"steps": 20}},
         points,
         seed,
         "done",
@@ -57,5 +60,72 @@ def study(
         axes={"norm": list(norms), "window": list(windows)},
         tasks=dict(tasks),
         baseline={"norm": "none"} if baseline is None else dict(baseline),
+        trials=tuple(trials),
+    )
+
+
+def learned(final: float, start: float, seed: int, steps: int, every: int) -> list[dict]:
+    """A learning curve that leaves its plateau at a step of its own and ends at `final`, a little rough on the way."""
+    turn, curve = steps * (0.35 + 0.04 * (seed % 5)), []
+    for step in range(every, steps + 1, every):
+        fade = 1 / (1 + math.exp(12 * (step - turn) / steps)) * (1 if step < steps else 0)
+        rough = 1 + 0.05 * math.sin(seed + 37 * step / steps) * (step < steps)
+        value = (final + (start - final) * fade) * rough
+        validated = step % (4 * every) == 0 or step == steps
+        curve.append({"step": step, "train_loss": value * 1.03, "validation": value if validated else None})
+    return curve
+
+
+def grid(
+    axes: Mapping[str, Sequence[str]],
+    score: Callable[[Point, int], float],
+    *,
+    seeds: int = 5,
+    baseline: Mapping[str, str] | None = None,
+    facts: TaskFacts | None = None,
+    task: str = "adding",
+    name: str = "by hand",
+    steps: int = 1000,
+) -> StudyRecord:
+    """A complete study over any axes, with curves; `score(labels, seed)` says what each trial ends at."""
+    facts = TaskFacts(METRIC, {"always 1": 1 / 6}) if facts is None else facts
+    start = next(iter(facts.baselines.values()), 1.0)
+    groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
+    for labels in itertools.product(*axes.values()):
+        point = dict(zip(axes, labels, strict=True))
+        meant = {axis: label for axis, label in point.items() if axis != "window" or point.get("norm") != "none"}
+        groups.setdefault(tuple(meant.items()), []).append(point)
+    trials = []
+    for meant, points in groups.items():
+        for seed in range(seeds):
+            value = score(dict(meant), seed)
+            identity = "-".join([task, *(label for _, label in meant), str(seed)])
+            trials.append(
+                TrialRecord(
+                    identity,
+                    {"seed": seed, "train": {"steps": steps}},
+                    tuple({"task": task, **point} for point in points),
+                    seed,
+                    "done",
+                    result={
+                        "trial": identity,
+                        "outcome": "finished",
+                        "step": steps,
+                        "metrics": {"test": {facts.metric: value}, "validation": {facts.metric: value}},
+                    },
+                    curve=learned(value, start, seed, steps, max(1, steps // 100)),
+                    run={"seconds": 12.5 + seed, "host": "here", "attempts": 1},
+                )
+            )
+    return StudyRecord(
+        name=name,
+        study={
+            "model": {"cell": "lstm", "hidden_size": 60},
+            "axes": {axis: list(values) for axis, values in axes.items()},
+        },
+        environment={"python": "3", "versions": {"torch": "2"}},
+        axes={axis: list(values) for axis, values in axes.items()},
+        tasks={task: facts},
+        baseline=dict(baseline) if baseline else {},
         trials=tuple(trials),
     )

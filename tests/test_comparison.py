@@ -1,25 +1,35 @@
 """Paired statistics against closed forms and scipy, and what becomes of trials without a value."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from atn_norms.ablation.comparison import Difference, Point, bootstrap, compare, outcome
-from tests.recorded import study, trial
+from atn_norms.ablation.comparison import Difference, Measure, Point, compare, compare_task, outcome
+from atn_norms.ablation.intervals import bootstrap, median, wilson
+from atn_norms.ablation.reach import level, steps_to
+from atn_norms.ablation.records import Goal, StudyRecord, TaskFacts
+from tests.recorded import METRIC, grid, study, trial
 
 INF = math.inf
 
 
-def point(*values: float) -> Point:
-    """A point whose seeds 0, 1, ... have these scores; infinity is a diverged one."""
-    trials = []
-    for seed, value in enumerate(values):
-        made = trial("layer", ["1"], seed, 1.0 if math.isinf(value) else value)
-        trials.append(replace(made, status="diverged") if math.isinf(value) else made)
-    return Point(({"norm": "layer"},), tuple(trials), dict(enumerate(values)))
+def point(*values: float, goal: Goal = "min", limit: float | None = None, seeds: list[int] | None = None) -> Point:
+    """A point whose seeds 0, 1, ... have these scores; an infinite one diverged, or never got there within `limit`."""
+    named = list(range(len(values))) if seeds is None else seeds
+    lost = "diverged" if limit is None else "done"
+    return Point(
+        cells=({"norm": "layer"},),
+        trials=tuple(trial("layer", ["1"], seed, 1.0) for seed in named),
+        ends={seed: lost if math.isinf(value) else "done" for seed, value in zip(named, values, strict=True)},
+        scores=dict(zip(named, values, strict=True)),
+        measure=Measure("loss", goal, lambda trial: None, limit),
+    )
 
 
 def between(ours: list[float], theirs: list[float]) -> Difference:
@@ -55,9 +65,10 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     assert 0.88 < covered < 0.98  # 0.95 less the known shortfall of about 0.02 at n = 20, 300 trials: +- 4 * 0.014
 
 
-def test_the_same_values_give_the_same_interval():
+def test_the_same_values_give_the_same_interval_in_any_order():
     values = list(np.random.default_rng(1).normal(size=9))
     assert bootstrap(values) == bootstrap(values)
+    assert bootstrap(values) == bootstrap(values[::-1]) == bootstrap(values[3:] + values[:3])
 
 
 def test_differences_are_paired_by_seed():
@@ -69,7 +80,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_only_shared_seeds_are_paired():
-    mine = replace(point(1.0, 2.0, 3.0), scores={0: 1.0, 2: 3.0, 7: 9.0})
+    mine = point(1.0, 3.0, 9.0, seeds=[0, 2, 7])
     found = Difference.between(mine, point(5.0, 5.0, 5.0))
     assert (found.pairs, found.mean) == (2, -3.0)
 
@@ -168,3 +179,253 @@ def test_rows_keep_the_order_of_the_grid_whatever_the_order_of_the_trials():
         row.point.cells for row in compare(record)[0].rows
     ]
     assert [t.seed for t in compare(shuffled)[0].rows[1].point.trials] == list(range(6))
+
+
+def test_the_interval_of_a_difference_agrees_with_scipy():
+    rng = np.random.default_rng(5)
+    ours, theirs = rng.lognormal(size=10), rng.lognormal(size=10)
+    found = between(list(ours), list(theirs))
+    agreed = stats.bootstrap(
+        (ours, theirs), lambda a, b: np.mean(a - b), n_resamples=100_000, paired=True, vectorized=False,
+        method="percentile", rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    margin = 0.1 * float((ours - theirs).std() / math.sqrt(10))  # as above
+    assert found.interval is not None
+    assert found.mean == pytest.approx(float(np.mean(ours - theirs)), rel=1e-12)
+    assert abs(found.interval.low - agreed.low) < margin
+    assert abs(found.interval.high - agreed.high) < margin
+
+
+@pytest.mark.parametrize(("wins", "of"), [(0, 5), (3, 5), (5, 5), (1, 1), (7, 20)])
+def test_the_interval_of_a_probability_is_scipys_wilson(wins, of):
+    found = wilson(wins, of)
+    agreed = stats.binomtest(wins, of).proportion_ci(method="wilson")
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((agreed.low, agreed.high), abs=1e-12)
+    assert wilson(0, 0) is None
+
+
+@pytest.mark.parametrize(("shape", "centre", "said"), [("normal", 0.0, 0.83), ("lognormal", math.exp(0.5), 0.73)])
+def test_of_five_seeds_the_interval_covers_as_often_as_the_documents_say(shape, centre, said):
+    draws = getattr(np.random.default_rng(0), shape)(size=(800, 5))
+    covered = np.mean([not interval.excludes(centre) for row in draws if (interval := bootstrap(list(row)))])
+    assert abs(covered - said) < 3 * math.sqrt(said * (1 - said) / 800)
+
+
+REALS = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
+SCORES = st.one_of(REALS, REALS, REALS, st.just(INF))
+PAIRS = st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=9)
+
+
+@given(PAIRS, st.randoms(use_true_random=False))
+def test_permuting_the_seeds_changes_nothing(pairs, random):
+    order = list(range(len(pairs)))
+    random.shuffle(order)
+    ours, theirs = zip(*pairs, strict=True)
+    straight = Difference.between(point(*ours), point(*theirs))
+    shuffled = Difference.between(
+        point(*(ours[i] for i in order), seeds=order), point(*reversed(theirs), seeds=[*reversed(range(len(pairs)))])
+    )
+    renamed = Difference.between(point(*(ours[i] for i in order)), point(*(theirs[i] for i in order)))
+    for name in ("mean", "interval", "median", "pairs", "improvement", "chance", "ranked", "diverged", "verdict"):
+        assert repr(getattr(straight, name)) == repr(getattr(shuffled, name)), name
+        assert repr(getattr(straight, name)) == repr(getattr(renamed, name)), name
+
+
+@given(PAIRS)
+def test_swapping_the_sides_mirrors_everything(pairs):
+    ours, theirs = zip(*pairs, strict=True)
+    one, other = between(list(ours), list(theirs)), between(list(theirs), list(ours))
+    mirrored = {"better": "worse", "worse": "better"}
+    assert other.verdict == mirrored.get(one.verdict, one.verdict)
+    assert (other.pairs, other.diverged) == (one.pairs, one.reference_diverged)
+    assert other.improvement == pytest.approx(1 - one.improvement)
+    assert other.mean == -one.mean or math.isnan(one.mean)
+    if one.interval:
+        assert other.interval is not None
+        size = max(abs(one.interval.low), abs(one.interval.high), 1.0)
+        assert other.interval.low == pytest.approx(-one.interval.high, abs=1e-12 * size)
+        assert other.interval.high == pytest.approx(-one.interval.low, abs=1e-12 * size)
+
+
+@given(PAIRS)
+def test_a_score_to_be_raised_is_a_loss_with_its_sign_flipped(pairs):
+    ours, theirs = zip(*pairs, strict=True)
+    loss = between(list(ours), list(theirs))
+    raised = Difference.between(
+        point(*(-value for value in ours), goal="max"), point(*(-value for value in theirs), goal="max")
+    )
+    same = ("pairs", "improvement", "chance", "ranked", "diverged", "reference_diverged", "verdict")
+    assert [getattr(raised, name) for name in same] == [getattr(loss, name) for name in same]
+    assert raised.mean == -loss.mean or math.isnan(loss.mean)
+    assert raised.median == -loss.median
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 2.0, INF, math.nan, None]), min_size=1, max_size=7))
+def test_no_seed_is_ever_lost(values):
+    """Whatever a seed ends with, it is counted once, and ranks wherever it has an outcome."""
+    record = study(lambda norm, window, seed: 1.0, norms=["none", "layer"], windows=["1"], seeds=len(values))
+    trials = [
+        replace(t, status="failed", result=None)
+        if value is None
+        else replace(t, result={"step": 20, "metrics": {"test": {METRIC: value}}})
+        for t, value in zip(record.trials[len(values) :], values, strict=True)
+    ]
+    (found,) = compare(replace(record, trials=(*record.trials[: len(values)], *trials)))
+    row = found.at({"norm": "layer", "window": "1"})
+    assert row is not None
+    assert row.against is not None
+    ends = ["failed" if v is None else "done" if math.isfinite(v) else "diverged" for v in values]
+    assert row.point.counts == {end: ends.count(end) for end in set(ends)}
+    assert row.against.ranked == len(values) - ends.count("failed")
+    assert (row.against.pairs, row.against.diverged) == (ends.count("done"), ends.count("diverged"))
+    assert len(row.point.trials) == len(values)
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    found = between([1.0], [3.0])
+    assert (found.mean, found.interval, found.pairs, found.verdict) == (-2.0, None, 1, "too few seeds")
+    none = between([INF], [INF])
+    assert (none.pairs, none.improvement, none.median, none.verdict) == (0, 0.5, 0.0, "too few seeds")
+    assert math.isnan(none.mean)
+
+
+def test_all_ties_are_undecided():
+    found = between([1.0] * 6, [1.0] * 6)
+    assert (found.mean, found.improvement, found.verdict) == (0.0, 0.5, "undecided")
+
+
+def test_an_accuracy_is_compared_by_the_larger():
+    facts = TaskFacts("accuracy", {"the most common": 0.1}, "max")
+    record = grid(
+        {"norm": ["none", "layer"]}, lambda p, s: {"none": 0.6, "layer": 0.9}[p["norm"]] + 0.01 * s,
+        baseline={"norm": "none"}, facts=facts,
+    )  # fmt: skip
+    diverged = replace(record.trials[-1], status="diverged", result={"step": 3, "metrics": {}})
+    (found,) = compare(record)
+    assert found.best is found.at({"norm": "layer"})
+    assert [row.against.verdict for row in found.rows if row.against] == ["better"]
+    (found,) = compare(replace(record, trials=(*record.trials[:-1], diverged)))
+    row = found.at({"norm": "layer"})
+    assert row is not None
+    assert row.against is not None
+    assert (row.point.scores[4], row.against.diverged, row.against.improvement) == (-INF, 1, 0.8)
+
+
+def reaching(validations: Mapping[str, Sequence[float | None]], steps: int = 40, goal: Goal = "min") -> StudyRecord:
+    """A study in which each normalizer's seeds all see these validations, ten steps apart."""
+    facts = TaskFacts(METRIC, {"guess": 1.0}, goal)
+    record = grid({"norm": list(validations)}, lambda p, s: 0.0, baseline={"norm": "none"}, facts=facts, steps=steps)
+    return replace(
+        record,
+        trials=tuple(
+            replace(
+                t,
+                curve=[
+                    {"step": 10 * i, "train_loss": 0.0, "validation": value}
+                    for i, value in enumerate(validations[t.points[0]["norm"]], 1)
+                ],
+            )
+            for t in record.trials
+        ),
+    )
+
+
+def steps_of(record: StudyRecord, given: float | None = None) -> dict[str, Point]:
+    to = level(record, "adding", given)
+    found = compare_task(record, "adding", steps_to(record, "adding", to))
+    return {row.point.cells[0]["norm"]: row.point for row in found.rows}
+
+
+def test_a_level_is_reached_at_the_first_measurement_that_is_there():
+    record = reaching({"none": [0.9, None, 0.3, 0.9], "layer": [0.9, 0.5, 0.2, 0.1], "rms": [0.9, 0.8, 0.7, 0.51]})
+    found = steps_of(record, 0.5)
+    assert set(found["none"].scores.values()) == {30.0}, "a validation that was not measured reaches nothing"
+    assert set(found["layer"].scores.values()) == {20.0}, "at the level is there"
+    assert set(found["rms"].scores.values()) == {INF}
+    assert (found["rms"].mean, found["rms"].median, found["rms"].lost) == (40.0, INF, 5)
+
+
+def test_a_level_to_be_climbed_to_is_reached_from_below():
+    found = steps_of(reaching({"none": [0.1, 0.5, 0.9, 0.8]}, goal="max"), 0.85)
+    assert set(found["none"].scores.values()) == {30.0}
+
+
+def test_who_never_reaches_the_level_counts_as_all_the_steps_and_ties_with_others_like_it():
+    record = reaching({"none": [0.9] * 4, "layer": [0.9] * 4, "rms": [0.9, 0.4, 0.4, 0.4]})
+    to = level(record, "adding", 0.5)
+    rows = compare_task(record, "adding", steps_to(record, "adding", to)).rows
+    against = {row.point.cells[0]["norm"]: row.against for row in rows}
+    never, soon = against["layer"], against["rms"]
+    assert never is not None
+    assert soon is not None
+    assert (never.mean, never.improvement, never.pairs, never.verdict) == (0.0, 0.5, 5, "undecided")
+    assert (soon.mean, soon.improvement, soon.pairs, soon.verdict) == (-20.0, 1.0, 5, "better")
+
+
+def test_who_gets_there_at_the_very_end_is_ahead_of_who_never_does():
+    record = reaching({"none": [0.9] * 4, "late": [0.9, 0.9, 0.9, 0.4]})
+    rows = compare_task(record, "adding", steps_to(record, "adding", level(record, "adding", 0.5))).rows
+    (late,) = [row.against for row in rows if row.against]
+    assert (late.mean, late.improvement, late.verdict) == (0.0, 1.0, "undecided")
+
+
+def test_longer_training_is_no_head_start():
+    """Steps beyond what the shortest-trained trial was given count for nobody."""
+    record = reaching({"none": [0.9] * 4, "layer": [0.9] * 5 + [0.1]})
+    longer = tuple(
+        replace(t, trial={**t.trial, "train": {"steps": 60}}) if t.points[0]["norm"] == "layer" else t
+        for t in record.trials
+    )
+    found = steps_of(replace(record, trials=longer), 0.5)
+    assert set(found["layer"].scores.values()) == {INF}
+    assert found["layer"].mean == 40.0
+
+
+def test_a_diverged_trial_counts_and_one_that_still_trains_does_not():
+    record = reaching({"none": [0.4] * 4})
+    first, second, third, *rest = record.trials
+    early = {"step": 25, "outcome": "diverged", "metrics": {}}
+    trials = (
+        replace(first, status="diverged", result=early, curve=first.curve[:2]),
+        replace(second, status="diverged", result=early, curve=[{"step": 10, "train_loss": 1.0, "validation": -INF}]),
+        replace(third, status="running", result=None, curve=third.curve[:1]),
+        *rest,
+    )
+    found = steps_of(replace(record, trials=trials), 0.5)["none"]
+    assert found.scores == {0: 10.0, 1: INF, 3: 10.0, 4: 10.0}
+    assert (found.diverged, found.mean) == (2, 17.5)
+
+
+def test_the_default_level_lies_three_quarters_of_the_way():
+    record = study(lambda norm, window, seed: {"none": 0.15, "layer": 0.1, "rms": 0.02}[norm])
+    found = level(record, "adding")
+    assert found.value == pytest.approx(1 / 6 + 0.75 * (0.02 - 1 / 6))
+    assert (found.limit, found.given) == (20, False)
+
+
+def test_a_named_level_goes_first():
+    record = study(lambda norm, window, seed: 0.1)
+    named = replace(record, study={**record.study, "reach": {"adding": 0.05}})
+    assert (level(named, "adding").value, level(named, "adding").given) == (0.05, True)
+    assert level(replace(record, study={"reach": 0.04}), "adding").value == 0.04
+    assert level(named, "adding", {"adding": 0.07}).value == 0.07
+    assert level(replace(record, study={"reach": {"other": 1.0}}), "adding").given is False
+
+
+def test_without_a_start_or_an_end_there_is_no_level():
+    record = study(lambda norm, window, seed: 0.5)
+    assert "ahead of the best trivial predictor" in level(record, "adding").why
+    bare = replace(record, tasks={"adding": TaskFacts(METRIC)})
+    assert "names no trivial predictor" in level(bare, "adding").why
+    empty = replace(record, trials=tuple(replace(t, status="pending", result=None) for t in record.trials))
+    assert level(empty, "adding").why == "no trial has finished"
+    with pytest.raises(ValueError, match="no level to reach"):
+        steps_to(empty, "adding", level(empty, "adding"))
+
+
+def test_the_median_ranks_what_has_no_number_at_its_end():
+    assert median([3.0, 1.0, INF]) == 3.0
+    assert median([-INF, 1.0, INF]) == 1.0
+    assert median([-INF, INF]) == 0.0
+    assert math.isnan(median([]))

@@ -14,18 +14,28 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from atn_norms.ablation import report
 from atn_norms.ablation.comparison import compare
 from atn_norms.ablation.files import StoreError
 from atn_norms.ablation.records import StudyRecord, TaskFacts
+from atn_norms.ablation.report import costs as report_costs
+from atn_norms.ablation.report import curves, heatmap, strip
+from atn_norms.ablation.report.canvas import save
+from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.heatmap import blocks, shade
+from atn_norms.ablation.report.html import sections
 from atn_norms.ablation.report.names import Layout, number
-from atn_norms.ablation.report.sentences import answer
-from atn_norms.ablation.report.tables import contrasts, latex, markdown, results_csv
+from atn_norms.ablation.report.sentences import answer, caution, coverage
+from atn_norms.ablation.report.sheets import points_csv, results_csv
+from atn_norms.ablation.report.tables import latex, markdown
+from atn_norms.commands.studies import _levels
+from atn_norms.problems import SpecError
 from atn_norms.specs import read
-from tests.recorded import METRIC, study
+from tests.recorded import METRIC, grid, study
 
+KINDS = ("heatmap", "curves", "strip", "steps-heatmap", "steps-strip")
 EVIL = '<script>alert("x")</script> $x_1$ & {a}#|%`\\'
 TASKS = {
     "adding": TaskFacts(METRIC, {"guessing one": 1 / 6}),
@@ -35,6 +45,13 @@ TASKS = {
 
 def score(norm: str, window: str, seed: int) -> float:
     return {"none": 0.15, "layer": 0.012, "rms": 0.009}[norm] * (1 + 0.1 * seed) / (1 + 0.01 * int(window))
+
+
+def said(record: StudyRecord) -> str:
+    """The answer to a study's first task, with non-breaking spaces as common ones and minus signs as hyphens."""
+    found = findings(record)
+    words = " ".join([coverage(record), caution(found), *answer(found, found.tasks[0])])
+    return words.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
 
 
 class Page(HTMLParser):
@@ -91,15 +108,9 @@ def evil(record: StudyRecord) -> StudyRecord:
 
 def test_everything_is_written(whole):
     _, folder = whole
-    pictures = {
-        f"{kind}-{task}.{ext}" for kind in ("heatmap", "curves", "strip") for task in TASKS for ext in ("png", "svg")
-    }
-    assert {path.name for path in folder.iterdir()} == pictures | {
-        "report.html",
-        "results.csv",
-        "tables.md",
-        "tables.tex",
-    }
+    pictures = {f"{kind}-{task}.{ext}" for kind in KINDS for task in TASKS for ext in ("png", "svg")}
+    texts = {"report.html", "results.csv", "points.csv", "curves.csv", "tables.md", "tables.tex"}
+    assert {path.name for path in folder.iterdir()} == pictures | texts
     for name in pictures:
         content = (folder / name).read_bytes()
         assert content.startswith(b"\x89PNG") if name.endswith("png") else ET.fromstring(content).tag.endswith("svg")
@@ -147,7 +158,7 @@ def test_pictures_say_what_they_show(whole):
     tags = Page((whole[1] / "report.html").read_text(encoding="utf-8")).tags
     pictures = [attributes for tag, attributes in tags if tag == "svg"]
     ids = {attributes.get("id") for _, attributes in tags}
-    assert len(pictures) == 6
+    assert len(pictures) == len(KINDS) * len(TASKS)
     for attributes in pictures:
         assert attributes["role"] == "img"
         assert set((attributes["aria-labelledby"] or "").split()) <= ids
@@ -188,7 +199,7 @@ def test_noise_stays_pale():
 
 def test_every_trial_is_a_line_of_the_csv():
     record = wreck(study(score, tasks=TASKS))
-    lines = list(csv.DictReader(io.StringIO(results_csv(record))))
+    lines = list(csv.DictReader(io.StringIO(results_csv(findings(record)))))
     assert [line["trial"] for line in lines] == [t.id for t in record.trials]
     assert [line["status"] for line in lines[-4:]] == ["pending", "running", "failed", "diverged"]
     assert lines[0] | {"norm": "none", "window": "any", "seed": "0", "seconds": "2.5"} == lines[0]
@@ -202,7 +213,7 @@ def test_failed_and_diverged_trials_are_shown_with_their_reason(tmp_path):
     page = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts).split())
     assert "RuntimeError: out of memory" in page
     assert "Traceback: deep <inside>" in page
-    assert "out of all bounds at step 137" in page
+    assert "5 diverged 137 the loss grew out of all bounds" in page
     assert "1 diverged, 1 failed, 1 running and 1 pending" in page
     for kind in ("heatmap", "strip"):
         drawn = (tmp_path / f"{kind}-adding.svg").read_text(encoding="utf-8")
@@ -226,44 +237,39 @@ def test_names_from_files_are_escaped_everywhere(tmp_path):
 
 def test_tables_escape_what_their_language_would_read():
     record = evil(study(score, seeds=2))
-    text = latex(record)
+    text = latex(findings(record))
     assert r"\$x\_1\$ \& \{a\}\#\textbar{}\%" in text
     assert text.count(r"\begin{tabular}{lllrrll}") == 1
     for line in text.splitlines():
         if line.endswith(r" \\"):
             assert len(re.findall(r"(?<!\\)&", line)) == 6
-    rows = [line for line in markdown(record).splitlines() if line.startswith("| ")]
+    rows = [line for line in markdown(findings(record)).splitlines() if line.startswith("| ")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
 
 
 def test_the_answer_claims_what_the_intervals_carry():
-    record = study(score)
-    said = " ".join(answer(record, compare(record), contrasts(record)))
-    assert "All 30 trials finished." in said
-    assert "the lowest mean squared error, averaged over seeds, is 0.0090 (rms, window 25)" in said.replace(
-        "0.00900", "0.0090"
-    )
-    assert "of 4 points: 4 better" in said
-    assert "better at 6 of 6 seeds" in said
-    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] against none", said.replace("\N{MINUS SIGN}", "-"))
+    words = said(study(score))
+    assert "All 30 trials finished." in words
+    assert re.search(r"The lowest mean squared error, averaged over seeds, is 0.00900 \[0.\d+, 0.\d+\] \(rms, ", words)
+    assert "4 of 4 points are better" in words
+    assert "better at 6 of 6 seeds" in words
+    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] against none", words)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 def test_the_answer_claims_nothing_on_few_seeds(seeds):
-    record = study(score, seeds=seeds)
-    said = " ".join(answer(record, compare(record), contrasts(record)))
-    assert "nothing here is a conclusion" in said
-    assert f"({seeds} seed" in said
-    assert "[" not in said
+    words = said(study(score, seeds=seeds))
+    assert "nothing here is a conclusion" in words
+    assert f"({seeds} seed" in words
+    assert "[" not in words
 
 
 def test_the_answer_says_when_an_interval_cannot_tell():
-    record = study(
-        lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer")
+    words = said(
+        study(lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer"))
     )
-    said = " ".join(answer(record, compare(record), None))
-    assert "which does not tell the two apart" in said
-    assert "4 undecided" in said
+    assert "which does not tell the two apart" in words
+    assert "4 of 4 points are undecided" in words
 
 
 def test_the_table_is_plain_json_with_every_row():
@@ -362,3 +368,154 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     report.write(study(score, seeds=1, norms=["rms"]), tmp_path)
     assert matplotlib.rcParams.copy() == before
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def beyond(figure) -> list[float]:
+    """By how many pixels what a figure draws leaves it: left, below, right, above."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn, box = figure.get_tightbbox(canvas.get_renderer()), figure.bbox_inches
+    reach = (box.x0 - drawn.x0, box.y0 - drawn.y0, drawn.x1 - box.x1, drawn.y1 - box.y1)
+    return [round(72 * each, 1) for each in reach]
+
+
+LONG = "a-very-long-normalizer-name(gain=0.1, per_step=true, statistics=shared, eps=0.001)"
+WINDOWED = {"norm": ["none", "layer", "rms"], "window": ["1", "25"]}
+
+
+def ends(point: dict[str, str], seed: int) -> float:
+    return score(point.get("norm", "rms") if point.get("norm") in ("none", "layer") else "rms", "1", seed)
+
+
+NONE = {"norm": "none"}
+GALLERY = {
+    "two seeds": grid(WINDOWED, ends, seeds=2, baseline=NONE),
+    "ten seeds": grid(WINDOWED, ends, seeds=10, baseline=NONE),
+    "many axes": grid({"cell": ["lstm", "gru"], **WINDOWED}, ends, baseline=NONE),
+    "wrecked": wreck(grid(WINDOWED, ends, baseline=NONE)),
+    "hostile": grid({EVIL: [EVIL, "b"]}, ends, baseline={EVIL: "b"}, task=EVIL, facts=TaskFacts(EVIL, {EVIL: 0.2})),
+    "long names": grid({"norm": ["none", LONG], "window": ["1", LONG]}, ends, baseline=NONE, task=LONG),
+    "single point": grid({}, ends),
+}
+
+
+@pytest.mark.parametrize("case", list(GALLERY))
+def test_nothing_leaves_its_picture(case, monkeypatch):
+    found = {}
+
+    def watched(figure, name, *rest):
+        found[name] = beyond(figure)
+        assert figure.get_size_inches()[0] < 13, "wider than any page"
+        return save(figure, name, *rest)
+
+    for module in (heatmap, curves, strip):
+        monkeypatch.setattr(module, "save", watched)
+    sections(findings(GALLERY[case]))
+    assert len(found) == (3 if case == "single point" else 5)
+    assert not {name: reach for name, reach in found.items() if max(reach) > 1}
+
+
+def test_the_answer_has_three_sentences_and_no_claim_without_an_interval():
+    for record in GALLERY.values():
+        found = findings(record)
+        told = answer(found, found.tasks[0])
+        assert len(told) <= 3
+        for sentence in told:
+            claims = re.search(r"\d+ (of \d+ points? )?(is|are) (better|worse|faster|slower)", sentence)
+            assert not claims or re.search(r"\[[^\]]*\d[^\]]*\]|interval in the table", sentence), sentence
+    few = findings(GALLERY["two seeds"])
+    assert not any(re.search("(is|are) (better|worse|faster|slower)", each) for each in answer(few, few.tasks[0]))
+
+
+def test_an_accuracy_is_read_the_other_way_round():
+    facts = TaskFacts("accuracy", {"the most common": 0.1}, "max")
+    record = grid(
+        {"norm": ["none", "layer", "rms"]},
+        lambda p, s: {"none": 0.6, "layer": 0.9, "rms": 0.4}[p["norm"]] + 0.01 * s,
+        baseline={"norm": "none"},
+        facts=facts,
+    )
+    words = said(record)
+    assert words.count("The highest accuracy, averaged over seeds, is 0.920") == 1
+    assert "1 of 2 points is better (layer: +0.300 [+0.300, +0.300]) and 1 is worse (rms: -0.200" in words
+    (comparison,) = compare(record)
+    colours = {row.point.cells[0]["norm"]: shade(record, comparison).colour(row) for row in comparison.rows}
+    blue, orange = ([int(str(colours[norm])[i : i + 2], 16) for i in (1, 5)] for norm in ("layer", "rms"))
+    assert blue[1] > blue[0] + 50
+    assert orange[0] > orange[1] + 50
+    assert shade(record, comparison).ends[0].endswith("higher")
+    assert "higher is better" in markdown(findings(record))
+
+
+def test_control_characters_are_written_out(tmp_path):
+    name = "la\x07yer\u202e\x00"
+    record = grid({"norm": ["none", name]}, ends, seeds=2, baseline=NONE, name=name)
+    report.write(record, tmp_path)
+    for path in tmp_path.iterdir():
+        if path.suffix != ".png":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), path.name
+        if path.suffix == ".svg":
+            ET.fromstring(path.read_text(encoding="utf-8"))
+    assert r"la\x07yer\u202e\x00" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_is_small_enough_to_keep_beside_the_code(tmp_path):
+    record = grid(
+        {"norm": ["none", "layer", "batch", "rms"], "window": ["1", "25"]}, ends, seeds=6, baseline={"norm": "none"}
+    )
+    assert len(record.trials) == 42
+    assert sum(len(t.curve) for t in record.trials) == 4200
+    files = report.write(record, tmp_path)
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+
+
+def test_the_page_tells_how_soon_a_level_is_reached(tmp_path):
+    record = grid(WINDOWED, ends, baseline=NONE)
+    report.write(record, tmp_path, {"adding": 0.1})
+    page = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts).split())
+    assert "The level, 0.100, was named for this report." in page
+    assert "steps to a validation mean squared error of 0.100, fewer is better" in page
+    assert "never at 5 of 5" in page
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text(encoding="utf-8"))))
+    assert {line["level"] for line in lines} == {"0.1"}
+    assert {line["reached_at"] for line in lines if line["norm"] == "none"} == {""}
+    for line, shown in zip(lines, record.trials, strict=True):
+        first = [x["step"] for x in shown.curve if x["validation"] is not None and x["validation"] <= 0.1][:1]
+        assert line["reached_at"] == "".join(map(str, first))
+    with pytest.raises(SpecError, match="--reach adding2: no task of this study; it has adding; nearest: 'adding'"):
+        report.write(record, tmp_path, {"adding2": 0.1})
+
+
+def test_every_comparison_is_a_line_of_the_points_file():
+    found = findings(grid(WINDOWED, ends, baseline=NONE))
+    lines = list(csv.DictReader(io.StringIO(points_csv(found))))
+    # Five points: the baseline alone, the others against it, and two of these against window 1 as well.
+    assert sorted(Counter(line["measure"] for line in lines).values()) == [7, 7]
+    wanted = ("layer", "25", "none", "test mean squared error")
+    (line,) = [x for x in lines if tuple(x[key] for key in ("norm", "window", "against", "measure")) == wanted]
+    (row,) = [r for r in found.tasks[0].final.rows if r.point.cells[0] == {"norm": "layer", "window": "25"}]
+    assert row.against is not None
+    assert row.against.interval is not None
+    assert (float(line["difference"]), float(line["difference_low"])) == (row.against.mean, row.against.interval.low)
+    assert line["verdict"] == row.against.verdict
+
+
+def test_costs_are_told_point_by_point():
+    costs = report_costs.costs(findings(wreck(study(score))))
+    assert [cost.timed for cost in costs] == [6, 6, 6, 6, 5]
+    assert (costs[0].typical, costs[0].extremes, costs[0].total) == ("5.0 s", "2.5 s to 7.5 s", "30.0 s")
+    assert costs[0].step == "250 ms"
+    assert report_costs.machines(study(score)) == [("trained on here", "30 trials")]
+
+
+@pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
+def test_a_level_that_is_none_is_refused(given):
+    with pytest.raises(SpecError, match=re.escape(f"--reach {given!r}: must be TASK=LEVEL with a number")):
+        _levels([given])
+
+
+def test_levels_are_read_as_they_are_given():
+    assert _levels(["adding=0.1", "a=b=1e-2"]) == {"adding": 0.1, "a=b": 0.01}
+    with pytest.raises(SpecError, match="must be a finite number, got nan"):
+        findings(study(score, seeds=1), _levels(["adding=nan"]))

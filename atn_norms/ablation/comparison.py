@@ -4,67 +4,53 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
-
-from atn_norms.ablation.records import Status, StudyRecord, TrialRecord
-
-RESAMPLES = 10_000
-ENOUGH_SEEDS = 5
-COVERAGE = 0.95
-EXPLODED = 1e30  # beside a loss of this size no mean and no axis can show the others
+from atn_norms.ablation.intervals import ENOUGH_SEEDS, EXPLODED, Interval, bootstrap, mean, median, wilson
+from atn_norms.ablation.records import Goal, Status, StudyRecord, TaskFacts, TrialRecord
 
 Verdict = Literal["better", "worse", "undecided", "too few seeds"]
 Cell = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The ends of a percentile bootstrap interval."""
+class Measure:
+    """What a trial is judged by.
 
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies strictly outside."""
-        return value < self.low or value > self.high
-
-
-def bootstrap(values: Sequence[float]) -> Interval | None:
-    """Percentile bootstrap interval of a mean, 95% wide, from 10,000 resamples of a fixed seed.
-
-        [q(0.025), q(0.975)]   of the means of n values drawn with replacement        Efron (1979)
-
-    `values`: finite, of one unit; the interval has that unit. None below two values, which cannot be resampled.
-
-    >>> bootstrap([1.0, 1.0, 1.0])
-    Interval(low=1.0, high=1.0)
-    >>> bootstrap([1.0]) is None
-    True
+    | field   | meaning                                                                                             |
+    |---------|-----------------------------------------------------------------------------------------------------|
+    | `name`  | what its number is called                                                                           |
+    | `goal`  | whether smaller (`min`) or larger (`max`) is better                                                 |
+    | `score` | trial -> number; infinite, at the bad end, where it ended without one; None where it has not ended  |
+    | `limit` | what such an infinite number counts as in a mean; None where it has no part in one                  |
     """
-    sample = np.asarray(values, dtype=np.float64)
-    if len(sample) < 2:
-        return None
-    draws = np.random.default_rng(0).integers(0, len(sample), size=(RESAMPLES, len(sample)))
-    low, high = np.quantile(sample[draws].mean(axis=1), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(float(low), float(high))
+
+    name: str
+    goal: Goal
+    score: Callable[[TrialRecord], float | None]
+    limit: float | None = None
 
 
-def score(trial: TrialRecord, metric: str) -> float | None:
-    """The trial's test metric; infinity where it diverged, so that it ranks last; None where it has no outcome.
+def final(facts: TaskFacts) -> Measure:
+    """The test metric at the end of training: a trial that diverged ranks last and has no part in a mean."""
+    return Measure(facts.metric, facts.goal, lambda trial: score(trial, facts))
+
+
+def score(trial: TrialRecord, facts: TaskFacts) -> float | None:
+    """The trial's test metric; infinity at the bad end where it diverged; None where it has no outcome.
 
     A trial that ended with a metric that is no number, or beyond 1e30, diverged too, whatever its status says.
     """
+    worst = math.inf if facts.goal == "min" else -math.inf
     if trial.status == "diverged":
-        return math.inf
+        return worst
     if trial.status != "done" or trial.result is None:
         return None
-    value = trial.result.get("metrics", {}).get("test", {}).get(metric)
-    return float(value) if isinstance(value, int | float) and abs(value) < EXPLODED else math.inf
+    value = trial.result.get("metrics", {}).get("test", {}).get(facts.metric)
+    return float(value) if isinstance(value, int | float) and abs(value) < EXPLODED else worst
 
 
 def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
@@ -72,52 +58,66 @@ def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
     task = trial.points[0].get("task", "") if trial.points else ""
     if trial.status != "done" or task not in record.tasks:
         return trial.status
-    return "diverged" if score(trial, record.tasks[task].metric) == math.inf else "done"
+    found = score(trial, record.tasks[task])
+    return "diverged" if found is not None and math.isinf(found) else "done"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One distinct point of the grid, with every seed that was asked for.
+    """One distinct point of the grid under one measure, with every seed that was asked for.
 
-    | field    | meaning                                                                                   |
-    |----------|-------------------------------------------------------------------------------------------|
-    | `cells`  | the grid cells that resolve to it: one, or several (no norm: the window means nothing)    |
-    | `trials` | its trials, by seed, whatever became of them                                              |
-    | `scores` | seed -> test metric, smaller is better; infinite where diverged; no entry without outcome |
+    | field     | meaning                                                                                |
+    |-----------|----------------------------------------------------------------------------------------|
+    | `cells`   | the grid cells that resolve to it: one, or several (no norm: the window means nothing) |
+    | `trials`  | its trials, by seed, whatever became of them                                           |
+    | `ends`    | seed -> what became of its trial                                                       |
+    | `scores`  | seed -> its number, infinite where it has none (`Measure`); no entry without outcome   |
+    | `measure` | what the numbers are                                                                   |
     """
 
     cells: tuple[dict[str, str], ...]
     trials: tuple[TrialRecord, ...]
-    scores: dict[int, float]
+    ends: Mapping[int, Status]
+    scores: Mapping[int, float]
+    measure: Measure
+
+    @cached_property
+    def counted(self) -> dict[int, float]:
+        """Seed -> the number that counts in a mean: finite, at most the measure's limit."""
+        limit = self.measure.limit
+        if limit is not None:
+            return {seed: min(value, limit) for seed, value in self.scores.items()}
+        return {seed: value for seed, value in self.scores.items() if math.isfinite(value)}
 
     @property
     def values(self) -> list[float]:
-        """The finite scores, by seed."""
-        return [value for value in self.scores.values() if math.isfinite(value)]
+        """The numbers that count in a mean, by seed."""
+        return list(self.counted.values())
+
+    @property
+    def lost(self) -> int:
+        """How many seeds have an outcome and no number of their own: diverged, or never there."""
+        return sum(math.isinf(value) for value in self.scores.values())
 
     @property
     def diverged(self) -> int:
         """How many trials diverged."""
-        return len(self.scores) - len(self.values)
+        return self.counts["diverged"]
 
     @property
     def counts(self) -> Counter[str]:
         """Trials by outcome: `done`, `diverged`, `failed`, `running`, `pending`."""
-        unsettled = Counter[str](trial.status for trial in self.trials if trial.seed not in self.scores)
-        return unsettled + Counter({"done": len(self.values), "diverged": self.diverged})
+        return Counter(self.ends.values())
 
     @cached_property
     def mean(self) -> float:
-        """Mean of the finite scores; NaN when there is none."""
-        return float(np.mean(self.values)) if self.values else math.nan
+        """Mean of the numbers that count; NaN when there is none."""
+        return mean(self.values)
 
     @cached_property
     def median(self) -> float:
-        """Median of all scores, a diverged trial ranking last; infinite when most diverged."""
-        ordered = sorted(self.scores.values())
-        if not ordered:
-            return math.nan
-        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        """Median over all seeds with an outcome, one without a number ranking last; infinite when most have none."""
+        return median(self.scores.values())
 
     @cached_property
     def interval(self) -> Interval | None:
@@ -129,24 +129,28 @@ class Point:
 class Difference:
     """A point against its reference, paired by seed.
 
-        mean        = 1/n sum_s (point_s - reference_s)                                    (derived)
-        improvement = 1/m sum_s [point_s < reference_s] + [point_s = reference_s] / 2
+        mean        = 1/n sum_s (point_s - reference_s)                                           (derived)
+        improvement = 1/m sum_s [point_s better than reference_s] + [point_s = reference_s] / 2
 
-    | field         | meaning                                                                                 |
-    |---------------|-----------------------------------------------------------------------------------------|
-    | `mean`        | in the metric's unit, negative where the point is better; NaN without a pair            |
-    | `interval`    | its bootstrap interval; None below two pairs                                            |
-    | `pairs`       | n, the seeds where both scores are finite                                               |
-    | `improvement` | probability of improvement, 0 to 1; a diverged trial loses, two of them tie             |
-    | `ranked`      | m, the seeds where both have an outcome                                                 |
-    | `diverged`    | of these, how many times the point diverged; `reference_diverged`: how many times the other |
+    | field         | meaning                                                                                       |
+    |---------------|-----------------------------------------------------------------------------------------------|
+    | `mean`        | in the measure's unit; NaN without a pair                                                     |
+    | `interval`    | its bootstrap interval; None below two pairs                                                  |
+    | `median`      | of the differences of all ranked pairs; infinite where most have a side without a number      |
+    | `pairs`       | n, the seeds where both have a number that counts                                             |
+    | `improvement` | probability of improvement, 0 to 1; a side without a number loses, two of them tie            |
+    | `chance`      | its Wilson interval; None without a pair                                                      |
+    | `ranked`      | m, the seeds where both have an outcome                                                       |
+    | `diverged`    | of these, how many times the point diverged; `reference_diverged`: how many times the other   |
     """
 
     reference: Point
     mean: float
     interval: Interval | None
+    median: float
     pairs: int
     improvement: float
+    chance: Interval | None
     ranked: int
     diverged: int
     reference_diverged: int
@@ -154,18 +158,25 @@ class Difference:
     @classmethod
     def between(cls, point: Point, reference: Point) -> Difference:
         """Pair `point` with `reference` by seed."""
-        shared = [(point.scores[seed], reference.scores[seed]) for seed in point.scores if seed in reference.scores]
-        finite = [ours - theirs for ours, theirs in shared if math.isfinite(ours) and math.isfinite(theirs)]
-        wins = [float(ours < theirs) + float(ours == theirs) / 2 for ours, theirs in shared]
+        ours, theirs = point.counted, reference.counted
+        ranked = [seed for seed in point.scores if seed in reference.scores]
+        paired = [ours[seed] - theirs[seed] for seed in ranked if seed in ours and seed in theirs]
+        sign = 1 if point.measure.goal == "min" else -1
+        scored = [(point.scores[seed], reference.scores[seed]) for seed in ranked]
+        wins = sum(float(sign * mine < sign * other) + float(mine == other) / 2 for mine, other in scored)
+        # A limit makes numbers of all scores; without one the infinite ones still rank, and two of them tie.
+        ends = [(ours.get(s, point.scores[s]), theirs.get(s, reference.scores[s])) for s in ranked]
         return cls(
             reference=reference,
-            mean=float(np.mean(finite)) if finite else math.nan,
-            interval=bootstrap(finite),
-            pairs=len(finite),
-            improvement=float(np.mean(wins)) if wins else math.nan,
-            ranked=len(wins),
-            diverged=sum(math.isinf(ours) for ours, _ in shared),
-            reference_diverged=sum(math.isinf(theirs) for _, theirs in shared),
+            mean=mean(paired),
+            interval=bootstrap(paired),
+            median=median(0.0 if mine == other else mine - other for mine, other in ends),
+            pairs=len(paired),
+            improvement=wins / len(ranked) if ranked else math.nan,
+            chance=wilson(wins, len(ranked)),
+            ranked=len(ranked),
+            diverged=sum(point.ends[seed] == "diverged" for seed in ranked),
+            reference_diverged=sum(reference.ends[seed] == "diverged" for seed in ranked),
         )
 
     @property
@@ -173,11 +184,12 @@ class Difference:
         """What may be claimed: five pairs, an interval without zero, and a winner that never diverged."""
         if self.pairs < ENOUGH_SEEDS or self.interval is None:
             return "too few seeds"
-        if self.interval.high < 0 and not self.diverged:
-            return "better"
-        if self.interval.low > 0 and not self.reference_diverged:
-            return "worse"
-        return "undecided"
+        if not self.interval.excludes(0.0):
+            return "undecided"
+        ahead = (self.interval.high < 0) == (self.reference.measure.goal == "min")
+        if self.diverged if ahead else self.reference_diverged:
+            return "undecided"
+        return "better" if ahead else "worse"
 
 
 @dataclass(frozen=True)
@@ -191,9 +203,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task: a row per distinct point in the grid's order, and where each grid cell finds its row."""
+    """One task under one measure: a row per distinct point in the grid's order, and where each cell finds its row."""
 
     task: str
+    measure: Measure
     rows: tuple[Row, ...]
     index: Mapping[Cell, Row]
 
@@ -206,35 +219,43 @@ class Comparison:
         """Whether any row is compared with another."""
         return any(row.against for row in self.rows)
 
+    @property
+    def best(self) -> Row | None:
+        """The row with the best mean, the first of equals; None where no trial has finished."""
+        sign = 1 if self.measure.goal == "min" else -1
+        return min((row for row in self.rows if row.point.values), key=lambda row: sign * row.point.mean, default=None)
+
 
 def compare(record: StudyRecord, baseline: Mapping[str, str] | None = None) -> tuple[Comparison, ...]:
-    """Compare every point of every task with the point that has the baseline's labels and is otherwise the same.
+    """Compare every point of every task by its final metric with the point that has the baseline's labels.
 
     `baseline`: axis -> label; the study's own when None. Axes it does not name are matched: `{"norm": "none"}` compares
     a GRU with the un-normalized GRU. Points without such a partner have no difference.
     """
+    return tuple(compare_task(record, task, final(facts), baseline) for task, facts in record.tasks.items())
+
+
+def compare_task(
+    record: StudyRecord, task: str, measure: Measure, baseline: Mapping[str, str] | None = None
+) -> Comparison:
+    """Compare every point of one task by any measure, as `compare` does by the final metric."""
     named = record.baseline if baseline is None else baseline
-    return tuple(_compare_task(record, task, named) for task in record.tasks)
-
-
-def _compare_task(record: StudyRecord, task: str, baseline: Mapping[str, str]) -> Comparison:
-    points = list(_points(record, task))
+    points = list(_points(record, task, measure))
     home = {_key(cell): point for point in points for cell in point.cells}
     rows = []
     for point in points:
-        partners = [home.get(_key({**cell, **baseline})) for cell in point.cells] if baseline else []
+        partners = [home.get(_key({**cell, **named})) for cell in point.cells] if named else []
         # Cells that collapsed into one point could ask for different partners; then none is the right one.
         reference = partners[0] if partners and all(partner is partners[0] for partner in partners) else None
         is_reference = reference is point
         against = Difference.between(point, reference) if reference is not None and not is_reference else None
         rows.append(Row(point, against, is_reference))
-    return Comparison(task, tuple(rows), {_key(cell): row for row in rows for cell in row.point.cells})
+    return Comparison(task, measure, tuple(rows), {_key(cell): row for row in rows for cell in row.point.cells})
 
 
-def _points(record: StudyRecord, task: str) -> Iterator[Point]:
+def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]:
     """The distinct points of a task: trials that stand for the same grid cells differ by seed alone."""
     order = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in record.axes.items()}
-    metric = record.tasks[task].metric
 
     def place(cell: Cell) -> list[int]:
         labels = dict(cell)
@@ -247,9 +268,14 @@ def _points(record: StudyRecord, task: str) -> Iterator[Point]:
             groups.setdefault(cells, []).append(trial)
     for cells in sorted(groups, key=lambda cells: place(cells[0])):
         trials = tuple(sorted(groups[cells], key=lambda trial: trial.seed))
-        scored = {trial.seed: score(trial, metric) for trial in trials}
-        scores = {seed: value for seed, value in scored.items() if value is not None}
-        yield Point(tuple(dict(cell) for cell in cells), trials, scores)
+        scored = {trial.seed: measure.score(trial) for trial in trials}
+        yield Point(
+            cells=tuple(dict(cell) for cell in cells),
+            trials=trials,
+            ends={trial.seed: outcome(record, trial) for trial in trials},
+            scores={seed: value for seed, value in scored.items() if value is not None},
+            measure=measure,
+        )
 
 
 def _key(cell: Mapping[str, str]) -> Cell:

@@ -6,14 +6,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Status = Literal["pending", "running", "done", "diverged", "failed"]
+Goal = Literal["min", "max"]
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a number of this task means: its metric (smaller is better) and what a trivial predictor scores on it."""
+    """What a number of this task means.
+
+    | field       | meaning                                                                  |
+    |-------------|--------------------------------------------------------------------------|
+    | `metric`    | name, and unit where it has one                                          |
+    | `baselines` | what trivial predictors score: name -> value of the metric               |
+    | `goal`      | `min` where smaller is better, such as a loss; `max` where larger is     |
+    """
 
     metric: str
     baselines: dict[str, float] = field(default_factory=dict)
+    goal: Goal = "min"
 
 
 @dataclass(frozen=True)

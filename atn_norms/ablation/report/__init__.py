@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from atn_norms.ablation.files import make_folder
 from atn_norms.ablation.files import write as put
 from atn_norms.ablation.records import StudyRecord
-from atn_norms.ablation.report.tables import Table, latex, markdown, results_csv, table
+from atn_norms.ablation.report.tables import Table, table
 
 __all__ = ["Table", "table", "write"]
 
 
-def write(record: StudyRecord, folder: Path | str) -> list[Path]:
+def write(record: StudyRecord, folder: Path | str, reach: Mapping[str, float] | None = None) -> list[Path]:
     """Write the report of a study, finished or not, and return its files, the page first.
 
-        report.html    heatmap-TASK, curves-TASK, strip-TASK as .png and .svg    results.csv    tables.md    tables.tex
+        report.html    heatmap-TASK, curves-TASK, strip-TASK, steps-heatmap-TASK, steps-strip-TASK as .png and .svg
+        results.csv    points.csv    curves.csv    tables.md    tables.tex
 
-    The same record always gives the same bytes. Errors: `StoreError` naming the file that cannot be written.
+    `reach`: task -> the level whose first reaching is timed, in place of the study's own and the default. The same
+    record always gives the same bytes. Errors: `SpecError` for a level of a task that is not there; `StoreError` naming
+    the file that cannot be written.
     """
-    from atn_norms.ablation.report.html import page, pictures
+    from atn_norms.ablation.report import html, sheets, tables
+    from atn_norms.ablation.report.findings import findings
 
-    drawn = pictures(record)
-    content: dict[str, bytes] = {"report.html": page(record, drawn).encode()}
-    for picture in (picture for group in drawn for picture in group):
+    found = findings(record, reach)
+    sections = html.sections(found)
+    content: dict[str, bytes] = {"report.html": html.page(found, sections).encode()}
+    for picture in (shown.picture for section in sections for shown in (*section.final, *section.speed)):
         content |= {f"{picture.name}.png": picture.png, f"{picture.name}.svg": picture.svg.encode()}
-    content["results.csv"] = results_csv(record).encode()
-    content["tables.md"] = markdown(record).encode()
-    content["tables.tex"] = latex(record).encode()
+    content["results.csv"] = sheets.results_csv(found).encode()
+    content["points.csv"] = sheets.points_csv(found).encode()
+    content["curves.csv"] = sheets.curves_csv(found).encode()
+    content["tables.md"] = tables.markdown(found).encode()
+    content["tables.tex"] = tables.latex(found).encode()
     folder = Path(folder)
     make_folder(folder)
     for name, data in content.items():

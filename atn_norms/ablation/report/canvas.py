@@ -17,13 +17,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from atn_norms.ablation.comparison import EXPLODED
+from atn_norms.ablation.intervals import EXPLODED
+from atn_norms.ablation.records import Goal
 from atn_norms.ablation.report.names import MINUS, shortened
 
 INK = "#1b1f24"
 MUTED = "#5b636d"
 RULE = "#d5d9de"
 PAPER = "#fefefe"
+EDGE = 0.06  # inches of paper left of a headline
 ALERT = "#b0500c"
 # Okabe and Ito's palette without its yellow, which is too faint on white; told apart with any common colour vision.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -86,6 +88,7 @@ class Picture:
             RULE: "var(--rule)",
             PAPER: "var(--paper)",
             ALERT: "var(--alert)",
+            SERIES[0]: "var(--blue)",
         }
         svg = self.svg[self.svg.index("<svg") :]
         svg = _in_tags(svg, "|".join(names), lambda match: names[match[0]])
@@ -143,20 +146,20 @@ def write(figure: Figure, left: float, bottom: float, text: str, **options: Any)
 def headline(figure: Figure, text: str) -> None:
     """The title of a figure, cut where it would leave it."""
     width, height = figure.get_size_inches()
-    write(figure, 0.15, height - 0.24, shortened(text, int(width / 0.1)), fontsize=11, fontweight="bold")
+    write(figure, EDGE, height - 0.24, shortened(text, int(width / 0.1)), fontsize=11, fontweight="bold")
 
 
-def logarithmic(values: Sequence[float]) -> bool:
-    """Whether an axis over these values reads better by ratios: all positive, tenfold apart or more."""
-    return bool(values) and min(values) > 1 / EXPLODED and max(values) >= 10 * min(values)
+def logarithmic(values: Sequence[float], goal: Goal) -> bool:
+    """Whether an axis over these values reads better by ratios: losses, all positive, tenfold apart or more."""
+    return goal == "min" and bool(values) and min(values) > 1 / EXPLODED and max(values) >= 10 * min(values)
 
 
-def scale(axes: Axes, which: str, values: Sequence[float]) -> None:
+def scale(axes: Axes, which: str, values: Sequence[float], goal: Goal) -> None:
     """Give the `x` or `y` axis its scale, limits and plain decimal labels from all the values it must hold."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     axis = axes.xaxis if which == "x" else axes.yaxis
     limit = axes.set_xlim if which == "x" else axes.set_ylim
-    if logarithmic(values):
+    if logarithmic(values, goal):
         (axes.set_xscale if which == "x" else axes.set_yscale)("log")
         edge = (high / low) ** 0.05
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))

@@ -1,4 +1,4 @@
-"""Learning curves: every seed a thin line, the mean of the finished seeds a thick one."""
+"""Learning curves: every seed a thin line, the finished seeds' mean a thick one in the band that they span."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from atn_norms.ablation.comparison import EXPLODED, Comparison, Point
-from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.comparison import Comparison, Point
+from atn_norms.ablation.intervals import EXPLODED
+from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.report.canvas import (
     DASHES,
+    EDGE,
     INK,
     MUTED,
     Picture,
@@ -29,14 +31,16 @@ from atn_norms.ablation.report.canvas import (
 )
 from atn_norms.ablation.report.names import Layout, leaf, name, number, shortened, title
 
-_WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.26  # of a panel, inches
+_WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.36  # of a panel, inches
 _KEYS = 4  # to a line
-_GUIDE: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
+_TRIVIAL: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
+_LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (6, 2, 1, 2))}
 
 
-def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
+def curves(record: StudyRecord, comparison: Comparison, file: str, level: float | None) -> Picture:
     """Draw a panel per label of the axis that runs down, a colour per label of the one across.
 
+    The best trivial predictor and the `level` to reach are horizontal lines.
     The baseline is drawn behind every panel. Where nothing measured the validation metric, the training loss stands in.
     """
     facts = record.tasks[comparison.task]
@@ -44,15 +48,17 @@ def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
     trials = [trial for row in comparison.rows for trial in row.point.trials]
     measure = "validation" if any(_line(trial, "validation")[0] for trial in trials) else "train_loss"
     what = f"validation {facts.metric}" if measure == "validation" else "training loss"
-    guide = min(facts.baselines.items(), key=lambda item: item[1], default=None) if measure == "validation" else None
+    guides = _guides(facts, level) if measure == "validation" else []
     panels = _panels(record, comparison, layout)
-    keys = _keys(record, trials, layout, guide, any(panel.behind for panel in panels))
+    keys = _keys(record, trials, layout, guides, any(panel.behind for panel in panels))
     columns = _columns(len(panels), len(layout.facets))
-    head = 0.76 + 0.2 * math.ceil(len(keys) / _KEYS)
-    width = max(0.75 + columns * (_WIDTH + _GAP), 6.2)
+    width = max(0.66 + columns * (_WIDTH + _GAP), 6.2)
+    beside = _beside(keys, width)
+    head = 0.76 + 0.2 * math.ceil(len(keys) / beside)
     height = head + math.ceil(len(panels) / columns) * (_HEIGHT + 0.42) + 0.22
     heading = f"{comparison.task}: {what} while training"
-    seen = [value for trial in trials for value in _line(trial, measure)[1]] + ([guide[1]] if guide else [])
+    seen = [value for trial in trials for value in _line(trial, measure)[1]]
+    seen += [guide.value for guide in guides]
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)
@@ -60,15 +66,15 @@ def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
             line, column = divmod(place, columns)
             axes = inches(
                 figure,
-                left=0.75 + column * (_WIDTH + _GAP),
+                left=0.66 + column * (_WIDTH + _GAP),
                 bottom=height - head - line * (_HEIGHT + 0.42) - _HEIGHT,
                 width=_WIDTH,
                 height=_HEIGHT,
             )
             _draw(axes, record, layout, panel, measure)
-            if guide:
-                axes.axhline(guide[1], **_GUIDE)
-            scale(axes, "y", seen)
+            for guide in guides:
+                axes.axhline(guide.value, zorder=1, **guide.line)
+            scale(axes, "y", seen, facts.goal)
             axes.set_xlim(0, max((line["step"] for trial in trials for line in trial.curve), default=1))
             last = place + columns >= len(panels)
             axes.set_xlabel("step" if last else "")
@@ -76,13 +82,27 @@ def curves(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
         figure.legend(
             handles=keys,
             loc="upper left",
-            bbox_to_anchor=(0.05 / width, 1 - 0.34 / height),
-            ncols=_KEYS,
+            bbox_to_anchor=((EDGE - 0.1) / width, 1 - 0.34 / height),
+            ncols=beside,
             frameon=False,
             fontsize=8.5,
             columnspacing=1.6,
         )
         return save(figure, file, heading, _describe(record, comparison, measure))
+
+
+class _Guide(NamedTuple):
+    label: str
+    value: float
+    line: dict[str, Any]
+
+
+def _guides(facts: TaskFacts, level: float | None) -> list[_Guide]:
+    """What the curves are to be seen against."""
+    choose = min if facts.goal == "min" else max
+    trivial = choose(facts.baselines.items(), key=lambda item: item[1], default=None)
+    guides = [_Guide(*trivial, _TRIVIAL)] if trivial else []
+    return [*guides, _Guide("level to reach", level, _LEVEL)] if level is not None else guides
 
 
 def _columns(panels: int, facets: int) -> int:
@@ -123,10 +143,21 @@ def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list
     return panels or [_Panel(comparison.task, [], [])]
 
 
+def _beside(keys: list[Line2D], width: float) -> int:
+    """How many keys fit beside each other: a legend's columns, filled downwards, are as wide as their longest label."""
+    words = [len(str(key.get_label())) for key in keys]
+
+    def needed(columns: int) -> float:
+        deep = math.ceil(len(words) / columns)
+        return sum(0.62 + 0.08 * max(words[i : i + deep]) for i in range(0, len(words), deep))
+
+    return next((columns for columns in (_KEYS, 3, 2) if needed(columns) < width), 1)
+
+
 def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str) -> None:
     tidy(axes, "both")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_title(shortened(panel.title, 34), fontweight="bold")
+    axes.set_title(shortened(panel.title, 38), fontweight="bold", fontsize=10 if len(panel.title) <= 30 else 8.5)
     for point in panel.behind:
         _seeds(axes, point, measure, color=INK, linestyle=DASHES[1])
     for point in panel.points:
@@ -148,15 +179,19 @@ def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
             finished.append(dict(zip(steps, values, strict=True)))
     shared = sorted(set(finished[0]).intersection(*finished)) if finished else []
     if shared:
-        mean = np.mean([[values[step] for step in shared] for values in finished], axis=0)
-        axes.plot(shared, mean, linewidth=2, **look)
+        table = np.array([[values[step] for step in shared] for values in finished])
+        if len(finished) > 1:
+            axes.fill_between(
+                shared, table.min(axis=0), table.max(axis=0), color=look["color"], alpha=0.13, linewidth=0, zorder=1
+            )
+        axes.plot(shared, table.mean(axis=0), linewidth=2, **look)
 
 
 def _keys(
     record: StudyRecord,
     trials: list[TrialRecord],
     layout: Layout,
-    guide: tuple[str, float] | None,
+    guides: list[_Guide],
     behind: bool,
 ) -> list[Line2D]:
     keys = []
@@ -165,8 +200,7 @@ def _keys(
         keys.append(Line2D([], [], linewidth=2, label=words, **look(place)))
     if behind:
         keys.append(Line2D([], [], linewidth=2, color=INK, linestyle=DASHES[1], label="baseline"))
-    if guide:
-        keys.append(Line2D([], [], label=shortened(f"{guide[0]}: {number(guide[1])}", 34), **_GUIDE))
+    keys += [Line2D([], [], label=shortened(f"{each.label}: {number(each.value)}", 34), **each.line) for each in guides]
     if any(trial.status in ("diverged", "failed") for trial in trials):
         keys.append(Line2D([], [], linewidth=0, marker="x", color=INK, label="diverged or failed"))
     return keys

@@ -14,9 +14,11 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from atn_norms.ablation.comparison import ENOUGH_SEEDS, Comparison, Row
+from atn_norms.ablation.comparison import Comparison, Row
+from atn_norms.ablation.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.records import StudyRecord
 from atn_norms.ablation.report.canvas import (
+    EDGE,
     INK,
     MUTED,
     PAPER,
@@ -29,13 +31,28 @@ from atn_norms.ablation.report.canvas import (
     style,
     write,
 )
-from atn_norms.ablation.report.names import NOTHING, Layout, change, leaf, name, number, plural, title, unfinished
+from atn_norms.ablation.report.names import (
+    AT_LEAST,
+    NOTHING,
+    Layout,
+    change,
+    leaf,
+    lower,
+    name,
+    never,
+    number,
+    plural,
+    shortened,
+    title,
+    unfinished,
+)
 
 # Blue against orange survives every common colour vision deficiency; dark ends print in grey as dark.
 _DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])
 _SEQUENTIAL = LinearSegmentedColormap.from_list("alone", ["#1f5fa8", "#8fb8de", "#f3f3f1"])
-_WIDTH, _HEIGHT = 1.75, 0.58  # of a cell, inches
-_PAGE = 9.6
+_WIDTH, _NARROW, _HEIGHT = 1.75, 1.5, 0.62  # of a cell, alone and beside other facets, inches
+_PAGE = 10.8
+_BIG, _SMALL = 12, 7.6  # points
 
 
 @dataclass(frozen=True)
@@ -49,13 +66,15 @@ class Shade:
 
 
 def shade(record: StudyRecord, comparison: Comparison) -> Shade:
-    """Colour by the difference to the baseline where there is one, else by the mean itself.
+    """Colour by the difference to the baseline where there is one, else by the mean itself; blue is better.
 
     Full strength stands for the largest difference of the task, but never for less than two standard deviations between
     seeds, so that noise stays pale. Ratios instead of differences where the means differ tenfold.
     """
     means = [row.point.mean for row in comparison.rows if row.point.values]
-    ratio = logarithmic(means)
+    goal = comparison.measure.goal
+    sign = 1 if goal == "min" else -1
+    ratio = logarithmic(means, goal)
     measure: Callable[[float], float] = math.log if ratio else float
     if not comparison.has_reference:
         low, high = (measure(min(means)), measure(max(means))) if means else (0.0, 0.0)
@@ -63,10 +82,11 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
         def alone(row: Row) -> str | None:
             if not row.point.values:
                 return None
-            return to_hex(_SEQUENTIAL((measure(row.point.mean) - low) / (high - low) if high > low else 0.5))
+            share = (measure(row.point.mean) - low) / (high - low) if high > low else 0.5
+            return to_hex(_SEQUENTIAL(share if sign > 0 else 1 - share))
 
         says = "Colour: its logarithm." if ratio else "Colour: its value."
-        return Shade(alone, lambda t: to_hex(_SEQUENTIAL(t)), ("lowest", "highest"), says)
+        return Shade(alone, lambda t: to_hex(_SEQUENTIAL(t)), _ends("lowest", "highest", sign), says)
 
     def against(row: Row) -> float | None:
         if row.is_reference:
@@ -85,13 +105,22 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
 
     def colour(row: Row) -> str | None:
         delta = against(row)
-        return None if delta is None else to_hex(_DIVERGING(0.5 + delta / full / 2))
+        return None if delta is None else to_hex(_DIVERGING(0.5 + sign * delta / full / 2))
 
     bound = f"{math.exp(full):.3g} times " if ratio else f"{number(full)} "
-    says = "Colour: compared with the baseline."
+    says = "Colour: the baseline is grey, blue is better than it, orange is worse."
     if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in comparison.rows):
-        says += "\nBelow the mean: the paired difference and its 95% interval; bold where that tells better or worse."
-    return Shade(colour, lambda t: to_hex(_DIVERGING(t)), (f"{bound}lower", f"{bound}higher"), says)
+        says += (
+            "\nBelow the mean: paired difference to the baseline, 95% interval; bold where it tells better or worse."
+        )
+    elif comparison.has_reference:
+        says += "\nBelow the mean: paired difference to the baseline."
+    return Shade(colour, lambda t: to_hex(_DIVERGING(t)), _ends(f"{bound}lower", f"{bound}higher", sign), says)
+
+
+def _ends(lower: str, higher: str, sign: int) -> tuple[str, str]:
+    """What the ends of the key are called, the better one first."""
+    return (lower, higher) if sign > 0 else (higher, lower)
 
 
 def _spreads(row: Row, ratio: bool) -> bool:
@@ -131,20 +160,20 @@ def blocks(
     return found
 
 
-def heatmap(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
-    """Draw one facet per combination of the axes that are neither down nor across."""
+def heatmap(record: StudyRecord, comparison: Comparison, file: str, what: str) -> Picture:
+    """Draw one facet per combination of the axes that are neither down nor across; `what` the numbers are."""
     layout = Layout.of(record)
     downs = record.axes[layout.down] if layout.down else [""]
     acrosses = record.axes[layout.across] if layout.across else [""]
-    metric = record.tasks[comparison.task].metric
     shading = shade(record, comparison)
-    margin = 0.35 + 0.085 * max(len(line) for label in downs for line in _wrap(label, 22).split("\n"))
+    margin = 0.26 + 0.085 * max(len(line) for label in downs for line in _wrap(label, 22).split("\n"))
     head = 0.5 + 0.16 * (max(_wrap(label, 17).count("\n") for label in acrosses) + bool(layout.facets[0]) * 2)
-    wide, tall = margin + _WIDTH * len(acrosses), head + _HEIGHT * len(downs) + 0.12
+    cell = _NARROW if len(layout.facets) > 1 else _WIDTH
+    wide, tall = margin + cell * len(acrosses), head + _HEIGHT * len(downs) + 0.12
     columns = max(1, min(len(layout.facets), int(_PAGE // wide)))
     lines = math.ceil(len(layout.facets) / columns)
     width, height = max(columns * wide + 0.15, 6.2), 0.38 + lines * tall + 0.9 + 0.19 * shading.says.count("\n")
-    heading = f"{comparison.task}: {metric} by {_axes_in_words(layout)}"
+    heading = f"{comparison.task}: {what} by {_axes_in_words(layout)}"
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)
@@ -154,14 +183,21 @@ def heatmap(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
                 figure,
                 left=column * wide + margin,
                 bottom=height - 0.38 - (line + 1) * tall + 0.12,
-                width=_WIDTH * len(acrosses),
+                width=cell * len(acrosses),
                 height=_HEIGHT * len(downs),
             )
             _frame(axes, layout, facet, downs, acrosses)
             for block in blocks(comparison, layout, facet, downs, acrosses):
-                _draw(axes, block, shading)
-        _key(figure, shading, f"Mean test {metric} of the finished seeds; lower is better.")
+                _draw(axes, block, shading, cell)
+        _key(figure, shading, _about(comparison))
         return save(figure, file, heading, _describe(record, comparison))
+
+
+def _about(comparison: Comparison) -> str:
+    limit = comparison.measure.limit
+    if limit is not None:
+        return f"Mean over the seeds of the steps, of {number(limit)} at most; fewer is better."
+    return f"Mean over the finished seeds; {lower(comparison.measure.goal)} is better."
 
 
 def _axes_in_words(layout: Layout) -> str:
@@ -177,16 +213,16 @@ def _frame(axes: Axes, layout: Layout, facet: dict[str, str], downs: list[str], 
     axes.set_yticks([i + 0.5 for i in range(len(downs))], [_wrap(label, 22) for label in downs])
     axes.tick_params(length=0, pad=5)
     if layout.across:
-        axes.set_xlabel(leaf(layout.across), color=MUTED, labelpad=4)
+        axes.set_xlabel(shortened(leaf(layout.across), 20 * len(acrosses)), color=MUTED, labelpad=4)
     if facet:
-        axes.set_title(title(facet), fontweight="bold", pad=8)
+        axes.set_title(shortened(title(facet), 16 * len(acrosses)), fontweight="bold", pad=8)
 
 
 def _wrap(label: str, width: int) -> str:
     return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")) or label[:width]
 
 
-def _draw(axes: Axes, block: _Block, shading: Shade) -> None:
+def _draw(axes: Axes, block: _Block, shading: Shade, cell: float) -> None:
     centre = (block.left + block.wide / 2, block.top + block.tall / 2)
     colour = shading.colour(block.row) if block.row else None
     rectangle = Rectangle((block.left, block.top), block.wide, block.tall, linewidth=2, edgecolor=PAPER)
@@ -200,33 +236,38 @@ def _draw(axes: Axes, block: _Block, shading: Shade) -> None:
     ink = _readable(colour) if colour else INK
     big, small = _words(block.row)
     decided = block.row.against is not None and block.row.against.verdict in ("better", "worse")
-    weight = "bold" if decided else "normal"
-    fit = min(7.2, 72 * 0.95 * _WIDTH * block.wide / (0.6 * max(len(small), 1)))
-    for text, lift, size, bold in ((big, 6.5, 12, weight), (small, -9.5, fit, "normal")):
+    drop = 11.5
+    lines = [(big, _BIG, "bold" if decided else "normal"), *((text, _SMALL, "normal") for text in small)]
+    lift = drop * (len(lines) - 1) / 2 + (len(lines) == 2)
+    for place, (text, size, weight) in enumerate(lines):
+        fit = min(size, 72 * 0.94 * cell * block.wide / (0.6 * max(len(text), 1)))
         axes.annotate(
             text,
             centre,
-            (0, lift),
+            (0, lift - drop * place - (2 if place else 0)),
             textcoords="offset points",
             ha="center",
             va="center",
-            fontsize=size,
+            fontsize=fit,
             color=ink,
-            weight=bold,
+            weight=weight,
         )
 
 
-def _words(row: Row) -> tuple[str, str]:
+def _words(row: Row) -> tuple[str, list[str]]:
     """The value of a cell, and below it what it stands on."""
     point, total = row.point, len(row.point.trials)
-    wrong = unfinished(point)
+    wrong = ", ".join(filter(None, (never(point), unfinished(point))))
     if not point.values:
-        return NOTHING, wrong
+        return NOTHING, [wrong]
+    least = AT_LEAST if never(point) else ""
+    compared = change(row.against) if row.against else "baseline" if row.is_reference else ""
     if wrong:
-        return number(point.mean), f"{len(point.values)} of {total} seeds; {wrong}"
-    if row.is_reference:
-        return number(point.mean), f"baseline, {plural(total, 'seed')}"
-    return number(point.mean), change(row.against) if row.against else plural(total, "seed")
+        stands = wrong if point.measure.limit is not None else f"{len(point.values)} of {total} seeds; {wrong}"
+        return least + number(point.mean), [*filter(None, (compared,)), stands]
+    return number(point.mean), [
+        f"baseline, {plural(total, 'seed')}" if row.is_reference else compared or plural(total, "seed")
+    ]
 
 
 def _readable(colour: str) -> str:
@@ -236,7 +277,7 @@ def _readable(colour: str) -> str:
 
 def _key(figure: Figure, shading: Shade, about: str) -> None:
     swatches, side = 9, 0.2
-    left = 0.15 + 0.068 * len(shading.ends[0]) + 0.1
+    left = EDGE + 0.068 * len(shading.ends[0]) + 0.1
     axes = inches(figure, left=left, bottom=0.18, width=swatches * side, height=0.13)
     axes.set(xlim=(0, swatches), ylim=(0, 1))
     axes.set_axis_off()
@@ -245,9 +286,14 @@ def _key(figure: Figure, shading: Shade, about: str) -> None:
     for x, text, side_ in ((-0.4, shading.ends[0], "right"), (swatches + 0.4, shading.ends[1], "left")):
         axes.text(x, 0.5, text, ha=side_, va="center", fontsize=8, color=MUTED)
     for line, words in enumerate(reversed([about, *shading.says.split("\n")])):
-        write(figure, 0.15, 0.46 + 0.19 * line, words, fontsize=8, color=MUTED)
+        write(figure, EDGE, 0.46 + 0.19 * line, words, fontsize=8, color=MUTED)
 
 
 def _describe(record: StudyRecord, comparison: Comparison) -> str:
-    told = [f"{name(record, row.point)}: {' '.join(filter(None, _words(row)))}" for row in comparison.rows]
+    told = [f"{name(record, row.point)}: {_told(row)}" for row in comparison.rows]
     return "; ".join(told)
+
+
+def _told(row: Row) -> str:
+    big, small = _words(row)
+    return ", ".join([big, *small])

@@ -11,75 +11,143 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from ruamel.yaml import YAML
 
-from atn_norms.ablation.comparison import ENOUGH_SEEDS, RESAMPLES, Point, compare, outcome
+from atn_norms.ablation.comparison import Point, outcome
+from atn_norms.ablation.intervals import ENOUGH_SEEDS, RESAMPLES
 from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.report import costs
 from atn_norms.ablation.report.canvas import Picture
 from atn_norms.ablation.report.curves import curves
+from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.heatmap import heatmap
-from atn_norms.ablation.report.names import NOTHING, labels, leaf, name, number, plural, slugs
-from atn_norms.ablation.report.sentences import answer, question
+from atn_norms.ablation.report.names import NOTHING, labels, leaf, listed, lower, name, number, slugs
+from atn_norms.ablation.report.sentences import answer, caution, coverage, question
+from atn_norms.ablation.report.sheets import reason, task_of
 from atn_norms.ablation.report.strip import strip
-from atn_norms.ablation.report.tables import Table, contrasts, reason, tables, task_of
+from atn_norms.ablation.report.tables import NUMERIC, Table, final_table, speed_table
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture with what a reader must know to read it."""
+
+    picture: Picture
+    caption: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """One task of the page."""
+    """One task of the page: its answer, and twice pictures with a table, by the final metric and by speed."""
 
     task: str
     facts: str
-    pictures: tuple[Picture, ...]
+    answer: list[str]
+    final: list[Shown]
     table: Table
+    reach: str
+    speed: list[Shown]
+    speed_table: Table | None
 
 
-def pictures(record: StudyRecord) -> list[tuple[Picture, ...]]:
-    """The three pictures of every task."""
-    names = slugs(list(record.tasks))
-    return [
-        tuple(draw(record, comparison, f"{kind}-{slug}") for kind, draw in _KINDS.items())
-        for slug, comparison in zip(names, compare(record), strict=True)
+def sections(found: Findings) -> list[Section]:
+    """Everything the page shows, task by task, drawn."""
+    names = slugs([task.task for task in found.tasks])
+    return [_section(found, task, slug) for slug, task in zip(names, found.tasks, strict=True)]
+
+
+def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
+    record, facts = found.record, task.facts
+    trivial = [f"{label} {number(value)}" for label, value in facts.baselines.items()]
+    words = f"{facts.metric}, {lower(facts.goal)} is better."
+    if trivial:
+        words += f" What trivial predictors score: {listed(trivial)}."
+    test = f"test {facts.metric}"
+    grid = len(task.final.rows) > 1
+    final = [
+        *([Shown(heatmap(record, task.final, f"heatmap-{slug}", test), _HEATMAP)] if grid else []),
+        Shown(curves(record, task.final, f"curves-{slug}", task.level.value), _CURVES),
+        Shown(strip(record, task.final, f"strip-{slug}", test, facts.baselines), _STRIP),
     ]
+    speed = []
+    if task.speed:
+        steps = f"steps to reach {number(task.level.value)}"
+        speed = [
+            *([Shown(heatmap(record, task.speed.comparison, f"steps-heatmap-{slug}", steps), _STEPS)] if grid else []),
+            Shown(strip(record, task.speed.comparison, f"steps-strip-{slug}", steps, {}), _STRIP),
+        ]
+    return Section(
+        task=task.task,
+        facts=words,
+        answer=answer(found, task),
+        final=final,
+        table=final_table(record, task),
+        reach=_reach(task),
+        speed=speed,
+        speed_table=speed_table(record, task),
+    )
 
 
-_KINDS = {"heatmap": heatmap, "curves": curves, "strip": strip}
+_HEATMAP = (
+    "Each cell is a point of the grid. A point that means the same in several cells, such as any window without a "
+    "norm, fills them all. Hatched: no number."
+)
+_CURVES = (
+    "Thin lines: single seeds. Thick line: mean of the finished seeds, in the band from the lowest to the highest of "
+    "them. Cross: where a trial diverged or failed. Dashed black: the baseline."
+)
+_STRIP = "Every seed is a mark, in the order of the seeds from top to bottom of its row; none is left out."
+_STEPS = "As above, for the steps it took; a cell with “≥” holds seeds that never got there and count as all the steps."
 
 
-def page(record: StudyRecord, drawn: list[tuple[Picture, ...]]) -> str:
-    """The page as text; its pictures are the ones given, as inline SVG."""
+def _reach(task: TaskFindings) -> str:
+    """What reaching means for this task, in words."""
+    to, choose = task.level, min if task.facts.goal == "min" else max
+    if to.value is None:
+        return f"No level is set whose first reaching could be timed: {to.why}. Name one with “reach” in the study."
+    origin = f"The level, {number(to.value)}, was {to.why}."
+    if not to.given:
+        label, trivial = choose(task.facts.baselines.items(), key=lambda item: item[1])
+        origin = (
+            f"The level, {number(to.value)}, is {to.why} from the best trivial predictor ({label}, {number(trivial)}) "
+            "to the best mean of a point; nobody named one beforehand, and “reach” in the study does."
+        )
+    return (
+        f"{origin} A trial reaches it at the first validation that is there, so these steps are as coarse as the "
+        f"validations are far apart. Only the first {to.limit} steps count, which every trial was given; one that is "
+        "not there by then counts as all of them in a mean and in a difference, and ties with others like it."
+    )
+
+
+def page(found: Findings, shown: list[Section]) -> str:
+    """The page as text; its pictures stand in it as SVG."""
     here = resources.files("atn_norms.ablation.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
-    seconds = [_seconds(trial) for trial in record.trials]
+    record, lines = found.record, _lines(found)
     return template.render(
         style=here.joinpath("page.css").read_text(encoding="utf-8"),
         name=record.name,
         question=question(record),
-        answer=answer(record, compare(record), contrasts(record)),
-        sections=list(_sections(record, drawn)),
-        wrong=[trial for trial in _lines(record) if trial["status"] in ("failed", "diverged")],
+        coverage=coverage(record),
+        caution=caution(found),
+        sections=shown,
+        numeric=NUMERIC,
+        wrong=[trial for trial in lines if trial["status"] in ("failed", "diverged")],
         axes=[leaf(axis) for axis in record.axes],
-        trials=_lines(record),
-        cost=duration(sum(found for found in seconds if found is not None)),
-        timed=plural(sum(found is not None for found in seconds), "trial"),
-        environment=list(_flat(record.environment)),
+        trials=lines,
+        total=costs.total(record),
+        costs=costs.costs(found),
+        environment=[*_flat(record.environment), *costs.machines(record)],
+        data=_data(record),
         study=_yaml(record.study),
         resamples=f"{RESAMPLES:,}",
         enough=ENOUGH_SEEDS,
     )
 
 
-def _sections(record: StudyRecord, drawn: list[tuple[Picture, ...]]) -> Iterator[Section]:
-    for task, group, found in zip(record.tasks, drawn, tables(record), strict=True):
-        facts = record.tasks[task]
-        trivial = ", ".join(f"{label}: {number(value)}" for label, value in facts.baselines.items())
-        words = f"{facts.metric}, lower is better" + (f". Trivial predictors: {trivial}." if trivial else ".")
-        yield Section(task, words, group, found)
-
-
-def _lines(record: StudyRecord) -> list[dict[str, Any]]:
+def _lines(found: Findings) -> list[dict[str, Any]]:
     """Every trial as the page lists it."""
-    rows = {trial.id: row for c in compare(record) for row in c.rows for trial in row.point.trials}
-    return [_line(record, trial, rows[trial.id].point if trial.id in rows else None) for trial in record.trials]
+    rows = {trial.id: row.point for task in found.tasks for row in task.final.rows for trial in row.point.trials}
+    return [_line(found.record, trial, rows.get(trial.id)) for trial in found.record.trials]
 
 
 def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[str, Any]:
@@ -87,7 +155,7 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
     facts = record.tasks.get(task)
     metrics = ((trial.result or {}).get("metrics") or {}).get("test") or {}
     value = metrics.get(facts.metric) if facts else None
-    seconds = _seconds(trial)
+    spent = costs.seconds(trial)
     return {
         "id": trial.id,
         "task": task,
@@ -97,28 +165,17 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
         "status": outcome(record, trial),
         "value": number(float(value)) if isinstance(value, int | float) else NOTHING,
         "step": (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING),
-        "seconds": NOTHING if seconds is None else duration(seconds),
+        "seconds": NOTHING if spent is None else costs.duration(spent),
         "attempts": (trial.run or {}).get("attempts", NOTHING),
         "reason": reason(record, trial),
         "traceback": str((trial.error or {}).get("traceback") or ""),
     }
 
 
-def _seconds(trial: TrialRecord) -> float | None:
-    value = (trial.run or {}).get("seconds")
-    return float(value) if isinstance(value, int | float) else None
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them.
-
-    >>> duration(4.25), duration(272), duration(7322)
-    ('4.2 s', '4 min 32 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+def _data(record: StudyRecord) -> list[tuple[str, str]]:
+    """What the trials read, by content: the same files make the same trials."""
+    found = {(task_of(t), option): str(h) for t in record.trials for option, h in (t.trial.get("data") or {}).items()}
+    return [(f"{task} {option}", content) for (task, option), content in found.items()]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

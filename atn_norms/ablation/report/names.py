@@ -7,28 +7,33 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atn_norms.ablation.comparison import ENOUGH_SEEDS, Difference, Interval, Point
-from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.comparison import Difference, Point
+from atn_norms.ablation.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.records import Goal, StudyRecord
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
+AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}"
 _BARE = ("norm", "cell")
 
 
-def number(value: float | None) -> str:
-    """Three significant digits below one, three decimals above, a power of ten outside everyday sizes.
+def number(value: float | None, lost: str = "diverged") -> str:
+    """Three significant digits below one, four above, whole numbers whole, a power of ten outside everyday sizes.
 
-    >>> [number(x) for x in (0.01234, 2.5, 1234.5678, 2.5e-7, float("inf"))]
-    ['0.0123', '2.500', '1234.6', '2.50e-07', 'diverged']
+    An infinite one is a seed without a number, and says why instead: `lost`.
+
+    >>> [number(x) for x in (0.01234, 2.5, 137.26, 1234.5678, 200.0, 2.5e-7, float("inf"))]
+    ['0.0123', '2.500', '137.3', '1235', '200', '2.50e-07', 'diverged']
     """
     if value is None or math.isnan(value):
         return NOTHING
     if math.isinf(value):
-        return "diverged"
-    return f"{value:{_form(value)}}".replace("-", MINUS, 1) if value < 0 else f"{value:{_form(value)}}"
+        return lost
+    form = ".0f" if float(value).is_integer() and 1 <= abs(value) < 1e6 else _form(value)
+    return f"{value:{form}}".replace("-", MINUS, 1) if value < 0 else f"{value:{form}}"
 
 
-def _form(value: float) -> str:
+def _form(value: float, most: int = 4) -> str:
     size = abs(value)
     if size == 0:
         return ".0f"
@@ -36,24 +41,42 @@ def _form(value: float) -> str:
         return ".2e"
     if size < 1:
         return f".{2 - math.floor(math.log10(size))}f"
-    return ".3f" if size < 1000 else ".1f"
+    return f".{max(0, most - 1 - math.floor(math.log10(size)))}f"
+
+
+def alike(*values: float, most: int = 4) -> list[str]:
+    """Numbers that belong together, decimals alike: `most` digits for the largest, more where they would look equal.
+
+    >>> alike(0.0123, 0.0009, 0.1)
+    ['0.012', '0.001', '0.100']
+    >>> alike(0.98704, 0.98661, 0.98742)
+    ['0.9870', '0.9866', '0.9874']
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    largest = max(map(abs, finite), default=0.0)
+    apart = max(finite, default=0.0) - min(finite, default=0.0)
+    form = _form(largest, most)
+    if form.endswith("f") and apart > 1e-12 * largest:
+        form = f".{max(int(form[1:-1]), -math.floor(math.log10(apart)))}f"
+    return [f"{value:{form}}".replace("-", MINUS, 1) if math.isfinite(value) else NOTHING for value in values]
 
 
 def signed(*values: float) -> list[str]:
-    """Differences that belong together: their signs always written, decimals alike, as many as the largest needs.
+    """Differences that belong together: their signs always written, decimals alike, three digits for the largest.
 
     >>> signed(-0.05, -0.123, 0.004)
     ['−0.050', '−0.123', '+0.004']
     """
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    texts = alike(*values, most=3)
     return [
-        f"{value:+{_form(largest)}}".replace("-", MINUS, 1) if math.isfinite(value) else NOTHING for value in values
+        "0" if value == 0 else text if text[:1] in (MINUS, NOTHING) else f"+{text}"
+        for value, text in zip(values, texts, strict=True)
     ]
 
 
-def span(interval: Interval | None) -> str:
-    """An interval in brackets, empty where there is none."""
-    return "[{}, {}]".format(*signed(interval.low, interval.high)) if interval else ""
+def span(low: str, high: str) -> str:
+    """An interval in brackets, which no line break parts."""
+    return f"[{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def share(difference: Difference) -> str:
@@ -62,13 +85,38 @@ def share(difference: Difference) -> str:
     return f"{wins:g} of {difference.ranked}" if difference.ranked else NOTHING
 
 
+def chance(difference: Difference) -> str:
+    """`share` with the interval of the probability of improvement, where the seeds are enough for one."""
+    if difference.chance is None or difference.ranked < ENOUGH_SEEDS:
+        return share(difference)
+    return f"{share(difference)} {span(f'{difference.chance.low:.2f}', f'{difference.chance.high:.2f}')}"
+
+
 def change(difference: Difference) -> str:
     """A paired difference with its interval, or with its number of seeds where an interval would mean little."""
     if not difference.pairs:
         return NOTHING
     if difference.interval is None or difference.pairs < ENOUGH_SEEDS:
         return f"{signed(difference.mean)[0]} ({plural(difference.pairs, 'seed')})"
-    return "{} [{}, {}]".format(*signed(difference.mean, difference.interval.low, difference.interval.high))
+    middle, low, high = signed(difference.mean, difference.interval.low, difference.interval.high)
+    return f"{middle} {span(low, high)}"
+
+
+def average(point: Point, unit: str = "") -> str:
+    """A mean with its interval, or with its number of seeds; `at least` where a seed counts with less than it took."""
+    if not point.values:
+        return NOTHING
+    least = AT_LEAST if point.measure.limit is not None and point.lost else ""
+    if point.interval is None or len(point.values) < ENOUGH_SEEDS:
+        return f"{least}{number(point.mean)}{unit} ({plural(len(point.values), 'seed')})"
+    digits = 4 if point.measure.limit is None else 3
+    middle, low, high = alike(point.mean, point.interval.low, point.interval.high, most=digits)
+    return f"{least}{middle}{unit} {span(low, high)}"
+
+
+def lower(goal: Goal) -> str:
+    """Which way is better."""
+    return "lower" if goal == "min" else "higher"
 
 
 def plural(count: int, noun: str) -> str:
@@ -103,7 +151,7 @@ def name(record: StudyRecord, point: Point) -> str:
     """A point in words: `layer, window 25`."""
     own = {axis: " | ".join(found) for axis, found in _own(record, point).items() if found}
     words = [label if leaf(axis) in _BARE else f"{leaf(axis)} {label}" for axis, label in own.items()]
-    return ", ".join(words) or "all points"
+    return ", ".join(words) or ("every point" if record.axes else "the only point")
 
 
 def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:
@@ -113,6 +161,19 @@ def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:
         own = list(dict.fromkeys(cell[axis] for cell in point.cells if axis in cell))
         found[axis] = None if len(own) > 1 and len(own) == len(known) else own
     return found
+
+
+def called_baseline(record: StudyRecord) -> str:
+    """The baseline as a reader calls it: `none`, or `window 1`."""
+    words = [label if leaf(axis) in _BARE else f"{leaf(axis)} {label}" for axis, label in record.baseline.items()]
+    return ", ".join(words) or "the baseline"
+
+
+def never(point: Point) -> str:
+    """At how many seeds a level was never reached; empty where it always was, or there is none."""
+    if point.measure.limit is None or not point.lost:
+        return ""
+    return f"never at {point.lost} of {len(point.scores)}"
 
 
 def unfinished(point: Point) -> str:
@@ -167,8 +228,15 @@ def title(facet: dict[str, str]) -> str:
 
 
 def shortened(label: str, width: int) -> str:
-    """A label cut to a width, the cut marked."""
-    return label if len(label) <= width else f"{label[: width - 1]}\N{HORIZONTAL ELLIPSIS}"
+    """A label cut to a width in its middle, since names that begin alike often end differently.
+
+    >>> shortened("layer(per_step=true), window 25", 20)
+    'layer(per_st…ndow 25'
+    """
+    if len(label) <= width:
+        return label
+    tail = (width - 1) * 2 // 5
+    return f"{label[: width - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{label[len(label) - tail :]}"
 
 
 def slugs(words: Sequence[str]) -> list[str]:

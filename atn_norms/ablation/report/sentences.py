@@ -1,34 +1,57 @@
-"""The answer in words, made from the statistics: no direction is claimed without an interval behind it."""
+"""The answer in words, made from the statistics: no direction is claimed without its interval beside it."""
 
 from __future__ import annotations
 
-from atn_norms.ablation.comparison import ENOUGH_SEEDS, Comparison, Row, outcome
+from collections.abc import Sequence
+from typing import Literal
+
+from atn_norms.ablation.comparison import Comparison, Difference, Row, outcome
+from atn_norms.ablation.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.records import StudyRecord
-from atn_norms.ablation.report.names import change, leaf, listed, name, number, plural, share
-from atn_norms.ablation.report.tables import baseline_words
+from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
+from atn_norms.ablation.report.names import (
+    average,
+    called_baseline,
+    change,
+    leaf,
+    listed,
+    lower,
+    name,
+    never,
+    number,
+    plural,
+    share,
+)
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
+_MOST_NAMED = 3
+Words = tuple[Literal["better", "faster"], Literal["worse", "slower"]]
+_QUALITY: Words = ("better", "worse")
+_SPEED: Words = ("faster", "slower")
 
 
-def question(record: StudyRecord) -> str:
-    """What was asked, in a sentence."""
-    axes = [f"{leaf(axis)} ({', '.join(values)})" for axis, values in record.axes.items()]
-    varied = " \N{MULTIPLICATION SIGN} ".join(axes) or "a single configuration"
-    tasks = listed([f"{task} ({facts.metric})" for task, facts in record.tasks.items()])
+def question(record: StudyRecord) -> list[tuple[str, str]]:
+    """What was asked: what was varied, on what, how often, and against what."""
+    axes = [f"{leaf(axis)}: {', '.join(values)}" for axis, values in record.axes.items()]
+    tasks = [f"{task} ({facts.metric}, {lower(facts.goal)} is better)" for task, facts in record.tasks.items()]
     seeds = len({trial.seed for trial in record.trials})
-    against = f" Every point is compared with {baseline_words(record)} at the same seeds." if record.baseline else ""
-    return f"{varied} on {tasks}, {plural(seeds, 'seed')} each.{against}"
+    found = [("Varied", "; ".join(axes) or "nothing: a single configuration"), ("Tasks", "; ".join(tasks))]
+    for section in ("model", "train"):
+        options = record.study.get(section)
+        if isinstance(options, dict) and options:
+            found.append(({"model": "Model", "train": "Training"}[section], _options(options)))
+    found.append(("Seeds", f"{seeds}, {plural(len(record.trials), 'trial')} in all"))
+    if record.baseline:
+        found.append(("Baseline", f"{called_baseline(record)}, at the same seeds and otherwise the same"))
+    return found
 
 
-def answer(
-    record: StudyRecord, comparisons: tuple[Comparison, ...], windowed: tuple[Comparison, ...] | None
-) -> list[str]:
-    """The answer as paragraphs: what there is to go by, then every task."""
-    said = [" ".join(filter(None, (coverage(record), caution(comparisons))))]
-    for place, comparison in enumerate(comparisons):
-        told = _task(record, comparison) + (_windows(record, windowed[place]) if windowed else [])
-        said.append(" ".join(told))
-    return said
+def _options(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_options(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(map(_options, value))
+    return str(value)
 
 
 def coverage(record: StudyRecord) -> str:
@@ -41,9 +64,9 @@ def coverage(record: StudyRecord) -> str:
     return f"Of {plural(len(record.trials), 'trial')}, {counts['done']} finished; {listed(rest)}."
 
 
-def caution(comparisons: tuple[Comparison, ...]) -> str:
+def caution(found: Findings) -> str:
     """A plain word where the seeds are too few for any conclusion."""
-    pairs = [row.against.pairs for comparison in comparisons for row in comparison.rows if row.against]
+    pairs = [row.against.pairs for task in found.tasks for row in task.final.rows if row.against]
     most = max(pairs, default=0)
     if not pairs or most >= ENOUGH_SEEDS:
         return ""
@@ -53,52 +76,112 @@ def caution(comparisons: tuple[Comparison, ...]) -> str:
     )
 
 
-def _task(record: StudyRecord, comparison: Comparison) -> list[str]:
-    metric = record.tasks[comparison.task].metric
-    finished = [row for row in comparison.rows if row.point.values]
-    if not finished:
-        return [f"On {comparison.task} no trial has finished."]
-    best = min(finished, key=lambda row: row.point.mean)
-    where = f"{number(best.point.mean)} ({name(record, best.point)})"
-    lead = f"On {comparison.task} the lowest {metric}, averaged over seeds, is {where}"
-    base = baseline_words(record)
-    compared = [row for row in comparison.rows if row.against]
-    if not comparison.has_reference:
-        return [f"{lead}; there is no baseline in the study to compare it with."]
-    if best.is_reference:
-        said = [f"{lead}, which is the baseline."]
-    elif best.against is None or not best.against.pairs:
-        said = [f"{lead}; the baseline has no finished seed to compare it with."]
+def answer(found: Findings, task: TaskFindings) -> list[str]:
+    """The answer for a task, in three sentences: the best point, what the window did, and how soon they learn."""
+    record = found.record
+    if task.final.best is None:
+        return [f"No trial of {task.task} has finished."]
+    said = [_best(record, task, task.final.best)]
+    if task.windowed:
+        said += _against("window 1 of the same normalizer", record, task.windowed, _QUALITY)
+    if task.speed:
+        said.append(_soonest(record, task, task.speed))
     else:
-        hedge = ", which does not tell the two apart" if best.against.verdict == "undecided" else ""
-        said = [f"{lead}: {change(best.against)} against {base}, better at {share(best.against)} seeds{hedge}."]
-    if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in compared):
-        said.append(f"Against {base}, {_verdicts(record, compared)}.")
+        said.append(f"There is no level whose first reaching could be timed: {task.level.why}.")
     return said
 
 
-def _windows(record: StudyRecord, comparison: Comparison) -> list[str]:
+def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
+    """The best point, how it compares with the baseline, and how many others do."""
+    comparison, base = task.final, called_baseline(record)
+    if len(comparison.rows) == 1:
+        alone = "with nothing in the study to compare it with"
+        return f"The {task.facts.metric} is {average(best.point)} on average, {alone}."
+    superlative = {"min": "lowest", "max": "highest"}[task.facts.goal]
+    what = f"The {superlative} {task.facts.metric}, averaged over seeds,"
+    lead = f"{what} is {average(best.point)} ({name(record, best.point)})"
+    if not comparison.has_reference:
+        return f"{lead}; there is no baseline in the study to compare it with."
+    if best.is_reference:
+        lead += ", which is the baseline"
+    elif best.against is None or not best.against.pairs:
+        lead += "; the baseline has no finished seed to compare it with"
+    else:
+        lead += f": {_told(best.against, base, _QUALITY)}"
+    compared = [row for row in comparison.rows if row.against and row.against.pairs]
+    others = [row for row in compared if row is not best]
+    if not others or all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
+        return f"{lead}."
+    return f"{lead}; against {base}, {_verdicts(record, compared, _QUALITY)}."
+
+
+def _told(against: Difference, base: str, words: Words) -> str:
+    """A difference with all that is known about it."""
+    hedge = ", which does not tell the two apart" if against.verdict == "undecided" else ""
+    return f"{change(against)} against {base}, {words[0]} at {share(against)} seeds{hedge}"
+
+
+def _against(base: str, record: StudyRecord, comparison: Comparison, words: Words) -> list[str]:
     compared = [row for row in comparison.rows if row.against and row.against.pairs]
     if not compared:
         return []
     if all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
-        lower = sum(bool(row.against and row.against.mean < 0) for row in compared)
+        sign = 1 if comparison.measure.goal == "min" else -1
+        ahead = sum(bool(row.against and sign * row.against.mean < 0) for row in compared)
+        which = "ahead on average" if words[0] == "better" else "sooner on average"
         return [
-            f"Against window 1 of the same normalizer the mean is lower at {lower} of "
-            f"{plural(len(compared), 'point')}, which so few seeds cannot tell from chance."
+            f"Against {base}, {ahead} of {plural(len(compared), 'point')} "
+            f"{'is' if ahead == 1 else 'are'} {which}, which so few seeds cannot tell from chance."
         ]
-    return [f"Against window 1 of the same normalizer, {_verdicts(record, compared)}."]
+    return [f"Against {base}, {_verdicts(record, compared, words)}."]
 
 
-def _verdicts(record: StudyRecord, rows: list[Row]) -> str:
-    groups: dict[str, list[str]] = {}
+def _verdicts(record: StudyRecord, rows: Sequence[Row], words: Words) -> str:
+    """How many points are better, worse and neither; the few that are told apart with their intervals."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.against:
-            groups.setdefault(row.against.verdict, []).append(name(record, row.point))
+            groups.setdefault(row.against.verdict, []).append(row)
+    said = {"better": words[0], "worse": words[1], "undecided": "undecided"}
     told = []
-    for verdict in ("better", "worse", "undecided", "too few seeds"):
+    for verdict, word in said.items():
         found = groups.get(verdict, [])
         if found:
-            few = f" ({'; '.join(found)})" if len(found) <= 6 else ""
-            told.append(f"{len(found)} {'with ' * (verdict == 'too few seeds')}{verdict}{few}")
-    return f"of {plural(len(rows), 'point')}: {', '.join(told)}"
+            are = "is" if len(found) == 1 else "are"
+            told.append(f"{len(found)}{_of(rows, told)} {are} {word}{_named(record, found, verdict)}")
+    if few := len(groups.get("too few seeds", [])):
+        told.append(
+            f"{few}{_of(rows, told)} {'has' if few == 1 else 'have'} fewer than {ENOUGH_SEEDS} seeds to compare"
+        )
+    return listed(told)
+
+
+def _of(rows: Sequence[Row], told: Sequence[str]) -> str:
+    return "" if told else f" of {plural(len(rows), 'point')}"
+
+
+def _named(record: StudyRecord, rows: Sequence[Row], verdict: str) -> str:
+    if verdict not in ("better", "worse"):
+        return ""
+    if len(rows) > _MOST_NAMED:
+        return " (each with its interval in the table)"
+    named = [f"{name(record, row.point)}: {change(row.against)}" for row in rows if row.against]
+    return f" ({'; '.join(named)})"
+
+
+def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
+    """Who learns soonest, and whether a window makes it sooner."""
+    level, words = task.level, _SPEED
+    what = f"A validation {task.facts.metric} of {number(level.value)} is reached"
+    best = speed.comparison.best
+    if best is None or best.point.lost == len(best.point.scores):
+        return f"{what} by no point within {level.limit} steps."
+    missed = f", {never(best.point)} seeds" if best.point.lost else ""
+    who = f" soonest by {name(record, best.point)}," if len(speed.comparison.rows) > 1 else ""
+    lead = f"{what}{who} after {average(best.point, ' steps')} on average{missed}"
+    if best.against and best.against.pairs:
+        lead += f": {_told(best.against, called_baseline(record), words)}"
+    elif best.is_reference:
+        lead += ", which is the baseline"
+    contrast = _against("window 1 of the same normalizer", record, speed.windowed, words) if speed.windowed else []
+    return "; ".join([lead, *(part[0].lower() + part[1:-1] for part in contrast)]) + "."

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from atn_norms.ablation.comparison import Comparison
-from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.comparison import Comparison, Point
+from atn_norms.ablation.records import Goal, StudyRecord
 from atn_norms.ablation.report.canvas import (
     ALERT,
+    EDGE,
     MUTED,
     RULE,
     Picture,
@@ -26,51 +29,54 @@ from atn_norms.ablation.report.canvas import (
     tidy,
     write,
 )
-from atn_norms.ablation.report.names import Layout, name, number, plural, shortened, unfinished
+from atn_norms.ablation.report.names import Layout, lower, name, never, number, plural, shortened, unfinished
 
 _ROW = 0.3  # inches
 _WIDTH = 5.6
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.1}
 
 
-def strip(record: StudyRecord, comparison: Comparison, file: str) -> Picture:
-    """Draw one line per point: a dot per finished seed, a bar at their mean, words for the seeds without a value.
+def strip(record: StudyRecord, comparison: Comparison, file: str, what: str, guides: Mapping[str, float]) -> Picture:
+    """Draw one line per point: a dot per seed, a bar at their mean, words for the seeds without a value.
 
-    The task's trivial predictors are dotted lines, or a note where a line would squeeze the dots together.
+    `guides` are values to compare with, as dotted lines, or in a note where a line would squeeze the dots together.
     """
-    facts = record.tasks[comparison.task]
-    layout = Layout.of(record)
+    layout, limit = Layout.of(record), comparison.measure.limit
     rows = comparison.rows
     words = [shortened(name(record, row.point), 44) for row in rows]
-    missing = [unfinished(row.point) for row in rows]
+    missing = [", ".join(filter(None, (never(row.point), unfinished(row.point)))) for row in rows]
     values = [value for row in rows for value in row.point.values]
-    lines, beyond = _guides(facts.baselines, values)
-    margin = 0.35 + 0.078 * max(map(len, words), default=0)
-    tall, head = _ROW * max(len(rows), 1), 0.55 + 0.16 * len(lines)
+    goal = comparison.measure.goal
+    lines, beyond = _guides(guides, values, goal)
+    margin = 0.26 + 0.078 * max(map(len, words), default=0)
+    tall, head = _ROW * max(len(rows), 1), 0.5 + 0.16 * max(1, len(lines))
     width, height = margin + _WIDTH + 0.25 + 0.07 * max(map(len, missing), default=0), head + tall + 0.85
-    heading = f"{comparison.task}: {facts.metric} of every seed"
+    heading = f"{comparison.task}: {what}, every seed"
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)
         axes = inches(figure, left=margin, bottom=0.85, width=_WIDTH, height=tall)
-        scale(axes, "x", [*values, *lines.values()])
+        scale(axes, "x", [*values, *lines.values()], goal)
         axes.set(ylim=(max(len(rows), 1) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=words)
         tidy(axes, "x")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0, pad=6)
         for place, row in enumerate(rows):
             axes.axhline(place, color=RULE, linewidth=0.6, zorder=0)
-            _dots(axes, place, row.point.values, look(layout.place(record, row.point))["color"])
+            _dots(axes, place, row.point, look(layout.place(record, row.point))["color"])
             edge = blended_transform_factory(axes.transAxes, axes.transData)
             colour = ALERT if row.point.counts["diverged"] or row.point.counts["failed"] else MUTED
             axes.text(1.015, place, missing[place], transform=edge, va="center", fontsize=8, color=colour)
         for place, (label, value) in enumerate(lines.items()):
             _guide(axes, value, f"{shortened(label, 44)}: {number(value)}", place)
-        axes.set_xlabel(f"test {facts.metric} (lower is better)")
+        axes.set_xlabel(f"{shortened(what, 60)} ({'fewer' if limit else lower(goal)} is better)")
         note = "Dot: a seed. Bar: mean of the finished seeds."
+        if limit is not None and any(row.point.lost for row in rows):
+            note = f"Dot: a seed. Open triangle: never within {number(limit)} steps, counted as these. Bar: mean."
         if beyond:
             told = ", ".join(f"{shortened(label, 44)}: {number(value)}" for label, value in beyond.items())
-            note += f" Beyond the right edge: {told}."
-        write(figure, 0.15, 0.16, note, fontsize=8, color=MUTED)
+            note += f" Off the axis: {told}."
+        write(figure, EDGE, 0.16, note, fontsize=8, color=MUTED)
         return save(figure, file, heading, _describe(record, comparison))
 
 
@@ -83,27 +89,38 @@ def _guide(axes: Axes, value: float, words: str, place: int) -> None:
     axes.annotate(words, (value, 1), spot, xycoords=over, textcoords="offset points", ha=side, fontsize=8, color=MUTED)
 
 
-def _dots(axes: Axes, place: int, values: list[float], colour: str) -> None:
+def _dots(axes: Axes, place: int, point: Point, colour: str) -> None:
     # Spread by rank within the row, so equal values stay visible; the order of seeds decides, not chance.
-    offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(len(values))
-    axes.plot(values, place + offsets, "o", markersize=4.6, alpha=0.75, markeredgewidth=0, color=colour)
-    if values:
-        mean = float(np.mean(values))
-        axes.plot([mean, mean], [place - 0.34, place + 0.34], color=colour, linewidth=2.2, solid_capstyle="butt")
+    counted = point.counted
+    spread = np.linspace(-0.2, 0.2, len(counted)) if len(counted) > 1 else np.zeros(len(counted))
+    for found in (True, False):
+        marks = [
+            (value, place + up)
+            for (seed, value), up in zip(counted.items(), spread, strict=True)
+            if math.isfinite(point.scores[seed]) == found
+        ]
+        if marks:
+            face = {"marker": "o", "alpha": 0.75, "markeredgewidth": 0} if found else {"marker": ">", **_HOLLOW}
+            axes.plot(*zip(*marks, strict=True), linewidth=0, markersize=4.6, color=colour, clip_on=False, **face)
+    if counted:
+        bar = [place - 0.34, place + 0.34]
+        axes.plot([point.mean, point.mean], bar, color=colour, linewidth=2.2, solid_capstyle="butt")
 
 
-def _guides(baselines: dict[str, float], values: list[float]) -> tuple[dict[str, float], dict[str, float]]:
+def _guides(
+    baselines: Mapping[str, float], values: list[float], goal: Goal
+) -> tuple[dict[str, float], dict[str, float]]:
     """The trivial predictors that get a line, and those that would leave the dots too little of the axis."""
     finite = {label: value for label, value in baselines.items() if math.isfinite(value)}
     alike = not values or max(values) == min(values)
-    near = {label for label, value in finite.items() if alike or _room(values, value) > 0.3}
+    near = {label for label, value in finite.items() if alike or _room(values, value, goal) > 0.3}
     lines = {label: value for label, value in finite.items() if label in near}
     return lines, {label: value for label, value in finite.items() if label not in near}
 
 
-def _room(values: list[float], value: float) -> float:
+def _room(values: list[float], value: float, goal: Goal) -> float:
     """The share of the axis that the values keep when it must reach `value` too."""
-    measure = math.log if logarithmic([*values, value]) else float
+    measure = math.log if logarithmic([*values, value], goal) else float
     low, high = measure(min(values)), measure(max(values))
     return (high - low) / (max(high, measure(value)) - min(low, measure(value)))
 
@@ -112,6 +129,6 @@ def _describe(record: StudyRecord, comparison: Comparison) -> str:
     told = []
     for row in comparison.rows:
         values = ", ".join(map(number, row.point.values)) or "none finished"
-        missing = unfinished(row.point)
+        missing = ", ".join(filter(None, (never(row.point), unfinished(row.point))))
         told.append(f"{name(record, row.point)}: {values}" + (f" ({missing})" if missing else ""))
     return f"{plural(len(told), 'point')}. " + "; ".join(told)

@@ -1,24 +1,37 @@
-"""The numbers as tables: for a terminal, a program, Markdown, LaTeX and a spreadsheet."""
+"""The numbers as tables: for a terminal, a program, Markdown and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atn_norms.ablation.comparison import Comparison, Difference, Row, compare, outcome
-from atn_norms.ablation.records import StudyRecord, TrialRecord
-from atn_norms.ablation.report.names import NOTHING, change, labels, leaf, number, share, unfinished
+from atn_norms.ablation.comparison import Comparison, Difference, Row
+from atn_norms.ablation.intervals import Interval
+from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.report.findings import Findings, TaskFindings, findings
+from atn_norms.ablation.report.names import (
+    AT_LEAST,
+    NOTHING,
+    called_baseline,
+    chance,
+    change,
+    labels,
+    leaf,
+    lower,
+    never,
+    number,
+    unfinished,
+)
 
-_NUMERIC = ("mean", "median")
+NUMERIC = ("mean", "median")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "^": r"\textasciicircum{}",
     "_": r"\_", "~": r"\textasciitilde{}", "%": r"\%", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "\N{HORIZONTAL ELLIPSIS}": r"\ldots{}",
+    "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$", "\N{NO-BREAK SPACE}": "~",
 }  # fmt: skip
 
 
@@ -32,69 +45,61 @@ class Table:
     records: tuple[dict[str, Any], ...]
 
 
-def contrasts(record: StudyRecord) -> tuple[Comparison, ...] | None:
-    """Every point against window 1 of the same normalizer, where the study has it and does not compare so anyway."""
-    axis = next((axis for axis in record.axes if leaf(axis) == "window"), None)
-    if axis is None or "1" not in record.axes[axis] or len(record.axes[axis]) == 1 or set(record.baseline) == {axis}:
+def table(record: StudyRecord, reach: Mapping[str, float] | None = None) -> Table:
+    """All tasks in one table, as the command line shows it; `reach` as in `write`."""
+    found = findings(record, reach)
+    parts = [(each, final_table(found.record, each)) for each in found.tasks]
+    rows = [(each.task, each.facts.metric, *row) for each, part in parts for row in part.rows]
+    headers = ("task", "metric", *(parts[0][1].headers if parts else ()))
+    records = tuple(entry for each, _ in parts for entry in _records(found.record, each))
+    return Table(record.name, headers, tuple(rows), records)
+
+
+def final_table(record: StudyRecord, task: TaskFindings) -> Table:
+    """Every distinct point of a task by its test metric."""
+    title = f"{task.task}: test {task.facts.metric}, {lower(task.facts.goal)} is better"
+    return _table(record, title, task.final, task.windowed)
+
+
+def speed_table(record: StudyRecord, task: TaskFindings) -> Table | None:
+    """Every distinct point of a task by the steps it took to the level, where there is one."""
+    if task.speed is None:
         return None
-    return compare(record, {axis: "1"})
+    return _table(
+        record, f"{task.task}: {speed_words(task)}, fewer is better", task.speed.comparison, task.speed.windowed
+    )
 
 
-def baseline_words(record: StudyRecord) -> str:
-    """The baseline as a reader calls it: `none`, or `window 1`."""
-    words = [label if leaf(axis) == "norm" else f"{leaf(axis)} {label}" for axis, label in record.baseline.items()]
-    return ", ".join(words) or "the baseline"
+def speed_words(task: TaskFindings) -> str:
+    """What the level asks for: `steps to a validation mean squared error of 0.0456`."""
+    return f"steps to a validation {task.facts.metric} of {number(task.level.value)}"
 
 
-def tables(record: StudyRecord) -> tuple[Table, ...]:
-    """One table per task, a row per distinct point of the grid."""
-    windowed = contrasts(record)
-    pairs = zip(compare(record), windowed or [None] * len(record.tasks), strict=True)
-    return tuple(_table(record, comparison, contrast) for comparison, contrast in pairs)
-
-
-def table(record: StudyRecord) -> Table:
-    """All tasks in one table, as the command line shows it."""
-    parts = tables(record)
-    tasks = zip(record.tasks, parts, strict=True)
-    rows = [(task, record.tasks[task].metric, *row) for task, part in tasks for row in part.rows]
-    headers = ("task", "metric", *(parts[0].headers if parts else ()))
-    return Table(record.name, headers, tuple(rows), tuple(entry for part in parts for entry in part.records))
-
-
-def _table(record: StudyRecord, comparison: Comparison, contrast: Comparison | None) -> Table:
-    rows, records = [], []
-    for place, row in enumerate(comparison.rows):
-        against = contrast.rows[place].against if contrast else None
-        point = row.point
-        text = [*labels(record, point).values(), seeds(row), number(point.mean), number(point.median)]
-        if comparison.has_reference:
-            text += [_against(row), share(row.against) if row.against else ""]
-        if contrast:
-            text += [change(against) if against else "", share(against) if against else ""]
-        rows.append(tuple(text))
-        records.append(
-            {
-                "task": comparison.task,
-                "metric": record.tasks[comparison.task].metric,
-                "point": labels(record, point),
-                "cells": [{axis: label for axis, label in cell.items() if axis != "task"} for cell in point.cells],
-                "trials": dict(point.counts),
-                "mean": _plain(point.mean),
-                "mean_interval": [point.interval.low, point.interval.high] if point.interval else None,
-                "median": _plain(point.median),
-                "is_baseline": row.is_reference,
-                "against_baseline": _numbers(row.against),
-                **({"against_window_1": _numbers(against)} if contrast else {}),
-            }
-        )
+def _table(record: StudyRecord, title: str, comparison: Comparison, contrast: Comparison | None) -> Table:
     headers = [*map(leaf, record.axes), "seeds", "mean", "median"]
+    base = called_baseline(record)
     if comparison.has_reference:
-        headers += [f"against {baseline_words(record)}", "better at"]
+        headers += [f"difference to {base}", f"better than {base} at"]
     if contrast:
-        headers += ["against window 1", "better at"]
-    title = f"{comparison.task}: test {record.tasks[comparison.task].metric}, lower is better"
-    return Table(title, tuple(headers), tuple(rows), tuple(records))
+        headers += ["difference to window 1", "better than window 1 at"]
+    rows = []
+    for place, row in enumerate(comparison.rows):
+        text = [*labels(record, row.point).values(), seeds(row), *_averages(row)]
+        if comparison.has_reference:
+            text += [_against(row), chance(row.against) if row.against else ""]
+        if contrast:
+            against = contrast.rows[place].against
+            text += [change(against) if against else "", chance(against) if against else ""]
+        rows.append(tuple(text))
+    return Table(title, tuple(headers), tuple(rows), ())
+
+
+def _averages(row: Row) -> tuple[str, str]:
+    point = row.point
+    limit = point.measure.limit
+    if limit is None:
+        return number(point.mean), number(point.median)
+    return (AT_LEAST if point.lost else "") + number(point.mean), number(point.median, "never")
 
 
 def _against(row: Row) -> str:
@@ -105,31 +110,86 @@ def _against(row: Row) -> str:
 
 def seeds(row: Row) -> str:
     """How many of a point's seeds have a value, and what became of the others."""
-    point, wrong = row.point, unfinished(row.point)
-    return f"{len(point.values)} of {len(point.trials)} ({wrong})" if wrong else str(len(point.trials))
+    point = row.point
+    wrong, missed = unfinished(point), never(point)
+    own = f"{len(point.values)} of {len(point.trials)} ({wrong})" if wrong else str(len(point.trials))
+    return f"{own}; {missed}" if missed else own
 
 
-def _plain(value: float) -> float | None:
+def _records(record: StudyRecord, task: TaskFindings) -> list[dict[str, Any]]:
+    found = []
+    for place, row in enumerate(task.final.rows):
+        point = row.point
+        entry = {
+            "task": task.task,
+            "metric": task.facts.metric,
+            "goal": task.facts.goal,
+            "point": labels(record, point),
+            "cells": [{axis: label for axis, label in cell.items() if axis != "task"} for cell in point.cells],
+            "trials": dict(point.counts),
+            **_statistics(task.final, task.windowed, place),
+            "is_baseline": row.is_reference,
+        }
+        if task.speed:
+            steps = task.speed.comparison.rows[place].point
+            entry["steps_to_level"] = {
+                "level": task.level.value,
+                "limit": task.level.limit,
+                "never": steps.lost,
+                **_statistics(task.speed.comparison, task.speed.windowed, place),
+            }
+        found.append(entry)
+    return found
+
+
+def _statistics(comparison: Comparison, contrast: Comparison | None, place: int) -> dict[str, Any]:
+    row = comparison.rows[place]
+    found = {
+        "mean": plain(row.point.mean),
+        "mean_interval": ends(row.point.interval),
+        "median": plain(row.point.median),
+        "against_baseline": _numbers(row.against),
+    }
+    return found | ({"against_window_1": _numbers(contrast.rows[place].against)} if contrast else {})
+
+
+def plain(value: float) -> float | None:
+    """A number for a file, None where there is none."""
     return value if math.isfinite(value) else None
+
+
+def ends(interval: Interval | None) -> list[float] | None:
+    """An interval for a file."""
+    return [interval.low, interval.high] if interval else None
 
 
 def _numbers(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
     return {
-        "difference": _plain(difference.mean),
-        "interval": [difference.interval.low, difference.interval.high] if difference.interval else None,
+        "difference": plain(difference.mean),
+        "interval": ends(difference.interval),
+        "median_difference": plain(difference.median),
         "pairs": difference.pairs,
-        "probability_of_improvement": _plain(difference.improvement),
+        "probability_of_improvement": plain(difference.improvement),
+        "probability_interval": ends(difference.chance),
         "verdict": difference.verdict,
     }
 
 
-def markdown(record: StudyRecord) -> str:
+def printed(found: Findings) -> list[Table]:
+    """The tables of every task in the order of the page."""
+    parts = [
+        part for task in found.tasks for part in (final_table(found.record, task), speed_table(found.record, task))
+    ]
+    return [part for part in parts if part]
+
+
+def markdown(found: Findings) -> str:
     """The tables in Markdown."""
     parts = []
-    for part in tables(record):
-        rule = ["---:" if header in _NUMERIC else "---" for header in part.headers]
+    for part in printed(found):
+        rule = ["---:" if header in NUMERIC else "---" for header in part.headers]
         lines = [part.headers, rule, *part.rows]
         cells = [[cell if line is rule else _markdown(cell) for cell in line] for line in lines]
         body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -138,15 +198,15 @@ def markdown(record: StudyRecord) -> str:
 
 
 def _markdown(text: str) -> str:
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"[\r\n\t ]+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_{}|#~$]|(?<=\])\()", r"\\\1", text)
 
 
-def latex(record: StudyRecord) -> str:
+def latex(found: Findings) -> str:
     """The tables in LaTeX, for the booktabs package."""
     parts = ["% \\usepackage{booktabs}"]
-    for part in tables(record):
-        columns = "".join("r" if header in _NUMERIC else "l" for header in part.headers)
+    for part in printed(found):
+        columns = "".join("r" if header in NUMERIC else "l" for header in part.headers)
         lines = [" & ".join(map(_latex, row)) + r" \\" for row in part.rows]
         head = " & ".join(map(_latex, part.headers)) + r" \\"
         rows = ["\\toprule", head, "\\midrule", *lines, "\\bottomrule"]
@@ -161,77 +221,5 @@ def latex(record: StudyRecord) -> str:
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
-
-
-def results_csv(record: StudyRecord) -> str:
-    """Every trial as a line, whatever became of it; `any` where an axis means nothing to it.
-
-    Text that a spreadsheet would run as a formula is quoted with an apostrophe.
-    """
-    extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    results = ["seed", "status", "metric", "test", "validation", *extra, "step", "seconds", "error", "trial"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_field, ["task", *record.axes, *results]))
-    points = [row.point for comparison in compare(record) for row in comparison.rows]
-    known = {trial.id: labels(record, point) for point in points for trial in point.trials}
-    for trial in record.trials:
-        task = task_of(trial)
-        metric = record.tasks[task].metric if task in record.tasks else ""
-        axes = known.get(trial.id, {})
-        line = [task, *(axes.get(axis, "") for axis in record.axes), trial.seed, outcome(record, trial), metric]
-        line += [_metric(trial, split, metric) for split in ("test", "validation")]
-        line += [_metrics(record, trial).get(key, "") for key in extra]
-        line += [
-            (trial.result or {}).get("step", ""),
-            (trial.run or {}).get("seconds", ""),
-            reason(record, trial),
-            trial.id,
-        ]
-        writer.writerow(map(_field, line))
-    return out.getvalue()
-
-
-def task_of(trial: TrialRecord) -> str:
-    """The task label of a trial."""
-    return trial.points[0].get("task", "") if trial.points else ""
-
-
-def reason(record: StudyRecord, trial: TrialRecord) -> str:
-    """Why a trial has no result, in one line; empty when it has one or is not there yet."""
-    if trial.status == "failed":
-        return str((trial.error or {}).get("error") or "no reason was recorded")
-    if outcome(record, trial) == "diverged":
-        step = (trial.result or {}).get("step")
-        return "the loss grew out of all bounds" + (f" at step {step}" if step is not None else "")
-    return ""
-
-
-def _metric(trial: TrialRecord, split: str, metric: str) -> Any:
-    value = _splits(trial).get(split, {}).get(metric)
-    return "" if value is None else value
-
-
-def _metrics(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
-    """What a result holds beside the task's own metric."""
-    task = task_of(trial)
-    own = record.tasks[task].metric if task in record.tasks else ""
-    return {
-        f"{split} {metric}": value
-        for split, found in _splits(trial).items()
-        for metric, value in found.items()
-        if metric != own or split not in ("test", "validation")
-    }
-
-
-def _splits(trial: TrialRecord) -> Mapping[str, Mapping[str, Any]]:
-    return (trial.result or {}).get("metrics") or {}
-
-
-def _field(value: Any) -> str:
-    if not isinstance(value, str):
-        return repr(value)
-    if value[:1] in ("=", "+", "-", "@", "\t", "\r") and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value):
-        return f"'{value}"
-    return value
+    # A bracket right after a row's end would be read as its optional argument.
+    return "".join(_LATEX.get(sign, sign) for sign in re.sub(r"[\r\n\t ]+", " ", text)).replace("[", "{[}")

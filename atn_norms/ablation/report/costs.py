@@ -1,0 +1,90 @@
+"""What a study cost: the time of its trials, point by point, and where they ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from atn_norms.ablation.intervals import mean, median
+from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.report.findings import Findings
+from atn_norms.ablation.report.names import NOTHING, name, plural
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One point of one task, as the page lists it."""
+
+    task: str
+    point: str
+    timed: int
+    typical: str
+    extremes: str
+    step: str
+    total: str
+
+
+def costs(found: Findings) -> list[Cost]:
+    """The time of every point, where any of its trials has one."""
+    return [
+        _cost(task.task, name(found.record, row.point), times)
+        for task in found.tasks
+        for row in task.final.rows
+        if (times := {trial.id: (trial, spent) for trial in row.point.trials if (spent := seconds(trial)) is not None})
+    ]
+
+
+def _cost(task: str, point: str, times: Mapping[str, tuple[TrialRecord, float]]) -> Cost:
+    spent = [value for _, value in times.values()]
+    per_step = [value / steps for trial, value in times.values() if (steps := (trial.result or {}).get("step"))]
+    return Cost(
+        task=task,
+        point=point,
+        timed=len(spent),
+        typical=duration(median(spent)),
+        extremes=f"{duration(min(spent))} to {duration(max(spent))}" if len(spent) > 1 else NOTHING,
+        step=f"{1000 * mean(per_step):.3g} ms" if per_step else NOTHING,
+        total=duration(sum(spent)),
+    )
+
+
+def total(record: StudyRecord) -> str:
+    """The time of all trials together, in a sentence."""
+    spent = [value for trial in record.trials if (value := seconds(trial)) is not None]
+    if not spent:
+        return "No trial has noted its time."
+    again = sum(int((trial.run or {}).get("attempts", 1)) > 1 for trial in record.trials)
+    taken = f", {again} of them in more than one attempt" if again else ""
+    return f"{duration(sum(spent))} of computing in {plural(len(spent), 'trial')}{taken}."
+
+
+def machines(record: StudyRecord) -> list[tuple[str, str]]:
+    """Where the trials ran and with what: machine -> number of trials, and the versions where they are noted."""
+    found = Counter(
+        (str(run.get("host", NOTHING)), ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()))
+        for trial in record.trials
+        if (run := trial.run)
+    )
+    return [
+        (f"trained on {host}", f"{plural(count, 'trial')}{f', {versions}' if versions else ''}")
+        for (host, versions), count in sorted(found.items())
+    ]
+
+
+def seconds(trial: TrialRecord) -> float | None:
+    """What a trial took, all attempts together; None where it has not been noted."""
+    value = (trial.run or {}).get("seconds")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def duration(spent: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(4.25), duration(272), duration(7322)
+    ('4.2 s', '4 min 32 s', '2 h 2 min')
+    """
+    if spent < 59.95:
+        return f"{spent:.1f} s"
+    minutes, rest = divmod(round(spent), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
