@@ -171,19 +171,17 @@ static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, l
 
 INLINE long FN(panels)(long M) { return (M + PANEL - 1) / PANEL; }
 
-/* `rows` rows of A times one panel, onto what `sum` starts from, to `columns` columns of the result. Element (r, k) of A is
-   at A[r * lda + k * step]. Each element is summed over k in order, so it does not depend on how rows are grouped. */
-INLINE void FN(tile)(const int rows, const int onto, long K, const REAL *A, long lda, long step, const REAL *panel,
+/* `rows` rows of A times the first `wide` vectors of one panel, onto what `sum` starts from, to `columns` columns of the result.
+   Element (r, k) of A is at A[r * lda + k * step]. Each element is summed over k in order, so it does not depend on how rows are
+   grouped. */
+INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, const REAL *A, long lda, long step, const REAL *panel,
                      const REAL *bias, REAL *out, long ldo, long columns) {
     FN(vec) sum[TILE_ROWS][2];
-    REAL edge[TILE_ROWS][PANEL] __attribute__((aligned(64)));
-    if (onto && columns < PANEL)
-        for (int r = 0; r < rows; r++) memcpy(edge[r], out + r * ldo, (size_t)columns * sizeof(REAL));
-    for (int r = 0; r < rows; r++) {
-        const REAL *from = !onto ? bias : columns < PANEL ? edge[r] : out + r * ldo;
-        sum[r][0] = *(const FN(vec) *)from;
-        sum[r][1] = *(const FN(vec) *)(from + VL);
-    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < wide; v++) {
+            if (!onto) sum[r][v] = *(const FN(vec) *)(bias + v * VL);
+            else sum[r][v] = FN(load)(out + r * ldo + v * VL, columns - v * VL);
+        }
     /* A row's address is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which processors add
        for nothing; the compiler, left alone, keeps an address for each row, and has not the registers. */
     const char *at = (const char *)A;
@@ -194,26 +192,34 @@ INLINE void FN(tile)(const int rows, const int onto, long K, const REAL *A, long
         __asm__("" : "+r"(apart[r]));
     }
     for (long k = 0; k < K; k++, panel += PANEL, at += ahead) {
-        const FN(vec) left = *(const FN(vec) *)panel, right = *(const FN(vec) *)(panel + VL);
+        FN(vec) part[2];
+        for (int v = 0; v < wide; v++) part[v] = *(const FN(vec) *)(panel + v * VL);
         for (int r = 0; r < rows; r++) {
             const long times = r % 8 == 0 ? 8 : r % 4 == 0 ? 4 : r % 2 == 0 ? 2 : 1;
             const REAL a = *(const REAL *)(r ? at + apart[r / times] * times : at);
-            sum[r][0] += a * left;
-            sum[r][1] += a * right;
+            for (int v = 0; v < wide; v++) sum[r][v] += a * part[v];
         }
     }
-    for (int r = 0; r < rows; r++) {
-        FN(store)(out + r * ldo, sum[r][0], columns);
-        if (columns > VL) FN(store)(out + r * ldo + VL, sum[r][1], columns - VL);
+    if (columns >= wide * VL) {
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < wide; v++) *(FN(vec) *)(out + r * ldo + v * VL) = sum[r][v];
+        return;
     }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < wide && v * VL < columns; v++) FN(store)(out + r * ldo + v * VL, sum[r][v], columns - v * VL);
 }
 
-/* One panel's columns of R rows, in tiles as equal as can be of at most the rows that stay in registers. */
-INLINE void FN(strip)(const int onto, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
+/* One panel's columns of R rows, in tiles as equal as can be of at most the rows that stay in registers. The second vector of a
+   panel that has columns for one only is left out, unless it is to be computed all the same (`whole`). */
+INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
                       REAL *out, long ldo, long columns) {
     for (long tiles = (R + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
         const long rows = (R + tiles - 1) / tiles;
-#define TILE(n) case n: FN(tile)(n, onto, K, A, lda, step, panel, bias, out, ldo, columns); break;
+#define TILE(n)                                                                              \
+    case n:                                                                                  \
+        if (columns > VL || whole) FN(tile)(n, 2, onto, K, A, lda, step, panel, bias, out, ldo, columns); \
+        else FN(tile)(n, 1, onto, K, A, lda, step, panel, bias, out, ldo, columns);              \
+        break;
         switch (rows) {
             TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if TILE_ROWS > 6
@@ -232,13 +238,13 @@ INLINE void FN(strip)(const int onto, long R, long K, const REAL *A, long lda, l
 static void FN(product)(int id, int team, long R, long K, long M, const REAL *A, long lda, const REAL *packed, const REAL *bias, REAL *out) {
     const long panels = FN(panels)(M), last = panels * (id + 1) / team * PANEL;
     for (long p = panels * id / team * PANEL; p < last; p += PANEL)
-        FN(strip)(0, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p);
+        FN(strip)(0, M > 4 * PANEL, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p); /* of many, half a one is not worth it */
 }
 
 /* Rows from to to of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */
 static void FN(accumulate)(long from, long to, long N, long K, long M, const REAL *A, const REAL *packed, REAL *out) {
     for (long p = 0; p < M; p += PANEL, packed += K * PANEL)
-        FN(strip)(1, to - from, K, A + from, 1, N, packed, NULL, out + from * M + p, M, M - p);
+        FN(strip)(1, 0, to - from, K, A + from, 1, N, packed, NULL, out + from * M + p, M, M - p);
 }
 
 /* Columns n to n + 2 vectors of sums over the K rows of A [K, N]: onto `total` (where it is given) the rows themselves, onto
