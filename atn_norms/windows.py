@@ -15,6 +15,7 @@ from atn_norms.statistics import Statistic
 from atn_norms.trees import Leaf, Tree, hold, layout
 
 S = TypeVar("S", bound=Statistic)
+AGES = 1024  # steps back of which a window is asked whether they all count alike
 
 
 class Window(ABC, Generic[S]):
@@ -47,6 +48,20 @@ class Window(ABC, Generic[S]):
     def layout(self, now: S) -> Any:
         """What a state looks like for statistics shaped like `now`, so that one of another kind can be refused."""
         return layout(self.initial(now))
+
+    def weight_at(self, age: Tensor) -> Tensor | None:
+        """Declare how much a step counts that lies `age` live steps back (0: the current one); None claims nothing.
+
+        What is declared is demanded: `pooled` is then the merge of every step so far, each with this share of its
+        weight (`atn_norms.testing`).
+        """
+        return None
+
+    @property
+    def counts_alike(self) -> bool:
+        """Whether it declares that all steps inside it count alike, so that a maximum, say, can be pooled too."""
+        weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
+        return weights is not None and bool(((weights == 0) | (weights == weights.max())).all())
 
     def spec(self) -> WindowSpec:
         """The options that build this window, so that a layer can be described; `TypeError` if it has none."""
@@ -144,6 +159,9 @@ class Sliding(Window[S]):
         weights_left, *left = (line[row.unsqueeze(1), kept] for line in timeline)
         return pooled, (weights_left, tuple(left))
 
+    def weight_at(self, age: Tensor) -> Tensor:
+        return (age < self.steps).to(age.dtype)
+
     def spec(self) -> SlidingSpec:
         return SlidingSpec(steps=self.steps)
 
@@ -201,6 +219,9 @@ class Cumulative(Window[S]):
         pooled = _merge(now, weight, total, past)
         return pooled, hold(weight > 0, (total + weight, tuple(pooled)), state)
 
+    def weight_at(self, age: Tensor) -> Tensor:
+        return torch.ones_like(age)
+
     def spec(self) -> CumulativeSpec:
         return CumulativeSpec()
 
@@ -256,6 +277,9 @@ class Exponential(Window[S]):
         remembered = total * 2.0 ** (-1.0 / self.half_life)
         pooled = _merge(now, weight, remembered, past)
         return pooled, hold(weight > 0, (remembered + weight, tuple(pooled)), state)
+
+    def weight_at(self, age: Tensor) -> Tensor:
+        return 2.0 ** (-age / self.half_life)
 
     def spec(self) -> ExponentialSpec:
         return ExponentialSpec(half_life=self.half_life)

@@ -1,50 +1,5 @@
-"""The one comparison of the tests: it asserts, names the worst element, and returns nothing."""
+"""The one comparison of the tests is that of the public laws: it raises with the worst element, and returns nothing."""
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from atn_norms.testing.comparing import compare
 
-import torch
-from torch import Tensor
-
-
-def compare(actual: Any, expected: Any, *, tolerance: float, scale: float | None = None, what: str = "value") -> None:
-    """Assert that two tensors, or two equal trees of them, agree element by element.
-
-    The error of an element is |actual - expected| / max(1, |expected|), or / `scale` where one is given. `tolerance=0`
-    asks for the same bits up to the sign of zero. Shape, dtype and structure must agree; a NaN agrees with nothing.
-    """
-    if isinstance(expected, Tensor):
-        _tensors(actual, expected, tolerance, scale, what)
-    elif isinstance(expected, Mapping):
-        assert isinstance(actual, Mapping) and list(actual) == list(expected), (
-            f"{what}: keys {list(actual)} where {list(expected)} are expected"
-        )
-        for key in expected:
-            compare(actual[key], expected[key], tolerance=tolerance, scale=scale, what=f"{what}[{key!r}]")
-    elif isinstance(expected, tuple | list):
-        assert isinstance(actual, tuple | list), f"{what}: {type(actual).__name__} where a sequence is expected"
-        assert len(actual) == len(expected), f"{what}: {len(actual)} entries where {len(expected)} are expected"
-        for index, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
-            compare(mine, theirs, tolerance=tolerance, scale=scale, what=f"{what}[{index}]")
-    else:
-        assert type(actual) is type(expected) and actual == expected, f"{what}: {actual!r}, expected {expected!r}"
-
-
-def _tensors(actual: Tensor, expected: Tensor, tolerance: float, scale: float | None, what: str) -> None:
-    assert isinstance(actual, Tensor), f"{what}: {type(actual).__name__} where a tensor is expected"
-    assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
-    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
-    if actual.numel() == 0:
-        return
-    mine, theirs = actual.detach().double(), expected.detach().double()
-    size = theirs.abs().clamp(min=1.0) if scale is None else torch.full_like(theirs, scale)
-    error = ((mine - theirs).abs() / size).masked_fill(mine == theirs, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    worst = int(error.argmax())
-    if float(error.flatten()[worst]) > tolerance:
-        place = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
-        raise AssertionError(
-            f"{what}: {int((error > tolerance).sum())} of {error.numel()} elements differ, worst at {place}: "
-            f"{mine.flatten()[worst].item()!r}, expected {theirs.flatten()[worst].item()!r}, "
-            f"error {error.flatten()[worst].item():.3g} exceeds {tolerance:.3g}"
-        )
+__all__ = ["compare"]

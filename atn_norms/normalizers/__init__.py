@@ -1,11 +1,20 @@
 """Normalizers: what a step measures of itself, and how a pooled statement normalizes it."""
 
-from atn_norms.normalizers.base import FeatureMoments, Normalizer, NormSpec, feature_moments, scanning
+from atn_norms.normalizers.base import (
+    BatchMoments,
+    FeatureMoments,
+    Normalizer,
+    NormSpec,
+    batch_moments,
+    feature_moments,
+    scanning,
+)
 from atn_norms.normalizers.batch import BatchNorm, BatchNormSpec
 from atn_norms.normalizers.features import LayerNorm, LayerNormSpec, RMSNorm, RMSNormSpec
 from atn_norms.normalizers.per_gate import PerGate
 
 __all__ = [
+    "BatchMoments",
     "BatchNorm",
     "BatchNormSpec",
     "FeatureMoments",
@@ -16,6 +25,7 @@ __all__ = [
     "PerGate",
     "RMSNorm",
     "RMSNormSpec",
+    "batch_moments",
     "feature_moments",
     "scanning",
 ]

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from atn_norms.registry import Options
 from atn_norms.statistics import Statistic
+
+if TYPE_CHECKING:
+    from atn_norms.windows import Window
 
 LARGEST = 3e38  # what float32 holds, rounded down
 
@@ -26,11 +29,23 @@ class Normalizer(nn.Module, ABC):
     | `pooled` | the same statement over the window | leaves `[..., d]`, or 1 where rows share it |
     | `step` | index of each live step since the state was fresh, -1 where no row is alive | `[...]`, int64 |
 
-    `couples_batch` declares that a step's statement is about all of its rows together: AssortedTime then merges the
-    batch before the window. What is not declared is not claimed.
+    What a normalizer declares of itself, in class attributes; what is not declared is not claimed, and what is declared
+    is demanded (`atn_norms.testing`):
+
+    | declaration | says |
+    |---|---|
+    | `couples_batch` | a step's statement is about all of its rows together: the batch is merged before the window |
+    | `differs_in_evaluation` | evaluation computes something else than training |
+    | `scale_invariant` | a whole sequence times d > 0 comes out the same, as eps goes to 0 |
+    | `shift_invariant` | a whole sequence plus one number comes out the same |
+    | `order_free` | permuting the features permutes the output (gain and shift apart) |
     """
 
     couples_batch: bool = False
+    differs_in_evaluation: bool = False
+    scale_invariant: bool = False
+    shift_invariant: bool = False
+    order_free: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +67,16 @@ class Normalizer(nn.Module, ABC):
         """Everything `population` records inside belongs to one scan; a no-op for what keeps no records."""
         yield
 
+    def refuses(self, window: Window[Any]) -> str | None:
+        """In one sentence why its statements cannot be pooled over a window, or None if they can."""
+        return None
+
     def feature_moments(self) -> FeatureMoments | None:
         """Declare that `measure` and `normalize` are exactly `FeatureMoments`, and a fast backend may compute them."""
+        return None
+
+    def batch_moments(self) -> BatchMoments | None:
+        """Declare that `measure`, `normalize` and what `population` reads are exactly `BatchMoments`, for a fast backend."""
         return None
 
 
@@ -85,14 +108,52 @@ class FeatureMoments:
         return self.shape or (self.groups,)
 
 
+@dataclass(frozen=True)
+class BatchMoments:
+    r"""The declaration of a normalizer that scales each feature by its moments over the rows of a batch.
+
+    $$y_i = g_i \frac{x_i - \mu_i}{\sqrt{v_i + \epsilon}} + b_i$$
+
+    The statement is `CountedMoments`, with one mean and one variance for each feature, and $\mu, v$ are the pooled
+    ones (`measured`), or those that `population` gives in their place. A backend calls `population` once for all steps
+    of a scan, as `AssortedTime.scan` does; where it is not `measured`, with zeros for a pooled statement, and for one
+    step only if not `per_step`.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `eps` | added inside the root | |
+    | `gain`, `shift` | g and b; None where there is none | `[D]` |
+    | `measured` | whether the pooled statement normalizes | |
+    | `per_step` | whether what `population` gives depends on the steps' indices | |
+    | `shape` | how a step's means lie in their leaf; `(D,)` unless it says otherwise | |
+    """
+
+    eps: float
+    gain: Tensor | None
+    shift: Tensor | None
+    measured: bool
+    per_step: bool
+    shape: tuple[int, ...] = ()
+
+
 def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:
     """What a normalizer declares of itself, unless a subclass has changed what the declaration was made about."""
-    order = type(normalizer).__mro__
-    place = {
-        name: next(i for i, base in enumerate(order) if name in vars(base))
-        for name in ("feature_moments", "measure", "normalize", "population")
-    }
-    return normalizer.feature_moments() if place["feature_moments"] == min(place.values()) else None
+    return normalizer.feature_moments() if _declares(normalizer, "feature_moments") else None
+
+
+def batch_moments(normalizer: Normalizer) -> BatchMoments | None:
+    """What a normalizer declares of itself, unless a subclass has changed what the declaration was made about."""
+    return normalizer.batch_moments() if _declares(normalizer, "batch_moments") else None
+
+
+def _declares(normalizer: Normalizer, declaration: str) -> bool:
+    for base in type(normalizer).__mro__:  # the first that says anything decides
+        said = base.__dict__
+        if declaration in said:
+            return True
+        if "measure" in said or "normalize" in said or "population" in said:
+            return False
+    return False
 
 
 class NormSpec(Options, ABC):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from atn_norms.normalizers.base import LARGEST, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 
@@ -51,6 +51,10 @@ class BatchNorm(Normalizer):
     """
 
     couples_batch = True
+    differs_in_evaluation = True
+    scale_invariant = True
+    shift_invariant = True
+    order_free = True
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -122,6 +126,9 @@ class BatchNorm(Normalizer):
             place = torch.minimum(step.clamp(min=0), last)
             mean, var = mean[place], var[place]
         return Moments(mean.expand(pooled.mean.shape), var.expand(pooled.var.shape))
+
+    def batch_moments(self) -> BatchMoments:
+        return BatchMoments(self.eps, self.weight, self.bias, self.training, self.max_steps is not None)
 
     @contextmanager
     def scanning(self) -> Iterator[None]:

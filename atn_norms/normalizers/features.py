@@ -33,6 +33,10 @@ class LayerNorm(Normalizer):
     True
     """
 
+    scale_invariant = True
+    shift_invariant = True
+    order_free = True
+
     def __init__(self, features: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.features, self.eps = checked_features(features), checked_eps(eps)
@@ -89,6 +93,8 @@ class RMSNorm(Normalizer):
     True
     """
 
+    scale_invariant = True
+    order_free = True
     bias: nn.Parameter | None
 
     def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = False) -> None:

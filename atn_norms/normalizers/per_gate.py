@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.normalizers.base import FeatureMoments, Normalizer, feature_moments, scanning
+from atn_norms.normalizers.base import BatchMoments, FeatureMoments, Normalizer, batch_moments, feature_moments, scanning
 
 
 class PerGate(Normalizer):
@@ -25,6 +25,10 @@ class PerGate(Normalizer):
         super().__init__()
         self.gates = nn.ModuleList(gates)
         self.couples_batch = gates[0].couples_batch
+        self.differs_in_evaluation = any(gate.differs_in_evaluation for gate in gates)
+        self.scale_invariant = all(gate.scale_invariant for gate in gates)
+        self.shift_invariant = all(gate.shift_invariant for gate in gates)
+        self.order_free = len(gates) == 1 and gates[0].order_free  # a feature may not leave its gate
         features = [getattr(gate, "features", None) for gate in gates]
         self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
 
@@ -42,6 +46,9 @@ class PerGate(Normalizer):
         with scanning(self._gates()):
             yield
 
+    def refuses(self, window: Any) -> str | None:
+        return next(filter(None, (gate.refuses(window) for gate in self._gates())), None)
+
     def feature_moments(self) -> FeatureMoments | None:
         every = [feature_moments(gate) for gate in self._gates()]
         known = [moments for moments in every if moments is not None]
@@ -58,6 +65,18 @@ class PerGate(Normalizer):
             _joined([m.shift for m in known]),
             (len(known), *first.leaf),
         )
+
+    def batch_moments(self) -> BatchMoments | None:
+        every = [batch_moments(gate) for gate in self._gates()]
+        known = [moments for moments in every if moments is not None]
+        if not known or len(known) < len(every):
+            return None
+        if len({(m.eps, m.gain is None, m.shift is None, m.measured, m.per_step, m.shape) for m in known}) > 1 or known[0].shape:
+            return None
+        features = self.features or 0
+        gain, shift = _joined([m.gain for m in known]), _joined([m.shift for m in known])
+        first, shape = known[0], (len(known), features // len(known))
+        return BatchMoments(first.eps, gain, shift, first.measured, first.per_step, shape)
 
     def _gates(self) -> list[Normalizer]:
         return [gate for gate in self.gates if isinstance(gate, Normalizer)]

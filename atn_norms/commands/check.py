@@ -1,0 +1,106 @@
+"""Ask every law of one kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atn_norms.commands.console import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from atn_norms.testing import CheckResult
+
+BACKEND = "backend"
+
+
+def check(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="A normalizer, window, cell, task or backend.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Set an option; may be repeated.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(metavar="FAMILY", help="normalizer, window, cell, task or backend.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask every law of one kind, and show what became of each; exit code 1 if one fails."""
+    from atn_norms.problems import SpecError
+
+    found = _family(kind, family)
+    plugin = _plugin(found, kind, settings or [])
+    try:
+        from atn_norms.testing import checks
+        from atn_norms.testing.engine import need_hypothesis
+
+        need_hypothesis()
+    except ModuleNotFoundError as error:
+        raise SpecError(str(error)) from None
+    results = getattr(checks, f"check_{found}")(plugin)
+    failed = [result for result in results if result.status == "failed"]
+    if as_json:
+        options = {} if found == BACKEND else plugin.model_dump(mode="json")
+        print_json({"family": found, "kind": kind, "options": options, "results": [asdict(each) for each in results]})
+    else:
+        _show(found, kind, results)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
+    rows = []
+    for result in results:
+        rows.append((result.law, result.status, result.message))
+        if result.example:
+            rows.append(("", "", f"smallest example: {result.example}"))
+    print_table(f"{family} {kind!r}: {len(results)} laws", ("law", "status", "why"), rows)
+    counts = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
+    print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
+
+
+def _family(kind: str, family: str | None) -> str:
+    """The family that has the kind; `SpecError` for none, and for several where none is named."""
+    from atn_norms.backends.base import known
+    from atn_norms.problems import SpecError, hint, shown
+    from atn_norms.registry import FAMILIES, registry
+
+    families = (*FAMILIES, BACKEND)
+    if family is not None and family not in families:
+        raise SpecError(
+            f"--family: unknown family {shown(family)}; known: {', '.join(families)}{hint(family, families)}"
+        )
+    kinds = {name: (*registry.kinds(name), *registry.conflicts(name)) for name in FAMILIES} | {BACKEND: tuple(known())}
+    having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
+    if len(having) > 1:
+        raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; say which with --family")
+    if not having:
+        choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
+        raise SpecError(f"unknown {family or 'kind'} {shown(kind)}; known: {', '.join(choices)}{hint(kind, choices)}")
+    return having[0]
+
+
+def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
+    """A backend, or the spec of a kind with these options."""
+    from pydantic import ValidationError
+
+    from atn_norms.backends.base import known
+    from atn_norms.problems import SpecError, brief, explained
+    from atn_norms.registry import registry
+    from atn_norms.specs import value as yaml_value
+
+    if family == BACKEND:
+        if settings:
+            raise SpecError(f"--set {brief(settings[0])}: a backend has no options")
+        return known()[kind]
+    data: dict[str, Any] = {"kind": kind}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            raise SpecError(f"--set {brief(setting)}: must be option=value, such as eps=1e-3")
+        data[name.strip()] = yaml_value(text, f"--set {name}: not a YAML value")
+    try:
+        return registry.lookup(family, kind).model_validate(data)
+    except ValidationError as error:
+        raise explained(error, data=data) from None

@@ -1,0 +1,175 @@
+"""Laws are tried here: each on drawn cases, the smallest failing one kept; the same on every machine and every day."""
+
+from __future__ import annotations
+
+import importlib.util
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atn_norms.problems import SpecError, hint
+from atn_norms.testing.law import LAWS, Case, Law
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXAMPLES = 15  # cases drawn for each law, before the smallest failing one is looked for
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What became of one law.
+
+    | attribute | meaning |
+    |---|---|
+    | `law`, `group` | its name, and the group it is documented under |
+    | `status` | `"passed"`; `"failed"`; `"skipped"`: it does not apply; `"expected"`: it failed, as was said |
+    | `message` | why it failed or does not apply; empty where it passed |
+    | `example` | the smallest case found that fails, as its axes; empty where none failed |
+    """
+
+    law: str
+    status: str
+    message: str = ""
+    example: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One law to be asked of one subject."""
+
+    law: Law
+    subject: Any
+
+    def answer(self, expected: Mapping[str, str]) -> CheckResult:
+        """Try the law; a failure that was expected is `expected`, and one that was expected and did not come fails."""
+        result = judge(self.law, self.subject)
+        reason = expected.get(self.law.name)
+        if reason is None or result.status == "skipped":
+            return result
+        if result.status == "failed":
+            return replace(result, status="expected", message=f"{reason} ({result.message})")
+        message = f"expected to fail ({reason}), and it passes: take it off the expected failures"
+        return replace(result, status="failed", message=message, example=self.subject.label)
+
+
+def judge(law: Law, subject: Any) -> CheckResult:
+    """Try one law on one subject."""
+    result = CheckResult(law.name, "passed", group=law.group)
+    reason = _inapplicable(law, subject)
+    if reason:
+        return replace(result, status="skipped", message=reason)
+    with _undisturbed():
+        failure = _explored(law, subject) if law.explores else _tried(law, subject)
+    if failure is None:
+        return result
+    error, example = failure
+    return replace(result, status="failed", message=_sentence(error), example=example)
+
+
+def _inapplicable(law: Law, subject: Any) -> str | None:
+    if subject.broken and law.name != "it_builds":
+        return subject.unbuilt
+    return law.unless(subject) if law.unless is not None else None
+
+
+def questions(subjects: Sequence[Any]) -> list[Question]:
+    """Every law that is asked of these subjects, in the order of the documentation."""
+    return [Question(law, subject) for law in LAWS.values() for subject in subjects if subject.family in law.judges]
+
+
+def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
+    """`expected` as a dictionary; `SpecError` for a law that is not asked, or one without a reason."""
+    given = dict(expected or {})
+    problems = [
+        f"expected_failures: unknown law {name!r}; known: {', '.join(known)}{hint(name, known)}"
+        for name in given
+        if name not in known
+    ]
+    problems += [
+        f"expected_failures.{name}: {reason!r}; allowed: a sentence that says why it may fail"
+        for name, reason in given.items()
+        if not (isinstance(reason, str) and reason.strip())
+    ]
+    if problems:
+        raise SpecError(problems)
+    return given
+
+
+def need_hypothesis() -> None:
+    """Raise one line that says what to install, where hypothesis is missing."""
+    if importlib.util.find_spec("hypothesis") is None:
+        raise ModuleNotFoundError(
+            "hypothesis: not installed, and the laws draw their cases with it; run pip install 'atn-norms[testing]'",
+            name="hypothesis",
+        )
+
+
+def _tried(law: Law, subject: Any) -> tuple[Exception, str] | None:
+    try:
+        torch.manual_seed(0)
+        law.function(subject)
+    except Exception as error:  # noqa: BLE001  whatever a subject raises is the finding
+        return error, subject.label
+    return None
+
+
+def _explored(law: Law, subject: Any) -> tuple[Exception, str] | None:
+    need_hypothesis()
+    from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+    from hypothesis import strategies as st
+
+    axes = {name: law.axes.get(name, values) for name, values in subject.axes.items()}
+    failures: list[tuple[Exception, str]] = []
+
+    def attempt(drawn: dict[str, Any]) -> None:
+        case = Case(drawn)
+        torch.manual_seed(case.seed)
+        try:
+            law.function(subject, case)
+        except Exception as error:
+            failures.append((error, repr(case)))
+            raise
+
+    explore = settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
+        report_multiple_bugs=False,
+    )(given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in axes.items()}))(attempt))
+    try:
+        explore()
+    except Exception:
+        if not failures:
+            raise
+        return failures[-1]  # hypothesis ends by running the smallest case again
+    return None
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave torch's generator and default type as they were, whatever a subject does to them."""
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _sentence(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if isinstance(error, AssertionError) and said:
+        return said
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {said}{place}"

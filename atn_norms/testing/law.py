@@ -1,0 +1,124 @@
+"""What a law is: a named function that raises where a subject breaks it, and says when it does not apply."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from atn_norms.registry import Options
+
+GROUPS: dict[str, str] = {
+    "every": "Laws of every kind",
+    "statistic": "Laws of a statistic",
+    "normalizer": "Laws of a normalizer",
+    "window": "Laws of a window",
+    "cell": "Laws of a cell",
+    "layer": "Laws of a layer",
+    "backend": "Laws of a backend",
+    "task": "Laws of a task",
+}
+
+LAWS: dict[str, Law] = {}
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def label_of(spec: Options) -> str:
+    """A spec by its kind and the options that differ from their defaults: `pmean(p=3.0)`.
+
+    >>> from atn_norms.windows import CumulativeSpec, SlidingSpec
+    >>> label_of(SlidingSpec(steps=3)), label_of(CumulativeSpec())
+    ('sliding(steps=3)', 'cumulative')
+    """
+    fields = type(spec).model_fields
+    given = {name: getattr(spec, name) for name in fields if name != "kind"}
+    changed = {name: value for name, value in given.items() if value != fields[name].get_default()}
+    kind = str(getattr(spec, "kind", type(spec).__name__))
+    return kind + (f"({', '.join(f'{name}={value!r}' for name, value in changed.items())})" if changed else "")
+
+
+class Case:
+    """One example that a law is tried on: what was drawn for each axis of its subject, by attribute.
+
+    >>> case = Case({"seed": 0, "steps": 3})
+    >>> case.steps, case
+    (3, seed=0, steps=3)
+    """
+
+    def __init__(self, drawn: Mapping[str, Any]) -> None:
+        self.drawn = dict(drawn)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["drawn"][name]
+        except KeyError:
+            raise AttributeError(f"{name}: not drawn; there are {', '.join(self.__dict__.get('drawn', {}))}") from None
+
+    def but(self, **other: Any) -> Case:
+        """The same case with other values on some axes."""
+        return Case(self.drawn | other)
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={_named(value)}" for name, value in self.drawn.items())
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Options):
+        return label_of(value)
+    return value.__name__ if isinstance(value, type) else repr(value)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law with what the suite knows of it.
+
+    Symbols: `group` under which it is documented; `judges` the families it is asked of; `unless` says of a subject why
+    the law does not apply, or None; `axes` what its cases are drawn from where that is not what the subject offers.
+    """
+
+    name: str
+    group: str
+    judges: tuple[str, ...]
+    function: Callable[..., None]
+    unless: Callable[[Any], str | None] | None = None
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def explores(self) -> bool:
+        """Whether the law is tried on many cases, or once."""
+        return len(inspect.signature(self.function).parameters) == 2
+
+    @property
+    def demand(self) -> str:
+        """The first paragraph of its docstring: what it demands."""
+        return _paragraphs(self)[0]
+
+    @property
+    def why(self) -> str:
+        """The rest of its docstring: why."""
+        return "\n\n".join(_paragraphs(self)[1:])
+
+
+def _paragraphs(law: Law) -> list[str]:
+    return [" ".join(part.split()) for part in inspect.cleandoc(law.function.__doc__ or "").split("\n\n")]
+
+
+def law(
+    group: str, *judges: str, unless: Callable[[Any], str | None] | None = None, **axes: Sequence[Any]
+) -> Callable[[F], F]:
+    """Register a function `(subject)` or `(subject, case)` as a law of `group`, asked of `judges` (the group itself).
+
+    `axes` are what its cases are drawn from where that is not what the subject offers: `steps=(3, 4, 5)`.
+    """
+
+    def register(function: F) -> F:
+        name = function.__name__
+        if name in LAWS or group not in GROUPS:
+            raise ValueError(f"law {name!r} of {group!r}: a name is used once, in one of {', '.join(GROUPS)}")
+        usual = "normalizer" if group == "statistic" else group  # a statistic is what a normalizer measures
+        LAWS[name] = Law(name, group, judges or (usual,), function, unless, axes)
+        return function
+
+    return register

@@ -1,0 +1,109 @@
+"""Laws of a layer: a plugin in its place among built-in parts, over whole sequences, ragged ones and streams."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atn_norms.layers import Recurrent
+from atn_norms.normalizers import Normalizer
+from atn_norms.testing.comparing import compare, demand
+from atn_norms.testing.law import Case, law
+from atn_norms.testing.layered import LayerSubject, backends_for
+from atn_norms.testing.subjects import noise
+from atn_norms.trees import tree_leaves
+
+CLOSE = 1e-8  # float64; layer after layer of norms over a feature or two may magnify 1e-14 some thousand times
+
+
+@law("layer")
+def padding_is_never_read(subject: LayerSubject, case: Case) -> None:
+    """Whatever stands beyond a row's length, its outputs there are 0 and nothing else changes, in value and gradient.
+
+    NaN in the padding must do no harm, and a row of a ragged batch gives what it gives alone (where a norm couples the
+    batch: in evaluation, if it leaves rows alone then). A length of 0 leaves everything of that row as it was.
+    """
+    layer, (xs,) = subject.layer(case), subject.inputs(case)
+    source = torch.Generator().manual_seed(case.seed)
+    lengths = torch.randint(0, case.steps + 1, (case.batch,), generator=source)
+    lengths[:2] = case.steps  # batch statistics want two rows at every step
+    lengths = lengths[torch.randperm(case.batch, generator=source)] if case.seed % 2 else lengths
+    alive = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
+    weight = noise(case.seed + 1, case.steps, case.batch, layer.output_size)
+    seen = []
+    for dirt in (0.0, float("nan")):
+        given = torch.where(alive, xs, dirt).requires_grad_()
+        ys, state = layer.unroll(given, lengths=lengths)
+        demand(bool((ys.masked_select(~alive) == 0).all()), "an output beyond a row's length is not 0")
+        found = torch.autograd.grad((ys * weight).sum(), [given, *layer.parameters()], allow_unused=True)
+        gradients = [each for each in found if each is not None]
+        demand(bool((gradients[0].masked_select(~alive) == 0).all()), "padding has a gradient")
+        seen.append((ys.detach(), gradients, [leaf.detach() for leaf in tree_leaves(state)]))
+    compare(seen[1], seen[0], tolerance=CLOSE, what="NaN in the padding against zeros")
+    _is_itself_alone(layer.eval(), xs, lengths, noise(case.seed + 2, 1, case.batch, xs.shape[-1]))
+
+
+def _is_itself_alone(layer: Recurrent, xs: Tensor, lengths: Tensor, more: Tensor) -> None:
+    """Each row of a ragged batch against that row alone, and one step more from its state where rows have their own."""
+    norms = [module for module in layer.modules() if isinstance(module, Normalizer)]
+    if any(norm.couples_batch and not norm.differs_in_evaluation for norm in norms):
+        return
+    coupled = any(norm.couples_batch for norm in norms)
+    ys, state = layer.unroll(xs, lengths=lengths)
+    follows, _ = layer.unroll(more, state)
+    for row, count in enumerate(lengths.tolist()):
+        if count:
+            own = slice(row, row + 1)
+            alone, state = layer.unroll(xs[:count, own])
+            compare(
+                ys[:count, row], alone[:, 0], tolerance=CLOSE, what=f"row {row} of {count} steps against itself alone"
+            )
+            if not coupled:
+                after, _ = layer.unroll(more[:, own], state)
+                compare(follows[:, row], after[:, 0], tolerance=CLOSE, what=f"what follows row {row} of {count} steps")
+
+
+@law("layer", steps=(2, 3, 4, 5))
+def a_stream_may_be_cut_anywhere(subject: LayerSubject, case: Case) -> None:
+    """A sequence in two segments, the state passed on, gives what the whole sequence gives, and so does its state.
+
+    Streaming, and training by segments, are nothing else. A normalizer that looks at the whole sequence, a window that
+    restarts, or a cell that forgets to hand back a part of its state, all look right until the first cut.
+    """
+    layer, (xs,) = subject.layer(case), subject.inputs(case)
+    for training in (True, False):
+        whole, final = layer.train(training).unroll(xs)
+        for cut in range(1, case.steps):
+            first, state = layer.unroll(xs[:cut])
+            second, state = layer.unroll(xs[cut:], state)
+            compare(torch.cat([first, second]), whole, tolerance=CLOSE, what=f"cut at {cut}")
+            hidden = [list(tree_leaves(layer.hidden(each))) for each in (state, final)]
+            compare(*hidden, tolerance=CLOSE, what=f"the hidden state, cut at {cut}")
+            more = noise(case.seed + 3, 2, case.batch, xs.shape[-1])
+            follow = [layer.unroll(more, each)[0] for each in (state, final)]
+            compare(*follow, tolerance=CLOSE, what=f"what follows, cut at {cut}")
+
+
+@law("layer")
+def backends_agree_on_it(subject: LayerSubject, case: Case) -> None:
+    """Every backend that does not refuse the layer gives the reference's outputs, hidden state and gradients.
+
+    Which backend runs depends on the machine; what is computed may not. A plugin that declares more than it computes
+    (see `feature_moments`) is right in Python and wrong in C.
+    """
+    reference, (xs,) = subject.layer(case, backend="reference"), subject.inputs(case)
+    expected = _everything(reference, xs, case)
+    for name in backends_for(reference):
+        layer = subject.layer(case, backend=name)
+        layer.load_state_dict(reference.state_dict())
+        compare(_everything(layer, xs, case), expected, tolerance=1e-6, what=f"{name} against the reference")
+
+
+def _everything(layer, xs: torch.Tensor, case: Case) -> list[torch.Tensor]:
+    xs = xs.clone().requires_grad_()
+    layer.eval()
+    ys, state = layer.unroll(xs)
+    outs = [ys, *tree_leaves(layer.hidden(state))]
+    loss = torch.stack([(each * noise(case.seed + 8, *each.shape)).sum() for each in outs]).sum()
+    gradients = torch.autograd.grad(loss, [xs, *layer.parameters()], allow_unused=True)
+    return [*(each.detach() for each in outs), *(torch.zeros(()) if g is None else g for g in gradients)]

@@ -1,0 +1,1 @@
+"""The conformance suite judged: wrong subjects that it must catch, right ones that it must pass, and its manners."""

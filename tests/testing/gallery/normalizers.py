@@ -1,0 +1,304 @@
+"""Wrong normalizers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import atn_norms as an
+from atn_norms.normalizers import FeatureMoments
+from tests.testing.gallery.entry import wrong
+
+
+class Layer(an.Normalizer):
+    """Right: layer normalization that declares nothing of itself."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Moments.of(x)
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return (x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5) * self.weight
+
+
+@wrong("calls_are_pure")
+class RemembersOnItself(Layer):
+    """Keeps the statements of the past in a list on the module, which leaks into the next sequence."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.past: list[Tensor] = []
+
+    def measure(self, x: Tensor) -> Any:
+        said = an.Moments.of(x)
+        self.past.append(said.mean.detach().mean())
+        return an.Moments(said.mean + 0.1 * torch.stack(self.past).mean(), said.var)
+
+
+@wrong("calls_are_pure")
+class DrawsNoise(Layer):
+    """Adds noise to what it normalizes, for regularization."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, pooled) + 0.01 * torch.randn(x.shape, dtype=x.dtype)
+
+
+@wrong("calls_are_pure")
+class RecordsInEvaluation(Layer):
+    """Counts its calls in a buffer, in evaluation too, so that a checkpoint depends on how often it was looked at."""
+
+    calls: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def measure(self, x: Tensor) -> Any:
+        self.calls += 1
+        return super().measure(x)
+
+
+@wrong("inputs_are_left_alone")
+class CentresInPlace(Layer):
+    """Subtracts the mean in place, to save memory."""
+
+    def measure(self, x: Tensor) -> Any:
+        said = an.Moments.of(x)
+        with torch.no_grad():
+            x -= x.mean(-1, keepdim=True)
+        return said
+
+
+@wrong("gradients_are_derivatives")
+class DetachesTheStatistic(Layer):
+    """Takes the statistic for a constant."""
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Moments.of(x.detach())
+
+
+@wrong("gradients_are_derivatives")
+class DetachesTheVariance(Layer):
+    """Lets the gradient through the mean alone."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, an.Moments(pooled.mean, pooled.var.detach()))
+
+
+@wrong("shapes_are_kept")
+class SqueezesABatchOfOne(Layer):
+    """Squeezes every axis of length 1, the batch's too when it has one row."""
+
+    def measure(self, x: Tensor) -> Any:
+        mean, var = an.Moments.of(x)
+        return an.Moments(mean.squeeze().unsqueeze(-1), var.squeeze().unsqueeze(-1))
+
+
+@wrong("shapes_are_kept")
+class KnowsNoTime(Layer):
+    """Flattens what lies behind the first axis: right for one step, and not for a whole sequence."""
+
+    def measure(self, x: Tensor) -> Any:
+        said = an.Moments.of(x)
+        return an.Moments(said.mean, said.var.flatten(1))
+
+
+@wrong("the_dtype_is_kept")
+class ReturnsFloat32(Layer):
+    """Returns float32 whatever came in."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, pooled).float()
+
+
+@wrong("the_dtype_is_kept")
+class ComputesInFloat32(Layer):
+    """Computes in float32 and casts back, so that the type looks right and half of the digits are gone."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x.float(), an.Moments(*(leaf.float() for leaf in pooled))).to(x.dtype)
+
+
+@wrong("float32_keeps_its_digits")
+class MeasuresInFloat32(Layer):
+    """Measures in the type of the input: at a level of 1e4 float32 has lost what is left after centring."""
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Moments(x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0))
+
+
+@wrong("float32_keeps_its_digits")
+class RoundsBeforeItMerges(Layer):
+    """Computes in float32 and widens the result, which brings no digit back."""
+
+    def measure(self, x: Tensor) -> Any:
+        x = x.float() if x.dtype == torch.float32 else x
+        mean, var = x.mean(-1, keepdim=True), x.square().mean(-1, keepdim=True)
+        return an.Moments(mean.double(), (var - mean.square()).clamp(min=0).double())
+
+
+@wrong("rows_meet_only_as_declared")
+class MixesRows(Layer):
+    """Centres by the mean of the batch without declaring it."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, pooled) - x.mean(-2, keepdim=True)
+
+
+@wrong("rows_meet_only_as_declared")
+class PeeksAhead(Layer):
+    """Normalizes by the level of the whole sequence, the future included."""
+
+    def measure(self, x: Tensor) -> Any:
+        mean, var = an.Moments.of(x)
+        level = mean.mean(0, keepdim=True).expand_as(mean) if x.ndim > 2 else mean
+        return an.Moments(level, var)
+
+
+@wrong("rows_meet_only_as_declared")
+class DeclaresACoupling(Layer):
+    """Declares that it couples the batch and normalizes every row by itself."""
+
+    couples_batch = True
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Moments(x.double(), torch.zeros_like(x, dtype=torch.float64))
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, an.Moments.of(x))
+
+
+@wrong("rows_meet_only_as_declared")
+class CouplesInEvaluation(an.Normalizer):
+    """Batch normalization that in evaluation has a population's variance, and the mean of whatever batch it has."""
+
+    couples_batch = True
+    differs_in_evaluation = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Moments(x.double(), torch.zeros_like(x, dtype=torch.float64))
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        var = pooled.var if self.training else torch.ones_like(pooled.var)
+        return (x - pooled.mean) * torch.rsqrt(var + 1e-5)
+
+
+@wrong("evaluation_differs_only_as_declared")
+class DiffersInSecret(Layer):
+    """Computes something else in evaluation and does not say so."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, pooled) * (1.0 if self.training else 0.9)
+
+
+@wrong("evaluation_differs_only_as_declared")
+class DeclaresADifference(Layer):
+    """Declares that evaluation differs, and it does not."""
+
+    differs_in_evaluation = True
+
+
+@wrong("scale_invariance_holds")
+class ForgetsTheRoot(Layer):
+    """Divides by the variance and declares that scale does not matter."""
+
+    scale_invariant = True
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return (x - pooled.mean) / (pooled.var + 1e-5) * self.weight
+
+
+@wrong("shift_invariance_holds")
+class SubtractsSquares(Layer):
+    """The variance as the mean square less the squared mean: right on paper."""
+
+    shift_invariant = True
+
+    def measure(self, x: Tensor) -> Any:
+        x = x.double()
+        mean = x.mean(-1, keepdim=True)
+        return an.Moments(mean, (x.square().mean(-1, keepdim=True) - mean.square()).clamp(min=0))
+
+
+@wrong("shift_invariance_holds")
+class DeclaresAShift(Layer):
+    """Divides by the root mean square, and declares that a shift does not matter."""
+
+    shift_invariant = True
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Average.of(x.double().square())
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return x * torch.rsqrt(pooled.mean + 1e-5) * self.weight
+
+
+@wrong("feature_order_does_not_matter")
+class DeclaresNoOrder(Layer):
+    """Weighs the features by their place in the statement, and declares that their order does not matter."""
+
+    order_free = True
+
+    def measure(self, x: Tensor) -> Any:
+        weights = torch.linspace(1, 2, x.shape[-1], dtype=torch.float64)
+        return an.Moments.of(x * weights)
+
+
+@wrong("flat_rows_stay_finite")
+class PutsEpsOutside(Layer):
+    """Adds eps to the root and not inside it: the value is finite and the gradient of a flat row is not."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return (x - pooled.mean) / (pooled.var.sqrt() + 1e-5) * self.weight
+
+
+@wrong("flat_rows_stay_finite")
+class HasNoEps(Layer):
+    """Divides by the deviation alone."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return (x - pooled.mean) * torch.rsqrt(pooled.var) * self.weight
+
+
+@wrong("a_state_dict_restores_it")
+class RecordsOutsideTheStateDict(Layer):
+    """Keeps what it records in a plain attribute, which no checkpoint holds."""
+
+    differs_in_evaluation = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.level = torch.zeros((), dtype=torch.float64)
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        y = super().normalize(x, pooled)
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * x.detach().double().mean()
+            return y
+        return y + 0.5 + self.level
+
+
+@wrong("declared_feature_moments_hold")
+class DeclaresABiasedVariance(Layer):
+    """Measures the unbiased variance and declares the moments that the kernels compute."""
+
+    def measure(self, x: Tensor) -> Any:
+        said = an.Moments.of(x)
+        return an.Moments(said.mean, said.var * x.shape[-1] / max(1, x.shape[-1] - 1))
+
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, True, 1e-5, self.weight, None)
+
+
+@wrong("declared_feature_moments_hold")
+class DeclaresAnotherEps(Layer):
+    """Declares another eps than it computes with."""
+
+    def feature_moments(self) -> FeatureMoments:
+        return FeatureMoments(1, True, 1e-3, self.weight, None)

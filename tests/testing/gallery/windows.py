@@ -1,0 +1,288 @@
+"""Wrong windows."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import atn_norms as an
+from atn_norms.trees import hold, rows
+from tests.testing.gallery.entry import wrong
+
+
+class Three(an.Window):
+    """Right: the last three live steps."""
+
+    steps = 3
+
+    def initial(self, now: Any) -> Any:
+        leaves = tuple(leaf.new_zeros((leaf.shape[0], self.steps - 1, *leaf.shape[1:])) for leaf in now)
+        return leaves[0].new_zeros(leaves[0].shape[0], self.steps - 1), leaves
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        pooled = type(now)(*leaves).pool(weights, 1)
+        return pooled, hold(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+
+    def weight_at(self, age: Tensor) -> Any:
+        return (age < 3).to(age.dtype)
+
+
+class Decaying(an.Window):
+    """Right: every step counts half as much as the next."""
+
+    factor = 0.5
+
+    def initial(self, now: Any) -> Any:
+        leaves = tuple(torch.zeros_like(leaf) for leaf in now)
+        return leaves[0].new_zeros(leaves[0].shape[0]), leaves
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        total, past = state[0] * self.factor, state[1]
+        both = type(now)(*(torch.stack(pair, 1) for pair in zip(past, now, strict=True)))
+        pooled = both.pool(torch.stack([total, weight], 1), 1)
+        return pooled, hold(weight > 0, (total + weight, tuple(pooled)), state)
+
+    def weight_at(self, age: Tensor) -> Any:
+        return 0.5**age
+
+
+@wrong("it_builds")
+class NeedsAnArgument(Three):
+    """A window whose spec builds it with an argument too few."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+
+@wrong("calls_are_pure")
+class KeepsADeque(Three):
+    """Remembers the past in a deque on itself, as the published code does in a list: it leaks into the next call."""
+
+    def __init__(self) -> None:
+        self.past: deque[Any] = deque(maxlen=2)
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        fitting = [past for past in self.past if past[0].shape == now[0].shape]
+        leaves = [torch.stack([*(past[i] for past in fitting), leaf], 1) for i, leaf in enumerate(now)]
+        pooled = type(now)(*leaves).pool(torch.ones(len(fitting) + 1, dtype=torch.float64), 1)
+        self.past.append(tuple(leaf.detach() for leaf in now))
+        return pooled, state
+
+
+@wrong("inputs_are_left_alone")
+class WeighsInPlace(Three):
+    """Multiplies the statement by its weight in place."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        with torch.no_grad():
+            for leaf in now:
+                leaf.mul_(rows(weight, leaf) * 0.5)
+        return super().push(now, weight, state)
+
+
+@wrong("gradients_are_derivatives")
+class DetachesThePast(Three):
+    """Stores detached statements, so that the gradient reaches the current step alone."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, (weights, leaves) = super().push(now, weight, state)
+        return pooled, (weights, tuple(leaf.detach() for leaf in leaves))
+
+
+@wrong("a_scan_is_its_pushes")
+class ScansAroundTheStep(Three):
+    """Scans with a window that lies around each step, half of it in the future."""
+
+    def scan(self, steps: Any, weights: Tensor, state: Any) -> Any:
+        pooled, state = super().scan(steps, weights, state)
+        return type(steps)(*(torch.cat([leaf[1:], leaf[-1:]]) for leaf in pooled)), state
+
+
+@wrong("a_scan_is_its_pushes")
+class ScansAfresh(Three):
+    """Scans from a fresh start whatever state it was given."""
+
+    def scan(self, steps: Any, weights: Tensor, state: Any) -> Any:
+        first = type(steps)(*(leaf[0] for leaf in steps))
+        return super().scan(steps, weights, self.initial(first))
+
+
+@wrong("a_step_that_did_not_happen_leaves_no_trace")
+class CountsPadding(Three):
+    """Lets a step of weight 0 push an older one out of the window."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        return type(now)(*leaves).pool(weights, 1), (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves))
+
+
+@wrong("a_step_that_did_not_happen_leaves_no_trace")
+class DecaysThroughPadding(Decaying):
+    """Goes on forgetting while nothing happens."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, (total, leaves) = super().push(now, weight, state)
+        return pooled, (torch.where(weight > 0, total, state[0] * self.factor), leaves)
+
+
+@wrong("rows_have_states_of_their_own")
+class PutsTimeFirst(Three):
+    """Keeps its memory time first, so that reordering the batch reorders time."""
+
+    def initial(self, now: Any) -> Any:
+        weights, leaves = super().initial(now)
+        return weights.transpose(0, 1), tuple(leaf.transpose(0, 1) for leaf in leaves)
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        turned = state[0].transpose(0, 1), tuple(leaf.transpose(0, 1) for leaf in state[1])
+        pooled, (weights, leaves) = super().push(now, weight, turned)
+        return pooled, (weights.transpose(0, 1), tuple(leaf.transpose(0, 1) for leaf in leaves))
+
+
+@wrong("rows_have_states_of_their_own")
+class SharesOneMemory(Decaying):
+    """Pools the rows of a batch into one memory."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, (total, leaves) = super().push(now, weight, state)
+        return pooled, (total, tuple(leaf.mean(0, keepdim=True).expand_as(leaf) for leaf in leaves))
+
+
+@wrong("a_state_may_be_used_twice")
+class WritesIntoTheState(Three):
+    """Writes the new step into the state it was given, as into a ring buffer."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, after = super().push(now, weight, state)
+        with torch.no_grad():
+            for old, new in zip((state[0], *state[1]), (after[0], *after[1]), strict=True):
+                old.copy_(new)
+        return pooled, after
+
+
+@wrong("a_state_may_be_used_twice")
+class RemembersUntilAFreshState(Three):
+    """Keeps its memory on itself and clears it when a fresh state is made: right until two streams take turns."""
+
+    def __init__(self) -> None:
+        self.memory: Any = None
+
+    def initial(self, now: Any) -> Any:
+        self.memory = super().initial(now)
+        return self.memory
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        known = self.memory if self.memory[0].shape == state[0].shape else state
+        pooled, self.memory = super().push(now, weight, known)
+        return pooled, self.memory
+
+
+@wrong("equal_statements_stay_as_they_are")
+class StartsFromZero(Decaying):
+    """A running average that starts at 0 and is not corrected for it."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled = type(now)(*(0.5 * old + 0.5 * new for old, new in zip(state[1], now, strict=True)))
+        return pooled, hold(weight > 0, (state[0] + weight, tuple(pooled)), state)
+
+    def weight_at(self, age: Tensor) -> Any:
+        return None
+
+
+@wrong("steps_count_as_declared")
+class ForgetsAStepLate(Three):
+    """Off by one: k steps besides the current one."""
+
+    steps = 4
+
+
+@wrong("steps_count_as_declared")
+class ForgetsAStepEarly(Three):
+    """Off by one: k less one steps, the current one included."""
+
+    steps = 2
+
+
+@wrong("steps_count_as_declared")
+class LeavesOutTheCurrentStep(Three):
+    """Normalizes a step by the steps before it, once there are any."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights, leaves = state
+        pooled = type(now)(*leaves).pool(weights, 1)
+        known = weights.sum(1) > 0
+        before = type(now)(*(torch.where(rows(known, a), a, b) for a, b in zip(pooled, now, strict=True)))
+        return before, super().push(now, weight, state)[1]
+
+
+@wrong("steps_count_as_declared")
+class DecaysByE(Decaying):
+    """Declares a half-life and decays by the factor of a mean life."""
+
+    factor = 0.36787944117144233
+
+
+@wrong("steps_count_as_declared")
+class CountsStepsAlike(Three):
+    """Merges steps of 30 samples and of 2 as if they were alike."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        return super().push(now, (weight > 0).double(), state)
+
+
+@wrong("a_spike_is_forgotten")
+class ForgetsBySubtracting(Three):
+    """Keeps running sums and takes the oldest step off again: wrong for ever, but only after a spike."""
+
+    def initial(self, now: Any) -> Any:
+        sums = tuple(torch.zeros_like(leaf) for leaf in now)
+        return *super().initial(now), sums
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights, leaves, sums = state
+        added = [s + rows(weight, new) * new for s, new in zip(sums, self._raw(now), strict=True)]
+        total = rows(weights.sum(1) + weight, now[0])
+        pooled = self._said(now, [each / total.clamp(min=1e-30) for each in added])
+        oldest = type(now)(*(leaf[:, 0] for leaf in leaves))
+        left = [each - rows(weights[:, 0], old) * old for each, old in zip(added, self._raw(oldest), strict=True)]
+        after = (
+            torch.cat([weights[:, 1:], weight.unsqueeze(1)], 1),
+            tuple(torch.cat([old[:, 1:], new.unsqueeze(1)], 1) for old, new in zip(leaves, now, strict=True)),
+            tuple(left),
+        )
+        return pooled, hold(weight > 0, after, state)
+
+    @staticmethod
+    def _raw(said: Any) -> list[Tensor]:
+        return [said[0]] if len(said) == 1 else [said.mean, said.var + said.mean.square()]
+
+    @staticmethod
+    def _said(now: Any, raw: list[Tensor]) -> Any:
+        return type(now)(raw[0]) if len(raw) == 1 else type(now)(raw[0], raw[1] - raw[0].square())
+
+
+@wrong("a_state_looks_as_laid_out")
+class RemembersInFloat32(Three):
+    """Makes its memory in torch's default type, which rounds every statement that was made in float64."""
+
+    def initial(self, now: Any) -> Any:
+        weights, leaves = super().initial(now)
+        return weights.float(), tuple(leaf.float() for leaf in leaves)
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, (weights, leaves) = super().push(now, weight, state)
+        return pooled, (weights.float(), tuple(leaf.float() for leaf in leaves))
+
+
+@wrong("a_state_looks_as_laid_out")
+class GrowsItsMemory(Three):
+    """Appends every step to its state: nothing is ever dropped, and no state has the size it was laid out with."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        return type(now)(*(leaf[:, -3:] for leaf in leaves)).pool(weights[:, -3:], 1), (weights, leaves)

@@ -1,0 +1,113 @@
+"""`atn-norms check`: a table of every law, JSON, and an exit code."""
+
+import json
+import re
+from typing import Literal
+
+import pytest
+
+from atn_norms.cli import main
+from atn_norms.registry import Source, registry
+from atn_norms.testing import LAWS
+from atn_norms.windows import Sliding, SlidingSpec
+from tests.testing.gallery.options import PowerSpec
+from tests.testing.gallery.windows import ForgetsAStepLate
+
+
+class LateSpec(SlidingSpec):
+    """A registered window that is wrong."""
+
+    kind: Literal["late"] = "late"  # type: ignore[assignment]
+
+    def build(self) -> Sliding:
+        return ForgetsAStepLate()  # type: ignore[return-value]
+
+
+class LayerWindowSpec(SlidingSpec):
+    """A window that bears a normalizer's name."""
+
+    kind: Literal["layer"] = "layer"  # type: ignore[assignment]
+    steps: int = 2
+
+
+class PowerByName(PowerSpec):
+    """A registered normalizer with an option."""
+
+    kind: Literal["power"] = "power"  # type: ignore[assignment]
+
+
+class Enough(Exception):
+    """Takes back what was registered."""
+
+
+@pytest.fixture
+def more_kinds():
+    registry.load()
+    with pytest.raises(Enough), registry.transaction(Source("tests", "tests", "")):
+        registry.window(LateSpec)
+        registry.window(LayerWindowSpec)
+        registry.normalizer(PowerByName)
+        yield
+        raise Enough
+
+
+def test_every_law_has_a_line_and_a_right_kind_exits_with_0(capsys):
+    assert main(["check", "cumulative"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("window 'cumulative': 18 laws\n")
+    for law in LAWS.values():
+        if {"window", "layer"} & set(law.judges):
+            assert f"\n{law.name} " in said
+    assert "skipped  weight_at declares that it never forgets" in said
+    assert said.endswith("17 passed, 1 skipped\n")
+
+
+def test_a_failure_shows_the_example_and_exits_with_1(capsys, more_kinds):
+    assert main(["check", "late", "--set", "steps=3"]) == 1
+    said = capsys.readouterr().out
+    assert "steps_count_as_declared" in said
+    assert re.search(r"smallest example: seed=\d+, steps=\d, batch=\d, statistic=\w+\n", said)
+    assert " failed" in said.splitlines()[-1]
+
+
+def test_json_holds_the_same(capsys, more_kinds):
+    assert main(["check", "power", "--set", "p=3.0", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["family"], said["kind"], said["options"]) == ("normalizer", "power", {"kind": "power", "p": 3.0})
+    statuses = {each["law"]: each["status"] for each in said["results"]}
+    assert statuses["the_registry_builds_the_same"] == "passed"
+    assert set(said["results"][0]) == {"law", "group", "status", "message", "example"}
+
+
+def test_backends_are_kinds_too(capsys):
+    assert main(["check", "reference"]) == 0
+    assert capsys.readouterr().out.startswith("backend 'reference': ")
+
+
+def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
+    assert main(["check", "layer"]) == 2
+    assert "'layer' is the kind of a normalizer and of a window; say which with --family" in capsys.readouterr().err
+    assert main(["check", "layer", "--family", "window", "--set", "steps=0"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("window 'layer': 18 laws\n")
+    assert "build() raises ValueError: steps: 0; allowed: an integer of at least 1" in said
+    assert said.endswith("1 failed, 17 skipped\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["laier"], "unknown kind 'laier'; known: adding, batch, "),
+        (["laier"], "nearest: 'layer'"),
+        (["lstm", "--family", "window"], "unknown window 'lstm'; known: cumulative, "),
+        (["lstm", "--family", "windows"], "--family: unknown family 'windows'; known: normalizer, window, "),
+        (["layer", "--set", "ep=1"], "ep: unknown key; known: kind, eps; nearest: 'eps'"),
+        (["layer", "--set", "eps=-1"], "eps: must be greater than or equal to 0, got -1"),
+        (["layer", "--set", "eps"], "--set eps: must be option=value, such as eps=1e-3"),
+        (["sliding"], "steps: required, and missing"),
+        (["native", "--set", "threads=2"], "a backend has no options"),
+    ],
+)
+def test_bad_input_is_a_sentence(words, message, capsys):
+    assert main(["check", *words]) == 2
+    assert message in capsys.readouterr().err

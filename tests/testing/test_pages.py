@@ -1,0 +1,73 @@
+"""The page of the laws is what the laws and the gallery say of themselves.
+
+`python -m tests.testing.test_pages` writes the page.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from atn_norms.testing import GROUPS, LAWS, Law
+from tests.testing.gallery import GALLERY
+
+PAGE = Path(__file__).parents[2] / "docs" / "laws.md"
+START, END = "<!-- from the code: begin -->\n", "<!-- from the code: end -->\n"
+
+ASKED = {
+    "every": "Asked of every normalizer, window, cell and task, or of those that compute; a law says which.",
+    "statistic": "Asked of a normalizer, of the statements that it makes.",
+    "normalizer": "Asked of a normalizer.",
+    "window": "Asked of a window.",
+    "cell": "Asked of a cell.",
+    "layer": "Asked of a normalizer, a window or a cell, in a layer whose other parts are built in.",
+    "backend": "Asked of a backend, on every built-in case that it does not refuse.",
+    "task": "Asked of a task.",
+}
+
+
+def rendered() -> str:
+    """Everything on the page that follows from the code."""
+    caught = len(GALLERY)  # `test_gallery` fails where one is not
+    lines = [
+        f"**{len(LAWS)} laws, {len(GALLERY)} wrong plugins; {caught} of them are caught by the law meant for them.**",
+        "",
+    ]
+    for group, title in GROUPS.items():
+        lines += [f"## {title}", "", ASKED[group], ""]
+        for law in LAWS.values():
+            if law.group == group:
+                lines += described(law)
+    return "\n".join(lines) + "\n"
+
+
+def described(law: Law) -> list[str]:
+    of = f" Asked of a {', a '.join(law.judges)}." if law.group == "every" else ""
+    lines = [f"### `{law.name}`", "", f"{law.demand}{of}", "", law.why, "", "It catches, among others:", ""]
+    wrong = [f"- {each.mistake}" for each in GALLERY.values() if each.law == law.name]
+    return [*lines, *wrong, ""]
+
+
+def parts() -> tuple[str, str, str]:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    inside, _, after = rest.partition(END)
+    return before, inside, after
+
+
+def test_the_page_is_what_the_code_says():
+    assert parts()[1] == rendered(), "run `python -m tests.testing.test_pages` from the repository's root"
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
+def test_a_law_says_what_it_demands_and_why(law: Law):
+    assert law.demand.endswith(".")
+    assert len(law.why.split()) > 5
+    assert law.why.endswith(".")
+
+
+def main() -> None:
+    before, _, after = parts()
+    PAGE.write_text(before + START + rendered() + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

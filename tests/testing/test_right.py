@@ -1,0 +1,133 @@
+"""What is right passes every law: the built-in kinds with several options, and the right halves of the gallery."""
+
+from typing import Any, Literal
+
+import pytest
+
+import atn_norms as an
+from atn_norms.backends.base import known
+from atn_norms.normalizers import PerGate
+from atn_norms.testing import CheckResult
+from atn_norms.testing.checks import asked
+from tests.laws.test_strangers import CentreSpec, MaxNormSpec, PairSpec, PMeanSpec
+from tests.testing.gallery.cells import Simple
+from tests.testing.gallery.entry import cell_spec, norm_spec, task_spec, window_spec
+from tests.testing.gallery.normalizers import Layer
+from tests.testing.gallery.options import PowerSpec
+from tests.testing.gallery.statistics import Uses
+from tests.testing.gallery.tasks import Sums
+from tests.testing.gallery.windows import Decaying, Three
+
+
+class Measured(Uses):
+    """The gallery's normalizer with a right statistic."""
+
+    Said = an.Moments
+
+
+class GatesSpec(an.NormSpec):
+    """A normalizer for each gate, as the placement `per_gate` makes of any."""
+
+    kind: Literal["gates"] = "gates"
+    of: Any = "layer"
+
+    def build(self, features: int) -> PerGate:
+        if features % 2:
+            raise ValueError(f"features: {features}; allowed: an even number")
+        spec = an.LayerSpec(cell="rnn", input_size=1, hidden_size=1, norm=self.of).norm  # type: ignore[arg-type]
+        assert isinstance(spec, an.NormSpec)
+        return PerGate([spec.build(features // 2) for _ in range(2)])
+
+
+SMALL_TEXT = {"embedding": 6, "segment": 20}
+RIGHT: list[tuple[str, Any]] = [
+    ("normalizer", "layer"),
+    ("normalizer", {"kind": "rms", "bias": True}),
+    ("normalizer", "batch"),
+    ("window", {"kind": "sliding", "steps": 3}),
+    ("window", "cumulative"),
+    ("window", {"kind": "exponential", "half_life": 2.0}),
+    ("cell", {"kind": "lstm", "proj_size": 2}),
+    ("cell", "gru"),
+    ("cell", "rnn"),
+    ("task", {"kind": "adding", "length": 12, "train": 64, "test": 100}),
+    ("task", {"kind": "charlm", **SMALL_TEXT}),
+    ("task", task_spec(Sums)),
+    *[("backend", backend) for backend in known().values()],
+]
+MORE: list[tuple[str, Any]] = [
+    ("normalizer", PMeanSpec(p=3.0)),
+    ("normalizer", norm_spec(Layer)),
+    ("normalizer", {"kind": "layer", "eps": 1e-2}),
+    ("normalizer", "rms"),
+    ("normalizer", {"kind": "batch", "max_steps": 3, "initial_gain": 0.1}),
+    ("normalizer", {"kind": "batch", "momentum": None}),
+    ("normalizer", GatesSpec()),
+    ("normalizer", GatesSpec(of={"kind": "rms"})),
+    ("normalizer", GatesSpec(of={"kind": "batch"})),
+    ("normalizer", PMeanSpec(p=1.0)),
+    ("normalizer", MaxNormSpec()),
+    ("normalizer", CentreSpec()),
+    ("normalizer", PowerSpec(p=1.5)),
+    ("normalizer", norm_spec(Measured)),
+    ("window", {"kind": "sliding", "steps": 1}),
+    ("window", {"kind": "sliding", "steps": 25}),
+    ("window", {"kind": "exponential", "half_life": 0.5}),
+    ("window", PairSpec()),
+    ("window", window_spec(Three)),
+    ("window", window_spec(Decaying)),
+    ("cell", "lstm"),
+    ("cell", {"kind": "rnn", "nonlinearity": "relu"}),
+    ("cell", cell_spec(Simple)),
+    ("task", "adding"),
+    ("task", {"kind": "copying", "length": 10, "test": 50, "validation": 40}),
+    ("task", {"kind": "denoise", "length": 10, "test": 50, "validation": 40}),
+    ("task", {"kind": "charlm", "carry": "hidden", **SMALL_TEXT}),
+    ("task", {"kind": "charlm", "carry": "none", **SMALL_TEXT}),
+    ("task", {"kind": "wordlm", "vocabulary": 50, **SMALL_TEXT}),
+]
+
+
+def called(case: Any) -> str:
+    if isinstance(case, str | dict):
+        options = [] if isinstance(case, str) else [f"{k}={v}" for k, v in case.items() if k != "kind"]
+        return "-".join([case if isinstance(case, str) else case["kind"], *options])
+    return type(case).__qualname__
+
+
+def broken(family: str, plugin: Any) -> list[CheckResult]:
+    results = [question.answer({}) for question in asked(family, plugin)]
+    assert sum(result.status == "passed" for result in results) >= 6
+    return [result for result in results if result.status not in ("passed", "skipped")]
+
+
+@pytest.mark.parametrize(("family", "plugin"), RIGHT, ids=called)
+def test_what_is_right_passes_every_law(family, plugin):
+    assert broken(family, plugin) == []
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("family", "plugin"), MORE, ids=called)
+def test_so_it_does_with_other_options(family, plugin):
+    assert broken(family, plugin) == []
+
+
+def test_every_built_in_kind_is_among_them():
+    from atn_norms.registry import FAMILIES, registry
+
+    named = {(f, p if isinstance(p, str) else p["kind"]) for f, p in RIGHT + MORE if isinstance(p, str | dict)}
+    own = {(f, k) for f in FAMILIES for k, entry in registry.kinds(f).items() if entry.distribution == "atn-norms"}
+    assert own <= named
+
+
+def test_what_a_built_in_kind_declares_is_asked_of_it():
+    """A law that is skipped protects nothing: of these, only what does not apply may be."""
+    skipped = {
+        kind: {q.law.name for q in asked("normalizer", kind) if q.law.unless is not None and q.law.unless(q.subject)}
+        for kind in ("layer", "rms", "batch")
+    }
+    assert skipped == {
+        "layer": set(),
+        "rms": {"shift_invariance_holds"},
+        "batch": {"a_union_says_what_its_parts_pool_to", "declared_feature_moments_hold"},
+    }
