@@ -26,7 +26,7 @@ class OverTime:
         with torch.no_grad():
             # What a statement looks like does not depend on how many rows there are.
             sample = x.new_zeros((2, *x.shape[1:]))
-            now, _ = self._stated(sample, torch.ones(2, device=x.device), 0)
+            now, _ = self._stated(sample, self._weights(x, sample.shape[:1], None), 0)
             rows = 1 if self.normalizer.couples_batch else x.shape[0]
             now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
             return x.new_zeros(rows, dtype=torch.int64), self.window.initial(now)
@@ -140,10 +140,11 @@ class AssortedTime(OverTime, nn.Module):
 
     Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
 
-    Errors: `ValueError` for T = 0, for missing axes, for features that are not the normalizer's, for a type that is
-    not floating point, for lengths or `alive` that do not fit, and for a state that this normalizer and window cannot
-    have returned for this batch (`Cumulative` and `Exponential` states look the same and are not told apart);
-    `TypeError` for a normalizer whose `measure` or `normalize` returns something else than it must.
+    Errors: `ValueError` for a window that the normalizer refuses, for T = 0, for missing axes, for features that are
+    not the normalizer's, for a type that is not floating point, for lengths or `alive` that do not fit, and for a state
+    that this normalizer and window cannot have returned for this batch (`Cumulative` and `Exponential` states look the
+    same and are not told apart); `TypeError` for a normalizer whose `measure` or `normalize` returns something else
+    than it must.
 
     >>> import torch, atn_norms as an
     >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
@@ -164,6 +165,9 @@ class AssortedTime(OverTime, nn.Module):
             raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
         self.normalizer = normalizer
         self.window = window if isinstance(window, Window) else Sliding(window)
+        reason = normalizer.refuses(self.window)
+        if reason is not None:
+            raise ValueError(f"window: {self.window!r} with {type(normalizer).__name__}: {reason}")
 
     def extra_repr(self) -> str:
         return f"window={self.window}"

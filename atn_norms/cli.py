@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atn_norms.commands import bench, files, health, kinds, models, studies
+from atn_norms.commands import authoring, bench, check, files, health, kinds, models, studies
 from atn_norms.commands.console import example
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -27,9 +27,19 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "report": (studies.report, "Make a study's report anew.", ("atn-norms report studies/my-study",)),
     "list": (kinds.list_kinds, "List usable kinds and their options.", ("atn-norms list normalizers windows",)),
     "plugins": (kinds.plugins, "Show the plugins.", ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",)),
+    "new-plugin": (
+        authoring.new_plugin,
+        "Write a plugin to start from.",
+        ("atn-norms new-plugin pmean", "atn-norms new-plugin blocks --kind window --out ../blocks"),
+    ),
+    "check": (
+        check.check,
+        "Ask every law of one kind.",
+        ("atn-norms check layer", "atn-norms check sliding --set steps=25"),
+    ),
     "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
     "schema": (kinds.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
-    "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml",)),
+    "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml", "atn-norms init paper-adding")),
     "bench": (
         bench.bench,
         "Speed and memory, side by side.",

@@ -6,19 +6,24 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import threading
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pluggy
 
-from atn_norms.registry import FAMILIES, Registry, Source, disputed, hint, registry
+from atn_norms import __version__
+from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, hint, registry
 
 PROJECT = "atn_norms"  # of pluggy, and the group of entry points
 OWN = "atn-norms"
 BUILT_IN = "built-in"
 DISABLE, LOAD = "ATN_NORMS_DISABLE_PLUGINS", "ATN_NORMS_LOAD_PLUGINS"
+SLOW = 2.0  # seconds of one plugin's loading after which it is told; torch is loaded by then and counts for nobody
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -43,7 +48,7 @@ class BuiltIn:
         """Register the built-in normalizers, windows, cells and tasks."""
         from atn_norms.cells import GRUSpec, LSTMSpec, RNNSpec
         from atn_norms.normalizers import BatchNormSpec, LayerNormSpec, RMSNormSpec
-        from atn_norms.tasks import AddingSpec, CharLMSpec
+        from atn_norms.tasks import AddingSpec, CharLMSpec, CopyingSpec, DenoiseSpec, WordLMSpec
         from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec
 
         for normalizer in (LayerNormSpec, BatchNormSpec, RMSNormSpec):
@@ -52,7 +57,7 @@ class BuiltIn:
             registry.window(window)
         for cell in (LSTMSpec, GRUSpec, RNNSpec):
             registry.cell(cell)
-        for task in (AddingSpec, CharLMSpec):
+        for task in (AddingSpec, CharLMSpec, CopyingSpec, DenoiseSpec, WordLMSpec):
             registry.task(task)
 
 
@@ -65,7 +70,8 @@ class PluginRecord:
     """What became of one plugin.
 
     Symbols: `name` of its entry point; `status` `"loaded"`, `"blocked"` or `"failed"`; `reason` why it is not
-    loaded, or what of it is unusable; `kinds` what it registered, as `family:kind`; `traceback` of a failure.
+    loaded, or what is wrong with it although it is; `kinds` what it registered, as `family:kind`; `traceback` of a
+    failure; `seconds` its loading took; `disputed` which of its kinds others claim too.
     """
 
     name: str
@@ -75,33 +81,67 @@ class PluginRecord:
     reason: str = ""
     kinds: tuple[str, ...] = ()
     traceback: str = ""
+    seconds: float = 0.0
+    disputed: tuple[str, ...] = ()
+
+    @property
+    def faulty(self) -> bool:
+        """Whether something is wrong with it: it failed, or loaded with a reason to complain."""
+        return self.status == "failed" or (self.status == "loaded" and bool(self.reason))
+
+    def __str__(self) -> str:
+        source = " ".join(part for part in (self.distribution, self.version) if part)
+        return f"plugin {self.name!r}{f' of {source}' if source else ''}"
 
 
-def report() -> tuple[PluginRecord, ...]:
-    """Load all plugins, unless that has happened, and say what became of each; a disputed kind is a reason."""
-    records: tuple[PluginRecord, ...] = registry.load()
+def report(strict: bool = False) -> tuple[PluginRecord, ...]:
+    """Load all plugins, unless that has happened, and say what became of each; a disputed kind is a reason.
+
+    Errors: with `strict`, `PluginError` with a line for every plugin that something is wrong with.
+
+    >>> [record.name for record in report() if record.name == "built-in"]
+    ['built-in']
+    """
+    records = examined(registry.load(), registry)
+    faults = [f"{record}: {record.reason}" for record in records if record.faulty]
+    if strict and faults:
+        raise PluginError("\n".join(faults))
+    return records
+
+
+def examined(records: tuple[PluginRecord, ...], into: Registry) -> tuple[PluginRecord, ...]:
+    """The records of a `load`, each with the disputes over its kinds among its reasons.
+
+    A dispute is known only when everything is loaded, and ends when one side of it is registered no more.
+    """
     disputes = {
         f"{family}:{kind}": disputed(family, kind, entries)
         for family in FAMILIES
-        for kind, entries in registry.conflicts(family).items()
+        for kind, entries in into.conflicts(family).items()
     }
-    return tuple(
-        replace(record, reason="; ".join(disputes[kind] for kind in record.kinds if kind in disputes))
-        if record.status == "loaded"
-        else record
-        for record in records
-    )
+
+    def with_disputes(record: PluginRecord) -> PluginRecord:
+        shared = tuple(kind for kind in record.kinds if kind in disputes)
+        reasons = [record.reason, *(disputes[kind] for kind in shared)]
+        return replace(record, reason="; ".join(filter(None, reasons)), disputed=shared)
+
+    return tuple(with_disputes(record) if record.status == "loaded" else record for record in records)
 
 
 def load(into: Registry) -> tuple[PluginRecord, ...]:
     """Register the built-in kinds, then every installed plugin's, one by one.
 
-    A plugin that raises leaves nothing behind and is recorded as failed; the rest load. Two environment variables
-    take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks these,
-    `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
+    A plugin that raises leaves nothing behind and is recorded as failed; the rest load. Nothing of a plugin is
+    imported whose distribution asks for another version of this package. One that takes more than 2 seconds is named
+    while it loads and in its record; it is not cut off, since an import that is interrupted halfway leaves modules in
+    pieces. Two environment variables take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks
+    these, `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
     """
     # Unguarded: an installation whose own kinds do not load is broken, and nothing useful can follow.
-    records = [_register(BuiltIn, Source(BUILT_IN, OWN, _own_version()), into)]
+    own, began = Source(BUILT_IN, OWN, _own_version()), time.perf_counter()
+    with into.transaction(own) as claimed:
+        _register(BuiltIn, own, into)
+    records = [replace(_loaded(own, claimed), seconds=_since(began))]
     found = list(_discover())
     for source, point in found:
         reason = _blocked(source.plugin)
@@ -114,21 +154,58 @@ def load(into: Registry) -> tuple[PluginRecord, ...]:
 
 
 def _discover() -> Iterator[tuple[Source, Any]]:
-    """Yield every entry point of the group with its source; a distribution that cannot be read yields its error."""
+    """Yield every entry point of the group with its source; where a distribution is damaged, an error in its place."""
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
-        name = str(getattr(distribution, "_path", "a nameless distribution"))
+        folder = str(getattr(distribution, "_path", "a nameless distribution"))
+        damage, name, version, points = None, "", "", []
         try:
             if PROJECT not in (distribution.read_text("entry_points.txt") or ""):
                 continue
-            name, version = distribution.name, distribution.version
-            points = [] if name in seen else list(distribution.entry_points.select(group=PROJECT))
+            name, version, damage = _named(distribution)
+            if name in seen:
+                continue  # the same one further down the path is not what an import would find
+            points = [(point.name, point) for point in distribution.entry_points.select(group=PROJECT)]
         except Exception as error:  # noqa: BLE001  one unreadable distribution must not hide the others' plugins
-            yield Source(name, name, ""), PluginError(f"its metadata cannot be read: {_reason(error)}")
-            continue
-        seen.add(name)  # the same one further down the path is not what an import would find
-        for point in points:
-            yield Source(point.name, name, version), point
+            damage = PluginError(f"its entry points cannot be read: {_reason(error)}")
+            points = [(name or folder, damage)]
+        if name:
+            seen.add(name)
+        for plugin, point in points:
+            yield Source(plugin, name or folder, version), damage or point
+
+
+def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, PluginError | None]:
+    """Name and version of a distribution, and the error if it does not have both or asks for another atn-norms."""
+    try:
+        name, version = distribution.metadata["Name"] or "", distribution.metadata["Version"] or ""
+    except Exception as error:  # noqa: BLE001  what is raised differs between versions of Python
+        return "", "", PluginError(f"its distribution's metadata cannot be read: {_reason(error)}")
+    lacking = [field for field, value in (("Name", name), ("Version", version)) if not value]
+    if lacking:
+        what = f"its distribution's metadata has no {' and no '.join(lacking)}; install it again"
+        return name, version, PluginError(what)
+    try:
+        return name, version, _version_refused(distribution.requires or [])
+    except Exception as error:  # noqa: BLE001  a requirement that does not parse, or asks for what is not there
+        return name, version, PluginError(f"its distribution's requirements cannot be read: {_reason(error)}")
+
+
+def _version_refused(requirements: list[str]) -> PluginError | None:
+    """The error where a distribution asks for a version of this package that is not the running one.
+
+    It was checked when the distribution was installed, but either may have been exchanged since.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    for requirement in map(Requirement, requirements):
+        ours = canonicalize_name(requirement.name) == OWN
+        ours = ours and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+        if ours and not requirement.specifier.contains(__version__, prereleases=True):
+            wanted = f"is written for {OWN}{requirement.specifier}, and this is {__version__}"
+            return PluginError(f"{wanted}; install versions of the two that go together")
+    return None
 
 
 def _own_version() -> str:
@@ -139,26 +216,66 @@ def _own_version() -> str:
 
 
 def _guarded(source: Source, point: Any, into: Registry) -> PluginRecord:
+    began = time.perf_counter()
     try:
         if isinstance(point, Exception):
             raise point
-        return _register(point.load(), source, into)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  a plugin may raise anything, and may even exit
+        # The import is part of the transaction, since a module may register while it is imported.
+        with _watched(source), into.transaction(source) as claimed:
+            _register(point.load(), source, into)
+            _refuse_indescribable(claimed)
+    except KeyboardInterrupt:
+        raise  # it is the user's, who has waited long enough
+    except BaseException as error:  # noqa: BLE001  a plugin may raise anything, and may even exit
         reason = _reason(error)
         log.warning("plugin %r of %s failed and is left out: %s", source.plugin, source, reason)
         trace = "".join(traceback.format_exception(error))
-        return PluginRecord(source.plugin, source.distribution, source.version, "failed", reason, traceback=trace)
+        record = PluginRecord(source.plugin, source.distribution, source.version, "failed", reason, traceback=trace)
+    else:
+        record = _loaded(source, claimed)
+    seconds = _since(began)
+    slow = seconds > SLOW and record.status == "loaded"
+    reason = f"took {seconds:.1f} s to load, and every program that uses plugins waits for it" if slow else ""
+    return replace(record, seconds=seconds, reason=record.reason or reason)
 
 
-def _register(plugin: Any, source: Source, into: Registry) -> PluginRecord:
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 3)
+
+
+@contextmanager
+def _watched(source: Source) -> Iterator[None]:
+    """Name a plugin that is still loading after a while, so that one that hangs can be found and blocked."""
+    told = "plugin %r of %s is still loading after %g s; %s=%s leaves it out"
+    timer = threading.Timer(SLOW, log.warning, (told, source.plugin, source, SLOW, DISABLE, source.plugin))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _loaded(source: Source, claimed: dict[str, type[Options]]) -> PluginRecord:
+    return PluginRecord(source.plugin, source.distribution, source.version, "loaded", kinds=tuple(claimed))
+
+
+def _register(plugin: Any, source: Source, into: Registry) -> None:
     # One manager for each plugin: calling its hook then calls nobody else's, and a failed one is simply dropped.
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     _refuse_misspelt(plugin)
     manager.register(plugin, source.plugin)
-    with into.transaction(source) as claimed:
-        manager.hook.atn_norms_register(registry=into)
-    return PluginRecord(source.plugin, source.distribution, source.version, "loaded", kinds=tuple(claimed))
+    manager.hook.atn_norms_register(registry=into)
+
+
+def _refuse_indescribable(claimed: dict[str, type[Options]]) -> None:
+    """Refuse options without a JSON schema: every list of kinds and every schema would fail with them."""
+    for kind, spec in claimed.items():
+        try:
+            spec.model_json_schema()
+        except Exception as error:
+            raise PluginError(f"the options of {kind} have no JSON schema: {_said(error)}") from error
 
 
 def _refuse_misspelt(plugin: Any) -> None:
@@ -212,8 +329,16 @@ def _unknown_names(found: set[str]) -> Iterator[PluginRecord]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, PluginError):
+        return " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    says = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-    place = f" ({last.filename}:{last.lineno})" if last is not None and not isinstance(error, PluginError) else ""
-    return " ".join(says.split()) + place
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return _said(error) + place
+
+
+def _said(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  an error whose own message fails must not take the program down either
+        text = "its message cannot be made"
+    return " ".join(f"{type(error).__name__}: {text}".split())

@@ -179,7 +179,7 @@ class Registry:
         self._loaded: Any = None
         self._claims: dict[str, dict[str, list[Entry]]] = {family: {} for family in FAMILIES}
         self._source: Source | None = None
-        self._claimed: list[str] = []
+        self._claimed: dict[str, type[Options]] = {}
         self._lock = threading.RLock()
 
     def normalizer(self, spec: SpecType) -> SpecType:
@@ -238,12 +238,12 @@ class Registry:
         return self._claims[family]
 
     @contextmanager
-    def transaction(self, source: Source) -> Iterator[list[str]]:
-        """Credit what is registered inside to a source, listed as `family:kind`; an exception takes it all back."""
+    def transaction(self, source: Source) -> Iterator[dict[str, type[Options]]]:
+        """Credit what is registered inside to a source, by `family:kind`; an exception takes it all back."""
         with self._lock:
             before = {family: {kind: list(e) for kind, e in kinds.items()} for family, kinds in self._claims.items()}
             outer = self._source, self._claimed
-            self._source, self._claimed = source, []
+            self._source, self._claimed = source, {}
             try:
                 yield self._claimed
             except BaseException:
@@ -260,7 +260,7 @@ class Registry:
             entries = self._claims[family].setdefault(kind, [])
             # Running a notebook's cell again defines the same class anew: that replaces it and disputes nothing.
             entries[:] = [other for other in entries if _identity(other) != _identity(entry)] + [entry]
-            self._claimed.append(f"{family}:{kind}")
+            self._claimed[f"{family}:{kind}"] = spec
         return spec
 
 

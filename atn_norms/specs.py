@@ -93,7 +93,20 @@ def schema(model_class: type[BaseModel]) -> dict[str, Any]:
     >>> schema(Blur)["properties"]
     {'size': {'title': 'Size', 'type': 'integer'}}
     """
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model_class.model_json_schema()}
+    described = _without_examples(model_class.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
+
+
+def _without_examples(schema: Any) -> Any:
+    """Leave out of every description the examples that end a docstring: an editor shows it as it is."""
+    if isinstance(schema, list):
+        return [_without_examples(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: _without_examples(each) for name, each in schema.items()}
+    if isinstance(kept.get("description"), str):
+        kept["description"] = kept["description"].partition("\n>>> ")[0].rstrip()
+    return kept
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:

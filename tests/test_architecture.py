@@ -35,6 +35,7 @@ LIBRARIES = {
     "pydantic": set(ROW),
     "pydantic_core": set(ROW),
     "pluggy": {"plugins"},
+    "packaging": {"plugins"},
     "typing_extensions": set(),
     "ruamel": {"specs", "ablation", "cli", "commands"},
     "typer": {"cli", "commands"},
@@ -46,6 +47,7 @@ LIBRARIES = {
     "matplotlib": {"ablation", "bench"},
     "numpy": {"ablation"},
     "hypothesis": {"testing"},
+    "pytest": {"testing"},
 }
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -112,7 +112,7 @@ BAD = [
     (["ablate", "study.yaml", "--set", "train.steps=0"], "--set train.steps: train.steps: must be greater"),
     (
         ["ablate", "study.yaml", "--set", "task=addding"],
-        "unknown task 'addding'; known: adding, charlm; nearest: 'adding'",
+        "unknown task 'addding'; known: adding, charlm, copying, denoise, wordlm; nearest: 'adding'",
     ),
     (["ablate", "study.yaml", "--set", "steps"], "--set steps: must be path=value"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: nothing.txt}"], "nothing.txt"),
@@ -224,9 +224,12 @@ def test_doctor_finds_everything_and_says_what_is_broken(capsys, monkeypatch):
 
 def test_a_dry_run_lists_the_trials_and_writes_nothing(capsys, folder):
     before = sorted(folder.rglob("*"))
-    assert "3 trials" in printed(capsys, "ablate", "study.yaml", "--dry-run")
+    out = printed(capsys, "ablate", "study.yaml", "--dry-run")
+    assert "study 'study': 3 trials" in out
+    assert "3 trials, 2 at a time: about " in out
     listed = json.loads(printed(capsys, "ablate", "study.yaml", "--dry-run", "--json", "--set", "seeds=2"))
     assert len(listed["trials"]) == 6
+    assert listed["estimated_seconds"] > 0
     assert sorted(folder.rglob("*")) == before
 
 
@@ -253,7 +256,7 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])
     assert json.loads(printed(capsys, "resume", "here", "--workers", "0", "--json"))["results"] == results["results"]
-    assert "holds another study" in said(capsys, "ablate", "study.yaml", "--set", "seeds=2", "--out", "here")
+    assert "holds another study" in said(capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here")
 
 
 def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeypatch):
@@ -345,7 +348,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
     finally:
         run.kill()
     assert run.returncode == 130
-    assert error.strip() == "stopped; what is finished is kept. To go on: atn-norms resume here"
+    assert error.strip() == "stopped; what is finished is kept. To go on: atn-norms resume here --workers 0"
     state = json.loads(printed(capsys, "status", "here", "--json"))
     assert state["counts"] == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
 
@@ -353,10 +356,10 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
 @pytest.mark.parametrize(
     ("command", "stopped", "goes_on"),
     [
-        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here"),
-        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.estimate.estimate", "resume here"),
-        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here"),
-        (["resume", "here"], "atn_norms.ablation.load", "resume here"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.estimate.estimate", "resume here --workers 0"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here --workers 0"),
+        (["resume", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
         (["report", "here"], "atn_norms.ablation.report.write", "report here"),
     ],
 )

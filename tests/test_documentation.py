@@ -22,7 +22,7 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glo
 TEXTS = PAGES | {"README": (ROOT / "README.md").read_text(encoding="utf-8")}
 PAGE_OF = {"normalizer": "normalizers", "window": "windows", "cell": "cells", "task": "tasks"}
 EXECUTED = {"python", "console"}
-SHOWN = {"text", "toml", "bash", "{toctree}", "{eval-rst}"}
+SHOWN = {"text", "toml", "bash", "py", "{toctree}", "{eval-rst}"}
 
 
 def test_every_hook_is_documented_with_its_exact_signature():
@@ -40,7 +40,7 @@ def test_every_public_name_has_its_place_in_the_reference():
 
 
 def test_every_page_is_reached_from_the_first():
-    listed = re.findall(r"^[a-z]+$", "".join(re.findall(r"```{toctree}(.*?)```", PAGES["index"], flags=re.S)), re.M)
+    listed = re.findall(r"^[a-z-]+$", "".join(re.findall(r"```{toctree}(.*?)```", PAGES["index"], flags=re.S)), re.M)
     assert sorted(listed) == sorted(set(PAGES) - {"index"})
 
 
@@ -61,7 +61,11 @@ def test_every_built_in_kind_is_on_its_page_with_every_option(family):
         ("atn_norms.layers", "LayerSpec", "specs"),
         ("atn_norms.cells", "Placement", "cells"),
         ("atn_norms.ablation.study", "StudySpec", "studies"),
-        ("atn_norms.ablation.study", "TrainSpec", "studies"),
+        ("atn_norms.ablation.training", "TrainSpec", "studies"),
+        *[
+            ("atn_norms.ablation.schedules", schedule, "studies")
+            for schedule in ("Cosine", "Linear", "Step", "Plateau")
+        ],
     ],
 )
 def test_every_option_of_a_file_is_on_its_page(module, name, page):

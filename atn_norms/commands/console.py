@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin is in order.")]
 
 
 def example(*lines: str) -> str:

@@ -13,20 +13,31 @@ MODELINE = "# yaml-language-server: $schema={schema}\n"
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="The study file to write.")] = Path("study.yaml"),
+    study: Annotated[
+        str, typer.Argument(metavar="[STUDY]", help="A ready-made study's name, or the file to write.")
+    ] = "study.yaml",
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="By default STUDY.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
-    """Write a commented study file, and beside it the schema its editor modeline points at."""
-    from atn_norms.ablation.builtin import BUILTIN
+    """Write a commented study file, and beside it the schema its editor modeline points at.
+
+    One argument is a ready-made study to write out, or a file for the one called quick.
+    """
+    from atn_norms.ablation import ready
     from atn_norms.problems import SpecError
 
+    if file is None:
+        name, file = (study, Path(f"{study}.yaml")) if ready.is_name(study) else (ready.DEFAULT, Path(study))
+    else:
+        name = study
+    content = ready.text(name)
     if file.suffix not in (".yaml", ".yml"):
         raise SpecError(f"{file}: must end in .yaml or .yml, since a study file with comments is YAML")
     beside = file.with_suffix(".schema.json")
     present = [str(path) for path in (file, beside) if path.exists()]
     if present and not force:
         raise SpecError(f"{' and '.join(present)}: already there; choose another name, or overwrite with --force")
-    text = MODELINE.format(schema=beside.name) + BUILTIN
+    text = MODELINE.format(schema=beside.name) + content
     write_new(beside, schema_text("study"), force)
     write_new(file, text, force)
     print(f"wrote {file} and {beside}\nnext: edit {file}, then run `atn-norms ablate {file}`")

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.console import Json, Strict, print_json, print_table
 
 EXTRAS = {
     "ablation": {"distributed": "studies on several processes or a cluster", "matplotlib": "pictures in a report"},
@@ -29,9 +29,9 @@ class Check:
     advice: str = ""
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: Json = False, strict: Strict = False) -> None:
     """Check environment, backends, plugins and optional parts; exit code 1 when something is broken."""
-    checks = [_python(), *_core(), *_backends(), *_extras(), *_plugins()]
+    checks = [_python(), *_core(), *_backends(), *_extras(), *_plugins(strict)]
     failed = any(check.status == "failed" for check in checks)
     if as_json:
         print_json({"healthy": not failed, "checks": [asdict(check) for check in checks]})
@@ -118,18 +118,23 @@ def _extras() -> list[Check]:
     return checks
 
 
-def _plugins() -> list[Check]:
-    from atn_norms.plugins import report
+def _plugins(strict: bool) -> list[Check]:
+    from atn_norms.plugins import DISABLE, report
 
     checks = []
     for record in report():
         subject = f"plugin {record.name}"
+        source = " ".join(part for part in (record.distribution, record.version) if part)
+        told = f"of {source}: {record.reason}" if source else record.reason
         if record.status == "failed":
-            advice = "mend or uninstall it, or block it with ATN_NORMS_DISABLE_PLUGINS"
-            checks.append(Check(subject, "failed", record.reason, advice))
-        elif record.reason and record.status == "loaded":
-            checks.append(Check(subject, "failed", record.reason, "uninstall one, or block one's plugin"))
+            checks.append(Check(subject, "failed", told, f"mend or uninstall it, or block it with {DISABLE}"))
+        elif record.disputed:
+            checks.append(Check(subject, "failed", told, f"uninstall one, or block one with {DISABLE}"))
+        elif record.faulty:
+            finding = f"loaded from {source}, but {record.reason}"
+            advice = f"have it import late what is slow, or block it with {DISABLE}"
+            checks.append(Check(subject, "failed" if strict else "ok", finding, advice))
         else:
-            found = record.reason or f"{len(record.kinds)} kinds from {record.distribution} {record.version}"
+            found = record.reason or f"{len(record.kinds)} kinds from {source} in {record.seconds:.1f} s"
             checks.append(Check(subject, "ok", f"{record.status}: {found}"))
     return checks

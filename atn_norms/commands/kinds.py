@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.console import Json, Strict, print_json, print_table
 
 if TYPE_CHECKING:
     from atn_norms.registry import Options
@@ -59,17 +59,22 @@ def list_kinds(
         print()
 
 
-def plugins(as_json: Json = False) -> None:
+def plugins(as_json: Json = False, strict: Strict = False) -> None:
     """Show every plugin: loaded, blocked or failed, and why."""
     from atn_norms.plugins import report
 
     records = report()
     if as_json:
         print_json([asdict(record) for record in records])
-        return
-    columns = ("plugin", "distribution", "version", "status", "kinds", "reason")
-    rows = [(r.name, r.distribution, r.version, r.status, "\n".join(r.kinds), r.reason) for r in records]
-    print_table("plugins", columns, list(_unfolded(rows)))
+    else:
+        columns = ("plugin", "distribution", "version", "status", "seconds", "kinds", "reason")
+        rows = [
+            (r.name, r.distribution, r.version, r.status, f"{r.seconds:.1f}", "\n".join(r.kinds), r.reason)
+            for r in records
+        ]
+        print_table("plugins", columns, list(_unfolded(rows)))
+    if strict and any(record.faulty for record in records):
+        raise typer.Exit(1)
 
 
 def schema(

@@ -26,6 +26,8 @@ class CellHost(nn.Module):
         self.cell: Cell = spec.equations()
         self._windows = {site: spec.window_at(site).build() for site in self.cell.sites}
         self._suffixes: list[str] = []
+        self._tensors = tuple(self.cell.shapes(1, spec.bias))
+        self._sites = tuple(self.cell.sites)
 
     @property
     def input_size(self) -> int:
@@ -77,15 +79,19 @@ class CellHost(nn.Module):
             self.reset_parameters()
 
     def _normalizers(self, suffix: str) -> dict[str, Normalizer]:
-        names = {site: f"norm_{site}{suffix}" for site in self.cell.sites}
-        return {site: getattr(self, name) for site, name in names.items() if name in self._modules}
+        names = {site: f"norm_{site}{suffix}" for site in self._sites}
+        return {site: self._modules[name] for site, name in names.items() if name in self._modules}  # type: ignore[misc]
 
     def _weights(self, suffix: str) -> CellWeights:
-        names = self.cell.shapes(1, self.bias)
+        """What a cell computes with, gathered anew for every call: parameters and modules may be others by then."""
         norms = {
             site: SiteNorm(normalizer, self._windows[site]) for site, normalizer in self._normalizers(suffix).items()
         }
-        return CellWeights({name: getattr(self, name + suffix) for name in names}, norms)
+        own, tensors = self._parameters, {}
+        for name in self._tensors:
+            found = own.get(name + suffix)
+            tensors[name] = getattr(self, name + suffix) if found is None else found  # it may be parametrized
+        return CellWeights(tensors, norms)
 
     def _initialize(self, name: str, parameter: Tensor) -> None:
         if self.spec.init == "torch":

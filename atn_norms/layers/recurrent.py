@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import choose, refusals
+from atn_norms.cells import CellWeights
 from atn_norms.layers.host import CellHost
 from atn_norms.layers.spec import LayerSpec
 from atn_norms.trees import Tree, outline
@@ -52,8 +53,8 @@ class Recurrent(CellHost):
         directions = ("", "_reverse")[: spec.directions]
         cells = {f"_l{n}{end}": spec.layer_inputs(n) for n in range(spec.num_layers) for end in directions}
         self._register(cells, parameters, {"device": device, "dtype": dtype})
-        for suffix in self._suffixes:
-            choose(spec.backend, self.cell, self._weights(suffix))
+        for weights in self._cells():
+            choose(spec.backend, self.cell, weights)
 
     @classmethod
     def from_spec(
@@ -114,11 +115,12 @@ class Recurrent(CellHost):
         given = x if batched else x.unsqueeze(self._batch_axis)
         if hx is not None:
             hx = self._batched_hx(hx, batched)
-        self._check_shapes(given, hx, None)
+        cells = self._cells()
+        self._check_shapes(cells, given, hx, None)
         xs = self._time_first(given)
         if xs.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        ys, state = self._run(xs, self._initial(xs.shape[1], hx, shown=False), None)
+        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), None)
         last = self.hidden(state)
         return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
 
@@ -142,25 +144,31 @@ class Recurrent(CellHost):
             )
         batched = self._checked_dims(x)
         given = x if batched else x.unsqueeze(self._batch_axis)
-        self._check_shapes(given, None, None)
+        cells = self._cells()
+        self._check_shapes(cells, given, None, None)
         xs = self._time_first(given)
         if xs.shape[0] == 0:
             raise ValueError(f"x: shape {list(x.shape)} has no time step; allowed: at least one")
         if lengths is not None:
             lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
-        state = (
-            self._initial(xs.shape[1], None, shown=False) if state is None else self._checked_state(state, xs.shape[1])
-        )
-        ys, state = self._run(xs, state, lengths)
+        if state is None:
+            state = self._initial(cells, xs.shape[1], None, shown=False)
+        else:
+            self._check_state(cells, state, xs.shape[1])
+        ys, state = self._run(cells, xs, state, lengths)
         return self._as_given(ys, batched), state
 
     def initial(self, batch: int, hx: Any = None) -> Tree:
         """The state before the first step, with fresh windows: zeros, or torch's `hx`."""
-        return self._initial(batch, hx, shown=True)
+        return self._initial(self._cells(), batch, hx, shown=True)
 
-    def _initial(self, batch: int, hx: Any, shown: bool) -> Tree:
+    def _cells(self) -> list[CellWeights]:
+        """What every cell computes with, layer by layer, one or two directions each."""
+        return [self._weights(suffix) for suffix in self._suffixes]
+
+    def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
         carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-        wanted, depth = len(self.cell.carried), len(self._suffixes)
+        wanted, depth = len(self.cell.carried), len(cells)
         if carried is not None and not (
             isinstance(carried, (tuple, list))
             and len(carried) == wanted
@@ -169,12 +177,12 @@ class Recurrent(CellHost):
             found = outline(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
             names = ", ".join(self.cell.carried)
             raise ValueError(f"hx: {found}; allowed: {names}, each [{depth}, batch, size]")
-        cells = []
-        for place, suffix in enumerate(self._suffixes):
+        states = []
+        for place, weights in enumerate(cells):
             own = None if carried is None else tuple(c[place] for c in carried)
-            cells.append(self.cell.initial(self._weights(suffix), batch, own, shown))
+            states.append(self.cell.initial(weights, batch, own, shown))
         per = self.spec.directions
-        return tuple(tuple(cells[first : first + per]) for first in range(0, len(cells), per))
+        return tuple(tuple(states[first : first + per]) for first in range(0, len(states), per))
 
     def hidden(self, state: Tree) -> Any:
         """The part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
@@ -182,21 +190,21 @@ class Recurrent(CellHost):
         h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
         return (h, *others) if others else h
 
-    def _run(self, xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
+    def _run(self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
         """Every layer in turn, time first."""
-        suffixes = iter(self._suffixes)
+        rest = iter(cells)
         after = []
         for layer, before in enumerate(state):
-            outputs, cells = [], []
+            outputs, states = [], []
             for backward, cell_state in enumerate(before):
-                weights = self._weights(next(suffixes))
+                weights = next(rest)
                 backend = choose(self.spec.backend, self.cell, weights)
                 inputs = reversed_in_time(xs, lengths) if backward else xs
                 ys, cell_state = backend.run(self.cell, weights, inputs, cell_state, lengths)
                 outputs.append(reversed_in_time(ys, lengths) if backward else ys)
-                cells.append(cell_state)
+                states.append(cell_state)
             xs = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
-            after.append(tuple(cells))
+            after.append(tuple(states))
             if layer < self.num_layers - 1:
                 xs = F.dropout(xs, self.dropout, self.training)
         return xs, tuple(after)
@@ -205,9 +213,10 @@ class Recurrent(CellHost):
         order, back = packed.sorted_indices, packed.unsorted_indices
         if hx is not None:
             hx = _each(lambda h: h if order is None else h.index_select(1, order), hx)
-        self._check_shapes(packed.data, hx, packed.batch_sizes)
+        cells = self._cells()
+        self._check_shapes(cells, packed.data, hx, packed.batch_sizes)
         xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
-        ys, state = self._run(xs, self._initial(xs.shape[1], hx, shown=False), lengths.to(xs.device))
+        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), lengths.to(xs.device))
         data = pack_padded_sequence(ys, lengths).data
         last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
         return PackedSequence(data, packed.batch_sizes, order, back), last
@@ -239,8 +248,11 @@ class Recurrent(CellHost):
             raise RuntimeError(f"For {kind} input, {' and '.join(names)} should also be {wanted}-D but got {found}")
         return hx if batched else _each(lambda h: h.unsqueeze(1), hx)
 
-    def _check_shapes(self, x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
+    def _check_shapes(self, cells: list[CellWeights], x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """torch's own checks, by torch's own code, for a cell that torch has."""
+        fits = x.dtype == cells[0]["weight_ih"].dtype and x.shape[-1] == self.input_size and x.dim() == 3
+        if fits and hx is None and batch_sizes is None:
+            return  # torch's would find nothing, only later
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace what makes the twin
             if x.shape[-1] != self.input_size:
                 raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
@@ -256,15 +268,13 @@ class Recurrent(CellHost):
                 if h.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
                     raise RuntimeError(f"hx: of type {h.dtype}; allowed: the layer's, {weight.dtype}")
 
-    def _checked_state(self, state: Tree, batch: int) -> Tree:
+    def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:
         per = self.spec.directions
         layers = state if isinstance(state, tuple) else ()
         if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
             raise ValueError(f"state: {outline(state)}; allowed: what unroll or initial returned")
-        cells = [cell for layer in layers for cell in layer]
-        for suffix, cell in zip(self._suffixes, cells, strict=True):
-            self.cell.check_state(self._weights(suffix), cell, batch)
-        return state
+        for weights, cell in zip(cells, (cell for layer in layers for cell in layer), strict=True):
+            self.cell.check_state(weights, cell, batch)
 
     def _delegates(self) -> bool:
         unnormed = not any(name.startswith("norm_") for name in self._modules)

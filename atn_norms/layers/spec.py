@@ -109,6 +109,7 @@ class LayerSpec(Options):
         self._refuse_impossible_size(cell, {})  # before a norm is built for such a size
         norms = {site: self._sketched(cell, site) for site in cell.sites}
         self._refuse_impossible_size(cell, norms)
+        self._refuse_windows_that_a_norm_refuses(norms)
         if self.forget_bias is not None:
             self._refuse_homeless_forget_bias(cell, norms)
         return self
@@ -185,6 +186,17 @@ class LayerSpec(Options):
                     f"{place}: a {window.kind!r} window pools the statistics of a norm, and there is no norm; "
                     "allowed: give a norm, or leave the window at 1"
                 )
+
+    def _refuse_windows_that_a_norm_refuses(self, norms: Mapping[str, Normalizer | None]) -> None:
+        for site, norm in norms.items():
+            spec = self.window_at(site)
+            try:
+                reason = norm.refuses(spec.build()) if norm is not None else None
+            except Exception as error:  # whatever a plugin raises
+                raise ValueError(f"window: {spec.kind!r} at site {site!r}: {error}") from error
+            if reason is not None:
+                place = f"window.sites.{site}" if isinstance(self.window, WindowSites) else "window"
+                raise ValueError(f"{place}: {spec.kind!r} with norm {_kinds(self.norm)} at site {site!r}: {reason}")
 
     def _refuse_impossible_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         memory = _physical_memory()

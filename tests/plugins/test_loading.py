@@ -1,4 +1,4 @@
-"""Plugins from real distributions on the path: what loads, what is blocked, what fails, and what a failure leaves."""
+"""Distributions on the path: what loads, what is blocked, what fails, and what a failure leaves."""
 
 import json
 import logging
@@ -12,82 +12,17 @@ from pathlib import Path
 import pytest
 
 from atn_norms import plugins
-from atn_norms.registry import Registry, SpecError
-
-NORMALIZER = '''
-"""Divide by the pooled p-mean of |x|."""
-from typing import Literal
-import torch
-from pydantic import Field
-from atn_norms.normalizers import Normalizer, NormSpec
-from atn_norms.plugins import hookimpl
-from atn_norms.statistics import Average
+from atn_norms.registry import FAMILIES, Registry, SpecError
+from tests.plugins.site import HOOK, NORMALIZER, Site
 
 
-class PMean(Normalizer):
-    def __init__(self, features, p):
-        super().__init__()
-        self.p = p
-        self.weight = torch.nn.Parameter(torch.ones(features))
-
-    def measure(self, x):
-        return Average(x.abs().pow(self.p).mean(-1, keepdim=True))
-
-    def normalize(self, x, pooled):
-        return self.weight * x / (pooled.mean + 1e-5) ** (1 / self.p)
+def _built_in() -> dict[str, list[str]]:
+    registry = Registry()
+    plugins.BuiltIn.atn_norms_register(registry)
+    return {family: list(registry.kinds(family)) for family in FAMILIES}
 
 
-class PMeanSpec(NormSpec):
-    kind: Literal["KIND"] = "KIND"
-    p: float = Field(2.0, gt=0)
-
-    def build(self, features):
-        return PMean(features, self.p)
-
-
-@hookimpl
-def atn_norms_register(registry):
-    registry.normalizer(PMeanSpec)
-'''
-
-
-class Site:
-    """A folder on the path into which tests install distributions."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def install(self, name: str, code: str, points: str | None = None, version: str = "1.0") -> None:
-        """Put a distribution `dist-NAME` with the module `plugin_NAME` and the entry point NAME on the path."""
-        info = self.folder / f"dist_{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(points or f"[atn_norms]\n{name} = plugin_{name}\n")
-        (self.folder / f"plugin_{name}.py").write_text(textwrap.dedent(code))
-
-    def load(self) -> tuple[Registry, dict[str, plugins.PluginRecord]]:
-        registry = Registry()
-        return registry, {record.name: record for record in plugins.load(registry)}
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    for variable in (plugins.DISABLE, plugins.LOAD):
-        monkeypatch.delenv(variable, raising=False)
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    yield Site(folder)
-    for module in [name for name in sys.modules if name.startswith("plugin_")]:
-        del sys.modules[module]
-
-
-BUILT_IN = {
-    "normalizer": ["batch", "layer", "rms"],
-    "window": ["cumulative", "exponential", "sliding"],
-    "cell": ["gru", "lstm", "rnn"],
-    "task": ["adding", "charlm"],
-}
+BUILT_IN = _built_in()
 
 
 def assert_only_built_in(registry: Registry) -> None:
@@ -97,6 +32,8 @@ def assert_only_built_in(registry: Registry) -> None:
 def test_the_built_in_kinds_come_through_the_same_door(site):
     registry, records = site.load()
     assert_only_built_in(registry)
+    known = {"normalizer": "layer", "window": "sliding", "cell": "lstm", "task": "adding"}
+    assert all(kind in BUILT_IN[family] for family, kind in known.items())
     record = records["built-in"]
     assert (record.status, record.distribution) == ("loaded", "atn-norms")
     assert set(record.kinds) == {f"{family}:{kind}" for family, kinds in BUILT_IN.items() for kind in kinds}
@@ -112,7 +49,6 @@ def test_a_plugin_loads_with_its_source(site):
     assert registry.lookup("normalizer", "pmean").__name__ == "PMeanSpec"
 
 
-HOOK = "from atn_norms.plugins import hookimpl\n@hookimpl\ndef atn_norms_register(registry):\n    "
 BROKEN = {
     "raises-on-import": ("1 / 0", r"ZeroDivisionError: division by zero \(.*plugin_broken.py:1\)"),
     "cannot-be-parsed": ("def", "SyntaxError: .*plugin_broken.py, line 1"),
@@ -175,8 +111,8 @@ def test_an_unreadable_distribution_hides_no_other(site):
     _, records = site.load()
     assert records["good"].status == "loaded"
     (bad,) = [record for record in records.values() if record.status == "failed"]
-    assert "dist_bad" in bad.distribution or "dist-bad" in bad.distribution
-    assert "metadata cannot be read" in bad.reason
+    assert (bad.name, bad.distribution, bad.version) == ("dist-bad", "dist-bad", "1.0")
+    assert "entry points cannot be read" in bad.reason
 
 
 def test_an_object_may_be_the_plugin(site):
@@ -280,7 +216,7 @@ def test_a_strangers_normalizer_works_everywhere(site):
     assert "pmean" in json.dumps(specs.schema(an.LayerSpec))
     print({record.name: record.status for record in plugins.report()})
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.folder), str(Path(__file__).parents[1])])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.folder), str(Path(__file__).parents[2])])}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

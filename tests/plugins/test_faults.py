@@ -1,0 +1,181 @@
+"""Whatever is wrong with some plugins, the others do what they did, and each fault is told with its source."""
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import atn_norms as an
+from atn_norms import plugins
+from atn_norms.commands.kinds import options
+from atn_norms.registry import FAMILIES, Registry
+from tests.plugins.faults import CLOCK, FAULTS, UNREADABLE, WINDOW, installed
+from tests.plugins.site import HOOK, NORMALIZER, Site
+
+GOOD = {
+    "good": NORMALIZER.replace("KIND", "good"),
+    "kind": WINDOW.replace("KIND", "kind") + HOOK + "registry.window(EverSpec)\n",
+}
+
+
+def install_good(site: Site) -> None:
+    for name, code in GOOD.items():
+        site.install(name, code)
+
+
+def abilities(registry: Registry) -> dict[str, object]:
+    """What the good plugins and the built-in kinds can do: who they are, their options, and the numbers they make."""
+    ours = {
+        (family, kind): entry
+        for family in FAMILIES
+        for kind, entry in registry.kinds(family).items()
+        if entry.distribution in ("atn-norms", "dist-good", "dist-kind")
+    }
+    torch.manual_seed(0)
+    window = registry.lookup("window", "kind")()
+    norm = registry.lookup("normalizer", "good").model_validate({"p": 3.0})
+    layer = an.LSTM(3, 4, norm=norm, window=window, backend="reference")
+    y, _ = layer(torch.linspace(-1, 1, 30).reshape(5, 2, 3))
+    return {
+        "kinds": {key: (entry.plugin, entry.version) for key, entry in ours.items()},
+        "options": {key: options(entry.spec) for key, entry in ours.items()},
+        "numbers": y.tolist(),
+    }
+
+
+def forget_modules() -> None:
+    for module in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[module]
+
+
+def loaded(names: list[str]) -> tuple[Registry, dict[str, plugins.PluginRecord], dict[str, tuple[str, str]]]:
+    """A registry into which the good plugins and some broken ones were loaded, what became of each, and what should."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(plugins, "time", CLOCK)
+        site = Site(Path(folder))
+        said = installed(site, names)
+        install_good(site)
+        forget_modules()
+        registry = Registry()
+        records = plugins.examined(plugins.load(registry), registry)
+    return registry, {record.name: record for record in records}, said
+
+
+def check(names: list[str], alone: dict[str, object]) -> None:
+    registry, records, said = loaded(names)
+    assert abilities(registry) == alone
+    faulty = {name for name, record in records.items() if record.faulty}
+    found = {name: records[name] for name in said if name in records}
+    for name, (status, reason) in said.items():
+        # without a name of its own, a distribution goes by its folder
+        record = found[name]
+        assert record.status == status
+        assert re.search(reason, record.reason), record.reason
+        assert "dist-" in record.distribution or "dist_" in record.distribution
+        assert status == "loaded" or not record.kinds
+    assert faulty == set(said)
+    left = {f"{family}:{kind}" for family in FAMILIES for kind in registry.kinds(family)}
+    left |= {f"{family}:{kind}" for family in FAMILIES for kind in registry.conflicts(family)}
+    assert left == {kind for record in records.values() if record.status == "loaded" for kind in record.kinds}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What can be done where nothing is broken."""
+    registry, records, _ = loaded([])
+    assert not any(record.faulty for record in records.values())
+    yield abilities(registry)
+    forget_modules()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_one_fault(name, alone, caplog):
+    check([name], alone)
+    said = " ".join(caplog.messages)
+    failed = [plugin for plugin, (status, _) in FAULTS[name].said.items() if status == "failed"]
+    assert all(f"plugin '{plugin}' of " in said for plugin in failed)
+
+
+@given(names=st.lists(st.sampled_from(sorted(FAULTS)), unique=True))
+def test_no_set_of_broken_plugins_changes_what_the_others_can_do(names, alone):
+    check(names, alone)
+
+
+def test_what_is_registered_while_a_module_is_imported_is_taken_back_too(site):
+    """By the global registry, which a module can reach without being handed it."""
+    installed(site, ["registers while imported and then raises"])
+    install_good(site)
+    code = "from atn_norms.registry import registry; print(list(registry.kinds('window')))"
+    done = site.run("-c", code)
+    assert done.stdout.strip() == "['cumulative', 'exponential', 'kind', 'sliding']", done.stderr
+
+
+@pytest.fixture(scope="module")
+def broken_site(tmp_path_factory):
+    """Everything that is broken at once, beside what is not.
+
+    Entry points that do not parse are left out: pydantic reads them too, in every process, and does not survive them.
+    """
+    site = Site(tmp_path_factory.mktemp("broken"))
+    said = installed(site, [name for name in FAULTS if name not in ("takes long", UNREADABLE)])
+    install_good(site)
+    return site, said
+
+
+@pytest.mark.parametrize("command", ["plugins", "doctor"])
+@pytest.mark.parametrize("strict", [[], ["--strict"]])
+def test_the_command_line_tells_every_fault_with_its_distribution(broken_site, command, strict):
+    site, said = broken_site
+    done = site.run("-m", "atn_norms", command, "--json", *strict)
+    told = json.loads(done.stdout)
+    if command == "plugins":
+        assert done.returncode == (1 if strict else 0)
+        found = {record["name"]: f"{record['distribution']} {record['reason']}" for record in told}
+    else:
+        assert done.returncode == 1  # something is broken
+        found = {each["subject"].removeprefix("plugin "): each["finding"] for each in told["checks"]}
+    for name, (_, reason) in said.items():
+        assert re.search(rf"dist[-_].*{reason}", found[name]), found[name]
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_slow_is_told_while_it_loads_and_faulty_only_where_one_is_strict(site):
+    site.install("slow", "import time\ntime.sleep(2.2)\n" + GOOD["good"])
+    code = (
+        "import json\nfrom atn_norms import plugins\n"
+        "(record,) = [each for each in plugins.report() if each.name == 'slow']\n"
+        "try:\n    plugins.report(strict=True)\nexcept plugins.PluginError as error:\n    told = str(error)\n"
+        "from atn_norms.cli import main\n"
+        "codes = [main(['plugins']), main(['plugins', '--strict'])]\n"
+        "from atn_norms.commands.health import _plugins\n"
+        "checks = [next(c for c in _plugins(strict) if c.subject == 'plugin slow') for strict in (False, True)]\n"
+        "print(json.dumps([record.status, record.seconds, record.reason, told, codes, [c.status for c in checks]]))"
+    )
+    done = site.run("-c", code)
+    assert done.returncode == 0, done.stderr
+    status, seconds, reason, told, codes, checks = json.loads(done.stdout.splitlines()[-1])
+    assert (status, codes, checks) == ("loaded", [0, 1], ["ok", "failed"])
+    assert 2.2 <= seconds < 20
+    assert re.fullmatch(r"took \d+\.\d s to load, and every program that uses plugins waits for it", reason)
+    assert told == f"plugin 'slow' of dist-slow 1.0: {reason}"
+    assert "plugin 'slow' of dist-slow 1.0 is still loading after 2 s; ATN_NORMS_DISABLE_PLUGINS=slow" in done.stderr
+
+
+def test_strictness_is_content_where_all_is_well(site):
+    install_good(site)
+    done = site.run("-m", "atn_norms", "plugins", "--strict", ATN_NORMS_DISABLE_PLUGINS="kind")
+    assert done.returncode == 0, done.stdout
+    assert "blocked" in done.stdout
+
+
+def test_ctrl_c_ends_a_plugin_that_hangs(site):
+    site.install("hangs", "raise KeyboardInterrupt")
+    done = site.run("-m", "atn_norms", "plugins")
+    assert (done.returncode, done.stderr) == (130, "atn-norms: stopped\n")

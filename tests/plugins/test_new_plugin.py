@@ -1,0 +1,155 @@
+"""`atn-norms new-plugin`: what it writes works at once, and what it cannot write it refuses in one sentence."""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atn_norms import __version__
+from atn_norms.cli import main
+from atn_norms.commands.authoring import LONGEST, NAME, STARTS, contents
+from tests.plugins.bundled import lay_out
+from tests.plugins.site import Site
+
+LONG = "abcdefghij-abcdefghij-ab"  # as long as a name may be
+
+
+@pytest.mark.parametrize("family", STARTS)
+@given(name=st.from_regex(NAME, fullmatch=True).filter(lambda name: len(name) <= LONGEST))
+def test_whatever_the_name_it_is_python_and_toml_and_no_line_is_too_long(family, name):
+    files = contents(name, family)
+    (module,) = (path for path in files if path.startswith("src/"))
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    assert project["entry-points"]["atn_norms"] == {name: module.removeprefix("src/").removesuffix(".py")}
+    assert project["name"] == f"atn-norms-{name.replace('_', '-')}"
+    assert f"atn-norms>={'.'.join(__version__.split('.')[:2])}" in project["dependencies"]
+    assert {path.rpartition("/")[0] for path in files} == {"", "src", "tests"}
+    for path, text in files.items():
+        assert text.endswith("\n")
+        assert "$" not in text, path
+        assert all(len(line) <= 120 for line in text.splitlines()), path
+        if path.endswith(".py"):
+            ast.parse(text)
+
+
+def write(tmp_path, *arguments: str) -> int:
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        return main(["new-plugin", *arguments])
+    finally:
+        os.chdir(here)
+
+
+def test_what_it_writes_passes_its_own_tests_at_once(tmp_path, capsys):
+    """Laid out as installed, all kinds beside each other; CI installs them, asks them every law and lints them."""
+    site = Site(tmp_path / "site")
+    site.folder.mkdir()
+    for family in STARTS:
+        assert write(tmp_path, f"my-{family}", "--kind", family) == 0
+        said = capsys.readouterr().out
+        assert f"wrote atn-norms-my-{family}: pyproject.toml, README.md" in said
+        assert f'cd atn-norms-my-{family}, pip install -e ".[test]", pytest, atn-norms check my-{family}' in said
+        lay_out(tmp_path / f"atn-norms-my-{family}", site.folder)
+    tests = [str(tmp_path / f"atn-norms-my-{family}" / "tests") for family in STARTS]
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", "my_normalizer or not test_laws"]
+    done = site.run("-m", "pytest", *options, *tests)
+    assert done.returncode == 0, done.stdout[-4000:]
+    examples = [
+        (tmp_path / f"atn-norms-my-{family}" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        for family in STARTS
+    ]
+    done = site.run("-c", "\n".join([*examples, "from atn_norms.plugins import report", "report(strict=True)"]))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", ["x", "my-own", LONG])
+@pytest.mark.parametrize("family", STARTS)
+def test_the_linter_has_nothing_to_say(tmp_path, family, name):
+    if importlib.util.find_spec("ruff") is None:
+        pytest.skip("ruff is not installed")
+    assert write(tmp_path, name, "--kind", family, "--out", "plugin") == 0
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."],
+            cwd=tmp_path / "plugin",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Mine"], r"NAME: 'Mine'; allowed: up to 24 lower-case letters and digits, a letter first, joined by '-' or"),
+        (["3d"], "NAME: '3d'; allowed: up to 24"),
+        (["a--b"], "NAME: 'a--b'; allowed: up to 24"),
+        (["a_"], "NAME: 'a_'; allowed: up to 24"),
+        (["../a"], "NAME: '../a'; allowed: up to 24"),
+        (["größe"], "NAME: 'größe'; allowed: up to 24"),
+        ([""], "NAME: ''; allowed: up to 24"),
+        (["none"], "NAME: 'none'; allowed: "),
+        ([LONG + "i"], "NAME: 'abcdefghij-abcdefghij-abi'; allowed: up to 24"),
+        (["atn-norms-mine"], "NAME: 'atn-norms-mine'; give the kind's own name, 'mine': the rest is put before it"),
+        (["layer"], "NAME: there is a normalizer 'layer' already, of atn-norms; choose another"),
+        (["sliding", "--kind", "window"], "NAME: there is a window 'sliding' already, of atn-norms; choose another"),
+        (["mine", "--kind", "windw"], "--kind: unknown 'windw'; known: normalizer, window, task; nearest: 'window'"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(tmp_path, capsys, arguments, message):
+    assert write(tmp_path, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"atn-norms: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_of_another_family_may_have_the_name(tmp_path):
+    assert write(tmp_path, "layer", "--kind", "window") == 0
+
+
+def test_a_module_that_is_installed_is_not_shadowed(tmp_path, site, capsys):
+    (site.folder / "atn_norms_mine.py").write_text("")
+    assert write(tmp_path, "mine") == 2
+    assert "a module atn_norms_mine is installed already; choose another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", ["a file", "a folder with a file", "a link to nowhere"])
+def test_nothing_is_overwritten(tmp_path, capsys, there):
+    target = tmp_path / "atn-norms-mine"
+    if there == "a file":
+        target.write_text("kept")
+    elif there == "a link to nowhere":
+        target.symlink_to(tmp_path / "nowhere")
+    else:
+        target.mkdir()
+        (target / "notes.txt").write_text("kept")
+    assert write(tmp_path, "mine") == 2
+    said = "atn-norms: atn-norms-mine: already there; choose another folder with --out, or move it away\n"
+    assert capsys.readouterr().err == said
+    assert [path.name for path in tmp_path.iterdir()] == ["atn-norms-mine"]
+    assert there == "a link to nowhere" or "kept" in (target if target.is_file() else target / "notes.txt").read_text()
+
+
+def test_an_empty_folder_is_taken_and_folders_above_are_made(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert write(tmp_path, "mine", "--out", "empty") == 0
+    assert write(tmp_path, "mine", "--out", "some/where/else") == 0
+    assert (tmp_path / "empty" / "pyproject.toml").read_text() == (
+        tmp_path / "some" / "where" / "else" / "pyproject.toml"
+    ).read_text()
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert write(tmp_path, "mine", "--out", "file/mine") == 2
+    assert capsys.readouterr().err == "atn-norms: file/mine: cannot be written: Not a directory\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
