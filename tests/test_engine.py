@@ -1,15 +1,17 @@
 """The engine: here, in processes, after failures, deaths and interrupts; the store is believed and nothing else."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from typing import Any
 
 import pytest
 
-from atn_norms.ablation import create, engine, load, resume, run, status
+from atn_norms.ablation import attempt, cluster, create, engine, events, load, locks, resume, run, status, trial
 from atn_norms.ablation.environment import differences, versions
 from atn_norms.ablation.files import Busy, StoreError
 from atn_norms.ablation.store import StudyFolder
@@ -55,7 +57,7 @@ def test_what_is_done_stays_done(study):
     assert events == [] and results(study) == before
 
 
-def cluster(workers) -> Any:
+def dask_cluster(workers) -> Any:
     """A Dask scheduler with its workers in this process."""
     from distributed import LocalCluster
 
@@ -63,9 +65,23 @@ def cluster(workers) -> Any:
 
 
 def test_a_running_scheduler_is_used(study):
-    with cluster(1) as running:
+    with dask_cluster(1) as running:
         record = run(study, scheduler=running.scheduler_address)
     assert record.count("done") == 3
+
+
+def test_steps_and_losses_are_read_from_the_store(study, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.01)
+    monkeypatch.setattr(cluster, "POLL", 0.02)
+    advance = trial.Trainer.advance
+    monkeypatch.setattr(trial.Trainer, "advance", lambda trainer: time.sleep(0.1) or advance(trainer))
+    seen = []
+    with dask_cluster(1) as running:
+        run(study, scheduler=running.scheduler_address, on_event=seen.append)
+    steps = [event for event in seen if event.kind == "step"]
+    curves = {each.id: {line["step"]: line["train_loss"] for line in each.curve} for each in load(study).trials}
+    assert {event.trial for event in steps} == set(curves)
+    assert all(event.loss in curves[event.trial].values() for event in steps), "the last loss that was measured"
 
 
 def test_a_scheduler_out_of_reach_is_named(study):
@@ -87,8 +103,8 @@ def test_what_may_be_an_address_is_tried(address):
 
 
 def test_a_cluster_without_workers_is_not_waited_for_for_ever(study, monkeypatch):
-    monkeypatch.setattr(engine, "WORKERLESS", 0.2)
-    with cluster(0) as empty, pytest.raises(SpecError, match="has had no worker for 0 s"):
+    monkeypatch.setattr(cluster, "WORKERLESS", 0.2)
+    with dask_cluster(0) as empty, pytest.raises(SpecError, match="has had no worker for 0 s"):
         run(study, scheduler=empty.scheduler_address)
     assert status(study)["pending"] == 3
 
@@ -136,7 +152,7 @@ def test_an_interrupt_stops_at_once_and_a_resume_gives_the_same_bytes(study, tmp
 
 
 def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
-    train = engine.run_trial
+    train = attempt.run_trial
     second = load(study).trials[1]
 
     def sometimes(folder, *rest):
@@ -145,7 +161,7 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
         return train(folder, *rest)
 
     events = []
-    monkeypatch.setattr(engine, "run_trial", sometimes)
+    monkeypatch.setattr(attempt, "run_trial", sometimes)
     record = run(study, workers=0, on_event=events.append)
     assert [trial.status for trial in record.trials] == ["done", "failed", "done"]
     error = record.trials[1].error
@@ -162,24 +178,30 @@ def test_a_store_that_cannot_be_written_ends_the_run(study, monkeypatch):
     def full(folder, *rest):
         raise StoreError("cannot write x: No space left on device")
 
-    monkeypatch.setattr(engine, "run_trial", full)
+    monkeypatch.setattr(attempt, "run_trial", full)
     with pytest.raises(StoreError, match="No space left on device"):
         run(study, workers=0)
     assert status(study)["pending"] == 3, "nothing is blamed on a trial"
 
 
-def test_a_trial_somebody_else_trains_is_left_to_them(study):
-    first, events = StudyFolder(study).trial(load(study).trials[0].id), []
-    with first.lock():
-        record = run(study, workers=0, on_event=events.append)
-    assert [trial.status for trial in record.trials] == ["running", "done", "done"]
-    assert {event.trial for event in events if event.kind == "busy"} == {first.id}
-    assert sorted(path.name for path in first.path.iterdir()) == [".lock", "trial.json"], "nothing is written there"
-    assert until(lambda: run(study, workers=0).count("done") == 3)
+def test_a_trial_that_another_process_has_is_waited_for(study, monkeypatch):
+    monkeypatch.setattr(events, "RETRY", 0.1)
+    first, seen, other = StudyFolder(study).trial(load(study).trials[0].id), [], contextlib.ExitStack()
+    other.enter_context(first.lock())
+
+    def see(event):
+        seen.append((event.kind, event.trial))
+        if event.finished == 2 and event.kind == "done":
+            assert sorted(path.name for path in first.path.iterdir()) == [".lock", "trial.json"], "nothing is written"
+            other.close()
+
+    assert run(study, workers=0, on_event=see).count("done") == 3
+    assert [kind for kind, trial in seen if trial == first.id and kind != "step"] == ["started", "busy", "done"]
 
 
 def test_versions_that_differ_are_named(study):
-    told = engine._attempt(StudyFolder(study), load(study).trials[0].id, {**versions(), "torch": "1.0"}, None)
+    folder = StudyFolder(study).trial(load(study).trials[0].id)
+    told = attempt.attempt(folder, {**versions(), "torch": "1.0"}, print)
     assert told == {}
     error = load(study).trials[0].error
     assert error is not None and "instead of 1.0; install the same versions everywhere" in error["error"]

@@ -63,7 +63,7 @@ def test_the_same_study_comes_back_to_its_folder_and_another_is_refused(study):
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     assert create(STUDY, study) == study
     with pytest.raises(SpecError, match="holds another study .* choose another folder"):
-        create({**STUDY, "seeds": 2}, study)
+        create({**STUDY, "train": {**STUDY["train"], "steps": 7}}, study)
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
 
 
@@ -133,6 +133,14 @@ def test_a_write_is_made_durable_before_and_after_the_rename(tmp_path, monkeypat
     monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     files.write(tmp_path / "file", b"content")
     assert order == [False, "rename", True], "file, rename, folder"
+
+
+def test_every_byte_is_written_where_the_system_takes_a_few_at_a_time(trial, monkeypatch):
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "write", lambda descriptor, content: write(descriptor, content[:3]))
+        trial.measure(LINE)
+    assert trial.curve() == [LINE]
 
 
 def test_a_file_that_is_a_folder_is_named(tmp_path):
@@ -297,8 +305,9 @@ def test_finished_is_declared_last(trial, monkeypatch):
     write = files.write
     monkeypatch.setattr(files, "write", lambda p, c: (seen.append(sorted(os.listdir(p.parent))), write(p, c)))
     trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {"test": {"score": 1.0}}})
-    assert seen == [[".lock", "checkpoint.pt", "trial.json"]] or seen == [["checkpoint.pt", "trial.json"]]
-    assert sorted(p.name for p in trial.path.iterdir() if p.name != ".lock") == ["result.json", "trial.json"]
+    assert [set(names) - {".lock"} for names in seen] == [{"checkpoint.pt", "metrics.jsonl", "trial.json"}]
+    there = {path.name for path in trial.path.iterdir()} - {".lock"}
+    assert there == {"metrics.jsonl", "result.json", "trial.json"}
     assert trial.record(({},)).status == "done"
 
 

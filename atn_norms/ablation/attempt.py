@@ -1,4 +1,4 @@
-"""One attempt at a trial, in whatever process this is: all it needs comes as JSON, and the outcome goes to the store."""
+"""One attempt at a trial, in whatever process this is: asked for in JSON, its outcome put into the store."""
 
 from __future__ import annotations
 

@@ -1,15 +1,19 @@
-"""Files that are whole or absent: durable atomic writes, locks that die with their holder, errors that say where."""
+"""Files that are whole or absent: durable atomic writes, errors that say where.
+
+Every change of a file passes named points (`result.json:renamed`), where the tests let a process die; see `faults`.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from atn_norms.ablation.faults import point
 
 
 class StoreError(OSError):
@@ -21,7 +25,8 @@ class Busy(StoreError):
 
 
 @contextmanager
-def _named(doing: str, path: Path) -> Iterator[None]:
+def named(doing: str, path: Path) -> Iterator[None]:
+    """Turn an error of the system into one that says what could not be done, and to which file."""
     try:
         yield
     except StoreError:
@@ -31,9 +36,18 @@ def _named(doing: str, path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; one that exists is fine."""
-    with _named("create the folder", path):
+    """Create a folder and its parents, durably; one that exists is fine."""
+    with named("create the folder", path):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for each in reversed(missing):
+            point("folder:made")
+            sync_folder(each.parent)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside a file that no other process takes, on no machine that shares the folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -41,18 +55,29 @@ def write(path: Path, content: bytes) -> None:
 
     Errors: `StoreError` naming the file; the old content stays and no temporary file remains.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _named("write", path):
+    new = temporary(path)
+    with named("write", path):
+        point(f"{path.name}:begin")
         try:
-            with open(temporary, "wb") as file:
+            with open(new, "xb") as file:
                 file.write(content)
                 file.flush()
+                point(f"{path.name}:written")
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            point(f"{path.name}:synced")
+            os.replace(new, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
+        point(f"{path.name}:renamed")
         sync_folder(path.parent)
+        point(f"{path.name}:durable")
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write every byte: where there is room for some only, the system takes those first and refuses then."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def sync_folder(path: Path) -> None:
@@ -66,23 +91,19 @@ def sync_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file that may be absent."""
-    with _named("remove", path):
+    with named("remove", path):
+        point(f"{path.name}:remove")
         path.unlink(missing_ok=True)
+        point(f"{path.name}:removed")
 
 
 def append(path: Path, line: str) -> None:
-    """Add a line to a text file; it is durable only after `sync`."""
-    with _named("write", path), open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def sync(path: Path) -> int:
-    """Make what was appended to a file durable; return its size in bytes (0 when it is absent)."""
-    if not path.exists():
-        return 0
-    with _named("write", path), open(path, "rb+") as file:
-        os.fsync(file.fileno())
-        return file.seek(0, os.SEEK_END)
+    """Add a line to a text file, for people to read; nothing makes it durable."""
+    with named("write", path):
+        point(f"{path.name}:add")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        point(f"{path.name}:added")
 
 
 def canonical(value: Any) -> str:
@@ -102,7 +123,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `StoreError` names the file and the line where it is damaged."""
-    with _named("read", path):
+    with named("read", path):
         content = path.read_bytes()
     try:
         value = json.loads(content)
@@ -118,7 +139,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read one JSON object a line; an unfinished last line (its writer was stopped, or is at it) does not count."""
     if not path.exists():
         return []
-    with _named("read", path):
+    with named("read", path):
         lines = path.read_bytes().split(b"\n")[:-1]
     values = []
     for number, line in enumerate(lines, 1):
@@ -130,44 +151,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise StoreError(f"{path}:{number}: damaged, a JSON object was expected")
         values.append(value)
     return values
-
-
-@contextmanager
-def locked(path: Path, busy: str, patience: float = 1.0) -> Iterator[None]:
-    """Hold an exclusive lock on a file while inside; the kernel drops it with the process, however that ends.
-
-    | symbol | meaning | unit |
-    |---|---|---|
-    | `busy` | what to say when another process holds it | |
-    | `patience` | how long to try: a `held` that only asks may be in the way for an instant | seconds |
-    """
-    with _named("lock", path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        deadline = time.monotonic() + patience
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
-                raise Busy(busy)
-            time.sleep(0.02)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def held(path: Path) -> bool:
-    """Whether some process holds the lock on a file."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return not _try_lock(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
-    return False
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -7,29 +7,18 @@ DIR/report/     derived, always rebuildable
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atn_norms.ablation.files import (
-    StoreError,
-    append,
-    canonical,
-    held,
-    locked,
-    make_folder,
-    read_json,
-    read_lines,
-    remove,
-    sync,
-    write,
-    write_json,
-)
+from atn_norms.ablation.curve import Curve
+from atn_norms.ablation.files import Busy, StoreError, append, make_folder, read_json, remove, write, write_json
+from atn_norms.ablation.locks import Hold, Pulse, held, hold, pulse
 from atn_norms.ablation.records import Status, StudyRecord, TaskFacts, TrialRecord
 from atn_norms.registry import SpecError
 
@@ -45,10 +34,37 @@ class TrialFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.id = path, path.name
+        self._lines = Curve(path / "metrics.jsonl")
+        self._hold: Hold | None = None
+        self.lost = False  # whether another process had taken the trial over when `lock` ended
+        self.loss: float | None = None  # the last that was measured
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold this trial; `Busy` when another process trains it."""
-        return locked(self.path / ".lock", f"trial {self.id} in {self.path} is being trained by another process")
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this trial; `Busy` when another process trains it, and later when another has taken it over."""
+        busy = f"trial {self.id} in {self.path} is being trained by another process"
+        with hold(self.path / ".lock", busy) as self._hold:
+            self.lost = False
+            try:
+                yield
+            finally:
+                self.lost = self._hold.lost
+                self._hold = None
+                self._lines.close()
+
+    def _mine(self) -> None:
+        """Refuse to change anything that another process has taken over."""
+        if self._hold is not None and self._hold.lost:
+            raise Busy(f"trial {self.id} in {self.path} was taken over by another process, or its .lock removed")
+
+    def tell(self, step: int) -> None:
+        """Let others see how far the training is, with the next beat."""
+        if self._hold is not None:
+            self._hold.step, self._hold.loss = step, self.loss
+
+    def pulse(self) -> Pulse | None:
+        """What the process that trains this said last, or what the one that was killed did."""
+        return pulse(self.path / ".lock")
 
     def trial(self) -> dict[str, Any]:
         """The trial itself: everything its result depends on."""
@@ -64,16 +80,26 @@ class TrialFolder:
             raise StoreError(f"{path}: not the result of trial {self.id}; remove it to train the trial again")
         if not _is_whole(result):
             raise StoreError(f"{path}: damaged, it lacks `step` or `metrics`; remove it to train the trial again")
+        self._lines.check(result.get("curve"))
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
         """Declare the trial done: what belongs to it becomes durable first, `result.json` last."""
-        sync(self.path / "metrics.jsonl")
-        write_json(self.path / "result.json", result)
-        remove(self.path / "checkpoint.pt")
+        mark = self._lines.mark()
+        self._mine()
+        write_json(self.path / "result.json", {**result, "curve": mark})
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what a finished trial needs no more."""
+        for name in ("checkpoint.pt", "error.json"):
+            if (self.path / name).exists():
+                remove(self.path / name)
+        _tidy(self.path)
 
     def fail(self, error: str, trace: str) -> None:
         """Note why the last attempt failed."""
+        self._mine()
         write_json(self.path / "error.json", {"error": error, "traceback": trace})
         self.log(f"failed: {error}")
 
@@ -93,20 +119,18 @@ class TrialFolder:
 
     def note(self, run: dict[str, Any]) -> None:
         """Write `run.json`."""
+        self._mine()
         write_json(self.path / "run.json", run)
 
     def measure(self, line: dict[str, Any]) -> None:
         """Add a line to the learning curve."""
-        append(self.path / "metrics.jsonl", canonical(line))
+        self._mine()
+        self._lines.add(line)
+        self.loss = line["train_loss"]
 
     def curve(self) -> list[dict[str, Any]]:
         """The learning curve so far."""
-        path = self.path / "metrics.jsonl"
-        lines = read_lines(path)
-        for number, line in enumerate(lines, 1):
-            if not (isinstance(line.get("step"), int) and line.keys() >= {"train_loss", "validation"}):
-                raise StoreError(f"{path}:{number}: damaged, a line needs step, train_loss and validation")
-        return lines
+        return self._lines.read()
 
     def log(self, text: str) -> None:
         """Add a line, with the time, to `log.txt`."""
@@ -117,35 +141,31 @@ class TrialFolder:
         import torch
 
         buffer = io.BytesIO()
-        torch.save({"state": state, "metrics": sync(self.path / "metrics.jsonl")}, buffer)
-        write(self.path / "checkpoint.pt", buffer.getvalue())
+        torch.save({"state": state, "metrics": self._lines.mark()}, buffer)
+        self._mine()
+        write(self.path / "checkpoint.pt", _signed(buffer.getvalue()))
 
     def restore(self) -> dict[str, Any] | None:
         """The last checkpoint, and the learning curve cut back to it; None (and an empty curve) to start over.
 
-        A checkpoint only saves time, so one that cannot be read is put in the log and costs a fresh start.
+        A checkpoint only saves time, so one that cannot be used is put in the log and costs a fresh start.
         """
-        state, size = self._checkpoint()
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            if metrics.stat().st_size < size:
-                self.log("metrics.jsonl is shorter than the checkpoint says; starting over")
-                state, size = None, 0
-            with open(metrics, "rb+") as file:
-                file.truncate(size)
-        elif size:
-            self.log("metrics.jsonl is missing; starting over")
-            state = None
+        state, mark = self._checkpoint()
+        self._mine()
+        if not self._lines.cut(mark, elsewhere=self._hold is not None and self._hold.orphaned):
+            self.log("metrics.jsonl is not what the checkpoint was made with; starting over")
+            return None
         return state
 
-    def _checkpoint(self) -> tuple[dict[str, Any] | None, int]:
+    def _checkpoint(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         import torch
 
         path = self.path / "checkpoint.pt"
         if not path.exists():
-            return None, 0
+            return None, None
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            content = io.BytesIO(_checked(path.read_bytes()))
+            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
             return checkpoint["state"], checkpoint["metrics"]
         except (
             OSError,
@@ -155,16 +175,16 @@ class TrialFolder:
             KeyError,
             TypeError,
             pickle.UnpicklingError,
-            zipfile.BadZipFile,
         ) as error:
             self.log(f"checkpoint.pt cannot be read ({type(error).__name__}: {error}); starting over")
-            return None, 0
+            return None, None
 
     def tidy(self) -> None:
         """Remove what the last attempt left behind, half a write or an error; only the holder of the lock may."""
-        remove(self.path / "error.json")
-        for left in self.path.glob(".*.tmp"):
-            remove(left)
+        self._mine()
+        if (self.path / "error.json").exists():
+            remove(self.path / "error.json")
+        _tidy(self.path)
 
     def status(self, result: dict[str, Any] | None) -> Status:
         """What these files say about the trial, given what `result` said."""
@@ -194,6 +214,23 @@ class TrialFolder:
         )
 
 
+def _signed(archive: bytes) -> bytes:
+    """A zip archive, as torch writes one, with its SHA-256 for a comment: reading it, torch looks at no sums."""
+    digest = hashlib.sha256(archive[:-2]).hexdigest().encode()
+    return archive[:-2] + len(digest).to_bytes(2, "little") + digest
+
+
+def _checked(content: bytes) -> bytes:
+    if _signed(content[:-66] + b"\0\0") != content:
+        raise ValueError("its SHA-256 is another than it says")
+    return content
+
+
+def _tidy(folder: Path) -> None:
+    for left in folder.glob(".*.tmp"):
+        remove(left)
+
+
 def _is_whole(result: dict[str, Any]) -> bool:
     """Whether a result says at which step it ended, and after a whole training what the test split scored."""
     metrics = result.get("metrics")
@@ -211,10 +248,17 @@ class StudyFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[Hold]:
         """Hold the study; `Busy` when another run is at it."""
         busy = f"{self.path}: another run is at work on this study; wait for it or stop it"
-        return locked(self.path / ".lock", busy, patience=0.0)
+        return hold(self.path / ".lock", busy, patience=0.0, take_over=False)
+
+    def wanted(self) -> bool:
+        """Whether a run holds this study, or did until it was killed; not when it let go in good order."""
+        try:
+            return (self.path / ".lock").stat().st_size > 0
+        except FileNotFoundError:
+            return False
 
     def trial(self, identity: str) -> TrialFolder:
         """The folder of one trial."""
@@ -228,7 +272,10 @@ class StudyFolder:
         return read_json(path)
 
     def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
-        """Lay a study down, or find it there already (then False); a folder of anything else is refused."""
+        """Lay a study down, or find it there already (then False); a folder of anything else is refused.
+
+        A study that was laid down here may have grown: one that has all its trials, and more, takes its place.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise SpecError(f"{self.path} is a file, and the study needs a folder")
         if self.path.exists() and not (self.path / RESOLVED).exists():
@@ -259,29 +306,46 @@ class StudyFolder:
             fresh = not (self.path / RESOLVED).exists()
             if fresh:
                 self._refuse_strangers()
-            elif (there := self.resolved()).get("key") != plan.key:
-                raise SpecError(
-                    f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}; "
-                    f"this one is {plan.name!r}, key {plan.key}); choose another folder"
-                )
+            else:
+                self._refuse_another(plan)
             for planned in plan.trials:
                 folder = self.trial(planned.id)
                 if not (folder.path / "trial.json").exists():
                     make_folder(new(folder.path))
                     write_json(new(folder.path / "trial.json"), planned.trial)
             if fresh:
-                write(new(self.path / "study.yaml"), plan.source.encode())
                 write_json(new(self.path / "environment.json"), environment)
+            if grown := fresh or self.resolved().get("key") != plan.key:
+                write(new(self.path / "study.yaml"), plan.source.encode())
                 write_json(new(self.path / RESOLVED), plan.resolved())
-        return fresh
+        return grown
+
+    def _refuse_another(self, plan: Plan) -> None:
+        """Refuse a study that is neither the one that is here nor one that it has grown to."""
+        there = self.resolved()
+        try:
+            lacking = plan.lacks(there) if there.get("key") != plan.key else 0
+        except (KeyError, TypeError) as error:
+            raise StoreError(f"{self.path / RESOLVED}: damaged, {type(error).__name__} {error}") from error
+        if lacking:
+            raise SpecError(
+                f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}), of which this one "
+                f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"
+            )
 
     def mend(self) -> None:
-        """Lay trials down again whose folders are lost or empty; whoever calls it holds the study."""
+        """Put in order what a kill left: trials lost or empty, and what finished ones need no more.
+
+        Whoever calls it holds the study.
+        """
+        _tidy(self.path)
         for entry in self.resolved().get("trials", ()):
             folder = self.trial(entry["id"])
             if "trial" in entry and not (folder.path / "trial.json").exists():
                 make_folder(folder.path)
                 write_json(folder.path / "trial.json", entry["trial"])
+            elif (folder.path / "result.json").exists():
+                folder.clear()
 
     def _refuse_strangers(self) -> None:
         # A start that was killed wrote trials before study.yaml: without them that file is somebody's own.

@@ -1,4 +1,4 @@
-"""A run as it goes: a live table on a terminal, one line for each finished trial elsewhere."""
+"""A run as it goes: a live table on a terminal; elsewhere a line for each trial that ends, and one a minute."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from atn_norms.commands.console import drawn, on_terminal
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Event, OnEvent
+
+EVERY = 60.0  # seconds between two lines in a log that say how far the running trials are
+SHOWN = 8  # running trials that such a line names
+FEW = 5.0  # seconds after which the time that is left can be told
 
 
 def called(point: dict[str, str]) -> str:
@@ -38,39 +42,47 @@ class Progress:
     """
 
     def __init__(self, steps_to_do: int) -> None:
-        self.steps_to_do, self.taken = steps_to_do, 0
+        self.left_to_do, self.taken = steps_to_do, 0
         self.running: dict[str, Event] = {}
+        self.elsewhere: set[str] = set()
         self.counts: dict[str, int] = {}
         self.began = time.monotonic()
         self.started: dict[str, float] = {}
-        self.first: dict[str, int] = {}
         self.finished = self.total = 0
 
     def see(self, event: Event) -> None:
         """Take in an event."""
-        now = time.monotonic()
-        before = self.running.pop(event.trial, None)
-        self.started.setdefault(event.trial, now)
-        self.taken += max(0, event.step - before.step) if before is not None else 0
+        before = self.running.get(event.trial)
+        self.started.setdefault(event.trial, time.monotonic())
         self.finished, self.total = event.finished, event.total
-        if event.kind in ("started", "step"):
+        steps = max(0, event.step - before.step) if before is not None else 0
+        self.left_to_do -= steps
+        if before is None or before.step or event.kind != "step" or event.step == 1:
+            self.taken += steps  # the first look at a trial may find it far on already, by an earlier run's checkpoint
+        if event.kind in ("started", "step", "busy"):
             self.running[event.trial] = event
+            (self.elsewhere.add if event.kind == "busy" else self.elsewhere.discard)(event.trial)
             return
-        self.taken += event.steps - event.step  # an early end leaves nothing to do
+        self.running.pop(event.trial, None)
+        self.elsewhere.discard(event.trial)
+        self.left_to_do -= event.steps - event.step  # an early end leaves nothing to do
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
     def left(self) -> str:
         """The time that is left, in words; empty while too little has been seen."""
-        if self.taken < 1 or time.monotonic() - self.began < 5:
-            return ""
         spent = time.monotonic() - self.began
-        return f"about {duration(spent * max(0, self.steps_to_do - self.taken) / self.taken)} left"
+        if self.taken < 1 or spent < FEW:
+            return ""
+        return f"about {duration(spent * max(0, self.left_to_do) / self.taken)} left"
 
     def summary(self) -> str:
-        """One line: how many are over, how they ended, the time that is left."""
+        """One line: how many are over, how they ended, how many are at work, the time that is left."""
         ends = [f"{count} {kind}" for kind, count in self.counts.items() if kind != "done"]
         over = f"{self.finished} of {self.total} trials ended"
-        return ", ".join(filter(None, [over, *ends, f"{duration(time.monotonic() - self.began)} so far", self.left()]))
+        work = f"{len(self.running)} running"
+        return ", ".join(
+            filter(None, [over, *ends, work, f"{duration(time.monotonic() - self.began)} so far", self.left()])
+        )
 
 
 @contextmanager
@@ -78,28 +90,54 @@ def shown(steps_to_do: int) -> Iterator[OnEvent]:
     """Show a run while it goes on; the callback takes its events."""
     progress = Progress(steps_to_do)
     if not on_terminal():
-        yield lambda event: _tell(progress, event)
+        yield _Lines(progress)
         return
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
     # Drawn on its own clock, so that the time goes on between events and a burst of them costs one drawing.
-    with Live(console=console, get_renderable=lambda: _drawn(progress), refresh_per_second=4, transient=True):
+    with Live(
+        console=console, get_renderable=lambda: _drawn(progress, console.height), refresh_per_second=4, transient=True
+    ):
 
         def see(event: Event) -> None:
             progress.see(event)
-            if event.kind in ("failed", "diverged"):
-                console.print(_ended(event, progress), style="red", markup=False, highlight=False)
+            if event.kind in ("failed", "diverged", "busy"):
+                style = "yellow" if event.kind == "busy" else "red"
+                console.print(_ended(event, progress), style=style, markup=False, highlight=False)
 
         yield see
 
 
-def _tell(progress: Progress, event: Event) -> None:
-    progress.see(event)
-    if event.kind not in ("started", "step"):
-        left = progress.left()
-        print(_ended(event, progress) + (f"  ({left})" if left else ""), flush=True)
+class _Lines:
+    """A run as lines of a log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.said = progress, time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        self.progress.see(event)
+        if event.kind not in ("started", "step"):
+            left = self.progress.left()
+            self._say(_ended(event, self.progress) + (f"  ({left})" if left else ""))
+        elif time.monotonic() - self.said >= EVERY:
+            self._say(f"{self.progress.summary()}: {_running(self.progress)}")
+
+    def _say(self, line: str) -> None:
+        self.said = time.monotonic()
+        print(line, flush=True)
+
+
+def _running(progress: Progress) -> str:
+    events = list(progress.running.values())
+    told = [f"{called(each.point)} at step {each.step} of {each.steps}{_loss(each, ', loss ')}" for each in events]
+    more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
+    return "; ".join([*told[:SHOWN], *more])
+
+
+def _loss(event: Event, before: str = "") -> str:
+    return "" if event.loss is None else f"{before}{event.loss:.4g}"
 
 
 def _ended(event: Event, progress: Progress) -> str:
@@ -109,12 +147,21 @@ def _ended(event: Event, progress: Progress) -> str:
     return f"[{event.finished:>{width}}/{event.total}] {event.kind:8} {called(event.point)}  {seconds}{why}"
 
 
-def _drawn(progress: Progress) -> Any:
+def _drawn(progress: Progress, height: int) -> Any:
+    events = list(progress.running.values())
+    room = max(1, height - 6)  # what the title, the head and the lines around leave
     rows = [
-        (called(event.point), f"{event.step} of {event.steps}", _bar(event.step, event.steps))
-        for event in progress.running.values()
+        (
+            called(event.point) + (" (elsewhere)" if event.trial in progress.elsewhere else ""),
+            f"{event.step} of {event.steps}",
+            _bar(event.step, event.steps),
+            _loss(event),
+        )
+        for event in events[:room]
     ]
-    return drawn(progress.summary(), ("training", "steps", ""), rows)
+    if len(events) > room:
+        rows.append((f"and {len(events) - room} more", "", "", ""))
+    return drawn(progress.summary(), ("training", "steps", "", "loss"), rows)
 
 
 def _bar(step: int, steps: int, width: int = 20) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,41 +12,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.endings import exit_code, heard
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]
+WORKERS = 2
 Workers = Annotated[int, typer.Option(min=0, help="Local processes; 0 trains in this process, without Dask.")]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
 
 
 def ablate(
-    study: Annotated[Path | None, typer.Argument(metavar="STUDY.yaml", help="Without one: the built-in study.")] = None,
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A study's file, or the name of a ready-made one.")
+    ] = "quick",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override an option; may be repeated.")
     ] = None,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     scheduler: Scheduler = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the trials.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the trials, and say how long they may take.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train every point of a study, compare, and write the report; the same study goes on where it stopped."""
-    from atn_norms.ablation import create, make_plan
+    with _going_on("the same command"):
+        from atn_norms.ablation import create, make_plan
 
-    _need(workers, scheduler)
-    spec = _read(study, settings or [])
-    if dry_run:
-        _list_trials(make_plan(spec), as_json)
-        return
-    _run(create(spec, out), workers, scheduler, as_json)
+        _need(workers, scheduler)
+        spec = _read(study, settings or [])
+        if dry_run:
+            _list_trials(make_plan(spec), None if scheduler else max(1, workers), as_json)
+            return
+        _run(create(spec, out), workers, scheduler, as_json)
 
 
-def resume(folder: Folder, workers: Workers = 2, scheduler: Scheduler = None, as_json: Json = False) -> None:
+def resume(folder: Folder, workers: Workers = WORKERS, scheduler: Scheduler = None, as_json: Json = False) -> None:
     """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
-    _need(workers, scheduler)
-    _run(folder, workers, scheduler, as_json)
+    with _going_on(_resumption(folder, workers, scheduler)):
+        _need(workers, scheduler)
+        _run(folder, workers, scheduler, as_json)
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
@@ -80,13 +89,36 @@ def status(folder: Folder, as_json: Json = False) -> None:
         print(f"to go on: atn-norms resume {folder}")
 
 
-def report(folder: Folder, as_json: Json = False) -> None:
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.")] = None,
+    reach: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=LEVEL", help="Time the first reaching of this validation score; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Make the report of a study anew from what is finished, and print its table."""
     _need(0)
     with _going_on(f"atn-norms report {folder}"):
         from atn_norms.ablation import load
 
-        _report(load(folder), folder, as_json)
+        _report(load(folder), folder, as_json, out, _levels(reach or []))
+
+
+def _levels(given: Sequence[str]) -> dict[str, float]:
+    from atn_norms.problems import SpecError, shown
+
+    levels = {}
+    for each in given:
+        task, equals, level = each.rpartition("=")
+        try:
+            levels[task] = float(level)
+        except ValueError:
+            equals = ""
+        if not (equals and task):
+            raise SpecError(f"--reach {shown(each)}: must be TASK=LEVEL with a number, such as adding=0.05")
+    return levels
 
 
 def _need(workers: int, scheduler: str | None = None) -> None:
@@ -104,12 +136,12 @@ def _need(workers: int, scheduler: str | None = None) -> None:
         check_scheduler(scheduler)
 
 
-def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
-    from atn_norms.ablation import BUILTIN, StudySpec, override
+def _read(study: str, settings: Sequence[str]) -> StudySpec:
+    from atn_norms.ablation import StudySpec, override, ready
     from atn_norms.problems import dotted
     from atn_norms.specs import parse, read, validate
 
-    data, where = parse(BUILTIN, "built-in study.yaml") if study is None else read(study)
+    data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
     set_names = [setting.partition("=")[0].strip() for setting in settings]
 
     def place(path: tuple[Any, ...]) -> str:
@@ -121,7 +153,7 @@ def _read(study: Path | None, settings: Sequence[str]) -> StudySpec:
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
-    with _going_on(f"atn-norms resume {folder}"):
+    with _going_on(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import load, run
         from atn_norms.commands.progress import shown
 
@@ -142,14 +174,21 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
         raise typer.Exit(1)
 
 
+def _resumption(folder: Path, workers: int, scheduler: str | None) -> str:
+    """Write the command that goes on just as this one did."""
+    where = ["--scheduler", scheduler] if scheduler else ["--workers", str(workers)] if workers != WORKERS else []
+    return shlex.join(["atn-norms", "resume", str(folder), *where])
+
+
 @contextmanager
 def _going_on(command: str) -> Iterator[None]:
-    """Say how to go on when it is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what is finished is kept. To go on: {command}", err=True)
-        raise typer.Exit(130) from None
+    """Say how to go on when it is interrupted or asked to end."""
+    with heard():
+        try:
+            yield
+        except KeyboardInterrupt as end:
+            typer.echo(f"\nstopped; what is finished is kept. To go on: {command}", err=True)
+            raise typer.Exit(exit_code(end)) from None
 
 
 def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
@@ -171,25 +210,32 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
         print(f"this may take about {duration(seconds)}, going by a few timed steps", flush=True)
 
 
-def _list_trials(plan: Plan, as_json: bool) -> None:
-    from atn_norms.commands.progress import called
+def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
+    from atn_norms.ablation.estimate import duration_of
+    from atn_norms.commands.progress import called, duration
 
-    trials = [{"id": each.id, "points": list(each.points), "trial": each.trial} for each in plan.trials]
+    seconds = at_a_time and duration_of([each.trial for each in plan.trials], at_a_time)
     if as_json:
-        print_json({"name": plan.name, "trials": trials})
+        trials = [{"id": each.id, "points": list(each.points), "trial": each.trial} for each in plan.trials]
+        print_json({"name": plan.name, "estimated_seconds": seconds, "trials": trials})
         return
     rows = [
         (each.id, each.trial["seed"], each.trial["train"]["steps"], "; ".join(map(called, each.points)))
         for each in plan.trials
     ]
     print_table(f"study {plan.name!r}: {len(rows)} trials", ("trial", "seed", "steps", "points"), rows)
+    if seconds is not None:
+        each = f"{at_a_time} at a time" if at_a_time != 1 else "one after another"
+        print(f"\n{len(rows)} trials, {each}: about {duration(seconds)}, going by a few timed steps")
 
 
-def _report(record: StudyRecord, folder: Path, as_json: bool) -> None:
+def _report(
+    record: StudyRecord, folder: Path, as_json: bool, out: Path | None = None, reach: dict[str, float] | None = None
+) -> None:
     from atn_norms.ablation.report import table, write
 
-    page, *others = write(record, folder / "report")
-    results = table(record)
+    page, *others = write(record, out or folder / "report", reach)
+    results = table(record, reach)
     if as_json:
         files = [str(path) for path in (page, *others)]
         print_json({"name": record.name, "folder": str(folder), "results": results.records, "report": files})

@@ -1,0 +1,182 @@
+"""A scheduler and workers that stand for several machines, some of which die, stand still, or come later."""
+
+import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from atn_norms.ablation import cluster, create, events, load, locks, run
+from atn_norms.problems import SpecError
+from tests.faults import children
+from tests.faults.children import ended
+from tests.faults.programs import Program
+from tests.faults.registry import fault
+from tests.waiting import PATIENCE, until
+
+STUDY = {
+    **children.STUDY,
+    "model": {"cell": "rnn", "hidden_size": 3, "backend": "reference"},  # slow enough to be killed at it
+    "train": {**children.STUDY["train"], "steps": 800, "log_every": 80, "eval_every": 400, "checkpoint_every": 80},
+    "axes": {"norm": ["none", "layer"]},
+    "seeds": 2,
+}
+QUIET = "3"  # seconds of silence after which a machine counts as gone here
+
+
+class Machines:
+    """Processes with folders of their own that only share the study's; `with` ends them all."""
+
+    def __init__(self, place):
+        self.place, self.programs = place, {}
+        (place / "work").mkdir()
+        self.scheduler = self._start("scheduler", "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard")
+        assert until(lambda: self._file.exists())
+
+    @property
+    def _file(self):
+        return self.place / "work" / "scheduler.json"
+
+    @property
+    def address(self):
+        return json.loads(self._file.read_text())["address"]
+
+    def worker(self, name):
+        options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
+        return self._start(name, "distributed.cli.dask_worker", *options)
+
+    def _start(self, name, *command):
+        surroundings = {"ATN_NORMS_SILENCE": QUIET}
+        program = Program([*command, "--scheduler-file", self._file], self.place / "work" / name, **surroundings)
+        self.programs[name] = program
+        return program
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for program in self.programs.values():
+            program.__exit__()
+
+
+@pytest.fixture
+def machines(place):
+    with Machines(place) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    assert ended(children.whole, folder, STUDY).error == ""
+    return children.truth(folder)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(locks, "SILENCE", float(QUIET))
+    monkeypatch.setattr(cluster, "PING", 2.0)
+    monkeypatch.setattr(events, "RETRY", 0.5)
+
+
+def trained_by(folder):
+    """Which processes have begun a trial."""
+    return {trial.run["process"] for trial in load(folder).trials if trial.run}
+
+
+@fault(
+    "a cluster at work: one worker machine killed, one stopped (SIGSTOP) until the study is done, two new ones",
+    "the trials of both go on elsewhere from their checkpoints; the stopped one lets go when it wakes; identical",
+)
+def test_machines_come_and_go(machines, place, truth, impatient):
+    folder = create(STUDY, place / "study")
+    dies, stops = machines.worker("dies"), machines.worker("stops")
+    told = []
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(run, folder, scheduler=machines.address, on_event=told.append)
+        assert until(lambda: {dies.process.pid, stops.process.pid} <= trained_by(folder) or done.done())
+        dies.signal(signal.SIGKILL)
+        stops.signal(signal.SIGSTOP)
+        for name in ("new", "newer"):
+            machines.worker(name)
+        record = done.result(PATIENCE)
+    stops.signal(signal.SIGCONT)
+    assert record.count("done") == 4, [trial.error for trial in record.trials]
+    assert len([event for event in told if event.kind == "done"]) == 4
+    assert any((trial.run or {}).get("attempts", 0) > 1 for trial in record.trials)
+    assert until(lambda: stops.process.poll() is not None), "a worker that its scheduler has dropped ends"
+    run(folder, workers=0)
+    assert children.truth(folder) == truth
+
+
+@fault("every worker of a cluster gone", "waits for new ones, at most 10 minutes, then says so; what is done is kept")
+@pytest.mark.deep
+def test_a_deserted_cluster(machines, place, truth, impatient, monkeypatch):
+    monkeypatch.setattr(cluster, "DESERTED", 5.0)
+    folder = create(STUDY, place / "study")
+    worker = machines.worker("one")
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(run, folder, scheduler=machines.address)
+        assert until(lambda: worker.process.pid in trained_by(folder))
+        worker.signal(signal.SIGKILL)
+        with pytest.raises(SpecError, match="has had no worker for 5 s; start some. What is finished is kept"):
+            done.result(PATIENCE)
+    assert ended(children.whole, folder, STUDY).error == ""
+    assert children.truth(folder) == truth
+
+
+@fault("the scheduler killed, or stopped", "an error in one sentence; resumed, identical")
+@pytest.mark.deep
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_scheduler_lost(number, machines, place, truth, impatient, monkeypatch):
+    monkeypatch.setattr(cluster, "PATIENCE", 3.0)
+    folder = create(STUDY, place / "study")
+    worker = machines.worker("one")
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(run, folder, scheduler=machines.address)
+        assert until(lambda: worker.process.pid in trained_by(folder))
+        machines.scheduler.signal(number)
+        with pytest.raises(SpecError, match="what is finished is kept"):
+            done.result(PATIENCE)
+    machines.scheduler.signal(signal.SIGCONT)
+    assert ended(children.impatient, 3.0, children.whole, folder, STUDY).error == ""
+    assert children.truth(folder) == truth
+
+
+@fault(
+    "the run killed while a cluster trains for it",
+    "the workers finish what they have in hand; resumed, that is waited for and seen; identical",
+)
+@pytest.mark.deep
+def test_a_run_killed_while_a_cluster_works_for_it(machines, place, truth):
+    folder = create(STUDY, place / "study")
+    worker = machines.worker("one")
+    driver = Program(["atn_norms", "resume", folder, "--scheduler", machines.address], place / "work" / "driver")
+    machines.programs["driver"] = driver
+    assert until(lambda: worker.process.pid in trained_by(folder) or driver.process.poll() is not None)
+    driver.signal(signal.SIGKILL)
+    driver.ends()
+    told = []
+    record = run(folder, scheduler=machines.address, on_event=told.append)
+    assert record.count("done") == 4
+    assert children.truth(folder) == truth
+
+
+@fault(
+    "Ctrl-C to a run while a cluster trains for it",
+    "the workers stop within seconds and are free for others; resumed, identical",
+)
+@pytest.mark.deep
+def test_a_run_interrupted_while_a_cluster_works_for_it(machines, place, truth):
+    folder = create(STUDY, place / "study")
+    worker = machines.worker("one")
+    driver = Program(["atn_norms", "resume", folder, "--scheduler", machines.address], place / "work" / "driver")
+    machines.programs["driver"] = driver
+    assert until(lambda: worker.process.pid in trained_by(folder) or driver.process.poll() is not None)
+    driver.everybody(signal.SIGINT)
+    assert driver.ends() == 130, driver.output()
+    assert f"To go on: atn-norms resume {folder}" in driver.output()
+    assert until(lambda: load(folder).count("running") == 0, limit=15)
+    assert worker.process.poll() is None and "Traceback" not in driver.output()
+    assert ended(children.whole, folder, STUDY).error == ""
+    assert children.truth(folder) == truth

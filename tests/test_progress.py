@@ -1,0 +1,95 @@
+"""A run as it goes: counted, timed, drawn on a terminal and written in a log."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from atn_norms.ablation import Event
+from atn_norms.commands import progress as module
+from atn_norms.commands.progress import Progress, shown
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands where it is put."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def event(kind, trial="a", step=0, finished=0, message="", loss=None, steps=100):
+    return Event(kind, trial, {"task": "adding", "norm": trial, "seed": "0"}, step, steps, finished, 4, message, loss)
+
+
+def test_the_time_left_goes_by_the_steps_of_this_run(clock):
+    progress = Progress(400)
+    for each in (event("started"), event("step", step=1), event("started", "b"), event("step", "b", 60)):
+        progress.see(each)
+    assert progress.left() == "", "nothing is known yet"
+    clock[0] += 40
+    progress.see(event("step", step=80))
+    progress.see(event("step", "b", 80))
+    # 80 steps here and 20 of b, whose first 60 may be an earlier run's, in 40 s: 240 more are to come
+    assert progress.left() == "about 2 min left" and progress.taken == 100 and progress.left_to_do == 240
+    progress.see(event("diverged", step=80, finished=1))
+    assert progress.left_to_do == 220, "the rest of a trial that ended early is nothing to wait for"
+    progress.see(event("failed", "b", step=80, finished=2, message="no"))
+    assert progress.summary() == "2 of 4 trials ended, 1 diverged, 1 failed, 0 running, 40 s so far, about 80 s left"
+
+
+def test_a_trial_that_is_never_seen_running_counts_in_full(clock):
+    progress = Progress(200)
+    progress.see(event("started"))
+    clock[0] += 10
+    progress.see(event("done", step=100, finished=1))
+    assert progress.taken == 100 and progress.left() == "about 10 s left"
+
+
+def test_the_table_shows_step_and_loss_of_what_runs(clock, monkeypatch):
+    progress = Progress(400)
+    progress.see(event("started"))
+    progress.see(event("step", step=50, loss=0.16734))
+    progress.see(event("busy", "b", step=20))
+    out = io.StringIO()
+    Console(file=out, width=100, height=20).print(module._drawn(progress, 20))
+    text = out.getvalue()
+    assert "0 of 4 trials ended, 2 running, 0 s so far" in text
+    assert re.search(r"adding norm=a seed=0 +50 of 100 +━{10}╌{10} +0\.1673", text)
+    assert re.search(r"adding norm=b seed=0 \(elsewhere\) +20 of 100", text)
+    progress.see(event("done", step=100, finished=1))
+    assert len(progress.running) == 1
+    for number in range(40):
+        progress.see(event("started", f"t{number}"))
+    out = io.StringIO()
+    Console(file=out, width=100, height=20).print(module._drawn(progress, 20))
+    assert "and 27 more" in out.getvalue() and out.getvalue().count("\n") <= 20
+
+
+def test_in_a_log_it_is_a_line_for_each_end_and_one_a_minute(clock, monkeypatch, capsys):
+    monkeypatch.setattr(module, "on_terminal", lambda: False)
+    with shown(400) as see:
+        see(event("started"))
+        see(event("step", step=1, loss=0.5))
+        assert capsys.readouterr().out == ""
+        clock[0] += 61
+        see(event("step", step=20, loss=0.25))
+        line = capsys.readouterr().out
+        assert line == (
+            "0 of 4 trials ended, 1 running, 61 s so far, about 19 min left: "
+            "adding norm=a seed=0 at step 20 of 100, loss 0.25\n"
+        )
+        see(event("step", step=21, loss=0.25))
+        assert capsys.readouterr().out == "", "not again so soon"
+        see(event("failed", step=21, finished=1, message="no"))
+        assert capsys.readouterr().out.startswith("[1/4] failed   adding norm=a seed=0  61 s: no")
+
+
+def test_a_table_on_a_terminal_leaves_the_failures_behind(monkeypatch, capsys):
+    monkeypatch.setattr(module, "on_terminal", lambda: True)
+    with shown(400) as see:
+        see(event("started"))
+        see(event("diverged", step=3, finished=1))
+    out = capsys.readouterr().out
+    assert "diverged" in out and "adding norm=a seed=0" in out
