@@ -58,14 +58,14 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
 
     Errors: `ValueError` for an unknown name, and for one that refuses this case, with its reason.
     """
-    backends = known()
     if name == "auto":
-        for backend in backends.values():
+        for backend in _IN_ORDER:
             reason = backend.refuses(cell, weights)
             if reason is None:
                 return backend
             if reason == unavailable():
                 warn_once()
+    backends = known()
     if name not in backends:
         names = ["auto", *backends]
         raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{hint(name, names)}")

@@ -44,11 +44,13 @@ class CellWeights:
     """What a cell computes with: tensors by torch's names, and the norm of each site that has one.
 
     `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and what else the cell
-    declares) to tensors; a bias that is absent is None.
+    declares) to tensors; a bias that is absent is None. `asked` is where a backend may leave, for its `run`, what it
+    found out when it was asked whether it refuses; a layer gathers its weights anew for every call.
     """
 
     tensors: Mapping[str, Tensor]
     norms: Mapping[str, SiteNorm] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -141,8 +143,8 @@ class Cell(ABC):
         """Raise `ValueError` for carried tensors of another number, shape, type or device than the cell carries."""
         like = weights["weight_hh"]
         expected = [(batch, size) for size in self.carried_sizes()]
-        fits = isinstance(carried, tuple) and all(isinstance(c, Tensor) for c in carried)
-        if not fits or [tuple(c.shape) for c in carried] != expected:
+        fits = isinstance(carried, tuple) and False not in [isinstance(c, Tensor) for c in carried]
+        if not fits or [c.shape for c in carried] != expected:
             allowed = ", ".join(f"[{batch}, {size}]" for _, size in expected)
             raise ValueError(f"{name}: carries {outline(carried)}; allowed for a batch of {batch}: ({allowed})")
         for c in carried:
@@ -156,9 +158,10 @@ class Cell(ABC):
             raise ValueError(f"state: {outline(state)}; allowed: (carried, norms), as this cell or layer returned it")
         carried, norms = state
         self.check_carried(weights, carried, batch)
-        if not isinstance(norms, tuple) or len(norms) != len(self.sites):
-            raise ValueError(f"state: norms {outline(norms)}; allowed: one state for each of {', '.join(self.sites)}")
-        for site, norm in zip(self.sites, norms, strict=True):
+        sites = self.sites
+        if not isinstance(norms, tuple) or len(norms) != len(sites):
+            raise ValueError(f"state: norms {outline(norms)}; allowed: one state for each of {', '.join(sites)}")
+        for site, norm in zip(sites, norms, strict=True):
             if not isinstance(norm, tuple) or (site not in weights.norms and norm != ()):
                 allowed = "what its norm returned" if site in weights.norms else "(), as it carries no norm"
                 raise ValueError(f"state: {outline(norm)} at site {site!r}; allowed: {allowed}")

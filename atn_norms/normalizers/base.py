@@ -76,7 +76,7 @@ class Normalizer(nn.Module, ABC):
         return None
 
     def batch_moments(self) -> BatchMoments | None:
-        """Declare that `measure`, `normalize` and what `population` reads are exactly `BatchMoments`, for a fast backend."""
+        """Declare that all it computes is exactly `BatchMoments`, and a fast backend may compute it."""
         return None
 
 

@@ -147,12 +147,12 @@ class BatchNorm(Normalizer):
         """Average the recorded steps of each slot of the population, and move the slot towards that average."""
         if not records:
             return
-        step = torch.cat([step.flatten() for _, step in records])
+        step = _joined([step.flatten() for _, step in records])
         mean, var, count = (
-            torch.cat([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves])
+            _joined([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves])
             for leaves in zip(*(pooled for pooled, _ in records), strict=True)
         )
-        var = var * torch.where(count > 1, count / (count - 1), 1.0)
+        unbiased = torch.where(count > 1, count / (count - 1), 1.0).squeeze(1)
         alive = step >= 0
         slots = 1 if self.max_steps is None else self.max_steps
         slot = torch.zeros_like(step) if self.max_steps is None else step
@@ -163,9 +163,9 @@ class BatchNorm(Normalizer):
         updates = tracked.clamp(min=1).to(mean.dtype)
         rate = 1.0 / updates if self.momentum is None else torch.full_like(updates, self.momentum)
         rate = torch.where(touched, rate, 0.0).unsqueeze(1)
-        for running, leaf in ((self.running_mean, mean), (self.running_var, var)):
+        for running, leaf, parts in ((self.running_mean, mean, share), (self.running_var, var, share * unbiased)):
             old = promoted(running).reshape(slots, -1)
-            new = share @ torch.where(alive.unsqueeze(1), leaf, 0.0)
+            new = parts @ torch.where(alive.unsqueeze(1), leaf, 0.0)
             running.copy_(torch.where(rate > 0, old + rate * (new - old), old).reshape(running.shape))
         self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
 
@@ -196,6 +196,10 @@ class BatchNormSpec(NormSpec):
             max_steps=self.max_steps,
             initial_gain=self.initial_gain,
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _is_number(value: object) -> bool:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.normalizers.base import BatchMoments, FeatureMoments, Normalizer, batch_moments, feature_moments, scanning
+from atn_norms.normalizers.base import (
+    BatchMoments,
+    FeatureMoments,
+    Normalizer,
+    batch_moments,
+    feature_moments,
+    scanning,
+)
 
 
 class PerGate(Normalizer):
@@ -71,7 +78,10 @@ class PerGate(Normalizer):
         known = [moments for moments in every if moments is not None]
         if not known or len(known) < len(every):
             return None
-        if len({(m.eps, m.gain is None, m.shift is None, m.measured, m.per_step, m.shape) for m in known}) > 1 or known[0].shape:
+        if (
+            len({(m.eps, m.gain is None, m.shift is None, m.measured, m.per_step, m.shape) for m in known}) > 1
+            or known[0].shape
+        ):
             return None
         features = self.features or 0
         gain, shift = _joined([m.gain for m in known]), _joined([m.shift for m in known])

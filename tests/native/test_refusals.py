@@ -68,15 +68,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "projection": (lambda: an.LSTM(2, 3, norm="layer", proj_size=2), "it has no projection (proj_size)"),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec()),
-        "the norm at ih (Foreign) is not declared as moments over features",
+        "the norm at ih (Foreign) is not declared as moments over features or over the batch",
     ),
     "a subclass that normalizes otherwise": (
         lambda: an.RNN(2, 3, norm={"sites": {"hh": HalvedSpec()}}),
-        "the norm at hh (Halved) is not declared as moments over features",
+        "the norm at hh (Halved) is not declared as moments over features or over the batch",
     ),
     "gates that differ": (
         lambda: changed_gate(an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"})),
-        "the norm at ih (PerGate) is not declared as moments over features",
+        "the norm at ih (PerGate) is not declared as moments over features or over the batch",
     ),
     "a window of another class": (
         lambda: an.GRU(2, 3, norm="layer", window=LatelySpec()),

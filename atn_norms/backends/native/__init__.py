@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from atn_norms.backends.native.batches import Batch
 from atn_norms.backends.native.library import unavailable
-from atn_norms.backends.native.plan import Plan, planned, refusal
+from atn_norms.backends.native.plan import PLACES, Plan, planned
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.trees import Leaf, Tree, checked_state, tree_leaves
@@ -23,57 +24,88 @@ class Native:
             return f"it runs on the CPU, and the layer is on {like.device.type}"
         if like.dtype not in (torch.float32, torch.float64):
             return f"it runs float32 and float64, and the layer is {like.dtype}"
-        return refusal(cell, weights) or unavailable()  # the case first: compiling would not help it
+        found = planned(cell, weights)
+        if isinstance(found, str):  # the case first: compiling would not help it
+            return found
+        weights.asked[self.name] = cell, found
+        return unavailable()
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tree]:
-        from atn_norms.backends.native.ops import recurrent
+        from atn_norms.backends.native import direct  # not before it is needed: registering operators takes a while
 
-        if xs.shape[1] == 0:  # the kernels share the rows out among threads, and there are none
+        steps, batch, _ = xs.shape
+        asked, found = weights.asked.pop(self.name, (None, ""))
+        found = found if asked is cell else planned(cell, weights)
+        assert not isinstance(found, str), found  # refused otherwise
+        plan, moments = found
+        # Without rows there is nothing to share out among threads, and one is refused where a batch is measured.
+        if batch == 0 or (batch == 1 and plan.measured):
             return Reference().run(cell, weights, xs, state, lengths)
-        plan, moments = planned(cell, weights)
         carried, norms = state
-        names = list(cell.sites)
-        places = [names.index(site.site) for site in plan.sites]
+        memories = [norms[PLACES[site.site]] for site in plan.sites]
         if lengths is not None:
-            xs = torch.where((torch.arange(xs.shape[0]).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
-        memories = _checked_memories([norms[place] for place in places], plan, xs.shape[1])
-        flat = [leaf.double() for memory in memories if memory is not None for leaf in tree_leaves(memory[1])]
+            xs = torch.where((torch.arange(steps).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
         affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
-        tensors = [xs, *weights.tensors.values(), *carried, *affine, *flat]
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        h0 = carried[0]
-        ys, hn, cn, *after = recurrent(
-            xs,
-            weights["weight_ih"],
-            weights["weight_hh"],
-            weights.get("bias_ih"),
-            weights.get("bias_hh"),
-            h0,
-            carried[1] if plan.is_lstm else h0.new_empty(0),
-            affine,
-            flat,
-            lengths,
-            plan.encode(),
-            keep,
-        )
-        rest = iter(after)
-        happened = torch.full((xs.shape[1],), xs.shape[0]) if lengths is None else lengths
-        new = list(norms)
-        for place, memory, site in zip(places, memories, plan.sites, strict=True):
-            weights, *statistic = (next(rest) for _ in range(1 + site.leaves))
-            new[place] = (happened if memory is None else memory[0] + happened, (weights, tuple(statistic)))
-        return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(new))
+        h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
+        single = [xs, *[weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")], h0, c0]
+        rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
+        populations = [] if rows is None else rows.populations(weights)
+        leaves = _opened(memories, batch) if rows is None else rows.leaves()
+        results = None if leaves is None else direct.attempt(plan, *single, affine, populations, leaves, lengths)
+        if results is None:
+            leaves = _checked_leaves(memories, plan, batch) if rows is None else rows.leaves()
+            keep = torch.is_grad_enabled() and any(
+                tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
+            )
+            results = direct.ops.recurrent(*single, affine, populations, leaves, lengths, plan.encode(), keep)
+        ys, hn, cn, *after = results
+        happened = torch.full((batch,), steps) if lengths is None else lengths
+        following, indices, start = list(norms), {}, 0
+        for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
+            end = start + 1 + site.leaves
+            if rows is not None:
+                following[PLACES[site.site]] = rows.following(place, after[start:end])
+                start = end
+                continue
+            index = None if memory is None else memory[0]
+            if id(index) not in indices:  # all sites count the same steps, mostly in one tensor
+                indices[id(index)] = happened if index is None else index + happened
+            following[PLACES[site.site]] = (indices[id(index)], (after[start], tuple(after[start + 1 : end])))
+            start = end
+        if rows is not None:
+            rows.record(weights, after[start:])
+        return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(following))
 
 
-def _checked_memories(memories: list[Tree], plan: Plan, batch: int) -> list[Tree]:
-    """The sites' states, all fresh (None) or all of the very sizes that the kernels will read."""
+def _opened(memories: list[Tree], batch: int) -> list[Tensor] | None:
+    """The leaves of the sites' states, none where all are fresh; None where one is not what a site returns."""
+    leaves: list[Tensor] = []
     if all(memory is None for memory in memories):
-        return memories
-    checked = []
+        return leaves
+    for memory in memories:
+        if not (
+            isinstance(memory, tuple) and len(memory) == 2 and isinstance(memory[1], tuple) and len(memory[1]) == 2
+        ):
+            return None
+        index, (weights, statistic) = memory
+        if not isinstance(statistic, tuple) or not isinstance(index, Tensor):
+            return None
+        if index.dtype != torch.int64 or index.shape != (batch,) or not index.is_cpu:
+            return None
+        leaves += (weights, *statistic)
+    return leaves if False not in [isinstance(leaf, Tensor) for leaf in leaves] else None
+
+
+def _checked_leaves(memories: list[Tree], plan: Plan, batch: int) -> list[Tensor]:
+    """The same in float64; `ValueError` where a state does not fit."""
+    leaves: list[Tensor] = []
+    if all(memory is None for memory in memories):
+        return leaves
     for memory, site in zip(memories, plan.sites, strict=True):
         weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(batch))
         wanted = (Leaf((), floating=False), (weights, tuple(statistic)))
-        checked.append(checked_state(memory, wanted, batch, torch.device("cpu")))
-    return checked
+        checked_state(memory, wanted, batch, torch.device("cpu"))
+        leaves += [leaf.double() for leaf in tree_leaves(memory[1])]
+    return leaves

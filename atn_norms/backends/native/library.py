@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 SITES = 3
 
 
@@ -24,7 +24,9 @@ class SiteArgs(ctypes.Structure):
         *((name, c_double) for name in ("decay", "eps")),
         *((name, c_void_p) for name in ("gain", "shift")),
         *((name, c_void_p * 3) for name in ("state", "next", "dnext", "dstate")),
-        *((name, c_void_p) for name in ("dgain", "dshift", "timeline")),
+        *((name, c_void_p) for name in ("dgain", "dshift")),
+        ("populations", c_int64),
+        *((name, c_void_p) for name in ("population", "timeline")),
     ]
 
 
@@ -41,6 +43,13 @@ class CallArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")),
         ("site", SiteArgs * SITES),
     ]
+
+
+def word(name: str, site: int | None = None, leaf: int = 0) -> int:
+    """Which 8-byte word of a `CallArgs` holds an address: that of a field, or of a field of a site, or of its leaf."""
+    if site is None:
+        return getattr(CallArgs, name).offset // 8
+    return (CallArgs.site.offset + site * ctypes.sizeof(SiteArgs) + getattr(SiteArgs, name).offset) // 8 + leaf
 
 
 class Library:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
 
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, RNNEquations
-from atn_norms.normalizers import FeatureMoments, feature_moments
+from atn_norms.normalizers import BatchMoments, FeatureMoments, batch_moments, feature_moments
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
+DOUBLE = torch.float64
 MOST_GROUPS = 64  # lanes of a block live on the kernel's stack
+PLACES = {"ih": 0, "hh": 1, "c": 2}  # of a site in a cell of the default placement, and in the kernels
+
+
+BATCH, POPULATION, POPULATIONS = 1, 2, 3  # `SitePlan.coupled`; what norms: the batch, or a population, or one a step
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One norm site: the statement, the window, and which affine tensors there are."""
+    """One norm site: the statement, the window, and which affine tensors there are.
+
+    Where the norm couples the batch, every feature has a statement, `groups` are gates, and there is one state.
+    """
 
     site: str
     features: int
@@ -26,20 +37,21 @@ class SitePlan:
     gain: bool
     shift: bool
     leaf: tuple[int, ...]  # trailing axes of a leaf of the statement
+    coupled: int = 0  # BATCH, POPULATION, POPULATIONS, or 0: every row by itself
 
     def encode(self) -> str:
         """As a text: the fields in order."""
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {self.eps!r} {self.steps} {self.decay!r} "
-            f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf))}"
+            f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf))} {self.coupled}"
         )
 
     @staticmethod
     def decode(text: str) -> SitePlan:
         """From a text."""
-        site, features, groups, centred, eps, steps, decay, gain, shift, leaf = text.split()
+        site, features, groups, centred, eps, steps, decay, gain, shift, leaf, coupled = text.split()
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
-        return SitePlan(site, *numbers, gain == "1", shift == "1", tuple(map(int, leaf.split("x"))))
+        return SitePlan(site, *numbers, gain == "1", shift == "1", tuple(map(int, leaf.split("x"))), int(coupled))
 
     @property
     def prefix(self) -> int:
@@ -53,15 +65,28 @@ class SitePlan:
 
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Shapes of the state's leaves: the weights, then those of the statistic."""
+        batch = 1 if self.coupled else batch
         rows = (batch, self.prefix) if self.steps else (batch,)
         return [rows, *[(*rows, *self.leaf)] * self.leaves]
 
+    def populations(self, steps: int) -> int:
+        """How many populations stand in for the batch's statements in a sequence."""
+        return steps if self.coupled == POPULATIONS else 1
+
     def doubles(self, steps: int, batch: int) -> int:
         """Length of the timeline: every statement of a sequence, own and pooled, and the prefix's weights."""
-        return self.prefix * batch + (2 * (self.prefix + steps) + 4 * steps) * batch * self.groups
+        # As `atn_norms_timeline` and `atn_norms_batch_timeline` have it; here so that a compiler can trace it.
+        if self.coupled:
+            hidden = self.features // self.groups
+            blocks, many = (hidden + 31) // 32, min(hidden, 32)
+        else:
+            blocks = (batch + 15) // 16
+            many = (batch + blocks - 1) // blocks
+        lanes = (many * self.groups + 7) // 8 * 8
+        return blocks * lanes * (3 * self.prefix + 6 * steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: what is remembered of a plan must be found fast
 class Plan:
     """A cell and its sites, in the order of the cell."""
 
@@ -77,6 +102,16 @@ class Plan:
     def gates(self) -> int:
         """Gates of the cell."""
         return {"lstm": 4, "gru": 3}.get(self.cell, 1)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the norms couple the batch; all sites do, or none."""
+        return self.sites[0].coupled != 0
+
+    @property
+    def measured(self) -> list[SitePlan]:
+        """The sites that hand out what they pooled, for a population's records."""
+        return [site for site in self.sites if site.coupled == BATCH]
 
     def encode(self) -> str:
         """As a text; nothing but formatting, so that a compiler can trace it."""
@@ -106,48 +141,61 @@ def window_of(window: Window) -> tuple[int, float] | None:
     return (0, 2.0 ** (-1.0 / window.half_life)) if type(window) is Exponential else None
 
 
-def refusal(cell: Cell, weights: CellWeights) -> str | None:
-    """In one sentence why the kernels do not know this case, whatever the machine; None if they do."""
-    if kernel_of(cell) is None:
+Declared: TypeAlias = FeatureMoments | BatchMoments
+
+
+def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | str:
+    """The plan of a case and each site's moments with their tensors; or in one sentence why there is no kernel for it.
+
+    It is asked anew for every call: what a norm declares of itself may have changed.
+    """
+    kernel, placement = kernel_of(cell), cell.placement
+    if kernel is None:
         return f"it has no kernel for {type(cell).__name__}"
     if getattr(cell, "proj_size", 0):
         return "it has no projection (proj_size)"
-    if cell.placement.sum != "separate" or cell.placement.carry != "raw":
+    if placement.sum != "separate" or placement.carry != "raw":
         return "it runs the default placement (sums separate, cell state carried raw) only"
     if not weights.norms:
         return "it runs normed cells only"
-    for site, norm in weights.norms.items():
-        moments = feature_moments(norm.normalizer)
-        if moments is None:
-            return f"the norm at {site} ({type(norm.normalizer).__name__}) is not declared as moments over features"
-        if moments.groups > MOST_GROUPS:
-            return f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
-        dtype = weights["weight_hh"].dtype
-        if any(tensor is not None and tensor.dtype != dtype for tensor in (moments.gain, moments.shift)):
-            return f"the norm at {site} is of another type than the layer, {dtype}"
-        if window_of(norm.window) is None:
-            return f"it has no kernel for the window {norm.window!r} at {site}"
-    return None
-
-
-def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[FeatureMoments]]:
-    """The plan of a case that is not refused, and each site's moments with their tensors."""
+    dtype = weights["weight_hh"].dtype
     sites, all_moments = [], []
+    apart = None
     for site, norm in weights.norms.items():
-        moments, window = feature_moments(norm.normalizer), window_of(norm.window)
-        assert moments is not None and window is not None  # refused otherwise
-        sites.append(
-            SitePlan(
-                site,
-                cell.sites[site],
-                moments.groups,
-                moments.centred,
-                moments.eps,
-                *window,
-                moments.gain is not None,
-                moments.shift is not None,
-                moments.leaf,
-            )
-        )
+        moments = feature_moments(norm.normalizer) or batch_moments(norm.normalizer)
+        if moments is None:
+            name = type(norm.normalizer).__name__
+            return f"the norm at {site} ({name}) is not declared as moments over features or over the batch"
+        coupled = isinstance(moments, BatchMoments)
+        if apart is not None and apart != coupled:
+            return "norms over the batch and norms of single rows are at different sites of it"
+        apart = coupled
+        if isinstance(moments, FeatureMoments) and moments.groups > MOST_GROUPS:
+            return f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
+        gain, shift = moments.gain, moments.shift
+        if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
+            return f"the norm at {site} is of another type than the layer, {dtype}"
+        window = window_of(norm.window)
+        if window is None:
+            return f"it has no kernel for the window {norm.window!r} at {site}"
+        has = gain is not None, shift is not None
+        if isinstance(moments, BatchMoments):
+            gates, shape = cell.gates_at(site), moments.shape or (cell.sites[site],)
+            kind = BATCH if moments.measured else POPULATIONS if moments.per_step else POPULATION
+            sites.append((site, gates, True, moments.eps, *window, *has, shape, kind))
+        else:
+            sites.append((site, moments.groups, moments.centred, moments.eps, *window, *has, moments.leaf, 0))
         all_moments.append(moments)
-    return Plan(str(kernel_of(cell)), tuple(sites)), all_moments
+    # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
+    plan = (_plan if torch.compiler.is_compiling() else _remembered_plan)(kernel, cell.hidden_size, tuple(sites))
+    return plan, all_moments
+
+
+def _plan(kernel: str, hidden: int, sites: tuple[tuple[Any, ...], ...]) -> Plan:
+    gates = {"lstm": 4, "gru": 3}.get(kernel, 1)
+    return Plan(
+        kernel, tuple(SitePlan(site[0], hidden * (1 if site[0] == "c" else gates), *site[1:]) for site in sites)
+    )
+
+
+_remembered_plan = lru_cache(maxsize=256)(_plan)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm
-from atn_norms.backends.native.plan import Plan, SitePlan
+from atn_norms.backends.native.plan import BATCH, Plan, SitePlan
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
 from atn_norms.normalizers import Normalizer
@@ -21,21 +21,20 @@ from atn_norms.trees import tree_leaves
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 
-def differentiable_backward(plan_text: str, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Gradients of the operator `recurrent`, in the order of its arguments, as functions that have a gradient.
+def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Gradients of the operator `recurrent`, in the order of its tensors, as functions that have a gradient.
 
     | symbol | meaning |
     |---|---|
     | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where nothing is asked |
-    | `inputs` | xs, the weights, the biases, h0, c0, affine, states, lengths, as the operator took them |
+    | `inputs` | xs, the weights, the biases, h0, c0, affine, populations, states, lengths, as the operator took them |
     """
-    plan = Plan.decode(plan_text)
-    *single, affine, states, lengths = inputs
+    *single, affine, populations, states, lengths = inputs
     with torch.enable_grad():
         # A weight may itself depend on xs; views of the arguments make every gradient a partial one.
         single = [None if tensor is None else tensor.view_as(tensor) for tensor in single]
         affine, states = ([tensor.view_as(tensor) for tensor in tensors] for tensors in (affine, states))
-        results = _run(plan, single, affine, states, lengths)
+        results = _run(plan, single, affine, populations, states, lengths)
         dys, dhn, dcn, dstates = gradients
         asked = [
             (result, gradient)
@@ -59,28 +58,39 @@ def differentiable_backward(plan_text: str, gradients: tuple[Any, ...], inputs: 
     return (
         *islice(every, len(single)),
         *(list(islice(every, len(many))) for many in (affine, states)),
-        None,
-        None,
-        None,
     )
 
 
-class _FeatureMoments(Normalizer):
+class _Moments(Normalizer):
     """What a `SitePlan` says of a norm, computed by PyTorch; one value a group in every leaf."""
 
-    def __init__(self, plan: SitePlan, gain: Tensor | None, shift: Tensor | None) -> None:
+    def __init__(self, plan: SitePlan, gain: Tensor | None, shift: Tensor | None, population: Tensor | None) -> None:
         super().__init__()
-        self._plan, self._gain, self._shift = plan, gain, shift
+        self._plan, self._gain, self._shift, self._population = plan, gain, shift, population
+        self.couples_batch = plan.coupled != 0
 
-    def measure(self, x: Tensor) -> Moments | Average:
+    def measure(self, x: Tensor) -> Any:
+        if self._plan.coupled:
+            rows = promoted(x)
+            return Moments(rows, torch.zeros_like(rows))
         groups = x.unflatten(-1, (self._plan.groups, -1))
         said = Moments.of(groups) if self._plan.centred else Average.of(promoted(groups).square())
         return type(said)(*(leaf.squeeze(-1) for leaf in said))
 
+    def population(self, pooled: Any, step: Tensor) -> Any:
+        if self._population is None:
+            return pooled
+        last = len(self._population) - 1
+        return Moments(*self._population[step.clamp(0, last)].chunk(2, -1))
+
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        if self._plan.coupled:
+            return self._scaled((x - pooled.mean) * torch.rsqrt(pooled.var + self._plan.eps))
         *mean, spread = (leaf.unsqueeze(-1) for leaf in pooled)
         groups = x.unflatten(-1, (self._plan.groups, -1))
-        y = ((groups - mean[0] if mean else groups) * torch.rsqrt(spread + self._plan.eps)).flatten(-2)
+        return self._scaled(((groups - mean[0] if mean else groups) * torch.rsqrt(spread + self._plan.eps)).flatten(-2))
+
+    def _scaled(self, y: Tensor) -> Tensor:
         y = y if self._gain is None else y * self._gain
         return y if self._shift is None else y + self._shift
 
@@ -98,7 +108,7 @@ class _Site:
         if not self.given:
             return None
         weights, *leaves = self.given
-        lanes = (*weights.shape, self.plan.groups)
+        lanes = (*weights.shape, self.plan.features if self.plan.coupled else self.plan.groups)
         return weights.new_zeros(weights.shape[0], dtype=torch.int64), (
             weights,
             tuple(x.reshape(lanes) for x in leaves),
@@ -112,16 +122,22 @@ class _Site:
 
 
 def _run(
-    plan: Plan, single: list[Any], affine: list[Tensor], states: list[Tensor], lengths: Tensor | None
+    plan: Plan,
+    single: list[Any],
+    affine: list[Tensor],
+    populations: Sequence[Tensor],
+    states: list[Tensor],
+    lengths: Tensor | None,
 ) -> list[Tensor]:
     """The operator's results that have a gradient, by the reference."""
     xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = single
     cell = _cell(plan, weight_hh.shape[1])
-    factors, given = iter(affine), iter(states)
+    factors, given, stand_ins = iter(affine), iter(states), iter(populations)
     sites = {}
     for site in plan.sites:
         gain, shift = (next(factors) if there else None for there in (site.gain, site.shift))
-        norm = SiteNorm(_FeatureMoments(site, gain, shift), _window(site))
+        population = next(stand_ins) if site.coupled not in (0, BATCH) else None
+        norm = SiteNorm(_Moments(site, gain, shift, population), _window(site))
         sites[site.site] = _Site(site, norm, list(islice(given, 1 + site.leaves)))
     tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})

@@ -8,16 +8,19 @@
 #include "recurrent.h"
 
 #define BLOCK_ROWS 16
+#define BLOCK_UNITS 32 /* hidden units, where norms couple the rows */
 #define LANE_STEP 8 /* lanes of a block are filled up to a multiple of this */
 #define MOST_TOGETHER 4               /* blocks */
 #define NEAR_BYTES ((size_t)1 << 20)  /* of recurrent weights */
+#define UNPACKED 8                    /* rows and steps in all for which no weights are packed */
 #define THIN 4                        /* input features whose weight gradients are summed without a product */
 
 /* A site while it is worked on: what a Site says, and where in its timeline and in work space everything of one block lies.
-   A block's part of the timeline is one piece. A lane that no row fills holds a mean and a variance of 0. */
+   A block's part of the timeline is one piece. A lane that no row fills holds a mean and a variance of 0.
+   Where norms couple the batch, blocks are of hidden units, and lane = gate * width of the block + unit. */
 typedef struct {
     int32_t norm, window;
-    int64_t features, groups, prefix, lanes;
+    int64_t features, groups, prefix, lanes, blocks;
     int64_t hidden; /* how many statements of the prefix, from the oldest on, have weight 0 in every row */
     double decay, eps;
     const void *gain, *shift;
@@ -30,7 +33,7 @@ typedef struct {
     double *dmean, *dvar;    /* [prefix + T, L] gradient of own statements */
     double *dmu, *dv;        /* [T, L] gradient of pooled statements */
     double *carry;           /* [2, L] what comes back in time */
-    double *dgain, *dshift;  /* [F] sums */
+    double *dgain, *dshift;  /* sums: [F], or [L] where norms couple the batch */
     double *room;            /* where all that is not in the timeline lies */
 } Line;
 
@@ -38,6 +41,9 @@ typedef struct {
 typedef struct {
     int32_t cell, threads;
     int64_t steps, batch, inputs, hidden;
+    int coupled;       /* whether norms couple the batch */
+    int64_t live;      /* then: steps in which any row is alive */
+    double *counts;    /* and [T] live rows of each step */
     const Call *call;
     Line site[SITES]; /* of the first block */
 } Work;
@@ -53,6 +59,7 @@ Line atn_norms_line(const Line *first, int64_t steps, int64_t block);
 void *atn_norms_memory(size_t bytes); /* aligned to a cache line; NULL where there is none */
 int64_t atn_norms_block_start(int64_t batch, int64_t block); /* first row of a block */
 int64_t atn_norms_blocks(int64_t batch);                        /* into how many blocks of rows a batch is cut */
+int64_t atn_norms_unit_blocks(int64_t hidden);                  /* and hidden units */
 int atn_norms_thread(void);           /* index of the calling thread in its team */
 int atn_norms_team(void);             /* how many the team has */
 void atn_norms_wait(void);            /* until all of the team are there */

@@ -10,6 +10,8 @@ typedef struct { REAL high, scale, rest; } FN(Affine);
 typedef struct {
     const REAL *x, *gain, *shift;
     FN(Affine) by[4];
+    const REAL *high; /* where every feature has a statement of its own: y = (x - high) * gain + shift */
+    int each;         /* whether it is so; a constant where units are computed */
 } FN(Side);
 
 /* Run `call` with `at` and a constant `n` over all H units. */
@@ -23,6 +25,7 @@ typedef struct {
 
 /* Numbers i to i + n - 1 of a normed row, whose unit lies in the given gate. */
 INLINE FN(vec) FN(normed)(const FN(Side) *side, int gate, long i, long n) {
+    if (side->each) return (FN(load)(side->x + i, n) - FN(load)(side->high + i, n)) * FN(load)(side->gain + i, n) + FN(load)(side->shift + i, n);
     const FN(Affine) by = side->by[gate];
     const FN(vec) normal = (FN(load)(side->x + i, n) - by.high) * by.scale + by.rest;
     return normal * FN(load)(side->gain + i, n) + FN(load)(side->shift + i, n);

@@ -241,6 +241,25 @@ static void FN(product)(int id, int team, long R, long K, long M, const REAL *A,
         FN(strip)(0, M > 4 * PANEL, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p); /* of many, half a one is not worth it */
 }
 
+/* The same of a matrix [M, K] as it is: for so few rows that packing it would cost more than the product. */
+static void FN(dots)(int id, int team, long R, long K, long M, const REAL *A, long lda, const REAL *matrix, const REAL *bias, REAL *out) {
+    for (long m = M * id / team; m < M * (id + 1) / team; m += 2) {
+        const REAL *one = matrix + m * K, *other = m + 1 < M ? one + K : one;
+        for (long r = 0; r < R; r++) {
+            FN(vec) first = {0}, second = {0};
+            for (long k = 0; k < K; k += VL) {
+                const FN(vec) a = FN(load)(A + r * lda + k, K - k);
+                first += a * FN(load)(one + k, K - k);
+                second += a * FN(load)(other + k, K - k);
+            }
+            double sums[2] = {bias ? (double)bias[m] : 0.0, bias && m + 1 < M ? (double)bias[m + 1] : 0.0};
+            FN(totals)(first, second, sums, sums + 1);
+            out[r * M + m] = (REAL)sums[0];
+            if (m + 1 < M * (id + 1) / team) out[r * M + m + 1] = (REAL)sums[1];
+        }
+    }
+}
+
 /* Rows from to to of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */
 static void FN(accumulate)(long from, long to, long N, long K, long M, const REAL *A, const REAL *packed, REAL *out) {
     for (long p = 0; p < M; p += PANEL, packed += K * PANEL)

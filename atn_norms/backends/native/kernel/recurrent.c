@@ -11,7 +11,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 2
+#define INTERFACE 3
 
 static int32_t cap = 2;
 static volatile int forked = 0;
@@ -87,6 +87,8 @@ int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0,
 int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
 
 int64_t atn_norms_blocks(int64_t batch) { return (batch + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+
+int64_t atn_norms_unit_blocks(int64_t hidden) { return (hidden + BLOCK_UNITS - 1) / BLOCK_UNITS; }
 
 /* Blocks as equal as can be, whatever the number of threads. */
 int64_t atn_norms_block_start(int64_t batch, int64_t block) { return batch * block / atn_norms_blocks(batch); }

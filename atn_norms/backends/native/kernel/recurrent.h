@@ -10,30 +10,38 @@
 #include <stdint.h>
 
 enum { CELL_LSTM = 0, CELL_GRU = 1, CELL_RNN_TANH = 2, CELL_RNN_RELU = 3 };
-enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2 };
+/* Moments or a mean square over features, of every row by itself; or each feature's moments over the live rows of a step
+   (then every site that has a norm is of that kind), with which it is normed, or else with a population's. */
+enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2, NORM_BATCH = 3, NORM_POPULATION = 4 };
 enum { WINDOW_SLIDING = 0, WINDOW_DECAYING = 1 };
 enum { SITE_IH = 0, SITE_HH = 1, SITE_C = 2, SITES = 3 };
 
 typedef struct {
     int32_t norm;    /* NORM_* */
     int32_t window;  /* WINDOW_* */
-    int64_t features, groups;
+    int64_t features, groups; /* where norms couple the batch, groups are the gates of the site */
     int64_t prefix;  /* statements the state brings: k - 1 for a sliding window of k steps, 1 for a decaying one */
     double decay;    /* what remains of a step's weight one step later; 1 for a cumulative window */
     double eps;
     const void *gain, *shift; /* REAL [F] */
     /* The state, and the state that follows: weights [B, prefix], then mean and variance [B, prefix, G] each (of a mean
-       square, itself in the second place). A first that is NULL: a fresh window. */
+       square, itself in the second place). A first that is NULL: a fresh window. Of a batch there is one state:
+       [1, prefix] and [1, prefix, F]. */
     const double *state[3];
     double *next[3];
     const double *dnext[3]; /* backward: gradient of the state that follows; NULL: none */
     double *dstate[3];      /* backward: of the given state; NULL: not wanted */
     void *dgain, *dshift;   /* backward: REAL [F] */
+    int64_t populations;    /* of NORM_POPULATION: T, or 1 for all steps */
+    double *population;     /* of NORM_POPULATION [populations, 2 F]: means, then variances; of NORM_BATCH [T, 2 F + 1]: the
+                               pooled ones and the window's weight, written by the forward pass */
     double *timeline;       /* [atn_norms_timeline(...)] every statement of the sequence; forward fills it, backward reads it */
 } Site;
 
 /* Doubles in the timeline of a site. */
 int64_t atn_norms_timeline(int64_t prefix, int64_t steps, int64_t batch, int64_t groups);
+/* ... whose statements are taken over the rows of a batch. */
+int64_t atn_norms_batch_timeline(int64_t prefix, int64_t steps, int64_t hidden, int64_t groups);
 
 typedef struct {
     int32_t cell; /* CELL_* */
@@ -44,6 +52,7 @@ typedef struct {
     const void *weight_ih;     /* REAL [N, D] */
     const void *weight_hh;     /* REAL [N, H] */
     const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
+    /* Where norms couple the batch, these three lie block of units by block, as coupled.inc.h says. */
     void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, and computed again */
     void *recurrent;           /* REAL [T, B, N] recurrent products before their norm; NULL: not kept (forward only) */
     void *cells;               /* REAL [T, B, H] cell states of an LSTM; NULL: not kept (forward only) */

@@ -94,25 +94,35 @@ INLINE void FN(stream)(REAL *to, const REAL *from, long n) {
 /* Whether the recurrent weights are too large to stay near a processor. */
 INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
 
-/* A packed matrix and a padded bias. */
-typedef struct { REAL *panels, *bias; } FN(Packed);
-
-/* A step of one row in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h. */
-static void FN(row_forward)(const Work *work, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
-    const long H = work->hidden;
-    if (work->cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));
-    else if (work->cell == CELL_GRU) EVERY_UNIT(H, FN(gru)(n, at, H, x, u, old, now));
-    else if (work->cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn)(0, n, at, H, x, u, now));
-    else EVERY_UNIT(H, FN(rnn)(1, n, at, H, x, u, now));
-}
-
-static void FN(row_output)(long H, FN(Side) y, const REAL *gate, REAL *out) { EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out)); }
-
 /* A member of a team: the blocks it cares for are every `team`-th. */
 typedef struct { int id, team; } FN(Member);
 
 INLINE void FN(wait)(FN(Member) member) {
     if (member.team > 1) atn_norms_wait();
+}
+
+/* A packed matrix and a padded bias; without panels the matrix as it is, and its bias or NULL. */
+typedef struct { REAL *panels, *bias; const REAL *plain; } FN(Packed);
+
+/* What a member of a team computes of rows times weights. */
+static void FN(weigh)(FN(Member) me, FN(Packed) weight, long rows, long K, long M, const REAL *A, long lda, REAL *out) {
+    if (weight.panels) FN(product)(me.id, me.team, rows, K, M, A, lda, weight.panels, weight.bias, out);
+    else FN(dots)(me.id, me.team, rows, K, M, A, lda, weight.plain, weight.bias, out);
+}
+
+/* A step of one row's H units in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h.
+   `each`: features have statements of their own. */
+INLINE void FN(row_forward)(int cell, const int each, long H, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
+    x.each = u.each = each;
+    if (cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));
+    else if (cell == CELL_GRU) EVERY_UNIT(H, FN(gru)(n, at, H, x, u, old, now));
+    else if (cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn)(0, n, at, H, x, u, now));
+    else EVERY_UNIT(H, FN(rnn)(1, n, at, H, x, u, now));
+}
+
+INLINE void FN(row_output)(const int each, long H, FN(Side) y, const REAL *gate, REAL *out) {
+    y.each = each;
+    EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out));
 }
 
 static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
@@ -128,8 +138,8 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
         REAL *kept = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : NULL, *recurrent = kept && !far ? kept : space.recurrent;
         REAL *out = (REAL *)call->output + (t * B + row) * H;
         REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
-        FN(product)(me.id, me.team, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, ih_weight.panels, ih_weight.bias, in);
-        FN(product)(me.id, me.team, rows, H, N, h, H, hh_weight.panels, hh_weight.bias, recurrent);
+        FN(weigh)(me, ih_weight, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
+        FN(weigh)(me, hh_weight, rows, H, N, h, H, recurrent);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
             const Line *line = group.line[b];
@@ -142,13 +152,13 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
                 if (far && kept_in) FN(stream)(kept_in + r * N, in + r * N, N);
                 if (far && kept) FN(stream)(kept + r * N, recurrent + r * N, N);
                 if (!far && kept && t + 1 < T) FN(fetch)(kept + (r + B) * N, N, 1);
-                FN(row_forward)(work, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
+                FN(row_forward)(work->cell, 0, H, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
                 if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
             }
             if (lstm) FN(state)(line + SITE_C, t, end - start, now + start * H, H);
             for (long r = start; r < end && lstm; r++) {
                 const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, space.wide);
-                FN(row_output)(H, y, space.gate + r * H, out + r * H);
+                FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
             }
             for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
                 const int alive = FN(alive)(work, t, row + r);
@@ -180,18 +190,20 @@ typedef struct {
     REAL *din, *drec, *hidden; /* hidden: gradient of an LSTM's normed c, or of a GRU's old h past its products */
 } FN(Back);
 
-static void FN(row_back)(const Work *work, FN(Back) row) {
-    const long H = work->hidden;
-    if (work->cell == CELL_GRU) EVERY_UNIT(H, FN(gru_back)(n, at, H, row.x, row.u, row.old, row.dout, row.dh, row.din, row.drec, row.hidden));
-    else if (work->cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn_back)(0, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
+INLINE void FN(row_back)(int cell, const int each, long H, FN(Back) row) {
+    row.x.each = row.u.each = each;
+    if (cell == CELL_GRU) EVERY_UNIT(H, FN(gru_back)(n, at, H, row.x, row.u, row.old, row.dout, row.dh, row.din, row.drec, row.hidden));
+    else if (cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn_back)(0, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
     else EVERY_UNIT(H, FN(rnn_back)(1, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
 }
 
-static void FN(row_output_back)(long H, FN(Back) row, FN(Side) y) {
+INLINE void FN(row_output_back)(const int each, long H, FN(Back) row, FN(Side) y) {
+    row.x.each = row.u.each = y.each = each;
     EVERY_UNIT(H, FN(lstm_output_back)(n, at, H, row.x, row.u, y, row.dout, row.dh, row.din + 3 * H, row.hidden));
 }
 
-static void FN(row_cell_back)(long H, FN(Back) row, const REAL *dc, REAL *dold) {
+INLINE void FN(row_cell_back)(const int each, long H, FN(Back) row, const REAL *dc, REAL *dold) {
+    row.x.each = row.u.each = each;
     EVERY_UNIT(H, FN(lstm_back)(n, at, H, row.x, row.u, row.old, dc, row.hidden, row.din, dold));
 }
 
@@ -241,7 +253,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *old = t == 0 ? start_at : (const REAL *)(lstm ? call->cells : call->output) + before;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
         if (!call->projected)
-            FN(product)(me.id, me.team, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, chunk->ih.panels, chunk->ih.bias, space.projected);
+            FN(weigh)(me, chunk->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, space.projected);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
             const Line *line = group.line[b];
@@ -265,9 +277,9 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                         if (t > 1) FN(fetch)(old + (r - B) * H, H, 0);
                     }
                     const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
-                    if (!lstm) FN(row_back)(work, each);
-                    else if (part) FN(row_cell_back)(H, each, dc + r * H, dold + r * H);
-                    else FN(row_output_back)(H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, space.wide + 2 * N));
+                    if (!lstm) FN(row_back)(work->cell, 0, H, each);
+                    else if (part) FN(row_cell_back)(0, H, each, dc + r * H, dold + r * H);
+                    else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, space.wide + 2 * N));
                 }
                 if (lstm && part == 0) {
                     REAL *hidden = space.hidden + start * H;
@@ -287,9 +299,9 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
         FN(wait)(me);
         REAL *to = call->lengths ? space.recurrent : dh;
-        FN(product)(me.id, me.team, rows, N, H, drec, N, chunk->hh.panels, chunk->hh.bias, to);
+        FN(weigh)(me, chunk->hh, rows, N, H, drec, N, to);
         if (call->dxs)
-            FN(product)(me.id, me.team, rows, N, D, din, N, chunk->back.panels, chunk->back.bias, (REAL *)call->dxs + (t * B + row) * D);
+            FN(weigh)(me, chunk->back, rows, N, D, din, N, (REAL *)call->dxs + (t * B + row) * D);
         if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step waits before it reads */
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team)
@@ -321,7 +333,7 @@ static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * 
 /* Room for a packed [K, M] matrix with its bias, filled from `from` (element (k, m) at k * row + m * column). */
 static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long K, long M, long row, long column) {
     const long width = FN(panels)(M) * PANEL;
-    FN(Packed) packed = {*room, *room + width * K};
+    FN(Packed) packed = {*room, *room + width * K, NULL};
     *room += width * (K + 1);
     FN(pack)(packed.panels, from, K, M, row, column);
     memset(packed.bias, 0, (size_t)width * sizeof(REAL));
@@ -356,11 +368,15 @@ static int FN(forward)(const Work *work, long N) {
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
     const int teamed = FN(teamed)(work);
     const long threads = teamed || work->threads < items ? work->threads : items;
-    const size_t each = FN(space_size)(group, H, N);
-    REAL *room = atn_norms_memory((FN(packed_size)(D, N) + FN(packed_size)(H, N) + each * (size_t)threads) * sizeof(REAL)), *at = room;
+    const int plain = work->steps * work->batch <= UNPACKED;
+    const size_t each = FN(space_size)(group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(H, N);
+    REAL *room = atn_norms_memory((packed + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
-    const FN(Packed) ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
-    const FN(Packed) hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
+    FN(Packed) ih = {NULL, (REAL *)work->call->bias_ih, work->call->weight_ih}, hh = {NULL, (REAL *)work->call->bias_hh, work->call->weight_hh};
+    if (!plain) {
+        ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
+        hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
+    }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const FN(Space) space = FN(own_space)(work, at, each, group, H, N);
@@ -443,7 +459,10 @@ static int FN(backward)(const Work *work, long N) {
     return 0;
 }
 
+#include "coupled.inc.h"
+
 static int FN(run)(const Work *work, int backward) {
+    if (work->coupled) return backward ? FN(coupled_backward)(work) : FN(coupled_forward)(work);
     const long N = FN(gates)(work) * work->hidden;
     return backward ? FN(backward)(work, N) : FN(forward)(work, N);
 }

@@ -17,7 +17,7 @@ INLINE FN(Affine) FN(affine)(const Line *site, long lane) {
 static void FN(normed_row)(const Line *site, long lane, const REAL *x, REAL *out) {
     const long width = site->features / site->groups;
     for (long g = 0; g < site->groups; g++) {
-        const FN(Side) side = {x, site->gain, site->shift, {FN(affine)(site, lane + g)}};
+        const FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {FN(affine)(site, lane + g)}};
         for (long i = g * width; i < (g + 1) * width; i += VL) {
             const long n = (g + 1) * width - i;
             FN(store)(out + i, FN(normed)(&side, 0, i, n), n);
@@ -27,7 +27,7 @@ static void FN(normed_row)(const Line *site, long lane, const REAL *x, REAL *out
 
 /* A row of a site with `gates` gates, in row r of its block. Where groups are not gates the row is normed into `spare` first. */
 INLINE FN(Side) FN(side)(const Line *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
-    FN(Side) side = {x, site->gain, site->shift, {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
+    FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
     const long lane = t * site->lanes + r * site->groups;
     if (site->norm != NORM_NONE && site->groups == 1) {
         side.by[0] = side.by[1] = side.by[2] = side.by[3] = FN(affine)(site, lane);

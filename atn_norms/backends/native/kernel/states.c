@@ -10,15 +10,28 @@ static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { 
 
 static int64_t forward_doubles(const Line *line) { return line->lanes * (3 * line->prefix + 3); }
 
-static int64_t backward_doubles(const Line *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 2) + 2 * line->features; }
+static int is_coupled(int32_t norm) { return norm == NORM_BATCH || norm == NORM_POPULATION; }
+
+/* How many sums of gains, and as many of shifts, a block has. */
+static int64_t sums(const Line *line) { return is_coupled(line->norm) ? line->lanes : line->features; }
+
+static int64_t backward_doubles(const Line *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 2) + 2 * sums(line); }
+
+static int64_t filled(int64_t lanes) { return (lanes + LANE_STEP - 1) / LANE_STEP * LANE_STEP; }
 
 static int64_t lanes_of(int64_t batch, int64_t groups) {
     const int64_t blocks = atn_norms_blocks(batch), rows = (batch + blocks - 1) / blocks;
-    return (rows * groups + LANE_STEP - 1) / LANE_STEP * LANE_STEP;
+    return filled(rows * groups);
 }
+
+static int64_t lanes_of_units(int64_t hidden, int64_t groups) { return filled(groups * (hidden < BLOCK_UNITS ? hidden : BLOCK_UNITS)); }
 
 int64_t atn_norms_timeline(int64_t prefix, int64_t steps, int64_t batch, int64_t groups) {
     return atn_norms_blocks(batch) * timeline_doubles(prefix, steps, lanes_of(batch, groups));
+}
+
+int64_t atn_norms_batch_timeline(int64_t prefix, int64_t steps, int64_t hidden, int64_t groups) {
+    return atn_norms_unit_blocks(hidden) * timeline_doubles(prefix, steps, lanes_of_units(hidden, groups));
 }
 
 Line atn_norms_line(const Line *first, int64_t steps, int64_t block) {
@@ -38,37 +51,58 @@ Line atn_norms_line(const Line *first, int64_t steps, int64_t block) {
     return line;
 }
 
-/* Everything of a site and block, row by row: `EACH_ROW(line, lane)` runs for each row b of the batch with the line of its block
-   and the lane of its first group. */
-#define EACH_ROW(first)                                                                                    \
-    for (int64_t block_ = 0, b = 0; block_ < atn_norms_blocks(work->batch); block_++)                       \
-        for (Line line_ = atn_norms_line(first, work->steps, block_), *line = &line_; line; line = NULL)      \
-            for (int64_t lane = 0; b < atn_norms_block_start(work->batch, block_ + 1); b++, lane += line->groups)
+/* What lies side by side in a block: `many` parts of `each` lanes. Part i belongs to row (row + i * rows) of the state, where
+   it starts at (place + i * places). */
+typedef struct { int64_t many, each, row, rows, place, places; } Parts;
 
-static int64_t live(const Work *work, int64_t row) { return work->call->lengths ? work->call->lengths[row] : work->steps; }
+static Parts parts_of(const Work *work, const Line *line, int64_t block) {
+    if (!is_coupled(line->norm)) {
+        const int64_t row = atn_norms_block_start(work->batch, block);
+        return (Parts){atn_norms_block_start(work->batch, block + 1) - row, line->groups, row, 1, 0, 0};
+    }
+    const int64_t from = block * BLOCK_UNITS, left = work->hidden - from;
+    return (Parts){line->groups, left < BLOCK_UNITS ? left : BLOCK_UNITS, 0, 0, from, work->hidden};
+}
+
+/* Numbers of a statement in one row of the state. */
+static int64_t wide(const Line *line) { return is_coupled(line->norm) ? line->features : line->groups; }
+
+/* Everything of a site, lane by lane: runs for each `lane` of each block with the `line` of its block, the row b of the state
+   that it belongs to, and its place g in that row. */
+#define EACH_LANE(first)                                                                                                   \
+    for (int64_t block_ = 0; block_ < (first)->blocks; block_++)                                                            \
+        for (Line line_ = atn_norms_line(first, work->steps, block_), *line = &line_; line; line = NULL)                     \
+            for (Parts parts_ = parts_of(work, line, block_); parts_.many > 0; parts_.many = 0)                             \
+                for (int64_t part_ = 0, lane = 0, b = parts_.row; part_ < parts_.many; part_++, b += parts_.rows)            \
+                    for (int64_t g = parts_.place + part_ * parts_.places, end_ = g + parts_.each; g < end_; g++, lane++)
+
+/* Live steps of a row of a site's state. */
+static int64_t live(const Work *work, const Line *line, int64_t row) {
+    if (is_coupled(line->norm)) return work->live;
+    return work->call->lengths ? work->call->lengths[row] : work->steps;
+}
 
 static void bring_in(const Work *work, const Line *first, const Site *site) {
-    const int64_t G = first->groups, P = first->prefix, L = first->lanes;
-    for (int64_t block = 0; block < atn_norms_blocks(work->batch); block++) {
+    const int64_t G = wide(first), P = first->prefix, L = first->lanes;
+    for (int64_t block = 0; block < first->blocks; block++) {
         const Line line = atn_norms_line(first, work->steps, block);
         memset(line.weight, 0, (size_t)(P * L) * sizeof(double));
         memset(line.mean, 0, (size_t)(P * L) * sizeof(double));
         memset(line.var, 0, (size_t)(P * L) * sizeof(double));
     }
     if (site->state[0] == NULL) return;
-    EACH_ROW(first) {
+    EACH_LANE(first) {
         double *own[3] = {line->weight, line->mean, line->var};
         for (int leaf = 0; leaf < 3; leaf++)
             for (int64_t j = 0; j < P && site->state[leaf]; j++)
-                for (int64_t g = 0; g < G; g++)
-                    own[leaf][j * L + lane + g] = leaf ? site->state[leaf][(b * P + j) * G + g] : site->state[0][b * P + j];
+                own[leaf][j * L + lane] = leaf ? site->state[leaf][(b * P + j) * G + g] : site->state[0][b * P + j];
     }
 }
 
 /* How many statements of the prefix no row has seen, from the oldest on. */
 static int64_t hidden(const Work *work, const Line *first) {
     int64_t seen = first->prefix;
-    for (int64_t block = 0; block < atn_norms_blocks(work->batch); block++) {
+    for (int64_t block = 0; block < first->blocks; block++) {
         const Line line = atn_norms_line(first, work->steps, block);
         for (int64_t j = 0; j < seen; j++)
             for (int64_t l = 0; l < line.lanes && j < seen; l++)
@@ -83,7 +117,9 @@ static void lay_out(const Work *work, Line *line, const Site *site) {
     line->features = site->features;
     line->groups = site->groups;
     line->prefix = site->prefix;
-    line->lanes = lanes_of(work->batch, site->groups);
+    line->lanes = work->coupled ? lanes_of_units(work->hidden, site->groups) : lanes_of(work->batch, site->groups);
+    line->blocks = work->coupled ? atn_norms_unit_blocks(work->hidden) : atn_norms_blocks(work->batch);
+    line->counts = work->counts;
     line->decay = site->decay;
     line->eps = site->eps;
     line->gain = site->gain;
@@ -100,20 +136,31 @@ static void lay_out(const Work *work, Line *line, const Site *site) {
 
 /* What is asked of the state that follows, put where the statements it is made of lie. */
 static void ask(const Work *work, const Line *first, const Site *site) {
-    const int64_t G = first->groups, P = first->prefix, L = first->lanes;
+    const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (site->dnext[1] == NULL && site->dnext[2] == NULL) return;
-    EACH_ROW(first) {
+    EACH_LANE(first) {
         double *own[3] = {NULL, line->dmean, line->dvar}, *pooled[3] = {NULL, line->dmu, line->dv};
-        const int64_t last = live(work, b);
+        const int64_t last = live(work, line, b);
         for (int leaf = 1; leaf < 3; leaf++)
-            for (int64_t j = 0; j < P && site->dnext[leaf]; j++)
-                for (int64_t g = 0; g < G; g++) {
-                    const double d = site->dnext[leaf][(b * P + j) * G + g];
-                    if (line->window == WINDOW_SLIDING) own[leaf][(last + j) * L + lane + g] = d;
-                    else if (last > 0) pooled[leaf][(last - 1) * L + lane + g] = d;
-                    else own[leaf][lane + g] = d; /* no step happened: the given state is the one that follows */
-                }
+            for (int64_t j = 0; j < P && site->dnext[leaf]; j++) {
+                const double d = site->dnext[leaf][(b * P + j) * G + g];
+                if (line->window == WINDOW_SLIDING) own[leaf][(last + j) * L + lane] = d;
+                else if (last > 0) pooled[leaf][(last - 1) * L + lane] = d;
+                else own[leaf][lane] = d; /* no step happened: the given state is the one that follows */
+            }
     }
+}
+
+/* How many rows are alive at each step; 1 if there is no memory. */
+static int count(Work *work) {
+    work->counts = calloc((size_t)work->steps, sizeof(double));
+    if (!work->counts) return 1;
+    for (int64_t b = 0; b < work->batch; b++) {
+        const int64_t end = work->call->lengths ? work->call->lengths[b] : work->steps;
+        for (int64_t t = 0; t < end; t++) work->counts[t] += 1.0;
+        if (end > work->live) work->live = end;
+    }
+    return 0;
 }
 
 int atn_norms_begin(Work *work, const Call *call, int backward) {
@@ -125,12 +172,14 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
     work->inputs = call->inputs;
     work->hidden = call->hidden;
     work->call = call;
+    for (int s = 0; s < SITES; s++) work->coupled |= is_coupled(call->site[s].norm);
+    if (work->coupled && count(work)) return 1;
     for (int s = 0; s < SITES; s++) {
         const Site *site = call->site + s;
         Line *line = work->site + s;
         if (site->norm == NORM_NONE) continue;
         lay_out(work, line, site);
-        const int64_t blocks = atn_norms_blocks(call->batch), own = (line->prefix + call->steps) * line->lanes, pooled = call->steps * line->lanes;
+        const int64_t blocks = line->blocks, own = (line->prefix + call->steps) * line->lanes, pooled = call->steps * line->lanes;
         double *room = backward ? calloc((size_t)(blocks * backward_doubles(line, call->steps)), sizeof(double))
                                 : malloc((size_t)(blocks * forward_doubles(line)) * sizeof(double));
         line->room = room;
@@ -141,6 +190,9 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
         if (!backward) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
+            /* What is kept is the same numbers every time, also where there is nothing to say. */
+            if (call->recurrent && (site->norm == NORM_POPULATION || (work->coupled && work->live < call->steps)))
+                memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
             bring_in(work, line, site);
         } else
             line->dmean = room;
@@ -151,54 +203,58 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
         line->dv = line->dmu + pooled;
         line->carry = line->dv + pooled;
         line->dgain = line->carry + 2 * line->lanes;
-        line->dshift = line->dgain + line->features;
+        line->dshift = line->dgain + sums(line);
         ask(work, line, site);
     }
     return 0;
 }
 
 static void hand_on(const Work *work, const Line *first, const Site *site) {
-    const int64_t G = first->groups, P = first->prefix, L = first->lanes;
-    EACH_ROW(first) {
-        const int64_t last = live(work, b);
+    const int64_t G = wide(first), P = first->prefix, L = first->lanes;
+    EACH_LANE(first) {
+        const int64_t last = live(work, line, b);
         const int sliding = line->window == WINDOW_SLIDING, stay = sliding || last == 0; /* statements, or a pooled one */
         const double *mean = stay ? line->mean : line->mu, *var = stay ? line->var : line->v;
         for (int64_t j = 0; j < P; j++) {
-            const int64_t at = sliding ? last + j : 0, from = stay ? at : last - 1;
-            if (stay) site->next[0][b * P + j] = at < P ? line->weight[at * L + lane] : 1.0;
-            else site->next[0][b] = 1.0 / line->share[from * L + lane];
-            for (int64_t g = 0; g < G; g++) {
-                const int64_t to = (b * P + j) * G + g;
-                if (site->next[1]) site->next[1][to] = mean[from * L + lane + g];
-                site->next[2][to] = var[from * L + lane + g];
-            }
+            const int64_t at = sliding ? last + j : 0, from = stay ? at : last - 1, to = (b * P + j) * G + g;
+            if (!stay) site->next[0][b] = 1.0 / line->share[from * L + lane];
+            else if (at < P) site->next[0][b * P + j] = line->weight[at * L + lane];
+            else site->next[0][b * P + j] = line->counts ? line->counts[at - P] : 1.0;
+            if (site->next[1]) site->next[1][to] = mean[from * L + lane];
+            site->next[2][to] = var[from * L + lane];
         }
     }
 }
 
+static void put(void *to, int64_t i, double value, int is_double) {
+    if (is_double) ((double *)to)[i] = value;
+    else ((float *)to)[i] = (float)value;
+}
+
 static void hand_back(const Work *work, const Line *first, const Site *site, int is_double) {
-    const int64_t G = first->groups, P = first->prefix, L = first->lanes, F = first->features, blocks = atn_norms_blocks(work->batch);
+    const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (site->dstate[1] || site->dstate[2])
-        EACH_ROW(first) {
+        EACH_LANE(first) {
             const double *own[3] = {NULL, line->dmean, line->dvar};
             for (int leaf = 1; leaf < 3; leaf++)
-                for (int64_t j = 0; j < P && site->dstate[leaf]; j++)
-                    for (int64_t g = 0; g < G; g++) site->dstate[leaf][(b * P + j) * G + g] = own[leaf][j * L + lane + g];
+                for (int64_t j = 0; j < P && site->dstate[leaf]; j++) site->dstate[leaf][(b * P + j) * G + g] = own[leaf][j * L + lane];
         }
+    if (is_coupled(first->norm)) {
+        EACH_LANE(first) {
+            put(site->dgain, g, line->dgain[lane], is_double);
+            put(site->dshift, g, line->dshift[lane], is_double);
+        }
+        return;
+    }
     const int64_t apart = backward_doubles(first, work->steps);
-    for (int64_t i = 0; i < F; i++) {
+    for (int64_t i = 0; i < first->features; i++) {
         double gain = 0.0, shift = 0.0;
-        for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t block = 0; block < first->blocks; block++) {
             gain += first->dgain[block * apart + i];
             shift += first->dshift[block * apart + i];
         }
-        if (is_double) {
-            ((double *)site->dgain)[i] = gain;
-            ((double *)site->dshift)[i] = shift;
-        } else {
-            ((float *)site->dgain)[i] = (float)gain;
-            ((float *)site->dshift)[i] = (float)shift;
-        }
+        put(site->dgain, i, gain, is_double);
+        put(site->dshift, i, shift, is_double);
     }
 }
 
@@ -210,4 +266,5 @@ void atn_norms_end(Work *work, int backward, int is_double) {
         else if (backward == 1) hand_back(work, line, work->call->site + s, is_double);
         free(line->room);
     }
+    free(work->counts);
 }

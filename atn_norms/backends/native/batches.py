@@ -1,0 +1,96 @@
+"""Norms over the rows of a batch, around a call of the kernels: states, which have one row, and populations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atn_norms.backends.native.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
+from atn_norms.cells import CellWeights
+from atn_norms.normalizers import scanning
+from atn_norms.statistics import CountedMoments
+from atn_norms.trees import Leaf, Tree, checked_state
+
+
+class Batch:
+    """One sequence of a coupled batch: which steps happen in it, and with how many rows.
+
+    The kernels know weights, means and variances of a state; how many samples each statement stands for is kept here.
+    """
+
+    def __init__(self, plan: Plan, norms: Sequence[Tree], steps: int, batch: int, lengths: Tensor | None) -> None:
+        self._plan, self._steps = plan, steps
+        time = torch.arange(steps)
+        if lengths is None:
+            self._live = torch.full((1,), steps)
+            self._counts = torch.full((steps,), float(batch), dtype=DOUBLE)
+        else:
+            self._live = lengths.max().reshape(1)
+            self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)
+        self._memories = [_checked(site, norms[PLACES[site.site]], batch) for site in plan.sites]
+        self._step = torch.where(time < self._live, time, -1).unsqueeze(1)
+
+    def leaves(self) -> list[Tensor]:
+        """What the operator is given of the states: nothing where all are fresh, zeros where some are."""
+        if all(memory is None for memory in self._memories):
+            return []
+        leaves = []
+        for site, memory in zip(self._plan.sites, self._memories, strict=True):
+            if memory is None:
+                leaves += [torch.zeros(shape, dtype=DOUBLE) for shape in site.shapes(1)]
+            else:
+                weights, (mean, var, _) = memory[1]
+                leaves += [weights.double(), mean.double(), var.double()]
+        return leaves
+
+    def populations(self, weights: CellWeights) -> list[Tensor]:
+        """Means and variances that stand in for the batch's `[steps, 2 F]`, of every site that has such."""
+        found = []
+        for place, site in enumerate(self._plan.sites):
+            if site.coupled != BATCH:
+                step = self._index(place)[: site.populations(self._steps)]
+                nothing = torch.zeros(1, dtype=DOUBLE).expand(len(step), 1, *site.leaf)
+                pooled = CountedMoments(nothing, nothing, nothing[..., :1])
+                mean, var, *_ = weights.norms[site.site].normalizer.population(pooled, step)
+                found.append(torch.cat([leaf.reshape(len(step), -1).double() for leaf in (mean, var)], 1))
+        return found
+
+    def record(self, weights: CellWeights, pooled: Sequence[Tensor]) -> None:
+        """Tell the normalizers what was pooled `[T, 2 F + 1]`, for their populations; together, or not at all."""
+        said = iter(pooled)
+        with scanning([weights.norms[site.site].normalizer for site in self._plan.sites]):
+            for place, site in enumerate(self._plan.sites):
+                if site.coupled == BATCH:
+                    mean, var, count = next(said).split([site.features, site.features, 1], 1)
+                    mean, var = (leaf.reshape(-1, 1, *site.leaf) for leaf in (mean, var))
+                    count = count.reshape(-1, 1, *[1] * len(site.leaf)).expand(*mean.shape[:-1], 1)
+                    weights.norms[site.site].normalizer.population(CountedMoments(mean, var, count), self._index(place))
+
+    def following(self, place: int, leaves: Sequence[Tensor]) -> Tree:
+        """The state after the sequence of the site in that place, from the operator's leaves of it."""
+        site, memory, (weights, mean, var) = self._plan.sites[place], self._memories[place], leaves
+        counts = weights.new_zeros((*weights.shape, *site.leaf[:-1], 1)) if memory is None else memory[1][1][2].double()
+        if site.steps:
+            happened = self._counts.reshape(1, -1, *[1] * len(site.leaf)).expand(1, self._steps, *counts.shape[2:])
+            kept = self._live + torch.arange(site.prefix)
+            counts = torch.cat([counts, happened], 1)[:, kept]
+        else:
+            total = weights.reshape(1, *[1] * len(site.leaf)).expand(counts.shape)
+            counts = torch.where(self._live > 0, total, counts)
+        return (0 if memory is None else memory[0]) + self._live, (weights, (mean, var, counts))
+
+    def _index(self, place: int) -> Tensor:
+        """The index of every step since the site's state was fresh, -1 where no row is alive."""
+        memory = self._memories[place]
+        return self._step if memory is None else torch.where(self._step < 0, -1, self._step + memory[0])
+
+
+def _checked(site: SitePlan, memory: Tree, batch: int) -> Tree:
+    """The state of a site, with one row; `ValueError` where it does not fit."""
+    if memory is None:
+        return None
+    weights, *moments = (Leaf(shape[1:]) for shape in site.shapes(1))
+    wanted = (Leaf((), floating=False), (weights, (*moments, Leaf((*moments[0].shape[:-1], 1)))))
+    return checked_state(memory, wanted, 1, torch.device("cpu"), shared=True)

@@ -1,0 +1,165 @@
+"""What follows from a plan and the sizes of a call: what its tensors must be, and where their addresses go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.backends.native.library import CallArgs, word
+from atn_norms.backends.native.plan import BATCH, DOUBLE, PLACES, Plan
+
+_ORDINARY = {Tensor, nn.Parameter}
+CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
+
+
+class Layout:
+    """What the tensors of a call must be, and the structure that brings them to the kernels.
+
+    | attribute | meaning |
+    |---|---|
+    | `names`, `shapes`, `dtypes` | of the tensors of `Given`, in order; the names are those of errors |
+    | `given` | which 8-byte words of the structure hold their addresses |
+    | `structure` | a `CallArgs` in which nothing but threads and addresses is missing |
+    | `next`, `dnext`, `dstate`, `daffine` | words of the states in their other roles, and of gradients |
+    | `absent`, `dabsent` | words of the gains and shifts that the norms do not have, and of their gradients |
+    | `pooled` | words of what is pooled, of the sites that hand it out |
+    | `constants` | features and value of each that is absent |
+    | `timelines`, `doubles` | of every site, the word of its timeline and the bytes before it; doubles of all |
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dtype: torch.dtype,
+        sizes: tuple[int, int, int, int],
+        biases: int,
+        carried_on: bool,
+        ragged: bool,
+    ) -> None:
+        steps, batch, inputs, hidden = sizes
+        wide, rows = (plan.gates * hidden,), (batch, hidden)
+        entries = [
+            (word("xs"), "x", (steps, batch, inputs), dtype),
+            (word("weight_ih"), "weight_ih", (*wide, inputs), dtype),
+            (word("weight_hh"), "weight_hh", (*wide, hidden), dtype),
+            *[(word(name), name, wide, dtype) for name in ("bias_ih", "bias_hh")[:biases]],
+            (word("h0"), "h", rows, dtype),
+            (word("c0"), "c", rows if plan.is_lstm else (0,), dtype),
+        ]
+        states, populations = [], []
+        self.next, self.dnext, self.dstate, self.daffine, self.absent, self.dabsent = ([] for _ in range(6))
+        self.pooled: list[int] = []
+        self.constants: list[tuple[int, float]] = []
+        self.timelines: list[tuple[int, int]] = []
+        self.doubles = 0
+        for site in plan.sites:
+            at, leaves = PLACES[site.site], (0, 1, 2) if site.centred else (0, 2)
+            for name, there, value in (("gain", site.gain, 1.0), ("shift", site.shift, 0.0)):
+                if there:
+                    entries.append((word(name, at), "norm", (site.features,), dtype))
+                else:
+                    self.absent.append(word(name, at))
+                    self.constants.append((site.features, value))
+                (self.daffine if there else self.dabsent).append(word(f"d{name}", at))
+            if site.coupled == BATCH:
+                self.pooled.append(word("population", at))
+            elif site.coupled:
+                shape = site.populations(steps), 2 * site.features
+                populations.append((word("population", at), "population", shape, DOUBLE))
+            for leaf, shape in zip(leaves, site.shapes(batch), strict=True):
+                states.append((word("state", at, leaf), "state of a window", shape, DOUBLE))
+            for role, words in (("next", self.next), ("dnext", self.dnext), ("dstate", self.dstate)):
+                words += [word(role, at, leaf) for leaf in leaves]
+            self.timelines.append((word("timeline", at), 8 * self.doubles))
+            self.doubles += site.doubles(steps, batch)
+        entries += populations
+        entries += states if carried_on else []
+        entries += [(word("lengths"), "lengths", (batch,), torch.int64)] if ragged else []
+        self.given, self.names, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
+        self.structure = _structure(plan, sizes)
+
+
+def _structure(plan: Plan, sizes: tuple[int, int, int, int]) -> bytes:
+    args = CallArgs()
+    args.cell = CELLS[plan.cell]
+    args.steps, args.batch, args.inputs, args.hidden = sizes
+    for one in plan.sites:
+        site = args.site[PLACES[one.site]]
+        site.norm = (3 if one.coupled == BATCH else 4) if one.coupled else 1 if one.centred else 2
+        site.window, site.populations = (0 if one.steps else 1), one.populations(args.steps)
+        site.features, site.groups, site.prefix = one.features, one.groups, one.prefix
+        site.decay, site.eps = one.decay, one.eps
+    return bytes(args)
+
+
+_layout = lru_cache(maxsize=512)(Layout)
+
+
+class Given:
+    """The arguments of the operators: by name, as a list of the `tensors` that there are, and their `layout`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        xs: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        h0: Tensor,
+        c0: Tensor,
+        affine: Sequence[Tensor],
+        populations: Sequence[Tensor],
+        states: Sequence[Tensor],
+        lengths: Tensor | None,
+    ) -> None:
+        self.plan, self.xs, self.weight_ih, self.weight_hh = plan, xs, weight_ih, weight_hh
+        self.h0, self.c0, self.affine, self.states = h0, c0, affine, states
+        biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
+        counts = [] if lengths is None else [lengths]
+        self.wide = biases[0].shape[0] if biases else 0
+        self.tensors = [xs, weight_ih, weight_hh, *biases, h0, c0, *affine, *populations, *states, *counts]
+        sizes = (*xs.shape, weight_hh.shape[1])
+        self.layout = _layout(plan, weight_hh.dtype, sizes, len(biases), bool(states), bool(counts))
+
+    def fits(self) -> bool:
+        """Whether the kernels may have these tensors; they know addresses only."""
+        return (
+            [tensor.shape for tensor in self.tensors] == self.layout.shapes
+            and [tensor.dtype for tensor in self.tensors] == self.layout.dtypes
+            and False not in [tensor.is_cpu for tensor in self.tensors]
+        )
+
+    def check(self) -> None:
+        """`RuntimeError`, as torch raises it, where one of the tensors does not fit the rest."""
+        columns = self.layout.names, self.layout.shapes, self.layout.dtypes
+        for tensor, name, shape, dtype in zip(self.tensors, *columns, strict=True):
+            if not (tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu):
+                raise RuntimeError(
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
+                    f"allowed: {dtype} {list(shape)} on cpu"
+                )
+
+
+def unwatched() -> bool:
+    """Whether no compiler, tracer, profiler, mode or function transform wants to know of a call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
+        and not torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
+def ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are of torch's own classes, with their numbers in memory: not negated there, nor left out."""
+    return (
+        {type(tensor) for tensor in tensors} <= _ORDINARY
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor._is_zerotensor, tensors))
+    )
