@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: two workers on two cores must not fight
 
 import doctest
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 torch.set_num_threads(1)
+# Started in a shell's background, all of us would ignore Ctrl-C, and what tests start and interrupt would never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 slow_to_draw = [HealthCheck.too_slow]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=slow_to_draw)
