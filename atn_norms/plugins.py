@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from email import message_from_string
 from typing import Any
 
 import pluggy
@@ -178,8 +179,11 @@ def _discover() -> Iterator[tuple[Source, Any]]:
 def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, PluginError | None]:
     """Name and version of a distribution, and the error if it does not have both or asks for another atn-norms."""
     try:
-        name, version = distribution.metadata["Name"] or "", distribution.metadata["Version"] or ""
-    except Exception as error:  # noqa: BLE001  what is raised differs between versions of Python
+        # Read from the file itself: what `distribution.metadata` makes of missing fields differs between Pythons,
+        # and where the backport of importlib.metadata is loaded, all distributions are the backport's.
+        said = message_from_string(distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "")
+        name, version = said["Name"] or "", said["Version"] or ""
+    except Exception as error:  # noqa: BLE001  a file that cannot be read, or not as text
         return "", "", PluginError(f"its distribution's metadata cannot be read: {_reason(error)}")
     lacking = [field for field, value in (("Name", name), ("Version", version)) if not value]
     if lacking:

@@ -5,7 +5,19 @@ import sys
 import pytest
 
 from atn_norms import plugins
+from atn_norms.registry import registry
 from tests.plugins.site import Site
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered():
+    """What a plugin of a test registers with the registry of this process is gone after it, whoever asks first."""
+    registry.load()
+    before = {
+        family: {kind: list(entries) for kind, entries in kinds.items()} for family, kinds in registry._claims.items()
+    }
+    yield
+    registry._claims = before
 
 
 @pytest.fixture
