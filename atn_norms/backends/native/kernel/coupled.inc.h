@@ -475,6 +475,7 @@ static int FN(coupled_forward)(const Work *work) {
     REAL *room = FN(coupled_room)(&all, work, 0, (size_t)(2 * B * H), &lists), *held[2] = {room, room + B * H};
     if (!room) return 1;
     const long threads = work->threads < all.blocks ? work->threads : all.blocks;
+    (void)threads; /* without OpenMP nobody asks */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         MINE;
@@ -521,6 +522,7 @@ static int FN(coupled_backward)(const Work *work) {
     REAL *xs = turned + back_wide * N, *hs = xs + many * (size_t)rows_wide;
     if (call->dxs) memset((REAL *)call->dxs + work->live * B * D, 0, (size_t)((T - work->live) * B * D) * sizeof(REAL));
     const long threads = work->threads < all.blocks ? work->threads : all.blocks;
+    (void)threads; /* without OpenMP nobody asks */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         MINE;
