@@ -80,6 +80,20 @@ def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
     compare(ys.double(), expected, tolerance=1e-5, what="float32 against float64")
 
 
+@law("normalizer")
+def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None:
+    """What `normalize` gives depends on the pooled statement, not on `x` alone.
+
+    One that measures `x` anew is right at a window of 1, and then every longer window does nothing at all. One that
+    needs no statement, such as a fixed squashing function, fails here for a reason of its own: expect it, and say so.
+    """
+    x, other = noise(case.seed, 2, case.batch, case.features)
+    normalizer = subject.normalizer(case)
+    own, foreign = (normalizer.normalize(x, normalizer.measure(each)) for each in (x, 2 * other + 3))
+    seen = float((own - foreign).detach().abs().max())
+    demand(seen > SEEN, "normalize gives the same whatever was pooled: it may use x where it is to use pooled")
+
+
 @law("normalizer", batch=(2, 3))
 def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
     """No row is seen by another, unless `couples_batch` is declared, and then rows are.

@@ -24,6 +24,14 @@ class Layer(an.Normalizer):
         return (x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5) * self.weight
 
 
+@wrong("the_pooled_statement_is_used")
+class IgnoresTheWindow(Layer):
+    """Measures x again instead of taking what was pooled, so that every window is a window of 1."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, self.measure(x))
+
+
 @wrong("calls_are_pure")
 class RemembersOnItself(Layer):
     """Keeps the statements of the past in a list on the module, which leaks into the next sequence."""
