@@ -173,7 +173,7 @@ def killed_at(monkeypatch, trial, fatal):
 def test_a_trial_stopped_at_any_write_equals_the_uninterrupted(tmp_path, monkeypatch):
     whole = make(tmp_path / "whole")
     writes = killed_at(monkeypatch, whole, 1000)
-    assert writes == 6, "two notes, three checkpoints, the result"
+    assert writes == 9, "two notes, three checkpoints with a note each, the result"
     for fatal in range(1, writes + 1):
         trial = make(tmp_path / str(fatal))
         killed_at(monkeypatch, trial, fatal)
@@ -205,6 +205,21 @@ def test_a_killed_process_costs_nothing_finished_and_changes_no_byte(tmp_path):
     run_trial(killed, steps.append)
     assert 20 < steps[0] < 120, "went on from a checkpoint"
     assert outputs(killed) == outputs(whole)
+
+
+def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
+    trial = make(tmp_path / "study")
+
+    def slowly_until_the_fifth(step):
+        time.sleep(0.1)
+        stop_at(5)(step)
+
+    with pytest.raises(Stopped):
+        run_trial(trial, slowly_until_the_fifth)
+    counted = trial.run()["seconds"]
+    assert counted >= 0.2  # two sleeps before the checkpoint at step 3
+    run_trial(trial)
+    assert trial.run()["attempts"] == 2 and trial.run()["seconds"] > counted
 
 
 def test_a_lost_checkpoint_costs_time_only(tmp_path):

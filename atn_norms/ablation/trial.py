@@ -187,11 +187,15 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
             "versions": versions or {},
         }
         folder.note(run)
+
+        def note_time() -> None:
+            run["seconds"] = round(before + time.monotonic() - started, 3)
+            folder.note(run)
+
         with isolated(), warnings.catch_warnings():
             warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
-            result = _train(folder, trial, on_step)
-        run["seconds"] = round(before + time.monotonic() - started, 3)
-        folder.note(run)
+            result = _train(folder, trial, on_step, note_time)
+        note_time()
         folder.finish(result)
         folder.log(
             f"{result['outcome']} after step {result['step']}, {run['seconds']} s in {run['attempts']} attempt(s)"
@@ -199,7 +203,9 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
         return result["outcome"]
 
 
-def _train(folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None) -> dict[str, Any]:
+def _train(
+    folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None, on_saved: Callable[[], None]
+) -> dict[str, Any]:
     trainer = Trainer(trial)
     checkpoint = folder.restore()
     if checkpoint is not None:
@@ -213,6 +219,7 @@ def _train(folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None) -
                 folder.measure(line)
             if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished:
                 folder.save(trainer.state())
+                on_saved()  # what it took to get here is not taken again, whatever becomes of this attempt
             if on_step is not None:
                 on_step(trainer.step)
         result["metrics"] = trainer.conclude()
