@@ -75,22 +75,6 @@ INLINE void FN(fetch)(const REAL *from, long n, const int write) {
     }
 }
 
-/* Keep a row for the way back without driving the weights out of the caches. */
-INLINE void FN(stream)(REAL *to, const REAL *from, long n) {
-#if defined(__x86_64__)
-    if ((uintptr_t)to % VECTOR_BYTES == 0 && n % VL == 0) {
-        for (long i = 0; i < n; i += VL)
-#if IS_DOUBLE
-            X86(stream_pd)(to + i, X86_DOUBLES *(const FN(vec) *)(from + i));
-#else
-            X86(stream_ps)(to + i, X86_FLOATS *(const FN(vec) *)(from + i));
-#endif
-        return;
-    }
-#endif
-    FN(copy)(to, from, n);
-}
-
 /* Whether the recurrent weights are too large to stay near a processor. */
 INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
 
@@ -128,14 +112,14 @@ INLINE void FN(row_output)(const int each, long H, FN(Side) y, const REAL *gate,
 static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
     const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
-    const int lstm = work->cell == CELL_LSTM, far = FN(far)(work);
+    const int lstm = work->cell == CELL_LSTM;
     FN(Group) group;
     FN(gather)(&group, work, first, last);
     const long row = group.row, rows = group.rows;
     const REAL *h = (const REAL *)call->h0 + row * H, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
     for (long t = 0; t < T; t++) {
-        REAL *kept_in = call->projected ? (REAL *)call->projected + (t * B + row) * N : NULL, *in = kept_in && !far ? kept_in : space.projected;
-        REAL *kept = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : NULL, *recurrent = kept && !far ? kept : space.recurrent;
+        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
+        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
         REAL *out = (REAL *)call->output + (t * B + row) * H;
         REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
         FN(weigh)(me, ih_weight, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
@@ -149,9 +133,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
             for (long r = start; r < end; r++) {
                 const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
                 const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
-                if (far && kept_in) FN(stream)(kept_in + r * N, in + r * N, N);
-                if (far && kept) FN(stream)(kept + r * N, recurrent + r * N, N);
-                if (!far && kept && t + 1 < T) FN(fetch)(kept + (r + B) * N, N, 1);
+                if (call->recurrent && t + 1 < T) FN(fetch)(recurrent + (r + B) * N, N, 1);
                 FN(row_forward)(work->cell, 0, H, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
                 if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
             }
