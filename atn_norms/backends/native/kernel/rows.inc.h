@@ -1,0 +1,292 @@
+/* What is done for one block of rows that never meet another: its work space, its steps forward, and its steps back; included by
+   recurrent.inc.h. */
+
+/* Work space of a group of blocks, R rows in all. */
+typedef struct {
+    REAL *h, *c[2], *gate, *hidden; /* [R, H] */
+    REAL *recurrent, *projected;    /* [R, N] */
+    REAL *wide;                     /* [3, N] rows normed ahead of time */
+    REAL *sums;                     /* [blocks, 4 N + 2 H] sums of gains and shifts */
+    FN(Plain) plain;                /* [N] */
+} FN(Space);
+
+static size_t FN(space_size)(long blocks, long H, long N) {
+    return (size_t)(blocks * BLOCK_ROWS * (5 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + 64);
+}
+
+static FN(Space) FN(space_at)(REAL *at, long blocks, long H, long N) {
+    const long rows = blocks * BLOCK_ROWS;
+    FN(Space) space;
+    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.gate, &space.hidden};
+    for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++, at += rows * H) *narrow[i] = at;
+    space.recurrent = at; at += rows * N;
+    space.projected = at; at += rows * N;
+    space.wide = at; at += 3 * N;
+    space.sums = at; at += blocks * (4 * N + 2 * H);
+    space.plain.ones = at;
+    space.plain.zeros = at + N;
+    return space;
+}
+
+static FN(Space) FN(space)(REAL *at, long blocks, long H, long N) {
+    const FN(Space) space = FN(space_at)(at, blocks, H, N);
+    for (long i = 0; i < N; i++) { ((REAL *)space.plain.ones)[i] = (REAL)1; ((REAL *)space.plain.zeros)[i] = (REAL)0; }
+    return space;
+}
+
+/* A group of blocks with its sites. */
+typedef struct {
+    long blocks, row, rows;            /* the group's first row, and how many */
+    long start[MOST_TOGETHER + 1];     /* of each block, counted from the group's first row */
+    Line line[MOST_TOGETHER][SITES];
+} FN(Group);
+
+static void FN(gather)(FN(Group) *group, const Work *work, long first, long last) {
+    group->blocks = last - first;
+    group->row = atn_norms_block_start(work->batch, first);
+    for (long b = 0; b <= group->blocks; b++) group->start[b] = atn_norms_block_start(work->batch, first + b) - group->row;
+    group->rows = group->start[group->blocks];
+    for (long b = 0; b < group->blocks; b++)
+        for (int s = 0; s < SITES; s++) group->line[b][s] = atn_norms_line(work->site + s, work->steps, first + b);
+}
+
+INLINE long FN(gates)(const Work *work) { return work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1; }
+
+INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
+
+/* Ask for n numbers that the next step will read or write, while this one is computed. */
+INLINE void FN(fetch)(const REAL *from, long n, const int write) {
+    for (long i = 0; i < n; i += 64 / (long)sizeof(REAL)) {
+        if (write) __builtin_prefetch(from + i, 1, 2);
+        else __builtin_prefetch(from + i, 0, 2);
+    }
+}
+
+/* Whether the recurrent weights are too large to stay near a processor. */
+INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
+
+/* A member of a team: the blocks it cares for are every `team`-th. */
+typedef struct { int id, team; } FN(Member);
+
+INLINE void FN(wait)(FN(Member) member) {
+    if (member.team > 1) atn_norms_wait();
+}
+
+/* A packed matrix and a padded bias; without panels the matrix as it is, and its bias or NULL. */
+typedef struct { REAL *panels, *bias; const REAL *plain; } FN(Packed);
+
+/* What a member of a team computes of rows times weights. */
+static void FN(weigh)(FN(Member) me, FN(Packed) weight, long rows, long K, long M, const REAL *A, long lda, REAL *out) {
+    if (weight.panels) FN(product)(me.id, me.team, rows, K, M, A, lda, weight.panels, weight.bias, out);
+    else FN(dots)(me.id, me.team, rows, K, M, A, lda, weight.plain, weight.bias, out);
+}
+
+/* A step of one row's H units in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h.
+   `each`: features have statements of their own. */
+INLINE void FN(row_forward)(int cell, const int each, long H, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
+    x.each = u.each = each;
+    if (cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));
+    else if (cell == CELL_GRU) EVERY_UNIT(H, FN(gru)(n, at, H, x, u, old, now));
+    else if (cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn)(0, n, at, H, x, u, now));
+    else EVERY_UNIT(H, FN(rnn)(1, n, at, H, x, u, now));
+}
+
+INLINE void FN(row_output)(const int each, long H, FN(Side) y, const REAL *gate, REAL *out) {
+    y.each = each;
+    EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out));
+}
+
+static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
+    const Call *call = work->call;
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const int lstm = work->cell == CELL_LSTM;
+    FN(Group) group;
+    FN(gather)(&group, work, first, last);
+    const long row = group.row, rows = group.rows;
+    const REAL *h = (const REAL *)call->h0 + row * H, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
+    for (long t = 0; t < T; t++) {
+        REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
+        REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
+        REAL *out = (REAL *)call->output + (t * B + row) * H;
+        REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
+        FN(weigh)(me, ih_weight, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
+        FN(weigh)(me, hh_weight, rows, H, N, h, H, recurrent);
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team) {
+            const Line *line = group.line[b];
+            const long start = group.start[b], end = group.start[b + 1];
+            FN(state)(line + SITE_IH, t, end - start, in + start * N, N);
+            FN(state)(line + SITE_HH, t, end - start, recurrent + start * N, N);
+            for (long r = start; r < end; r++) {
+                const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
+                const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                if (call->recurrent && t + 1 < T) FN(fetch)(recurrent + (r + B) * N, N, 1);
+                FN(row_forward)(work->cell, 0, H, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
+                if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
+            }
+            if (lstm) FN(state)(line + SITE_C, t, end - start, now + start * H, H);
+            for (long r = start; r < end && lstm; r++) {
+                const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, space.wide);
+                FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
+            }
+            for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
+                const int alive = FN(alive)(work, t, row + r);
+                if (alive || t == 0) FN(copy)(space.h + r * H, alive ? out + r * H : h + r * H, H);
+                if (!alive) memset(out + r * H, 0, (size_t)H * sizeof(REAL));
+            }
+        }
+        if (lstm) c = now;
+        h = call->lengths ? space.h : out;
+        FN(wait)(me);
+    }
+    if (me.id > 0) return;
+    memcpy((REAL *)call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
+    if (lstm) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
+}
+
+/* What the backward blocks of one chunk of steps share. */
+typedef struct {
+    FN(Packed) ih, hh;   /* W_ih as the forward pass has it (to project again), and W_hh the other way round */
+    FN(Packed) back;     /* W_ih the other way round, where dxs is wanted */
+    REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
+    long first, last;
+} FN(Chunk);
+
+/* What is read and written of one row on the way back; `old` is its c or h before the step. */
+typedef struct {
+    FN(Side) x, u;
+    const REAL *old, *dout, *dh;
+    REAL *din, *drec, *hidden; /* hidden: gradient of an LSTM's normed c, or of a GRU's old h past its products */
+} FN(Back);
+
+INLINE void FN(row_back)(int cell, const int each, long H, FN(Back) row) {
+    row.x.each = row.u.each = each;
+    if (cell == CELL_GRU) EVERY_UNIT(H, FN(gru_back)(n, at, H, row.x, row.u, row.old, row.dout, row.dh, row.din, row.drec, row.hidden));
+    else if (cell == CELL_RNN_TANH) EVERY_UNIT(H, FN(rnn_back)(0, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
+    else EVERY_UNIT(H, FN(rnn_back)(1, n, at, H, row.x, row.u, row.dout, row.dh, row.din));
+}
+
+INLINE void FN(row_output_back)(const int each, long H, FN(Back) row, FN(Side) y) {
+    row.x.each = row.u.each = y.each = each;
+    EVERY_UNIT(H, FN(lstm_output_back)(n, at, H, row.x, row.u, y, row.dout, row.dh, row.din + 3 * H, row.hidden));
+}
+
+INLINE void FN(row_cell_back)(const int each, long H, FN(Back) row, const REAL *dc, REAL *dold) {
+    row.x.each = row.u.each = each;
+    EVERY_UNIT(H, FN(lstm_back)(n, at, H, row.x, row.u, row.old, dc, row.hidden, row.din, dold));
+}
+
+/* Where the sums of a block's site lie. */
+INLINE FN(Sums) FN(sums)(FN(Space) space, long block, int site, long H, long N) {
+    REAL *at = space.sums + block * (4 * N + 2 * H);
+    const long features = site == SITE_C ? H : N;
+    at += site == SITE_IH ? 0 : site == SITE_HH ? 2 * N : 4 * N;
+    return (FN(Sums)){at, at + features};
+}
+
+/* Add the sums of a chunk to those of the call, in double. */
+static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space, long H, long N) {
+    for (long b = 0; b < group->blocks; b++)
+        for (int s = 0; s < SITES; s++) {
+            const Line *line = &group->line[b][s];
+            if (line->norm == NORM_NONE) continue;
+            const FN(Sums) sums = FN(sums)(space, b, s, H, N);
+            const REAL *dshift = s == SITE_HH && FN(paired)(work) ? FN(sums)(space, b, SITE_IH, H, N).dshift : sums.dshift;
+#pragma omp simd
+            for (long i = 0; i < line->features; i++) {
+                line->dgain[i] += (double)sums.dgain[i];
+                line->dshift[i] += (double)dshift[i];
+            }
+        }
+}
+
+static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {
+    const Call *call = work->call;
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const int lstm = work->cell == CELL_LSTM, paired = FN(paired)(work);
+    FN(Group) group;
+    FN(gather)(&group, work, first, last);
+    const long row = group.row, rows = group.rows;
+    REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
+    if (me.id == 0) {
+        memset(space.sums, 0, (size_t)(group.blocks * (4 * N + 2 * H)) * sizeof(REAL));
+        memcpy(dh, (REAL *)call->dh + row * H, (size_t)(rows * H) * sizeof(REAL)); /* gradient of the state after the step at hand */
+        if (lstm) memcpy(dc, (REAL *)call->dc + row * H, (size_t)(rows * H) * sizeof(REAL));
+    }
+    for (long t = chunk->last - 1; t >= chunk->first; t--) {
+        const long now = (t * B + row) * H, before = now - B * H;
+        const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
+        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + now;
+        const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
+        const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
+        const REAL *old = t == 0 ? start_at : (const REAL *)(lstm ? call->cells : call->output) + before;
+        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
+        if (!call->projected)
+            FN(weigh)(me, chunk->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, space.projected);
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team) {
+            const Line *line = group.line[b];
+            const long start = group.start[b], end = group.start[b + 1];
+            for (int part = 0; part < 1 + lstm; part++) {
+                for (long r = start; r < end; r++) {
+                    REAL *hidden = space.hidden + r * H;
+                    if (!FN(alive)(work, t, row + r)) { /* nothing came of this step: no gradient into it, and the state's goes by */
+                        memset(din + r * N, 0, (size_t)N * sizeof(REAL));
+                        memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
+                        memset(hidden, 0, (size_t)H * sizeof(REAL));
+                        if (lstm) FN(copy)(dold + r * H, dc + r * H, H);
+                        continue;
+                    }
+                    const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
+                    const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                    if (t > chunk->first && part == 0) {
+                        FN(fetch)(recurrent + (r - B) * N, N, 0);
+                        FN(fetch)(dout + (r - B) * H, H, 0);
+                        if (call->projected) FN(fetch)(in + (r - B) * N, N, 0);
+                        if (t > 1) FN(fetch)(old + (r - B) * H, H, 0);
+                    }
+                    const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
+                    if (!lstm) FN(row_back)(work->cell, 0, H, each);
+                    else if (part) FN(row_cell_back)(0, H, each, dc + r * H, dold + r * H);
+                    else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, space.wide + 2 * N));
+                }
+                if (lstm && part == 0) {
+                    REAL *hidden = space.hidden + start * H;
+                    FN(site_back)((FN(Given)){line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)}, T, t, end - start, hidden, H);
+                }
+            }
+            const FN(Given) given[2] = {
+                {line + SITE_IH, in + start * N, N, din + start * N, FN(sums)(space, b, SITE_IH, H, N)},
+                {line + SITE_HH, recurrent + start * N, N, drec + start * N, FN(sums)(space, b, SITE_HH, H, N)},
+            };
+            if (paired) FN(pair_back)(given, T, t, end - start, din + start * N, N);
+            else {
+                if (work->cell != CELL_GRU) memcpy(given[1].dx, given[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
+                for (int s = 0; s < 2; s++) FN(site_back)(given[s], T, t, end - start, given[s].dx, N);
+            }
+        }
+        if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
+        FN(wait)(me);
+        REAL *to = call->lengths ? space.recurrent : dh;
+        FN(weigh)(me, chunk->hh, rows, N, H, drec, N, to);
+        if (call->dxs)
+            FN(weigh)(me, chunk->back, rows, N, D, din, N, (REAL *)call->dxs + (t * B + row) * D);
+        if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step waits before it reads */
+        FN(wait)(me);
+        for (long b = me.id; b < group.blocks; b += me.team)
+            for (long r = group.start[b]; r < group.start[b + 1]; r++) {
+                if (call->lengths && FN(alive)(work, t, row + r)) FN(copy)(dh + r * H, to + r * H, H);
+                if (work->cell == CELL_GRU)
+#pragma omp simd
+                    for (long j = r * H; j < (r + 1) * H; j++) dh[j] += space.hidden[j];
+            }
+    }
+    FN(wait)(me);
+    if (me.id > 0) return;
+    FN(add_up)(work, &group, space, H, N);
+    memcpy((REAL *)call->dh + row * H, dh, (size_t)(rows * H) * sizeof(REAL));
+    if (lstm) memcpy((REAL *)call->dc + row * H, dc, (size_t)(rows * H) * sizeof(REAL));
+    for (long b = 0; b < group.blocks && chunk->first == 0; b++)
+        for (int s = 0; s < SITES; s++)
+            if (group.line[b][s].norm != NORM_NONE) FN(unpool_prefix)(&group.line[b][s], T);
+}
