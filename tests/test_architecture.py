@@ -35,7 +35,7 @@ LIBRARIES = {
     "pydantic": set(ROW),
     "pydantic_core": set(ROW),
     "pluggy": {"plugins"},
-    "packaging": {"plugins"},
+    "packaging": {"plugins", "backends"},
     "typing_extensions": set(),
     "ruamel": {"specs", "ablation", "cli", "commands"},
     "typer": {"cli", "commands"},
@@ -46,6 +46,7 @@ LIBRARIES = {
     "jinja2": {"ablation"},
     "matplotlib": {"ablation", "bench"},
     "numpy": {"ablation"},
+    "triton": {"backends"},
     "hypothesis": {"testing"},
     "pytest": {"testing"},
 }

@@ -11,6 +11,7 @@ from atn_norms.backends.native import Native
 from atn_norms.backends.native.library import unavailable, warn_once
 from atn_norms.backends.reference import Reference
 from atn_norms.backends.torch_nn import TorchNN
+from atn_norms.backends.triton import Triton
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.registry import hint
 from atn_norms.trees import Tree
@@ -44,11 +45,12 @@ class Backend(Protocol):
 
 
 _IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
+_BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only for whom asks for it
 
 
 def known() -> Mapping[str, Backend]:
-    """Every backend by name, the one `auto` tries first first."""
-    return {backend.name: backend for backend in _IN_ORDER}
+    """Every backend by name, the one `auto` tries first first, those it never tries last."""
+    return {backend.name: backend for backend in (*_IN_ORDER, *_BY_NAME)}
 
 
 def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:

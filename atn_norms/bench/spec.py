@@ -59,8 +59,8 @@ class Case:
 
 
 def runners() -> list[str]:
-    """Everything that can be held against torch.nn, slowest last."""
-    return [*(name for name in known() if name != "torch"), TEXTBOOK]
+    """Everything that can be held against torch.nn on a CPU, slowest last."""
+    return [*(name for name in known() if name not in ("torch", "triton")), TEXTBOOK]
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:

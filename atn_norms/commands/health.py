@@ -6,7 +6,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import typer
@@ -70,22 +72,31 @@ def _backends() -> list[Check]:
 
     accelerator = "CUDA is available" if torch.cuda.is_available() else "no CUDA device"
     checks = [Check("devices", "ok", f"CPU with {torch.get_num_threads()} threads; {accelerator}")]
+    kernels = _kernels()  # before anything builds a layer that would load them
     for name in known():
         if name == "native":
-            checks.append(_kernels())
+            checks.append(kernels)
             if unavailable():
                 continue  # an optional part, and the line above has told
-        norm = None if name == "torch" else "layer"
-        checks.append(_tried(f"backend {name}", lambda name=name, norm=norm: LSTM(2, 3, norm=norm, backend=name)))
+        if name == "triton":
+            checks.append(_gpu())
+            if checks[-1].status != "ok":
+                continue
+        norm, device = None if name == "torch" else "layer", "cuda" if name == "triton" else "cpu"
+        checks.append(_tried(f"backend {name}", partial(LSTM, 2, 3, norm=norm, backend=name, device=device), device))
     return checks
 
 
 def _kernels() -> Check:
     """The compiled part of the native backend: there or why not, and what it makes of this machine."""
-    from atn_norms.backends.native.library import load
+    from atn_norms.backends.native.library import found, load, survives
 
-    library = load()
     again = "and install atn-norms again: `pip install --force-reinstall --no-deps --no-cache-dir .` in its folder"
+    path, fate = found(), survives()
+    if fate is not None:
+        finding = f"{path}: whatever uses them ends with them; {fate}"
+        return Check("native kernels", "failed", finding, f"delete that file (the reference then runs), {again}")
+    library = load()
     if isinstance(library, str):
         finding = f"none: {library}; the reference runs instead, many times slower"
         return Check("native kernels", "missing", finding, f"install a C compiler (gcc, or clang with libomp), {again}")
@@ -95,11 +106,26 @@ def _kernels() -> Check:
     return Check("native kernels", "ok", f"{finding}, one thread", f"for threads, get a compiler with OpenMP {again}")
 
 
-def _tried(subject: str, make: Any) -> Check:
+def _gpu() -> Check:
+    """What the Triton backend needs: there or why not."""
+    import torch
+
+    from atn_norms.backends.triton.available import unavailable
+
+    subject, reason = "triton kernels", unavailable()
+    if reason is not None:
+        return Check(subject, "missing", f"none: {reason}", "only for a GPU: install torch's build for CUDA")
+    if not torch.cuda.is_available():
+        return Check(subject, "missing", "none: torch finds no GPU here", "nothing, unless there should be one")
+    finding = f"Triton {importlib.metadata.version('triton')}, {torch.cuda.get_device_name()}"
+    return Check(subject, "ok", f"{finding}; experimental, taken only with backend='triton'")
+
+
+def _tried(subject: str, make: Callable[[], Any], device: str) -> Check:
     import torch
 
     try:
-        y, _ = make()(torch.zeros(2, 1, 2))
+        y, _ = make()(torch.zeros(2, 1, 2, device=device))
         y.sum().backward()
     except Exception as error:  # noqa: BLE001  whatever goes wrong here is the finding
         return Check(subject, "failed", f"{type(error).__name__}: {error}", "reinstall atn-norms and torch")

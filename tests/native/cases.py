@@ -155,7 +155,7 @@ def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Any = None, reta
 def functional(tensors: Sequence[Tensor]) -> Tensor:
     """A fixed random weighting of all elements, in float64."""
     source = torch.Generator().manual_seed(99)
-    parts = [(t.double() * torch.randn(t.shape, generator=source, dtype=torch.float64)).sum() for t in tensors]
+    parts = [(t.cpu().double() * torch.randn(t.shape, generator=source, dtype=torch.float64)).sum() for t in tensors]
     return torch.stack(parts).sum()
 
 

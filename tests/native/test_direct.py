@@ -46,10 +46,10 @@ class Own(torch.Tensor):
 @pytest.fixture
 def operators(monkeypatch):
     """How often each operator was called."""
-    calls = {"recurrent": 0, "recurrent_backward": 0}
+    calls = {"forward": 0, "backward": 0}
 
     def counted(name: str) -> Callable[..., Any]:
-        operator = getattr(direct.ops, name)
+        operator = getattr(direct.OPERATORS, name)
 
         def call(*args: Any) -> Any:
             calls[name] += 1
@@ -58,7 +58,7 @@ def operators(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(direct.ops, name, counted(name))
+        monkeypatch.setattr(direct.OPERATORS, name, counted(name))
     return calls
 
 
@@ -70,7 +70,7 @@ def test_an_eager_call_needs_no_operator(operators, cell, training):
         ys, _ = pair.layer("native").unroll(pair.xs(), pair.state())
         if training:
             ys.sum().backward()
-    assert operators == {"recurrent": 0, "recurrent_backward": 0}
+    assert operators == {"forward": 0, "backward": 0}
 
 
 LISTENERS = {
@@ -87,7 +87,7 @@ def test_who_listens_hears_the_operators(operators, who):
     with LISTENERS[who]():
         ys, _ = layer.unroll(xs, state)
         ys.sum().backward()
-    assert operators == {"recurrent": 1, "recurrent_backward": 1}
+    assert operators == {"forward": 1, "backward": 1}
     compare(ys, quiet, tolerance=0)
 
 
@@ -97,7 +97,7 @@ def test_a_function_mode_hears_the_operator(operators):
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     with Asked():
         ys, _ = layer.unroll(xs, state)
-    assert operators["recurrent"] == 1
+    assert operators["forward"] == 1
     compare(ys, layer.unroll(xs, state)[0], tolerance=0)
 
 
@@ -116,7 +116,7 @@ def test_function_transforms_meet_the_operator(operators):
     layer, xs = pair.layer("native"), pair.xs()
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: layer(x)[0].sum())(xs)
-    assert operators["recurrent"] == 1
+    assert operators["forward"] == 1
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_a_tensor_of_a_class_of_its_own_meets_the_operator(operators):
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     ys, _ = layer.unroll(xs.as_subclass(Own), state)
-    assert operators["recurrent"] == 1
+    assert operators["forward"] == 1
     compare(ys.as_subclass(torch.Tensor), layer.unroll(xs, state)[0], tolerance=0)
 
 

@@ -255,10 +255,12 @@ def test_doctor_says_that_kernels_are_missing_and_what_to_do(elsewhere, capsys):
 def test_doctor_names_the_instruction_set(capsys, library, monkeypatch):
     from atn_norms.commands.health import _kernels
 
-    assert (_kernels().status, _kernels().advice) == ("ok", "")
-    assert library.level() in _kernels().finding and "OpenMP" in _kernels().finding
+    found = _kernels()
+    assert (found.status, found.advice) == ("ok", "")
+    assert library.level() in found.finding and "OpenMP" in found.finding
     monkeypatch.setattr(native.Library, "parallel", False)
-    assert "one thread" in _kernels().finding and "OpenMP" in _kernels().advice
+    found = _kernels()
+    assert "one thread" in found.finding and "OpenMP" in found.advice
 
 
 @needs_kernels

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from atn_norms.backends.fused.operators import Operators, empty_like
+from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.native.layout import Given
 from atn_norms.backends.native.library import CallArgs, load, word
-from atn_norms.backends.native.plan import DOUBLE, Plan
 
 CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
 
@@ -121,11 +123,32 @@ def room(
     ]
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """Room for another tensor of this type and shape, row by row however this one lies."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def zeros_like(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Zeros of these types and shapes, row by row."""
     return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+class Kernels:
+    """The kernels, as the operators call them."""
+
+    room = staticmethod(room)
+
+    @staticmethod
+    def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        given = Given(plan, *arguments)
+        given.check()
+        return forward(given, keep)
+
+    @staticmethod
+    def backward(
+        plan: Plan,
+        arguments: Sequence[Any],
+        asked: tuple[Any, ...],
+        ys: Tensor,
+        kept: Sequence[Tensor],
+        wants_xs: bool,
+    ) -> list[Tensor]:
+        return backward(Given(plan, *arguments), asked, ys, kept, wants_xs)
+
+
+OPERATORS = Operators("recurrent", Kernels())

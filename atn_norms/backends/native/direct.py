@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.backends.native import call, ops
-from atn_norms.backends.native.layout import Given, ordinary, unwatched
-from atn_norms.backends.native.plan import Plan
+from atn_norms.backends.fused.operators import ordinary, unwatched
+from atn_norms.backends.fused.plan import Plan
+from atn_norms.backends.native import call
+from atn_norms.backends.native.call import OPERATORS
+from atn_norms.backends.native.layout import Given
 
 
 def attempt(plan: Plan, *arguments: Any) -> list[Tensor] | None:
@@ -34,13 +36,13 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx: Any, given: Given, arguments: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         results, kept = call.forward(given, True)
         ctx.biased = arguments[3] is not None
-        ops.remember(ctx, given.plan, arguments, results, kept)
+        OPERATORS.remember(ctx, given.plan, arguments, results, kept)
         ctx.mark_non_differentiable(*results[len(results) - len(given.plan.measured) :])
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        dxs, dwi, dwh, dbi, dbh, dh0, dc0, daffine, dstates = ops.gradients(ctx, grads, ctx.needs_input_grad[2])
+        dxs, dwi, dwh, dbi, dbh, dh0, dc0, daffine, dstates = OPERATORS.gradients(ctx, grads, ctx.needs_input_grad[2])
         biases, stand_ins = ((dbi, dbh) if ctx.biased else ()), [None] * ctx.counts[1]
         found = (dxs, dwi, dwh, *biases, dh0, dc0, *daffine, *stand_ins, *dstates)
         return None, None, *found, *([None] * (len(ctx.needs_input_grad) - 2 - len(found)))  # the last may be lengths

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan
 from atn_norms.backends.native.library import CallArgs, word
-from atn_norms.backends.native.plan import BATCH, DOUBLE, PLACES, Plan
 
-_ORDINARY = {Tensor, nn.Parameter}
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 
 
@@ -142,24 +141,3 @@ class Given:
                     f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
                     f"allowed: {dtype} {list(shape)} on cpu"
                 )
-
-
-def unwatched() -> bool:
-    """Whether no compiler, tracer, profiler, mode or function transform wants to know of a call."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
-        and not torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
-    )
-
-
-def ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are of torch's own classes, with their numbers in memory: not negated there, nor left out."""
-    return (
-        {type(tensor) for tensor in tensors} <= _ORDINARY
-        and not any(map(Tensor.is_neg, tensors))
-        and not any(map(Tensor._is_zerotensor, tensors))
-    )

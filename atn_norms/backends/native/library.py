@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
@@ -87,16 +91,66 @@ class Library:
         return ("baseline", "AVX2", "AVX-512")[self._object.atn_norms_level(limit)]
 
 
+def found() -> Path | None:
+    """The shared object, if there is one."""
+    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+
+
 @lru_cache(maxsize=1)
 def load() -> Library | str:
     """The kernels, or in one sentence why there are none."""
-    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
-    if not found:
+    path = found()
+    if path is None:
         return "its kernels were not compiled when the package was installed (a C compiler was missing or failed)"
+    if path in _deadly:
+        return f"its kernels end the process that uses them: {_deadly[path]}"
     try:
-        return Library(found[0])
+        return Library(path)
     except (OSError, AttributeError) as error:
         return f"its kernels cannot be loaded: {error}"
+
+
+def survives() -> str | None:
+    """Use the kernels in a process of their own: None if it lives, else what became of it, and none are loaded here."""
+    path = found()
+    if path is None:
+        return None
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", TRIAL, str(path)]
+    try:
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        fate = f"a trial of them did not come back in {PATIENCE} s"
+    else:
+        if done.stdout.endswith(ALIVE):
+            return None
+        fate = _named(done.returncode)
+    _deadly[path] = fate
+    load.cache_clear()
+    return fate
+
+
+def _named(code: int) -> str:
+    try:
+        return f"a trial of them died of {signal.Signals(-code).name}"
+    except ValueError:
+        return f"a trial of them ended with exit code {code}"
+
+
+ALIVE = "alive\n"
+PATIENCE = 120  # seconds; torch alone may take ten to load on a busy machine
+TRIAL = """
+import pathlib, sys
+from atn_norms.backends.native import library
+library.found = lambda: pathlib.Path(sys.argv[1])
+try:
+    import torch, atn_norms
+    y, _ = atn_norms.LSTM(2, 3, norm="layer", backend="native")(torch.zeros(2, 1, 2))
+    y.sum().backward()
+finally:  # whatever was raised, the process lives, and the error will be met again
+    print("alive", flush=True)
+"""
+_deadly: dict[Path, str] = {}
 
 
 @torch.compiler.assume_constant_result  # a compiler need not follow how a shared object is found

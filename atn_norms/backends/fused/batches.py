@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atn_norms.backends.native.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
+from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.cells import CellWeights
 from atn_norms.normalizers import scanning
 from atn_norms.statistics import CountedMoments

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm
-from atn_norms.backends.native.plan import BATCH, Plan, SitePlan
+from atn_norms.backends.fused.plan import BATCH, Plan, SitePlan
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
 from atn_norms.normalizers import Normalizer

@@ -1,0 +1,196 @@
+"""The two operators of a backend that runs whole sequences: forward, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.backends.fused.plan import Plan
+
+_ORDINARY = {Tensor, nn.Parameter}
+
+
+class Kernels(Protocol):
+    """What computes. `arguments` are the operators' own, in their order.
+
+    | argument | meaning | shape |
+    |---|---|---|
+    | `xs` | inputs, time first | `[T, B, D]` |
+    | `weight_ih`, `weight_hh` | N = gates * H | `[N, D]`, `[N, H]` |
+    | `bias_ih`, `bias_hh` | or None | `[N]` |
+    | `h0`, `c0` | initial state; c0 of a cell without one is empty | `[B, H]` |
+    | `affine` | gain and shift of every site that has them, in order | `[F]` each |
+    | `populations` | means and variances of every site where they stand in for the batch's | `[1 or T, 2 F]` each |
+    | `states` | every site's leaves, in order, or none where all are fresh | |
+    | `lengths` | live steps of each row, or None | `[B]` |
+    """
+
+    def room(
+        self, plan: Plan, xs: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, states: Sequence[Tensor], keep: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Unwritten tensors as `forward` returns them."""
+        ...
+
+    def forward(self, plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, last h and c, every site's new state and what it pooled; and, to `keep`, what the way back needs."""
+        ...
+
+    def backward(
+        self,
+        plan: Plan,
+        arguments: Sequence[Any],
+        asked: tuple[Any, ...],
+        ys: Tensor,
+        kept: Sequence[Tensor],
+        wants_xs: bool,
+    ) -> list[Tensor]:
+        """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves.
+
+        `asked` are those of ys, hn, cn and, where anything is asked of them, of the new states.
+        """
+        ...
+
+
+class Operators:
+    """The operators `atn_norms::NAME` and `atn_norms::NAME_backward` of some kernels, registered with torch."""
+
+    def __init__(self, name: str, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+        @torch.library.custom_op(f"atn_norms::{name}", mutates_args=())
+        def forward(
+            xs: Tensor,
+            weight_ih: Tensor,
+            weight_hh: Tensor,
+            bias_ih: Tensor | None,
+            bias_hh: Tensor | None,
+            h0: Tensor,
+            c0: Tensor,
+            affine: Sequence[Tensor],
+            populations: Sequence[Tensor],
+            states: Sequence[Tensor],
+            lengths: Tensor | None,
+            plan: str,
+            keep: bool,
+        ) -> list[Tensor]:
+            single = xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0
+            results, kept = kernels.forward(Plan.decode(plan), (*single, affine, populations, states, lengths), keep)
+            return results + kept
+
+        @torch.library.custom_op(f"atn_norms::{name}_backward", mutates_args=())
+        def backward(
+            dys: Tensor,
+            dhn: Tensor,
+            dcn: Tensor,
+            dstates: Sequence[Tensor | None],
+            xs: Tensor,
+            weight_ih: Tensor,
+            weight_hh: Tensor,
+            bias_ih: Tensor | None,
+            bias_hh: Tensor | None,
+            h0: Tensor,
+            c0: Tensor,
+            affine: Sequence[Tensor],
+            populations: Sequence[Tensor],
+            states: Sequence[Tensor],
+            lengths: Tensor | None,
+            ys: Tensor,
+            kept: Sequence[Tensor],
+            plan: str,
+            wants_xs: bool,
+        ) -> list[Tensor]:
+            single = xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0
+            arguments = *single, affine, populations, states, lengths
+            return kernels.backward(Plan.decode(plan), arguments, (dys, dhn, dcn, dstates), ys, kept, wants_xs)
+
+        @forward.register_fake
+        def _(*inputs: Any) -> list[Tensor]:
+            xs, _, weight_hh, _, _, h0, c0, _, _, states, _, plan, keep = inputs
+            results, kept = kernels.room(Plan.decode(plan), xs, weight_hh, h0, c0, states, keep)
+            return results + kept
+
+        @backward.register_fake
+        def _(*inputs: Any) -> list[Tensor]:
+            xs, weight_ih, weight_hh, bias_ih, _, h0, c0, affine, _, states = inputs[4:14]
+            wide = weight_hh.shape[0] if bias_ih is not None else 0
+            dxs = empty_like(xs) if inputs[-1] else xs.new_empty(0)
+            rest = [empty_like(tensor) for tensor in (h0, c0, *affine, *states)]
+            return [dxs, *map(empty_like, (weight_ih, weight_hh)), xs.new_empty(wide), xs.new_empty(wide), *rest]
+
+        forward.register_autograd(self._backward, setup_context=self._setup)
+        self.forward, self.backward = forward, backward
+
+    @staticmethod
+    def remember(
+        ctx: Any, plan: Plan, arguments: Sequence[Any], results: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> None:
+        """Leave with autograd what `gradients` needs; `arguments` are the operator's, from xs to lengths."""
+        *single, affine, populations, states, lengths = arguments
+        ctx.set_materialize_grads(False)  # or zeros are made for everything that is not asked
+        ctx.plan, ctx.counts = plan, (len(affine), len(populations), len(states))
+        ctx.save_for_backward(*single, lengths, results[0], *affine, *populations, *states, *kept)
+
+    def gradients(self, ctx: Any, grads: Sequence[Tensor | None], wants_xs: bool) -> tuple[Any, ...]:
+        """Gradients of the operator's arguments from xs to `states`, but populations, the last two as lists."""
+        saved = ctx.saved_tensors  # asked for once: a checkpoint computes them again
+        *single, lengths, ys = saved[:9]
+        rest = saved[9:]
+        many, stand_ins, leaves = ctx.counts
+        starts = many, many + stand_ins, many + stand_ins + leaves
+        affine, populations, states, kept = (rest[a:b] for a, b in zip((0, *starts), (*starts, None), strict=True))
+        inputs: tuple[Any, ...] = (*single, affine, populations, states, lengths)
+        dys, dhn, dcn, *dstates = grads[: 3 + sum(1 + site.leaves for site in ctx.plan.sites)]
+        if torch.is_grad_enabled():
+            from atn_norms.backends.fused.twice import differentiable_backward
+
+            return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
+        *_, bias, h0, c0 = single
+        dys, dhn, dcn = (torch.zeros_like(a) if g is None else g for g, a in ((dys, ys), (dhn, h0), (dcn, c0)))
+        asked = (dys, dhn, dcn, dstates)
+        if unwatched() and ordinary([tensor for tensor in (dys, dhn, dcn, *dstates, *saved) if tensor is not None]):
+            found = self._kernels.backward(ctx.plan, inputs, asked, ys, kept, wants_xs)
+        else:
+            found = self.backward(*asked, *inputs, ys, kept, ctx.plan.encode(), wants_xs)
+        dxs, dwi, dwh, dbi, dbh, dh0, dc0, *others = found
+        biases = (None, None) if bias is None else (dbi, dbh)
+        return dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, others[:many], others[many:]
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        *arguments, text, keep = inputs
+        if keep:
+            plan = Plan.decode(text)
+            results = 3 + sum(1 + site.leaves for site in plan.sites) + len(plan.measured)
+            self.remember(ctx, plan, arguments, output[:results], output[results:])
+
+    def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        *found, daffine, dstates = self.gradients(ctx, grads, ctx.needs_input_grad[0])
+        return *found, daffine, [None] * ctx.counts[1], dstates, None, None, None
+
+
+def unwatched() -> bool:
+    """Whether no compiler, tracer, profiler, mode or function transform wants to know of a call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
+        and not torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
+def ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors are of torch's own classes, with their numbers in memory: not negated there, nor left out."""
+    return (
+        {type(tensor) for tensor in tensors} <= _ORDINARY
+        and not any(map(Tensor.is_neg, tensors))
+        and not any(map(Tensor._is_zerotensor, tensors))
+    )
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Room for another tensor of this type and shape, row by row however this one lies."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,0 +1,118 @@
+"""Norms over the rows of a batch: the operators, compiled, without a graph, and what is refused."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import atn_norms as an
+from tests.compare import compare
+from tests.laws.cases import leaves, level
+from tests.native.batched import a_pair, check, made
+from tests.native.cases import functional, needs_kernels, outcome
+from tests.native.test_operators import Recorded, poisoned
+
+pytestmark = needs_kernels
+__all__ = ["poisoned"]  # a fixture
+
+PAIRS = [
+    a_pair("lstm", "batch", "4", batch=4, ragged=True, before=2),
+    a_pair("gru", "per step", "cumulative", per_gate=True, dtype=torch.float32),
+    a_pair("tanh", "hh", "exponential", before=3, options={"bias": False}),
+    a_pair("relu", "ih", "1", inputs=66, hidden=35, dtype=torch.float32),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.cell}-{pair.window}")
+@pytest.mark.parametrize("training", [True, False])
+def test_opcheck(pair, training):
+    with Recorded() as recorded:
+        ys, _ = made(pair, "native", training).unroll(pair.xs(), pair.state(), pair.lengths())
+        ys.square().sum().backward()
+    assert [func.overloadpacket for func, _ in recorded.calls] == [
+        torch.ops.atn_norms.recurrent,
+        torch.ops.atn_norms.recurrent_backward,
+    ]
+    for func, args in recorded.calls:
+        differentiable = func.overloadpacket is torch.ops.atn_norms.recurrent
+
+        def fresh(arg, differentiable=differentiable):
+            if isinstance(arg, (list, tuple)):
+                return [fresh(each) for each in arg]
+            if not isinstance(arg, torch.Tensor):
+                return arg
+            return arg.detach().clone().requires_grad_(differentiable and arg.is_floating_point())
+
+        found = torch.library.opcheck(func, tuple(fresh(arg) for arg in args))
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize("norm", ["batch", "per step"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_compiled_without_a_graph_break(cell, norm):
+    """Training, which records a population, and evaluation with it."""
+    torch._dynamo.reset()
+    pair = a_pair(cell, norm, "4", 7, 4, 6, dtype=torch.float32)
+    layers = pair.layer("native"), pair.layer("native")
+    compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        results = []
+        for run, layer in ((compiled, layers[0]), (layers[1], layers[1])):
+            layer.train(training)
+            ys, last = run(pair.xs())
+            found = torch.autograd.grad(functional([ys, *leaves(last)]), list(layer.parameters()))
+            results.append(([ys, *leaves(last)], found, [b.clone() for b in layer.buffers()]))
+        compare(results[0][0], results[1][0], tolerance=1e-6)
+        compare(results[0][1], results[1][1], tolerance=1e-6, scale=level(*results[1][1]))
+        compare(results[0][2], results[1][2], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("window", ["1", "4", "100", "cumulative", "exponential"])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_reads_what_nobody_wrote(window, training, poisoned):
+    for cell, ragged, before, inputs in (("lstm", True, 2, 66), ("gru", False, None, 3), ("tanh", True, None, 3)):
+        pair = a_pair(cell, "batch", window, 37, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
+        layer = made(pair, "native", training)
+        found = outcome(layer, pair.xs(), pair.state(), pair.lengths())
+        tensors = (found.ys, *found.state, *found.gradients, *layer.buffers())
+        assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
+
+
+def test_without_a_graph_the_numbers_are_those_of_training():
+    for pair, training in itertools.product(PAIRS, (True, False)):
+        layers = [made(pair, "native", training) for _ in range(2)]
+        ys, after = layers[0].unroll(pair.xs(), pair.state(), pair.lengths())
+        with torch.no_grad():
+            quiet, state = layers[1].unroll(pair.xs(), pair.state(), pair.lengths())
+        assert ys.requires_grad and not any(leaf.requires_grad for leaf in [quiet, *leaves(state)])
+        compare([quiet, *leaves(state)], [ys, *leaves(after)], tolerance=0)
+        compare(list(layers[1].buffers()), list(layers[0].buffers()), tolerance=0)
+
+
+def test_one_row_is_refused_in_training_as_it_always_was():
+    pair = a_pair(batch=1)
+    for backend in ("native", "reference"):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            pair.layer(backend).unroll(pair.xs())
+    check(pair, training=False)
+
+
+class Doubled(an.BatchNorm):
+    """A subclass that normalizes otherwise than the base class declares."""
+
+    def normalize(self, x, pooled):
+        return 2 * super().normalize(x, pooled)
+
+
+def test_what_couples_rows_differently_is_refused():
+    layer = an.LSTM(2, 3, norm={"sites": {"ih": "batch", "hh": "layer"}})
+    assert "native: refuses: norms over the batch and norms of single rows are at different sites" in an.explain(layer)
+    layer: Any = an.LSTM(2, 3, norm="batch")
+    assert "backend 'native'" in an.explain(layer)
+    layer.norm_ih_l0.__class__ = Doubled
+    assert "the norm at ih (Doubled) is not declared as moments over features or over the batch" in an.explain(layer)
+    gates: Any = an.LSTM(2, 3, norm="batch", placement={"gates": "per_gate"})
+    assert "backend 'native'" in an.explain(gates)
+    gates.norm_hh_l0.gates[1].eval()  # one gate with a population, the others with the batch
+    assert "the norm at hh (PerGate) is not declared" in an.explain(gates)
