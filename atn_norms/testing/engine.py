@@ -73,7 +73,7 @@ def judge(law: Law, subject: Any) -> CheckResult:
 
 
 def _inapplicable(law: Law, subject: Any) -> str | None:
-    if subject.broken and law.name != "it_builds":
+    if subject.broken and law.name not in ("it_builds", subject.told_by):
         return subject.unbuilt
     return law.unless(subject) if law.unless is not None else None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import Normalizer, NormSpec
 from atn_norms.statistics import Average, Moments, Statistic
+from atn_norms.testing.comparing import demand
 from atn_norms.testing.law import Case, label_of
 from atn_norms.trees import Tree, tree_leaves
 from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec, Window, WindowSpec
@@ -54,18 +55,20 @@ class Subject:
     """What is judged: `family`, a `label`, the `axes` its cases are drawn from, and how to put it to work.
 
     `make` builds what runs for a case, `inputs` draws what it is given (floating tensors), `run` gives every tensor
-    that comes out. `broken` says why it cannot be built at all; only `it_builds` is then asked.
+    that comes out. `broken` says why it cannot be put to work at all, and `told_by` which law finds that; no law but
+    that one and `it_builds` is then asked.
     """
 
     family: str
     label: str
     axes: dict[str, Sequence[Any]]
     broken: str = ""
+    told_by: str = "it_builds"
 
     @property
     def unbuilt(self) -> str:
-        """Why the other laws are not asked of what cannot be built; empty where it can."""
-        return "it cannot be built; it_builds says why" if self.broken else ""
+        """Why the other laws are not asked of what cannot be put to work; empty where it can."""
+        return f"it cannot be put to work; {self.told_by} says why" if self.broken else ""
 
     def make(self, case: Case) -> Any:
         """What runs, fresh."""
@@ -99,7 +102,7 @@ class SpecSubject(Subject):
 
     def fault(self) -> str:
         """What is wrong with the very building of it; empty where nothing is."""
-        return self.broken
+        return self.broken if self.told_by == "it_builds" else ""
 
 
 class NormalizerSubject(SpecSubject):
@@ -139,6 +142,29 @@ class NormalizerSubject(SpecSubject):
             "features": self.sizes,
             "window": [window.build() for window in WINDOWS if self._takes(window.build())],
         }
+        try:
+            self.check_statement()
+        except Exception as error:  # noqa: BLE001  the law tells of it, with its place
+            self.broken, self.told_by = f"{type(error).__name__}: {error}", "a_statement_is_a_tuple_of_tensors"
+
+    def check_statement(self) -> None:
+        """Raise unless `measure` returns what a window can pool: a tuple of tensors that has `pool`."""
+        features = self.sizes[0]
+        said: Any = self.spec.build(features).double().measure(noise(0, 3, 2, features))
+        kind, allowed = type(said).__name__, "allowed: a named tuple of tensors with `pool`, such as Moments"
+        demand(isinstance(said, tuple) and callable(getattr(said, "pool", None)), f"measure returns {kind}; {allowed}")
+        demand(len(said) > 0, f"measure returns {kind}, which is empty; {allowed}")
+        names = getattr(said, "_fields", range(len(said)))
+        others = [
+            f"{n} is {type(leaf).__name__}" for n, leaf in zip(names, said, strict=True) if not isinstance(leaf, Tensor)
+        ]
+        again = "several averages are one Average(torch.cat([one, other], -1))"
+        demand(not others, f"measure returns {kind}, of which {', '.join(others)}; {allowed}; {again}")
+        try:
+            type(said)(*said)
+        except Exception as error:
+            refused = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{kind} cannot be made again of its tensors, {kind}(*tensors): {refused}") from error
 
     def declares(self, capability: str) -> bool:
         """Whether the normalizer declares a capability."""

@@ -23,7 +23,7 @@ class PMean(an.Normalizer):
         self.weight = nn.Parameter(torch.ones(features))
 
     def measure(self, x: Tensor) -> an.Average:
-        return an.Average.of(x.abs() ** self.p)
+        return an.Average.of(x.double().abs() ** self.p)
 
     def normalize(self, x: Tensor, pooled: an.Average) -> Tensor:
         return self.weight * x / (pooled.mean + 1e-5) ** (1 / self.p)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ from atn_norms import __version__
 from atn_norms.cli import main
 from atn_norms.commands.authoring import LONGEST, NAME, STARTS, contents
 from tests.plugins.bundled import lay_out
-from tests.plugins.site import Site
+from tests.plugins.site import ROOT, Site
 
 LONG = "abcdefghij-abcdefghij-ab"  # as long as a name may be
 
@@ -153,3 +154,27 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
     assert write(tmp_path, "mine", "--out", "file/mine") == 2
     assert capsys.readouterr().err == "atn-norms: file/mine: cannot be written: Not a directory\n"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="it asks git")
+def test_git_shows_what_it_writes_in_a_clone_and_not_what_running_it_leaves(tmp_path, capsys):
+    """A plugin that is written in a clone of this repository can be added to it, or forgotten with open eyes."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    assert write(tmp_path, "mine") == 0
+    left = (
+        "src/__pycache__/x.pyc",
+        "src/atn_norms_mine.egg-info/PKG-INFO",
+        ".hypothesis/x",
+        ".pytest_cache/x",
+        "build/x",
+    )
+    for path in left:
+        debris = tmp_path / "atn-norms-mine" / path
+        debris.parent.mkdir(parents=True, exist_ok=True)
+        debris.touch()
+    written = {f"atn-norms-mine/{path}" for path in contents("mine", "normalizer")}
+    for folder, prefix in ((tmp_path, ""), (tmp_path / "atn-norms-mine", "atn-norms-mine/")):  # in a clone, and alone
+        subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+        asked = ["git", "-C", str(folder), "ls-files", "--others", "--exclude-standard"]
+        shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        assert {prefix + path for path in shown} - {".gitignore"} == written

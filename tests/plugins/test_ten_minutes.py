@@ -39,7 +39,8 @@ def script(page: str) -> str:
 
 
 def test_every_block_of_the_page_is_a_step():
-    text = PAGE.read_text(encoding="utf-8")
+    text, found, _ = PAGE.read_text(encoding="utf-8").partition("\n(two-averages)=\n")
+    assert found  # the ten minutes are over there
     assert len(STEP.findall(text)) == text.count("```") // 2 >= 7
 
 

@@ -26,6 +26,7 @@ from atn_norms.testing.laws.normalizer import rows_meet_only_as_declared
 from atn_norms.testing.subjects import NormalizerSubject
 from tests.testing.gallery.entry import norm_spec, task_spec, window_spec
 from tests.testing.gallery.normalizers import Layer, MixesRows
+from tests.testing.gallery.statistics import StatesStatements
 from tests.testing.gallery.tasks import Sums
 from tests.testing.gallery.windows import ForgetsAStepLate
 
@@ -145,6 +146,28 @@ def test_a_plugin_that_cannot_be_built_fails_one_law_and_skips_the_rest():
     results = by_law(check_normalizer(norm_spec(Unbuilt)))
     assert results.pop("it_builds").message == "build(1) raises ZeroDivisionError: no"
     assert {result.status for result in results.values()} == {"skipped"}
+
+
+def test_a_normalizer_that_states_statements_fails_one_law_and_skips_the_rest():
+    results = by_law(check_normalizer(norm_spec(StatesStatements)))
+    assert results.pop("it_builds").status == "passed"
+    failed = results.pop("a_statement_is_a_tuple_of_tensors")
+    assert failed.message.startswith("measure returns Said, of which one is Moments, other is Moments; allowed: ")
+    assert "Average(torch.cat([one, other], -1))" in failed.message
+    assert {(result.status, result.message) for result in results.values()} == {
+        ("skipped", "it cannot be put to work; a_statement_is_a_tuple_of_tensors says why")
+    }
+
+
+def test_an_error_in_measure_is_told_once_with_its_place():
+    class Raises(Layer):
+        def measure(self, x):
+            raise IndexError("out of luck")
+
+    results = by_law(check_normalizer(norm_spec(Raises)))
+    (failed,) = [result for result in results.values() if result.status == "failed"]
+    assert failed.law == "a_statement_is_a_tuple_of_tensors"
+    assert "IndexError: out of luck (" in failed.message and "test_checks.py:" in failed.message
 
 
 def test_every_family_has_its_check():

@@ -3,6 +3,7 @@
 `python -m tests.testing.test_pages` writes the page.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_law_says_what_it_demands_and_why(law: Law):
     assert law.demand.endswith(".")
     assert len(law.why.split()) > 5
     assert law.why.endswith(".")
+
+
+def test_every_law_has_an_entry_that_says_where_to_look():
+    page = (PAGE.parent / "when-a-law-fails.md").read_text(encoding="utf-8")
+    told = {}
+    for section in page.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        told[title] = re.findall(r"^- (\*\*`.*?)(?=^- |\Z)", text, flags=re.M | re.S)
+    assert list(told) == list(GROUPS.values())
+    for group, title in GROUPS.items():
+        entries = [re.findall(r"\*\*`(\w+)`\*\*", entry.partition(":")[0]) for entry in told[title]]
+        assert [law for laws in entries for law in laws] == [law.name for law in LAWS.values() if law.group == group]
+    advice = [entry.partition(":")[2] for entries in told.values() for entry in entries]
+    assert all(len(words.split()) > 6 and words.strip().endswith(".") for words in advice)
 
 
 def main() -> None:

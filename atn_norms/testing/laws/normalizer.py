@@ -67,16 +67,21 @@ def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
     """Statements are made in float64, so that in float32 a level of 1e4 beside a spread of 1e-2 is normalized rightly.
 
     What is averaged over many steps and then subtracted must not have been rounded first: a mean of 1e4 in float32 is
-    off by up to 5e-4, a twentieth of that spread.
+    off by up to 5e-4, a twentieth of that spread. So `measure` must say of float32 what it says of the same
+    numbers in float64. What is computed first and widened afterwards has lost its digits by then, or all of it: the
+    square of 1e20 is infinite in float32, and that of 256 in float16.
     """
-    xs = (1e4 + 1e-2 * noise(case.seed, case.steps, case.batch, case.features)).float()
-    said = subject.normalizer(case).float().measure(xs)
+    normalizer, exact = subject.normalizer(case).float(), subject.normalizer(case).float().double()
+    drawn = noise(case.seed, case.steps, case.batch, case.features)
+    xs = (1e4 + 1e-2 * drawn).float()
     wide = statistics_dtype(xs.device)
-    for leaf in said:
-        demand(leaf.dtype == wide, f"x of float32 is measured to a leaf of {leaf.dtype}; allowed: {wide}")
-    normalizer = subject.normalizer(case).float()
+    for x in (drawn.float(), xs):
+        for leaf, other in zip(normalizer.measure(x), exact.measure(x.double()), strict=True):
+            demand(leaf.dtype == wide, f"x of float32 is measured to a leaf of {leaf.dtype}; allowed: {wide}")
+            largest = max(float(other.detach().abs().max()), 1e-30)
+            compare(leaf, other.to(wide), tolerance=CLOSE, scale=largest, what="measured of float32 against float64")
     ys, _ = AssortedTime(normalizer, case.window).scan(xs)
-    expected, _ = AssortedTime(normalizer.double(), case.window).scan(xs.double())
+    expected, _ = AssortedTime(exact, case.window).scan(xs.double())
     compare(ys.double(), expected, tolerance=1e-5, what="float32 against float64")
 
 

@@ -25,6 +25,16 @@ def _whole(case: Case, *weights: float) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64).expand(case.batch, -1)
 
 
+@law("statistic")
+def a_statement_is_a_tuple_of_tensors(subject: NormalizerSubject) -> None:
+    """`measure` returns a tuple of tensors that has `pool`, and that its type makes again of those tensors.
+
+    Windows, states, copies and backends know a statement by its tensors alone, so a statement inside a statement has
+    none that they could pool. Where this one fails there is nothing to pool, and the other laws are skipped.
+    """
+    subject.check_statement()
+
+
 @law("statistic", batch=(2, 3))
 def merging_needs_no_order(subject: NormalizerSubject, case: Case) -> None:
     """However entries are ordered, and however they are grouped, the merge is the same.

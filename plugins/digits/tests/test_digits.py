@@ -48,11 +48,13 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
 
 def test_the_most_frequent_digit_scores_what_the_baseline_says():
     task = DigitsSpec().build(seed=0)
-    model = Model(task.encoder(), an.GRU(8, 4), task.readout(4))
+    readout = task.readout(4)
+    assert isinstance(readout, torch.nn.Linear)
+    model = Model(task.encoder(), an.GRU(8, 4), readout)
     with torch.no_grad():
-        model.readout.weight.zero_()
-        model.readout.bias.zero_()
-        model.readout.bias[task.parts["train"][1].bincount().argmax()] = 1
+        readout.weight.zero_()
+        readout.bias.zero_()
+        readout.bias[task.parts["train"][1].bincount().argmax()] = 1
         scores = task.evaluate(model, "test")
     assert scores["accuracy"] == task.baselines["most frequent digit"]
 

@@ -148,6 +148,17 @@ class RoundsBeforeItMerges(Layer):
         return an.Moments(mean.double(), (var - mean.square()).clamp(min=0).double())
 
 
+@wrong("float32_keeps_its_digits")
+class SquaresInFloat32(Layer):
+    """Takes squares in float32 and averages them in float64, where those that overflowed stay infinite."""
+
+    def measure(self, x: Tensor) -> Any:
+        return an.Average.of(x.square())
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return x * torch.rsqrt(pooled.mean + 1e-5) * self.weight
+
+
 @wrong("rows_meet_only_as_declared")
 class MixesRows(Layer):
     """Centres by the mean of the batch without declaring it."""

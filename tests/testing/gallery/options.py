@@ -23,7 +23,7 @@ class Power(an.Normalizer):
         self.p = p
 
     def measure(self, x: Tensor) -> an.Average:
-        return an.Average.of(x.abs().pow(self.p))
+        return an.Average.of(x.double().abs().pow(self.p))
 
     def normalize(self, x: Tensor, pooled: an.Average) -> Tensor:
         return x / (pooled.mean + 1e-5).pow(1 / self.p)

@@ -1,6 +1,6 @@
 """Wrong statistics, each in the normalizer that pools it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,50 @@ def share(weights: Tensor, leaf: Tensor, dim: int) -> Tensor:
         weights = weights.reshape((1,) * dim + weights.shape)
     weights = rows(weights, leaf)
     return weights / weights.sum(dim, keepdim=True).clamp(min=1e-30)
+
+
+@wrong("a_statement_is_a_tuple_of_tensors")
+class StatesStatements(Uses):
+    """States the moments of two halves as a statement of two statements, which nobody pools."""
+
+    class Said(NamedTuple):
+        one: an.Moments
+        other: an.Moments
+
+        def pool(self, weights: Tensor, dim: int) -> "StatesStatements.Said":
+            return type(self)(self.one.pool(weights, dim), self.other.pool(weights, dim))
+
+    def measure(self, x: Tensor) -> "StatesStatements.Said":  # type: ignore[override]
+        return self.Said(an.Moments.of(x), an.Moments.of(x.abs()))
+
+
+@wrong("a_statement_is_a_tuple_of_tensors")
+class StatesADictionary(Uses):
+    """States its numbers in a dictionary, by name."""
+
+    def measure(self, x: Tensor) -> Any:
+        return dict(zip(("mean", "var"), an.Moments.of(x), strict=True))
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, an.Moments(**pooled))
+
+
+@wrong("a_statement_is_a_tuple_of_tensors")
+class AsksForMoreThanItsTensors(Uses):
+    """A statement that cannot be made of its tensors again, since it wants to be told what they are of."""
+
+    class Said(tuple[Tensor, ...]):
+        def __new__(cls, mean: Tensor, var: Tensor, *, of: str) -> "AsksForMoreThanItsTensors.Said":
+            return super().__new__(cls, (mean, var))
+
+        def pool(self, weights: Tensor, dim: int) -> "AsksForMoreThanItsTensors.Said":
+            return type(self)(*an.Moments(self[0], self[1]).pool(weights, dim), of="a window")
+
+    def measure(self, x: Tensor) -> Any:
+        return self.Said(*an.Moments.of(x), of="a step")
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return super().normalize(x, an.Moments(*pooled))
 
 
 @wrong("merging_needs_no_order")
