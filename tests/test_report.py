@@ -29,7 +29,7 @@ from atn_norms.ablation.report.html import sections
 from atn_norms.ablation.report.names import Layout, number
 from atn_norms.ablation.report.sentences import answer, caution, coverage
 from atn_norms.ablation.report.sheets import points_csv, results_csv
-from atn_norms.ablation.report.tables import latex, markdown
+from atn_norms.ablation.report.tables import FITTED, latex, markdown
 from atn_norms.commands.studies import _levels
 from atn_norms.problems import SpecError
 from atn_norms.specs import read
@@ -243,8 +243,32 @@ def test_tables_escape_what_their_language_would_read():
     for line in text.splitlines():
         if line.endswith(r" \\"):
             assert len(re.findall(r"(?<!\\)&", line)) == 6
+    refuse_bad_latex(text)
     rows = [line for line in markdown(findings(record)).splitlines() if line.startswith("| ")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
+
+
+def refuse_bad_latex(text: str) -> None:
+    """Braces and environments close in their order, and no sign is left bare that TeX would read as its own."""
+    assert text.isascii()
+    text = re.sub(r"^%.*", "", text, flags=re.M).replace(FITTED, "{")
+    bare = re.sub(r"\\[\\{}$&#%_]|\$(?:-|\\geq)\$", "", text)  # without escaped signs, ends of rows and mathematics
+    assert not re.search(r"[$#%_^<>|]", bare)
+    open_ones: list[str] = []
+    for word in re.findall(r"\\(?:begin|end)\{\w+\}|[{}]", bare):
+        if word == "{" or word.startswith(r"\begin"):
+            open_ones.append(word)
+        else:
+            assert open_ones.pop() == ("{" if word == "}" else word.replace("end", "begin", 1))
+    assert not open_ones
+
+
+def test_a_table_in_latex_fits_the_page_with_its_headers_in_short_lines():
+    text = latex(findings(study(score)))
+    refuse_bad_latex(text)
+    assert r"\shortstack[l]{difference to\\none} & \shortstack[l]{better than\\none at}" in text
+    assert "& mean & median &" in text
+    assert text.count(FITTED + "\n\\begin{tabular}") == text.count(r"\end{tabular}}") == 2
 
 
 def test_the_answer_claims_what_the_intervals_carry():

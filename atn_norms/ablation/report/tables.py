@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from atn_norms.ablation.report.names import (
 )
 
 NUMERIC = ("mean", "median")
+HEAD = 13  # signs in a line of a header in LaTeX
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # shrinks what is wider than the page
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "^": r"\textasciicircum{}",
     "_": r"\_", "~": r"\textasciitilde{}", "%": r"\%", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
@@ -203,21 +206,31 @@ def _markdown(text: str) -> str:
 
 
 def latex(found: Findings) -> str:
-    """The tables in LaTeX, for the booktabs package."""
-    parts = ["% \\usepackage{booktabs}"]
+    """The tables in LaTeX, for the packages booktabs and graphicx."""
+    parts = ["% \\usepackage{booktabs,graphicx}"]
     for part in printed(found):
         columns = "".join("r" if header in NUMERIC else "l" for header in part.headers)
         lines = [" & ".join(map(_latex, row)) + r" \\" for row in part.rows]
-        head = " & ".join(map(_latex, part.headers)) + r" \\"
+        head = " & ".join(map(_stacked, part.headers, columns)) + r" \\"
         rows = ["\\toprule", head, "\\midrule", *lines, "\\bottomrule"]
         parts += [
             "\\begin{table}",
-            "\\centering",
+            "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
             f"\\caption{{{_latex(part.title)}}}",
+            FITTED,
             f"\\begin{{tabular}}{{{columns}}}",
         ]
-        parts += [*rows, "\\end{tabular}", "\\end{table}", ""]
+        parts += [*rows, "\\end{tabular}}", "\\end{table}", ""]
     return "\n".join(parts)
+
+
+def _stacked(header: str, column: str) -> str:
+    """A header over its column, in lines about as short as the numbers below."""
+    lines = textwrap.wrap(header, HEAD, break_long_words=False, break_on_hyphens=False)
+    if len(lines) < 2:
+        return _latex(header)
+    stack = r"\\".join(map(_latex, lines))
+    return rf"\shortstack[{column}]{{{stack}}}"
 
 
 def _latex(text: str) -> str:
