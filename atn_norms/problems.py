@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+WORDS = re.compile(r"must be a valid (dictionary|tuple|list)\b")
+
 
 class SpecError(ValueError):
     """Say what is wrong with a specification, one located problem a line.
@@ -125,7 +127,8 @@ def sentence(line: Any) -> str:
         return "required, and missing"
     if line["type"] == "value_error":
         return str(line["ctx"]["error"]).replace("\n", "; ")
-    message = line["msg"].replace("Input should", "must", 1)
+    message = re.sub(r"^(?:Input|String|Value) should", "must", line["msg"])
+    message = WORDS.sub(lambda match: f"must be a {'mapping' if match[1] == 'dictionary' else 'list'}", message)
     value = line["input"]
     choices = re.findall(r"'([^']*)'", line["ctx"]["expected"]) if line["type"] == "literal_error" else []
     return f"{message}, got {shown(value)}{hint(value, choices) if isinstance(value, str) else ''}"

@@ -216,6 +216,8 @@ def _read_yaml(text: str) -> tuple[Any, Locate]:
         mark = error.problem_mark or error.context_mark
         said = " ".join(str(error.problem or error.context).split())
         said = f"{error.context}, {said}" if said.startswith("but ") else said
+        if twice := re.match(r'found duplicate key "(.*?)" with value ', said):
+            said = f"key {shown(twice[1])} is given twice"
         raise _Misplaced(said, mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         raise _Misplaced(f"a character that YAML does not allow: {error.character!r}", None) from None

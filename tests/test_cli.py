@@ -127,6 +127,20 @@ BAD = [
         "task.embedding: must be less",
     ),
     (["ablate", "study.yaml", "--set", "axes.norm=!!set {layer}"], "axes.norm: set {'layer'} is not possible here"),
+    (["ablate", "study.yaml", "--set", "model.window=3"], "--set model.window: the axis window says what this is; use"),
+    (
+        ["ablate", "study.yaml", "--set", "model.norm.eps=1"],
+        "--set model.norm.eps: the axis norm says what this is",
+    ),
+    (["ablate", "study.yaml", "--set", "axes.nrm=[layer, rms]"], "--set axes.nrm: axes.nrm: unknown key; known: cell"),
+    (["ablate", "study.yaml", "--set", "axes.norm=layer"], "--set axes.norm: axes.norm: must be a list, got 'layer'"),
+    (["ablate", "study.yaml", "--set", "axes="], "--set axes: axes: must be a mapping, got None"),
+    (["ablate", "study.yaml", "--set", "name=a/b"], "name: must be 1 to 80 letters, digits, blanks and . _ - with"),
+    (["ablate", "study.yaml", "--set", "train.batch_size=9999999"], "of a training set of 40; allowed: 1 to 40"),
+    (["ablate", "study.yaml", "--set", "task={kind: charlm, text: /dev/zero}"], "/dev/zero is neither a file nor a"),
+    (["ablate", "study.yaml", "--set", "task={kind: charlm, text: ~no-such-user/x}"], "cannot read "),
+    (["ablate", "."], ". is a folder, not a study's file; a study in it goes on with atn-norms resume"),
+    (["init", "quick", "study.yaml/other.yaml"], "study.yaml/other.schema.json: cannot be written: Not a directory"),
     (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
     (["ablate", "study.yaml", "--out", "."], "not empty and not a study's folder"),
     (["ablate", "study.yaml", "--out", "/proc/nowhere"], "/proc/nowhere"),
@@ -143,6 +157,33 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, capsys
     assert all(line.startswith("atn-norms: ") for line in error.splitlines())
     assert len(error.splitlines()) == 1 or arguments == ["show", "study.yaml"]
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_home_folder_is_meant_where_no_shell_put_it_in(capsys, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out=~/a study", "--set", "axes={}")
+    out = printed(capsys, "status", "~/a study")
+    assert "1 done" in out and not (folder / "~").exists()
+    (folder / "home/a study/trials").rename(folder / "lost")
+    assert f"to go on: atn-norms resume '{folder}/home/a study'" in printed(capsys, "status", "~/a study")
+
+
+def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
+    printed(capsys, "resume", "here", "--workers", "0")
+    file = folder / "here/study.yaml"
+    file.write_text("# a comment changes nothing\n" + file.read_text())
+    printed(capsys, "resume", "here", "--workers", "0")
+    file.write_text(file.read_text().replace("seeds: 1", "seeds: 2"))
+    error = said(capsys, "resume", "here", "--workers", "0")
+    command = "atn-norms ablate here/study.yaml --out here"
+    assert (
+        error == f"atn-norms: here/study.yaml: changed since it was laid down; {command} takes the change, "
+        "where the study only grows\n"
+    )
+    out = printed(capsys, *command.split()[1:], "--workers", "0")
+    assert "training 1 of 2 trials" in out
+    printed(capsys, "resume", "here", "--workers", "0")
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -344,6 +385,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
         assert until(lambda: list(folder.glob("here/trials/*/checkpoint.pt")) or run.poll() is not None)
         assert run.poll() is None, run.communicate()
         os.killpg(run.pid, signal.SIGINT)
+        os.killpg(run.pid, signal.SIGINT)  # as the impatient do
         _, error = run.communicate(timeout=PATIENCE)
     finally:
         run.kill()

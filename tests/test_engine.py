@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -107,6 +109,19 @@ def test_a_cluster_without_workers_is_not_waited_for_for_ever(study, monkeypatch
     with dask_cluster(0) as empty, pytest.raises(SpecError, match="has had no worker for 0 s"):
         run(study, scheduler=empty.scheduler_address)
     assert status(study)["pending"] == 3
+
+
+def test_local_workers_add_no_noise_of_their_own_to_a_run(study, capfd):
+    with contextlib.ExitStack() as stack:
+        dashboards = stack.enter_context(socket.socket())
+        with contextlib.suppress(OSError):  # taken by somebody else: as well
+            dashboards.bind(("", 8787))
+            dashboards.listen()
+        said = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        assert run(study, workers=1).count("done") == 3
+    assert [str(each.message) for each in said] == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_dask_one_line_says_what_to_install(study, monkeypatch):

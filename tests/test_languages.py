@@ -69,6 +69,13 @@ def test_what_is_read_is_hashed(text, treebank):
     assert len(set(before)) == 4 and all(each.startswith("sha256:") and len(each) == 71 for each in before)
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path, text):
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert corpora.read(str(marked), "characters") == corpora.read(text, "characters")
+    assert corpora.fingerprint(str(marked), "words") == corpora.fingerprint(text, "words")
+
+
 def test_a_folder_of_something_else_is_named(tmp_path, treebank):
     with pytest.raises(SpecError, match=r"is a folder without ptb.train.txt; allowed: a UTF-8 file, or"):
         WordLMSpec(text=str(tmp_path)).data()

@@ -52,9 +52,7 @@ def test_the_table_shows_step_and_loss_of_what_runs(clock, monkeypatch):
     progress.see(event("started"))
     progress.see(event("step", step=50, loss=0.16734))
     progress.see(event("busy", "b", step=20))
-    out = io.StringIO()
-    Console(file=out, width=100, height=20).print(module._drawn(progress, 20))
-    text = out.getvalue()
+    text = on_screen(progress, 100, 20)
     assert "0 of 4 trials ended, 2 running, 0 s so far" in text
     assert re.search(r"adding norm=a seed=0 +50 of 100 +━{10}╌{10} +0\.1673", text)
     assert re.search(r"adding norm=b seed=0 \(elsewhere\) +20 of 100", text)
@@ -62,9 +60,57 @@ def test_the_table_shows_step_and_loss_of_what_runs(clock, monkeypatch):
     assert len(progress.running) == 1
     for number in range(40):
         progress.see(event("started", f"t{number}"))
+    assert "and 28 more" in on_screen(progress, 100, 20)
+
+
+def on_screen(progress, width, height):
+    """What a terminal of a size shows, which it must have room for."""
     out = io.StringIO()
-    Console(file=out, width=100, height=20).print(module._drawn(progress, 20))
-    assert "and 27 more" in out.getvalue() and out.getvalue().count("\n") <= 20
+    console = Console(file=out, width=width, height=height)
+    console.print(module._drawn(progress, console))
+    lines = out.getvalue().splitlines()
+    assert len(lines) < height, "it would scroll"
+    assert all(len(line) <= width for line in lines), "it would wrap"
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 99, 100, 200])
+@pytest.mark.parametrize("height", [17, 24, 50])
+def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width, height):
+    progress = Progress(4000, 3, 44)
+    for number in range(40):
+        progress.see(event("started", f"normalizer-{number:02}(with=options)"))
+        progress.see(event("step", f"normalizer-{number:02}(with=options)", 50, 3, loss=0.125))
+    text = on_screen(progress, width, height)
+    joined = re.sub(r"\s", "", text)
+    told = set(re.findall(r"normalizer-(\d\d)", joined))
+    more = re.search(r"and (\d+) more", text)
+    assert told and len(told) + (int(more[1]) if more else 0) == 40
+    assert joined.count("50of100") == joined.count("0.125") == len(told), "steps and loss are never cut"
+    assert ("━" in text) == (width >= 100)
+
+
+def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):
+    progress = Progress(400, 1, 4)
+    line = "1 of 4 trials ended, 0 running, 0 s so far"
+    assert on_screen(progress, 80, 24) == f"{line}\n", "nothing runs yet: no empty table"
+    progress.see(event("started", "x", finished=1))
+    assert on_screen(progress, 80, 24).splitlines()[0] == line.replace("0 running", "1 running")
+
+
+def test_a_run_that_was_asked_to_end_says_so_until_it_has(clock, monkeypatch):
+    progress = Progress(400, 0, 4)
+    progress.see(event("started"))
+    monkeypatch.setattr(module, "stopping", lambda: True)
+    assert on_screen(progress, 80, 24).startswith("stopping; what is finished is kept\n")
+
+
+def test_when_all_is_over_nothing_is_left(clock):
+    progress = Progress(100, 3, 4)
+    progress.see(event("started", finished=3))
+    clock[0] += 40
+    progress.see(event("done", step=100, finished=4))
+    assert progress.summary() == "4 of 4 trials ended, 0 running, 40 s so far"
 
 
 def test_in_a_log_it_is_a_line_for_each_end_and_one_a_minute(clock, monkeypatch, capsys):

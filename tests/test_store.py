@@ -16,6 +16,7 @@ from atn_norms.ablation.plan import make_plan
 from atn_norms.ablation.store import StudyFolder, TrialFolder
 from atn_norms.ablation.study import StudySpec
 from atn_norms.problems import SpecError
+from tests.waiting import until
 
 STUDY = {
     "model": {"cell": "lstm", "hidden_size": 3},
@@ -337,6 +338,16 @@ def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
     assert load(study).trials[0].status == "pending"
     with trial.lock():
         pass
+
+
+def test_a_running_trial_is_where_its_pulse_says_and_another_where_its_curve_does(study, trial):
+    assert load(study).trials[0].step == 0
+    with trial.lock():
+        trial.measure({"step": 4, "train_loss": 0.5, "validation": None})
+        assert load(study).trials[0].step == 4
+        trial.tell(7)
+        assert until(lambda: load(study).trials[0].step == 7), "told with the next beat"
+    assert load(study).trials[0].step == 4, "nobody trains it: as far as the curve goes"
 
 
 def test_asking_who_runs_does_not_stop_a_trial_from_starting(trial):

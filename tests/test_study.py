@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from datetime import date
 
 import pytest
@@ -215,6 +216,12 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"seeds": [1, 1]}, "seeds: must be different numbers"),
         ({"baseline": {"norm": "none"}}, "baseline.norm: no axis of this study"),
         ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "none"}}, "baseline.norm: none is not on this axis; it"),
+        ({"axes": {"norm": ["layer"]}, "baseline": {"nrom": "layer"}}, "axes: norm; nearest: 'norm'"),
+        ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "laier"}}, "it has layer; nearest: 'layer'"),
+        ({"axes": {"nrm": ["layer", "rms"]}}, "axes.nrm: unknown key; known: cell, "),
+        ({"axes": {"norm": ["laier", "layer"]}}, "axes.norm[0]: unknown normalizer 'laier'"),
+        ({"task": None, "tasks": ["adding", "charlm", {"kind": "adding"}]}, "tasks[2]: adding is there already"),
+        ({"name": ".hidden"}, "name: must be 1 to 80 letters, digits, blanks and . _ - with a letter or digit first"),
         ({"seeds": 10**9}, "seeds: at most 100000 are possible, got 1000000000"),
         ({"seeds": 60_000, "axes": {"hidden_size": [3, 4]}}, "seeds: 2 points with 60000 seeds are 120000 trials"),
         ({"train": {"threads": 100_000}}, "train.threads: must be less than or equal to 1024, got 100000"),
@@ -286,14 +293,14 @@ def test_settings_from_the_command_line():
     data = {"train": {"optimizer": "adam"}, "tasks": ["adding", {"kind": "charlm"}], "model": {"norm": "layer"}}
     changed = override(
         data,
-        ["train.optimizer.lr=1e-3", "tasks.0.length=9", "axes.train.optimizer.lr=[0.1, 1]", "model.norm.eps=1e-4",
+        ["train.optimizer.lr=1e-3", "tasks.0.length=9", "axes.train.clip=[0.1, 1]", "model.norm.eps=1e-4",
          "seeds=3", "model.window={kind: exponential, half_life: 2.0}", "baseline.norm=none", "tasks.1=adding"],
     )  # fmt: skip
     assert changed == {
         "train": {"optimizer": {"kind": "adam", "lr": 1e-3}},
         "tasks": [{"kind": "adding", "length": 9}, "adding"],
         "model": {"norm": {"kind": "layer", "eps": 1e-4}, "window": {"kind": "exponential", "half_life": 2.0}},
-        "axes": {"train.optimizer.lr": [0.1, 1]},
+        "axes": {"train.clip": [0.1, 1]},
         "seeds": 3,
         "baseline": {"norm": "none"},
     }
@@ -319,6 +326,28 @@ def test_settings_that_cannot_be(setting, said):
     with pytest.raises(SpecError) as caught:
         override({"tasks": ["adding"], "seeds": 2, "train": {}}, [setting])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("axis", "setting", "refused"),
+    [
+        ("norm", "model.norm=layer", True),
+        ("model.norm", "model.norm.eps=1", True),
+        ("train.optimizer.lr", "train.optimizer.lr=1", True),
+        ("task.length", "tasks.0.length=3", True),
+        ("train.optimizer.lr", "train.optimizer=adam", False),
+        ("norm", "model.norm_=1", False),
+        ("norm", "axes.norm=[rms]", False),
+    ],
+)
+def test_a_setting_that_an_axis_would_overrule_is_refused(axis, setting, refused):
+    data = {"tasks": [{"kind": "adding"}], "axes": {axis: ["none"]}}
+    if not refused:
+        override(data, [setting])
+        return
+    name = setting.partition("=")[0]
+    with pytest.raises(SpecError, match=re.escape(f"--set {name}: the axis {axis} says what this is; use --set")):
+        override(data, [setting])
 
 
 @pytest.mark.parametrize("kind", sorted(optimizers.kinds()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from atn_norms.ablation.plan import Plan, make_plan, override
 from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store import StudyFolder, load
 from atn_norms.ablation.study import StudySpec, TrainSpec
-from atn_norms.problems import explained
+from atn_norms.problems import SpecError, explained
 
 __all__ = [
     "Busy",
@@ -33,6 +34,7 @@ __all__ = [
     "make_plan",
     "override",
     "ready",
+    "refuse_edited",
     "resume",
     "run",
     "status",
@@ -79,11 +81,28 @@ def _home(plan: Plan) -> Path:
 def resume(
     folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
 ) -> StudyRecord:
-    """Go on with a study where it stopped: `run` by the name the command line uses."""
+    """Go on with a study where it stopped, as it was laid down.
+
+    Errors: as `run`; `SpecError` where the folder's study.yaml says something else by now.
+    """
+    refuse_edited(folder)
     return run(folder, workers=workers, scheduler=scheduler, on_event=on_event)
+
+
+def refuse_edited(folder: Path | str) -> None:
+    """Raise `SpecError` where a folder's study.yaml is no longer what was laid down: going on would ignore the edit."""
+    from atn_norms.specs import read, validate
+
+    store = StudyFolder(folder)
+    laid_down, file = store.resolved().get("study"), store.path / "study.yaml"
+    if not file.exists():
+        return
+    data, where = read(file)
+    if validate(StudySpec, data, where) != validate(StudySpec, laid_down):
+        take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
+        raise SpecError(f"{file}: changed since it was laid down; {take} takes the change, where the study only grows")
 
 
 def status(folder: Path | str) -> dict[str, int]:
     """How many trials of a study are `done`, `diverged`, `failed`, `running` and `pending`."""
-    record = load(folder)
-    return {status: record.count(status) for status in ("done", "diverged", "failed", "running", "pending")}
+    return load(folder).counts()

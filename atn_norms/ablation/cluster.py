@@ -187,7 +187,8 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
                         threads_per_worker=1,
                         processes=True,
                         memory_limit=0,
-                        dashboard_address=None,  # type: ignore[arg-type]
+                        dashboard_address="127.0.0.1:0",  # None is port 8787, with a warning where that is taken
+                        scheduler_kwargs={"dashboard": False},
                         silence_logs=logging.CRITICAL,
                     )
                 )

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from atn_norms.ablation.files import canonical
 from atn_norms.ablation.records import TaskFacts
+from atn_norms.ablation.resolving import axis_path
 from atn_norms.ablation.study import Point, StudySpec
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
@@ -191,7 +192,7 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
     Errors: `SpecError` naming the setting.
     """
-    data = deepcopy(data)
+    data, given = deepcopy(data), []
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         path = name.strip().split(".")
@@ -201,7 +202,20 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         if path[0] in ("axes", "baseline") and len(path) > 1:  # an axis is called by its whole path
             path = [path[0], ".".join(path[1:])]
         _assign(data, path, value, name)
+        given.append((name.strip(), path))
+    _refuse_the_overruled(data, given)
     return data
+
+
+def _refuse_the_overruled(data: dict[str, Any], given: list[tuple[str, list[str]]]) -> None:
+    """Refuse a setting that an axis puts its own values over: it would change nothing, and nobody would know."""
+    axes = data.get("axes")
+    for axis in axes if isinstance(axes, dict) else ():
+        path = list(axis_path(str(axis)))
+        for name, place in given:
+            place = ["task", *place[2:]] if place[0] == "tasks" else place
+            if place[: len(path)] == path:
+                raise SpecError(f"--set {name}: the axis {axis} says what this is; use --set 'axes.{axis}=[...]'")
 
 
 def _assign(data: Any, path: list[str], value: Any, name: str) -> None:

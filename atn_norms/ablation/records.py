@@ -40,6 +40,7 @@ class TrialRecord:
     | `curve`  | `metrics.jsonl`: `step`, `train_loss`, `validation` (None where it was not measured)                |
     | `run`    | `run.json`: seconds, host, attempts; differs from machine to machine                                |
     | `error`  | `error.json`: `error` (one line), `traceback`; None unless the last attempt failed                  |
+    | `step`   | training steps taken, so far as is known: by the result, the one who trains it, or the curve        |
     """
 
     id: str
@@ -51,6 +52,7 @@ class TrialRecord:
     curve: list[dict[str, Any]] = field(default_factory=list)
     run: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,7 @@ class StudyRecord:
     def count(self, status: Status) -> int:
         """How many trials have this status."""
         return sum(trial.status == status for trial in self.trials)
+
+    def counts(self) -> dict[str, int]:
+        """How many trials are `done`, `diverged`, `failed`, `running` and `pending`."""
+        return {status: self.count(status) for status in ("done", "diverged", "failed", "running", "pending")}

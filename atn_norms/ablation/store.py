@@ -200,7 +200,7 @@ class TrialFolder:
         trial, result = planned if planned is not None and lost else self.trial(), self.result()
         if not isinstance(trial.get("seed"), int) or not isinstance(trial.get("train"), dict):
             raise StoreError(f"{self.path / 'trial.json'}: damaged, not a trial; remove it and run the study again")
-        status, error = self.status(result), self.path / "error.json"
+        status, error, curve = self.status(result), self.path / "error.json", self.curve()
         return TrialRecord(
             id=self.id,
             trial=trial,
@@ -208,10 +208,15 @@ class TrialFolder:
             seed=trial["seed"],
             status=status,
             result=result,
-            curve=self.curve(),
+            curve=curve,
             run=self.run() or None,
             error=read_json(error) if status == "failed" else None,
+            step=result["step"] if result is not None else self._reached(status, curve),
         )
+
+    def _reached(self, status: Status, curve: list[dict[str, Any]]) -> int:
+        said = self.pulse() if status == "running" else None
+        return max(curve[-1]["step"] if curve else 0, said.step or 0 if said is not None else 0)
 
 
 def _signed(archive: bytes) -> bytes:

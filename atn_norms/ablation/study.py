@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
 MOST_POINTS = 100_000
+NAME = r"\w[\w .-]{0,79}"
 
 
 class _Sections(Options):
@@ -56,6 +58,14 @@ class Point(NamedTuple):
     model: LayerSpec
     task: TaskSpec
     train: TrainSpec
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(
+            f"must be 1 to 80 letters, digits, blanks and . _ - with a letter or digit first, got {shown(name)}"
+        )
+    return name
 
 
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
@@ -133,7 +143,7 @@ class StudySpec(Options):
     [{'task': 'adding', 'norm': 'none'}, {'task': 'adding', 'norm': 'layer'}]
     """  # noqa: E501
 
-    name: str = Field(default="study", min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$")
+    name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME}$"})] = "study"
     model: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("model")] = {}
     task: Annotated[str | dict[str, Any] | None, BeforeValidator(plain), _Shown("task")] = None
     tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(plain), _Shown("task")], ...] | None = None
@@ -152,6 +162,10 @@ class StudySpec(Options):
     def _check(self) -> StudySpec:
         if (self.task is None) == (not self.tasks):
             raise invalid("study", [Problem(("task",), "a study needs `task`, or a list of `tasks`, and not both")])
+        labels = _task_labels([task for _, task in self._task_list()])
+        again = [i for i, each in enumerate(labels) if each in labels[:i]]
+        if again:
+            raise invalid("study", [Problem(("tasks", i), f"{brief(labels[i])} is there already") for i in again])
         count = len(self._task_list())
         for values in self.axes.values():
             count *= len(values)
@@ -165,8 +179,19 @@ class StudySpec(Options):
         for point in self._points():
             problems += point if isinstance(point, list) else []
         if problems:
-            raise invalid("study", dict.fromkeys(problems))
+            raise invalid("study", self._once_an_axis(problems))
         return self
+
+    def _once_an_axis(self, problems: list[Problem]) -> list[Problem]:
+        """Each problem once, and what is wrong with every value of an axis, such as its path, at the axis itself."""
+        found = list(dict.fromkeys(problems))
+        merged = []
+        for each in found:
+            places = {p.path for p in found if p.message == each.message and len(p.path) == 3 and p.path[0] == "axes"}
+            values = self.axes.get(str(each.path[1]), ()) if each.path in places else ()
+            every = {(*each.path[:2], i) for i in range(len(values))}
+            merged.append(each._replace(path=each.path[:2]) if 1 < len(every) and every <= places else each)
+        return list(dict.fromkeys(merged))
 
     def seed_list(self) -> list[int]:
         """The seeds themselves."""
@@ -201,14 +226,12 @@ class StudySpec(Options):
         for name, value in self.baseline.items():
             axis = axis_name(name)
             if axis not in labels:
-                problems.append(
-                    Problem(("baseline", name), f"no axis of this study; axes: {', '.join(labels) or 'none'}")
-                )
+                told = f"no axis of this study; axes: {', '.join(labels) or 'none'}{hint(axis, labels)}"
+                problems.append(Problem(("baseline", name), told))
             elif label(value) not in labels[axis]:
-                known = ", ".join(labels[axis])
-                problems.append(
-                    Problem(("baseline", name), f"{brief(label(value))} is not on this axis; it has {known}")
-                )
+                known, near = ", ".join(labels[axis]), hint(label(value), labels[axis])
+                told = f"{brief(label(value))} is not on this axis; it has {known}{near}"
+                problems.append(Problem(("baseline", name), told))
         return problems
 
     def _task_list(self) -> list[tuple[tuple[str | int, ...], Any]]:

@@ -32,9 +32,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     """Print a table: drawn on a terminal, aligned text with the same words elsewhere."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     if on_terminal():
-        from rich.console import Console
-
-        Console().print(drawn(title, columns, cells))
+        _draw(title, columns, cells)
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     print(title)
@@ -42,16 +40,34 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def drawn(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    """Make a rich table; what the cells hold is text, never markup."""
+def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Draw a table; a list instead on a terminal so narrow that words would be cut. Cells are text, never markup."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    console = Console()
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.show_edge = False
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
-    return table
+        table.add_row(*map(Text, row))
+    unbounded = console.options.update(width=10**6)
+    if Measurement.get(console, unbounded, table).minimum <= console.width:
+        console.print(table)
+        return
+    entries = Table.grid("", "", padding=(0, 1))
+    for row in rows:
+        parts = [
+            Text(" ").join([Text(column, "dim"), Text(cell)] if column else [Text(cell)])
+            for column, cell in zip(columns, row, strict=True)
+            if cell
+        ]
+        entries.add_row("-", Text("; ").join(parts))
+    console.print(Text(title, "bold"), entries)
 
 
 def _finite(value: Any) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+PATIENCE = 30.0  # seconds to put things in order, in which no further signal is heard
 
 
 class Ended(KeyboardInterrupt):
@@ -26,21 +29,42 @@ def exit_code(end: KeyboardInterrupt) -> int:
     return 128 + (end.number if isinstance(end, Ended) else signal.SIGINT)
 
 
+class _Asked:
+    """When the end was asked for; None: it was not."""
+
+    at: float | None = None
+
+
+def stopping() -> bool:
+    """Whether the end was asked for, and what is inside `heard` is being put in order."""
+    return _Asked.at is not None
+
+
 @contextmanager
 def heard() -> Iterator[None]:
-    """Raise `Ended` inside where SIGTERM or SIGHUP would end the process on the spot."""
+    """Raise `KeyboardInterrupt`, or `Ended` where SIGTERM or SIGHUP would end the process on the spot, inside.
+
+    Those that come while things are put in order are not heard: an impatient second Ctrl-C would only leave a mess.
+    One that comes after `PATIENCE` seconds is, in case it hangs.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say so
-        yield
-        return
-    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
-    for each in numbers:
-        signal.signal(each, _raise)
+        usual.clear()
+    mine = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+    for number in mine:
+        signal.signal(number, _raise)
     try:
         yield
     finally:
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+        if mine:
+            _Asked.at = None
+        for number, handler in mine.items():
+            signal.signal(number, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Ended(number)
+    now = time.monotonic()
+    if _Asked.at is not None and now - _Asked.at < PATIENCE:
+        return
+    _Asked.at = now
+    raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)

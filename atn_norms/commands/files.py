@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +42,7 @@ def init(
     text = MODELINE.format(schema=beside.name) + content
     write_new(beside, schema_text("study"), force)
     write_new(file, text, force)
-    print(f"wrote {file} and {beside}\nnext: edit {file}, then run `atn-norms ablate {file}`")
+    print(f"wrote {file} and {beside}\nnext: edit {file}, then run `{shlex.join(['atn-norms', 'ablate', str(file)])}`")
 
 
 def schema_text(what: str) -> str:
@@ -71,4 +73,5 @@ def write_new(path: Path, text: str, force: bool = False) -> None:
     except OSError as error:
         raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none, there is nothing to remove
+            temporary.unlink(missing_ok=True)

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from atn_norms.commands.console import drawn, on_terminal
+from atn_norms.commands.console import on_terminal
+from atn_norms.commands.endings import stopping
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from atn_norms.ablation import Event, OnEvent
 
 EVERY = 60.0  # seconds between two lines in a log that say how far the running trials are
 SHOWN = 8  # running trials that such a line names
 FEW = 5.0  # seconds after which the time that is left can be told
+AROUND = 7  # lines that the summary and the table's head and foot take, and one for the cursor
+BROAD = 100  # columns of a terminal with room for bars
 
 
 def called(point: dict[str, str]) -> str:
@@ -41,14 +46,14 @@ class Progress:
     The time left is the time spent so far, scaled from the training steps taken in this run to those that remain.
     """
 
-    def __init__(self, steps_to_do: int) -> None:
+    def __init__(self, steps_to_do: int, finished: int = 0, total: int = 0) -> None:
         self.left_to_do, self.taken = steps_to_do, 0
         self.running: dict[str, Event] = {}
         self.elsewhere: set[str] = set()
         self.counts: dict[str, int] = {}
         self.began = time.monotonic()
         self.started: dict[str, float] = {}
-        self.finished = self.total = 0
+        self.finished, self.total = finished, total
 
     def see(self, event: Event) -> None:
         """Take in an event."""
@@ -69,9 +74,9 @@ class Progress:
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
     def left(self) -> str:
-        """The time that is left, in words; empty while too little has been seen."""
+        """The time that is left, in words; empty while too little has been seen, and when nothing is left."""
         spent = time.monotonic() - self.began
-        if self.taken < 1 or spent < FEW:
+        if self.taken < 1 or spent < FEW or self.finished == self.total:
             return ""
         return f"about {duration(spent * max(0, self.left_to_do) / self.taken)} left"
 
@@ -86,9 +91,9 @@ class Progress:
 
 
 @contextmanager
-def shown(steps_to_do: int) -> Iterator[OnEvent]:
-    """Show a run while it goes on; the callback takes its events."""
-    progress = Progress(steps_to_do)
+def shown(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
+    """Show a run of `total` trials while it goes on; the callback takes its events."""
+    progress = Progress(steps_to_do, finished, total)
     if not on_terminal():
         yield _Lines(progress)
         return
@@ -97,9 +102,7 @@ def shown(steps_to_do: int) -> Iterator[OnEvent]:
 
     console = Console()
     # Drawn on its own clock, so that the time goes on between events and a burst of them costs one drawing.
-    with Live(
-        console=console, get_renderable=lambda: _drawn(progress, console.height), refresh_per_second=4, transient=True
-    ):
+    with Live(console=console, get_renderable=lambda: _drawn(progress, console), refresh_per_second=4, transient=True):
 
         def see(event: Event) -> None:
             progress.see(event)
@@ -147,21 +150,36 @@ def _ended(event: Event, progress: Progress) -> str:
     return f"[{event.finished:>{width}}/{event.total}] {event.kind:8} {called(event.point)}  {seconds}{why}"
 
 
-def _drawn(progress: Progress, height: int) -> Any:
-    events = list(progress.running.values())
-    room = max(1, height - 6)  # what the title, the head and the lines around leave
-    rows = [
-        (
-            called(event.point) + (" (elsewhere)" if event.trial in progress.elsewhere else ""),
-            f"{event.step} of {event.steps}",
-            _bar(event.step, event.steps),
-            _loss(event),
-        )
-        for event in events[:room]
-    ]
-    if len(events) > room:
-        rows.append((f"and {len(events) - room} more", "", "", ""))
-    return drawn(progress.summary(), ("training", "steps", "", "loss"), rows)
+def _drawn(progress: Progress, console: Console) -> Any:
+    """The summary and as many of the running trials as the terminal has lines for, however narrow it is."""
+    room = len(progress.running)
+    while True:
+        picture = _picture(progress, room, console.width)
+        lines = len(console.render_lines(picture, pad=False))
+        if lines < console.height or room <= 1:
+            return picture
+        room = max(1, min(room - 1, room * (console.height - AROUND) // max(1, lines - AROUND + 1)))
+
+
+def _picture(progress: Progress, room: int, width: int) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    summary = Text("stopping; what is finished is kept" if stopping() else progress.summary(), style="bold")
+    if not room:
+        return summary
+    bars = width >= BROAD
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("training", "steps", *([""] if bars else []), "loss"):
+        table.add_column(name, no_wrap=name != "training", overflow="fold")
+    for event in list(progress.running.values())[:room]:
+        name = called(event.point) + (" (elsewhere)" if event.trial in progress.elsewhere else "")
+        bar = [_bar(event.step, event.steps)] if bars else []
+        table.add_row(*map(Text, [name, f"{event.step} of {event.steps}", *bar, _loss(event)]))
+    hidden = len(progress.running) - room
+    return Group(summary, table, *([Text(f"  and {hidden} more")] if hidden else []))
 
 
 def _bar(step: int, steps: int, width: int = 20) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,13 @@ from atn_norms.commands.endings import exit_code, heard
 if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")]
+
+def _at_home(path: Path | None) -> Path | None:
+    """The path with a leading ~ as the home folder, which no shell has put in for `--out=~/x`."""
+    return None if path is None else Path(os.path.expanduser(path))
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.", callback=_at_home)]
 WORKERS = 2
 Workers = Annotated[int, typer.Option(min=0, help="Local processes; 0 trains in this process, without Dask.")]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
@@ -32,7 +39,9 @@ def ablate(
     ] = None,
     workers: Workers = WORKERS,
     scheduler: Scheduler = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.", callback=_at_home)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the trials, and say how long they may take.")
     ] = False,
@@ -45,7 +54,8 @@ def ablate(
         _need(workers, scheduler)
         spec = _read(study, settings or [])
         if dry_run:
-            _list_trials(make_plan(spec), None if scheduler else max(1, workers), as_json)
+            plan = make_plan(spec)
+            _list_trials(plan, None if scheduler else max(1, min(workers, len(plan.trials))), as_json)
             return
         _run(create(spec, out), workers, scheduler, as_json)
 
@@ -53,24 +63,27 @@ def ablate(
 def resume(folder: Folder, workers: Workers = WORKERS, scheduler: Scheduler = None, as_json: Json = False) -> None:
     """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
     with _going_on(_resumption(folder, workers, scheduler)):
+        from atn_norms.ablation import refuse_edited
+
         _need(workers, scheduler)
+        refuse_edited(folder)
         _run(folder, workers, scheduler, as_json)
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
     """Say how far a study is, trial by trial."""
     from atn_norms.ablation import load
-    from atn_norms.ablation import status as counts
     from atn_norms.commands.progress import called
 
-    record, count = load(folder), counts(folder)
+    record = load(folder)
+    count = record.counts()
     trials = [
         {
             "id": trial.id,
             "status": trial.status,
             "points": list(trial.points),
             "seed": trial.seed,
-            "step": trial.curve[-1]["step"] if trial.curve else 0,
+            "step": trial.step,
             "steps": trial.trial["train"]["steps"],
             "error": trial.error["error"] if trial.error else None,
         }
@@ -86,12 +99,14 @@ def status(folder: Folder, as_json: Json = False) -> None:
     print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "error"), rows)
     print("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
     if count["pending"] or count["failed"]:
-        print(f"to go on: atn-norms resume {folder}")
+        print(f"to go on: {shlex.join(['atn-norms', 'resume', str(folder)])}")
 
 
 def report(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.", callback=_at_home)
+    ] = None,
     reach: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK=LEVEL", help="Time the first reaching of this validation score; may be repeated."),
@@ -100,7 +115,7 @@ def report(
 ) -> None:
     """Make the report of a study anew from what is finished, and print its table."""
     _need(0)
-    with _going_on(f"atn-norms report {folder}"):
+    with _going_on(shlex.join(["atn-norms", "report", str(folder)])):
         from atn_norms.ablation import load
 
         _report(load(folder), folder, as_json, out, _levels(reach or []))
@@ -138,9 +153,11 @@ def _need(workers: int, scheduler: str | None = None) -> None:
 
 def _read(study: str, settings: Sequence[str]) -> StudySpec:
     from atn_norms.ablation import StudySpec, override, ready
-    from atn_norms.problems import dotted
+    from atn_norms.problems import SpecError, dotted
     from atn_norms.specs import parse, read, validate
 
+    if Path(study).is_dir() and study:
+        raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
     data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
     set_names = [setting.partition("=")[0].strip() for setting in settings]
 
@@ -165,12 +182,12 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
             record = run(folder, workers=workers, scheduler=scheduler)
         elif left:
             steps = sum(trial.trial["train"]["steps"] for trial in left)
-            with shown(steps) as see:
+            with shown(steps, len(record.trials) - len(left), len(record.trials)) as see:
                 record = run(folder, workers=workers, scheduler=scheduler, on_event=see)
         _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if failed:
-        typer.echo(f"{len(failed)} trials failed; see atn-norms status {folder}", err=True)
+        typer.echo(f"{len(failed)} trials failed; see {shlex.join(['atn-norms', 'status', str(folder)])}", err=True)
         raise typer.Exit(1)
 
 

@@ -73,7 +73,9 @@ def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        if path.exists() and not path.is_file():
+            raise SpecError(f"text: {path} is neither a file nor a folder")
+        return path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
     except OSError as error:
         raise SpecError(f"text: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

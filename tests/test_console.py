@@ -1,0 +1,45 @@
+"""Tables on a terminal: nothing is cut at any width, and text is never markup."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from atn_norms.commands import console
+
+COLUMNS = ("task", "metric", "", "difference to layer[red]", "error")
+ROWS = [
+    ("adding", "mean squared error", "n=1", "\N{MINUS SIGN}0.0123 [\N{MINUS SIGN}0.02, 0.01]", "[bold]unknown[/bold]"),
+    ("charlm", "bits per character", "n=2", "", None),
+]
+
+
+def on_screen(monkeypatch, capsys, width: int) -> list[str]:
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.print_table("a study [dim]of mine", COLUMNS, ROWS)
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("width", [30, 40, 120, 200])
+def test_every_word_is_there_whole_in_a_list_and_in_a_table(monkeypatch, capsys, width):
+    lines = on_screen(monkeypatch, capsys, width)
+    assert all(len(line) <= width for line in lines)
+    words = {word.strip(";") for line in lines for word in line.split()}
+    for cell in ("a study [dim]of mine", *COLUMNS, *(cell or "" for row in ROWS for cell in row)):
+        assert words >= set(cell.split())
+
+
+@pytest.mark.parametrize("width", range(45, 120, 5))
+def test_nothing_is_cut_off_in_between(monkeypatch, capsys, width):
+    text = "".join(lines := on_screen(monkeypatch, capsys, width))
+    assert all(len(line) <= width for line in lines)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    wanted = "".join((*COLUMNS, *(cell or "" for row in ROWS for cell in row)))
+    assert not Counter("".join(wanted.split())) - Counter(text)
+
+
+def test_a_table_too_wide_is_a_list_and_leaves_out_what_is_empty(monkeypatch, capsys):
+    assert any(set(line) == {"\N{BOX DRAWINGS LIGHT HORIZONTAL}"} for line in on_screen(monkeypatch, capsys, 120))
+    text = " ".join(" ".join(on_screen(monkeypatch, capsys, 40)).split())
+    assert re.fullmatch(r"a study \[dim\]of mine - task adding; .*; n=1; difference .* - task charlm; .*; n=2", text)
