@@ -439,6 +439,23 @@ def test_nothing_leaves_its_picture(case, monkeypatch):
     assert not {name: reach for name, reach in found.items() if max(reach) > 1}
 
 
+@pytest.mark.parametrize("baseline", [{}, {"norm": "none"}, {"norm": "layer"}, {"window": "1"}, {"window": "25"}])
+def test_the_curves_of_every_point_are_drawn(baseline, monkeypatch):
+    drawn = []
+    seeds = curves._seeds
+
+    def watched(axes, point, measure, **look):
+        drawn.append(point)
+        seeds(axes, point, measure, **look)
+
+    monkeypatch.setattr(curves, "_seeds", watched)
+    record = study(score, baseline=baseline)
+    (comparison,) = compare(record)
+    curves.curves(record, comparison, "curves", None)
+    assert {id(row.point) for row in comparison.rows} == set(map(id, drawn))
+    assert len(comparison.rows) == 5
+
+
 def test_the_answer_has_three_sentences_and_no_claim_without_an_interval():
     for record in GALLERY.values():
         found = findings(record)

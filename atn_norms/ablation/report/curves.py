@@ -126,7 +126,7 @@ class _Panel(NamedTuple):
 
 
 def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list[_Panel]:
-    """The points of each panel and the baselines behind them; a baseline that fills its panel needs none of its own."""
+    """The points of each panel and the baselines behind them; what is drawn behind others needs no panel of its own."""
     panels = []
     downs = record.axes[layout.down] if layout.down else [""]
     acrosses = record.axes[layout.across] if layout.across else [""]
@@ -134,13 +134,15 @@ def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list
         for down in downs:
             found = [comparison.at(layout.cell(facet, down, across)) for across in acrosses]
             rows = list({id(row): row for row in found if row}.values())
-            if not rows or (comparison.has_reference and all(row.is_reference for row in rows)):
+            if not rows:
                 continue
             points = [row.point for row in rows]
             references = {id(row.against.reference): row.against.reference for row in rows if row.against}
             behind = [point for key, point in references.items() if key not in map(id, points)]
             panels.append(_Panel(", ".join(filter(None, (down, title(facet)))), points, behind))
-    return panels or [_Panel(comparison.task, [], [])]
+    drawn_behind = {id(point) for panel in panels for point in panel.behind}
+    own = [panel for panel in panels if not drawn_behind.issuperset(map(id, panel.points))]
+    return own or [_Panel(comparison.task, [], [])]
 
 
 def _beside(keys: list[Line2D], width: float) -> int:
