@@ -75,19 +75,12 @@ def test_the_overview_names_every_command(capsys):
             assert short in out
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
-    code = (
-        "import sys; from atn_norms.cli import main; main(['ablate', '--help']); print(*sys.modules, file=sys.stderr)"
-    )
-    spent = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        after = os.times()
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+def test_help_loads_nothing_heavy():
+    code = "import sys; from atn_norms.cli import main; main(['ablate', '--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
+    assert "typer" in loaded
     assert not loaded & {"torch", "numpy", "rich", "ruamel.yaml", "distributed", "matplotlib"}
-    assert min(spent) < 0.5  # of processor time: what a busy machine adds to the wall time is not ours
 
 
 BAD = [

@@ -328,6 +328,7 @@ def explain(layer: CellHost) -> str:
     cell _l0: backend 'torch'
       native: refuses: ...
       reference: could run it too
+      triton: refuses: ...
     """
     if not isinstance(layer, CellHost):
         raise TypeError(f"layer: {type(layer).__name__}; allowed: an atn_norms layer or cell")

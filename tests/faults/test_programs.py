@@ -90,7 +90,9 @@ def interrupted_after(program, seconds, number):
     assert until(lambda: "study 'study'" in program.output() or program.process.poll() is not None)
     time.sleep(seconds)
     (program.everybody if number == signal.SIGINT else program.signal)(number)
-    assert program.ends() == 128 + number, program.output()
+    # `python -m` ends by SIGINT itself when that came inside an `exec` of a text, such as dataclasses do while they are
+    # imported, whatever the program then made of it. To a shell both are 130.
+    assert program.ends() in ({128 + number, -number} if number == signal.SIGINT else {128 + number}), program.output()
     assert until(lambda: not program.members())
     assert program.output().endswith(f"{HINT}atn-norms resume here\n") and "Traceback" not in program.output()
 
