@@ -146,3 +146,19 @@ def test_every_command_is_on_its_page():
     for command in commands:
         assert command in done.stdout
         assert re.search(rf"^\| `{command}\b", PAGES["cli"], flags=re.M), command
+
+
+RESULTS = DOCS / "results"
+PUBLISHED = sorted(path.parent.name for path in RESULTS.glob("*/report.html"))
+
+
+@pytest.mark.parametrize("study", PUBLISHED)
+def test_a_published_report_is_whole_and_the_page_shows_its_own_table(study):
+    page = (RESULTS / "index.md").read_text(encoding="utf-8")
+    links = set(re.findall(r'href="([^"#:]+)"', (RESULTS / study / "report.html").read_text(encoding="utf-8")))
+    assert {"results.csv", "tables.md"} <= links
+    assert not [link for link in links if not (RESULTS / study / link).is_file()]
+    told = (RESULTS / study / "tables.md").read_text(encoding="utf-8")
+    table = next(part for part in told.split("\n\n") if part.startswith("| "))
+    assert table.strip() in page
+    assert f"({study}/report.html)" in page

@@ -92,7 +92,7 @@ _HEATMAP = (
 )
 _CURVES = (
     "Thin lines: single seeds. Thick line: mean of the finished seeds, in the band from the lowest to the highest of "
-    "them. Cross: where a trial diverged or failed. Dashed black: the baseline."
+    "them. Cross: where a trial diverged or failed. Dashed black: the baseline, where it belongs to another panel."
 )
 _STRIP = "Every seed is a mark, in the order of the seeds from top to bottom of its row; none is left out."
 _STEPS = "As above, for the steps it took; a cell with “≥” holds seeds that never got there and count as all the steps."
