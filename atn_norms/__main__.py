@@ -1,6 +1,6 @@
 """`python -m atn_norms` is the command line."""
 
-from atn_norms.cli import main
+from atn_norms.cli import program
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program())

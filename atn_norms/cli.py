@@ -12,6 +12,7 @@ import typer
 
 from atn_norms.commands import authoring, bench, check, files, health, kinds, models, studies
 from atn_norms.commands.console import example
+from atn_norms.commands.endings import deaf
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,6 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return _say(_sentence(error), 2)
+
+
+def program() -> int:
+    """`main` for a process of its own: an impatient second Ctrl-C no longer disturbs the end of what was asked to end."""
+    code = main()
+    if code > 128:
+        deaf()
+    return code
 
 
 def _say(message: str, code: int) -> int:

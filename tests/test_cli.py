@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,9 @@ def test_the_overview_names_every_command(capsys):
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from atn_norms.cli import main; main(['ablate', '--help']); print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from atn_norms.cli import main; main(['ablate', '--help']); print('LOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stderr.split())
+    loaded = set(done.stdout.partition("LOADED")[2].split())
     assert "typer" in loaded
     assert not loaded & {"torch", "numpy", "rich", "ruamel.yaml", "distributed", "matplotlib"}
 
@@ -177,6 +178,34 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     out = printed(capsys, *command.split()[1:], "--workers", "0")
     assert "training 1 of 2 trials" in out
     printed(capsys, "resume", "here", "--workers", "0")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("reach: 0.1", "reach: 0.2"),
+        ("name: study", "name: other"),
+        ("seeds: 1", "seeds: [0]"),
+        ("every: 2", "every: 1"),
+    ],
+)
+def test_the_command_that_an_edited_file_asks_for_takes_the_edit(edit, capsys, folder):
+    """Even one that leaves every trial as it is."""
+    settings = ["--set", "axes={}", "--set", "reach=0.1", "--set", "train.checkpoint_every=2", "--set", "name=study"]
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", *settings)
+    file = folder / "here/study.yaml"
+    assert edit[0] in file.read_text()
+    file.write_text(file.read_text().replace(*edit))
+    assert "changed since it was laid down" in said(capsys, "resume", "here", "--workers", "0")
+    printed(capsys, "ablate", "here/study.yaml", "--out", "here", "--workers", "0")
+    assert edit[1] in file.read_text()
+    printed(capsys, "resume", "here", "--workers", "0")
+
+
+def test_a_ready_made_study_is_meant_where_a_folder_has_its_name(capsys, folder):
+    (folder / "quick").mkdir()
+    small = ["--set", "train.steps=1", "--set", "seeds=1"]
+    assert "study 'quick'" in printed(capsys, "ablate", "quick", "--dry-run", *small)
 
 
 def test_debug_shows_the_traceback(capsys):
@@ -378,6 +407,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
         assert until(lambda: list(folder.glob("here/trials/*/checkpoint.pt")) or run.poll() is not None)
         assert run.poll() is None, run.communicate()
         os.killpg(run.pid, signal.SIGINT)
+        time.sleep(0.3)  # two that wait to be heard are one
         os.killpg(run.pid, signal.SIGINT)  # as the impatient do
         _, error = run.communicate(timeout=PATIENCE)
     finally:

@@ -30,6 +30,25 @@ def test_every_word_is_there_whole_in_a_list_and_in_a_table(monkeypatch, capsys,
         assert words >= set(cell.split())
 
 
+@pytest.mark.parametrize("width", range(62, 130, 4))
+def test_a_word_that_fits_the_terminal_is_never_parted(monkeypatch, capsys, width):
+    label, path = "window=exponential(half_life=2.5)", f"/{'long-name/' * 4}last"
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    console.print_table("a study", ("point", "mean", "error"), [(label, "0.0123", f"cannot write {path}: no room")] * 2)
+    text = capsys.readouterr().out
+    assert text.count(label) == text.count(path + ":") == 2
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_word_too_long_for_the_terminal_is_whole_all_the_same(monkeypatch, capsys):
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    path = f"/{'another-long-name/' * 5}last"
+    console.print_table("a study", ("point", "error"), [("layer", path)])
+    assert path in re.sub(r"\s", "", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("width", range(45, 120, 5))
 def test_nothing_is_cut_off_in_between(monkeypatch, capsys, width):
     text = "".join(lines := on_screen(monkeypatch, capsys, width))

@@ -90,6 +90,15 @@ def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width,
     assert ("━" in text) == (width >= 100)
 
 
+def test_four_hundred_running_trials_cost_no_more_than_the_terminal_shows(clock, monkeypatch):
+    progress, drawn = Progress(4000, 0, 400), []
+    for number in range(400):
+        progress.see(event("started", f"t{number}"))
+    monkeypatch.setattr(module, "called", lambda point: drawn.append(point) or "x")
+    assert "and 3" in on_screen(progress, 100, 24)
+    assert len(drawn) <= 24 + 24, "one attempt too many, and one that fits"
+
+
 def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):
     progress = Progress(400, 1, 4)
     line = "1 of 4 trials ended, 0 running, 0 s so far"

@@ -91,14 +91,11 @@ def resume(
 
 def refuse_edited(folder: Path | str) -> None:
     """Raise `SpecError` where a folder's study.yaml is no longer what was laid down: going on would ignore the edit."""
-    from atn_norms.specs import read, validate
+    from atn_norms.specs import parse, read
 
     store = StudyFolder(folder)
-    laid_down, file = store.resolved().get("study"), store.path / "study.yaml"
-    if not file.exists():
-        return
-    data, where = read(file)
-    if validate(StudySpec, data, where) != validate(StudySpec, laid_down):
+    file = store.path / "study.yaml"
+    if file.exists() and read(file)[0] != parse(store.source(), file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
         raise SpecError(f"{file}: changed since it was laid down; {take} takes the change, where the study only grows")
 

@@ -24,7 +24,7 @@ def duration_of(trials: Sequence[dict[str, Any]], workers: int) -> float | None:
     """Seconds that trials may take; None where none could be timed.
 
     One trial of each task, size and kind of norm takes a few training steps and a validation; the others are taken to
-    be like these. `workers` is how many run at a time, as far as there are cores.
+    be like these. `workers` is how many run at a time, as far as there are trials and cores.
     """
     timed: dict[str, tuple[float, float]] = {}
     began = time.monotonic()
@@ -43,7 +43,7 @@ def duration_of(trials: Sequence[dict[str, Any]], workers: int) -> float | None:
         step, validation = timed.get(_like(trial), dearest)
         train = trial["train"]
         seconds += train["steps"] * step + (train["steps"] // train["eval_every"] + 2) * validation
-    return seconds / max(1, min(workers, os.cpu_count() or 1))
+    return seconds / max(1, min(workers, len(trials), os.cpu_count() or 1))
 
 
 def _like(trial: dict[str, Any]) -> str:

@@ -66,6 +66,7 @@ class Plan:
             "version": VERSION,
             "key": self.key,
             "name": self.name,
+            "source": self.source,
             "study": self.study,
             "axes": self.axes,
             "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
@@ -202,20 +203,30 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
         if path[0] in ("axes", "baseline") and len(path) > 1:  # an axis is called by its whole path
             path = [path[0], ".".join(path[1:])]
         _assign(data, path, value, name)
-        given.append((name.strip(), path))
+        given.append((name.strip(), path, value))
     _refuse_the_overruled(data, given)
     return data
 
 
-def _refuse_the_overruled(data: dict[str, Any], given: list[tuple[str, list[str]]]) -> None:
+def _refuse_the_overruled(data: dict[str, Any], given: list[tuple[str, list[str], Any]]) -> None:
     """Refuse a setting that an axis puts its own values over: it would change nothing, and nobody would know."""
     axes = data.get("axes")
     for axis in axes if isinstance(axes, dict) else ():
         path = list(axis_path(str(axis)))
-        for name, place in given:
+        for name, place, value in given:
             place = ["task", *place[2:]] if place[0] == "tasks" else place
-            if place[: len(path)] == path:
+            common = min(len(place), len(path))
+            if place[:common] == path[:common] and _holds(value, path[common:]):
                 raise SpecError(f"--set {name}: the axis {axis} says what this is; use --set 'axes.{axis}=[...]'")
+
+
+def _holds(value: Any, path: list[str]) -> bool:
+    """Whether a value says something at a path within it; at no path at all, everything does."""
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    return True
 
 
 def _assign(data: Any, path: list[str], value: Any, name: str) -> None:

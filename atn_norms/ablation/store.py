@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.ablation.curve import Curve
-from atn_norms.ablation.files import Busy, StoreError, append, make_folder, read_json, remove, write, write_json
+from atn_norms.ablation.files import (
+    Busy,
+    StoreError,
+    append,
+    canonical,
+    make_folder,
+    read_json,
+    remove,
+    write,
+    write_json,
+)
 from atn_norms.ablation.locks import Hold, Pulse, held, hold, pulse
 from atn_norms.ablation.records import Status, StudyRecord, TaskFacts, TrialRecord
 from atn_norms.registry import SpecError
@@ -276,6 +286,13 @@ class StudyFolder:
             raise StoreError(f"{self.path} is not a study's folder: it has no {RESOLVED}")
         return read_json(path)
 
+    def source(self) -> str:
+        """The study as its file said it when it was laid down, in YAML."""
+        source = self.resolved().get("source")
+        if not isinstance(source, str):
+            raise StoreError(f"{self.path / RESOLVED}: damaged, it does not say what was laid down")
+        return source
+
     def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
         """Lay a study down, or find it there already (then False); a folder of anything else is refused.
 
@@ -318,9 +335,11 @@ class StudyFolder:
                 if not (folder.path / "trial.json").exists():
                     make_folder(new(folder.path))
                     write_json(new(folder.path / "trial.json"), planned.trial)
+                elif folder.result() is None and canonical(folder.trial()) != canonical(planned.trial):
+                    write_json(folder.path / "trial.json", planned.trial)  # where its text lies, when to checkpoint
             if fresh:
                 write_json(new(self.path / "environment.json"), environment)
-            if grown := fresh or self.resolved().get("key") != plan.key:
+            if grown := fresh or canonical(self.resolved()) != canonical(plan.resolved()):
                 write(new(self.path / "study.yaml"), plan.source.encode())
                 write_json(new(self.path / RESOLVED), plan.resolved())
         return grown

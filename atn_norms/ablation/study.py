@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
 MOST_POINTS = 100_000
-NAME = r"\w[\w .-]{0,79}"
+NAME = r"[^\W_][\w .-]{0,79}"
 
 
 class _Sections(Options):
@@ -58,6 +59,11 @@ class Point(NamedTuple):
     model: LayerSpec
     task: TaskSpec
     train: TrainSpec
+
+
+def _at_a_value(problem: Problem) -> bool:
+    """Whether a problem is that of one value of an axis."""
+    return len(problem.path) == 3 and problem.path[0] == "axes"
 
 
 def _name(name: str) -> str:
@@ -148,9 +154,9 @@ class StudySpec(Options):
     task: Annotated[str | dict[str, Any] | None, BeforeValidator(plain), _Shown("task")] = None
     tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(plain), _Shown("task")], ...] | None = None
     train: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("train")] = {}
-    axes: Annotated[dict[str, tuple[Any, ...]], AfterValidator(_axes)] = {}
+    axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(plain), AfterValidator(_axes)] = {}
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
-    baseline: dict[str, Any] = {}
+    baseline: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
     reach: float | dict[str, float] | None = None
 
     @model_validator(mode="before")
@@ -162,10 +168,11 @@ class StudySpec(Options):
     def _check(self) -> StudySpec:
         if (self.task is None) == (not self.tasks):
             raise invalid("study", [Problem(("task",), "a study needs `task`, or a list of `tasks`, and not both")])
-        labels = _task_labels([task for _, task in self._task_list()])
-        again = [i for i, each in enumerate(labels) if each in labels[:i]]
+        tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
+        again = [i for i, each in enumerate(tasks) if each in tasks[:i]]
         if again:
-            raise invalid("study", [Problem(("tasks", i), f"{brief(labels[i])} is there already") for i in again])
+            told = [Problem(("tasks", i), f"{brief(label(self._task_list()[i][1]))} is there already") for i in again]
+            raise invalid("study", told)
         count = len(self._task_list())
         for values in self.axes.values():
             count *= len(values)
@@ -185,13 +192,13 @@ class StudySpec(Options):
     def _once_an_axis(self, problems: list[Problem]) -> list[Problem]:
         """Each problem once, and what is wrong with every value of an axis, such as its path, at the axis itself."""
         found = list(dict.fromkeys(problems))
-        merged = []
-        for each in found:
-            places = {p.path for p in found if p.message == each.message and len(p.path) == 3 and p.path[0] == "axes"}
-            values = self.axes.get(str(each.path[1]), ()) if each.path in places else ()
-            every = {(*each.path[:2], i) for i in range(len(values))}
-            merged.append(each._replace(path=each.path[:2]) if 1 < len(every) and every <= places else each)
-        return list(dict.fromkeys(merged))
+        same = Counter((each.path[1], each.message) for each in found if _at_a_value(each))
+
+        def merged(each: Problem) -> Problem:
+            every = len(self.axes[str(each.path[1])]) if _at_a_value(each) else 0
+            return each._replace(path=each.path[:2]) if 1 < every == same[each.path[1], each.message] else each
+
+        return list(dict.fromkeys(map(merged, found)))
 
     def seed_list(self) -> list[int]:
         """The seeds themselves."""

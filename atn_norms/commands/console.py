@@ -43,23 +43,32 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Draw a table; a list instead on a terminal so narrow that words would be cut. Cells are text, never markup."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.measure import Measurement
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console()
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.show_edge = False
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    sizes = [
+        Measurement.get(console, console.options.update(width=10**6), Group(*map(Text, column)))
+        for column in zip(columns, *rows, strict=True)
+    ]
+    for column, width in zip(columns, _widths(sizes, console.width - 2 * len(sizes)), strict=True):
+        table.add_column(Text(column), width=width)
     for row in rows:
         table.add_row(*map(Text, row))
-    unbounded = console.options.update(width=10**6)
-    if Measurement.get(console, unbounded, table).minimum <= console.width:
+    if sum(size.minimum for size in sizes) + 2 * len(sizes) <= console.width:
         console.print(table)
         return
-    entries = Table.grid("", "", padding=(0, 1))
+    entries = Table.grid(Column(), Column(overflow="fold"), padding=(0, 1))
     for row in rows:
         parts = [
             Text(" ").join([Text(column, "dim"), Text(cell)] if column else [Text(cell)])
@@ -68,6 +77,17 @@ def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         ]
         entries.add_row("-", Text("; ").join(parts))
     console.print(Text(title, "bold"), entries)
+
+
+def _widths(sizes: Sequence[Any], room: int) -> list[int]:
+    """As wide as each column would be, cut to fit, the widest first, but none below its longest word."""
+    widths = [size.maximum for size in sizes]
+    while sum(widths) > room:
+        wide = [place for place, size in enumerate(sizes) if widths[place] > size.minimum]
+        if not wide:
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-PATIENCE = 30.0  # seconds to put things in order, in which no further signal is heard
+PATIENCE = 15.0  # seconds to put things in order, in which no further signal is heard
 
 
 class Ended(KeyboardInterrupt):
@@ -45,7 +45,7 @@ def heard() -> Iterator[None]:
     """Raise `KeyboardInterrupt`, or `Ended` where SIGTERM or SIGHUP would end the process on the spot, inside.
 
     Those that come while things are put in order are not heard: an impatient second Ctrl-C would only leave a mess.
-    One that comes after `PATIENCE` seconds is, in case it hangs.
+    One that comes after `PATIENCE` seconds is, in case it hangs, or the first was lost where exceptions are swallowed.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     if threading.current_thread() is not threading.main_thread():  # only the main thread may say so
@@ -56,10 +56,16 @@ def heard() -> Iterator[None]:
     try:
         yield
     finally:
-        if mine:
-            _Asked.at = None
         for number, handler in mine.items():
             signal.signal(number, handler)
+        if mine:
+            _Asked.at = None
+
+
+def deaf() -> None:
+    """Hear no signal any more: all is in order, and only the interpreter's own end is left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

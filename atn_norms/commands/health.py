@@ -110,14 +110,14 @@ def _gpu() -> Check:
     """What the Triton backend needs: there or why not."""
     import torch
 
-    from atn_norms.backends.triton.available import unavailable
+    from atn_norms.backends.triton.available import installed, unavailable
 
     subject, reason = "triton kernels", unavailable()
     if reason is not None:
         return Check(subject, "missing", f"none: {reason}", "only for a GPU: install torch's build for CUDA")
     if not torch.cuda.is_available():
         return Check(subject, "missing", "none: torch finds no GPU here", "nothing, unless there should be one")
-    finding = f"Triton {importlib.metadata.version('triton')}, {torch.cuda.get_device_name()}"
+    finding = f"Triton {installed() or 'of some version'}, {torch.cuda.get_device_name()}"
     return Check(subject, "ok", f"{finding}; experimental, taken only with backend='triton'")
 
 

@@ -152,16 +152,17 @@ def _ended(event: Event, progress: Progress) -> str:
 
 def _drawn(progress: Progress, console: Console) -> Any:
     """The summary and as many of the running trials as the terminal has lines for, however narrow it is."""
-    room = len(progress.running)
+    events = list(progress.running.values())  # another thread may end some meanwhile
+    room = min(len(events), max(1, console.height))
     while True:
-        picture = _picture(progress, room, console.width)
+        picture = _picture(progress, events, room, console.width)
         lines = len(console.render_lines(picture, pad=False))
         if lines < console.height or room <= 1:
             return picture
         room = max(1, min(room - 1, room * (console.height - AROUND) // max(1, lines - AROUND + 1)))
 
 
-def _picture(progress: Progress, room: int, width: int) -> Any:
+def _picture(progress: Progress, events: list[Event], room: int, width: int) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
@@ -174,11 +175,11 @@ def _picture(progress: Progress, room: int, width: int) -> Any:
     table = Table(box=SIMPLE_HEAD)
     for name in ("training", "steps", *([""] if bars else []), "loss"):
         table.add_column(name, no_wrap=name != "training", overflow="fold")
-    for event in list(progress.running.values())[:room]:
+    for event in events[:room]:
         name = called(event.point) + (" (elsewhere)" if event.trial in progress.elsewhere else "")
         bar = [_bar(event.step, event.steps)] if bars else []
         table.add_row(*map(Text, [name, f"{event.step} of {event.steps}", *bar, _loss(event)]))
-    hidden = len(progress.running) - room
+    hidden = len(events) - room
     return Group(summary, table, *([Text(f"  and {hidden} more")] if hidden else []))
 
 

@@ -156,7 +156,7 @@ def _read(study: str, settings: Sequence[str]) -> StudySpec:
     from atn_norms.problems import SpecError, dotted
     from atn_norms.specs import parse, read, validate
 
-    if Path(study).is_dir() and study:
+    if not ready.is_name(study) and Path(study).is_dir():
         raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
     data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
     set_names = [setting.partition("=")[0].strip() for setting in settings]

@@ -21,7 +21,8 @@ STUDY = {
     "axes": {"norm": ["none", "layer"]},
     "seeds": 2,
 }
-QUIET = "3"  # seconds of silence after which a machine counts as gone here
+QUIET = "6"  # seconds of silence after which a machine counts as gone here
+TRAINS = "atn_norms.ablation.trial"  # imported before a worker begins: that alone may take more than `QUIET` seconds
 
 
 class Machines:
@@ -42,7 +43,7 @@ class Machines:
         return json.loads(self._file.read_text())["address"]
 
     def worker(self, name):
-        options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name]
+        options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--name", name, "--preload", TRAINS]
         return self._start(name, "distributed.cli.dask_worker", *options)
 
     def _start(self, name, *command):
@@ -75,7 +76,7 @@ def truth(tmp_path_factory):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(locks, "SILENCE", float(QUIET))
-    monkeypatch.setattr(cluster, "PING", 2.0)
+    monkeypatch.setattr(cluster, "PING", 4.0)
     monkeypatch.setattr(events, "RETRY", 0.5)
 
 

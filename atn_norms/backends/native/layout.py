@@ -8,10 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan
+from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan
 from atn_norms.backends.native.library import CallArgs, word
-
-CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 
 
 class Layout:

@@ -115,7 +115,7 @@ def survives() -> str | None:
     path = found()
     if path is None:
         return None
-    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "ATN_NORMS_LOAD_PLUGINS": ""}
     command = [sys.executable, "-c", TRIAL, str(path)]
     try:
         done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=PATIENCE, check=False)

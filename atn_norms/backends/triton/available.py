@@ -24,14 +24,19 @@ def unavailable() -> str | None:
     return _unavailable()
 
 
+def installed() -> str | None:
+    """The version of Triton; None where it says none, as one built in place, or under another name."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
 @lru_cache(maxsize=1)
 def _unavailable() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (torch's builds for CUDA bring it along)"
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return None  # built in place, without metadata
-    if Version(found) < Version(OLDEST):
+    found = installed()
+    if found is not None and Version(found) < Version(OLDEST):
         return f"Triton {found} is installed, and it needs {OLDEST} or newer"
     return None

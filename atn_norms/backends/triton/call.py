@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atn_norms.backends.fused.operators import Operators
-from atn_norms.backends.fused.plan import DOUBLE, Plan
+from atn_norms.backends.fused.plan import CELLS, DOUBLE, Plan
 from atn_norms.backends.triton.backward import recurrent_backward
 from atn_norms.backends.triton.forward import recurrent_forward
 from atn_norms.backends.triton.gates import Tensors
@@ -21,7 +21,6 @@ from atn_norms.backends.triton.sites import SiteCall, past
 
 WHOLE = 256  # hidden units up to which one program takes its rows through all steps
 LANES = 32
-CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 NOTHING = Site._make([*[None] * 14, 1, 0])
 
 
@@ -79,7 +78,7 @@ class _Call:
                 found |= {f"{name}_WINDOW": site.window, f"{name}_DECAY": site.plan.decay}
         wide = max(16, _power_of_two(self.hidden))
         rows = 16 if self.whole else max(1, 1024 // wide)  # 16: the fewest that a product of Triton's takes
-        tf32 = self.xs.is_cuda and torch.backends.cuda.matmul.allow_tf32
+        tf32 = self.xs.is_cuda and _tf32_allowed()
         return (
             found
             | self.ragged
@@ -255,6 +254,13 @@ def _affine(call: _Call, site: SiteCall, a: Tensor, d: Tensor) -> list[Tensor]:
         ROWS=16, COLUMNS=64, NORM=site.norm, EPS=site.plan.eps, COMPUTE=call.compute, num_warps=4, **call.ragged,
     )  # fmt: skip
     return [sums[0].sum(0), sums[1].sum(0)]
+
+
+def _tf32_allowed() -> bool:
+    """What torch's own products may do, by the name its versions have for it."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from atn_norms.backends.fused.plan import CELLS
 from atn_norms.backends.triton.pooling import Pointer, normal, scaled, scales
 
-LSTM, GRU, RNN_TANH, RNN_RELU = (tl.constexpr(value) for value in range(4))
+LSTM, GRU, RNN_TANH, RNN_RELU = (tl.constexpr(CELLS[name]) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
 class Tensors(NamedTuple):
