@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """`main` for a process of its own: an impatient second Ctrl-C no longer disturbs the end of what was asked to end."""
+    """`main` for a process of its own: a second Ctrl-C no longer disturbs the end of what was asked to end."""
     code = main()
     if code > 128:
         deaf()

@@ -71,6 +71,6 @@ def compile_all(pair: Pair, wanted: set[str]) -> None:
 
 
 if __name__ == "__main__":
-    driver.set_active(Absent())
+    driver.set_active(Absent())  # pyright: ignore[reportArgumentType]  no driver, but all that compiling asks of one
     for name in sys.argv[1:]:
         compile_all(*VARIANTS[name])

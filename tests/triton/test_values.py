@@ -36,7 +36,8 @@ def test_cells_and_norms(number, kernels, monkeypatch):
     if number % 3 == 0:
         monkeypatch.setattr(kernels, "WHOLE", 0)
     windows = list(WINDOWS)
-    check(a_pair(*STRUCTURES[number], windows[(number + number // 6) % len(windows)], number))
+    cell, norm = STRUCTURES[number]
+    check(a_pair(cell, norm, windows[(number + number // 6) % len(windows)], number))
 
 
 @pytest.mark.deep
@@ -44,8 +45,9 @@ def test_cells_and_norms(number, kernels, monkeypatch):
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
 def test_every_structure(number, window, mode):
     """Several sizes each."""
+    cell, norm = STRUCTURES[number]
     for seed in range(3):
-        check(a_pair(*STRUCTURES[number], window, number + 7 * seed + list(WINDOWS).index(window)))
+        check(a_pair(cell, norm, window, number + 7 * seed + list(WINDOWS).index(window)))
 
 
 @pytest.mark.deep

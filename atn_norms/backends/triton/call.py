@@ -260,7 +260,7 @@ def _tf32_allowed() -> bool:
     """What torch's own products may do, by the name its versions have for it."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
