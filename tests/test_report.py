@@ -456,6 +456,38 @@ def test_the_curves_of_every_point_are_drawn(baseline, monkeypatch):
     assert len(comparison.rows) == 5
 
 
+def test_what_diverged_before_anything_was_measured_has_its_cross(monkeypatch):
+    crosses = []
+
+    def watched(figure, *rest):
+        crosses.extend(line for axes in figure.axes for line in axes.lines if line.get_marker() == "x")
+        return save(figure, *rest)
+
+    monkeypatch.setattr(curves, "save", watched)
+    record = study(score, seeds=2)
+    ended = {"outcome": "diverged", "step": 2, "metrics": {}}
+    trials = [
+        replace(t, status="diverged", curve=[], result=ended, step=2) if t.points[0]["norm"] == "rms" else t
+        for t in record.trials
+    ]
+    record = replace(record, trials=tuple(trials))
+    curves.curves(record, compare(record)[0], "curves", None)
+    assert [list(line.get_xdata()) for line in crosses] == [[2]] * 4
+
+
+def test_reaching_a_level_at_the_very_last_step_is_reaching_it():
+    record = study(lambda norm, window, seed: 0.15 if norm == "none" else 0.1, seeds=2)
+    found = findings(record, {"adding": 0.11})
+    told = answer(found, found.tasks[0])[-1]
+    assert "is reached soonest by layer, window 1, after 20 steps" in told.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize(("best", "told"), [(0.2, True), (1 / 6, True), (0.16, False)])
+def test_a_best_that_has_learnt_nothing_is_called_so(best, told):
+    record = study(lambda norm, window, seed: best if norm == "layer" else 0.3)
+    assert ("no better than the trivial predictor “guessing one”, 0.167" in said(record)) == told
+
+
 def test_the_answer_has_three_sentences_and_no_claim_without_an_interval():
     for record in GALLERY.values():
         found = findings(record)

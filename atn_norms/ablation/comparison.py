@@ -116,7 +116,7 @@ class Point:
 
     @cached_property
     def median(self) -> float:
-        """Median over all seeds with an outcome, one without a number ranking last; infinite when most have none."""
+        """Median over all seeds with an outcome, those without a number last; infinite where half or more have none."""
         return median(self.scores.values())
 
     @cached_property
@@ -221,9 +221,10 @@ class Comparison:
 
     @property
     def best(self) -> Row | None:
-        """The row with the best mean, the first of equals; None where no trial has finished."""
+        """The row with the best mean, of equals the one that lost fewest seeds; None where no trial has finished."""
         sign = 1 if self.measure.goal == "min" else -1
-        return min((row for row in self.rows if row.point.values), key=lambda row: sign * row.point.mean, default=None)
+        finished = (row for row in self.rows if row.point.values)
+        return min(finished, key=lambda row: (sign * row.point.mean, row.point.lost), default=None)
 
 
 def compare(record: StudyRecord, baseline: Mapping[str, str] | None = None) -> tuple[Comparison, ...]:

@@ -290,7 +290,8 @@ class StudyFolder:
         """The study as its file said it when it was laid down, in YAML."""
         source = self.resolved().get("source")
         if not isinstance(source, str):
-            raise StoreError(f"{self.path / RESOLVED}: damaged, it does not say what was laid down")
+            cure = f"atn-norms ablate STUDY --out {self.path} puts it in order"
+            raise StoreError(f"{self.path / RESOLVED}: damaged, it does not say what was laid down; {cure}")
         return source
 
     def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
@@ -352,9 +353,15 @@ class StudyFolder:
         except (KeyError, TypeError) as error:
             raise StoreError(f"{self.path / RESOLVED}: damaged, {type(error).__name__} {error}") from error
         if lacking:
+            grown = {trial.id for trial in plan.trials} < {trial["id"] for trial in there["trials"]}
+            on = (
+                f"which has this one's trials and more: atn-norms resume {self.path} goes on with it, or "
+                if grown
+                else ""
+            )
             raise SpecError(
                 f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}), of which this one "
-                f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"
+                f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; {on}choose another folder"
             )
 
     def mend(self) -> None:

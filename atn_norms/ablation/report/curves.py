@@ -33,6 +33,7 @@ from atn_norms.ablation.report.names import Layout, leaf, name, number, shortene
 
 _WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.36  # of a panel, inches
 _KEYS = 4  # to a line
+_END: dict[str, Any] = {"marker": "x", "markersize": 6, "markeredgewidth": 1.6, "clip_on": False}
 _TRIVIAL: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
 _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (6, 2, 1, 2))}
 
@@ -170,13 +171,15 @@ def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
     finished = []
     for trial in point.trials:
         steps, values = _line(trial, measure)
+        ended = trial.status in ("diverged", "failed")
         if not steps:
+            if ended:  # before anything was measured: at the top
+                axes.plot([trial.step], [0.97], transform=axes.get_xaxis_transform(), color=look["color"], **_END)
             continue
         alone = "." if len(steps) == 1 else None
         axes.plot(steps, values, linewidth=0.7, alpha=0.5 if len(point.trials) < 5 else 0.32, marker=alone, **look)
-        if trial.status in ("diverged", "failed"):
-            end = {"marker": "x", "markersize": 6, "markeredgewidth": 1.6, "clip_on": False}
-            axes.plot(steps[-1:], values[-1:], color=look["color"], **end)
+        if ended:
+            axes.plot(steps[-1:], values[-1:], color=look["color"], **_END)
         elif trial.status == "done":
             finished.append(dict(zip(steps, values, strict=True)))
     shared = sorted(set(finished[0]).intersection(*finished)) if finished else []

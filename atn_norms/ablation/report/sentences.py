@@ -99,7 +99,7 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
         return f"The {task.facts.metric} is {average(best.point)} on average, {alone}."
     superlative = {"min": "lowest", "max": "highest"}[task.facts.goal]
     what = f"The {superlative} {task.facts.metric}, averaged over seeds,"
-    lead = f"{what} is {average(best.point)} ({name(record, best.point)})"
+    lead = f"{what} is {average(best.point)} ({name(record, best.point)}){_no_better_than_trivial(task, best)}"
     if not comparison.has_reference:
         return f"{lead}; there is no baseline in the study to compare it with."
     if best.is_reference:
@@ -113,6 +113,16 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
     if not others or all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
         return f"{lead}."
     return f"{lead}; against {base}, {_verdicts(record, compared, _QUALITY)}."
+
+
+def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
+    """Where the best point on average scores no better than a predictor that learns nothing: that one."""
+    sign = 1 if task.facts.goal == "min" else -1
+    ahead = [(label, value) for label, value in task.facts.baselines.items() if sign * value <= sign * best.point.mean]
+    if not ahead:
+        return ""
+    label, value = min(ahead, key=lambda each: sign * each[1])
+    return f", no better than the trivial predictor “{label}”, {number(value)}"
 
 
 def _told(against: Difference, base: str, words: Words) -> str:
@@ -129,9 +139,10 @@ def _against(base: str, record: StudyRecord, comparison: Comparison, words: Word
         sign = 1 if comparison.measure.goal == "min" else -1
         ahead = sum(bool(row.against and sign * row.against.mean < 0) for row in compared)
         which = "ahead on average" if words[0] == "better" else "sooner on average"
+        verb = "is" if ahead == 1 or len(compared) == 1 else "are"
         return [
             f"Against {base}, {ahead} of {plural(len(compared), 'point')} "
-            f"{'is' if ahead == 1 else 'are'} {which}, which so few seeds cannot tell from chance."
+            f"{verb} {which}, which so few seeds cannot tell from chance."
         ]
     return [f"Against {base}, {_verdicts(record, compared, words)}."]
 
