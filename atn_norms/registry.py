@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -211,15 +211,19 @@ class Registry:
                     raise
         return self._loaded
 
-    def lookup(self, family: str, kind: str) -> type[Options]:
-        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions."""
+    def lookup(self, family: str, kind: str, besides: Sequence[str] = ()) -> type[Options]:
+        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions.
+
+        `besides` are words that are no kind and yet allowed where this one stands, for the error to name.
+        """
         entries = self._of(family).get(kind, [])
         if len(entries) == 1:
             return entries[0].spec
         if entries:
             raise SpecError(disputed(family, kind, entries))
-        known = sorted(self.kinds(family))
-        raise SpecError(f"unknown {family} {shown(kind)}; known: {', '.join(known) or 'none'}{hint(kind, known)}")
+        known = [*self.kinds(family), *besides]
+        near = hint(kind, known) or "; another package's are known once it is installed"
+        raise SpecError(f"unknown {family} {shown(kind)}; known: {', '.join(known) or 'none'}{near}")
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -334,7 +338,7 @@ class Open:
         if isinstance(value, str):
             if nullable and value == "none":
                 return None
-            return self._model(value, ()).model_validate({"kind": value})
+            return self._model(value, (), ["none"] if nullable else []).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
         got = f"{type(value).__name__} {shown(value)}"
@@ -347,14 +351,14 @@ class Open:
     def _known(self) -> str:
         return f"known: {', '.join(self.source.kinds(self.family)) or 'none'}"
 
-    def _model(self, kind: Any, loc: tuple[str, ...]) -> type[Options]:
+    def _model(self, kind: Any, loc: tuple[str, ...], besides: Sequence[str] = ()) -> type[Options]:
         if kind is _MISSING:
             problem = f"missing: a mapping for a {self.family} names its kind; {self._known()}"
         elif not isinstance(kind, str):
             problem = f"must be a {self.family}'s name, got {type(kind).__name__} {shown(kind)}; {self._known()}"
         else:
             try:
-                return self.source.lookup(self.family, kind)
+                return self.source.lookup(self.family, kind, besides)
             except SpecError as error:
                 problem = str(error)
         details = InitErrorDetails(type=_problem("unknown_kind", problem), loc=loc, input=kind)

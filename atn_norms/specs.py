@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -138,6 +139,24 @@ def value(text: str, place: str) -> Any:
     ['none', 'layer']
     """
     return _guarded(lambda: _read_yaml(text)[0], lambda position: place)
+
+
+def to_yaml(value: Any) -> str:
+    """Write a value as YAML text, mappings in their own order.
+
+    >>> print(to_yaml({"norm": {"kind": "layer"}, "window": None}), end="")
+    norm: {kind: layer}
+    window: null
+    """
+    from ruamel.yaml import YAML
+
+    out = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 110
+    yaml.dump(value, out)
+    return out.getvalue()
 
 
 def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:

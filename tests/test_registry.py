@@ -84,7 +84,7 @@ def said(data: dict[Any, Any]) -> list[str]:
         ({"size": 1, "scale": 10**400}, "scale: must be a valid number, got 1" + 56 * "0" + "..."),
         ({}, "size: required, and missing"),
         ({"size": 1, "placement": {"sum": "joined"}}, "must be 'separate' or 'joint', got 'joined'; nearest: 'joint'"),
-        ({"size": 1, "norm": "plane"}, "norm: unknown normalizer 'plane'; known: group, plain; nearest: 'plain'"),
+        ({"size": 1, "norm": "plane"}, "norm: unknown normalizer 'plane'; known: group, plain, none; nearest: 'plain'"),
         ({"size": 1, "norm": {"kind": "?"}}, "norm.kind: unknown normalizer '?'; known: group, plain"),
         ({"size": 1, "norm": {"eps": 1.0}}, "norm.kind: missing: a mapping for a normalizer names its kind; known: "),
         ({"size": 1, "norm": {"kind": 3}}, "norm.kind: must be a normalizer's name, got int 3; known: group, plain"),

@@ -207,6 +207,28 @@ def test_every_trial_is_a_line_of_the_csv():
     assert lines[-2]["error"] == "RuntimeError: out of memory"
 
 
+@pytest.mark.parametrize(("keep", "goal", "step"), [("last", "min", 20), ("best", "min", 10), ("best", "max", 15)])
+def test_the_step_whose_weights_are_scored_is_told(tmp_path, keep, goal, step):
+    record = study(score, norms=("none",), seeds=1, tasks={"adding": TaskFacts("score", goal=goal)})
+    looks = [{"step": s, "train_loss": 1.0, "validation": v} for s, v in [(5, 2.0), (10, 1.0), (15, 3.0), (20, 1.0)]]
+    (only,) = record.trials
+    only = replace(only, curve=looks, trial={"seed": 0, "train": {"steps": 20, "keep": keep}})
+    record = replace(record, trials=(only,))
+    (line,) = csv.DictReader(io.StringIO(results_csv(findings(record))))
+    assert (line["step"], line["scored_step"]) == ("20", str(step))
+    report.write(record, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (f"20, scored {step}" in page) == (step != 20)
+
+
+def test_what_runs_a_study_again_says_only_what_the_study_says(tmp_path):
+    record = study(score, norms=("none",), seeds=1)
+    report.write(replace(record, study=record.study | {"task": "adding", "tasks": None, "reach": None}), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "task: adding" in page
+    assert "null" not in page[page.index("Run it again</h2>") :]
+
+
 def test_failed_and_diverged_trials_are_shown_with_their_reason(tmp_path):
     record = wreck(study(score))
     report.write(record, tmp_path)

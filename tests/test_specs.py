@@ -227,7 +227,7 @@ def test_a_layer_comes_from_any_file_alike(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"norm": "laier"}, r"^norm: unknown normalizer 'laier'; known: batch, layer, rms; nearest: 'layer'$"),
+        ({"norm": "laier"}, r"^norm: unknown normalizer 'laier'; known: batch, layer, rms, none; nearest: 'layer'$"),
         ({"norm": {"kind": "layer", "esp": 1.0}}, r"^norm\.esp: unknown key; known: .*eps.*; nearest: 'eps'$"),
         ({"hidden_size": True}, r"^hidden_size: must be a valid integer, got True$"),
         ({"hiden_size": 3}, r"^hiden_size: unknown key; .*nearest: 'hidden_size'$"),

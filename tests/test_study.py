@@ -210,6 +210,11 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"train": {"optimizer": "adm"}}, "train.optimizer: unknown optimizer 'adm'"),
         ({"train": {"optimizer": {"kind": "sgd", "mometum": 1}}}, "mometum: unknown option of 'sgd'; known: lr,"),
         ({"train": {"optimizer": {"kind": "adam", "betas": [0.9]}}}, "train.optimizer.betas: must be like"),
+        ({"train": {"optimizer": {"kind": "adam", "learning_rate": 1}}}, "decoupled_weight_decay; nearest: 'lr'"),
+        ({"reach": "low"}, "reach: must be a number, got 'low'; allowed: one number, or for each task TASK: number"),
+        ({"reach": {"adding": True}}, "reach.adding: must be a number, got True; allowed: "),
+        ({"axes": {"norm": ["none", "group"]}}, "rms, none; another package's are known once it is installed"),
+        ({"axes": {"norm": ["nonee"]}}, "known: batch, layer, rms, none; nearest: 'none'"),
         ({"train": {"optimizer": "lbfgs"}}, "train.optimizer: unknown optimizer 'lbfgs'"),
         ({"train": {"clip": 0.0}}, "train.clip"),
         ({"seeds": 0}, "seeds: at least one seed"),
@@ -299,13 +304,14 @@ def test_settings_from_the_command_line():
     changed = override(
         data,
         ["train.optimizer.lr=1e-3", "tasks.0.length=9", "axes.train.clip=[0.1, 1]", "model.norm.eps=1e-4",
+         "axes.cell=[lstm, gru]", "axes.cell[1]=rnn", "axes.train.clip[0]=0.2",
          "seeds=3", "model.window={kind: exponential, half_life: 2.0}", "baseline.norm=none", "tasks.1=adding"],
     )  # fmt: skip
     assert changed == {
         "train": {"optimizer": {"kind": "adam", "lr": 1e-3}},
         "tasks": [{"kind": "adding", "length": 9}, "adding"],
         "model": {"norm": {"kind": "layer", "eps": 1e-4}, "window": {"kind": "exponential", "half_life": 2.0}},
-        "axes": {"train.clip": [0.1, 1]},
+        "axes": {"train.clip": [0.2, 1], "cell": ["lstm", "rnn"]},
         "seeds": 3,
         "baseline": {"norm": "none"},
     }
@@ -323,7 +329,9 @@ def test_settings_from_the_command_line():
         ("train.steps=2024-13-45", "--set train.steps: not a YAML value: month must be"),
         ("train.steps=" + "1" * 5000, "--set train.steps: not a YAML value: Exceeds the limit"),
         ("train.steps=" + "[" * 2000 + "]" * 2000, "--set train.steps: not a YAML value: nested too deeply"),
-        ("tasks.7.length=3", "--set tasks.7.length: tasks is a list of 1; got '7' for an index"),
+        ("tasks.7.length=3", "--set tasks.7.length: tasks is a list of 1; got 7 for an index"),
+        ("tasks[7].length=3", "--set tasks[7].length: tasks is a list of 1; got 7 for an index"),
+        ("tasks.x=3", "--set tasks.x: tasks is a list of 1; got 'x' for an index"),
         ("seeds.a=3", "--set seeds.a: seeds is 2, which has no 'a'"),
     ],
 )

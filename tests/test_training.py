@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from atn_norms.ablation import StudySpec, create, load, make_plan
+from atn_norms.ablation.report.sheets import scored_step
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.ablation.trial import Diverged, Trainer, run_trial
 from tests.compare import compare
@@ -67,6 +68,17 @@ def test_patience_ends_training_and_is_told(tmp_path, monkeypatch):
     assert result is not None and result["step"] < 1000 and result["reason"] == "no better validation in 1 looks"
     assert result["metrics"].keys() == {"validation", "test"}
     assert load(tmp_path / "study").trials[0].status == "done"
+
+
+def test_the_step_that_the_report_calls_scored_is_that_of_the_best_validation(tmp_path):
+    folder = make(tmp_path / "study", study(keep="best", steps=24, optimizer={"kind": "sgd", "lr": 0.5}))
+    run_trial(folder)
+    record = load(tmp_path / "study")
+    (trial,), step = record.trials, scored_step(record, record.trials[0])
+    looks = {line["step"]: line["validation"] for line in trial.curve if line["validation"] is not None}
+    assert step is not None and step < 24, "or the test shows nothing"
+    assert trial.result is not None
+    assert trial.result["metrics"]["validation"]["mean squared error"] == looks[step] == min(looks.values())
 
 
 def test_without_patience_all_steps_are_taken_and_nothing_is_told(tmp_path):

@@ -12,8 +12,9 @@ from atn_norms.ablation import ready
 from atn_norms.ablation.engine import Event, OnEvent, run
 from atn_norms.ablation.environment import environment
 from atn_norms.ablation.files import Busy, StoreError
-from atn_norms.ablation.plan import Plan, make_plan, override
+from atn_norms.ablation.plan import Plan, make_plan
 from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.ablation.settings import override
 from atn_norms.ablation.store import StudyFolder, load
 from atn_norms.ablation.study import StudySpec, TrainSpec
 from atn_norms.problems import SpecError, explained

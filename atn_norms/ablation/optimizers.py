@@ -13,6 +13,8 @@ from atn_norms.problems import hint, shown
 
 # A dense model of vectors and matrices, stepped without a closure: what these three ask for, a trial does not have.
 _UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+# What other libraries call an option.
+_ELSEWHERE = {"learning_rate": "lr", "beta": "betas", "epsilon": "eps", "decay": "weight_decay"}
 # How torch computes an update, not which update: outside the trial's identity.
 _EXECUTION = {"params", "foreach", "capturable", "differentiable", "fused"}
 
@@ -66,7 +68,7 @@ def resolve(value: Any) -> dict[str, Any]:
         if name == "kind":
             continue
         if name not in options:
-            known = f"known: {', '.join(options)}{hint(name, options)}"
+            known = f"known: {', '.join(options)}{hint(_ELSEWHERE.get(name, name), options)}"
             problems.append(Problem((name,), f"unknown option of {kind!r}; {known}"))
         elif not _alike(given, options[name]):
             problems.append(Problem((name,), f"must be like torch's default {options[name]!r}, got {shown(given)}"))

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from ruamel.yaml import YAML
 
 from atn_norms.ablation.files import canonical
 from atn_norms.ablation.records import TaskFacts
-from atn_norms.ablation.resolving import axis_path
 from atn_norms.ablation.study import Point, StudySpec
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
-from atn_norms.problems import brief, explained, shown
+from atn_norms.problems import explained, shown
 from atn_norms.registry import SpecError
-from atn_norms.specs import value as yaml_value
+from atn_norms.specs import to_yaml
 from atn_norms.tasks import Task
 
 VERSION = 2  # of a trial's meaning: raised when the same options come to mean other numbers
@@ -172,79 +168,3 @@ def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
             f"{memory / 2**30:.3g} GiB of memory"
         )
     return layer
-
-
-def to_yaml(value: Any) -> str:
-    """A value as YAML text."""
-    out = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 110
-    yaml.dump(value, out)
-    return out.getvalue()
-
-
-def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Put `path=value` settings (values in YAML) into what a study file said.
-
-    >>> override({"train": {"steps": 5}}, ["train.steps=9", "axes.norm=[none, layer]", "seeds=2"])
-    {'train': {'steps': 9}, 'axes': {'norm': ['none', 'layer']}, 'seeds': 2}
-
-    Errors: `SpecError` naming the setting.
-    """
-    data, given = deepcopy(data), []
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        path = name.strip().split(".")
-        if not equals or not all(path):
-            raise SpecError(f"--set {brief(assignment)}: must be path=value, such as train.steps=100")
-        value = yaml_value(text, f"--set {name}: not a YAML value")
-        if path[0] in ("axes", "baseline") and len(path) > 1:  # an axis is called by its whole path
-            path = [path[0], ".".join(path[1:])]
-        _assign(data, path, value, name)
-        given.append((name.strip(), path, value))
-    _refuse_the_overruled(data, given)
-    return data
-
-
-def _refuse_the_overruled(data: dict[str, Any], given: list[tuple[str, list[str], Any]]) -> None:
-    """Refuse a setting that an axis puts its own values over: it would change nothing, and nobody would know."""
-    axes = data.get("axes")
-    for axis in axes if isinstance(axes, dict) else ():
-        path = list(axis_path(str(axis)))
-        for name, place, value in given:
-            place = ["task", *place[2:]] if place[0] == "tasks" else place
-            common = min(len(place), len(path))
-            if place[:common] == path[:common] and _holds(value, path[common:]):
-                raise SpecError(f"--set {name}: the axis {axis} says what this is; use --set 'axes.{axis}=[...]'")
-
-
-def _holds(value: Any, path: list[str]) -> bool:
-    """Whether a value says something at a path within it; at no path at all, everything does."""
-    for key in path:
-        if not isinstance(value, Mapping) or key not in value:
-            return False
-        value = value[key]
-    return True
-
-
-def _assign(data: Any, path: list[str], value: Any, name: str) -> None:
-    for depth, key in enumerate(path):
-        inside = ".".join(path[:depth])
-        step: Any = key
-        if isinstance(data, list):
-            if not key.isdigit() or int(key) >= len(data):
-                raise SpecError(f"--set {name}: {inside} is a list of {len(data)}; got {shown(key)} for an index")
-            step = int(key)
-        elif not isinstance(data, dict):
-            raise SpecError(f"--set {name}: {inside} is {shown(data)}, which has no {shown(key)}")
-        if depth == len(path) - 1:
-            data[step] = value
-            return
-        inner = data[step] if isinstance(data, list) else data.get(step)
-        if inner is None or inner == "none":
-            data[step] = {}
-        elif isinstance(inner, str):
-            data[step] = {"kind": inner}  # a kind with default options, now about to get one
-        data = data[step]

@@ -74,6 +74,16 @@ def _name(name: str) -> str:
     return name
 
 
+def _levels(reach: Any) -> Any:
+    """Refuse a level that is no number at its own place; of the union, pydantic could only tell the whole."""
+    levels = reach if isinstance(reach, Mapping) else {None: reach}
+    wrong = {n: each for n, each in levels.items() if not isinstance(each, int | float) or isinstance(each, bool)}
+    if reach is not None and wrong:
+        allowed = "must be a number, got {}; allowed: one number, or for each task TASK: number".format
+        raise invalid("reach", [Problem(() if n is None else (n,), allowed(shown(each))) for n, each in wrong.items()])
+    return reach
+
+
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
     if isinstance(seeds, int):
         if seeds < 1:
@@ -157,7 +167,7 @@ class StudySpec(Options):
     axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(plain), AfterValidator(_axes)] = {}
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
     baseline: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
-    reach: float | dict[str, float] | None = None
+    reach: Annotated[float | dict[str, float] | None, BeforeValidator(_levels)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,9 +192,8 @@ class StudySpec(Options):
         if count * seeds > MOST_POINTS:
             told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
             raise invalid("study", [Problem(("seeds",), told)])
-        problems = [*self._baseline_problems(), *self._reach_problems()]
-        for point in self._points():
-            problems += point if isinstance(point, list) else []
+        problems = [each for point in self._points() if isinstance(point, list) for each in point]
+        problems += [*self._baseline_problems(), *self._reach_problems()]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
         return self

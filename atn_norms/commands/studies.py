@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -86,6 +86,7 @@ def status(folder: Folder, as_json: Json = False) -> None:
             "step": trial.step,
             "steps": trial.trial["train"]["steps"],
             "error": trial.error["error"] if trial.error else None,
+            "reason": (trial.result or {}).get("reason"),
         }
         for trial in record.trials
     ]
@@ -93,10 +94,16 @@ def status(folder: Folder, as_json: Json = False) -> None:
         print_json({"name": record.name, "folder": str(folder), "counts": count, "trials": trials})
         return
     rows = [
-        (t["id"], t["status"], f"{t['step']} of {t['steps']}", f"{called(t['points'][0])} seed={t['seed']}", t["error"])
+        (
+            t["id"],
+            t["status"],
+            f"{t['step']} of {t['steps']}",
+            f"{called(t['points'][0])} seed={t['seed']}",
+            t["error"] or t["reason"],
+        )
         for t in trials
     ]
-    print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "error"), rows)
+    print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "why"), rows)
     print("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
     if count["pending"] or count["failed"]:
         print(f"to go on: {shlex.join(['atn-norms', 'resume', str(folder)])}")
@@ -115,17 +122,18 @@ def report(
 ) -> None:
     """Make the report of a study anew from what is finished, and print its table."""
     _need(0)
+    levels = _levels(reach or [])
     with _going_on(shlex.join(["atn-norms", "report", str(folder)])):
         from atn_norms.ablation import load
 
-        _report(load(folder), folder, as_json, out, _levels(reach or []))
+        _report(load(folder), folder, as_json, out, levels)
 
 
 def _levels(given: Sequence[str]) -> dict[str, float]:
     from atn_norms.problems import SpecError, shown
 
     levels = {}
-    for each in given:
+    for count, each in enumerate(given, start=1):
         task, equals, level = each.rpartition("=")
         try:
             levels[task] = float(level)
@@ -133,6 +141,8 @@ def _levels(given: Sequence[str]) -> dict[str, float]:
             equals = ""
         if not (equals and task):
             raise SpecError(f"--reach {shown(each)}: must be TASK=LEVEL with a number, such as adding=0.05")
+        if len(levels) < count:
+            raise SpecError(f"--reach {shown(each)}: {shown(task)} has a level already")
     return levels
 
 
@@ -153,20 +163,14 @@ def _need(workers: int, scheduler: str | None = None) -> None:
 
 def _read(study: str, settings: Sequence[str]) -> StudySpec:
     from atn_norms.ablation import StudySpec, override, ready
-    from atn_norms.problems import SpecError, dotted
+    from atn_norms.ablation.settings import placed
+    from atn_norms.problems import SpecError
     from atn_norms.specs import parse, read, validate
 
     if not ready.is_name(study) and Path(study).is_dir():
         raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
     data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
-    set_names = [setting.partition("=")[0].strip() for setting in settings]
-
-    def place(path: tuple[Any, ...]) -> str:
-        name = dotted(path)
-        overridden = (each for each in set_names if name == each or name.startswith((f"{each}.", f"{each}[")))
-        return next((f"--set {each}" for each in overridden), where(path))
-
-    return validate(StudySpec, override(data, settings), place)
+    return validate(StudySpec, override(data, settings), placed(data, settings, where))
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
@@ -210,12 +214,14 @@ def _going_on(command: str) -> Iterator[None]:
 
 def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
     from atn_norms.ablation.estimate import estimate
+    from atn_norms.ablation.report.names import plural
     from atn_norms.commands.progress import duration
 
     total = len(record.trials)
     axes = " x ".join([f"{name} {{{', '.join(labels)}}}" for name, labels in record.axes.items()])
     seeds = len({trial.seed for trial in record.trials})
-    print(f"study {record.name!r}: {', '.join(record.tasks)}; {axes or 'one point'}; {seeds} seeds; {total} trials")
+    grid = [", ".join(record.tasks), axes or "one point", plural(seeds, "seed"), plural(total, "trial")]
+    print(f"study {record.name!r}: {'; '.join(grid)}")
     print(f"folder: {folder}")
     if not left:
         print("every trial is done already")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from ruamel.yaml import YAML
 
 from atn_norms.ablation.comparison import Point, outcome
 from atn_norms.ablation.intervals import ENOUGH_SEEDS, RESAMPLES
@@ -21,9 +19,10 @@ from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.heatmap import heatmap
 from atn_norms.ablation.report.names import NOTHING, labels, leaf, listed, lower, name, number, slugs
 from atn_norms.ablation.report.sentences import answer, caution, coverage, question
-from atn_norms.ablation.report.sheets import reason, task_of
+from atn_norms.ablation.report.sheets import reason, scored_step, task_of
 from atn_norms.ablation.report.strip import strip
 from atn_norms.ablation.report.tables import NUMERIC, Table, final_table, speed_table
+from atn_norms.specs import to_yaml
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ _HEATMAP = (
 )
 _CURVES = (
     "Thin lines: single seeds. Thick line: mean of the finished seeds, in the band from the lowest to the highest of "
-    "them. Cross: where a trial diverged or failed. Dashed black: the baseline, where it belongs to another panel."
+    "them, as far as all of them trained. Cross: where a trial diverged or failed. Dashed black: the baseline, where "
+    "it belongs to another panel."
 )
 _STRIP = "Every seed is a mark, in the order of the seeds from top to bottom of its row; none is left out."
 _STEPS = "As above, for the steps it took; a cell with “≥” holds seeds that never got there and count as all the steps."
@@ -138,7 +138,7 @@ def page(found: Findings, shown: list[Section]) -> str:
         costs=costs.costs(found),
         environment=[*_flat(record.environment), *costs.machines(record)],
         data=_data(record),
-        study=_yaml(record.study),
+        study=to_yaml({name: each for name, each in record.study.items() if each is not None}),
         resamples=f"{RESAMPLES:,}",
         enough=ENOUGH_SEEDS,
     )
@@ -164,12 +164,19 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
         "seed": trial.seed,
         "status": outcome(record, trial),
         "value": number(float(value)) if isinstance(value, int | float) else NOTHING,
-        "step": (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING),
+        "step": _step(record, trial),
         "seconds": NOTHING if spent is None else costs.duration(spent),
         "attempts": (trial.run or {}).get("attempts", NOTHING),
         "reason": reason(record, trial),
         "traceback": str((trial.error or {}).get("traceback") or ""),
     }
+
+
+def _step(record: StudyRecord, trial: TrialRecord) -> str:
+    """The last step, and the one whose weights were scored where that is another."""
+    last = (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING)
+    scored = scored_step(record, trial)
+    return f"{last}" if scored in (None, last) else f"{last}, scored {scored}"
 
 
 def _data(record: StudyRecord) -> list[tuple[str, str]]:
@@ -184,14 +191,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield from _flat(entry, f"{prefix}{key} ")
         else:
             yield f"{prefix}{key}", str(entry)
-
-
-def _yaml(study: Mapping[str, Any]) -> str:
-    """The study as a file that `ablate` reads."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = None
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 100
-    text = io.StringIO()
-    yaml.dump(dict(study), text)
-    return text.getvalue()

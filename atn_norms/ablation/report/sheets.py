@@ -22,7 +22,7 @@ def results_csv(found: Findings) -> str:
     """
     record = found.record
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step"]
+    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "scored_step"]
     headers += ["level", "level_limit", "reached_at", "seconds", "attempts", "host", "error", "trial"]
     tasks = {task.task: task for task in found.tasks}
     points = [row.point for task in found.tasks for row in task.final.rows]
@@ -36,7 +36,7 @@ def results_csv(found: Findings) -> str:
         line += [trial.seed, outcome(record, trial), metric]
         line += [_metric(trial, split, metric) for split in ("test", "validation")]
         line += [_metrics(record, trial).get(key, "") for key in extra]
-        line.append((trial.result or {}).get("step", ""))
+        line += [(trial.result or {}).get("step", ""), scored_step(record, trial)]
         line += [task.level.value, task.level.limit] if task and task.speed else ["", ""]
         line += [reached.get(trial.id, ""), run.get("seconds", ""), run.get("attempts", ""), run.get("host", "")]
         lines.append([*line, reason(record, trial), trial.id])
@@ -104,6 +104,16 @@ def reason(record: StudyRecord, trial: TrialRecord) -> str:
     if outcome(record, trial) == "diverged":
         return str((trial.result or {}).get("reason") or "the loss grew out of all bounds")
     return ""
+
+
+def scored_step(record: StudyRecord, trial: TrialRecord) -> int | None:
+    """The step whose weights the metrics are of: the last, or under `keep: best` the first of the best validation."""
+    result = trial.result or {}
+    if trial.trial["train"].get("keep") != "best" or not result.get("metrics"):
+        return result.get("step") if result.get("metrics") else None
+    sign = 1 if record.tasks[task_of(trial)].goal == "min" else -1
+    looks = [(sign * line["validation"], line["step"]) for line in trial.curve if line.get("validation") is not None]
+    return min(looks)[1] if looks else None
 
 
 def _metric(trial: TrialRecord, split: str, metric: str) -> Any:
