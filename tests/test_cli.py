@@ -165,6 +165,9 @@ def test_a_home_folder_is_meant_where_no_shell_put_it_in(capsys, folder, monkeyp
     assert "1 done" in out and not (folder / "~").exists()
     (folder / "home/a study/trials").rename(folder / "lost")
     assert f"to go on: atn-norms resume '{folder}/home/a study'" in printed(capsys, "status", "~/a study")
+    printed(capsys, "schema", "--out=~/a schema.json")
+    printed(capsys, "new-plugin", "homely", "--out=~/plugin")
+    assert {"a schema.json", "plugin"} <= {path.name for path in (folder / "home").iterdir()}
 
 
 def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):

@@ -13,6 +13,8 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from atn_norms.commands.console import at_home
+
 LONGEST = 24  # characters of a name, so that no line that holds it grows too long
 NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
 
@@ -50,7 +52,9 @@ STARTS = {
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The kind's name, such as pmean.")],
     kind: Annotated[str, typer.Option(metavar="normalizer|window|task", help="What it is.")] = "normalizer",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.", callback=at_home)
+    ] = None,
 ) -> None:
     """Write a plugin that works: a distribution with one kind, its tests, its README, for you to change."""
     from atn_norms.problems import SpecError, hint, shown

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.problems import SpecError
 
 if TYPE_CHECKING:
@@ -52,8 +52,12 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2; about ten minutes.")
     ] = False,
-    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.")] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.", callback=at_home)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.", callback=at_home)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time torch.nn, the textbook window and each backend in turn, in one run; exit code 1 when laws fail.

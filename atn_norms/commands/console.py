@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin is in order.")]
+
+
+def at_home(path: Path | None) -> Path | None:
+    """The path with a leading ~ as the home folder, which no shell has put in for `--out=~/x`."""
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 def example(*lines: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from atn_norms.commands.console import Json, Strict, print_json, print_table
+from atn_norms.commands.console import Json, Strict, at_home, print_json, print_table
 
 if TYPE_CHECKING:
     from atn_norms.registry import Options
@@ -79,7 +79,9 @@ def plugins(as_json: Json = False, strict: Strict = False) -> None:
 
 def schema(
     what: Annotated[str, typer.Argument(metavar="[study|model]", help="Which file the schema describes.")] = "study",
-    out: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to this file instead of printing it.", callback=at_home)
+    ] = None,
 ) -> None:
     """Print the JSON schema of a study file or a model file, with every installed kind, for editors."""
     from atn_norms.commands.files import schema_text, write_new

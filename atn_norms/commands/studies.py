@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,19 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.commands.endings import exit_code, heard
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
 
 
-def _at_home(path: Path | None) -> Path | None:
-    """The path with a leading ~ as the home folder, which no shell has put in for `--out=~/x`."""
-    return None if path is None else Path(os.path.expanduser(path))
-
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.", callback=_at_home)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.", callback=at_home)]
 WORKERS = 2
 Workers = Annotated[int, typer.Option(min=0, help="Local processes; 0 trains in this process, without Dask.")]
 Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
@@ -40,7 +34,7 @@ def ablate(
     workers: Workers = WORKERS,
     scheduler: Scheduler = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.", callback=_at_home)
+        Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.", callback=at_home)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the trials, and say how long they may take.")
@@ -112,7 +106,7 @@ def status(folder: Folder, as_json: Json = False) -> None:
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.", callback=_at_home)
+        Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.", callback=at_home)
     ] = None,
     reach: Annotated[
         list[str] | None,

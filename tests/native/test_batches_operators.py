@@ -30,22 +30,7 @@ def test_opcheck(pair, training):
     with Recorded() as recorded:
         ys, _ = made(pair, "native", training).unroll(pair.xs(), pair.state(), pair.lengths())
         ys.square().sum().backward()
-    assert [func.overloadpacket for func, _ in recorded.calls] == [
-        torch.ops.atn_norms.recurrent,
-        torch.ops.atn_norms.recurrent_backward,
-    ]
-    for func, args in recorded.calls:
-        differentiable = func.overloadpacket is torch.ops.atn_norms.recurrent
-
-        def fresh(arg, differentiable=differentiable):
-            if isinstance(arg, (list, tuple)):
-                return [fresh(each) for each in arg]
-            if not isinstance(arg, torch.Tensor):
-                return arg
-            return arg.detach().clone().requires_grad_(differentiable and arg.is_floating_point())
-
-        found = torch.library.opcheck(func, tuple(fresh(arg) for arg in args))
-        assert set(found.values()) == {"SUCCESS"}, found
+    recorded.check([torch.ops.atn_norms.recurrent, torch.ops.atn_norms.recurrent_backward])
 
 
 @pytest.mark.parametrize("norm", ["batch", "per step"])

@@ -36,6 +36,22 @@ class Recorded(TorchDispatchMode):
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
+    def check(self, operators, differentiable=True):
+        """These operators were called, in this order, and each keeps what it promises torch; the first, gradients."""
+        assert [func.overloadpacket for func, _ in self.calls] == operators
+        for func, args in self.calls:
+            asked = differentiable and func.overloadpacket is operators[0]
+            found = torch.library.opcheck(func, tuple(_fresh(arg, asked) for arg in args))
+            assert set(found.values()) == {"SUCCESS"}, found
+
+
+def _fresh(arg, differentiable):
+    if isinstance(arg, (list, tuple)):
+        return [_fresh(each, differentiable) for each in arg]
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    return arg.detach().clone().requires_grad_(differentiable and arg.is_floating_point())
+
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.cell}-{pair.norm}-{pair.window}")
 @pytest.mark.parametrize("training", [True, False])
@@ -44,24 +60,8 @@ def test_opcheck(pair, training):
         ys, _ = pair.layer("native").unroll(pair.xs(), pair.state(), pair.lengths())
         if training:
             ys.square().sum().backward()
-    assert [func.overloadpacket for func, _ in recorded.calls] == [
-        torch.ops.atn_norms.recurrent,
-        torch.ops.atn_norms.recurrent_backward,
-    ][: 1 + training]
-    for func, args in recorded.calls:
-        differentiable = training and func.overloadpacket is torch.ops.atn_norms.recurrent
-
-        def fresh(arg, differentiable=differentiable):
-            if isinstance(arg, (list, tuple)):
-                return [fresh(each) for each in arg]
-            return (
-                arg.detach().clone().requires_grad_(differentiable and arg.is_floating_point())
-                if isinstance(arg, torch.Tensor)
-                else arg
-            )
-
-        found = torch.library.opcheck(func, tuple(fresh(arg) for arg in args))
-        assert set(found.values()) == {"SUCCESS"}, found
+    forward, backward = torch.ops.atn_norms.recurrent, torch.ops.atn_norms.recurrent_backward
+    recorded.check([forward, backward] if training else [forward], differentiable=training)
 
 
 @pytest.mark.parametrize(("cell", "both"), [("lstm", False), ("gru", True), ("tanh", False)])
