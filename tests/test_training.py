@@ -1,5 +1,6 @@
 """What training does beside steps: schedules, early stops, kept weights, divergence; and what a task recommends."""
 
+import copy
 import math
 
 import pytest
@@ -109,6 +110,35 @@ def test_the_last_weights_are_scored_unless_the_best_are_asked_for():
     assert trainer.kept is None
 
 
+def test_renewed_populations_are_those_of_the_weights_that_are_scored():
+    data = study(population_batches=60, optimizer={"kind": "sgd", "lr": 0.3})
+    data["model"] = data["model"] | {"norm": "batch", "num_layers": 2, "dropout": 0.3}
+    trial = trial_of(data)
+    plain = Trainer(trial | {"train": trial["train"] | {"population_batches": 0}})
+    steps_of(plain)
+    ended, random, lagging = copy.deepcopy(plain.model.state_dict()), torch.get_rng_state(), plain.conclude()
+    plain.model.train()
+    with torch.no_grad():
+        for step in range(60):
+            plain.task.loss(plain.model, plain.task.batch(step, 6), None)
+    by_hand = plain.conclude()
+
+    trainer = Trainer(trial)
+    steps_of(trainer)
+    for _ in range(2):
+        compare(trainer.model.state_dict(), ended, tolerance=0)  # training, and so a next step, is what it is without
+        assert torch.equal(torch.get_rng_state(), random)
+        assert trainer.conclude() == by_hand != lagging
+
+
+def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one_it_was():
+    assert "population_batches" not in trial_of(study())["train"]
+    assert trial_of(study(population_batches=2))["train"]["population_batches"] == 2
+    trainer = Trainer(trial_of(study(population_batches=2)))
+    trainer.task.loss = None  # a layer norm has no population, so that nothing is to be trained on
+    trainer.evaluate("test")
+
+
 def test_a_loss_that_is_not_finite_is_divergence_at_its_step(monkeypatch):
     trainer = Trainer(trial_of(study()))
     loss = trainer.task.loss
@@ -164,6 +194,7 @@ VARIANTS = {
     },
     "cosine": {"schedule": {"kind": "cosine", "warmup": 3}, "optimizer": {"kind": "asgd", "lr": 0.5}},
     "words": {"task": {"kind": "wordlm", "embedding": 4, "segment": 3, "carry": "hidden"}, "keep": "best"},
+    "populations": {"task": SMALL | {"kind": "copying"}, "population_batches": 3, "keep": "best"},
     "copying": {"task": SMALL | {"kind": "copying"}, "schedule": "linear"},
     "denoise": {"task": SMALL | {"kind": "denoise"}, "optimizer": "adagrad"},
 }
@@ -176,6 +207,8 @@ def test_a_trial_stopped_after_every_step_equals_the_uninterrupted(tmp_path, var
     if task and task["kind"] == "wordlm":
         task = {**task, "text": texts(tmp_path)}
     data = study(task, **options)
+    if variant == "populations":
+        data["model"] = data["model"] | {"norm": "batch"}
     whole, stopped = make(tmp_path / "whole", data), make(tmp_path / "stopped", data)
     run_trial(whole)
     if variant == "plateau":

@@ -121,10 +121,27 @@ class Trainer:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Score the model on a split; `Diverged` where the score is not finite."""
-        self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._renewed_populations():
+            self.model.eval()
             scores = self.task.evaluate(self.model, split)
         return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
+
+    @contextmanager
+    def _renewed_populations(self) -> Iterator[None]:
+        """Populations as these weights give them on the first training batches; afterwards as training left them."""
+        count = self.train.get("population_batches", 0)
+        buffers = list(self.model.buffers()) if count else []
+        before, carry = [buffer.clone() for buffer in buffers], None
+        if buffers:
+            self.model.train()
+            with torch.random.fork_rng(devices=[]):
+                for step in range(count):
+                    _, carry = self.task.loss(self.model, self.task.batch(step, self.train["batch_size"]), carry)
+        try:
+            yield
+        finally:
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
 
     def conclude(self) -> dict[str, dict[str, float]]:
         """Score the weights that are to be kept on both splits; `Diverged` where a score is not finite."""
