@@ -211,11 +211,12 @@ class Registry:
                     raise
         return self._loaded
 
-    def lookup(self, family: str, kind: str, besides: Sequence[str] = ()) -> type[Options]:
-        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions.
+    def lookup(self, family: str, kind: str) -> type[Options]:
+        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions."""
+        return self._lookup(family, kind)
 
-        `besides` are words that are no kind and yet allowed where this one stands, for the error to name.
-        """
+    def _lookup(self, family: str, kind: str, besides: Sequence[str] = ()) -> type[Options]:
+        """`lookup`, where `besides` are words that are no kind and yet allowed, for the error to name."""
         entries = self._of(family).get(kind, [])
         if len(entries) == 1:
             return entries[0].spec
@@ -358,7 +359,7 @@ class Open:
             problem = f"must be a {self.family}'s name, got {type(kind).__name__} {shown(kind)}; {self._known()}"
         else:
             try:
-                return self.source.lookup(self.family, kind, besides)
+                return self.source._lookup(self.family, kind, besides)
             except SpecError as error:
                 problem = str(error)
         details = InitErrorDetails(type=_problem("unknown_kind", problem), loc=loc, input=kind)

@@ -295,6 +295,7 @@ def program(tmp_path):
     return start
 
 
+@pytest.mark.deep
 def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_path, study):
     folder = tmp_path / "bad"
     process = program(folder, {**STUDY, "axes": {"norm": ["killing", "raising", "none", "layer", "rms"]}})
@@ -313,6 +314,7 @@ def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_pat
     assert here == mine, "a process of its own gives the same bytes as this one"
 
 
+@pytest.mark.deep
 def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_path):
     folder = tmp_path / "study"
     process = program(folder, {**STUDY, "train": {"steps": 100_000, "batch_size": 5, "log_every": 1}})

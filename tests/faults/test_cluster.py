@@ -89,6 +89,7 @@ def trained_by(folder):
     "a cluster at work: one worker machine killed, one stopped (SIGSTOP) until the study is done, two new ones",
     "the trials of both go on elsewhere from their checkpoints; the stopped one lets go when it wakes; identical",
 )
+@pytest.mark.deep
 def test_machines_come_and_go(machines, place, truth, impatient):
     folder = create(STUDY, place / "study")
     dies, stops = machines.worker("dies"), machines.worker("stops")

@@ -40,6 +40,7 @@ def at_work(folder):
 
 
 @fault("the run killed (kill -9) while its two local processes train", "they end by themselves; resumed, identical")
+@pytest.mark.deep
 def test_a_killed_run_leaves_nobody(ablate, place):
     with ablate() as program:
         assert until(lambda: at_work(place / "here") or program.process.poll() is not None), program.output()
