@@ -330,6 +330,14 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert "holds another study" in said(capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here")
 
 
+def test_status_says_why_a_trial_ended_before_its_last_step(capsys, folder):
+    early = ["train.patience=1", "train.eval_every=1", "train.optimizer={kind: sgd, lr: 0.0}", "axes={}"]
+    printed(capsys, "ablate", "study.yaml", "--workers=0", "--out=here", *(f"--set={each}" for each in early))
+    assert "2 of 4  adding seed=0  no better validation in 1 looks" in printed(capsys, "status", "here")
+    (trial,) = json.loads(printed(capsys, "status", "here", "--json"))["trials"]
+    assert (trial["status"], trial["reason"]) == ("done", "no better validation in 1 looks")
+
+
 def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeypatch):
     real = importlib.util.find_spec
     for absent, command, cure in [

@@ -224,7 +224,8 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
     print(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on", flush=True)
     seconds = None if scheduler else estimate(record, max(1, workers))
     if seconds is not None:
-        print(f"this may take about {duration(seconds)}, going by a few timed steps", flush=True)
+        started = " once the processes are up" if workers else ""
+        print(f"this may take about {duration(seconds)}{started}, going by a few timed steps", flush=True)
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
