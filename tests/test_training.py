@@ -10,6 +10,7 @@ from atn_norms.ablation import StudySpec, create, load, make_plan
 from atn_norms.ablation.report.sheets import scored_step
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.ablation.trial import Diverged, Trainer, run_trial
+from atn_norms.normalizers import BatchNorm
 from tests.compare import compare
 
 STUDY = {
@@ -110,16 +111,22 @@ def test_the_last_weights_are_scored_unless_the_best_are_asked_for():
     assert trainer.kept is None
 
 
-def test_renewed_populations_are_those_of_the_weights_that_are_scored():
-    data = study(population_batches=60, optimizer={"kind": "sgd", "lr": 0.3})
-    data["model"] = data["model"] | {"norm": "batch", "num_layers": 2, "dropout": 0.3}
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_renewed_populations_are_those_of_the_weights_that_are_scored(momentum):
+    data = study(population_batches=7, optimizer={"kind": "sgd", "lr": 0.3})
+    norm = {"kind": "batch", "momentum": momentum}
+    data["model"] = data["model"] | {"norm": norm, "num_layers": 2, "dropout": 0.3}
     trial = trial_of(data)
     plain = Trainer(trial | {"train": trial["train"] | {"population_batches": 0}})
     steps_of(plain)
     ended, random, lagging = copy.deepcopy(plain.model.state_dict()), torch.get_rng_state(), plain.conclude()
+    for each in plain.model.modules():
+        if isinstance(each, BatchNorm):
+            each.running_mean.fill_(1e6)  # whatever training left has no part in it
+            each.momentum, each.num_batches_tracked[...] = None, 0
     plain.model.train()
     with torch.no_grad():
-        for step in range(60):
+        for step in range(7):
             plain.task.loss(plain.model, plain.task.batch(step, 6), None)
     by_hand = plain.conclude()
 
@@ -129,14 +136,34 @@ def test_renewed_populations_are_those_of_the_weights_that_are_scored():
         compare(trainer.model.state_dict(), ended, tolerance=0)  # training, and so a next step, is what it is without
         assert torch.equal(torch.get_rng_state(), random)
         assert trainer.conclude() == by_hand != lagging
+    assert {each.momentum for each in trainer.model.modules() if isinstance(each, BatchNorm)} == {momentum}
 
 
 def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one_it_was():
     assert "population_batches" not in trial_of(study())["train"]
     assert trial_of(study(population_batches=2))["train"]["population_batches"] == 2
-    trainer = Trainer(trial_of(study(population_batches=2)))
+    trainer = Trainer(trial_of(study({**SMALL, "kind": "copying"}, population_batches=2)))
     trainer.task.loss = None  # a layer norm has no population, so that nothing is to be trained on
     trainer.evaluate("test")
+
+
+def test_whatever_stops_a_renewal_populations_are_as_training_left_them():
+    data = study(population_batches=3)
+    data["model"] = data["model"] | {"norm": "batch"}
+    trainer = Trainer(trial_of(data))
+    trainer.advance()
+    before, loss, asked = copy.deepcopy(trainer.model.state_dict()), trainer.task.loss, []
+
+    def stopped(*arguments):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    trainer.task.loss = stopped
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate("test")
+    compare(trainer.model.state_dict(), before, tolerance=0)
 
 
 def test_a_loss_that_is_not_finite_is_divergence_at_its_step(monkeypatch):

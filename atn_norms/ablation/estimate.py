@@ -50,7 +50,12 @@ def _like(trial: dict[str, Any]) -> str:
     model = trial["model"]
     alike = {name: model[name] for name in ("cell", "hidden_size", "num_layers", "bidirectional")}
     return canonical(
-        [trial["task"], trial["train"]["batch_size"], alike, model["norm"] and model["norm"].get("kind", model["norm"])]
+        [
+            trial["task"],
+            *map(trial["train"].get, ("batch_size", "population_batches")),
+            alike,
+            model["norm"] and model["norm"].get("kind", model["norm"]),
+        ]
     )
 
 

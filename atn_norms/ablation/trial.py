@@ -20,6 +20,7 @@ from atn_norms.ablation.resolving import TASK
 from atn_norms.ablation.schedules import Improvement, Rate
 from atn_norms.ablation.store import TrialFolder
 from atn_norms.layers import LayerSpec
+from atn_norms.normalizers import BatchNorm, Normalizer
 from atn_norms.registry import SpecError
 from atn_norms.tasks import Model, Split, generator
 from atn_norms.trees import Tree
@@ -121,33 +122,51 @@ class Trainer:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Score the model on a split; `Diverged` where the score is not finite."""
-        with torch.no_grad(), self._renewed_populations():
-            self.model.eval()
-            scores = self.task.evaluate(self.model, split)
-        return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
-
-    @contextmanager
-    def _renewed_populations(self) -> Iterator[None]:
-        """Populations as these weights give them on the first training batches; afterwards as training left them."""
-        count = self.train.get("population_batches", 0)
-        buffers = list(self.model.buffers()) if count else []
-        before, carry = [buffer.clone() for buffer in buffers], None
-        if buffers:
-            self.model.train()
-            with torch.random.fork_rng(devices=[]):
-                for step in range(count):
-                    _, carry = self.task.loss(self.model, self.task.batch(step, self.train["batch_size"]), carry)
-        try:
-            yield
-        finally:
-            for buffer, old in zip(buffers, before, strict=True):
-                buffer.copy_(old)
+        with self._renewed_populations():
+            return self._score(split)
 
     def conclude(self) -> dict[str, dict[str, float]]:
         """Score the weights that are to be kept on both splits; `Diverged` where a score is not finite."""
         if self.kept is not None:
             self.model.load_state_dict(self.kept)
-        return {split: self.evaluate(split) for split in ("validation", "test")}
+        with self._renewed_populations():
+            return {split: self._score(split) for split in ("validation", "test")}
+
+    def _score(self, split: Split) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            scores = self.task.evaluate(self.model, split)
+        return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
+
+    @contextmanager
+    def _renewed_populations(self) -> Iterator[None]:
+        """Populations as these weights give them on the first training batches; afterwards as training left them.
+
+        A `BatchNorm` begins anew and averages all these batches alike; any other norm that differs in evaluation takes
+        them in as it does in training.
+        """
+        count = self.train.get("population_batches", 0)
+        norms = [each for each in self.model.modules() if isinstance(each, Normalizer) and each.differs_in_evaluation]
+        if not (count and norms):
+            yield
+            return
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, BatchNorm)]
+        try:
+            for norm, _ in momenta:
+                norm.momentum = None
+                norm.num_batches_tracked.zero_()
+            self.model.train()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                carry = None
+                for step in range(count):
+                    _, carry = self.task.loss(self.model, self.task.batch(step, self.train["batch_size"]), carry)
+            yield
+        finally:
+            for norm, momentum in momenta:
+                norm.momentum = momentum
+            for buffer, old in before:
+                buffer.copy_(old)
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on."""
