@@ -106,7 +106,9 @@ BAD = [
     (["ablate", "study.yaml", "--set", "axes.norm[1]=nonee"], "--set axes.norm[1]: axes.norm[1]: unknown normalizer"),
     (["ablate", "study.yaml", "--set", "trian.steps=4"], "--set trian.steps: trian: unknown key"),
     (["ablate", "study.yaml", "--set", "reach.adding=abc"], "--set reach.adding: reach.adding: must be a number"),
-    (["ablate", "study.yaml", "--set", "tasks[0]=adding"], "--set tasks[0]: tasks is not there, and has no item 0"),
+    (["ablate", "study.yaml", "--set", "tasks[0]=adding"], "--set tasks[0]: the file has no list tasks; give the"),
+    (["ablate", "study.yaml", "--set", "model.3=4"], "--set model.3: model.3: unknown key"),
+    (["ablate", "study.yaml", "--set", "seeds=[2, 2]", "--set", "seeds[0]=x"], "--set seeds[0]"),
     (["report", ".", "--reach", "a=1", "--reach", "a=2"], "--reach 'a=2': 'a' has a level already"),
     (["ablate", "study.yaml", "--set", "train.steps=0"], "--set train.steps: train.steps: must be greater"),
     (

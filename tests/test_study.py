@@ -304,14 +304,14 @@ def test_settings_from_the_command_line():
     changed = override(
         data,
         ["train.optimizer.lr=1e-3", "tasks.0.length=9", "axes.train.clip=[0.1, 1]", "model.norm.eps=1e-4",
-         "axes.cell=[lstm, gru]", "axes.cell[1]=rnn", "axes.train.clip[0]=0.2",
+         "axes.cell=[lstm, gru]", "axes.cell[1].bias=no", "axes.train.clip[0]=0.2",
          "seeds=3", "model.window={kind: exponential, half_life: 2.0}", "baseline.norm=none", "tasks.1=adding"],
     )  # fmt: skip
     assert changed == {
         "train": {"optimizer": {"kind": "adam", "lr": 1e-3}},
         "tasks": [{"kind": "adding", "length": 9}, "adding"],
         "model": {"norm": {"kind": "layer", "eps": 1e-4}, "window": {"kind": "exponential", "half_life": 2.0}},
-        "axes": {"train.clip": [0.2, 1], "cell": ["lstm", "rnn"]},
+        "axes": {"train.clip": [0.2, 1], "cell": ["lstm", {"kind": "gru", "bias": "no"}]},
         "seeds": 3,
         "baseline": {"norm": "none"},
     }
@@ -331,6 +331,8 @@ def test_settings_from_the_command_line():
         ("train.steps=" + "[" * 2000 + "]" * 2000, "--set train.steps: not a YAML value: nested too deeply"),
         ("tasks.7.length=3", "--set tasks.7.length: tasks is a list of 1; got 7 for an index"),
         ("tasks[7].length=3", "--set tasks[7].length: tasks is a list of 1; got 7 for an index"),
+        ("tasks[" + "1" * 5000 + "].length=3", "tasks is a list of 1; got "),
+        ("train.keep[0]=3", "--set train.keep[0]: the file has no list train.keep; give the whole of it"),
         ("tasks.x=3", "--set tasks.x: tasks is a list of 1; got 'x' for an index"),
         ("seeds.a=3", "--set seeds.a: seeds is 2, which has no 'a'"),
     ],
@@ -357,6 +359,9 @@ def test_settings_that_cannot_be(setting, said):
         ("task.length", "tasks.0={kind: adding, length: 9}", True),
         ("task.length", "tasks.0={kind: adding}", False),
         ("norm", "model.norm_=1", False),
+        ("task.length", "tasks=[{kind: adding}, {kind: adding, length: 77}]", True),
+        ("task.length", "tasks=[{kind: adding}, copying]", False),
+        ("cell.kind", "model.cell=gru", True),
         ("norm", "axes.norm=[rms]", False),
     ],
 )

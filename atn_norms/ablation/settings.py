@@ -33,14 +33,24 @@ def setting(assignment: str) -> Setting:
     """
     name, equals, text = assignment.partition("=")
     name = name.strip()
-    first, *rest = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
-    if not (equals and first and all(rest)):
+    path = _path(name)
+    if not (equals and all(step != "" for step in path)):
         raise SpecError(f"--set {brief(assignment)}: must be path=value, such as train.steps=100")
-    if first in ("axes", "baseline") and rest:  # an axis is called by its whole path
-        index = [rest.pop()] if rest[-1].isdecimal() and len(rest) > 1 else []
-        rest = [".".join(rest), *index]
-    path = tuple(int(step) if step.isdecimal() else step for step in (first, *rest))
     return Setting(name, path, yaml_value(text, f"--set {name}: not a YAML value"))
+
+
+def _path(name: str) -> Path:
+    first, dot, rest = name.partition(".")
+    if first in ("axes", "baseline") and dot:  # an axis is called by its whole path; what it holds begins at a bracket
+        axis, bracket, inside = rest.partition("[")
+        return (first, axis, *(_steps(f"0[{inside}")[1:] if bracket else ()))
+    return _steps(name)
+
+
+def _steps(name: str) -> Path:
+    """The steps of a path; digits, few enough to count anything, are an index."""
+    steps = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
+    return tuple(int(step) if re.fullmatch(r"\d{1,9}", step) else step for step in steps)
 
 
 def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -63,16 +73,19 @@ def placed(data: Any, assignments: Sequence[str], where: Where) -> Where:
 
     >>> place = placed({"train": {}}, ["train.steps=x", "trian.steps=9"], lambda path: "study.yaml:1:1")
     >>> place(("train", "steps")), place(("trian",)), place(("train",))
-    ('--set train.steps', '--set trian.steps', 'study.yaml:1:1')
+    ('--set train.steps', '--set trian.steps', 'study.yaml:1:1, --set train.steps')
     """
     given = [setting(assignment) for assignment in reversed(assignments)]
 
     def place(path: Path) -> str:
+        below = []
         for each in given:
             common = min(len(each.path), len(path))
-            if each.path[:common] == path[:common] and (common == len(each.path) or not _holds(data, path)):
-                return f"--set {each.name}"
-        return where(path)
+            if list(map(str, each.path[:common])) == list(map(str, path[:common])):
+                if common == len(each.path) or not _holds(data, path):
+                    return ", ".join([f"--set {each.name}", *below])
+                below.append(f"--set {each.name}")
+        return ", ".join([where(path), *below])  # what the file says there, as the settings changed it
 
     return place
 
@@ -83,14 +96,22 @@ def _refuse_the_overruled(data: dict[str, Any], given: Sequence[Setting]) -> Non
     for axis in axes if isinstance(axes, dict) else ():
         path = axis_path(str(axis))
         for each in given:
-            place = ("task", *each.path[2:]) if each.path[0] == "tasks" else each.path
+            place, values = _of_a_task(each) if each.path[0] == "tasks" else (each.path, [each.value])
             common = min(len(place), len(path))
-            if place[:common] == path[:common] and _holds(each.value, path[common:]):
+            if place[:common] == path[:common] and any(_holds(value, path[common:]) for value in values):
                 raise SpecError(f"--set {each.name}: the axis {axis} says what this is; use --set 'axes.{axis}=[...]'")
 
 
+def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:
+    """What a setting of `tasks` says of a single one, and the values of which that is true."""
+    every = len(given.path) == 1 and isinstance(given.value, list)
+    return ("task", *given.path[2:]), given.value if every else [given.value]
+
+
 def _holds(value: Any, path: Path) -> bool:
-    """Whether a value says something at a path within it; at no path at all, everything does."""
+    """Whether a value says something at a path within it: a name its kind, and at no path at all everything does."""
+    if isinstance(value, str) and value != "none" and path == ("kind",):
+        return True
     for step in path:
         try:
             value = value[step] if isinstance(value, Mapping | list) else {}[step]
@@ -115,7 +136,7 @@ def _assign(data: Any, given: Setting) -> None:
             return
         inner = data[step] if isinstance(data, list) else data.get(step)
         if inner is None and isinstance(given.path[depth + 1], int):
-            told = f"{dotted(given.path[: depth + 1])} is not there, and has no item {given.path[depth + 1]}"
+            told = f"the file has no list {dotted(given.path[: depth + 1])}; give the whole of it"
             raise SpecError(f"--set {given.name}: {told}")
         if inner is None or inner == "none":
             data[step] = {}
