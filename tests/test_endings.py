@@ -10,6 +10,15 @@ from atn_norms.commands.endings import Ended, exit_code, heard, stopping
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def as_from_a_terminal():
+    """No signal is ignored, as under nohup, whoever started the tests."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS if each != signal.SIGINT}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_further_signals_do_not_disturb_what_is_put_in_order(number):
     before, done = [signal.getsignal(each) for each in SIGNALS], []
