@@ -139,15 +139,15 @@ def test_renewed_populations_are_those_of_the_weights_that_are_scored(momentum):
     assert {each.momentum for each in trainer.model.modules() if isinstance(each, BatchNorm)} == {momentum}
 
 
-def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one_it_was():
+def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one_it_was(monkeypatch):
     assert "population_batches" not in trial_of(study())["train"]
     assert trial_of(study(population_batches=2))["train"]["population_batches"] == 2
     trainer = Trainer(trial_of(study({**SMALL, "kind": "copying"}, population_batches=2)))
-    trainer.task.loss = None  # a layer norm has no population, so that nothing is to be trained on
+    monkeypatch.setattr(trainer.task, "loss", None)  # a layer norm has no population to renew
     trainer.evaluate("test")
 
 
-def test_whatever_stops_a_renewal_populations_are_as_training_left_them():
+def test_whatever_stops_a_renewal_populations_are_as_training_left_them(monkeypatch):
     data = study(population_batches=3)
     data["model"] = data["model"] | {"norm": "batch"}
     trainer = Trainer(trial_of(data))
@@ -160,7 +160,7 @@ def test_whatever_stops_a_renewal_populations_are_as_training_left_them():
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    trainer.task.loss = stopped
+    monkeypatch.setattr(trainer.task, "loss", stopped)
     with pytest.raises(KeyboardInterrupt):
         trainer.evaluate("test")
     compare(trainer.model.state_dict(), before, tolerance=0)

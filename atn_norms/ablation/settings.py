@@ -12,7 +12,7 @@ from atn_norms.problems import SpecError, brief, dotted, shown
 from atn_norms.specs import Where
 from atn_norms.specs import value as yaml_value
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # of keys and indices
 
 
 class Setting(NamedTuple):
