@@ -362,6 +362,7 @@ def test_settings_that_cannot_be(setting, said):
         ("task.length", "tasks=[{kind: adding}, {kind: adding, length: 77}]", True),
         ("task.length", "tasks=[{kind: adding}, copying]", False),
         ("cell.kind", "model.cell=gru", True),
+        ("train.optimizer.kind", "train={optimizer: adam}", True),
         ("norm", "axes.norm=[rms]", False),
     ],
 )

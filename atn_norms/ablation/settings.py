@@ -110,9 +110,9 @@ def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:
 
 def _holds(value: Any, path: Path) -> bool:
     """Whether a value says something at a path within it: a name its kind, and at no path at all everything does."""
-    if isinstance(value, str) and value != "none" and path == ("kind",):
-        return True
     for step in path:
+        if isinstance(value, str) and value != "none" and step == "kind":
+            return True
         try:
             value = value[step] if isinstance(value, Mapping | list) else {}[step]
         except (KeyError, IndexError, TypeError):
@@ -122,7 +122,8 @@ def _holds(value: Any, path: Path) -> bool:
 
 def _assign(data: Any, given: Setting) -> None:
     for depth, each in enumerate(given.path):
-        inside, step = dotted(given.path[:depth]), each
+        inside = dotted(given.path[:depth])
+        step: Any = each
         if isinstance(data, list):
             if not isinstance(step, int) or step >= len(data):
                 told = f"{inside} is a list of {len(data)}; got {shown(step)} for an index"
