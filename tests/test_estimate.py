@@ -2,8 +2,8 @@
 
 import torch
 
-from atn_norms.ablation import create, load, run
-from atn_norms.ablation.estimate import estimate
+from atn_norms.ablation import StudySpec, create, load, make_plan, run
+from atn_norms.ablation.estimate import duration_of, estimate
 
 STUDY = {
     "model": {"cell": "rnn", "hidden_size": 3},
@@ -20,6 +20,15 @@ def test_an_estimate_is_a_positive_time_that_grows_with_the_work(tmp_path):
     assert short is not None
     assert long is not None
     assert 0 < short < long
+
+
+def test_what_costs_differently_is_timed_apart(monkeypatch):
+    timed = []
+    monkeypatch.setattr("atn_norms.ablation.estimate._timed", lambda trial: timed.append(trial) or (1.0, 1.0))
+    axes = {"hidden_size": [3, 4], "norm": ["none", "batch"], "train.population_batches": [0, 50], "train.steps": [2, 3]}
+    trials = make_plan(StudySpec.model_validate(STUDY | {"axes": axes})).trials
+    assert duration_of([each.trial for each in trials], 1)
+    assert len(timed) == 8, "steps and seeds cost alike"
 
 
 def test_an_estimate_leaves_the_random_state_and_the_folder_alone(tmp_path):
