@@ -105,7 +105,7 @@ BAD = [
     ),
     (["ablate", "study.yaml", "--set", "axes.norm[1]=nonee"], "--set axes.norm[1]: axes.norm[1]: unknown normalizer"),
     (["ablate", "study.yaml", "--set", "trian.steps=4"], "atn-norms: --set trian.steps: trian: unknown key"),
-    (["ablate", "study.yaml", "--set", "reach.adding=abc"], "atn-norms: --set reach.adding: reach.adding: must be a number"),
+    (["ablate", "study.yaml", "--set", "reach.adding=abc"], "atn-norms: --set reach.adding: reach.adding: must be"),
     (["ablate", "study.yaml", "--set", "tasks[0]=adding"], "--set tasks[0]: the file has no list tasks; give the"),
     (["ablate", "study.yaml", "--set", "model.3=4"], "--set model.3: model.3: unknown key"),
     (["ablate", "study.yaml", "--set", "seeds=[2, 2]", "--set", "seeds[0]=x"], "--set seeds[0]"),
