@@ -35,12 +35,20 @@ def named(doing: str, path: Path) -> Iterator[None]:
         raise StoreError(f"cannot {doing} {path}: {error.strerror or error}") from error
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents, durably; one that exists is fine."""
+def make_folder(path: Path, made: list[Path] | None = None) -> None:
+    """Create a folder and its parents, durably, and add those made to a list; one that exists is fine."""
     with named("create the folder", path):
-        missing = [each for each in (path, *path.parents) if not each.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        for each in reversed(missing):
+        for each in (*(each for each in reversed(path.parents) if not each.exists()), path):
+            try:
+                if each.is_dir():
+                    continue
+                each.mkdir()
+            except FileExistsError:
+                if each.is_dir():  # another process was just making the same
+                    continue
+                raise
+            if made is not None:
+                made.append(each)
             point("folder:made")
             sync_folder(each.parent)
 

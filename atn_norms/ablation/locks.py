@@ -81,9 +81,14 @@ class Hold:
             return True
 
     def start(self) -> None:
-        """Say for the first time who holds the lock, and go on in a thread."""
-        point(f"{self.path.name}:taken")
-        self._tell()
+        """Say for the first time who holds the lock, and go on in a thread; where it cannot, no empty file stays."""
+        try:
+            point(f"{self.path.name}:taken")
+            self._tell()
+        except OSError:
+            if os.fstat(self.descriptor).st_size == 0 and not self.lost:
+                self.path.unlink()
+            raise
         point(f"{self.path.name}:told")
         self._thread.start()
 
@@ -158,6 +163,7 @@ def hold(path: Path, busy: str, *, patience: float = 1.0, take_over: bool = True
     """
     deadline = time.monotonic() + patience
     with named("lock", path):
+        point(f"{path.name}:begin")
         while (mine := _take(path, take_over)) is None:
             if time.monotonic() >= deadline:
                 raise Busy(busy + _whose(path))

@@ -23,6 +23,7 @@ from atn_norms.ablation.files import (
     append,
     canonical,
     make_folder,
+    named,
     read_json,
     remove,
     write,
@@ -304,11 +305,16 @@ class StudyFolder:
         if self.path.exists() and not (self.path / RESOLVED).exists():
             self._refuse_strangers()  # here already, so that a refusal leaves no lock behind
         with self._or_nothing() as made:
-            return self._create(plan, environment, made)
+            make_folder(self.path, made)
+            with self.lock(), self._or_nothing() as within:
+                return self._create(plan, environment, within)
 
     @contextmanager
     def _or_nothing(self) -> Iterator[list[Path]]:
-        """Remove again what was made (and is listed), in reverse, when it fails or is interrupted."""
+        """Remove again what was made (and is listed), in reverse, when it fails or is interrupted.
+
+        Files only while the lock is held, and folders only while they are empty: another run may be at work here.
+        """
         made: list[Path] = []
         try:
             yield made
@@ -320,29 +326,28 @@ class StudyFolder:
 
     def _create(self, plan: Plan, environment: dict[str, Any], made: list[Path]) -> bool:
         def new(path: Path) -> Path:
-            made.extend(each for each in (*reversed(path.parents), path) if not each.exists())
+            if not path.exists():
+                made.append(path)
             return path
 
-        make_folder(new(self.path))
-        new(self.path / ".lock")
-        with self.lock():
-            fresh = not (self.path / RESOLVED).exists()
-            if fresh:
-                self._refuse_strangers()
-            else:
-                self._refuse_another(plan)
-            for planned in plan.trials:
-                folder = self.trial(planned.id)
-                if not (folder.path / "trial.json").exists():
-                    make_folder(new(folder.path))
-                    write_json(new(folder.path / "trial.json"), planned.trial)
-                elif folder.result() is None and canonical(folder.trial()) != canonical(planned.trial):
-                    write_json(folder.path / "trial.json", planned.trial)  # where its text lies, when to checkpoint
-            if fresh:
-                write_json(new(self.path / "environment.json"), environment)
-            if grown := fresh or canonical(self.resolved()) != canonical(plan.resolved()):
-                write(new(self.path / "study.yaml"), plan.source.encode())
-                write_json(new(self.path / RESOLVED), plan.resolved())
+        fresh = not (self.path / RESOLVED).exists()
+        if fresh:
+            made.append(self.path / ".lock")
+            self._refuse_strangers()
+        else:
+            self._refuse_another(plan)
+        for planned in plan.trials:
+            folder = self.trial(planned.id)
+            if not (folder.path / "trial.json").exists():
+                make_folder(folder.path, made)
+                write_json(new(folder.path / "trial.json"), planned.trial)
+            elif folder.result() is None and canonical(folder.trial()) != canonical(planned.trial):
+                write_json(folder.path / "trial.json", planned.trial)  # where its text lies, when to checkpoint
+        if fresh:
+            write_json(new(self.path / "environment.json"), environment)
+        if grown := fresh or canonical(self.resolved()) != canonical(plan.resolved()):
+            write(new(self.path / "study.yaml"), plan.source.encode())
+            write_json(new(self.path / RESOLVED), plan.resolved())
         return grown
 
     def _refuse_another(self, plan: Plan) -> None:
@@ -381,7 +386,8 @@ class StudyFolder:
     def _refuse_strangers(self) -> None:
         # A start that was killed wrote trials before study.yaml: without them that file is somebody's own.
         ours = OURS if (self.path / "trials").is_dir() else OURS - {"study.yaml"}
-        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in ours and p.suffix != ".tmp")
+        with named("read", self.path):
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in ours and p.suffix != ".tmp")
         if strangers:
             holds = f"it holds {strangers[0]!r}"
             raise SpecError(f"{self.path} is not empty and not a study's folder ({holds}); choose another")

@@ -77,6 +77,21 @@ def test_two_runs_at_once(place, undisturbed):
         assert children.truth(folder) == undisturbed
 
 
+@fault("a run refused for another, both of which found no folder", "it removes nothing of the other's; identical")
+def test_the_one_refused_removes_nothing(place, undisturbed):
+    folder = place / "above" / "study"
+    with Child(children.whole, folder, fault="stop@.lock:begin") as late:
+        late.stands_still()
+        with Child(children.whole, folder, fault="stop@.lock:told") as first:
+            first.stands_still()
+            late.signal(signal.SIGCONT)
+            assert "another run is at work on this study" in late.outcome().error
+            assert (folder / ".lock").exists()
+            first.signal(signal.SIGCONT)
+            assert first.outcome().error == ""
+    assert children.truth(folder) == undisturbed
+
+
 @fault("four processes that want the same trial", "one trains it, the others say that it is taken; identical")
 def test_one_trial_wanted_by_many(place, undisturbed):
     folder = place / "study"

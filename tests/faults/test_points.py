@@ -16,7 +16,7 @@ WRITTEN = (
 )  # fmt: skip
 POINTS = [
     "folder:made",
-    *(f".lock:{stage}" for stage in ("taken", "told", "ended")),
+    *(f".lock:{stage}" for stage in ("begin", "taken", "told", "ended")),
     *(f"log.txt:{stage}" for stage in ("add", "added")),
     *(f"{name}:{stage}" for name in WRITTEN for stage in WRITES),
     *(f"metrics.jsonl:{stage}" for stage in ("cut", "shortened", "add", "added", "sync", "marked")),
