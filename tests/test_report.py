@@ -501,7 +501,13 @@ def test_reaching_a_level_at_the_very_last_step_is_reaching_it():
     record = study(lambda norm, window, seed: 0.15 if norm == "none" else 0.1, seeds=2)
     found = findings(record, {"adding": 0.11})
     told = answer(found, found.tasks[0])[-1]
-    assert "is reached soonest by layer, window 1, after 20 steps" in told.replace("\N{NO-BREAK SPACE}", " ")
+    tied = "layer, window 1, tied with layer, window 25 and rms, window 1 and rms, window 25, after 20 steps"
+    assert f"is reached soonest by {tied}" in told.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_points_that_are_the_best_together_are_all_named():
+    told = said(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
+    assert "is 0.125 [0.112, 0.138] (layer, window 1, tied with layer, window 25)" in told
 
 
 @pytest.mark.parametrize(("best", "told"), [(0.2, True), (1 / 6, True), (0.16, False)])

@@ -99,7 +99,7 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
         return f"The {task.facts.metric} is {average(best.point)} on average, {alone}."
     superlative = {"min": "lowest", "max": "highest"}[task.facts.goal]
     what = f"The {superlative} {task.facts.metric}, averaged over seeds,"
-    lead = f"{what} is {average(best.point)} ({name(record, best.point)}){_no_better_than_trivial(task, best)}"
+    lead = f"{what} is {average(best.point)} ({_leader(record, comparison, best)}){_no_better_than_trivial(task, best)}"
     if not comparison.has_reference:
         return f"{lead}; there is no baseline in the study to compare it with."
     if best.is_reference:
@@ -113,6 +113,17 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
     if not others or all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
         return f"{lead}."
     return f"{lead}; against {base}, {_verdicts(record, compared, _QUALITY)}."
+
+
+def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
+    """The best point by its name, and those whose mean is the same, with as few seeds that never got there."""
+    mark = best.point.mean, best.point.lost
+    tied = [row for row in comparison.rows if row is not best and (row.point.mean, row.point.lost) == mark]
+    if not tied:
+        return name(record, best.point)
+    many = len(tied) > _MOST_NAMED
+    others = plural(len(tied), "other point") if many else " and ".join(name(record, row.point) for row in tied)
+    return f"{name(record, best.point)}, tied with {others}"
 
 
 def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
@@ -188,7 +199,7 @@ def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
     if best is None or best.point.lost == len(best.point.scores):
         return f"{what} by no point within {level.limit} steps."
     missed = f", {never(best.point)} seeds" if best.point.lost else ""
-    who = f" soonest by {name(record, best.point)}," if len(speed.comparison.rows) > 1 else ""
+    who = f" soonest by {_leader(record, speed.comparison, best)}," if len(speed.comparison.rows) > 1 else ""
     lead = f"{what}{who} after {average(best.point, ' steps')} on average{missed}"
     if best.against and best.against.pairs:
         lead += f": {_told(best.against, called_baseline(record), words)}"
