@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.sentences import answer, caution, coverage
 
 METRIC = "mean squared error"
 Score = Callable[[str, str, int], float]
@@ -129,3 +131,10 @@ def grid(
         baseline=dict(baseline) if baseline else {},
         trials=tuple(trials),
     )
+
+
+def said(record: StudyRecord) -> str:
+    """The answer to a study's first task, with non-breaking spaces as common ones and minus signs as hyphens."""
+    found = findings(record)
+    words = " ".join([coverage(record), caution(found), *answer(found, found.tasks[0])])
+    return words.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")

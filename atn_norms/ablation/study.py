@@ -222,13 +222,13 @@ class StudySpec(Options):
         return {axis_name(name): [label(value) for value in values] for name, values in self.axes.items()}
 
     def baseline_labels(self) -> dict[str, str]:
-        """The baseline as labels: what the file says, else no norm, else the first value of each axis."""
+        """The baseline as labels: what the file says, else no norm, else the first value of the first axis."""
         labels = self.axis_labels()
         if self.baseline:
             return {axis_name(name): label(value) for name, value in self.baseline.items()}
         if "none" in labels.get("norm", ()):
             return {"norm": "none"}
-        return {name: values[0] for name, values in labels.items()}
+        return {name: values[0] for name, values in list(labels.items())[:1]}
 
     def _reach_problems(self) -> Iterator[Problem]:
         labels = _task_labels([task for _, task in self._task_list()])
@@ -274,14 +274,16 @@ class StudySpec(Options):
 def label(value: Any) -> str:
     """What a value of an axis is called.
 
-    >>> label(None), label(25), label({"kind": "layer", "eps": 0.001})
-    ('none', '25', 'layer(eps=0.001)')
+    >>> label(None), label(25), label(1e9), label({"kind": "layer", "eps": 0.001})
+    ('none', '25', '1e+09', 'layer(eps=0.001)')
     """
     if value is None or isinstance(value, str):
         return value or "none"
     if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
         options = ", ".join(f"{name}={label(each)}" for name, each in value.items() if name != "kind")
         return f"{value['kind']}({options})" if options else value["kind"]
+    if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
+        return f"{value:g}"
     return canonical(plain(value))
 
 

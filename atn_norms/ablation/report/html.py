@@ -55,7 +55,7 @@ def sections(found: Findings) -> list[Section]:
 
 def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     record, facts = found.record, task.facts
-    trivial = [f"{label} {number(value)}" for label, value in facts.baselines.items()]
+    trivial = [f"“{label}” {number(value)}" for label, value in facts.baselines.items()]
     words = f"{facts.metric}, {lower(facts.goal)} is better."
     if trivial:
         words += f" What trivial predictors score: {listed(trivial)}."
@@ -138,7 +138,7 @@ def page(found: Findings, shown: list[Section]) -> str:
         costs=costs.costs(found),
         environment=[*_flat(record.environment), *costs.machines(record)],
         data=_data(record),
-        study=to_yaml({name: each for name, each in record.study.items() if each is not None}),
+        study=to_yaml({name: each for name, each in record.study.items() if each is not None and each != {}}),
         resamples=f"{RESAMPLES:,}",
         enough=ENOUGH_SEEDS,
     )
@@ -173,10 +173,11 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
 
 
 def _step(record: StudyRecord, trial: TrialRecord) -> str:
-    """The last step, and the one whose weights were scored where that is another."""
+    """The last step, of how many where it ended early, and the one whose weights were scored where that is another."""
     last = (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING)
-    scored = scored_step(record, trial)
-    return f"{last}" if scored in (None, last) else f"{last}, scored {scored}"
+    scored, asked = scored_step(record, trial), trial.trial["train"]["steps"]
+    early = f" of {asked}: {reason(record, trial)}" if trial.status == "done" and last < asked else ""
+    return f"{last}{early}" if scored in (None, last) else f"{last}{early}, scored {scored}"
 
 
 def _data(record: StudyRecord) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}"
 _BARE = ("norm", "cell")
+_LEAST = 12  # signs that a word keeps while others can be cut
 
 
 def number(value: float | None, lost: str = "diverged") -> str:
@@ -149,9 +150,35 @@ def labels(record: StudyRecord, point: Point) -> dict[str, str]:
 
 def name(record: StudyRecord, point: Point) -> str:
     """A point in words: `layer, window 25`."""
+    return ", ".join(_words(record, point))
+
+
+def _words(record: StudyRecord, point: Point) -> list[str]:
     own = {axis: " | ".join(found) for axis, found in _own(record, point).items() if found}
     words = [label if leaf(axis) in _BARE else f"{leaf(axis)} {label}" for axis, label in own.items()]
-    return ", ".join(words) or ("every point" if record.axes else "the only point")
+    return words or ["every point" if record.axes else "the only point"]
+
+
+def short_names(record: StudyRecord, points: Sequence[Point], width: int) -> list[str]:
+    """Points in words, cut to a width as far as they stay apart: the longest words of each first."""
+    words = [_words(record, point) for point in points]
+    wanted = len({", ".join(each) for each in words})
+    while True:
+        found = [_fitted(each, width) for each in words]
+        if len(set(found)) >= wanted:
+            return found
+        width += 4
+
+
+def _fitted(words: Sequence[str], width: int) -> str:
+    words = list(words)
+    while (over := len(", ".join(words)) - width) > 0:
+        place = max(range(len(words)), key=lambda i: len(words[i]))
+        cut = shortened(words[place], max(_LEAST, len(words[place]) - over))
+        if cut == words[place]:
+            return shortened(", ".join(words), width)
+        words[place] = cut
+    return ", ".join(words)
 
 
 def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:

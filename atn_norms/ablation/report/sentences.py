@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Literal
+from copy import deepcopy
+from typing import Any, Literal
 
 from atn_norms.ablation.comparison import Comparison, Difference, Row, outcome
 from atn_norms.ablation.intervals import ENOUGH_SEEDS
@@ -22,6 +24,7 @@ from atn_norms.ablation.report.names import (
     plural,
     share,
 )
+from atn_norms.ablation.resolving import axis_path
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3
@@ -37,8 +40,8 @@ def question(record: StudyRecord) -> list[tuple[str, str]]:
     seeds = len({trial.seed for trial in record.trials})
     found = [("Varied", "; ".join(axes) or "nothing: a single configuration"), ("Tasks", "; ".join(tasks))]
     for section in ("model", "train"):
-        options = record.study.get(section)
-        if isinstance(options, dict) and options:
+        options = _fixed(record, section)
+        if options:
             found.append(({"model": "Model", "train": "Training"}[section], _options(options)))
     found.append(("Seeds", f"{seeds}, {plural(len(record.trials), 'trial')} in all"))
     if record.baseline:
@@ -46,12 +49,27 @@ def question(record: StudyRecord) -> list[tuple[str, str]]:
     return found
 
 
+def _fixed(record: StudyRecord, section: str) -> dict[str, Any]:
+    """What the study says of a section, without what an axis puts its own values over."""
+    options = deepcopy(record.study.get(section))
+    if not isinstance(options, dict):
+        return {}
+    for axis in record.axes:
+        *parents, last = axis_path(axis)
+        inner: Any = {section: options}
+        for key in parents:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return {key: each for key, each in options.items() if each != {}}
+
+
 def _options(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_options(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
         return " ".join(map(_options, value))
-    return str(value)
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def coverage(record: StudyRecord) -> str:
@@ -102,13 +120,11 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
     lead = f"{what} is {average(best.point)} ({_leader(record, comparison, best)}){_no_better_than_trivial(task, best)}"
     if not comparison.has_reference:
         return f"{lead}; there is no baseline in the study to compare it with."
-    if best.is_reference:
-        lead += ", which is the baseline"
-    elif best.against is None or not best.against.pairs:
+    if not best.is_reference and not (best.against and best.against.pairs):
         lead += "; the baseline has no finished seed to compare it with"
-    else:
+    elif best.against:
         lead += f": {_told(best.against, base, _QUALITY)}"
-    compared = [row for row in comparison.rows if row.against and row.against.pairs]
+    compared = [row for row in comparison.rows if row.against]
     others = [row for row in compared if row is not best]
     if not others or all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
         return f"{lead}."
@@ -119,11 +135,12 @@ def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
     """The best point by its name, and those whose mean is the same, with as few seeds that never got there."""
     mark = best.point.mean, best.point.lost
     tied = [row for row in comparison.rows if row is not best and (row.point.mean, row.point.lost) == mark]
+    words = name(record, best.point) + (", the baseline" if best.is_reference and comparison.has_reference else "")
     if not tied:
-        return name(record, best.point)
+        return words
     many = len(tied) > _MOST_NAMED
     others = plural(len(tied), "other point") if many else " and ".join(name(record, row.point) for row in tied)
-    return f"{name(record, best.point)}, tied with {others}"
+    return f"{words}, tied with {others}"
 
 
 def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
@@ -143,8 +160,8 @@ def _told(against: Difference, base: str, words: Words) -> str:
 
 
 def _against(base: str, record: StudyRecord, comparison: Comparison, words: Words) -> list[str]:
-    compared = [row for row in comparison.rows if row.against and row.against.pairs]
-    if not compared:
+    compared = [row for row in comparison.rows if row.against]
+    if not any(row.against and row.against.pairs for row in compared):
         return []
     if all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
         sign = 1 if comparison.measure.goal == "min" else -1
@@ -163,7 +180,7 @@ def _verdicts(record: StudyRecord, rows: Sequence[Row], words: Words) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.against:
-            groups.setdefault(row.against.verdict, []).append(row)
+            groups.setdefault(row.against.verdict if row.against.pairs else "no pair", []).append(row)
     said = {"better": words[0], "worse": words[1], "undecided": "undecided"}
     told = []
     for verdict, word in said.items():
@@ -171,10 +188,10 @@ def _verdicts(record: StudyRecord, rows: Sequence[Row], words: Words) -> str:
         if found:
             are = "is" if len(found) == 1 else "are"
             told.append(f"{len(found)}{_of(rows, told)} {are} {word}{_named(record, found, verdict)}")
-    if few := len(groups.get("too few seeds", [])):
-        told.append(
-            f"{few}{_of(rows, told)} {'has' if few == 1 else 'have'} fewer than {ENOUGH_SEEDS} seeds to compare"
-        )
+    lacks = {"too few seeds": f"fewer than {ENOUGH_SEEDS} seeds to compare", "no pair": "no seed to compare"}
+    for verdict, what in lacks.items():
+        if few := len(groups.get(verdict, [])):
+            told.append(f"{few}{_of(rows, told)} {'has' if few == 1 else 'have'} {what}")
     return listed(told)
 
 
@@ -203,7 +220,5 @@ def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
     lead = f"{what}{who} after {average(best.point, ' steps')} on average{missed}"
     if best.against and best.against.pairs:
         lead += f": {_told(best.against, called_baseline(record), words)}"
-    elif best.is_reference:
-        lead += ", which is the baseline"
     contrast = _against("window 1 of the same normalizer", record, speed.windowed, words) if speed.windowed else []
     return "; ".join([lead, *(part[0].lower() + part[1:-1] for part in contrast)]) + "."

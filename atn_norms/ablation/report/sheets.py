@@ -22,8 +22,8 @@ def results_csv(found: Findings) -> str:
     """
     record = found.record
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "scored_step"]
-    headers += ["level", "level_limit", "reached_at", "seconds", "attempts", "host", "error", "trial"]
+    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
+    headers += ["scored_step", "level", "level_limit", "reached_at", "seconds", "attempts", "host", "reason", "trial"]
     tasks = {task.task: task for task in found.tasks}
     points = [row.point for task in found.tasks for row in task.final.rows]
     known = {trial.id: labels(record, point) for point in points for trial in point.trials}
@@ -36,7 +36,7 @@ def results_csv(found: Findings) -> str:
         line += [trial.seed, outcome(record, trial), metric]
         line += [_metric(trial, split, metric) for split in ("test", "validation")]
         line += [_metrics(record, trial).get(key, "") for key in extra]
-        line += [(trial.result or {}).get("step", ""), scored_step(record, trial)]
+        line += [(trial.result or {}).get("step", ""), trial.trial["train"]["steps"], scored_step(record, trial)]
         line += [task.level.value, task.level.limit] if task and task.speed else ["", ""]
         line += [reached.get(trial.id, ""), run.get("seconds", ""), run.get("attempts", ""), run.get("host", "")]
         lines.append([*line, reason(record, trial), trial.id])
@@ -98,12 +98,12 @@ def task_of(trial: TrialRecord) -> str:
 
 
 def reason(record: StudyRecord, trial: TrialRecord) -> str:
-    """Why a trial has no result, in one line; empty when it has one or is not there yet."""
+    """Why a trial has no result, or ended before its last step, in one line; else empty."""
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
     if outcome(record, trial) == "diverged":
         return str((trial.result or {}).get("reason") or "the loss grew out of all bounds")
-    return ""
+    return str((trial.result or {}).get("reason") or "")
 
 
 def scored_step(record: StudyRecord, trial: TrialRecord) -> int | None:

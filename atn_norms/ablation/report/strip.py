@@ -29,7 +29,17 @@ from atn_norms.ablation.report.canvas import (
     tidy,
     write,
 )
-from atn_norms.ablation.report.names import Layout, lower, name, never, number, plural, shortened, unfinished
+from atn_norms.ablation.report.names import (
+    Layout,
+    lower,
+    name,
+    never,
+    number,
+    plural,
+    short_names,
+    shortened,
+    unfinished,
+)
 
 _ROW = 0.3  # inches
 _WIDTH = 5.6
@@ -43,7 +53,7 @@ def strip(record: StudyRecord, comparison: Comparison, file: str, what: str, gui
     """
     layout, limit = Layout.of(record), comparison.measure.limit
     rows = comparison.rows
-    words = [shortened(name(record, row.point), 44) for row in rows]
+    words = short_names(record, [row.point for row in rows], 44)
     missing = [", ".join(filter(None, (never(row.point), unfinished(row.point)))) for row in rows]
     values = [value for row in rows for value in row.point.values]
     goal = comparison.measure.goal

@@ -1,0 +1,83 @@
+"""What a report says in words, and how it calls the points of a grid."""
+
+import re
+from dataclasses import replace
+
+from atn_norms.ablation.comparison import compare
+from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.names import short_names
+from atn_norms.ablation.report.sentences import question
+from tests.recorded import grid, said, study
+
+
+def score(norm: str, window: str, seed: int) -> float:
+    return {"none": 0.15, "layer": 0.012, "rms": 0.009}[norm] * (1 + 0.1 * seed) / (1 + 0.01 * int(window))
+
+
+def test_the_answer_claims_what_the_intervals_carry():
+    words = said(study(score))
+    assert "All 30 trials finished." in words
+    assert re.search(r"The lowest mean squared error, averaged over seeds, is 0.00900 \[0.\d+, 0.\d+\] \(rms, ", words)
+    assert "4 of 4 points are better" in words
+    assert "better at 6 of 6 seeds" in words
+    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] against none", words)
+
+
+def test_the_answer_says_when_an_interval_cannot_tell():
+    words = said(
+        study(lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer"))
+    )
+    assert "which does not tell the two apart" in words
+    assert "4 of 4 points are undecided" in words
+
+
+def test_points_that_are_the_best_together_are_all_named():
+    told = said(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
+    assert "is 0.125 [0.112, 0.138] (layer, window 1, tied with layer, window 25)" in told
+
+
+def test_the_baseline_is_named_where_the_point_is():
+    told = said(study(lambda norm, window, seed: (0.2 if norm == "none" else 0.3) + 0.01 * seed))
+    assert "(none, the baseline), no better than the trivial predictor" in told
+    assert ", the baseline" not in said(study(score))
+    alone = said(grid({}, lambda point, seed: 0.1 + 0.001 * seed))
+    assert "the baseline" not in alone
+
+
+def test_points_without_a_number_are_counted():
+    def diverged(trial):
+        gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+        return replace(trial, status="diverged", result=gone) if trial.points[0]["norm"] == "rms" else trial
+
+    record = study(score, windows=("1", "5", "25"))
+    record = replace(record, trials=tuple(map(diverged, record.trials)))
+    told = said(record)
+    assert "3 of 6 points are better (" in told and "and 3 have no seed to compare" in told
+    assert "Against window 1 of the same normalizer, 2 of 4 points are better (" in told
+    assert "and 2 have no seed to compare." in told
+    (task,) = findings(record).tasks
+    assert sum(row.against is not None for row in task.final.rows) == 6
+
+
+def test_what_an_axis_says_is_not_said_of_the_model_too():
+    record = grid({"cell": ["lstm", "gru"], "train.optimizer.lr": ["0.1", "0.2"]}, lambda point, seed: 0.1)
+    train = {"clip": None, "steps": 5, "optimizer": {"kind": "adam", "lr": 0.1}, "schedule": {"warmup": 1}}
+    said = {"model": {"cell": "rnn", "hidden_size": 60, "norm": {"kind": "layer", "eps": 0.1}}, "train": train}
+    told = dict(question(replace(record, study=said)))
+    assert told["Model"] == "hidden_size 60, norm kind layer, eps 0.1"
+    assert told["Training"] == "clip null, steps 5, optimizer kind adam, schedule warmup 1"
+    assert said["train"]["optimizer"]["lr"] == 0.1, "the record stays"
+
+
+def test_short_names_stay_apart():
+    long = "batch(max_steps=100, initial_gain=0.1)"
+    record = grid(
+        {"norm": ["layer", long], "window": ["1", "5"], "train.optimizer.lr": ["0.1", "1e+09"]}, lambda *_: 0.1
+    )
+    points = [row.point for row in compare(record)[0].rows]
+    for width in (5, 24, 44, 200):
+        names = short_names(record, points, width)
+        assert len(set(names)) == len(points) == 8
+    assert short_names(record, points, 44)[-1] == "batch(max_step…gain=0.1), window 5, lr 1e+09"
+    assert max(map(len, short_names(record, points, 44))) <= 44
+    assert short_names(record, points, 200)[-1] == f"{long}, window 5, lr 1e+09"
