@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -43,6 +44,14 @@ def hint(word: object, choices: Iterable[str]) -> str:
     """Render the nearest match as the tail of a message: `; nearest: 'layer'`, or nothing."""
     match = nearest(word, choices)
     return "" if match is None else f"; nearest: {match!r}"
+
+
+def beside(path: Path) -> str:
+    """Render the name most like that of a missing file or folder, of what lies beside it, as `hint` does."""
+    try:
+        return hint(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return ""
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -110,7 +110,7 @@ class Options(BaseModel):
             return handler(data)
         problems = [
             InitErrorDetails(
-                type=_problem("unknown_key", f"unknown key; known: {', '.join(known) or 'none'}{hint(key, known)}"),
+                type=_problem("unknown_key", f"unknown key; known: {', '.join(known) or 'none'}{cls.nearest_key(key)}"),
                 loc=(key if type(key) in (str, int) else str(key),),
                 input=data[key],
             )
@@ -124,6 +124,11 @@ class Options(BaseModel):
                 for line in error.errors(include_url=False)
             ]
         raise ValidationError.from_exception_data(cls.__name__, problems)
+
+    @classmethod
+    def nearest_key(cls, key: object) -> str:
+        """What is nearest to an unknown key, as the tail of a message; a model may know of places outside itself."""
+        return hint(key, cls.model_fields)
 
 
 SpecType = TypeVar("SpecType", bound=type[Options])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from atn_norms.problems import SpecError, dotted, explained, nearest, shown
+from atn_norms.problems import SpecError, beside, dotted, explained, shown
 
 if TYPE_CHECKING:
     import torch
@@ -201,9 +201,7 @@ def _text(file: Path) -> str:
     try:
         raw = file.read_bytes()
     except FileNotFoundError:
-        beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        match = nearest(file.name, beside)
-        raise SpecError(f"{file}: no such file" + (f"; nearest: {match!r}" if match else "")) from None
+        raise SpecError(f"{file}: no such file{beside(file)}") from None
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # the system's names hold no zero character

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 import atn_norms
+from atn_norms.ablation import create
+from atn_norms.ablation.store import StudyFolder
 from atn_norms.cli import COMMANDS, main
+from atn_norms.specs import read
 from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +99,8 @@ BAD = [
     (["init", "study.json"], "study.json: must end in .yaml or .yml"),
     (["init", "no/where.yaml"], "cannot be written: No such file or directory"),
     (["status", "."], "not a study's folder"),
-    (["report", "nowhere"], "not a study's folder"),
-    (["resume", "nowhere"], "not a study's folder"),
+    (["report", "nowhere"], "nowhere: no such folder"),
+    (["resume", "nowhere"], "nowhere: no such folder"),
     (["ablate", "stduy.yaml"], "stduy.yaml: no such file; nearest: 'study.yaml'"),
     (
         ["ablate", "study.yaml", "--set", "axes.norm=[laier]"],
@@ -106,7 +109,14 @@ BAD = [
     (["ablate", "study.yaml", "--set", "axes.norm[1]=nonee"], "--set axes.norm[1]: axes.norm[1]: unknown normalizer"),
     (["ablate", "study.yaml", "--set", "trian.steps=4"], "atn-norms: --set trian.steps: trian: unknown key"),
     (["ablate", "study.yaml", "--set", "reach.adding=abc"], "atn-norms: --set reach.adding: reach.adding: must be"),
-    (["ablate", "study.yaml", "--set", "tasks[0]=adding"], "--set tasks[0]: the file has no list tasks; give the"),
+    (
+        ["ablate", "study.yaml", "--set", "tasks[0]=adding"],
+        "--set tasks[0]: the file has one task, no list; nearest: 'task'",
+    ),
+    (["ablate", "study.yaml", "--set", "norm=layer"], "nearest: 'model.norm'"),
+    (["ablate", "study.yaml", "--set", "hiden_size=3"], "nearest: 'model.hidden_size'"),
+    (["ablate", "study.yaml", "--set", "step=3"], "nearest: 'train.steps'"),
+    (["ablate", "study.yaml", "--set", "axis=3"], "nearest: 'axes'"),
     (["ablate", "study.yaml", "--set", "model.3=4"], "--set model.3: model.3: unknown key"),
     (["ablate", "study.yaml", "--set", "seeds=[2, 2]", "--set", "seeds[0]=x"], "--set seeds[0]"),
     (["report", ".", "--reach", "a=1", "--reach", "a=2"], "--reach 'a=2': 'a' has a level already"),
@@ -170,6 +180,19 @@ def test_a_home_folder_is_meant_where_no_shell_put_it_in(capsys, folder, monkeyp
     printed(capsys, "schema", "--out=~/a schema.json")
     printed(capsys, "new-plugin", "homely", "--out=~/plugin")
     assert {"a schema.json", "plugin"} <= {path.name for path in (folder / "home").iterdir()}
+
+
+def test_a_study_at_work_is_refused_before_anything_is_announced(capsys, folder):
+    create(read("study.yaml")[0], "here")
+    with StudyFolder("here").lock():
+        assert main(["resume", "here", "--workers", "0"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert f"here: another run is at work on this study; wait for it or stop it (process {os.getpid()} on " in (
+            captured.err
+        )
+        assert "gone after" not in captured.err, "one on this machine keeps its study"
+    assert main(["resume", "here", "--workers", "0"]) == 0
 
 
 def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):

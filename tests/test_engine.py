@@ -134,7 +134,7 @@ def test_without_dask_one_line_says_what_to_install(study, monkeypatch):
 def test_arguments_that_cannot_be(study, tmp_path):
     with pytest.raises(SpecError, match="workers: must be 0"):
         run(study, workers=-1)
-    with pytest.raises(StoreError, match="is not a study's folder"):
+    with pytest.raises(StoreError, match="nowhere: no such folder"):
         run(tmp_path / "nowhere")
 
 

@@ -12,7 +12,9 @@ from ruamel.yaml import YAML
 from atn_norms import LayerSpec
 from atn_norms.ablation import StudySpec, TrainSpec, create, make_plan, optimizers, override, ready, schedules
 from atn_norms.ablation.plan import digest, identity
+from atn_norms.ablation.settings import placed
 from atn_norms.problems import SpecError, explained
+from atn_norms.specs import parse, validate
 from atn_norms.tasks import AddingSpec
 
 LSTM = {"cell": "lstm", "hidden_size": 3}
@@ -295,8 +297,29 @@ def text_of_python():
 
 
 def test_a_missing_text_is_named_before_anything_is_written(tmp_path):
-    with pytest.raises(SpecError, match="task charlm: text: cannot read .*no.txt: No such file"):
+    (tmp_path / "not.txt").write_text("to be")
+    said = r"^task.text: cannot read .*no.txt: No such file or directory; nearest: 'not.txt'$"
+    with pytest.raises(SpecError, match=said):
         plan(task={"kind": "charlm", "text": str(tmp_path / "no.txt")})
+
+
+def test_what_a_task_refuses_is_told_at_its_place_in_the_file(tmp_path):
+    text = f"""\
+model: {{cell: lstm, hidden_size: 4}}
+tasks:
+- adding
+- {{kind: charlm, text: {tmp_path}/no.txt}}
+train: {{batch_size: 10}}
+axes: {{train.batch_size: [5, 600], norm: [layer]}}
+"""
+    data, where = parse(text, "study.yaml")
+    with pytest.raises(SpecError, match=r"^study.yaml:4:\d+: tasks\[1\].text: cannot read "):
+        make_plan(validate(StudySpec, {**data, "axes": {}}, where), where)
+    with pytest.raises(SpecError, match=r"^study.yaml:6:\d+: axes.train.batch_size\[1\]: 600 sequences .* 1 to 500$"):
+        make_plan(validate(StudySpec, {**data, "tasks": [{"kind": "adding", "train": 500}]}, where), where)
+    with pytest.raises(SpecError, match=r"^--set tasks\[1\].text: tasks\[1\].text: cannot read .*nope: No such file"):
+        setting = ["tasks[1].text=nope"]
+        make_plan(validate(StudySpec, {**override(data, setting), "axes": {}}), placed(data, setting, where))
 
 
 def test_settings_from_the_command_line():

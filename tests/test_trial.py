@@ -222,6 +222,20 @@ def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
     assert trial.run()["attempts"] == 2 and trial.run()["seconds"] > counted
 
 
+@pytest.mark.parametrize(("most", "begins"), [(0.0, 5), (60.0, 1)])
+def test_a_kill_costs_little_time_however_far_apart_checkpoints_are_in_steps(tmp_path, monkeypatch, most, begins):
+    monkeypatch.setattr("atn_norms.ablation.trial.MOST_LOST", most)
+    monkeypatch.setattr("atn_norms.ablation.trial.SAVING", most)
+    whole, trial = make(tmp_path / "whole"), make(tmp_path / "study", checkpoint_every=9)
+    run_trial(whole)
+    with pytest.raises(Stopped):
+        run_trial(trial, stop_at(4))
+    steps = []
+    run_trial(trial, steps.append)
+    assert steps[0] == begins
+    assert outputs(trial) == outputs(whole)
+
+
 def test_a_lost_checkpoint_costs_time_only(tmp_path):
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study")
     run_trial(whole)

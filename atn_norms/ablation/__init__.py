@@ -18,6 +18,7 @@ from atn_norms.ablation.settings import override
 from atn_norms.ablation.store import StudyFolder, load
 from atn_norms.ablation.study import StudySpec, TrainSpec
 from atn_norms.problems import SpecError, explained
+from atn_norms.specs import Where
 
 __all__ = [
     "Busy",
@@ -42,12 +43,12 @@ __all__ = [
 ]
 
 
-def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None) -> Path:
+def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, *, where: Where | None = None) -> Path:
     """Lay a study down in a folder, ready to `run`, and return the folder; one that holds this study is left as it is.
 
     A folder whose study has grown, by more seeds or axes or another baseline, takes what is new and keeps what is done.
     `out` is by default `studies/NAME-KEY`, where the key is a hash of the study; or the folder there of the same name
-    whose study this one is, or has grown from.
+    whose study this one is, or has grown from. `where`, from `specs.read`, places what a task refuses in its file.
 
     Errors: `SpecError` where the folder holds another study or anything else, or a task cannot read its data;
     `StoreError` where it cannot be written.
@@ -58,7 +59,7 @@ def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None) 
         spec = study if isinstance(study, StudySpec) else StudySpec.model_validate(study)
     except ValidationError as error:
         raise explained(error, data=study) from error
-    plan = make_plan(spec)
+    plan = make_plan(spec, where)
     folder = Path(out) if out is not None else _home(plan)
     StudyFolder(folder).create(plan, environment())
     return folder

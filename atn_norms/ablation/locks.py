@@ -166,7 +166,7 @@ def hold(path: Path, busy: str, *, patience: float = 1.0, take_over: bool = True
         point(f"{path.name}:begin")
         while (mine := _take(path, take_over)) is None:
             if time.monotonic() >= deadline:
-                raise Busy(busy + _whose(path))
+                raise Busy(busy + whose(path, take_over))
             time.sleep(0.02)
     try:
         with named("write", path):
@@ -225,13 +225,18 @@ def _replace(path: Path) -> Hold:
     return Hold(path, descriptor, orphaned=True)
 
 
-def _whose(path: Path) -> str:
+def whose(path: Path, take_over: bool) -> str:
+    """Who holds a lock, in brackets, and when it counts as gone, where it ever does; empty where nobody says."""
     said = pulse(path)
     if said is None:
         return ""
+    host, process, _ = said.holder.rsplit("/", 2)
+    told = f"process {process} on {host}"
     with suppress(OSError):
-        return f" ({said.holder}, silent for {max(0.0, silence(path)):.0f} s; gone after {SILENCE:.0f} s of silence)"
-    return f" ({said.holder})"
+        told += f", silent for {max(0.0, silence(path)):.0f} s"
+    if take_over or said.machine != machine():
+        told += f"; gone after {SILENCE:.0f} s of silence"
+    return f" ({told})"
 
 
 def _try(descriptor: int, kind: int) -> bool:

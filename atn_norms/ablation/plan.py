@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,14 +13,15 @@ import torch
 from pydantic import ValidationError
 
 from atn_norms.ablation.files import canonical
+from atn_norms.ablation.located import Problem, invalid
 from atn_norms.ablation.records import TaskFacts
 from atn_norms.ablation.study import Point, StudySpec
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
 from atn_norms.problems import explained, shown
 from atn_norms.registry import SpecError
-from atn_norms.specs import to_yaml
-from atn_norms.tasks import Task
+from atn_norms.specs import Where, to_yaml
+from atn_norms.tasks import Task, TaskSpec
 
 VERSION = 2  # of a trial's meaning: raised when the same options come to mean other numbers
 
@@ -90,10 +92,11 @@ def identity(trial: dict[str, Any]) -> str:
     return digest({**trial, "task": task, "train": train})
 
 
-def make_plan(study: StudySpec) -> Plan:
+def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
     """Resolve a study into trials; points that mean the same are one trial.
 
-    Errors: `SpecError` naming a file that a task cannot read, or a size the task does not allow.
+    Errors: `SpecError` naming a file that a task cannot read, or a size the task does not allow; `where` (from
+    `specs.read`) places it in the study's file.
     """
     facts: dict[str, TaskFacts] = {}
     resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
@@ -102,7 +105,8 @@ def make_plan(study: StudySpec) -> Plan:
         try:
             trial, metric = _trial(point, built)
         except SpecError as error:
-            raise SpecError(f"task {point.labels['task']}: {problem}" for problem in error.problems) from error
+            found = [point.placed(_blamed(each, point.task)) for each in error.problems]
+            raise explained(invalid("study", found), where) from error
         facts.setdefault(point.labels["task"], metric)
         resolved.append((point.labels, trial))
     trials: dict[str, PlannedTrial] = {}
@@ -121,6 +125,14 @@ def make_plan(study: StudySpec) -> Plan:
         baseline=study.baseline_labels(),
         trials=tuple(trials.values()),
     )
+
+
+def _blamed(problem: str, task: TaskSpec) -> Problem:
+    """What a task refuses, at the option it names first (`text: ...`, `train.batch_size: ...`), else at the task."""
+    named = re.match(r"(?:(model|train)\.)?(\w+): ", problem)
+    if named and (named[1] or named[2] in type(task).model_fields):
+        return Problem((named[1] or "task", named[2]), problem[named.end() :])
+    return Problem((), problem) if problem.startswith(("model.", "train.")) else Problem(("task",), problem)
 
 
 def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple[dict[str, Any], TaskFacts]:

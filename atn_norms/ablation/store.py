@@ -29,9 +29,9 @@ from atn_norms.ablation.files import (
     write,
     write_json,
 )
-from atn_norms.ablation.locks import Hold, Pulse, held, hold, pulse
+from atn_norms.ablation.locks import Hold, Pulse, held, hold, pulse, whose
 from atn_norms.ablation.records import Status, StudyRecord, TaskFacts, TrialRecord
-from atn_norms.registry import SpecError
+from atn_norms.problems import SpecError, beside
 
 if TYPE_CHECKING:
     from atn_norms.ablation.plan import Plan
@@ -266,8 +266,16 @@ class StudyFolder:
 
     def lock(self) -> AbstractContextManager[Hold]:
         """Hold the study; `Busy` when another run is at it."""
-        busy = f"{self.path}: another run is at work on this study; wait for it or stop it"
-        return hold(self.path / ".lock", busy, patience=0.0, take_over=False)
+        return hold(self.path / ".lock", self._busy, patience=0.0, take_over=False)
+
+    @property
+    def _busy(self) -> str:
+        return f"{self.path}: another run is at work on this study; wait for it or stop it"
+
+    def refuse_another_run(self) -> None:
+        """Raise `Busy` where a run holds this study, without a change to the folder."""
+        if held(self.path / ".lock"):
+            raise Busy(self._busy + whose(self.path / ".lock", take_over=False))
 
     def wanted(self) -> bool:
         """Whether a run holds this study, or did until it was killed; not when it let go in good order."""
@@ -283,6 +291,8 @@ class StudyFolder:
     def resolved(self) -> dict[str, Any]:
         """The study with every default filled in, written last when it was created."""
         path = self.path / RESOLVED
+        if not self.path.exists():
+            raise StoreError(f"{self.path}: no such folder{beside(self.path)}")
         if not path.exists():
             raise StoreError(f"{self.path} is not a study's folder: it has no {RESOLVED}")
         return read_json(path)

@@ -6,9 +6,10 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_validator
@@ -20,7 +21,7 @@ from atn_norms.ablation.located import Problem, invalid
 from atn_norms.ablation.resolving import SECTIONS, axis_name, axis_path, place, plain, resolve
 from atn_norms.ablation.training import TrainSpec
 from atn_norms.layers import LayerSpec
-from atn_norms.problems import brief, hint, shown
+from atn_norms.problems import brief, hint, nearest, shown
 from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
@@ -53,12 +54,13 @@ class _Shown:
 
 
 class Point(NamedTuple):
-    """A point of the grid for one task: what each section says there, and how it is called."""
+    """A point of the grid for one task: what each section says there, how it is called, and where the file says it."""
 
     labels: dict[str, str]
     model: LayerSpec
     task: TaskSpec
     train: TrainSpec
+    placed: Callable[[Problem], Problem]
 
 
 def _at_a_value(problem: Problem) -> bool:
@@ -198,6 +200,15 @@ class StudySpec(Options):
             raise invalid("study", self._once_an_axis(problems))
         return self
 
+    @classmethod
+    def nearest_key(cls, key: object) -> str:
+        """A key of the study, or the section that has a key most like it."""
+        sections = [("train", TrainSpec.model_fields), ("model", LayerSpec.model_fields)]
+        places = {name: f"{section}.{name}" for section, fields in sections for name in fields}
+        places |= {name: name for name in cls.model_fields}
+        match = nearest(key, places)
+        return "" if match is None else f"; nearest: {places[match]!r}"
+
     def _once_an_axis(self, problems: list[Problem]) -> list[Problem]:
         """Each problem once, and what is wrong with every value of an axis, such as its path, at the axis itself."""
         found = list(dict.fromkeys(problems))
@@ -264,11 +275,12 @@ class StudySpec(Options):
                 data = {"model": self.model, "task": task, "train": self.train}
                 labels = {"task": task_label} | {axis_name(name): label(value) for name, (_, value) in given.items()}
                 problems, parts = resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
+                axes = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
+                placed = partial(place, axes=axes, task=task_path)
                 if problems:
-                    places = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
-                    yield [place(problem, places, task_path) for problem in problems]
+                    yield list(map(placed, problems))
                 else:
-                    yield Point(labels, parts["model"], parts["task"], parts["train"])
+                    yield Point(labels, parts["model"], parts["task"], parts["train"], placed)
 
 
 def label(value: Any) -> str:

@@ -25,6 +25,8 @@ from atn_norms.registry import SpecError
 from atn_norms.tasks import Model, Split, generator
 from atn_norms.trees import Tree
 
+MOST_LOST = 60.0  # seconds of training that a kill may cost, however far apart checkpoints are in steps
+SAVING = 20.0  # the seconds from one such checkpoint to the next, at least, for each that it took to write
 OnStep = Callable[[int], None]
 
 
@@ -248,14 +250,17 @@ def _train(
         trainer.restore(checkpoint)
     folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
+    due = time.monotonic() + MOST_LOST
     try:
         while not trainer.finished:
             line = trainer.advance()
             if line is not None:
                 folder.measure(line)
-            if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished:
+            now = time.monotonic()
+            if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished or now >= due:
                 folder.save(trainer.state())
                 on_saved()  # what it took to get here is not taken again, whatever becomes of this attempt
+                due = time.monotonic() + max(MOST_LOST, SAVING * (time.monotonic() - now))
             if on_step is not None:
                 on_step(trainer.step)
         result["metrics"] = trainer.conclude()

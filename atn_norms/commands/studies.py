@@ -16,6 +16,7 @@ from atn_norms.commands.endings import exit_code, heard
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
+    from atn_norms.specs import Where
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.", callback=at_home)]
@@ -46,12 +47,12 @@ def ablate(
         from atn_norms.ablation import create, make_plan
 
         _need(workers, scheduler)
-        spec = _read(study, settings or [])
+        spec, where = _read(study, settings or [])
         if dry_run:
-            plan = make_plan(spec)
+            plan = make_plan(spec, where)
             _list_trials(plan, None if scheduler else max(1, min(workers, len(plan.trials))), as_json)
             return
-        _run(create(spec, out), workers, scheduler, as_json)
+        _run(create(spec, out, where=where), workers, scheduler, as_json)
 
 
 def resume(folder: Folder, workers: Workers = WORKERS, scheduler: Scheduler = None, as_json: Json = False) -> None:
@@ -155,7 +156,7 @@ def _need(workers: int, scheduler: str | None = None) -> None:
         check_scheduler(scheduler)
 
 
-def _read(study: str, settings: Sequence[str]) -> StudySpec:
+def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
     from atn_norms.ablation import StudySpec, override, ready
     from atn_norms.ablation.settings import placed
     from atn_norms.problems import SpecError
@@ -164,16 +165,20 @@ def _read(study: str, settings: Sequence[str]) -> StudySpec:
     if not ready.is_name(study) and Path(study).is_dir():
         raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
     data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
-    return validate(StudySpec, override(data, settings), placed(data, settings, where))
+    where = placed(data, settings, where)
+    return validate(StudySpec, override(data, settings), where), where
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
     with _going_on(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import load, run
+        from atn_norms.ablation.store import StudyFolder
         from atn_norms.commands.progress import shown
 
         record = load(folder)
         left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
+        if left:
+            StudyFolder(folder).refuse_another_run()  # before it is said what will be trained
         if not as_json:
             _announce(record, folder, len(left), workers, scheduler)
         if left and as_json:

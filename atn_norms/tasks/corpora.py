@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from atn_norms.registry import SpecError
+from atn_norms.problems import SpecError, beside
 
 Unit = Literal["characters", "words"]
 PARTS = ("train", "valid", "test")
@@ -77,6 +77,6 @@ def _decoded(path: Path) -> str:
             raise SpecError(f"text: {path} is neither a file nor a folder")
         return path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
     except OSError as error:
-        raise SpecError(f"text: cannot read {path}: {error.strerror}") from error
+        raise SpecError(f"text: cannot read {path}: {error.strerror}{beside(path)}") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"text: {path} is not UTF-8 (byte {error.start})") from error

@@ -99,8 +99,8 @@ class Language(Task):
 
     def batch(self, step: int, size: int) -> Batch:
         if size >= len(self.train):
-            unit = self.spec.unit
-            raise SpecError(f"train.batch_size: {size} streams of a text with {len(self.train)} training {unit}")
+            told = f"{size} streams of a text with {len(self.train)} training {self.spec.unit}"
+            raise SpecError(f"train.batch_size: {told}; allowed: 1 to {len(self.train) - 1}")
         length = (len(self.train) - 1) // size
         segment = min(self.spec.segment, length)
         start = step % (length // segment) * segment

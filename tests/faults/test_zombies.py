@@ -28,7 +28,7 @@ def wake_after_another_finished(place, moment, truth):
     with Child(children.one_trial, folder, identity, fault=f"stop@{moment}") as zombie:
         zombie.stands_still()
         busy = ended(children.one_trial, folder, identity).said["busy"]
-        assert "is being trained by another process" in busy and f"/{zombie.process.pid}/" in busy
+        assert "is being trained by another process" in busy and f"(process {zombie.process.pid} on " in busy
         assert until(lambda: ended(children.impatient, 0.3, children.one_trial, folder, identity).said == {})
         zombie.signal(signal.SIGCONT)
         told = zombie.outcome()
