@@ -39,8 +39,8 @@ def final(facts: TaskFacts) -> Measure:
     return Measure(facts.metric, facts.goal, lambda trial: score(trial, facts))
 
 
-def score(trial: TrialRecord, facts: TaskFacts) -> float | None:
-    """The trial's test metric; infinity at the bad end where it diverged; None where it has no outcome.
+def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
+    """The trial's metric on a split at the end; infinity at the bad end where it diverged; None where it has no outcome.
 
     A trial that ended with a metric that is no number, or beyond 1e30, diverged too, whatever its status says.
     """
@@ -49,7 +49,7 @@ def score(trial: TrialRecord, facts: TaskFacts) -> float | None:
         return worst
     if trial.status != "done" or trial.result is None:
         return None
-    value = trial.result.get("metrics", {}).get("test", {}).get(facts.metric)
+    value = trial.result.get("metrics", {}).get(split, {}).get(facts.metric)
     return float(value) if isinstance(value, int | float) and abs(value) < EXPLODED else worst
 
 

@@ -18,6 +18,7 @@ from atn_norms.ablation.records import TaskFacts
 from atn_norms.ablation.study import Point, StudySpec
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
+from atn_norms.normalizers import Normalizer
 from atn_norms.problems import explained, shown
 from atn_norms.registry import SpecError
 from atn_norms.specs import Where, to_yaml
@@ -144,16 +145,25 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         built[which] = task, data
     task, data = built[which]
     layer = _fitted(point.model, task)
-    model = layer.model_dump(mode="json")
+    train = point.train.filled(task.batch_size)
+    if "population_batches" in train and not _has_populations(layer):
+        del train["population_batches"]  # means as little there as a window without a norm
     trial = {
         "version": VERSION,
-        "model": model,
+        "model": layer.model_dump(mode="json"),
         "task": options,
-        "train": point.train.filled(task.batch_size),
+        "train": train,
         "seed": 0,
         "data": data,
     }
     return trial, TaskFacts(task.metric, dict(task.baselines), task.goal)
+
+
+def _has_populations(layer: LayerSpec) -> bool:
+    """Whether any of a layer's norms computes something else in evaluation, from what training recorded."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        modules = layer.build().modules()
+    return any(isinstance(each, Normalizer) and each.differs_in_evaluation for each in modules)
 
 
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:

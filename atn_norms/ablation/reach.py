@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atn_norms.ablation.comparison import Measure, compare_task
-from atn_norms.ablation.comparison import final as final_metric
+from atn_norms.ablation.comparison import Measure, compare_task, score
 from atn_norms.ablation.intervals import EXPLODED
 from atn_norms.ablation.records import StudyRecord, TrialRecord
 from atn_norms.problems import SpecError, hint
@@ -42,7 +41,7 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
     | symbol    | meaning                                                                              |
     |-----------|--------------------------------------------------------------------------------------|
     | `trivial` | what the best of the task's trivial predictors scores, in the metric's unit          |
-    | `best`    | the best mean test metric of any point                                               |
+    | `best`    | the best mean of the validation metric at the end of any point                       |
     | `given`   | a level for every task, or task -> level; the study's `reach` when None              |
 
     A level that was not named beforehand is picked after the fact, though the same for every point.
@@ -56,7 +55,8 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
     trivials = [value for value in facts.baselines.values() if math.isfinite(value)]
     if not trivials:
         return Level(None, limit, False, "the task names no trivial predictor to start from")
-    best = compare_task(record, task, final_metric(facts)).best
+    ends = Measure(facts.metric, facts.goal, lambda trial: score(trial, facts, "validation"))
+    best = compare_task(record, task, ends).best
     if best is None:
         return Level(None, limit, False, "no trial has finished")
     choose = min if facts.goal == "min" else max

@@ -230,7 +230,7 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
     seconds = None if scheduler else estimate(record, max(1, workers))
     if seconds is not None:
         started = " once the processes are up" if workers else ""
-        print(f"this may take about {duration(seconds)}{started}, going by a few timed steps", flush=True)
+        print(f"this may take about {duration(max(1.0, seconds))}{started}, going by a few timed steps", flush=True)
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
@@ -249,7 +249,7 @@ def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
     print_table(f"study {plan.name!r}: {len(rows)} trials", ("trial", "seed", "steps", "points"), rows)
     if seconds is not None:
         each = f"{at_a_time} at a time" if at_a_time != 1 else "one after another"
-        print(f"\n{len(rows)} trials, {each}: about {duration(seconds)}, going by a few timed steps")
+        print(f"\n{len(rows)} trials, {each}: about {duration(max(1.0, seconds))}, going by a few timed steps")
 
 
 def _report(
