@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import atn_norms
-from atn_norms.ablation import create
+from atn_norms.ablation import create, ready
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.cli import COMMANDS, main
 from atn_norms.specs import read
@@ -92,7 +92,10 @@ BAD = [
     (["show"], "Missing argument 'MODEL.yaml'"),
     (["show", "model.yml"], "model.yml: no such file; nearest: 'model.yaml'"),
     (["show", "study.yaml"], "study.yaml:1:1: model: unknown key; known: cell"),
-    (["list", "norms"], "unknown family 'norms'; known: normalizers, windows, cells, tasks; nearest: 'normalizers'"),
+    (
+        ["list", "norms"],
+        "unknown family 'norms'; known: normalizers, windows, cells, tasks, studies; nearest: 'normalizers'",
+    ),
     (["schema", "studdy"], "unknown schema 'studdy'; known: study, model; nearest: 'study'"),
     (["schema", "--out", "no/where.json"], "no/where.json: cannot be written: No such file or directory"),
     (["init", "study.yaml"], "study.yaml: already there; choose another name, or overwrite with --force"),
@@ -253,7 +256,10 @@ def test_list_shows_kinds_sources_and_options(capsys):
     assert "Options of" not in out and "pooled root mean square over the features" in out
     assert "lstm" not in printed(capsys, "list", "windows")
     data = json.loads(printed(capsys, "list", "--json"))
-    assert list(data) == ["normalizers", "windows", "cells", "tasks"]
+    assert list(data) == ["normalizers", "windows", "cells", "tasks", "studies"]
+    assert [entry["name"] for entry in data["studies"]] == ready.names()
+    assert "paper-adding" in out and "paper-adding" not in printed(capsys, "list", "windows")
+    assert "A first look" in printed(capsys, "list", "studies")
     (layer,) = [entry for entry in data["normalizers"] if entry["kind"] == "layer"]
     assert layer["distribution"] == "atn-norms"
     assert layer["options"]["eps"]["default"] == 1e-5

@@ -40,7 +40,7 @@ def final(facts: TaskFacts) -> Measure:
 
 
 def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
-    """The trial's metric on a split at the end; infinity at the bad end where it diverged; None where it has no outcome.
+    """The trial's metric on a split in the end; infinity at the bad end where it diverged; None without an outcome.
 
     A trial that ended with a metric that is no number, or beyond 1e30, diverged too, whatever its status says.
     """

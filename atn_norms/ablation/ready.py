@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 
 from atn_norms.problems import SpecError, hint, shown
@@ -26,6 +27,16 @@ def is_name(word: str) -> bool:
     (True, False, False)
     """
     return "." not in word and "/" not in word
+
+
+def summary(name: str) -> str:
+    """What a ready-made study is, in the words that its file begins with.
+
+    >>> summary("quick")
+    'A first look, in a minute or two: four normalizers, three windows, a toy and a text, two seeds.'
+    """
+    comments = itertools.takewhile(lambda line: line.startswith("#"), text(name).splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in comments)
 
 
 def text(name: str) -> str:

@@ -368,15 +368,15 @@ class StudyFolder:
         except (KeyError, TypeError) as error:
             raise StoreError(f"{self.path / RESOLVED}: damaged, {type(error).__name__} {error}") from error
         if lacking:
-            grown = {trial.id for trial in plan.trials} < {trial["id"] for trial in there["trials"]}
-            on = (
-                f"which has this one's trials and more: atn-norms resume {self.path} goes on with it, or "
-                if grown
-                else ""
-            )
+            mine, theirs = {trial.id for trial in plan.trials}, {trial["id"] for trial in there["trials"]}
+            if mine < theirs:
+                raise SpecError(
+                    f"{self.path} has grown beyond this study: it holds all its {len(mine)} trials and {lacking} more; "
+                    f"atn-norms resume {self.path} goes on with them all, or choose another folder"
+                )
             raise SpecError(
                 f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}), of which this one "
-                f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; {on}choose another folder"
+                f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"
             )
 
     def mend(self) -> None:

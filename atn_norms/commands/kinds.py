@@ -16,21 +16,28 @@ if TYPE_CHECKING:
     from atn_norms.registry import Options
 
 FAMILIES = {"normalizers": "normalizer", "windows": "window", "cells": "cell", "tasks": "task"}
+STUDIES = "studies"
 
 
 def list_kinds(
-    families: Annotated[list[str] | None, typer.Argument(metavar="[normalizers|windows|cells|tasks]...")] = None,
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="[normalizers|windows|cells|tasks|studies]...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the usable kinds, the distribution each comes from, and its options."""
+    """List the usable kinds, the distribution each comes from, and its options; and the ready-made studies."""
+    from atn_norms.ablation import ready
     from atn_norms.problems import SpecError, hint, shown
     from atn_norms.registry import disputed, registry
 
+    known = [*FAMILIES, STUDIES]
     for family in families or ():
-        if family not in FAMILIES:
-            raise SpecError(f"unknown family {shown(family)}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
-    chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES)}
+        if family not in known:
+            raise SpecError(f"unknown family {shown(family)}; known: {', '.join(known)}{hint(family, known)}")
+    chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES) if plural in FAMILIES}
+    studies = ready.names() if not families or STUDIES in families else []
     if as_json:
+        told = [{"name": name, "summary": ready.summary(name)} for name in studies]
         print_json(
             {
                 plural: [
@@ -46,6 +53,7 @@ def list_kinds(
                 ]
                 for plural, family in chosen.items()
             }
+            | ({STUDIES: told} if told else {})
         )
         return
     for plural, family in chosen.items():
@@ -57,6 +65,8 @@ def list_kinds(
         for kind, entries in registry.conflicts(family).items():
             print(disputed(family, kind, entries))
         print()
+    if studies:
+        print_table(STUDIES, ("name", "what it is"), [(name, ready.summary(name)) for name in studies])
 
 
 def plugins(as_json: Json = False, strict: Strict = False) -> None:

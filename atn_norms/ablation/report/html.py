@@ -108,7 +108,7 @@ def _reach(task: TaskFindings) -> str:
         label, trivial = choose(task.facts.baselines.items(), key=lambda item: item[1])
         origin = (
             f"The level, {number(to.value)}, is {to.why} from the best trivial predictor ({label}, {number(trivial)}) "
-            "to the best mean validation of a point at its end; nobody named one beforehand, and “reach” in the study does."
+            "to the best mean validation of a point at its end; nobody named one beforehand: “reach” in the study does."
         )
     return (
         f"{origin} A trial reaches it at the first validation that is there, so these steps are as coarse as the "
