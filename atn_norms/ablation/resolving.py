@@ -11,10 +11,12 @@ from pydantic import TypeAdapter, ValidationError
 from atn_norms.ablation.located import Problem, problems_of
 from atn_norms.ablation.training import TrainSpec
 from atn_norms.layers import LayerSpec
+from atn_norms.problems import hint
 from atn_norms.registry import Open, Options
 from atn_norms.tasks import TaskSpec
 
 SECTIONS = ("model", "task", "train")
+THE_TASKS = {"input_size": "comes from the task", "batch_first": "a task feeds time first"}  # not a study's to say
 TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, Open("task")])
 
 
@@ -73,11 +75,11 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     model = data["model"]
     if not has_norm(model.get("norm")):
         model.pop("window", None)
-    if "input_size" in model:
-        problems.append(Problem(("model", "input_size"), "comes from the task; leave it out"))
-    if model.get("batch_first"):
-        problems.append(Problem(("model", "batch_first"), "a task feeds time first; leave it out"))
+    for option, why in THE_TASKS.items():
+        if model.get(option, False) is not False:
+            problems.append(Problem(("model", option), f"{why}; leave it out"))
     check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+    problems[:] = map(_without_the_tasks, problems)
     check("task", TASK.validate_python)
     data["train"] = _recommended(parts.get("task"), data["train"])
     for name in sorted(axes, key=lambda each: len(axis_path(each))):
@@ -87,6 +89,14 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if not problems and (reason := parts["task"].refuses(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts
+
+
+def _without_the_tasks(problem: Problem) -> Problem:
+    """An unknown key of a model told without the options that a study's model has not."""
+    if problem.type != "unknown_key" or len(problem.path) != 2 or problem.path[0] != "model":
+        return problem
+    known = [name for name in LayerSpec.model_fields if name not in THE_TASKS]
+    return problem._replace(message=f"unknown key; known: {', '.join(known)}{hint(problem.path[1], known)}")
 
 
 def _recommended(task: TaskSpec | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema
 
 from atn_norms.ablation.files import canonical
 from atn_norms.ablation.located import Problem, invalid
-from atn_norms.ablation.resolving import SECTIONS, axis_name, axis_path, place, plain, resolve
+from atn_norms.ablation.resolving import SECTIONS, THE_TASKS, axis_name, axis_path, place, plain, resolve
 from atn_norms.ablation.training import TrainSpec
 from atn_norms.layers import LayerSpec
 from atn_norms.problems import brief, hint, nearest, shown
@@ -48,7 +48,7 @@ class _Shown:
         shown = dict(handler.resolve_ref_schema(sections["properties"][self.section]))
         if self.section == "task":
             return shown
-        shown["properties"] = {name: each for name, each in shown["properties"].items() if name != "input_size"}
+        shown["properties"] = {name: each for name, each in shown["properties"].items() if name not in THE_TASKS}
         shown.pop("required", None)
         return shown
 
@@ -204,7 +204,7 @@ class StudySpec(Options):
     def nearest_key(cls, key: object) -> str:
         """A key of the study, or the section that has a key most like it."""
         sections = [("train", TrainSpec.model_fields), ("model", LayerSpec.model_fields)]
-        places = {name: f"{section}.{name}" for section, fields in sections for name in fields}
+        places = {name: f"{section}.{name}" for section, fields in sections for name in fields if name not in THE_TASKS}
         places |= {name: name for name in cls.model_fields}
         match = nearest(key, places)
         return "" if match is None else f"; nearest: {places[match]!r}"
