@@ -256,13 +256,18 @@ def test_list_shows_kinds_sources_and_options(capsys):
     assert "Options of" not in out and "pooled root mean square over the features" in out
     assert "lstm" not in printed(capsys, "list", "windows")
     data = json.loads(printed(capsys, "list", "--json"))
-    assert list(data) == ["normalizers", "windows", "cells", "tasks", "studies"]
-    assert [entry["name"] for entry in data["studies"]] == ready.names()
-    assert "paper-adding" in out and "paper-adding" not in printed(capsys, "list", "windows")
-    assert "A first look" in printed(capsys, "list", "studies")
+    assert list(data) == ["normalizers", "windows", "cells", "tasks"]
     (layer,) = [entry for entry in data["normalizers"] if entry["kind"] == "layer"]
     assert layer["distribution"] == "atn-norms"
     assert layer["options"]["eps"]["default"] == 1e-5
+
+
+def test_list_shows_the_ready_made_studies_where_they_are_asked_for(capsys):
+    out = printed(capsys, "list", "studies")
+    assert "A first look" in out and "lstm" not in out
+    data = json.loads(printed(capsys, "list", "cells", "studies", "--json"))
+    assert list(data) == ["cells", "studies"]
+    assert [entry["name"] for entry in data["studies"]] == ready.names()
 
 
 def test_plugins_are_reported(capsys):

@@ -25,7 +25,7 @@ def list_kinds(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the usable kinds, the distribution each comes from, and its options; and the ready-made studies."""
+    """List the usable kinds, with the distribution of each and its options; or the ready-made studies."""
     from atn_norms.ablation import ready
     from atn_norms.problems import SpecError, hint, shown
     from atn_norms.registry import disputed, registry
@@ -35,7 +35,7 @@ def list_kinds(
         if family not in known:
             raise SpecError(f"unknown family {shown(family)}; known: {', '.join(known)}{hint(family, known)}")
     chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES) if plural in FAMILIES}
-    studies = ready.names() if not families or STUDIES in families else []
+    studies = ready.names() if STUDIES in (families or ()) else []
     if as_json:
         told = [{"name": name, "summary": ready.summary(name)} for name in studies]
         print_json(
