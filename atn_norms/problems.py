@@ -96,12 +96,22 @@ def located(line: Any, data: Any) -> tuple[tuple[Any, ...], str]:
     option, it is the place.
     """
     path, said = line["loc"], sentence(line)
-    blamed = re.match(r"(\w+(?:\.[\w-]+)*): ", said) if line["type"] == "value_error" and data is not None else None
-    if blamed:
-        inner = (*path, *blamed[1].split("."))
-        if _inside(inner, data) == inner:
-            return inner, said[blamed.end() :]
+    if line["type"] == "value_error" and data is not None:
+        names, rest = blamed(said)
+        inner = (*path, *names)
+        if names and _inside(inner, data) == inner:
+            return inner, rest
     return path, said
+
+
+def blamed(said: str) -> tuple[tuple[str, ...], str]:
+    """The option that a sentence begins with, as a path, and the rest; the empty path where it begins with none.
+
+    >>> blamed("train.batch_size: too large"), blamed("too large")
+    ((('train', 'batch_size'), 'too large'), ((), 'too large'))
+    """
+    found = re.match(r"(\w+(?:\.[\w-]+)*): ", said)
+    return (tuple(found[1].split(".")), said[found.end() :]) if found else ((), said)
 
 
 def brief(text: str, most: int = 120) -> str:

@@ -33,7 +33,7 @@ from atn_norms.ablation.report.tables import FITTED, latex, markdown
 from atn_norms.commands.studies import _levels
 from atn_norms.problems import SpecError
 from atn_norms.specs import read
-from tests.recorded import METRIC, grid, said, study
+from tests.recorded import METRIC, grid, said, score, study
 
 KINDS = ("heatmap", "curves", "strip", "steps-heatmap", "steps-strip")
 EVIL = '<script>alert("x")</script> $x_1$ & {a}#|%`\\'
@@ -41,10 +41,6 @@ TASKS = {
     "adding": TaskFacts(METRIC, {"guessing one": 1 / 6}),
     "charlm": TaskFacts("bits per character", {"unigram": 4.5}),
 }
-
-
-def score(norm: str, window: str, seed: int) -> float:
-    return {"none": 0.15, "layer": 0.012, "rms": 0.009}[norm] * (1 + 0.1 * seed) / (1 + 0.01 * int(window))
 
 
 class Page(HTMLParser):

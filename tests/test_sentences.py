@@ -7,11 +7,7 @@ from atn_norms.ablation.comparison import compare
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import short_names
 from atn_norms.ablation.report.sentences import question
-from tests.recorded import grid, said, study
-
-
-def score(norm: str, window: str, seed: int) -> float:
-    return {"none": 0.15, "layer": 0.012, "rms": 0.009}[norm] * (1 + 0.1 * seed) / (1 + 0.01 * int(window))
+from tests.recorded import grid, said, score, study
 
 
 def test_the_answer_claims_what_the_intervals_carry():
@@ -34,6 +30,7 @@ def test_the_answer_says_when_an_interval_cannot_tell():
 def test_points_that_are_the_best_together_are_all_named():
     told = said(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
     assert "is 0.125 [0.112, 0.138] (layer, window 1, tied with layer, window 25)" in told
+    assert "(none, the baseline, tied with 4 other points)" in said(study(lambda norm, window, seed: 0.1 + seed / 100))
 
 
 def test_the_baseline_is_named_where_the_point_is():

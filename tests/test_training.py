@@ -11,6 +11,7 @@ from atn_norms.ablation.report.sheets import scored_step
 from atn_norms.ablation.store import StudyFolder
 from atn_norms.ablation.trial import Diverged, Trainer, run_trial
 from atn_norms.normalizers import BatchNorm
+from atn_norms.tasks.adding import Adding
 from tests.compare import compare
 
 STUDY = {
@@ -145,6 +146,9 @@ def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one
     data = study(population_batches=2)
     data["model"] = data["model"] | {"norm": {"sites": {"hh": "batch"}}}
     assert trial_of(data)["train"]["population_batches"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Adding, "encoder", lambda self: BatchNorm(2))  # a task may have norms of its own
+        assert trial_of(study(population_batches=2))["train"]["population_batches"] == 2
     trial = trial_of(study({**SMALL, "kind": "copying"}))
     trainer = Trainer(trial | {"train": trial["train"] | {"population_batches": 2}})
     monkeypatch.setattr(trainer.task, "loss", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from atn_norms.ablation.study import Point, StudySpec
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
 from atn_norms.normalizers import Normalizer
-from atn_norms.problems import explained, shown
+from atn_norms.problems import blamed, explained, shown
 from atn_norms.registry import SpecError
 from atn_norms.specs import Where, to_yaml
 from atn_norms.tasks import Task, TaskSpec
@@ -130,9 +129,11 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
 
 def _blamed(problem: str, task: TaskSpec) -> Problem:
     """What a task refuses, at the option it names first (`text: ...`, `train.batch_size: ...`), else at the task."""
-    named = re.match(r"(?:(model|train)\.)?(\w+): ", problem)
-    if named and (named[1] or named[2] in type(task).model_fields):
-        return Problem((named[1] or "task", named[2]), problem[named.end() :])
+    names, rest = blamed(problem)
+    if names[:1] in (("model",), ("train",)):
+        return Problem(names, rest)
+    if names and names[0] in type(task).model_fields:
+        return Problem(("task", *names), rest)
     return Problem((), problem) if problem.startswith(("model.", "train.")) else Problem(("task",), problem)
 
 
@@ -146,7 +147,7 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
     task, data = built[which]
     layer = _fitted(point.model, task)
     train = point.train.filled(task.batch_size)
-    if "population_batches" in train and not _has_populations(layer):
+    if "population_batches" in train and not _has_populations(layer, task):
         del train["population_batches"]  # means as little there as a window without a norm
     trial = {
         "version": VERSION,
@@ -159,11 +160,11 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
     return trial, TaskFacts(task.metric, dict(task.baselines), task.goal)
 
 
-def _has_populations(layer: LayerSpec) -> bool:
-    """Whether any of a layer's norms computes something else in evaluation, from what training recorded."""
+def _has_populations(layer: LayerSpec, task: Task) -> bool:
+    """Whether any norm of a model computes something else in evaluation, from what training recorded."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        modules = layer.build().modules()
-    return any(isinstance(each, Normalizer) and each.differs_in_evaluation for each in modules)
+        parts = [layer.build(), task.encoder(), task.readout(layer.layer_inputs(1))]
+    return any(isinstance(m, Normalizer) and m.differs_in_evaluation for part in parts for m in part.modules())
 
 
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:

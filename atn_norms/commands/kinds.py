@@ -26,7 +26,6 @@ def list_kinds(
     as_json: Json = False,
 ) -> None:
     """List the usable kinds, with the distribution of each and its options; or the ready-made studies."""
-    from atn_norms.ablation import ready
     from atn_norms.problems import SpecError, hint, shown
     from atn_norms.registry import disputed, registry
 
@@ -35,9 +34,8 @@ def list_kinds(
         if family not in known:
             raise SpecError(f"unknown family {shown(family)}; known: {', '.join(known)}{hint(family, known)}")
     chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES) if plural in FAMILIES}
-    studies = ready.names() if STUDIES in (families or ()) else []
+    studies = _ready_made() if STUDIES in (families or ()) else []
     if as_json:
-        told = [{"name": name, "summary": ready.summary(name)} for name in studies]
         print_json(
             {
                 plural: [
@@ -53,7 +51,7 @@ def list_kinds(
                 ]
                 for plural, family in chosen.items()
             }
-            | ({STUDIES: told} if told else {})
+            | ({STUDIES: studies} if studies else {})
         )
         return
     for plural, family in chosen.items():
@@ -66,7 +64,13 @@ def list_kinds(
             print(disputed(family, kind, entries))
         print()
     if studies:
-        print_table(STUDIES, ("name", "what it is"), [(name, ready.summary(name)) for name in studies])
+        print_table(STUDIES, ("name", "what it is"), [tuple(each.values()) for each in studies])
+
+
+def _ready_made() -> list[dict[str, str]]:
+    from atn_norms.ablation import ready  # only here: it takes all that studies need
+
+    return [{"name": name, "summary": ready.summary(name)} for name in ready.names()]
 
 
 def plugins(as_json: Json = False, strict: Strict = False) -> None:
