@@ -1,13 +1,19 @@
 """Every formula of docs/mathematics.md, verified in float64 against the definition before the page states it.
 
-The definition is written out here once, by stacking the window's pre-activations; the package takes no part.
+The definition is written out here once, by stacking the window's pre-activations. The package itself is used only where
+a statement is about a whole layer or about another method.
 """
 
 import math
+import re
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+
+import atn_norms as an
 
 EPS = 1e-5
 EXACT = 1e-12  # a few hundred float64 roundings (1.1e-16 each) on quantities of order 1
@@ -130,7 +136,7 @@ def test_a_difference_of_squares_gives_negative_variances_and_the_centred_form_d
 # ---- gradients
 
 
-def derived_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+def layer_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     mean = a.mean(-1, keepdim=True)
     mu, v, m = pooled(a, k)
     r = (v + EPS).rsqrt()
@@ -138,48 +144,155 @@ def derived_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torc
     d_mu, d_v = -r * w.sum(-1, keepdim=True), -0.5 * r.square() * (w * x).sum(-1, keepdim=True)
     rows = []
     for s in range(len(a)):
-        reached = [t for t in range(len(a)) if s in window(t, k)]
+        reached = range(s, min(len(a), s + k))  # the step itself and at most k - 1 later ones
         slope = sum(2 * d_v[t] / (m[t] * D) for t in reached)
         level = sum((d_mu[t] + 2 * d_v[t] * (mean[s] - mu[t])) / (m[t] * D) for t in reached)
         rows.append(w[s] * r[s] + slope * (a[s] - mean[s]) + level)
     return torch.stack(rows)
 
 
+def rms_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    square = a.square().mean(-1, keepdim=True)
+    q = torch.stack([square[list(window(t, k))].mean(0) for t in range(len(a))])
+    r = (q + EPS).rsqrt()
+    w = gain * upstream
+    d_q = -0.5 * r.square() * (w * a * r).sum(-1, keepdim=True)
+    rows = []
+    for s in range(len(a)):
+        reached = range(s, min(len(a), s + k))
+        rows.append(w[s] * r[s] + sum(2 * d_q[t] / (len(window(t, k)) * D) for t in reached) * a[s])
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("k", [1, 2, K, T, T + 5])
-def test_the_backward_pass_is_a_sliding_sum_of_scalars(k):
+@pytest.mark.parametrize(("norm", "formula"), [(layer, layer_gradient), (rms, rms_gradient)])
+def test_the_backward_pass_is_a_sliding_sum_of_scalars(norm, formula, k):
     a = normal(T, D).requires_grad_()
     gain, shift, upstream = normal(D), normal(D), normal(T, D)
-    (gain * layer(a, k) + shift).backward(upstream)
+    (gain * norm(a, k) + shift).backward(upstream)
     assert a.grad is not None
-    assert apart(a.grad, derived_gradient(a.detach(), k, gain, upstream)) < EXACT
+    assert apart(a.grad, formula(a.detach(), k, gain, upstream)) < EXACT
+
+
+@pytest.mark.parametrize("k", [1, 2, K, T])
+def test_batch_normalization_has_the_gradient_of_layer_normalization_with_samples_as_features(k):
+    """With 1 in place of the gain: the gain of batch normalization is constant over what it normalizes."""
+    a, upstream = normal(T, D, 4).requires_grad_(), normal(T, D, 4)  # D samples of 4 features
+    batch(a, k).backward(upstream)
+    assert a.grad is not None
+    ones = torch.ones(D, dtype=torch.float64)
+    for i in range(4):
+        assert apart(a.grad[..., i], layer_gradient(a.detach()[..., i], k, ones, upstream[..., i])) < EXACT
+
+
+@pytest.mark.parametrize("k", [1, 2, K])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_gradients_of_a_sites_weight_and_bias_are_sums_over_steps(name, k):
+    """dL/dW = sum_t (dL/da_t) x_t', dL/dc = sum_t dL/da_t, with the windowed dL/da_t in both."""
+    weight, bias, x, upstream = normal(D, 4), normal(D), normal(T, 6, 4), normal(T, 6, D)
+    leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    NORMS[name](x @ leaves[0].T + leaves[1], k).backward(upstream)
+    a = (x @ weight.T + bias).requires_grad_()
+    NORMS[name](a, k).backward(upstream)
+    assert a.grad is not None
+    assert apart(leaves[0].grad, torch.einsum("tbi,tbj->ij", a.grad, x)) < 1e2 * EXACT  # sums of 42 products
+    assert apart(leaves[1].grad, a.grad.sum((0, 1))) < 1e2 * EXACT
+
+
+def blocks(norm: Callable, a: torch.Tensor, k: int, eps: float = EPS) -> torch.Tensor:
+    """J [T, D, T, D] of a norm of one sample."""
+    return derivative(lambda a: norm(a, k, eps=eps), a)
 
 
 @pytest.mark.parametrize("k", [1, K])
 def test_the_jacobian_within_a_step_and_to_an_earlier_one(k):
     a = normal(T, D)
-    jacobian = derivative(lambda a: layer(a, k), a)
+    jacobian = blocks(layer, a, k)
     mu, v, m = pooled(a, k)
     r, ones = (v + EPS).rsqrt(), torch.ones(D, D, dtype=torch.float64)
     x = (a - mu) * r
     for t in range(T):
         for s in range(T):
             if s == t:
-                said = r[t] * (torch.eye(D) - (ones + torch.outer(x[t], x[t])) / (m[t] * D))
+                expected = r[t] * (torch.eye(D) - (ones + torch.outer(x[t], x[t])) / (m[t] * D))
             elif s in window(t, k):
-                said = -r[t] / (m[t] * D) * (ones + torch.outer(x[t], (a[s] - mu[t]) * r[t]))
+                expected = -r[t] / (m[t] * D) * (ones + torch.outer(x[t], (a[s] - mu[t]) * r[t]))
             else:
-                said = torch.zeros(D, D)
-            assert apart(jacobian[t, :, s], said) < EXACT
+                expected = torch.zeros(D, D)
+            assert apart(jacobian[t, :, s], expected) < EXACT
 
 
-def test_a_step_alone_annihilates_two_directions_and_a_window_does_not():
+@pytest.mark.parametrize("k", [1, K])
+def test_the_jacobian_of_rms_normalization(k):
     a = normal(T, D)
-    one = torch.ones(D, dtype=torch.float64)
-    for k, annihilated in ((1, True), (K, False)):
-        jacobian = derivative(lambda a, k=k: layer(a, k, eps=0.0), a)
-        y = layer(a, k, eps=0.0)
-        for direction in (one, y[-1]):
-            assert (float((jacobian[-1, :, -1] @ direction).abs().max()) < EXACT) == annihilated
+    jacobian = blocks(rms, a, k)
+    for t in range(T):
+        m = len(window(t, k))
+        r = (a[list(window(t, k))].square().mean() + EPS).rsqrt()
+        for s in range(T):
+            direct = r * torch.eye(D, dtype=torch.float64) * (s == t)
+            shared = r / (m * D) * torch.outer(a[t] * r, a[s] * r) * (s in window(t, k))
+            assert apart(jacobian[t, :, s], direct - shared) < EXACT
+
+
+@pytest.mark.parametrize("norm", [layer, rms])
+def test_a_window_that_holds_one_step_annihilates_and_a_longer_one_does_not(norm):
+    a = normal(T, D)
+    directions = {layer: [torch.ones(D, dtype=torch.float64)], rms: []}[norm]
+    for k, step, annihilates in ((1, T - 1, True), (K, 0, True), (K, T - 1, False)):
+        jacobian, y = blocks(norm, a, k, eps=0.0), norm(a, k, eps=0.0)
+        for direction in [*directions, y[step]]:
+            change = float((jacobian[step, :, step] @ direction).abs().max())
+            assert (change < EXACT) == annihilates
+            assert annihilates or change > 1e-3
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("k", [1, K, T])
+def test_the_joint_jacobian_annihilates_the_common_scaling_and_the_common_shift(name, k):
+    a = normal(T, 4, D)
+    norm = NORMS[name]
+
+    def change(direction: torch.Tensor) -> float:
+        return float(torch.func.jvp(lambda a: norm(a, k, eps=0.0), (a,), (direction,))[1].abs().max())
+
+    assert change(a) < EXACT
+    assert (change(torch.ones_like(a)) < EXACT) == (name != "rms")
+    assert (change(normal(D).expand(T, 4, D)) < EXACT) == (name == "batch")
+
+
+@pytest.mark.parametrize(("norm", "rank"), [(layer, 2), (rms, 1)])
+def test_the_direct_paths_have_a_low_rank_and_a_bounded_norm(norm, rank):
+    for scale in (0.0, 0.3, 1.0, 3.0):  # from steps alike to steps of very different size
+        a = normal(T, 8) * torch.exp(scale * normal(T, 1)) + scale * normal(T, 1)
+        jacobian = blocks(norm, a, K, eps=0.0)
+        for t in range(1, T):
+            m = len(window(t, K))
+            stacked = a[list(window(t, K))]
+            spread = stacked.var(unbiased=False) if norm is layer else stacked.square().mean()
+            bound = spread.rsqrt() * (rank - 1 + m / 2) / m  # 1/m for the shared mean, 1/2 for the shared spread
+            for s in window(t, K)[:-1]:
+                values = torch.linalg.svdvals(jacobian[t, :, s])
+                assert float(values[rank]) < EXACT
+                assert float(values[0]) <= float(bound) * (1 + EXACT)
+
+
+def test_a_window_widens_the_bound_of_the_output_and_the_bound_is_reached():
+    steps, features, samples = 4, 6, 3
+    bounds = {
+        "layer": lambda m: math.sqrt(m * features - 1),
+        "rms": lambda m: math.sqrt(m * features),
+        "batch": lambda m: math.sqrt(m * samples - 1),
+    }
+    lone = torch.zeros(steps, samples, features, dtype=torch.float64)
+    lone[-1, 0, 0] = 1.0  # a single number that differs from all others
+    for name, bound in bounds.items():
+        for k in (1, 2, steps):
+            wild = (
+                torch.exp(3 * normal(200, steps, samples, features)).sign() * normal(200, steps, samples, features) ** 5
+            )
+            assert max(float(NORMS[name](a, k, eps=0.0).abs().max()) for a in wild) <= bound(k) * (1 + EXACT)
+            assert abs(float(NORMS[name](lone, k, eps=1e-300)[-1, 0, 0]) - bound(k)) < EXACT
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -201,11 +314,16 @@ def test_beyond_the_window_value_and_gradient_are_exactly_zero(name):
 INVARIANT, CHANGED = True, False
 TABLE = {  # transform: (layer k = 1, layer k > 1, rms k = 1, rms k > 1, batch k = 1, batch k > 1)
     "weights": (INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT),
+    "weights, window carried": (INVARIANT, CHANGED, INVARIANT, CHANGED, INVARIANT, CHANGED),
     "weights per feature": (CHANGED, CHANGED, CHANGED, CHANGED, INVARIANT, INVARIANT),
     "recentred": (INVARIANT, CHANGED, CHANGED, CHANGED, CHANGED, CHANGED),
     "feature shift": (CHANGED, CHANGED, CHANGED, CHANGED, INVARIANT, INVARIANT),
     "sequence": (INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT),
-    "one step": (INVARIANT, CHANGED, INVARIANT, CHANGED, INVARIANT, CHANGED),
+    "one step scaled": (INVARIANT, CHANGED, INVARIANT, CHANGED, INVARIANT, CHANGED),
+    "one step shifted": (INVARIANT, CHANGED, CHANGED, CHANGED, INVARIANT, CHANGED),
+    "one step of one sample shifted": (INVARIANT, CHANGED, CHANGED, CHANGED, CHANGED, CHANGED),
+    "inputs, no bias": (INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT, INVARIANT),
+    "inputs, with a bias": (CHANGED, CHANGED, CHANGED, CHANGED, INVARIANT, INVARIANT),
     "sample dropped": (INVARIANT, INVARIANT, INVARIANT, INVARIANT, CHANGED, CHANGED),
 }
 
@@ -215,6 +333,8 @@ def transformed(row: str, weight: torch.Tensor, bias: torch.Tensor, x: torch.Ten
     match row:
         case "weights":
             return x @ (3.7 * weight).T + 3.7 * bias
+        case "weights, window carried":  # the optimizer changes the weights between two segments
+            return torch.cat([a[: T - 1], 3 * a[T - 1 :]])
         case "weights per feature":
             scale = torch.linspace(0.5, 2, D, dtype=torch.float64)
             return x @ (scale[:, None] * weight).T + scale * bias
@@ -224,10 +344,20 @@ def transformed(row: str, weight: torch.Tensor, bias: torch.Tensor, x: torch.Ten
             return a + normal(D)
         case "sequence":
             return 0.2 * a
-        case "one step":
+        case "one step scaled":
             scale = torch.ones(T, 1, 1, dtype=torch.float64)
             scale[T - 2] = 3.7
             return scale * a
+        case "one step shifted":
+            a[T - 2] += 1.5
+            return a
+        case "one step of one sample shifted":
+            a[T - 2, 0] += 1.5
+            return a
+        case "inputs, no bias":
+            return (3.7 * x) @ weight.T
+        case "inputs, with a bias":
+            return (3.7 * x) @ weight.T + bias
         case "sample dropped":
             return a[:, :-1]
     raise ValueError(row)
@@ -239,6 +369,8 @@ def transformed(row: str, weight: torch.Tensor, bias: torch.Tensor, x: torch.Ten
 )
 def test_the_table_of_invariances(row, column, name, k):
     weight, bias, x = normal(D, 4), normal(D), normal(T, 6, 4)
+    if row.endswith("no bias"):
+        bias = torch.zeros(D, dtype=torch.float64)
     before = NORMS[name](x @ weight.T + bias, k, eps=0.0)
     after = NORMS[name](transformed(row, weight, bias, x), k, eps=0.0)
     difference = apart(before[:, : after.shape[1]], after)
@@ -254,14 +386,46 @@ def test_recentring_leaves_a_window_alone_where_the_inputs_projection_is_constan
     assert apart(layer(a, K), layer(a + (x @ moved)[..., None], K)) < EXACT
 
 
-def test_scaled_weights_scale_their_gradient_inversely():
-    weight, x, target = normal(D, 4), normal(T, 6, 4), normal(T, 6, D)
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("k", [1, K])
+def test_scaled_weights_and_biases_scale_their_gradients_inversely(name, k):
+    parameters, x, target = (normal(D, 4), normal(D)), normal(T, 6, 4), normal(T, 6, D)
     gradients = []
     for scale in (1.0, 4.0):
-        leaf = (scale * weight).requires_grad_()
-        (layer(x @ leaf.T, K, eps=0.0) * target).sum().backward()
-        gradients.append(leaf.grad)
-    assert apart(gradients[0], 4 * gradients[1]) < EXACT
+        weight, bias = ((scale * each).requires_grad_() for each in parameters)
+        (NORMS[name](x @ weight.T + bias, k, eps=0.0) * target).sum().backward()
+        gradients.append((weight.grad, bias.grad))
+    for plain, scaled in zip(*gradients, strict=True):
+        assert apart(plain, 4 * scaled) < 1e2 * EXACT  # sums of 42 products of order 1
+        assert name != "rms" or float(plain.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("k", [1, K])
+def test_a_scale_is_exactly_another_epsilon(name, k):
+    a = normal(T, 6, D)
+    for scale in (0.01, 3.0):
+        assert apart(NORMS[name](scale * a, k, eps=EPS), NORMS[name](a, k, eps=EPS / scale**2)) < EXACT
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_layer_is_invariant_to_the_scale_of_its_weights_with_fresh_windows_and_not_with_carried_ones(norm):
+    """One LSTM layer without a norm of its cell state's own scale: all site weights times 3 after 30 steps."""
+    site = {"kind": norm, "eps": 0.0}
+    spec = {"cell": "lstm", "input_size": 3, "hidden_size": 6, "norm": {"sites": {"ih": site, "hh": site}}, "window": 4}
+    layer = an.build(spec).double()
+    x = normal(40, 2, 3)
+    with torch.no_grad():
+        _, carried = layer.unroll(x[:30])
+        fresh = layer.initial(2, layer.hidden(carried))
+        before = [layer.unroll(x[30:], state)[0] for state in (carried, fresh)]
+        for name, parameter in layer.named_parameters():
+            if re.match(r"(weight|bias)_(ih|hh)_l0", name):
+                parameter.mul_(3)
+        after = [layer.unroll(x[30:], state)[0] for state in (carried, fresh)]
+    changes = [apart(*pair) for pair in zip(before, after, strict=True)]
+    assert changes[0] > 1e-2
+    assert changes[1] < 1e2 * EXACT  # ten recurrent steps
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -283,9 +447,31 @@ def test_guessing_one_on_the_adding_task_costs_a_sixth():
     assert math.isclose(float((u[:, None] + u[None, :] - 1).square().mean()), 1 / 6, rel_tol=1e-5)
 
 
-def test_layer_normalization_erases_an_inputs_magnitude_and_a_window_keeps_it():
-    u, direction = torch.rand(T, 1, dtype=torch.float64) + 0.1, normal(D)
-    a = u * direction
-    alone = layer(a, 1, eps=0.0)
-    assert apart(alone, alone[:1].expand_as(alone)) < EXACT
-    assert apart(layer(a, K, eps=0.0), alone) > 1e-2
+@pytest.mark.parametrize("k", [1, K])
+def test_layer_normalization_erases_the_magnitude_of_unmarked_numbers_while_the_bias_is_zero(k):
+    """The input's share of the adding problem: u w + marker w' + bias, a step in the middle changed alone."""
+    u, weights, bias = torch.rand(T, 1, dtype=torch.float64) + 0.1, normal(2, D), normal(D)
+    larger = u.clone()
+    larger[-1] *= 2.0
+
+    def change(marker: float, bias: torch.Tensor) -> float:
+        first, second = (layer(each * weights[0] + marker * weights[1] + bias, k, eps=0.0) for each in (u, larger))
+        return apart(first[-1], second[-1])
+
+    assert (change(0.0, 0 * bias) < EXACT) == (k == 1), "unmarked"
+    assert change(1.0, 0 * bias) > 1e-3, "marked"
+    assert change(0.0, bias) > 1e-3, "with a bias"
+
+
+def test_group_normalization_over_all_of_the_past_is_timestep_norm(monkeypatch):
+    """arXiv 2404.08801: mean and variance of a group's features over all steps so far, current one included."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugins/group/src"))
+    group_norm, groups = import_module("atn_norms_group").GroupNorm, 2
+    norm = an.AssortedTime(group_norm(6, groups=groups, eps=EPS).double(), window=an.Cumulative())
+    a = normal(T, 3, 6)
+    parts = a.unflatten(-1, (groups, -1))
+    rows = []
+    for t in range(T):
+        var, mean = torch.var_mean(parts[: t + 1], dim=(0, 3), correction=0, keepdim=True)
+        rows.append((parts[t] - mean[0]) / torch.sqrt(var[0] + EPS))
+    assert apart(norm.scan(a)[0], torch.stack(rows).flatten(-2)) < EXACT
