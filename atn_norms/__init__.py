@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from atn_norms.normalizers import NormSpec as NormSpec
     from atn_norms.normalizers import RMSNorm as RMSNorm
     from atn_norms.plugins import hookimpl as hookimpl
+    from atn_norms.pytree import detach as detach
+    from atn_norms.pytree import reorder as reorder
     from atn_norms.specs import build as build
     from atn_norms.statistics import Average as Average
     from atn_norms.statistics import Moments as Moments
     from atn_norms.statistics import Statistic as Statistic
     from atn_norms.tasks import TaskSpec as TaskSpec
-    from atn_norms.trees import detach as detach
-    from atn_norms.trees import reorder as reorder
     from atn_norms.windows import Cumulative as Cumulative
     from atn_norms.windows import Exponential as Exponential
     from atn_norms.windows import Sliding as Sliding
@@ -49,7 +49,7 @@ _HOME = {
     "specs": ("build",),
     "statistics": ("Average", "Moments", "Statistic"),
     "tasks": ("TaskSpec",),
-    "trees": ("detach", "reorder"),
+    "pytree": ("detach", "reorder"),
     "windows": ("Cumulative", "Exponential", "Sliding", "Window", "WindowSpec"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

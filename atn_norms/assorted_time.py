@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from atn_norms.normalizers import Normalizer, scanning
+from atn_norms.pytree import Leaf, Tree, checked_state, expand_mask
 from atn_norms.statistics import Statistic, statistics_dtype
-from atn_norms.trees import Leaf, Tree, checked_state, rows
 from atn_norms.windows import Sliding, Window
 
 
@@ -27,22 +27,22 @@ class OverTime:
             # What a statement looks like does not depend on how many rows there are.
             sample = x.new_zeros((2, *x.shape[1:]))
             now, _ = self._stated(sample, self._weights(x, sample.shape[:1], None), 0)
-            rows = 1 if self.normalizer.couples_batch else x.shape[0]
+            rows = 1 if self.normalizer.uses_batch_statistics else x.shape[0]
             now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
             return x.new_zeros(rows, dtype=torch.int64), self.window.initial(now)
 
-    def step(self, x: Tensor, state: Tree | None = None, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def step(self, x: Tensor, state: Tree | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Normalize one step; return it with the state to pass to the next."""
         self._check(x, "x", ("batch",))
-        if alive is not None:
-            x = masked(x, checked_alive(alive, x))
-        now, weight = self._stated(x, self._weights(x, x.shape[:1], alive), 0)
+        if mask is not None:
+            x = masked(x, check_mask(mask, x))
+        now, weight = self._stated(x, self._weights(x, x.shape[:1], mask), 0)
         index, memory = self.initial(x) if state is None else self._fitting(state, now)
         pooled, memory = self.window.push(now, weight, memory)
         live = weight > 0
         pooled = self.normalizer.population(pooled, torch.where(live, index, -1))
         y = self._normalized(x, pooled)
-        return y if alive is None else masked(y, alive), (index + live, memory)
+        return y if mask is None else masked(y, mask), (index + live, memory)
 
     def scan(
         self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
@@ -51,10 +51,10 @@ class OverTime:
         self._check(xs, "xs", ("time", "batch"))
         if xs.shape[0] == 0:
             raise ValueError(f"xs: shape {list(xs.shape)}; allowed: at least one time step")
-        alive = None if lengths is None else alive_steps(lengths, xs)
-        if alive is not None:
-            xs = masked(xs, alive)
-        steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], alive), 1)
+        mask = None if lengths is None else steps_mask(lengths, xs)
+        if mask is not None:
+            xs = masked(xs, mask)
+        steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], mask), 1)
         first = type(steps)(*(leaf[0] for leaf in steps))
         index, memory = self.initial(xs[0]) if state is None else self._fitting(state, first)
         with scanning([self.normalizer]):
@@ -63,11 +63,11 @@ class OverTime:
             count = live.cumsum(0)
             pooled = self.normalizer.population(pooled, torch.where(live, index + count - 1, -1))
         ys = self._normalized(xs, pooled)
-        return ys if alive is None else masked(ys, alive), (index + count[-1], memory)
+        return ys if mask is None else masked(ys, mask), (index + count[-1], memory)
 
-    def _weights(self, x: Tensor, shape: torch.Size, alive: Tensor | None) -> Tensor:
+    def _weights(self, x: Tensor, shape: torch.Size, mask: Tensor | None) -> Tensor:
         dtype = statistics_dtype(x.device)
-        return torch.ones(shape, dtype=dtype, device=x.device) if alive is None else alive.to(dtype)
+        return torch.ones(shape, dtype=dtype, device=x.device) if mask is None else mask.to(dtype)
 
     def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
         """What each row says, or, where the normalizer couples the batch (axis `batch`), what its live rows say."""
@@ -81,7 +81,7 @@ class OverTime:
                 f"{type(self.normalizer).__name__}.measure: returned {_described(said)} for x {list(x.shape)}; "
                 f"allowed: a Statistic (a named tuple with pool) whose leaves have shape {[*leading, '...']}"
             )
-        if not self.normalizer.couples_batch:
+        if not self.normalizer.uses_batch_statistics:
             return said, weights
         together = said.pool(weights, batch)
         return type(said)(*(leaf.unsqueeze(batch) for leaf in together)), weights.sum(batch, keepdim=True)
@@ -109,7 +109,7 @@ class OverTime:
         """`state` if this normalizer and window could have returned it where a step's statement is `now`."""
         leaf = next(iter(now))
         wanted = (Leaf((), floating=False), self.window.layout(now))
-        return checked_state(state, wanted, leaf.shape[0], leaf.device, self.normalizer.couples_batch)
+        return checked_state(state, wanted, leaf.shape[0], leaf.device, self.normalizer.uses_batch_statistics)
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ class AssortedTime(OverTime, nn.Module):
     |---|---|---|
     | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
     | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
-    | `alive` | which rows this step exists for | `[B]`, bool |
+    | `mask` | which rows this step exists for | `[B]`, bool |
     | `lengths` | live steps of each row, 0 to T | `[B]`, int |
     | `state` | `(step_index [N], window state)`, N = B, or 1 if the normalizer couples the batch; None starts fresh | |
 
     Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
 
     Errors: `ValueError` for a window that the normalizer refuses, for T = 0, for missing axes, for features that are
-    not the normalizer's, for a type that is not floating point, for lengths or `alive` that do not fit, and for a state
+    not the normalizer's, for a type that is not floating point, for lengths or `mask` that do not fit, and for a state
     that this normalizer and window cannot have returned for this batch (`Cumulative` and `Exponential` states look the
     same and are not told apart); `TypeError` for a normalizer whose `measure` or `normalize` returns something else
     than it must.
@@ -165,7 +165,7 @@ class AssortedTime(OverTime, nn.Module):
             raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
         self.normalizer = normalizer
         self.window = window if isinstance(window, Window) else Sliding(window)
-        reason = normalizer.refuses(self.window)
+        reason = normalizer.unsupported_reason(self.window)
         if reason is not None:
             raise ValueError(f"window: {self.window!r} with {type(normalizer).__name__}: {reason}")
 
@@ -173,12 +173,12 @@ class AssortedTime(OverTime, nn.Module):
         return f"window={self.window}"
 
 
-def masked(x: Tensor, alive: Tensor) -> Tensor:
-    """`x` with everything outside `alive` (over its leading axes) replaced by 0, NaN and gradient included."""
-    return torch.where(rows(alive, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with everything outside `mask` (over its leading axes) replaced by 0, NaN and gradient included."""
+    return torch.where(expand_mask(mask, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def alive_steps(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
+def steps_mask(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
     """The mask `[T, B]` of live steps for `lengths` `[B]` of time-first `xs` `[T, B, ...]`.
 
     Errors: `ValueError` where lengths are no integers, are not one per row, or lie outside 0 to T.
@@ -188,13 +188,11 @@ def alive_steps(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
     return torch.arange(steps, device=xs.device).unsqueeze(1) < counts
 
 
-def checked_alive(alive: Tensor, x: Tensor) -> Tensor:
-    """`alive` if it is a bool for each row of one step's `x` `[B, ...]`; `ValueError` if not."""
-    if not isinstance(alive, Tensor) or alive.dtype != torch.bool or alive.shape != x.shape[:1]:
-        raise ValueError(
-            f"alive: {_described(alive)}; allowed: a bool tensor of shape [{x.shape[0]}], one for each row"
-        )
-    return alive
+def check_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` if it is a bool for each row of one step's `x` `[B, ...]`; `ValueError` if not."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:1]:
+        raise ValueError(f"mask: {_described(mask)}; allowed: a bool tensor of shape [{x.shape[0]}], one for each row")
+    return mask
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from atn_norms.commands import authoring, bench, check, files, health, kinds, models, studies
+from atn_norms.commands import bench, check, doctor, files, models, new_plugin, studies
+from atn_norms.commands import list as list_command
 from atn_norms.commands.console import example
-from atn_norms.commands.endings import deaf
+from atn_norms.commands.signals import ignore
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -26,10 +27,10 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "resume": (studies.resume, "Go on with a study.", ("atn-norms resume studies/my-study",)),
     "status": (studies.status, "Say how far a study is.", ("atn-norms status studies/my-study",)),
     "report": (studies.report, "Make a study's report anew.", ("atn-norms report studies/my-study",)),
-    "list": (kinds.list_kinds, "List usable kinds and their options.", ("atn-norms list normalizers windows",)),
-    "plugins": (kinds.plugins, "Show the plugins.", ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",)),
+    "list": (list_command.list_kinds, "List usable kinds and their options.", ("atn-norms list normalizers windows",)),
+    "plugins": (list_command.plugins, "Show the plugins.", ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",)),
     "new-plugin": (
-        authoring.new_plugin,
+        new_plugin.new_plugin,
         "Write a plugin to start from.",
         ("atn-norms new-plugin pmean", "atn-norms new-plugin blocks --kind window --out ../blocks"),
     ),
@@ -39,14 +40,14 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
         ("atn-norms check layer", "atn-norms check sliding --set steps=25"),
     ),
     "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
-    "schema": (kinds.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
+    "schema": (list_command.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
     "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml", "atn-norms init paper-adding")),
     "bench": (
         bench.bench,
         "Speed and memory, side by side.",
         ("atn-norms bench", "atn-norms bench --cells gru,rnn --size 10,68,128,120 --windows 1,100 --threads 2"),
     ),
-    "doctor": (health.doctor, "Check what works here.", ("atn-norms doctor",)),
+    "doctor": (doctor.doctor, "Check what works here.", ("atn-norms doctor",)),
 }
 
 for _name, (_command, _short, _examples) in COMMANDS.items():
@@ -103,7 +104,7 @@ def program() -> int:
     """`main` for a process of its own: a second Ctrl-C no longer disturbs the end of what was asked to end."""
     code = main()
     if code > 128:
-        deaf()
+        ignore()
     return code
 
 
@@ -114,7 +115,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    from atn_norms.problems import SpecError
+    from atn_norms.errors import SpecError
 
     if hasattr(error, "format_message"):  # the parser's own
         context = getattr(error, "ctx", None)

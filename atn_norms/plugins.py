@@ -18,7 +18,8 @@ from typing import Any
 import pluggy
 
 from atn_norms import __version__
-from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, hint, registry
+from atn_norms.errors import did_you_mean
+from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, registry
 
 PROJECT = "atn_norms"  # of pluggy, and the group of entry points
 OWN = "atn-norms"
@@ -292,10 +293,12 @@ def _refuse_misspelt(plugin: Any) -> None:
         if options is not None:
             hook = options.get("specname") or name
             if hook not in hooks and not options.get("optionalhook"):
-                raise PluginError(f"implements an unknown hook {name!r}; known: {', '.join(hooks)}{hint(name, hooks)}")
+                raise PluginError(
+                    f"implements an unknown hook {name!r}; known: {', '.join(hooks)}{did_you_mean(name, hooks)}"
+                )
             implemented.append(hook)
         elif name.startswith("atn_norms_") and _is_own_function(function, plugin):
-            known = f"known: {', '.join(hooks)}{hint(name, hooks)}"
+            known = f"known: {', '.join(hooks)}{did_you_mean(name, hooks)}"
             raise PluginError(f"has a function {name!r} that lacks `@atn_norms.hookimpl`, so it does nothing; {known}")
     if not implemented:
         raise PluginError("implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register(registry)`")
@@ -327,7 +330,7 @@ def _unknown_names(found: set[str]) -> Iterator[PluginRecord]:
                 log.warning("plugin %r: %s", name, reason)
                 yield PluginRecord(name, "", "", "failed", reason)
             elif name not in found and name != BUILT_IN:
-                reason = f"named in {variable}, but no plugin of this name is installed{hint(name, found)}"
+                reason = f"named in {variable}, but no plugin of this name is installed{did_you_mean(name, found)}"
                 log.warning("plugin %r: %s", name, reason)
                 yield PluginRecord(name, "", "", "failed", reason)
 

@@ -24,22 +24,22 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from atn_norms.problems import SpecError, dotted, explained, hint, nearest, sentence, shown
+from atn_norms.errors import SpecError, did_you_mean, dotted, nearest, sentence, short_repr, to_spec_error
 
 __all__ = [
     "FAMILIES",
     "Entry",
-    "Open",
+    "KindField",
     "Options",
     "Registry",
     "Source",
     "SpecError",
+    "did_you_mean",
     "disputed",
     "dotted",
-    "explained",
-    "hint",
     "nearest",
     "registry",
+    "to_spec_error",
 ]
 
 FAMILIES = ("normalizer", "window", "cell", "task")
@@ -81,7 +81,7 @@ class Options(BaseModel):
     Types are strict (`True` is no integer, `"3"` is none either), numbers are finite, and a list is taken for a tuple.
     `family` is set by the base spec of each family: `"normalizer"`, `"window"`, `"cell"`, `"task"`.
 
-    Raises `pydantic.ValidationError` (a `ValueError`); `explained` turns it into a `SpecError`.
+    Raises `pydantic.ValidationError` (a `ValueError`); `to_spec_error` turns it into a `SpecError`.
 
     >>> class Blur(Options):
     ...     sizes: tuple[int, ...] = (3,)
@@ -90,7 +90,7 @@ class Options(BaseModel):
     >>> try:
     ...     Blur.model_validate({"size": 3})
     ... except ValidationError as error:
-    ...     print(explained(error))
+    ...     print(to_spec_error(error))
     size: unknown key; known: sizes; nearest: 'sizes'
     """
 
@@ -128,7 +128,7 @@ class Options(BaseModel):
     @classmethod
     def nearest_key(cls, key: object) -> str:
         """What is nearest to an unknown key, as the tail of a message; a model may know of places outside itself."""
-        return hint(key, cls.model_fields)
+        return did_you_mean(key, cls.model_fields)
 
 
 SpecType = TypeVar("SpecType", bound=type[Options])
@@ -175,7 +175,7 @@ class Registry:
     >>> own.lookup("normalizer", "identiti")
     Traceback (most recent call last):
     ...
-    atn_norms.problems.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
+    atn_norms.errors.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
     """
 
     def __init__(self, loader: str | None = None) -> None:
@@ -228,8 +228,8 @@ class Registry:
         if entries:
             raise SpecError(disputed(family, kind, entries))
         known = [*self.kinds(family), *besides]
-        near = hint(kind, known) or "; another package's are known once it is installed"
-        raise SpecError(f"unknown {family} {shown(kind)}; known: {', '.join(known) or 'none'}{near}")
+        near = did_you_mean(kind, known) or "; another package's are known once it is installed"
+        raise SpecError(f"unknown {family} {short_repr(kind)}; known: {', '.join(known) or 'none'}{near}")
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -243,7 +243,9 @@ class Registry:
 
     def _of(self, family: str) -> dict[str, list[Entry]]:
         if family not in FAMILIES:
-            raise SpecError(f"unknown family {shown(family)}; known: {', '.join(FAMILIES)}{hint(family, FAMILIES)}")
+            raise SpecError(
+                f"unknown family {short_repr(family)}; known: {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}"
+            )
         self.load()
         return self._claims[family]
 
@@ -309,7 +311,7 @@ _showing: ContextVar[frozenset[str]] = ContextVar("_showing", default=frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class Open:
+class KindField:
     """Mark a field as open to every registered kind of a family: `Annotated[NormSpec, Open("normalizer")]`.
 
     The registry is asked when a value is validated, when a schema is written, and never when the class is built.
@@ -347,7 +349,7 @@ class Open:
             return self._model(value, (), ["none"] if nullable else []).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        got = f"{type(value).__name__} {shown(value)}"
+        got = f"{type(value).__name__} {short_repr(value)}"
         wanted = f"must be a {self.family}'s kind, a mapping or a spec, got {got}"
         raise _problem("spec_type", f"{wanted}; {self._known()}")
 
@@ -361,7 +363,7 @@ class Open:
         if kind is _MISSING:
             problem = f"missing: a mapping for a {self.family} names its kind; {self._known()}"
         elif not isinstance(kind, str):
-            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {shown(kind)}; {self._known()}"
+            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {short_repr(kind)}; {self._known()}"
         else:
             try:
                 return self.source._lookup(self.family, kind, besides)

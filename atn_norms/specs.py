@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from atn_norms.problems import SpecError, beside, dotted, explained, shown
+from atn_norms.errors import SpecError, beside, dotted, short_repr, to_spec_error
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ def build(
     >>> build({"cell": "gru", "input_size": 2, "hidden_sise": 3})
     Traceback (most recent call last):
     ...
-    atn_norms.problems.SpecError: hidden_sise: unknown key; known: ...; nearest: 'hidden_size'
+    atn_norms.errors.SpecError: hidden_sise: unknown key; known: ...; nearest: 'hidden_size'
     hidden_size: required, and missing
     """
     from atn_norms.layers import LayerSpec
@@ -55,7 +55,9 @@ def build(
     if isinstance(source, Mapping):
         return validate(LayerSpec, source).build(device=device, dtype=dtype)
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"build takes a mapping, a path or a LayerSpec, got {type(source).__name__} {shown(source)}")
+        raise TypeError(
+            f"source: got {type(source).__name__} {short_repr(source)}; expected a mapping, a path or a LayerSpec"
+        )
     data, where = read(source)
     spec = validate(LayerSpec, data, where)
     try:
@@ -73,12 +75,12 @@ def validate(model_class: type[Model], data: Any, where: Where | None = None) ->
     >>> validate(Blur, {"size": "3"}, lambda path: "blur.yaml:1:1")
     Traceback (most recent call last):
     ...
-    atn_norms.problems.SpecError: blur.yaml:1:1: size: must be a valid integer, got '3'
+    atn_norms.errors.SpecError: blur.yaml:1:1: size: must be a valid integer, got '3'
     """
     try:
         return model_class.model_validate(data)
     except ValidationError as error:
-        raise explained(error, where, data) from None  # pydantic's own rendering would only say it twice
+        raise to_spec_error(error, where, data) from None  # pydantic's own rendering would only say it twice
     except (OverflowError, RecursionError) as error:  # what a check of ours cannot reckon with
         place = where(()) if where is not None else ""
         said = "nested too deeply" if isinstance(error, RecursionError) else f"a number is too large: {error}"
@@ -169,8 +171,8 @@ def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
 def _parsed(text: str, file: Path, reader: Callable[[str], tuple[Any, Locate]]) -> tuple[dict[str, Any], Where]:
     data, locate = _guarded(lambda: reader(text), lambda position: _place(file, position))
     if not isinstance(data, dict):
-        shown = "nothing" if data is None else type(data).__name__
-        raise SpecError(f"{file}: must hold a mapping (key: value), holds {shown}")
+        found = "nothing" if data is None else type(data).__name__
+        raise SpecError(f"{file}: must hold a mapping (key: value), holds {found}")
     return data, lambda place: _place(file, locate(place))
 
 
@@ -205,7 +207,7 @@ def _text(file: Path) -> str:
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # the system's names hold no zero character
-        raise SpecError(f"{shown(str(file))}: no file can be called so: {error}") from None
+        raise SpecError(f"{short_repr(str(file))}: no file can be called so: {error}") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -234,7 +236,7 @@ def _read_yaml(text: str) -> tuple[Any, Locate]:
         said = " ".join(str(error.problem or error.context).split())
         said = f"{error.context}, {said}" if said.startswith("but ") else said
         if twice := re.match(r'found duplicate key "(.*?)" with value ', said):
-            said = f"key {shown(twice[1])} is given twice"
+            said = f"key {short_repr(twice[1])} is given twice"
         raise _Misplaced(said, mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         raise _Misplaced(f"a character that YAML does not allow: {error.character!r}", None) from None
@@ -316,7 +318,7 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
         elif expects_key:
             path[-1] = json.loads(kind)
             if tuple(path) in starts:
-                raise _Misplaced(f"key {shown(dotted(path))} is given twice", _position(text, token.start()))
+                raise _Misplaced(f"key {short_repr(dotted(path))} is given twice", _position(text, token.start()))
             starts[tuple(path)] = token.start()
             expects_key = False
         elif kind != ":":

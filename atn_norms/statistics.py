@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from atn_norms.trees import rows
+from atn_norms.pytree import expand_mask
 
 
 @runtime_checkable
@@ -67,11 +67,13 @@ class _Shares(NamedTuple):
 
     def seen(self, leaf: Tensor) -> Tensor:
         """`leaf` with the entries of weight 0 replaced by 0, so that neither value nor gradient of them is used."""
-        return torch.where(rows(self.share, leaf) > 0, leaf, torch.zeros((), dtype=leaf.dtype, device=leaf.device))
+        return torch.where(
+            expand_mask(self.share, leaf) > 0, leaf, torch.zeros((), dtype=leaf.dtype, device=leaf.device)
+        )
 
     def average(self, leaf: Tensor) -> Tensor:
         """Weighted mean along the stacked axis, which is kept with length 1."""
-        return (rows(self.share, leaf) * leaf).sum(self.dim, keepdim=True)
+        return (expand_mask(self.share, leaf) * leaf).sum(self.dim, keepdim=True)
 
 
 class Moments(NamedTuple):
@@ -151,6 +153,6 @@ class CountedMoments(NamedTuple):
         mean, var = Moments(self.mean, self.var).pool(weights, dim)
         if weights.ndim == 1:
             weights = weights.reshape((1,) * (dim % self.mean.ndim) + weights.shape)
-        total = rows(weights, self.mean).sum(dim, keepdim=True)[..., :1]
+        total = expand_mask(weights, self.mean).sum(dim, keepdim=True)[..., :1]
         pooled = [1 if axis == dim % self.count.ndim else n for axis, n in enumerate(self.count.shape)]
         return CountedMoments(mean, var, total.expand(pooled).squeeze(dim))

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from atn_norms.deprecation import RenamedAttribute, adopt_renamed
+from atn_norms.pytree import Leaf, Tree, layout, where_mask
 from atn_norms.registry import Options
 from atn_norms.statistics import Statistic
-from atn_norms.trees import Leaf, Tree, hold, layout
 
 S = TypeVar("S", bound=Statistic)
 AGES = 1024  # steps back of which a window is asked whether they all count alike
@@ -30,8 +31,14 @@ class Window(ABC, Generic[S]):
     | `weight` | how much the step counts: 1 for a live row, 0 for padding, or a number of samples | `[N]` |
     | `pooled` | the statistic over the window that ends at this step, like `now` | leaves `[N, ...]` |
 
-    A step of weight 0 did not happen: it leaves the state of its row untouched, and `pooled` means nothing there.
+    Steps of weight 0 are masked: they leave the state of their row unchanged, and their `pooled` is undefined.
     """
+
+    counts_alike = RenamedAttribute("uniform_weights")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        adopt_renamed(cls)
 
     @abstractmethod
     def initial(self, now: S) -> Tree:
@@ -58,7 +65,7 @@ class Window(ABC, Generic[S]):
         return None
 
     @property
-    def counts_alike(self) -> bool:
+    def uniform_weights(self) -> bool:
         """Whether it declares that all steps inside it count alike, so that a maximum, say, can be pooled too."""
         weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
         return weights is not None and bool(((weights == 0) | (weights == weights.max())).all())
@@ -138,24 +145,24 @@ class Sliding(Window[S]):
         weights = torch.cat([weights, weight.unsqueeze(1)], 1)
         leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(leaves, now, strict=True))
         pooled = type(now)(*leaves).pool(weights, 1)
-        return pooled, hold(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+        return pooled, where_mask(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
 
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
         if self.steps == 1:
             return steps, state
         row = torch.arange(weights.shape[1], device=weights.device)
-        alive = weights > 0
+        mask = weights > 0
         # A window counts live steps, so bring each row's live steps together before cutting windows out of it.
-        order = torch.argsort((~alive).to(torch.uint8), dim=0, stable=True)
+        order = torch.argsort((~mask).to(torch.uint8), dim=0, stable=True)
         timeline = [
             torch.cat([old, leaf[order, row].transpose(0, 1)], 1)
             for old, leaf in zip((state[0], *state[1]), (weights, *steps), strict=True)
         ]
         weight_windows, *windows = (line.unfold(1, self.steps, 1).movedim(-1, 2) for line in timeline)
         pooled = type(steps)(*windows).pool(weight_windows, 2)
-        place = (alive.cumsum(0) - 1).clamp(min=0)
+        place = (mask.cumsum(0) - 1).clamp(min=0)
         pooled = type(steps)(*(leaf[row, place] for leaf in pooled))
-        kept = alive.sum(0).unsqueeze(1) + torch.arange(self.steps - 1, device=weights.device)
+        kept = mask.sum(0).unsqueeze(1) + torch.arange(self.steps - 1, device=weights.device)
         weights_left, *left = (line[row.unsqueeze(1), kept] for line in timeline)
         return pooled, (weights_left, tuple(left))
 
@@ -217,7 +224,7 @@ class Cumulative(Window[S]):
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
         total, past = state
         pooled = _merge(now, weight, total, past)
-        return pooled, hold(weight > 0, (total + weight, tuple(pooled)), state)
+        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
 
     def weight_at(self, age: Tensor) -> Tensor:
         return torch.ones_like(age)
@@ -276,7 +283,7 @@ class Exponential(Window[S]):
         total, past = state
         remembered = total * 2.0 ** (-1.0 / self.half_life)
         pooled = _merge(now, weight, remembered, past)
-        return pooled, hold(weight > 0, (remembered + weight, tuple(pooled)), state)
+        return pooled, where_mask(weight > 0, (remembered + weight, tuple(pooled)), state)
 
     def weight_at(self, age: Tensor) -> Tensor:
         return 2.0 ** (-age / self.half_life)

@@ -31,14 +31,14 @@ class Site:
         self.gain = torch.ones((), dtype=torch.float64) if gain is None else gain
         self.shift = torch.zeros((), dtype=torch.float64) if shift is None else shift
         self.past: list[Tensor] = []
-        self.alive: list[Tensor] = []
+        self.mask: list[Tensor] = []
         self.pooled: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: mean, biased variance, how much was counted
 
-    def __call__(self, a: Tensor, alive: Tensor | None = None) -> Tensor:
+    def __call__(self, a: Tensor, mask: Tensor | None = None) -> Tensor:
         self.past.append(a)
-        self.alive.append(torch.ones(len(a), dtype=torch.bool) if alive is None else alive)
-        live = torch.stack(self.alive)  # [m, B]
-        stack = torch.stack([torch.where(on[:, None], p, 0.0) for p, on in zip(self.past, self.alive, strict=True)])
+        self.mask.append(torch.ones(len(a), dtype=torch.bool) if mask is None else mask)
+        live = torch.stack(self.mask)  # [m, B]
+        stack = torch.stack([torch.where(on[:, None], p, 0.0) for p, on in zip(self.past, self.mask, strict=True)])
         stack = stack.unflatten(-1, (self.groups, -1))  # [m, B, G, D / G]
         counted = (live.any(1, keepdim=True) if self.base == "batch" else live).double()
         age = counted.sum(0) - counted.cumsum(0)
@@ -53,14 +53,14 @@ class Site:
         return self.gain * y + self.shift
 
 
-def normalized(base: str, window: Window, xs: Tensor, alive: Tensor | None = None, **options) -> Tensor:
+def normalized(base: str, window: Window, xs: Tensor, mask: Tensor | None = None, **options) -> Tensor:
     """A whole sequence `xs` [T, B, D]; steps that are not alive come out as 0."""
-    return run(Site(base, window, **options), xs, alive)
+    return run(Site(base, window, **options), xs, mask)
 
 
-def run(site: Site, xs: Tensor, alive: Tensor | None = None) -> Tensor:
-    alive = torch.ones(xs.shape[:2], dtype=torch.bool) if alive is None else alive
-    return torch.stack([torch.where(on[:, None], site(x, on), 0.0) for x, on in zip(xs, alive, strict=True)])
+def run(site: Site, xs: Tensor, mask: Tensor | None = None) -> Tensor:
+    mask = torch.ones(xs.shape[:2], dtype=torch.bool) if mask is None else mask
+    return torch.stack([torch.where(on[:, None], site(x, on), 0.0) for x, on in zip(xs, mask, strict=True)])
 
 
 def lstm(w: Weights, x: Tensor, state: tuple[Tensor, Tensor], ih, hh, cell, joint=False, normed=False):

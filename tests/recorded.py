@@ -4,9 +4,9 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.sentences import answer, caution, coverage
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 METRIC = "mean squared error"
 Score = Callable[[str, str, int], float]

@@ -14,7 +14,7 @@ from atn_norms.bench.textbook import Textbook, footprint
 from atn_norms.bench.timing import LEAST, interleaved, whole_call
 from atn_norms.cli import main
 from atn_norms.layers import LayerSpec
-from atn_norms.trees import tree_map
+from atn_norms.pytree import tree_map
 from tests.compare import compare
 
 TINY = Case("lstm", "layer", Size(2, 5, 3, 6), 1, "training", "float32")
@@ -144,7 +144,7 @@ def test_a_wrong_textbook_takes_the_figures_of_the_reference_too(monkeypatch):
 
 def test_a_backend_that_refuses_is_no_failure(wrong, monkeypatch, capsys):
     wrong(gradient_doubled)
-    monkeypatch.setattr(Wrong, "refuses", lambda self, cell, weights: "not today")
+    monkeypatch.setattr(Wrong, "unsupported_reason", lambda self, cell, weights: "not today")
     arguments = ("bench", *QUICK[:4], "--runners", "wrong", "--modes", "training", *QUICK[6:], "--json")
     assert main(arguments) == 0
     row = json.loads(capsys.readouterr().out)["cases"][0]["rows"][1]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import atn_norms
-from atn_norms.ablation import create, ready
-from atn_norms.ablation.store import StudyFolder
+from atn_norms.ablation import create
+from atn_norms.ablation.grid import presets
+from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import COMMANDS, main
 from atn_norms.specs import read
 from tests.waiting import PATIENCE, until
@@ -267,7 +268,7 @@ def test_list_shows_the_ready_made_studies_where_they_are_asked_for(capsys):
     assert "A first look" in out and "lstm" not in out
     data = json.loads(printed(capsys, "list", "cells", "studies", "--json"))
     assert list(data) == ["cells", "studies"]
-    assert [entry["name"] for entry in data["studies"]] == ready.names()
+    assert [entry["name"] for entry in data["studies"]] == presets.names()
 
 
 def test_plugins_are_reported(capsys):
@@ -278,8 +279,8 @@ def test_plugins_are_reported(capsys):
 
 def test_show_tells_what_a_model_is_made_of(capsys):
     out = printed(capsys, "show", "model.yaml")
-    explained = atn_norms.explain(atn_norms.build("model.yaml"))  # which backend it is differs from machine to machine
-    for word in ("norm_ih_l0.weight", "sliding(steps=5)", "state of one sequence", explained):
+    explanation = atn_norms.explain(atn_norms.build("model.yaml"))  # the backend differs from machine to machine
+    for word in ("norm_ih_l0.weight", "sliding(steps=5)", "state of one sequence", explanation):
         assert word in out
     facts = json.loads(printed(capsys, "show", "model.yaml", "--json"))
     assert facts["parameter_count"] == sum(parameter["count"] for parameter in facts["parameters"])
@@ -474,7 +475,11 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
     ("command", "stopped", "goes_on"),
     [
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
-        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.estimate.estimate", "resume here --workers 0"),
+        (
+            ["ablate", "study.yaml", "--out", "here"],
+            "atn_norms.ablation.execution.estimate.estimate",
+            "resume here --workers 0",
+        ),
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here --workers 0"),
         (["resume", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
         (["report", "here"], "atn_norms.ablation.report.write", "report here"),

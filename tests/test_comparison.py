@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from atn_norms.ablation.comparison import Difference, Measure, Point, compare, compare_task, outcome
-from atn_norms.ablation.intervals import bootstrap, median, wilson
-from atn_norms.ablation.reach import level, steps_to
-from atn_norms.ablation.records import Goal, StudyRecord, TaskFacts
+from atn_norms.ablation.analysis.comparison import Difference, Measure, Point, compare, compare_task, outcome
+from atn_norms.ablation.analysis.intervals import bootstrap, median, wilson
+from atn_norms.ablation.analysis.time_to_target import level, steps_to
+from atn_norms.ablation.store.records import Goal, StudyRecord, TaskFacts
 from tests.recorded import METRIC, grid, study, trial
 
 INF = math.inf

@@ -60,10 +60,10 @@ def test_every_built_in_kind_is_on_its_page_with_every_option(family):
     [
         ("atn_norms.layers", "LayerSpec", "specs"),
         ("atn_norms.cells", "Placement", "cells"),
-        ("atn_norms.ablation.study", "StudySpec", "studies"),
-        ("atn_norms.ablation.training", "TrainSpec", "studies"),
+        ("atn_norms.ablation.grid.study", "StudySpec", "studies"),
+        ("atn_norms.ablation.grid.training", "TrainSpec", "studies"),
         *[
-            ("atn_norms.ablation.schedules", schedule, "studies")
+            ("atn_norms.ablation.grid.schedules", schedule, "studies")
             for schedule in ("Cosine", "Linear", "Step", "Plateau")
         ],
     ],

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from atn_norms.commands import endings
-from atn_norms.commands.endings import Ended, exit_code, heard, stopping
+from atn_norms.commands import signals
+from atn_norms.commands.signals import Ended, exit_code, handle, stopping
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -22,7 +22,7 @@ def as_from_a_terminal():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_further_signals_do_not_disturb_what_is_put_in_order(number):
     before, done = [signal.getsignal(each) for each in SIGNALS], []
-    with pytest.raises(KeyboardInterrupt) as caught, heard(), heard():  # as one command inside another
+    with pytest.raises(KeyboardInterrupt) as caught, handle(), handle():  # as one command inside another
         assert not stopping()
         try:
             signal.raise_signal(number)
@@ -38,20 +38,20 @@ def test_further_signals_do_not_disturb_what_is_put_in_order(number):
 
 def test_one_that_comes_when_it_hangs_is_heard_again(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(endings.time, "monotonic", lambda: now[0])
-    with heard():
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with handle():
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            now[0] += endings.PATIENCE
+            now[0] += signals.PATIENCE
 
 
 def test_a_handler_of_somebody_else_stays():
     mine = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: mine.append(number))
     try:
-        with heard():
+        with handle():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

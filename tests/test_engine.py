@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from atn_norms.ablation import attempt, cluster, create, engine, events, load, locks, resume, run, status, trial
-from atn_norms.ablation.environment import differences, versions
-from atn_norms.ablation.files import Busy, StoreError
-from atn_norms.ablation.store import StudyFolder
-from atn_norms.problems import SpecError
+from atn_norms.ablation import create, load, resume, run, status
+from atn_norms.ablation.execution import cluster, engine, events, trial, worker
+from atn_norms.ablation.execution.environment import differences, versions
+from atn_norms.ablation.store import locks
+from atn_norms.ablation.store.files import Busy, StoreError
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.errors import SpecError
 from tests.waiting import PATIENCE, until
 
 STUDY = {
@@ -167,7 +169,7 @@ def test_an_interrupt_stops_at_once_and_a_resume_gives_the_same_bytes(study, tmp
 
 
 def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
-    train = attempt.run_trial
+    train = worker.run_trial
     second = load(study).trials[1]
 
     def sometimes(folder, *rest):
@@ -176,7 +178,7 @@ def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
         return train(folder, *rest)
 
     events = []
-    monkeypatch.setattr(attempt, "run_trial", sometimes)
+    monkeypatch.setattr(worker, "run_trial", sometimes)
     record = run(study, workers=0, on_event=events.append)
     assert [trial.status for trial in record.trials] == ["done", "failed", "done"]
     error = record.trials[1].error
@@ -193,7 +195,7 @@ def test_a_store_that_cannot_be_written_ends_the_run(study, monkeypatch):
     def full(folder, *rest):
         raise StoreError("cannot write x: No space left on device")
 
-    monkeypatch.setattr(attempt, "run_trial", full)
+    monkeypatch.setattr(worker, "run_trial", full)
     with pytest.raises(StoreError, match="No space left on device"):
         run(study, workers=0)
     assert status(study)["pending"] == 3, "nothing is blamed on a trial"
@@ -216,7 +218,7 @@ def test_a_trial_that_another_process_has_is_waited_for(study, monkeypatch):
 
 def test_versions_that_differ_are_named(study):
     folder = StudyFolder(study).trial(load(study).trials[0].id)
-    told = attempt.attempt(folder, {**versions(), "torch": "1.0"}, print)
+    told = worker.attempt(folder, {**versions(), "torch": "1.0"}, print)
     assert told == {}
     error = load(study).trials[0].error
     assert error is not None and "instead of 1.0; install the same versions everywhere" in error["error"]
@@ -328,10 +330,10 @@ def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_
     assert "interrupted" in told and "Traceback" not in told, told
     stopped = {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
     assert until(lambda: status(folder) == stopped), status(folder)
-    assert until(lambda: not any(map(alive, workers)))
+    assert until(lambda: not any(map(mask, workers)))
 
 
-def alive(process):
+def mask(process):
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -3,7 +3,7 @@
 import torch
 
 from atn_norms.ablation import StudySpec, create, load, make_plan, run
-from atn_norms.ablation.estimate import duration_of, estimate
+from atn_norms.ablation.execution.estimate import duration_of, estimate
 
 STUDY = {
     "model": {"cell": "rnn", "hidden_size": 3},
@@ -24,7 +24,7 @@ def test_an_estimate_is_a_positive_time_that_grows_with_the_work(tmp_path):
 
 def test_what_costs_differently_is_timed_apart(monkeypatch):
     timed = []
-    monkeypatch.setattr("atn_norms.ablation.estimate._timed", lambda trial: timed.append(trial) or (1.0, 1.0))
+    monkeypatch.setattr("atn_norms.ablation.execution.estimate._timed", lambda trial: timed.append(trial) or (1.0, 1.0))
     axes = {"hidden_size": [3, 4], "norm": ["none", "batch"], "train.population_batches": [0, 9], "train.steps": [2, 3]}
     trials = make_plan(StudySpec.model_validate(STUDY | {"axes": axes})).trials
     assert duration_of([each.trial for each in trials], 1)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from atn_norms.ablation import StudySpec, create, load, make_plan, run
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 
 STUDY = {
     "name": "growing",
@@ -60,12 +60,12 @@ def test_a_study_that_lacks_a_trial_takes_nobody_s_place(tmp_path):
 
 
 def test_a_growth_that_is_killed_leaves_the_study_that_was_there(tmp_path, monkeypatch):
-    from atn_norms.ablation import store
+    from atn_norms.ablation.store import folder as module
 
     folder = create(STUDY, tmp_path / "study")
     run(folder, workers=0)
     writes = []
-    write_json = store.write_json
+    write_json = module.write_json
 
     def killed(path, value):
         writes.append(path)
@@ -74,7 +74,7 @@ def test_a_growth_that_is_killed_leaves_the_study_that_was_there(tmp_path, monke
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_json", killed)
+        patch.setattr(module, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             create({**STUDY, "seeds": 2}, folder)
     assert writes, "it had begun"

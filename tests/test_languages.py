@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from atn_norms import LSTM, LayerSpec
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 from atn_norms.tasks import CharLMSpec, Model, WordLMSpec, corpora, language
 from tests.compare import compare
 
@@ -158,10 +158,15 @@ def test_read_out_and_embedding_share_where_their_sizes_agree(text, tied, hidden
 
 def test_weights_that_cannot_be_shared_are_refused_with_the_reason():
     spec = CharLMSpec(embedding=5, tied=True)
-    said = spec.refuses(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 4}))
+    said = spec.unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 4}))
     assert said == "tied weights need outputs of the embedding's size 5, and the layer's have 4"
-    assert spec.refuses(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 5})) is None
-    assert CharLMSpec().refuses(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 5})) is None
+    assert (
+        spec.unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 5})) is None
+    )
+    assert (
+        CharLMSpec().unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 5}))
+        is None
+    )
 
 
 def test_words_are_walked_along_like_characters(treebank):

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from atn_norms.ablation import Event
 from atn_norms.commands import progress as module
-from atn_norms.commands.progress import Progress, shown
+from atn_norms.commands.progress import Progress, live_progress
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_when_all_is_over_nothing_is_left(clock):
 
 def test_in_a_log_it_is_a_line_for_each_end_and_one_a_minute(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "on_terminal", lambda: False)
-    with shown(400) as see:
+    with live_progress(400) as see:
         see(event("started"))
         see(event("step", step=1, loss=0.5))
         assert capsys.readouterr().out == ""
@@ -143,7 +143,7 @@ def test_in_a_log_it_is_a_line_for_each_end_and_one_a_minute(clock, monkeypatch,
 
 def test_a_table_on_a_terminal_leaves_the_failures_behind(monkeypatch, capsys):
     monkeypatch.setattr(module, "on_terminal", lambda: True)
-    with shown(400) as see:
+    with live_progress(400) as see:
         see(event("started"))
         see(event("diverged", step=3, finished=1))
     out = capsys.readouterr().out

@@ -6,9 +6,10 @@ from importlib import resources
 import pytest
 from ruamel.yaml import YAML
 
-from atn_norms.ablation import StudySpec, make_plan, ready
+from atn_norms.ablation import StudySpec, make_plan
+from atn_norms.ablation.grid import presets
 from atn_norms.cli import main
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 
 PAPER = {  # task, length, hidden_size, batch_size, steps, optimizer, k
     "paper-adding": ("adding", 100, 60, 50, 20_000, {"kind": "rmsprop", "lr": 1e-3, "momentum": 0.0}, 25),
@@ -19,10 +20,10 @@ PAPER = {  # task, length, hidden_size, batch_size, steps, optimizer, k
 
 
 def planned(name):
-    return make_plan(StudySpec.model_validate(YAML(typ="safe").load(ready.text(name))))
+    return make_plan(StudySpec.model_validate(YAML(typ="safe").load(presets.text(name))))
 
 
-@pytest.mark.parametrize("name", ready.names())
+@pytest.mark.parametrize("name", presets.names())
 def test_a_ready_made_study_is_one_and_is_called_by_its_name(name):
     plan = planned(name)
     assert plan.name == name and list(plan.axes) == ["norm", "window"]
@@ -44,16 +45,16 @@ def test_a_paper_study_has_the_setting_of_the_paper(name):
 
 
 def test_every_file_of_the_folder_is_a_study():
-    files = resources.files("atn_norms.ablation") / "studies"
+    files = resources.files("atn_norms.ablation.grid") / "studies"
     assert sorted(file.name for file in files.iterdir() if not file.name.startswith("_")) == [
-        f"{name}.yaml" for name in ready.names()
+        f"{name}.yaml" for name in presets.names()
     ]
-    assert set(PAPER) | {"quick"} == set(ready.names())
+    assert set(PAPER) | {"quick"} == set(presets.names())
 
 
 def test_an_unknown_study_is_named_with_what_there_is():
     with pytest.raises(SpecError, match=r"unknown study 'paper-coping'; a file, or one of: charlm, .*'paper-copying'"):
-        ready.text("paper-coping")
+        presets.text("paper-coping")
 
 
 def test_a_ready_made_study_runs_by_its_name(tmp_path, monkeypatch, capsys):
@@ -72,11 +73,13 @@ def test_a_ready_made_study_is_written_out_to_be_edited(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert main(["init", "paper-adding"]) == 0
     written = (tmp_path / "paper-adding.yaml").read_text()
-    assert written.endswith(ready.text("paper-adding")) and written.startswith("# yaml-language-server: $schema=paper-")
+    assert written.endswith(presets.text("paper-adding")) and written.startswith(
+        "# yaml-language-server: $schema=paper-"
+    )
     assert main(["init", "charlm", "mine.yaml"]) == 0
-    assert (tmp_path / "mine.yaml").read_text().endswith(ready.text("charlm"))
+    assert (tmp_path / "mine.yaml").read_text().endswith(presets.text("charlm"))
     assert main(["init", "other.yaml"]) == 0
-    assert (tmp_path / "other.yaml").read_text().endswith(ready.text("quick"))
+    assert (tmp_path / "other.yaml").read_text().endswith(presets.text("quick"))
     assert main(["init", "charlm", "other.yaml"]) == 2 and "already there" in capsys.readouterr().err
     assert main(["init", "charml"]) == 2
     assert "unknown study 'charml'" in capsys.readouterr().err

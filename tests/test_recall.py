@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from atn_norms import LSTM
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 from atn_norms.tasks import CopyingSpec, DenoiseSpec, Model, recall
 from tests.compare import compare
 

@@ -296,11 +296,11 @@ def test_lengths_of_odd_types_are_refused(lengths):
 
 
 @pytest.mark.parametrize(
-    "alive", [[True, False], torch.ones(3).bool(), torch.ones(2), torch.ones(2, 1).bool(), "a"], ids=repr
+    "mask", [[True, False], torch.ones(3).bool(), torch.ones(2), torch.ones(2, 1).bool(), "a"], ids=repr
 )
-def test_alive_of_another_shape_or_type_is_refused(alive):
-    with pytest.raises(ValueError, match=r"^alive: .*; allowed: a bool tensor of shape \[2\]"):
-        an.AssortedTime(an.LayerNorm(4), 3).step(torch.randn(2, 4), alive=alive)
+def test_alive_of_another_shape_or_type_is_refused(mask):
+    with pytest.raises(ValueError, match=r"^mask: .*; allowed: a bool tensor of shape \[2\]"):
+        an.AssortedTime(an.LayerNorm(4), 3).step(torch.randn(2, 4), mask=mask)
 
 
 def pruned():

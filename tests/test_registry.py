@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from atn_norms.registry import Open, Options, Registry, Source, SpecError, dotted, explained, nearest
+from atn_norms.registry import KindField, Options, Registry, Source, SpecError, dotted, nearest, to_spec_error
 
 own = Registry()
 
@@ -31,7 +31,7 @@ class Plain(Norm):
 class Group(Norm):
     kind: Literal["group"] = "group"
     groups: int
-    inner: Annotated[Norm, Open("normalizer", source=own)] = Plain()
+    inner: Annotated[Norm, KindField("normalizer", source=own)] = Plain()
 
 
 class Window(Options):
@@ -57,12 +57,12 @@ class Placement(Options):
 
 
 class Layer(Options):
-    norm: Annotated[Norm | None, Open("normalizer", source=own)] = None
+    norm: Annotated[Norm | None, KindField("normalizer", source=own)] = None
     size: int
-    window: Annotated[Window, Open("window", shorthand=steps_of, shorthand_schema={"type": "integer"}, source=own)] = (
-        Last(steps=1)
-    )
-    more: tuple[Annotated[Norm, Open("normalizer", source=own)], ...] = ()
+    window: Annotated[
+        Window, KindField("window", shorthand=steps_of, shorthand_schema={"type": "integer"}, source=own)
+    ] = Last(steps=1)
+    more: tuple[Annotated[Norm, KindField("normalizer", source=own)], ...] = ()
     placement: Placement = Placement()
     seeds: int | list[int] = 1
     scale: float = 1.0
@@ -71,7 +71,7 @@ class Layer(Options):
 def said(data: dict[Any, Any]) -> list[str]:
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate(data)
-    return list(explained(caught.value, data=data).problems)
+    return list(to_spec_error(caught.value, data=data).problems)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_errors_inside_a_late_bound_field_keep_their_path():
 def test_all_problems_are_told_at_once_and_in_place():
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate({"sise": 1, "norm": 3})
-    error = explained(caught.value, where=lambda path: f"file:{len(path)}")
+    error = to_spec_error(caught.value, where=lambda path: f"file:{len(path)}")
     assert [problem.split(";")[0] for problem in str(error).splitlines()] == [
         "file:1: sise: unknown key",
         "file:1: norm: must be a normalizer's kind, a mapping or a spec, got int 3",
@@ -190,7 +190,7 @@ def test_registration_after_the_class_was_built_counts():
     late = Registry()
 
     class Holder(Options):
-        norm: Annotated[Norm, Open("normalizer", source=late)]
+        norm: Annotated[Norm, KindField("normalizer", source=late)]
 
     with pytest.raises(ValidationError, match="unknown normalizer 'plain'; known: none"):
         Holder.model_validate({"norm": "plain"})

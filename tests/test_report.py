@@ -17,21 +17,21 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from atn_norms.ablation import report
-from atn_norms.ablation.comparison import compare
-from atn_norms.ablation.files import StoreError
-from atn_norms.ablation.records import StudyRecord, TaskFacts
+from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report import costs as report_costs
 from atn_norms.ablation.report import curves, heatmap, strip
 from atn_norms.ablation.report.canvas import save
+from atn_norms.ablation.report.csv_export import points_csv, results_csv
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.heatmap import blocks, shade
 from atn_norms.ablation.report.html import sections
 from atn_norms.ablation.report.names import Layout, number
 from atn_norms.ablation.report.sentences import answer
-from atn_norms.ablation.report.sheets import points_csv, results_csv
 from atn_norms.ablation.report.tables import FITTED, latex, markdown
+from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts
 from atn_norms.commands.studies import _levels
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 from atn_norms.specs import read
 from tests.recorded import METRIC, grid, said, score, study
 

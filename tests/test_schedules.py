@@ -5,9 +5,10 @@ import torch
 from pydantic import ValidationError
 from torch.optim import lr_scheduler
 
-from atn_norms.ablation import TrainSpec, schedules
-from atn_norms.ablation.schedules import Rate
-from atn_norms.problems import explained
+from atn_norms.ablation import TrainSpec
+from atn_norms.ablation.grid import schedules
+from atn_norms.ablation.grid.schedules import Rate
+from atn_norms.errors import to_spec_error
 
 STEPS = 20
 
@@ -103,7 +104,7 @@ def test_what_is_no_schedule_is_said_where_it_is(schedule, said):
     data = {"schedule": schedule}
     with pytest.raises(ValidationError) as caught:
         TrainSpec.model_validate(data)
-    assert said in str(explained(caught.value, data=data))
+    assert said in str(to_spec_error(caught.value, data=data))
 
 
 def test_the_schema_shows_every_schedule_with_its_options():

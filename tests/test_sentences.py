@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from atn_norms.ablation.comparison import compare
+from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import short_names
 from atn_norms.ablation.report.sentences import question

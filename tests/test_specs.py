@@ -260,7 +260,7 @@ def test_what_only_building_finds_out_names_the_file_too(tmp_path):
 
 
 def test_build_refuses_what_is_neither_path_nor_mapping():
-    with pytest.raises(TypeError, match="build takes a mapping, a path or a LayerSpec, got int 3"):
+    with pytest.raises(TypeError, match="source: got int 3; expected a mapping, a path or a LayerSpec"):
         specs.build(3)  # pyright: ignore[reportArgumentType]
 
 

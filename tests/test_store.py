@@ -10,12 +10,13 @@ import shutil
 import pytest
 import torch
 
-from atn_norms.ablation import create, files, load, run, status
-from atn_norms.ablation.files import Busy, StoreError
-from atn_norms.ablation.plan import make_plan
-from atn_norms.ablation.store import StudyFolder, TrialFolder
-from atn_norms.ablation.study import StudySpec
-from atn_norms.problems import SpecError
+from atn_norms.ablation import create, load, run, status
+from atn_norms.ablation.grid.plan import make_plan
+from atn_norms.ablation.grid.study import StudySpec
+from atn_norms.ablation.store import files
+from atn_norms.ablation.store.files import Busy, StoreError
+from atn_norms.ablation.store.folder import StudyFolder, TrialFolder
+from atn_norms.errors import SpecError
 from tests.waiting import until
 
 STUDY = {

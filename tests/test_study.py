@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from atn_norms import LayerSpec
-from atn_norms.ablation import StudySpec, TrainSpec, create, make_plan, optimizers, override, ready, schedules
-from atn_norms.ablation.plan import digest, identity
-from atn_norms.ablation.settings import placed
-from atn_norms.problems import SpecError, explained
+from atn_norms.ablation import StudySpec, TrainSpec, create, make_plan, override
+from atn_norms.ablation.grid import optimizers, presets, schedules
+from atn_norms.ablation.grid.overrides import placed
+from atn_norms.ablation.grid.plan import digest, identity
+from atn_norms.errors import SpecError, to_spec_error
 from atn_norms.specs import parse, validate
 from atn_norms.tasks import AddingSpec
 
@@ -33,11 +34,11 @@ def complaint(**changes):
     data = {**SMALL, **changes}
     with pytest.raises(ValidationError) as caught:
         StudySpec.model_validate(data)
-    return str(explained(caught.value, data=data))
+    return str(to_spec_error(caught.value, data=data))
 
 
 def test_the_built_in_study_is_what_the_first_look_needs():
-    study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(ready.text("quick"))))
+    study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(presets.text("quick"))))
     assert study.axes == {"norm": ["none", "layer", "batch", "rms"], "window": ["1", "5", "25"]}
     assert list(study.tasks) == ["adding", "charlm"] and study.baseline == {"norm": "none"}
     assert len(study.trials) == 2 * 10 * 2, "without a norm three windows are one trial"
@@ -277,7 +278,7 @@ def test_every_problem_is_told():
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said, tmp_path, monkeypatch):
     monkeypatch.setattr("atn_norms.layers.spec._physical_memory", lambda: 10**10)
-    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 10**10, raising=False)
+    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 10**10, raising=False)
     with pytest.raises(SpecError, match=said):
         create({**SMALL, "seeds": 1, **changes}, tmp_path / "study")
     assert list(tmp_path.iterdir()) == []
@@ -286,9 +287,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said
 def test_the_ends_of_a_model_count_like_its_middle(monkeypatch):
     task = {"kind": "charlm", "embedding": 1000}
     numbers = 4 * 3 * (1000 + 3 + 2) + 4 * len(set(text_of_python())) + 1000 * len(set(text_of_python()))
-    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 8 * numbers, raising=False)
+    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 8 * numbers, raising=False)
     assert plan(task=task)
-    monkeypatch.setattr("atn_norms.ablation.plan._physical_memory", lambda: 8 * numbers - 1)
+    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 8 * numbers - 1)
     with pytest.raises(SpecError, match="allowed: what fits this machine's"):
         plan(task=task)
 

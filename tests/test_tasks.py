@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from atn_norms import LSTM
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
+from atn_norms.pytree import tree_leaves
 from atn_norms.tasks import AddingSpec, CharLMSpec, Model, language
-from atn_norms.trees import tree_leaves
 from tests.compare import compare
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from atn_norms.ablation import StudySpec, create, load, make_plan
-from atn_norms.ablation.report.sheets import scored_step
-from atn_norms.ablation.store import StudyFolder
-from atn_norms.ablation.trial import Diverged, Trainer, run_trial
+from atn_norms.ablation.execution.trial import Diverged, Trainer, run_trial
+from atn_norms.ablation.report.csv_export import scored_step
+from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.normalizers import BatchNorm
 from atn_norms.tasks.adding import Adding
 from tests.compare import compare

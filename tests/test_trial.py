@@ -10,12 +10,13 @@ import warnings
 import pytest
 import torch
 
-from atn_norms.ablation import TrainSpec, create, files, load
-from atn_norms.ablation.files import Busy, StoreError
-from atn_norms.ablation.plan import VERSION
-from atn_norms.ablation.store import StudyFolder
-from atn_norms.ablation.trial import Diverged, Trainer, run_trial
-from atn_norms.problems import SpecError
+from atn_norms.ablation import TrainSpec, create, load
+from atn_norms.ablation.execution.trial import Diverged, Trainer, run_trial
+from atn_norms.ablation.grid.plan import VERSION
+from atn_norms.ablation.store import files
+from atn_norms.ablation.store.files import Busy, StoreError
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.errors import SpecError
 from tests.compare import compare
 
 ADDING = {"kind": "adding", "length": 5, "train": 40, "validation": 10, "test": 10}
@@ -224,8 +225,8 @@ def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("most", "begins"), [(0.0, 5), (60.0, 1)])
 def test_a_kill_costs_little_time_however_far_apart_checkpoints_are_in_steps(tmp_path, monkeypatch, most, begins):
-    monkeypatch.setattr("atn_norms.ablation.trial.MOST_LOST", most)
-    monkeypatch.setattr("atn_norms.ablation.trial.SAVING", most)
+    monkeypatch.setattr("atn_norms.ablation.execution.trial.MOST_LOST", most)
+    monkeypatch.setattr("atn_norms.ablation.execution.trial.SAVING", most)
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study", checkpoint_every=9)
     run_trial(whole)
     with pytest.raises(Stopped):
@@ -334,11 +335,11 @@ def test_a_full_disk_in_the_middle_is_named_and_costs_nothing_before(tmp_path, m
             raise StoreError(f"cannot write {path}: No space left on device")
         files_write(path, content)
 
-    from atn_norms.ablation import store
+    from atn_norms.ablation.store import folder
 
     files_write = files.write
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write", full)
+        patch.setattr(folder, "write", full)
         with pytest.raises(StoreError, match="checkpoint.pt: No space left on device"):
             run_trial(trial)
     run_trial(trial)

@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atn_norms.ablation import ready
-from atn_norms.ablation.engine import Event, OnEvent, run
-from atn_norms.ablation.environment import environment
-from atn_norms.ablation.files import Busy, StoreError
-from atn_norms.ablation.plan import Plan, make_plan
-from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
-from atn_norms.ablation.settings import override
-from atn_norms.ablation.store import StudyFolder, load
-from atn_norms.ablation.study import StudySpec, TrainSpec
-from atn_norms.problems import SpecError, explained
+from atn_norms.ablation.execution.engine import Event, OnEvent, run
+from atn_norms.ablation.execution.environment import environment
+from atn_norms.ablation.grid import presets
+from atn_norms.ablation.grid.overrides import override
+from atn_norms.ablation.grid.plan import Plan, make_plan
+from atn_norms.ablation.grid.study import StudySpec, TrainSpec
+from atn_norms.ablation.store.files import Busy, StoreError
+from atn_norms.ablation.store.folder import StudyFolder, load
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.errors import SpecError, to_spec_error
 from atn_norms.specs import Where
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "load",
     "make_plan",
     "override",
-    "ready",
+    "presets",
     "refuse_edited",
     "resume",
     "run",
@@ -58,7 +58,7 @@ def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, 
     try:
         spec = study if isinstance(study, StudySpec) else StudySpec.model_validate(study)
     except ValidationError as error:
-        raise explained(error, data=study) from error
+        raise to_spec_error(error, data=study) from error
     plan = make_plan(spec, where)
     folder = Path(out) if out is not None else _home(plan)
     StudyFolder(folder).create(plan, environment())

@@ -13,8 +13,8 @@ from atn_norms.backends.reference import Reference
 from atn_norms.backends.torch_nn import TorchNN
 from atn_norms.backends.triton import Triton
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.registry import hint
-from atn_norms.trees import Tree
+from atn_norms.errors import did_you_mean
+from atn_norms.pytree import Tree
 
 
 class Backend(Protocol):
@@ -33,7 +33,7 @@ class Backend(Protocol):
         """What `backend=` calls it."""
         ...
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
         """In one sentence why it cannot run this case, or None if it can."""
         ...
 
@@ -62,7 +62,7 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
     """
     if name == "auto":
         for backend in _IN_ORDER:
-            reason = backend.refuses(cell, weights)
+            reason = backend.unsupported_reason(cell, weights)
             if reason is None:
                 return backend
             if reason == unavailable():
@@ -70,8 +70,8 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
     backends = known()
     if name not in backends:
         names = ["auto", *backends]
-        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{hint(name, names)}")
-    reason = backends[name].refuses(cell, weights)
+        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{did_you_mean(name, names)}")
+    reason = backends[name].unsupported_reason(cell, weights)
     if reason is not None:
         raise ValueError(f"backend: {name!r} cannot run this layer: {reason}")
     return backends[name]
@@ -79,4 +79,4 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
 
 def refusals(cell: Cell, weights: CellWeights) -> dict[str, str | None]:
     """What every backend says of a case: the reason it refuses, or None."""
-    return {name: backend.refuses(cell, weights) for name, backend in known().items()}
+    return {name: backend.unsupported_reason(cell, weights) for name, backend in known().items()}

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from atn_norms.cells import Cell, CellWeights, RNNEquations
-from atn_norms.trees import Tree
+from atn_norms.pytree import Tree
 
 
 class TorchNN:
@@ -15,7 +15,7 @@ class TorchNN:
 
     name = "torch"
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
         if cell.torch_name is None:
             return f"torch.nn has no {type(cell).__name__}"
         if weights.norms:

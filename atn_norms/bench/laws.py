@@ -11,7 +11,7 @@ from torch import Tensor
 from atn_norms.bench.spec import TEXTBOOK, Case, Size
 from atn_norms.bench.textbook import Textbook
 from atn_norms.layers import Recurrent
-from atn_norms.trees import Tree, tree_leaves, tree_map
+from atn_norms.pytree import Tree, tree_leaves, tree_map
 
 # Rounding per step, times how much 1 / sqrt(variance + 1e-5) can magnify it, with room for eight roundings a step.
 _MAGNIFIED = 8 * 1e-5**-0.5
@@ -155,8 +155,8 @@ def _filled(state: Tree, batch: int) -> Tree:
             return memory
         index, (weights, leaves) = memory
         seen = tree_map(lambda leaf: _rounded(0.5 + torch.rand_like(leaf)), leaves)
-        alive = 1 if weights.shape[0] == batch else batch  # a coupled batch counts its rows
-        return index + 1000, (torch.full_like(weights, alive), seen)
+        mask = 1 if weights.shape[0] == batch else batch  # a coupled batch counts its rows
+        return index + 1000, (torch.full_like(weights, mask), seen)
 
     def cell_of(cell: Any) -> Any:
         carried, norms = cell

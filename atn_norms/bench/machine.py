@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from atn_norms.backends.native.library import load
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 KEPT = "mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1): freed memory stays in the process, for every runner"

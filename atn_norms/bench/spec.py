@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from atn_norms.backends import known
 from atn_norms.bench.machine import available_memory
+from atn_norms.errors import SpecError, did_you_mean
 from atn_norms.layers import LayerSpec
-from atn_norms.problems import SpecError, hint
 from atn_norms.registry import Options
 from atn_norms.specs import validate
 
@@ -73,7 +73,7 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _known_runners(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name not in (allowed := runners()):
-            raise ValueError(f"unknown {name!r}; known: {', '.join(allowed)}{hint(name, allowed)}")
+            raise ValueError(f"unknown {name!r}; known: {', '.join(allowed)}{did_you_mean(name, allowed)}")
     return names
 
 

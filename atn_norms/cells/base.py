@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from atn_norms.assorted_time import SiteNorm, alive_steps, masked
+from atn_norms.assorted_time import SiteNorm, masked, steps_mask
+from atn_norms.pytree import Tree, describe_structure, where_mask
 from atn_norms.registry import Options
-from atn_norms.trees import Tree, hold, outline
 
 
 class Placement(Options):
@@ -69,7 +69,7 @@ class Cell(ABC):
     | `xs` | inputs, time first | `[T, B, D]` |
     | `u` | what `project` made of one step's input | `[B, G*H]` |
     | `state` | `(carried, norms)`: the tensors named in `carried`, and one state per site | axis 0: B |
-    | `alive` | rows this step exists for; None means all | `[B]`, bool |
+    | `mask` | rows this step exists for; None means all | `[B]`, bool |
     | `lengths` | live steps of each row; None means all | `[B]`, int |
     | `y` | the step's output | `[B, R]` |
 
@@ -146,7 +146,9 @@ class Cell(ABC):
         fits = isinstance(carried, tuple) and False not in [isinstance(c, Tensor) for c in carried]
         if not fits or [c.shape for c in carried] != expected:
             allowed = ", ".join(f"[{batch}, {size}]" for _, size in expected)
-            raise ValueError(f"{name}: carries {outline(carried)}; allowed for a batch of {batch}: ({allowed})")
+            raise ValueError(
+                f"{name}: carries {describe_structure(carried)}; allowed for a batch of {batch}: ({allowed})"
+            )
         for c in carried:
             mixed = c.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)
             if mixed or c.device != like.device:
@@ -155,23 +157,27 @@ class Cell(ABC):
     def check_state(self, weights: CellWeights, state: Tree, batch: int) -> None:
         """Raise `ValueError` for a state of another structure; what a norm's own state must be, the norm checks."""
         if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(f"state: {outline(state)}; allowed: (carried, norms), as this cell or layer returned it")
+            raise ValueError(
+                f"state: {describe_structure(state)}; allowed: (carried, norms), as this cell or layer returned it"
+            )
         carried, norms = state
         self.check_carried(weights, carried, batch)
         sites = self.sites
         if not isinstance(norms, tuple) or len(norms) != len(sites):
-            raise ValueError(f"state: norms {outline(norms)}; allowed: one state for each of {', '.join(sites)}")
+            raise ValueError(
+                f"state: norms {describe_structure(norms)}; allowed: one state for each of {', '.join(sites)}"
+            )
         for site, norm in zip(sites, norms, strict=True):
             if not isinstance(norm, tuple) or (site not in weights.norms and norm != ()):
                 allowed = "what its norm returned" if site in weights.norms else "(), as it carries no norm"
-                raise ValueError(f"state: {outline(norm)} at site {site!r}; allowed: {allowed}")
+                raise ValueError(f"state: {describe_structure(norm)} at site {site!r}; allowed: {allowed}")
 
     def project(
         self, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tree]:
         """The input side of all T steps at once, normed where the site `ih` has a norm; it is not recurrent."""
         if lengths is not None:
-            xs = masked(xs, alive_steps(lengths, xs))
+            xs = masked(xs, steps_mask(lengths, xs))
         us = F.linear(xs, weights["weight_ih"], weights.get("bias_ih"))
         if "ih" not in weights.norms:
             return us, state
@@ -181,7 +187,7 @@ class Cell(ABC):
         return us, (carried, (*norms[:place], memory, *norms[place + 1 :]))
 
     @abstractmethod
-    def step(self, weights: CellWeights, u: Tensor, state: Tree, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         """One time step: the output and the state that follows."""
 
     def recur(self, weights: CellWeights, h: Tensor) -> Tensor:
@@ -189,19 +195,19 @@ class Cell(ABC):
         return F.linear(h, weights["weight_hh"], weights.get("bias_hh"))
 
     def ended(
-        self, y: Tensor, carried: tuple[Tensor, ...], norms: SiteStates, before: Tree, alive: Tensor | None
+        self, y: Tensor, carried: tuple[Tensor, ...], norms: SiteStates, before: Tree, mask: Tensor | None
     ) -> tuple[Tensor, Tree]:
         """The end of a step: output and state, with rows that are not alive left as they were."""
-        if alive is None:
+        if mask is None:
             return y, (carried, norms.states())
-        return masked(y, alive), (hold(alive, carried, before[0]), norms.states())
+        return masked(y, mask), (where_mask(mask, carried, before[0]), norms.states())
 
 
 class SiteStates:
     """The norms of one step of a cell with their states: apply each by the name of its site, then collect."""
 
-    def __init__(self, cell: Cell, weights: CellWeights, states: Tree, alive: Tensor | None) -> None:
-        self._norms, self._alive = weights.norms, alive
+    def __init__(self, cell: Cell, weights: CellWeights, states: Tree, mask: Tensor | None) -> None:
+        self._norms, self._alive = weights.norms, mask
         self._states = dict(zip(cell.sites, states, strict=True))
 
     def __call__(self, site: str, x: Tensor) -> Tensor:

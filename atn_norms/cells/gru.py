@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.cells.base import Cell, CellSpec, CellWeights, Placement, SiteStates, refuse
-from atn_norms.trees import Tree
+from atn_norms.pytree import Tree
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class GRUEquations(Cell):
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
     torch_name: ClassVar[str | None] = "GRU"
 
-    def step(self, weights: CellWeights, u: Tensor, state: Tree, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         (h,), states = state
-        norm = SiteStates(self, weights, states, alive)
+        norm = SiteStates(self, weights, states, mask)
         x_r, x_z, x_n = u.chunk(3, -1)
         h_r, h_z, h_n = norm("hh", self.recur(weights, h)).chunk(3, -1)
         z = torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
         h = (1 - z) * n + z * h
-        return self.ended(h, (h,), norm, state, alive)
+        return self.ended(h, (h,), norm, state, mask)
 
 
 class GRUSpec(CellSpec):

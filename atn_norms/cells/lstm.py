@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from atn_norms.cells.base import Cell, CellSpec, CellWeights, Placement, SiteStates
-from atn_norms.trees import Tree
+from atn_norms.pytree import Tree
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class LSTMEquations(Cell):
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
         return super().shapes(input_size, bias) | projection
 
-    def step(self, weights: CellWeights, u: Tensor, state: Tree, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         (h, c), states = state
-        norm = SiteStates(self, weights, states, alive)
+        norm = SiteStates(self, weights, states, mask)
         i, f, g, o = norm("sum", u + norm("hh", self.recur(weights, h))).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         normed = norm("c", c)
         h = torch.sigmoid(o) * torch.tanh(normed)
         if self.proj_size:
             h = F.linear(h, weights["weight_hr"])
-        return self.ended(h, (h, normed if self.placement.carry == "normed" else c), norm, state, alive)
+        return self.ended(h, (h, normed if self.placement.carry == "normed" else c), norm, state, mask)
 
 
 class LSTMSpec(CellSpec):

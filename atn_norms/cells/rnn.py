@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from atn_norms.cells.base import Cell, CellSpec, CellWeights, Placement, SiteStates, refuse
-from atn_norms.trees import Tree
+from atn_norms.pytree import Tree
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class RNNEquations(Cell):
     gates: ClassVar[tuple[str, ...]] = ("h",)
     torch_name: ClassVar[str | None] = "RNN"
 
-    def step(self, weights: CellWeights, u: Tensor, state: Tree, alive: Tensor | None = None) -> tuple[Tensor, Tree]:
+    def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         (h,), states = state
-        norm = SiteStates(self, weights, states, alive)
+        norm = SiteStates(self, weights, states, mask)
         activation = torch.tanh if self.nonlinearity == "tanh" else torch.relu
         h = activation(norm("sum", u + norm("hh", self.recur(weights, h))))
-        return self.ended(h, (h,), norm, state, alive)
+        return self.ended(h, (h,), norm, state, mask)
 
 
 class RNNSpec(CellSpec):

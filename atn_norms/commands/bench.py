@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 
 if TYPE_CHECKING:
     from atn_norms.bench import Bench, CaseResult

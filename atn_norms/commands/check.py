@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.errors import did_you_mean, short_repr
 
 if TYPE_CHECKING:
     from atn_norms.testing import CheckResult
@@ -27,7 +28,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Ask every law of one kind, and show what became of each; exit code 1 if one fails."""
-    from atn_norms.problems import SpecError
+    from atn_norms.errors import SpecError
 
     found = _family(kind, family)
     plugin = _plugin(found, kind, settings or [])
@@ -63,21 +64,22 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
 def _family(kind: str, family: str | None) -> str:
     """The family that has the kind; `SpecError` for none, and for several where none is named."""
     from atn_norms.backends.base import known
-    from atn_norms.problems import SpecError, hint, shown
+    from atn_norms.errors import SpecError
     from atn_norms.registry import FAMILIES, registry
 
     families = (*FAMILIES, BACKEND)
     if family is not None and family not in families:
-        raise SpecError(
-            f"--family: unknown family {shown(family)}; known: {', '.join(families)}{hint(family, families)}"
-        )
+        choices = f"known: {', '.join(families)}{did_you_mean(family, families)}"
+        raise SpecError(f"--family: unknown family {short_repr(family)}; {choices}")
     kinds = {name: (*registry.kinds(name), *registry.conflicts(name)) for name in FAMILIES} | {BACKEND: tuple(known())}
     having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
     if len(having) > 1:
         raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; say which with --family")
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
-        raise SpecError(f"unknown {family or 'kind'} {shown(kind)}; known: {', '.join(choices)}{hint(kind, choices)}")
+        raise SpecError(
+            f"unknown {family or 'kind'} {short_repr(kind)}; known: {', '.join(choices)}{did_you_mean(kind, choices)}"
+        )
     return having[0]
 
 
@@ -86,7 +88,7 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known
-    from atn_norms.problems import SpecError, brief, explained
+    from atn_norms.errors import SpecError, brief, to_spec_error
     from atn_norms.registry import registry
     from atn_norms.specs import value as yaml_value
 
@@ -103,4 +105,4 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     try:
         return registry.lookup(family, kind).model_validate(data)
     except ValidationError as error:
-        raise explained(error, data=data) from None
+        raise to_spec_error(error, data=data) from None

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from atn_norms.errors import did_you_mean, short_repr
+
 MODELINE = "# yaml-language-server: $schema={schema}\n"
 
 
@@ -25,14 +27,14 @@ def init(
 
     One argument is a ready-made study to write out, or a file for the one called quick.
     """
-    from atn_norms.ablation import ready
-    from atn_norms.problems import SpecError
+    from atn_norms.ablation.grid import presets
+    from atn_norms.errors import SpecError
 
     if file is None:
-        name, file = (study, Path(f"{study}.yaml")) if ready.is_name(study) else (ready.DEFAULT, Path(study))
+        name, file = (study, Path(f"{study}.yaml")) if presets.is_name(study) else (presets.DEFAULT, Path(study))
     else:
         name = study
-    content = ready.text(name)
+    content = presets.text(name)
     if file.suffix not in (".yaml", ".yml"):
         raise SpecError(f"{file}: must end in .yaml or .yml, since a study file with comments is YAML")
     beside = file.with_suffix(".schema.json")
@@ -47,21 +49,23 @@ def init(
 
 def schema_text(what: str) -> str:
     """Render the JSON schema of a `study` or a `model` file."""
-    from atn_norms.problems import SpecError, hint, shown
+    from atn_norms.errors import SpecError
     from atn_norms.specs import schema
 
     if what == "study":
-        from atn_norms.ablation.study import StudySpec as described
+        from atn_norms.ablation.grid.study import StudySpec as described
     elif what == "model":
         from atn_norms.layers import LayerSpec as described
     else:
-        raise SpecError(f"unknown schema {shown(what)}; known: study, model{hint(what, ['study', 'model'])}")
+        raise SpecError(
+            f"unknown schema {short_repr(what)}; known: study, model{did_you_mean(what, ['study', 'model'])}"
+        )
     return json.dumps(schema(described), indent=2, ensure_ascii=False) + "\n"
 
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
     """Write a whole file or none; one that is there is kept unless forced."""
-    from atn_norms.problems import SpecError
+    from atn_norms.errors import SpecError
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

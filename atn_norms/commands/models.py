@@ -37,7 +37,7 @@ def show(
 def describe(layer: Recurrent) -> dict[str, Any]:
     """Say of a layer what it is made of: options, sites, parameters, and the state one sequence carries."""
     from atn_norms.layers import explain
-    from atn_norms.trees import tree_leaves
+    from atn_norms.pytree import tree_leaves
 
     spec = layer.spec
     state = list(tree_leaves(layer.initial(1)))

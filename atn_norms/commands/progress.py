@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.commands.console import on_terminal
-from atn_norms.commands.endings import stopping
+from atn_norms.commands.signals import stopping
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,7 @@ class Progress:
 
 
 @contextmanager
-def shown(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
+def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
     """Show a run of `total` trials while it goes on; the callback takes its events."""
     progress = Progress(steps_to_do, finished, total)
     if not on_terminal():

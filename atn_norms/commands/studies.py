@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
-from atn_norms.commands.endings import exit_code, heard
+from atn_norms.commands.signals import exit_code, handle
+from atn_norms.errors import short_repr
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Plan, StudyRecord, StudySpec
@@ -125,7 +126,7 @@ def report(
 
 
 def _levels(given: Sequence[str]) -> dict[str, float]:
-    from atn_norms.problems import SpecError, shown
+    from atn_norms.errors import SpecError
 
     levels = {}
     for count, each in enumerate(given, start=1):
@@ -135,15 +136,15 @@ def _levels(given: Sequence[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not (equals and task):
-            raise SpecError(f"--reach {shown(each)}: must be TASK=LEVEL with a number, such as adding=0.05")
+            raise SpecError(f"--reach {short_repr(each)}: must be TASK=LEVEL with a number, such as adding=0.05")
         if len(levels) < count:
-            raise SpecError(f"--reach {shown(each)}: {shown(task)} has a level already")
+            raise SpecError(f"--reach {short_repr(each)}: {short_repr(task)} has a level already")
     return levels
 
 
 def _need(workers: int, scheduler: str | None = None) -> None:
     """Refuse before anything is trained or written when what a study ends with could not be made."""
-    from atn_norms.problems import SpecError
+    from atn_norms.errors import SpecError
 
     needed = ["numpy", "matplotlib", *(["distributed"] if workers or scheduler else [])]
     missing = [module for module in needed if importlib.util.find_spec(module) is None]
@@ -151,20 +152,21 @@ def _need(workers: int, scheduler: str | None = None) -> None:
         cure = "run pip install 'atn-norms[ablation]'" + (", or use --workers 0" if missing == ["distributed"] else "")
         raise SpecError(f"{' and '.join(missing)}: not installed, and studies need it; {cure}")
     if scheduler is not None:
-        from atn_norms.ablation.engine import check_scheduler
+        from atn_norms.ablation.execution.engine import check_scheduler
 
         check_scheduler(scheduler)
 
 
 def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
-    from atn_norms.ablation import StudySpec, override, ready
-    from atn_norms.ablation.settings import placed
-    from atn_norms.problems import SpecError
+    from atn_norms.ablation import StudySpec, override
+    from atn_norms.ablation.grid import presets
+    from atn_norms.ablation.grid.overrides import placed
+    from atn_norms.errors import SpecError
     from atn_norms.specs import parse, read, validate
 
-    if not ready.is_name(study) and Path(study).is_dir():
+    if not presets.is_name(study) and Path(study).is_dir():
         raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
-    data, where = parse(ready.text(study), f"{study}.yaml") if ready.is_name(study) else read(Path(study))
+    data, where = parse(presets.text(study), f"{study}.yaml") if presets.is_name(study) else read(Path(study))
     where = placed(data, settings, where)
     return validate(StudySpec, override(data, settings), where), where
 
@@ -172,8 +174,8 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
     with _going_on(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import load, run
-        from atn_norms.ablation.store import StudyFolder
-        from atn_norms.commands.progress import shown
+        from atn_norms.ablation.store.folder import StudyFolder
+        from atn_norms.commands.progress import live_progress
 
         record = load(folder)
         left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
@@ -185,7 +187,7 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
             record = run(folder, workers=workers, scheduler=scheduler)
         elif left:
             steps = sum(trial.trial["train"]["steps"] for trial in left)
-            with shown(steps, len(record.trials) - len(left), len(record.trials)) as see:
+            with live_progress(steps, len(record.trials) - len(left), len(record.trials)) as see:
                 record = run(folder, workers=workers, scheduler=scheduler, on_event=see)
         _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
@@ -203,7 +205,7 @@ def _resumption(folder: Path, workers: int, scheduler: str | None) -> str:
 @contextmanager
 def _going_on(command: str) -> Iterator[None]:
     """Say how to go on when it is interrupted or asked to end."""
-    with heard():
+    with handle():
         try:
             yield
         except KeyboardInterrupt as end:
@@ -212,7 +214,7 @@ def _going_on(command: str) -> Iterator[None]:
 
 
 def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
-    from atn_norms.ablation.estimate import estimate
+    from atn_norms.ablation.execution.estimate import estimate
     from atn_norms.ablation.report.names import plural
     from atn_norms.commands.progress import duration
 
@@ -234,7 +236,7 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
-    from atn_norms.ablation.estimate import duration_of
+    from atn_norms.ablation.execution.estimate import duration_of
     from atn_norms.commands.progress import called, duration
 
     seconds = at_a_time and duration_of([each.trial for each in plan.trials], at_a_time)

@@ -1,10 +1,10 @@
 """Layers: whole stacks of a cell with torch.nn's interface, single steps, and the options that describe them."""
 
+from atn_norms.layers.convert import replace
 from atn_norms.layers.recurrent import Recurrent, explain
-from atn_norms.layers.replacing import replace
-from atn_norms.layers.skins import GRU, LSTM, RNN
 from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
 from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
+from atn_norms.layers.torch_api import GRU, LSTM, RNN
 
 __all__ = [
     "GRU",

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import choose, refusals
 from atn_norms.cells import CellWeights
-from atn_norms.layers.host import CellHost
+from atn_norms.layers.base import CellHost
 from atn_norms.layers.spec import LayerSpec
-from atn_norms.trees import Tree, outline
+from atn_norms.pytree import Tree, describe_structure
 
 
 class Recurrent(CellHost):
@@ -174,7 +174,7 @@ class Recurrent(CellHost):
             and len(carried) == wanted
             and all(isinstance(c, Tensor) and c.ndim == 3 and c.shape[0] == depth for c in carried)
         ):
-            found = outline(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
+            found = describe_structure(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
             names = ", ".join(self.cell.carried)
             raise ValueError(f"hx: {found}; allowed: {names}, each [{depth}, batch, size]")
         states = []
@@ -272,7 +272,7 @@ class Recurrent(CellHost):
         per = self.spec.directions
         layers = state if isinstance(state, tuple) else ()
         if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
-            raise ValueError(f"state: {outline(state)}; allowed: what unroll or initial returned")
+            raise ValueError(f"state: {describe_structure(state)}; allowed: what unroll or initial returned")
         for weights, cell in zip(cells, (cell for layer in layers for cell in layer), strict=True):
             self.cell.check_state(weights, cell, batch)
 

@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
+from atn_norms.errors import did_you_mean
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
 from atn_norms.normalizers.base import LARGEST
-from atn_norms.registry import Open, Options, explained, hint
+from atn_norms.registry import KindField, Options, to_spec_error
 from atn_norms.windows import SlidingSpec, Window, WindowSpec
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def _one_window(value: Any) -> Any:
 
 MOST_LAYERS = 10_000  # a module costs time and memory whatever its size
 
-AnyNorm = Annotated[NormSpec | None, Open("normalizer", _no_norm, {"const": "none"})]
-AnyWindow = Annotated[WindowSpec, Open("window", _one_window, {"type": "integer", "minimum": 1})]
+AnyNorm = Annotated[NormSpec | None, KindField("normalizer", _no_norm, {"const": "none"})]
+AnyWindow = Annotated[WindowSpec, KindField("window", _one_window, {"type": "integer", "minimum": 1})]
 
 
 class NormSites(Options):
@@ -76,13 +77,13 @@ class LayerSpec(Options):
     | `init` | `torch`: uniform within 1 / sqrt(hidden_size); `paper`: W orthogonal, U one identity per gate, biases 0 |
     | `forget_bias` | what the forget gate's shift starts at: in the norm's `bias`, or in `bias_ih` without a norm |
 
-    Errors: `ValidationError` (a `ValueError`) that names the path; `explained` makes one line a problem of it.
+    Errors: `ValidationError` (a `ValueError`) that names the path; `to_spec_error` makes one line a problem of it.
 
     >>> LayerSpec(cell="lstm", input_size=2, hidden_size=60, norm="layer", window=25).build()
     LSTM(2, 60, norm=layer, window=25)
     """
 
-    cell: Annotated[CellSpec, Open("cell")]
+    cell: Annotated[CellSpec, KindField("cell")]
     input_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     num_layers: int = Field(default=1, ge=1, le=MOST_LAYERS)
@@ -90,9 +91,9 @@ class LayerSpec(Options):
     batch_first: bool = False
     dropout: float = Field(default=0.0, ge=0, le=1)
     bidirectional: bool = False
-    norm: Annotated[NormSpec | NormSites | None, Open("normalizer", _norms, _sites_schema("norm"))] = None
-    window: Annotated[WindowSpec | WindowSites, Open("window", _windows, {"type": "integer", "minimum": 1})] = Field(
-        default_factory=lambda: SlidingSpec(steps=1)
+    norm: Annotated[NormSpec | NormSites | None, KindField("normalizer", _norms, _sites_schema("norm"))] = None
+    window: Annotated[WindowSpec | WindowSites, KindField("window", _windows, {"type": "integer", "minimum": 1})] = (
+        Field(default_factory=lambda: SlidingSpec(steps=1))
     )
     placement: Placement = Placement()
     init: Literal["torch", "paper"] = "torch"
@@ -105,7 +106,9 @@ class LayerSpec(Options):
         self._refuse_unknown_sites(cell)
         self._refuse_windows_without_a_norm(cell)
         if self.backend not in (names := ["auto", *known()]):
-            raise ValueError(f"backend: unknown {self.backend!r}; known: {', '.join(names)}{hint(self.backend, names)}")
+            raise ValueError(
+                f"backend: unknown {self.backend!r}; known: {', '.join(names)}{did_you_mean(self.backend, names)}"
+            )
         self._refuse_impossible_size(cell, {})  # before a norm is built for such a size
         norms = {site: self._sketched(cell, site) for site in cell.sites}
         self._refuse_impossible_size(cell, norms)
@@ -160,7 +163,7 @@ class LayerSpec(Options):
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Recurrent:
         """A fresh layer: `LSTM`, `GRU` or `RNN`, or for another cell a plain `Recurrent`."""
-        from atn_norms.layers.skins import skin_of
+        from atn_norms.layers.torch_api import skin_of
 
         return skin_of(self.cell.kind).from_spec(self, device, dtype)
 
@@ -171,7 +174,7 @@ class LayerSpec(Options):
                 if site not in sites:
                     raise ValueError(
                         f"{option}.sites.{site}: unknown site of cell {self.cell.kind!r} with sum "
-                        f"{self.placement.sum!r}; known: {', '.join(sites)}{hint(site, sites)}"
+                        f"{self.placement.sum!r}; known: {', '.join(sites)}{did_you_mean(site, sites)}"
                     )
 
     def _refuse_windows_without_a_norm(self, cell: Cell) -> None:
@@ -191,7 +194,7 @@ class LayerSpec(Options):
         for site, norm in norms.items():
             spec = self.window_at(site)
             try:
-                reason = norm.refuses(spec.build()) if norm is not None else None
+                reason = norm.unsupported_reason(spec.build()) if norm is not None else None
             except Exception as error:  # whatever a plugin raises
                 raise ValueError(f"window: {spec.kind!r} at site {site!r}: {error}") from error
             if reason is not None:
@@ -248,12 +251,12 @@ def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
     return None if bias is None else bias.view(len(cell.gates), -1)[place]
 
 
-def specified(**options: Any) -> LayerSpec:
+def make_layer_spec(**options: Any) -> LayerSpec:
     """A layer's options from keyword arguments; `SpecError` (a `ValueError`) names what is wrong."""
     try:
         return LayerSpec.model_validate(options)
     except ValidationError as error:
-        raise explained(error, data=options) from None
+        raise to_spec_error(error, data=options) from None
 
 
 def _physical_memory() -> int | None:

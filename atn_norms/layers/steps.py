@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends import choose
-from atn_norms.layers.host import CellHost
-from atn_norms.layers.spec import specified
+from atn_norms.layers.base import CellHost
+from atn_norms.layers.spec import make_layer_spec
 from atn_norms.normalizers import scanning
-from atn_norms.trees import Tree
+from atn_norms.pytree import Tree
 
 
 class _StepCell(CellHost):
@@ -47,7 +47,7 @@ class _StepCell(CellHost):
         **cell: Any,
     ) -> None:
         where = {} if placement is None else {"placement": placement}
-        spec = specified(
+        spec = make_layer_spec(
             cell={"kind": self.kind, **cell},
             input_size=input_size,
             hidden_size=hidden_size,

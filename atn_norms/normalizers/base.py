@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.registry import Options
 from atn_norms.statistics import Statistic
 
@@ -34,18 +35,27 @@ class Normalizer(nn.Module, ABC):
 
     | declaration | says |
     |---|---|
-    | `couples_batch` | a step's statement is about all of its rows together: the batch is merged before the window |
-    | `differs_in_evaluation` | evaluation computes something else than training |
+    | `uses_batch_statistics` | a step's statistic is computed over all rows: the batch is merged before the window |
+    | `train_eval_differ` | training and evaluation compute different results |
     | `scale_invariant` | a whole sequence times d > 0 comes out the same, as eps goes to 0 |
     | `shift_invariant` | a whole sequence plus one number comes out the same |
-    | `order_free` | permuting the features permutes the output (gain and shift apart) |
+    | `permutation_equivariant` | permuting the features permutes the output (gain and shift apart) |
     """
 
-    couples_batch: bool = False
-    differs_in_evaluation: bool = False
+    uses_batch_statistics: bool = False
+    train_eval_differ: bool = False
     scale_invariant: bool = False
     shift_invariant: bool = False
-    order_free: bool = False
+    permutation_equivariant: bool = False
+
+    couples_batch = RenamedAttribute("uses_batch_statistics")
+    differs_in_evaluation = RenamedAttribute("train_eval_differ")
+    order_free = RenamedAttribute("permutation_equivariant")
+    refuses = RenamedAttribute("unsupported_reason")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        adopt_renamed(cls)
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +77,7 @@ class Normalizer(nn.Module, ABC):
         """Everything `population` records inside belongs to one scan; a no-op for what keeps no records."""
         yield
 
-    def refuses(self, window: Window[Any]) -> str | None:
+    def unsupported_reason(self, window: Window[Any]) -> str | None:
         """In one sentence why its statements cannot be pooled over a window, or None if they can."""
         return None
 

@@ -50,11 +50,11 @@ class BatchNorm(Normalizer):
     tensor(True)
     """
 
-    couples_batch = True
-    differs_in_evaluation = True
+    uses_batch_statistics = True
+    train_eval_differ = True
     scale_invariant = True
     shift_invariant = True
-    order_free = True
+    permutation_equivariant = True
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -153,10 +153,10 @@ class BatchNorm(Normalizer):
             for leaves in zip(*(pooled for pooled, _ in records), strict=True)
         )
         unbiased = torch.where(count > 1, count / (count - 1), 1.0).squeeze(1)
-        alive = step >= 0
+        mask = step >= 0
         slots = 1 if self.max_steps is None else self.max_steps
         slot = torch.zeros_like(step) if self.max_steps is None else step
-        member = alive & (slot == torch.arange(slots, device=step.device).unsqueeze(1))  # [slots, recorded steps]
+        member = mask & (slot == torch.arange(slots, device=step.device).unsqueeze(1))  # [slots, recorded steps]
         share = member.to(mean.dtype) / member.sum(1, keepdim=True).clamp(min=1)
         touched = member.any(1)
         tracked = self.num_batches_tracked.reshape(slots) + touched
@@ -165,7 +165,7 @@ class BatchNorm(Normalizer):
         rate = torch.where(touched, rate, 0.0).unsqueeze(1)
         for running, leaf, parts in ((self.running_mean, mean, share), (self.running_var, var, share * unbiased)):
             old = promoted(running).reshape(slots, -1)
-            new = parts @ torch.where(alive.unsqueeze(1), leaf, 0.0)
+            new = parts @ torch.where(mask.unsqueeze(1), leaf, 0.0)
             running.copy_(torch.where(rate > 0, old + rate * (new - old), old).reshape(running.shape))
         self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
 

@@ -35,7 +35,7 @@ class LayerNorm(Normalizer):
 
     scale_invariant = True
     shift_invariant = True
-    order_free = True
+    permutation_equivariant = True
 
     def __init__(self, features: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class RMSNorm(Normalizer):
     """
 
     scale_invariant = True
-    order_free = True
+    permutation_equivariant = True
     bias: nn.Parameter | None
 
     def __init__(self, features: int, *, eps: float = 1e-5, bias: bool = False) -> None:

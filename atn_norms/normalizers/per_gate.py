@@ -31,11 +31,13 @@ class PerGate(Normalizer):
     def __init__(self, gates: Sequence[Normalizer]) -> None:
         super().__init__()
         self.gates = nn.ModuleList(gates)
-        self.couples_batch = gates[0].couples_batch
-        self.differs_in_evaluation = any(gate.differs_in_evaluation for gate in gates)
+        self.uses_batch_statistics = gates[0].uses_batch_statistics
+        self.train_eval_differ = any(gate.train_eval_differ for gate in gates)
         self.scale_invariant = all(gate.scale_invariant for gate in gates)
         self.shift_invariant = all(gate.shift_invariant for gate in gates)
-        self.order_free = len(gates) == 1 and gates[0].order_free  # a feature may not leave its gate
+        self.permutation_equivariant = (
+            len(gates) == 1 and gates[0].permutation_equivariant
+        )  # a feature may not leave its gate
         features = [getattr(gate, "features", None) for gate in gates]
         self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
 
@@ -53,8 +55,8 @@ class PerGate(Normalizer):
         with scanning(self._gates()):
             yield
 
-    def refuses(self, window: Any) -> str | None:
-        return next(filter(None, (gate.refuses(window) for gate in self._gates())), None)
+    def unsupported_reason(self, window: Any) -> str | None:
+        return next(filter(None, (gate.unsupported_reason(window) for gate in self._gates())), None)
 
     def feature_moments(self) -> FeatureMoments | None:
         every = [feature_moments(gate) for gate in self._gates()]

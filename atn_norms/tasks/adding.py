@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
-from atn_norms.trees import Tree
 
 EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
 MOST_NUMBERS = 2**31  # of a split that is drawn at once: 8 GiB

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atn_norms.pytree import Tree
 from atn_norms.registry import Options
-from atn_norms.trees import Tree
 
 Split = Literal["validation", "test"]
 
@@ -141,6 +141,6 @@ class TaskSpec(Options, ABC):
         """
         return {}
 
-    def refuses(self, layer: Any) -> str | None:
+    def unsupported_reason(self, layer: Any) -> str | None:
         """Why this task cannot train a layer (a `LayerSpec`), in one sentence; None when it can."""
         return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from atn_norms.problems import SpecError, beside
+from atn_norms.errors import SpecError, beside
 
 Unit = Literal["characters", "words"]
 PARTS = ("train", "valid", "test")

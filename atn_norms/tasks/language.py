@@ -13,10 +13,10 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from atn_norms.pytree import Tree, detach
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, kaiming_linear
 from atn_norms.tasks.corpora import Corpus, Unit, fingerprint, read
-from atn_norms.trees import Tree, detach
 
 EVALUATION_STREAMS = 50  # fixed, so that a score never depends on how training was batched
 MOST_LOGITS = 2**23  # at a time in evaluation: 32 MiB of float32
@@ -41,7 +41,7 @@ class LanguageSpec(TaskSpec):
     def data(self) -> dict[str, str]:
         return {"text": fingerprint(self.text, self.unit)}
 
-    def refuses(self, layer: Any) -> str | None:
+    def unsupported_reason(self, layer: Any) -> str | None:
         if layer.bidirectional:
             return f"a bidirectional layer reads the {self.unit} it must predict"
         outputs = layer.equations().output_size * layer.directions

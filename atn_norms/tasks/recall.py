@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
-from atn_norms.trees import Tree
 
 EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
 MOST_NUMBERS = 2**28  # of a batch: 2 GiB of symbols

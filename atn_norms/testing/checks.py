@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atn_norms.backends.base import Backend
-from atn_norms.registry import Open, Options
+from atn_norms.registry import KindField, Options
 from atn_norms.testing import laws
-from atn_norms.testing.engine import CheckResult, Question, checked_expectations, need_hypothesis, questions
+from atn_norms.testing.engine import CheckResult, LawRun, checked_expectations, need_hypothesis, questions
 from atn_norms.testing.layered import NORMS, BackendSubject, CellSubject, LayerSubject
 from atn_norms.testing.subjects import NormalizerSubject, Subject, WindowSubject
 from atn_norms.testing.tasked import TaskSubject
@@ -103,12 +103,12 @@ def family_of(plugin: Any) -> str:
 def resolved(family: str, spec: Any) -> Options:
     """A spec, a class of specs with default options, a kind, or a mapping, as a spec of a family."""
     value = spec() if isinstance(spec, type) and issubclass(spec, Options) else spec
-    found = Open(family).resolve(value)
+    found = KindField(family).resolve(value)
     assert found is not None  # no field here takes None
     return found
 
 
-def asked(family: str, plugin: Any) -> list[Question]:
+def asked(family: str, plugin: Any) -> list[LawRun]:
     """Every law with what it is asked of, for one plugin."""
     return questions(SUBJECTS[family](plugin if family == "backend" else resolved(family, plugin)))
 

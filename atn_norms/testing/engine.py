@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atn_norms.problems import SpecError, hint
+from atn_norms.errors import SpecError, did_you_mean
 from atn_norms.testing.law import LAWS, Case, Law
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class Question:
+class LawRun:
     """One law to be asked of one subject."""
 
     law: Law
@@ -78,16 +78,16 @@ def _inapplicable(law: Law, subject: Any) -> str | None:
     return law.unless(subject) if law.unless is not None else None
 
 
-def questions(subjects: Sequence[Any]) -> list[Question]:
+def questions(subjects: Sequence[Any]) -> list[LawRun]:
     """Every law that is asked of these subjects, in the order of the documentation."""
-    return [Question(law, subject) for law in LAWS.values() for subject in subjects if subject.family in law.judges]
+    return [LawRun(law, subject) for law in LAWS.values() for subject in subjects if subject.family in law.applies_to]
 
 
 def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
     """`expected` as a dictionary; `SpecError` for a law that is not asked, or one without a reason."""
     given = dict(expected or {})
     problems = [
-        f"expected_failures: unknown law {name!r}; known: {', '.join(known)}{hint(name, known)}"
+        f"expected_failures: unknown law {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}"
         for name in given
         if name not in known
     ]

@@ -74,13 +74,13 @@ def _named(value: Any) -> str:
 class Law:
     """A law with what the suite knows of it.
 
-    Symbols: `group` under which it is documented; `judges` the families it is asked of; `unless` says of a subject why
-    the law does not apply, or None; `axes` what its cases are drawn from where that is not what the subject offers.
+    `group` is the heading in the documentation, `applies_to` the families the law covers. `unless` returns the reason
+    why the law does not apply to a subject, or None. `axes` replaces the values that the subject offers for its cases.
     """
 
     name: str
     group: str
-    judges: tuple[str, ...]
+    applies_to: tuple[str, ...]
     function: Callable[..., None]
     unless: Callable[[Any], str | None] | None = None
     axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -106,9 +106,9 @@ def _paragraphs(law: Law) -> list[str]:
 
 
 def law(
-    group: str, *judges: str, unless: Callable[[Any], str | None] | None = None, **axes: Sequence[Any]
+    group: str, *applies_to: str, unless: Callable[[Any], str | None] | None = None, **axes: Sequence[Any]
 ) -> Callable[[F], F]:
-    """Register a function `(subject)` or `(subject, case)` as a law of `group`, asked of `judges` (the group itself).
+    """Register a function `(subject)` or `(subject, case)` as a law of `group` for `applies_to` (by default the group).
 
     `axes` are what its cases are drawn from where that is not what the subject offers: `steps=(3, 4, 5)`.
     """
@@ -118,7 +118,7 @@ def law(
         if name in LAWS or group not in GROUPS:
             raise ValueError(f"law {name!r} of {group!r}: a name is used once, in one of {', '.join(GROUPS)}")
         usual = "normalizer" if group == "statistic" else group  # a statistic is what a normalizer measures
-        LAWS[name] = Law(name, group, judges or (usual,), function, unless, axes)
+        LAWS[name] = Law(name, group, applies_to or (usual,), function, unless, axes)
         return function
 
     return register

@@ -15,9 +15,9 @@ from atn_norms.backends.reference import Reference
 from atn_norms.cells import CellSpec, GRUSpec, LSTMSpec, RNNSpec
 from atn_norms.layers import LayerSpec, Recurrent
 from atn_norms.normalizers import BatchNormSpec, LayerNormSpec, NormSpec, RMSNormSpec
+from atn_norms.pytree import Tree, tree_leaves
 from atn_norms.testing.law import Case, label_of
 from atn_norms.testing.subjects import SEEDS, WINDOWS, SpecSubject, Subject, noise, stirred
-from atn_norms.trees import Tree, tree_leaves
 from atn_norms.windows import WindowSpec
 
 CELLS: tuple[CellSpec, ...] = (RNNSpec(), GRUSpec(), LSTMSpec())
@@ -211,15 +211,15 @@ class BackendSubject(Subject):
                 for window in WINDOWS if norm is not None else WINDOWS[:1]:
                     case = Case({"seed": 0, "hidden": 2, "cell": cell, "norm": norm, "window": window})
                     try:
-                        said = self.refuses(self.make(case))
+                        said = self.unsupported_reason(self.make(case))
                     except Exception as error:  # noqa: BLE001  a law tells of it
                         said = error
                     (accepted if said is None else refused).append(case if said is None else (case, said))
         return accepted, refused
 
-    def refuses(self, layer: Recurrent) -> str | None:
+    def unsupported_reason(self, layer: Recurrent) -> str | None:
         """What the backend says of a layer's cell."""
-        return self.backend.refuses(layer.cell, layer._weights("_l0"))
+        return self.backend.unsupported_reason(layer.cell, layer._weights("_l0"))
 
     def make(self, case: Case) -> Recurrent:
         return built_layer(case, backend="reference")
@@ -230,7 +230,7 @@ class BackendSubject(Subject):
         return noise(case.seed + seed, case.steps, case.batch, INPUTS), *carried
 
     def run(self, made: Recurrent, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if self.refuses(made) is not None:
+        if self.unsupported_reason(made) is not None:
             return ()
         xs, *carried = inputs
         ys, state = run_cell(self.backend, made, xs, tuple(carried))

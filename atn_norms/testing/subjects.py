@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import Normalizer, NormSpec
+from atn_norms.pytree import Tree, tree_leaves
 from atn_norms.statistics import Average, Moments, Statistic
 from atn_norms.testing.comparing import demand
 from atn_norms.testing.law import Case, label_of
-from atn_norms.trees import Tree, tree_leaves
 from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec, Window, WindowSpec
 
 SEEDS = tuple(range(200))

@@ -31,7 +31,7 @@ class TaskSubject(SpecSubject):
         if not isinstance(built, Task):
             self.broken = f"build(0) returns {type(built).__name__}; allowed: a Task"
             return
-        refused = spec.refuses(self.layer_spec())
+        refused = spec.unsupported_reason(self.layer_spec())
         self.broken = f"it refuses a plain one-way layer: {refused}" if refused else ""
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atn_norms.testing.checks import asked, family_of
-from atn_norms.testing.engine import Question, checked_expectations, need_hypothesis
+from atn_norms.testing.engine import LawRun, checked_expectations, need_hypothesis
 
 
 def parametrize_checks(plugins: Sequence[Any], *, expected_failures: Mapping[str, str] | None = None) -> Any:
@@ -44,7 +44,7 @@ def parametrize_checks(plugins: Sequence[Any], *, expected_failures: Mapping[str
 class Check:
     """One law asked of one plugin, when it is called."""
 
-    def __init__(self, question: Question, reasons: Mapping[str, str]) -> None:
+    def __init__(self, question: LawRun, reasons: Mapping[str, str]) -> None:
         self.question, self.reasons = question, reasons
 
     def __call__(self) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from atn_norms.ablation import create, faults, load, locks, run, trial
-from atn_norms.ablation.attempt import attempt
-from atn_norms.ablation.environment import versions
-from atn_norms.ablation.store import StudyFolder
+from atn_norms.ablation import create, load, run
+from atn_norms.ablation.execution import trial
+from atn_norms.ablation.execution.environment import versions
+from atn_norms.ablation.execution.worker import attempt
+from atn_norms.ablation.store import failpoints, locks
+from atn_norms.ablation.store.folder import StudyFolder
 from tests.waiting import PATIENCE, until
 
 STUDY: dict[str, Any] = {
@@ -86,7 +88,7 @@ def ended(target: Callable, *arguments: Any, fault: str | None = None) -> Outcom
 
 def _live(pipe: Any, fault: str | None, target: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    faults.arm(fault)
+    failpoints.arm(fault)
     try:
         pipe.send((target(*arguments), ""))
     except BaseException as error:  # noqa: BLE001  whatever it is, the test wants to see it

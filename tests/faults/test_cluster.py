@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from atn_norms.ablation import cluster, create, events, load, locks, run
-from atn_norms.problems import SpecError
+from atn_norms.ablation import create, load, run
+from atn_norms.ablation.execution import cluster, events
+from atn_norms.ablation.store import locks
+from atn_norms.errors import SpecError
 from tests.faults import children
 from tests.faults.children import ended
 from tests.faults.programs import Program
@@ -22,7 +24,7 @@ STUDY = {
     "seeds": 2,
 }
 QUIET = "6"  # seconds of silence after which a machine counts as gone here
-TRAINS = "atn_norms.ablation.trial"  # imported before a worker begins: that alone may take more than `QUIET` seconds
+TRAINS = "atn_norms.ablation.execution.trial"  # imported before a worker starts: it may take more than `QUIET` seconds
 
 
 class Machines:

@@ -7,8 +7,8 @@ import stat
 import pytest
 
 from atn_norms.ablation import create, load, run
-from atn_norms.ablation.files import StoreError
-from atn_norms.ablation.store import StudyFolder
+from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.folder import StudyFolder
 from tests.faults import children
 from tests.faults.children import STUDY, ended
 from tests.faults.registry import fault

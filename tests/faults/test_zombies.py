@@ -4,8 +4,9 @@ import signal
 
 import pytest
 
-from atn_norms.ablation import create, locks
-from atn_norms.ablation.files import Busy
+from atn_norms.ablation import create
+from atn_norms.ablation.store import locks
+from atn_norms.ablation.store.files import Busy
 from tests.faults import children
 from tests.faults.children import STUDY, Child, ended
 from tests.faults.registry import fault
@@ -66,16 +67,16 @@ def test_a_run_that_stands_still_keeps_its_study(place, undisturbed):
 def test_the_lock_of_a_vanished_machine(tmp_path, monkeypatch):
     path = tmp_path / ".lock"
     assert ended(children.hold_and_die, path).code == -signal.SIGKILL
-    assert not locks.held(path), "the kernel here knows that this one is gone"
+    assert not locks.is_locked(path), "the kernel here knows that this one is gone"
     path.write_text(path.read_text().replace(locks.machine(), "elsewhere"))
-    assert locks.held(path)
+    assert locks.is_locked(path)
     with pytest.raises(Busy, match=r"taken \(.*silent for \d s; gone after 120 s of silence\)"):
         locks.hold(path, "taken", patience=0.0).__enter__()
     monkeypatch.setattr(locks, "SILENCE", 0.1)
-    assert until(lambda: not locks.held(path))
+    assert until(lambda: not locks.is_locked(path))
     with locks.hold(path, "taken", patience=0.0, take_over=False) as hold:
-        assert hold.orphaned and not hold.lost and locks.held(path)
-    assert not locks.held(path) and path.read_bytes() == b""
+        assert hold.orphaned and not hold.lost and locks.is_locked(path)
+    assert not locks.is_locked(path) and path.read_bytes() == b""
 
 
 def test_a_lock_that_is_replaced_or_removed_is_lost(tmp_path, monkeypatch):
@@ -93,10 +94,10 @@ def test_a_holder_tells_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT", 0.01)
     path = tmp_path / ".lock"
     with locks.hold(path, "taken") as hold:
-        first = locks.pulse(path)
+        first = locks.heartbeat(path)
         hold.step, hold.loss = 17, 0.25
-        assert until(lambda: (said := locks.pulse(path)) is not None and said.step == 17)
-        said = locks.pulse(path)
+        assert until(lambda: (said := locks.heartbeat(path)) is not None and said.step == 17)
+        said = locks.heartbeat(path)
     assert first is not None and said is not None
     assert (first.holder, first.step) == (said.holder, None) and said.loss == 0.25 and said.beat > first.beat
     assert said.machine == locks.machine()

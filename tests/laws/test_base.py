@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import Case, affine, cases, level, seeds, sequence, stirred, window
+from tests.laws.strategies import Case, affine, cases, level, seeds, sequence, stirred, window
 
 one = st.just(("sliding", 1))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.compare import compare
-from tests.laws.cases import GATES, Case, LayerCase, cases, layer_cases, lengths, seeds, sequence
+from tests.laws.strategies import GATES, Case, LayerCase, cases, layer_cases, lengths, seeds, sequence
 from tests.laws.test_cells import agrees
 
 pytestmark = [pytest.mark.deep, pytest.mark.timeout(3000)]
@@ -35,14 +35,14 @@ def test_float32(case: Case):
 @given(cases(kinds=long, steps=(2, 40), batch=(2, 6), features=(1, 8), regimes=["normal", "spike"]), seeds)
 def test_any_pattern_of_living_steps(case: Case, seed: int):
     norm, xs = case.norm(), case.xs()
-    alive = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.5
     if case.base == "batch":
-        alive[alive.sum(1) == 1] = True
+        mask[mask.sum(1) == 1] = True
     site = case.site(norm)
-    expected, state = oracle.run(site, xs, alive), None
+    expected, state = oracle.run(site, xs, mask), None
     for t in range(case.steps):
-        y, state = norm.step(torch.where(alive[t][:, None], xs[t], float("nan")), state, alive[t])
-        shown = torch.where(alive[t][:, None], y, 0.0)
+        y, state = norm.step(torch.where(mask[t][:, None], xs[t], float("nan")), state, mask[t])
+        shown = torch.where(mask[t][:, None], y, 0.0)
         compare(shown, expected[t], tolerance=case.rounding(site) * case.steps)
 
 

@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import BASES, CELLS, GATES, KINDS, LayerCase, layer_cases, lengths, level, seeds, textbook, window
+from tests.laws.strategies import (
+    BASES,
+    CELLS,
+    GATES,
+    KINDS,
+    LayerCase,
+    layer_cases,
+    lengths,
+    level,
+    seeds,
+    textbook,
+    window,
+)
 
 # Float64, sums of at most 30 terms, at most 6 steps; a norm over few features may magnify by 1 / sqrt(1e-5) = 316.
 EXACT = 1e-10
@@ -31,8 +43,8 @@ def agrees(layer: Any, case: LayerCase, limit=None, groups=1, tolerance=EXACT, *
         start.requires_grad_()
     dirty = xs
     if limit is not None:
-        alive = torch.arange(case.steps)[:, None] < limit
-        dirty = torch.where(alive[..., None], xs, float("nan"))
+        mask = torch.arange(case.steps)[:, None] < limit
+        dirty = torch.where(mask[..., None], xs, float("nan"))
     ys, state = layer.unroll(dirty, layer.initial(case.batch, hx), lengths=limit)
     final = layer.hidden(state)
     expected, last = textbook(layer, case, xs, hx, limit, groups=groups, **placement)

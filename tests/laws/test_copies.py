@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import BASES, CELLS, KINDS, LayerCase, layer_cases, leaves, normalizer, sequence, stirred, window
+from tests.laws.strategies import (
+    BASES,
+    CELLS,
+    KINDS,
+    LayerCase,
+    layer_cases,
+    leaves,
+    normalizer,
+    sequence,
+    stirred,
+    window,
+)
 
 COPIES = {
     "deepcopy": copy.deepcopy,

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 import atn_norms as an
-from tests.laws.cases import BASES, CELLS, KINDS, Case, LayerCase, leaves, window
+from tests.laws.strategies import BASES, CELLS, KINDS, Case, LayerCase, leaves, window
 
 SMOOTH = 1e-2  # eps of the checks: finite differences need a normalizer without sharp corners, whatever its inputs
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import BASES, CELLS, LayerCase, leaves, level, normalizer, seeds, sequence, stirred, window
+from tests.laws.strategies import BASES, CELLS, LayerCase, leaves, level, normalizer, seeds, sequence, stirred, window
 
 TINY = 1e-15  # the claims are about eps -> 0; a variance of 1e-3 then changes by 1e-12 of itself
 HELD = 1e-8  # float64, at most 8 steps, sums of 30 terms, over deviations of 1e-3 and more

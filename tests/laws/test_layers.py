@@ -8,7 +8,7 @@ from torch import nn
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import CELLS, GATES
+from tests.laws.strategies import CELLS, GATES
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import oracle
 from tests.compare import compare
-from tests.laws.cases import BASES, REGIMES, Case, cases, seeds
+from tests.laws.strategies import BASES, REGIMES, Case, cases, seeds
 
 
 @pytest.mark.parametrize("regime", REGIMES)

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import level
+from tests.laws.strategies import level
 
 pytestmark = pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 EXACT = 1e-12

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import atn_norms as an
 from tests import oracle
 from tests.compare import compare
-from tests.laws.cases import (
+from tests.laws.strategies import (
     CELLS,
     Case,
     LayerCase,
@@ -32,7 +32,7 @@ counted = st.one_of(st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 100]
 
 def statistics(site: oracle.Site) -> tuple[Tensor, Tensor]:
     """Per living step: the pooled mean, and the pooled variance unbiased over the window's count."""
-    living = [pooled for pooled, alive in zip(site.pooled, site.alive, strict=True) if alive.any()]
+    living = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.any()]
     means = [mean.flatten() for mean, _, _ in living]
     variances = [(var * total / (total - 1)).flatten() for _, var, total in living]
     return torch.stack(means), torch.stack(variances)
@@ -56,10 +56,10 @@ def buffers(module) -> dict[str, Tensor]:
 def test_a_scan_is_one_update_with_the_mean_over_living_steps(case: Case, ragged):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case) if ragged else torch.full((case.batch,), case.steps)
-    alive = torch.arange(case.steps)[:, None] < limit
+    mask = torch.arange(case.steps)[:, None] < limit
     site = case.site(norm)
-    oracle.run(site, xs, alive)
-    norm.scan(torch.where(alive[..., None], xs, float("nan")), lengths=limit)
+    oracle.run(site, xs, mask)
+    norm.scan(torch.where(mask[..., None], xs, float("nan")), lengths=limit)
     compare(buffers(norm.normalizer), expected(site), tolerance=1e-12)
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import BASES, CELLS, KINDS, LayerCase, layer_cases, leaves, lengths, level, seeds, window
+from tests.laws.strategies import BASES, CELLS, KINDS, LayerCase, layer_cases, leaves, lengths, level, seeds, window
 
 # As in test_cells.py: float64 sums in another order, magnified at most 316 times by a norm of few features.
 EXACT = 1e-10
@@ -55,8 +55,8 @@ def test_a_call_is_an_unroll_from_a_fresh_state(case: LayerCase):
 def test_a_padded_row_is_that_row_alone(case: LayerCase, depth):
     layer, xs = case.layer(num_layers=depth), case.xs()
     limit = lengths(case, zero=True)
-    alive = torch.arange(case.steps)[:, None] < limit
-    dirty = torch.where(alive[..., None], xs, float("nan")).requires_grad_()
+    mask = torch.arange(case.steps)[:, None] < limit
+    dirty = torch.where(mask[..., None], xs, float("nan")).requires_grad_()
     ys, state = layer.unroll(dirty, lengths=limit)
     weight = torch.randn(ys.shape, dtype=torch.float64)
     wanted = [dirty, *layer.parameters()]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import REGIMES, seeds, sequence
+from tests.laws.strategies import REGIMES, seeds, sequence
 
 EPS = torch.finfo(torch.float64).eps
 STATISTICS = (an.Moments, an.Average)

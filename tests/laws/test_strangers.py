@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import CELLS, KINDS, LayerCase, leaves, seeds, sequence, window
+from tests.laws.strategies import CELLS, KINDS, LayerCase, leaves, seeds, sequence, window
 
 
 class PMean(an.Normalizer):
@@ -65,7 +65,7 @@ class MaxNormSpec(an.NormSpec):
 class Centre(an.Normalizer):
     """Batch normalization of another hand: what declares that it couples the batch is given the batch's statement."""
 
-    couples_batch: ClassVar[bool] = True
+    uses_batch_statistics: ClassVar[bool] = True
 
     def measure(self, x: Tensor) -> an.Moments:
         return an.Moments(x.double(), torch.zeros_like(x, dtype=torch.float64))

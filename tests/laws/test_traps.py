@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import CELLS, LayerCase, layer_cases, leaves, seeds, sequence
+from tests.laws.strategies import CELLS, LayerCase, layer_cases, leaves, seeds, sequence
 
 
 @given(layer_cases(bases=["layer", "rms"]))

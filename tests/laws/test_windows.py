@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import atn_norms as an
 from tests import oracle
 from tests.compare import compare
-from tests.laws.cases import KINDS, Case, cases, leaves, lengths, level, seeds, sequence, window
+from tests.laws.strategies import KINDS, Case, cases, leaves, lengths, level, seeds, sequence, window
 
 sliding = st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 5]))
 
@@ -155,10 +155,10 @@ def test_an_int_is_a_sliding_window_and_one_is_the_default():
 def test_lengths_are_the_textbook_form_over_living_steps(case: Case, zero: bool):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case, zero)
-    alive = torch.arange(case.steps)[:, None] < limit
+    mask = torch.arange(case.steps)[:, None] < limit
     site = case.site(norm)
-    expected = oracle.run(site, xs, alive)
-    dirty = torch.where(alive[..., None], xs, float("nan"))
+    expected = oracle.run(site, xs, mask)
+    dirty = torch.where(mask[..., None], xs, float("nan"))
     ys, _ = norm.scan(dirty, lengths=limit)
     compare(ys, expected, tolerance=case.rounding(site))
 
@@ -167,16 +167,16 @@ def test_lengths_are_the_textbook_form_over_living_steps(case: Case, zero: bool)
 def test_a_step_that_did_not_happen_is_not_counted(case: Case, seed: int):
     """Any pattern of living steps, each row its own: ages count living steps only."""
     norm, xs = case.norm(), case.xs()
-    alive = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.6
     if case.base == "batch":  # at least two rows, or the step is dead
-        alive[alive.sum(1) == 1] = True
+        mask[mask.sum(1) == 1] = True
     site = case.site(norm)
-    expected = oracle.run(site, xs, alive)
+    expected = oracle.run(site, xs, mask)
     state = norm.initial(xs[0])
     for t in range(case.steps):
-        x = torch.where(alive[t][:, None], xs[t], float("nan"))
-        y, state = norm.step(x, state, alive[t])
-        shown = torch.where(alive[t][:, None], y, 0.0)
+        x = torch.where(mask[t][:, None], xs[t], float("nan"))
+        y, state = norm.step(x, state, mask[t])
+        shown = torch.where(mask[t][:, None], y, 0.0)
         compare(shown, expected[t], tolerance=case.rounding(site), what=f"step {t}")
 
 
@@ -184,8 +184,8 @@ def test_a_step_that_did_not_happen_is_not_counted(case: Case, seed: int):
 def test_a_padded_row_is_that_row_alone(case: Case):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case, zero=True)
-    alive = torch.arange(case.steps)[:, None] < limit
-    dirty = torch.where(alive[..., None], xs, float("nan")).requires_grad_()
+    mask = torch.arange(case.steps)[:, None] < limit
+    dirty = torch.where(mask[..., None], xs, float("nan")).requires_grad_()
     weight = sequence("normal", case.seed + 1, xs.shape)
     ys, state = norm.scan(dirty, lengths=limit)
     (gradient,) = torch.autograd.grad((ys * weight).sum(), dirty)
@@ -219,15 +219,15 @@ def test_ragged_streams_are_the_textbook_form_over_living_steps(case: Case, cut:
     """Two ragged chunks in a row: what a row did not see in the first does not stand between its steps."""
     norm, xs = case.norm(), case.xs()
     source = torch.Generator().manual_seed(case.seed + 7)
-    alive = []
+    mask = []
     for steps in (cut, case.steps - cut):
         limit = torch.randint(0, steps + 1, (case.batch,), generator=source)
         limit[:2] = steps
-        alive.append(torch.arange(steps)[:, None] < limit[torch.randperm(case.batch, generator=source)])
+        mask.append(torch.arange(steps)[:, None] < limit[torch.randperm(case.batch, generator=source)])
     site = case.site(norm)
-    expected = oracle.run(site, xs, torch.cat(alive))
-    first, state = norm.scan(xs[:cut], lengths=alive[0].sum(0))
-    second, _ = norm.scan(xs[cut:], state, alive[1].sum(0))
+    expected = oracle.run(site, xs, torch.cat(mask))
+    first, state = norm.scan(xs[:cut], lengths=mask[0].sum(0))
+    second, _ = norm.scan(xs[cut:], state, mask[1].sum(0))
     compare(torch.cat([first, second]), expected, tolerance=case.rounding(site))
 
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from tests.compare import compare
-from tests.native.cases import CELLS, EXACT, Pair, agree, outcome
+from tests.native.strategies import CELLS, EXACT, Pair, agree, outcome
 
 BATCH = {"kind": "batch", "momentum": 0.3}
 PER_STEP = {"kind": "batch", "max_steps": 4, "momentum": None}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import leaves, level
+from tests.laws.strategies import leaves, level
 from tests.native.batched import NORMS, SIZES, STRUCTURES, a_pair, both, check, made
-from tests.native.cases import CELLS, EXACT, WINDOWS, agree, functional, needs_kernels, outcome
+from tests.native.strategies import CELLS, EXACT, WINDOWS, agree, functional, needs_kernels, outcome
 
 pytestmark = needs_kernels
 

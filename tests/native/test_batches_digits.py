@@ -7,9 +7,9 @@ import torch
 
 from atn_norms.backends.native import library
 from tests.compare import compare
-from tests.laws.cases import REGIMES, leaves, level, sequence
+from tests.laws.strategies import REGIMES, leaves, level, sequence
 from tests.native.batched import a_pair, made
-from tests.native.cases import CELLS, EXACT, Outcome, agree, functional, needs_kernels, outcome
+from tests.native.strategies import CELLS, EXACT, Outcome, agree, functional, needs_kernels, outcome
 from tests.native.test_digits import ULPS, WIDTH, exact_products, normalization_alone
 
 pytestmark = needs_kernels

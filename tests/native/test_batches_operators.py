@@ -8,9 +8,9 @@ import torch
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import leaves, level
+from tests.laws.strategies import leaves, level
 from tests.native.batched import a_pair, check, made
-from tests.native.cases import functional, needs_kernels, outcome
+from tests.native.strategies import functional, needs_kernels, outcome
 from tests.native.test_operators import Recorded, poisoned
 
 pytestmark = needs_kernels

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import level, seeds, sequence
-from tests.native.cases import CELLS, Pair, agree, check, needs_kernels, outcome, pairs
+from tests.laws.strategies import level, seeds, sequence
+from tests.native.strategies import CELLS, Pair, agree, check, needs_kernels, outcome, pairs
 from tests.native.test_digits import EPS, WIDTH, normalization_alone
 
 pytestmark = [needs_kernels, pytest.mark.deep, pytest.mark.timeout(3000)]

@@ -7,8 +7,8 @@ import torch
 
 from atn_norms.backends.native import library
 from tests.compare import compare
-from tests.laws.cases import REGIMES, leaves, level, sequence
-from tests.native.cases import CELLS, Pair, functional, needs_kernels, outcome
+from tests.laws.strategies import REGIMES, leaves, level, sequence
+from tests.native.strategies import CELLS, Pair, functional, needs_kernels, outcome
 
 pytestmark = needs_kernels
 

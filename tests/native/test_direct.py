@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 import atn_norms as an
 from atn_norms.backends import choose
-from atn_norms.backends.native import direct
+from atn_norms.backends.native import eager
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, Pair, functional, needs_kernels, outcome
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernels, outcome
 
 pytestmark = needs_kernels
 
@@ -49,7 +49,7 @@ def operators(monkeypatch):
     calls = {"forward": 0, "backward": 0}
 
     def counted(name: str) -> Callable[..., Any]:
-        operator = getattr(direct.OPERATORS, name)
+        operator = getattr(eager.OPERATORS, name)
 
         def call(*args: Any) -> Any:
             calls[name] += 1
@@ -58,7 +58,7 @@ def operators(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(direct.OPERATORS, name, counted(name))
+        monkeypatch.setattr(eager.OPERATORS, name, counted(name))
     return calls
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, Pair, functional, needs_kernels, open_state, outcome, pairs
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernels, open_state, outcome, pairs
 
 pytestmark = needs_kernels
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import atn_norms as an
 from atn_norms.normalizers import FeatureMoments
-from tests.native.cases import CELLS, Pair, check, needs_kernels
+from tests.native.strategies import CELLS, Pair, check, needs_kernels
 
 pytestmark = needs_kernels
 

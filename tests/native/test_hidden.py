@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.compare import compare
-from tests.laws.cases import level
+from tests.laws.strategies import level
 from tests.native.batched import a_pair
-from tests.native.cases import EXACT, Pair, needs_kernels, outcome
+from tests.native.strategies import EXACT, Pair, needs_kernels, outcome
 
 pytestmark = needs_kernels
 

@@ -15,7 +15,7 @@ import torch
 import atn_norms as an
 from atn_norms.backends.native import library as native
 from atn_norms.cli import main
-from atn_norms.trees import tree_leaves
+from atn_norms.pytree import tree_leaves
 from tests.compare import compare
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +253,7 @@ def test_doctor_says_that_kernels_are_missing_and_what_to_do(elsewhere, capsys):
 
 @needs_kernels
 def test_doctor_names_the_instruction_set(capsys, library, monkeypatch):
-    from atn_norms.commands.health import _kernels
+    from atn_norms.commands.doctor import _kernels
 
     found = _kernels()
     assert (found.status, found.advice) == ("ok", "")

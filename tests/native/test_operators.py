@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, NORMS, Outcome, Pair, agree, functional, needs_kernels, outcome
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, NORMS, Outcome, Pair, agree, functional, needs_kernels, outcome
 
 pytestmark = needs_kernels
 
@@ -143,7 +143,7 @@ def test_poison_changes_nothing(monkeypatch, request):
 def test_work_space_full_of_junk_changes_nothing():
     """glibc fills what malloc hands out with a byte: -1.7e38 in float32, -5.3e303 in float64."""
     script = (
-        "import torch; torch.set_num_threads(1); from tests.native.cases import check, outcome; "
+        "import torch; torch.set_num_threads(1); from tests.native.strategies import check, outcome; "
         "from tests.native.test_operators import PAIRS\n"
         "for pair in PAIRS: check(pair, 1e-10 if pair.dtype == torch.float64 else 1e-5)"
     )

@@ -5,8 +5,8 @@ import torch
 
 from atn_norms.backends.native import library
 from tests.compare import compare
-from tests.laws.cases import REGIMES, leaves, level, sequence
-from tests.native.cases import Pair, needs_kernels
+from tests.laws.strategies import REGIMES, leaves, level, sequence
+from tests.native.strategies import Pair, needs_kernels
 from tests.native.test_digits import ULPS, both, normalization_alone, summed_in_float
 
 pytestmark = needs_kernels

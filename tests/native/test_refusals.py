@@ -9,7 +9,7 @@ import torch
 import atn_norms as an
 from atn_norms.backends import choose
 from atn_norms.cells import CellWeights, GRUEquations
-from tests.native.cases import CELLS, NORMS, RMS_SHIFTED, WINDOWS, needs_kernels
+from tests.native.strategies import CELLS, NORMS, RMS_SHIFTED, WINDOWS, needs_kernels
 
 pytestmark = needs_kernels
 

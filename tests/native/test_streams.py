@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, Pair, functional, needs_kernels, pairs
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernels, pairs
 
 pytestmark = needs_kernels
 

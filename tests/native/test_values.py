@@ -9,8 +9,8 @@ from hypothesis import given
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, NORMS, Pair, agree, check, functional, needs_kernels, outcome, pairs
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, NORMS, Pair, agree, check, functional, needs_kernels, outcome, pairs
 
 pytestmark = needs_kernels
 

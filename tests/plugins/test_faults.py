@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import atn_norms as an
 from atn_norms import plugins
-from atn_norms.commands.kinds import options
+from atn_norms.commands.list import options
 from atn_norms.registry import FAMILIES, Registry
 from tests.plugins.faults import CLOCK, FAULTS, UNREADABLE, WINDOW, installed
 from tests.plugins.site import HOOK, NORMALIZER, Site
@@ -154,7 +154,7 @@ def test_what_is_slow_is_told_while_it_loads_and_faulty_only_where_one_is_strict
         "try:\n    plugins.report(strict=True)\nexcept plugins.PluginError as error:\n    told = str(error)\n"
         "from atn_norms.cli import main\n"
         "codes = [main(['plugins']), main(['plugins', '--strict'])]\n"
-        "from atn_norms.commands.health import _plugins\n"
+        "from atn_norms.commands.doctor import _plugins\n"
         "checks = [next(c for c in _plugins(strict) if c.subject == 'plugin slow') for strict in (False, True)]\n"
         "print(json.dumps([record.status, record.seconds, record.reason, told, codes, [c.status for c in checks]]))"
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from atn_norms import __version__
 from atn_norms.cli import main
-from atn_norms.commands.authoring import LONGEST, NAME, STARTS, contents
+from atn_norms.commands.new_plugin import LONGEST, NAME, STARTS, contents
 from tests.plugins.bundled import lay_out
 from tests.plugins.site import ROOT, Site
 

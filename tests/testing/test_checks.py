@@ -92,7 +92,7 @@ def test_what_is_not_declared_is_not_asked_and_what_is_declared_is(mixed):
 
     class Declares(MixesRows):
         scale_invariant = True
-        order_free = True
+        permutation_equivariant = True
 
     for law in ("scale_invariance_holds", "feature_order_does_not_matter"):
         assert answer(norm_spec(Declares), law).status in ("passed", "failed")
@@ -261,4 +261,4 @@ def test_a_plugin_is_asked_the_laws_of_its_family_and_of_a_layer_once_each(famil
     plugin = {"normalizer": "layer", "window": "cumulative", "cell": "gru"}[family]
     names = [question.law.name for question in asked(family, plugin)]
     assert len(names) == len(set(names))
-    assert set(names) == {law.name for law in LAWS.values() if {family, "layer"} & set(law.judges)}
+    assert set(names) == {law.name for law in LAWS.values() if {family, "layer"} & set(law.applies_to)}

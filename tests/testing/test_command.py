@@ -56,7 +56,7 @@ def test_every_law_has_a_line_and_a_right_kind_exits_with_0(capsys):
     said = capsys.readouterr().out
     assert said.startswith("window 'cumulative': 18 laws\n")
     for law in LAWS.values():
-        if {"window", "layer"} & set(law.judges):
+        if {"window", "layer"} & set(law.applies_to):
             assert f"\n{law.name} " in said
     assert "skipped  weight_at declares that it never forgets" in said
     assert said.endswith("17 passed, 1 skipped\n")

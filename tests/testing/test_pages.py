@@ -42,7 +42,7 @@ def rendered() -> str:
 
 
 def described(law: Law) -> list[str]:
-    of = f" Asked of a {', a '.join(law.judges)}." if law.group == "every" else ""
+    of = f" Asked of a {', a '.join(law.applies_to)}." if law.group == "every" else ""
     lines = [f"### `{law.name}`", "", f"{law.demand}{of}", "", law.why, "", "It catches, among others:", ""]
     wrong = [f"- {each.mistake}" for each in GALLERY.values() if each.law == law.name]
     return [*lines, *wrong, ""]

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from atn_norms.backends.fused.plan import planned
 from atn_norms.backends.triton import call
-from tests.native.cases import Pair
+from tests.native.strategies import Pair
 from tests.triton.variants import VARIANTS
 
 TARGET = GPUTarget("cuda", 90, 32)  # an H100

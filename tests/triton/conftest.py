@@ -3,7 +3,7 @@
 import pytest
 
 from atn_norms.backends.triton.available import unavailable
-from tests.triton.cases import DEVICE
+from tests.triton.strategies import DEVICE
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton.cases import needs_triton
+from tests.triton.strategies import needs_triton
 from tests.triton.variants import RECURRENT, ROWS, USUAL, VARIANTS
 
 pytestmark = needs_triton

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from atn_norms.trees import tree_map
+from atn_norms.pytree import tree_map
 from tests.compare import compare
-from tests.laws.cases import REGIMES, leaves, level, sequence
-from tests.native.cases import CELLS, Pair, functional
+from tests.laws.strategies import REGIMES, leaves, level, sequence
+from tests.native.strategies import CELLS, Pair, functional
 from tests.native.test_digits import normalization_alone
-from tests.triton.cases import made, moved, needs_triton, outcome, place
+from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import EXACT, Pair, agree, functional
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import EXACT, Pair, agree, functional
 from tests.native.test_operators import Recorded, poisoned
-from tests.triton.cases import made, moved, needs_triton, outcome, place
+from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
 __all__ = ["poisoned"]  # a fixture

@@ -14,7 +14,7 @@ import atn_norms as an
 from atn_norms.backends import choose
 from atn_norms.backends.triton import available
 from tests.native.test_refusals import ForeignSpec, LatelySpec
-from tests.triton.cases import DEVICE, needs_triton
+from tests.triton.strategies import DEVICE, needs_triton
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "batch norm": (

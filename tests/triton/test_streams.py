@@ -6,10 +6,10 @@ import torch
 import atn_norms as an
 from atn_norms.backends.native.library import unavailable
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, WINDOWS, Pair, functional
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, WINDOWS, Pair, functional
 from tests.native.test_hidden import hiding
-from tests.triton.cases import made, moved, needs_triton, outcome, place
+from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
 

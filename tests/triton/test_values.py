@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.compare import compare
-from tests.laws.cases import leaves, level
-from tests.native.cases import CELLS, EXACT, NORMS, WINDOWS, Pair, agree, functional, open_state, pairs
-from tests.triton.cases import DEVICE, both, check, made, moved, needs_triton, outcome, place
+from tests.laws.strategies import leaves, level
+from tests.native.strategies import CELLS, EXACT, NORMS, WINDOWS, Pair, agree, functional, open_state, pairs
+from tests.triton.strategies import DEVICE, both, check, made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.native.cases import CELLS, NORMS, Pair
+from tests.native.strategies import CELLS, NORMS, Pair
 
 RECURRENT = {"recurrent_forward", "recurrent_backward"}
 ROWS = {"state_rows", "pool_steps", "ask_rows", "sum_steps", "give_rows", "sum_affine"}

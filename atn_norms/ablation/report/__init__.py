@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from atn_norms.ablation.files import make_folder
-from atn_norms.ablation.files import write as put
-from atn_norms.ablation.records import StudyRecord
 from atn_norms.ablation.report.tables import Table, table
+from atn_norms.ablation.store.files import make_folder
+from atn_norms.ablation.store.files import write as put
+from atn_norms.ablation.store.records import StudyRecord
 
 __all__ = ["Table", "table", "write"]
 
@@ -23,7 +23,7 @@ def write(record: StudyRecord, folder: Path | str, reach: Mapping[str, float] | 
     record always gives the same bytes. Errors: `SpecError` for a level of a task that is not there; `StoreError` naming
     the file that cannot be written.
     """
-    from atn_norms.ablation.report import html, sheets, tables
+    from atn_norms.ablation.report import csv_export, html, tables
     from atn_norms.ablation.report.findings import findings
 
     found = findings(record, reach)
@@ -31,9 +31,9 @@ def write(record: StudyRecord, folder: Path | str, reach: Mapping[str, float] | 
     content: dict[str, bytes] = {"report.html": html.page(found, sections).encode()}
     for picture in (shown.picture for section in sections for shown in (*section.final, *section.speed)):
         content |= {f"{picture.name}.png": picture.png, f"{picture.name}.svg": picture.svg.encode()}
-    content["results.csv"] = sheets.results_csv(found).encode()
-    content["points.csv"] = sheets.points_csv(found).encode()
-    content["curves.csv"] = sheets.curves_csv(found).encode()
+    content["results.csv"] = csv_export.results_csv(found).encode()
+    content["points.csv"] = csv_export.points_csv(found).encode()
+    content["curves.csv"] = csv_export.curves_csv(found).encode()
     content["tables.md"] = tables.markdown(found).encode()
     content["tables.tex"] = tables.latex(found).encode()
     folder = Path(folder)

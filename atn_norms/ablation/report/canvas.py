@@ -17,9 +17,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from atn_norms.ablation.intervals import EXPLODED
-from atn_norms.ablation.records import Goal
+from atn_norms.ablation.analysis.intervals import EXPLODED
 from atn_norms.ablation.report.names import MINUS, shortened
+from atn_norms.ablation.store.records import Goal
 
 INK = "#1b1f24"
 MUTED = "#5b636d"

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atn_norms.ablation.intervals import mean, median
-from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.analysis.intervals import mean, median
 from atn_norms.ablation.report.findings import Findings
 from atn_norms.ablation.report.names import NOTHING, name, plural
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
 
 @dataclass(frozen=True)

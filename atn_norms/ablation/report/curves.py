@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from atn_norms.ablation.comparison import Comparison, Point
-from atn_norms.ablation.intervals import EXPLODED
-from atn_norms.ablation.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.ablation.analysis.comparison import Comparison, Point
+from atn_norms.ablation.analysis.intervals import EXPLODED
 from atn_norms.ablation.report.canvas import (
     DASHES,
     EDGE,
@@ -30,6 +29,7 @@ from atn_norms.ablation.report.canvas import (
     tidy,
 )
 from atn_norms.ablation.report.names import Layout, leaf, name, number, shortened, title
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 _WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.36  # of a panel, inches
 _KEYS = 4  # to a line

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atn_norms.ablation.comparison import Comparison, compare_task, final
-from atn_norms.ablation.reach import Level, check, level, steps_to
-from atn_norms.ablation.records import StudyRecord, TaskFacts
+from atn_norms.ablation.analysis.comparison import Comparison, compare_task, final
+from atn_norms.ablation.analysis.time_to_target import Level, check, level, steps_to
 from atn_norms.ablation.report.names import leaf
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts
 
 _LINE_BREAKS = "\n\t"
 

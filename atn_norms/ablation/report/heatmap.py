@@ -14,9 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from atn_norms.ablation.comparison import Comparison, Row
-from atn_norms.ablation.intervals import ENOUGH_SEEDS
-from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.analysis.comparison import Comparison, Row
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.report.canvas import (
     EDGE,
     INK,
@@ -46,6 +45,7 @@ from atn_norms.ablation.report.names import (
     title,
     unfinished,
 )
+from atn_norms.ablation.store.records import StudyRecord
 
 # Blue against orange survives every common colour vision deficiency; dark ends print in grey as dark.
 _DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])

@@ -9,19 +9,19 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from atn_norms.ablation.comparison import Point, outcome
-from atn_norms.ablation.intervals import ENOUGH_SEEDS, RESAMPLES
-from atn_norms.ablation.records import StudyRecord, TrialRecord
+from atn_norms.ablation.analysis.comparison import Point, outcome
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, RESAMPLES
 from atn_norms.ablation.report import costs
 from atn_norms.ablation.report.canvas import Picture
+from atn_norms.ablation.report.csv_export import reason, scored_step, task_of
 from atn_norms.ablation.report.curves import curves
 from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.heatmap import heatmap
 from atn_norms.ablation.report.names import NOTHING, labels, leaf, listed, lower, name, number, slugs
 from atn_norms.ablation.report.sentences import answer, caution, coverage, question
-from atn_norms.ablation.report.sheets import reason, scored_step, task_of
 from atn_norms.ablation.report.strip import strip
 from atn_norms.ablation.report.tables import NUMERIC, Table, final_table, speed_table
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.specs import to_yaml
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atn_norms.ablation.comparison import Difference, Point
-from atn_norms.ablation.intervals import ENOUGH_SEEDS
-from atn_norms.ablation.records import Goal, StudyRecord
+from atn_norms.ablation.analysis.comparison import Difference, Point
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.store.records import Goal, StudyRecord
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
-from atn_norms.ablation.comparison import Comparison, Difference, Row, outcome
-from atn_norms.ablation.intervals import ENOUGH_SEEDS
-from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row, outcome
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
 from atn_norms.ablation.report.names import (
     average,
@@ -24,7 +24,7 @@ from atn_norms.ablation.report.names import (
     plural,
     share,
 )
-from atn_norms.ablation.resolving import axis_path
+from atn_norms.ablation.store.records import StudyRecord
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3

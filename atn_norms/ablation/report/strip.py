@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from atn_norms.ablation.comparison import Comparison, Point
-from atn_norms.ablation.records import Goal, StudyRecord
+from atn_norms.ablation.analysis.comparison import Comparison, Point
 from atn_norms.ablation.report.canvas import (
     ALERT,
     EDGE,
@@ -40,6 +39,7 @@ from atn_norms.ablation.report.names import (
     shortened,
     unfinished,
 )
+from atn_norms.ablation.store.records import Goal, StudyRecord
 
 _ROW = 0.3  # inches
 _WIDTH = 5.6

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atn_norms.ablation.comparison import Comparison, Difference, Row
-from atn_norms.ablation.intervals import Interval
-from atn_norms.ablation.records import StudyRecord
+from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row
+from atn_norms.ablation.analysis.intervals import Interval
 from atn_norms.ablation.report.findings import Findings, TaskFindings, findings
 from atn_norms.ablation.report.names import (
     AT_LEAST,
@@ -26,6 +25,7 @@ from atn_norms.ablation.report.names import (
     number,
     unfinished,
 )
+from atn_norms.ablation.store.records import StudyRecord
 
 NUMERIC = ("mean", "median")
 HEAD = 13  # signs in a line of a header in LaTeX

@@ -10,8 +10,8 @@ from torch import Tensor
 from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.cells import CellWeights
 from atn_norms.normalizers import scanning
+from atn_norms.pytree import Leaf, Tree, checked_state
 from atn_norms.statistics import CountedMoments
-from atn_norms.trees import Leaf, Tree, checked_state
 
 
 class Batch:

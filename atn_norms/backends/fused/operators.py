@@ -144,7 +144,7 @@ class Operators:
         inputs: tuple[Any, ...] = (*single, affine, populations, states, lengths)
         dys, dhn, dcn, *dstates = grads[: 3 + sum(1 + site.leaves for site in ctx.plan.sites)]
         if torch.is_grad_enabled():
-            from atn_norms.backends.fused.twice import differentiable_backward
+            from atn_norms.backends.fused.double_backward import differentiable_backward
 
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
         *_, bias, h0, c0 = single

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.backends.fused.fused_backend import Fused
 from atn_norms.backends.fused.plan import Plan, planned
-from atn_norms.backends.fused.sequence import Fused
 from atn_norms.backends.native.library import unavailable
 from atn_norms.cells import Cell, CellWeights
 
@@ -18,7 +18,7 @@ class Native(Fused):
 
     name = "native"
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
         like = weights["weight_hh"]
         if like.device.type != "cpu":
             return f"it runs on the CPU, and the layer is on {like.device.type}"
@@ -31,11 +31,11 @@ class Native(Fused):
         return unavailable()
 
     def attempt(self, plan: Plan, *arguments: Any) -> list[Tensor] | None:
-        from atn_norms.backends.native import direct  # not before it is needed: registering operators takes a while
+        from atn_norms.backends.native import eager  # not before it is needed: registering operators takes a while
 
-        return direct.attempt(plan, *arguments)
+        return eager.attempt(plan, *arguments)
 
     def operate(self, *arguments: Any) -> list[Tensor]:
-        from atn_norms.backends.native import direct
+        from atn_norms.backends.native import eager
 
-        return direct.OPERATORS.forward(*arguments)
+        return eager.OPERATORS.forward(*arguments)

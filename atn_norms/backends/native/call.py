@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.operators import Operators, empty_like
 from atn_norms.backends.fused.plan import DOUBLE, Plan
-from atn_norms.backends.native.layout import Given
+from atn_norms.backends.native.layout import Inputs
 from atn_norms.backends.native.library import CallArgs, load, word
 
 CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
@@ -26,7 +26,7 @@ _FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih",
 class _Call:
     """The structure, filled in with what both directions read, and what must stay alive until the kernels return."""
 
-    def __init__(self, given: Given, timelines: Tensor) -> None:
+    def __init__(self, given: Inputs, timelines: Tensor) -> None:
         layout = given.layout
         self._args = CallArgs.from_buffer_copy(layout.structure)
         self._args.threads = torch.get_num_threads()
@@ -56,7 +56,7 @@ class _Call:
         library.run(direction, self._args, self._is_double)
 
 
-def forward(given: Given, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+def forward(given: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, last h and c, every site's new state and what it pooled; and, to `keep`, what the way back needs."""
     results, kept = room(given.plan, given.xs, given.weight_hh, given.h0, given.c0, given.states, keep)
     timelines = kept[-1] if keep else given.xs.new_empty(given.layout.doubles, dtype=DOUBLE)
@@ -69,7 +69,7 @@ def forward(given: Given, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def backward(
-    given: Given,
+    given: Inputs,
     asked: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]],
     ys: Tensor,
     kept: Sequence[Tensor],
@@ -135,7 +135,7 @@ class Kernels:
 
     @staticmethod
     def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-        given = Given(plan, *arguments)
+        given = Inputs(plan, *arguments)
         given.check()
         return forward(given, keep)
 
@@ -148,7 +148,7 @@ class Kernels:
         kept: Sequence[Tensor],
         wants_xs: bool,
     ) -> list[Tensor]:
-        return backward(Given(plan, *arguments), asked, ys, kept, wants_xs)
+        return backward(Inputs(plan, *arguments), asked, ys, kept, wants_xs)
 
 
 OPERATORS = Operators("recurrent", Kernels())

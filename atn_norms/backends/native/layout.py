@@ -95,7 +95,7 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int]) -> bytes:
 _layout = lru_cache(maxsize=512)(Layout)
 
 
-class Given:
+class Inputs:
     """The arguments of the operators: by name, as a list of the `tensors` that there are, and their `layout`."""
 
     def __init__(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.backends.fused.fused_backend import Fused
 from atn_norms.backends.fused.plan import planned
-from atn_norms.backends.fused.sequence import Fused
 from atn_norms.backends.triton.available import interpreted, unavailable
 from atn_norms.cells import Cell, CellWeights
 
@@ -18,7 +18,7 @@ class Triton(Fused):
 
     name = "triton"
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> str | None:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
         like = weights["weight_hh"]
         if like.device.type != "cuda" and not (like.device.type == "cpu" and interpreted()):
             return f"it runs on a GPU, and the layer is on {like.device.type}"

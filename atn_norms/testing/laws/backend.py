@@ -9,11 +9,11 @@ from torch import Tensor
 
 from atn_norms.backends.reference import Reference
 from atn_norms.layers import Recurrent
+from atn_norms.pytree import tree_leaves
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.layered import BackendSubject, run_cell
 from atn_norms.testing.subjects import noise
-from atn_norms.trees import tree_leaves
 
 CLOSE = 1e-8  # float64: sums in another order, through a handful of steps with norms over a feature or two
 SINGLE = 5e-3  # float32 of the same, 1e-7 to start from
@@ -21,7 +21,7 @@ SINGLE = 5e-3  # float32 of the same, 1e-7 to start from
 
 @law("backend")
 def refusals_are_sentences(subject: BackendSubject) -> None:
-    """`refuses` says in one sentence why it cannot run a case, or None; it raises nothing and takes something.
+    """`unsupported_reason` returns one sentence or None, raises nothing, and accepts at least one case.
 
     The sentence is what a person reads who asked for the backend by name. One that refuses everything is no backend.
     """
@@ -30,12 +30,12 @@ def refusals_are_sentences(subject: BackendSubject) -> None:
         demand(fine, f"of {case} refuses says {said!r}; allowed: None, or a sentence of one line")
     demand(len(subject.refusals) < subject.tried, "it refuses every built-in case")
     layer = subject.make(subject.sample())
-    demand(subject.refuses(layer) == subject.refuses(layer), "asked twice, it says two things")
+    demand(subject.unsupported_reason(layer) == subject.unsupported_reason(layer), "asked twice, it says two things")
 
 
 def _both(subject: BackendSubject, case: Case) -> tuple[Recurrent, tuple[Tensor, ...]] | None:
     layer = subject.make(case)
-    return None if subject.refuses(layer) is not None else (layer, subject.inputs(case))
+    return None if subject.unsupported_reason(layer) is not None else (layer, subject.inputs(case))
 
 
 @law("backend")
@@ -46,7 +46,7 @@ def values_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
     """
     for dtype, tolerance in ((torch.float64, CLOSE), (torch.float32, SINGLE)):
         layer = subject.make(case).to(dtype)
-        if subject.refuses(layer) is not None:
+        if subject.unsupported_reason(layer) is not None:
             continue
         xs, *carried = (each.to(dtype) for each in subject.inputs(case))
         mine, theirs = (run_cell(backend, layer, xs, tuple(carried)) for backend in (subject.backend, Reference()))
@@ -65,8 +65,8 @@ def lengths_are_honoured(subject: BackendSubject, case: Case) -> None:
     layer, (xs, *carried) = found
     lengths = torch.full((case.batch,), case.steps)
     lengths[-1] = case.seed % (case.steps + 1) if case.batch > 2 else case.steps
-    alive = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
-    dirty = torch.where(alive, xs, float("nan"))
+    mask = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
+    dirty = torch.where(mask, xs, float("nan"))
     mine, theirs = (run_cell(each, layer, dirty, tuple(carried), lengths) for each in (subject.backend, Reference()))
     compare(mine[0], theirs[0], tolerance=CLOSE, what="outputs of ragged rows")
     compare(list(mine[1][0]), list(theirs[1][0]), tolerance=CLOSE, what="final state of ragged rows")

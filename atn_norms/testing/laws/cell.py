@@ -6,11 +6,11 @@ import torch
 
 from atn_norms.cells import Placement
 from atn_norms.normalizers import LayerNormSpec
+from atn_norms.pytree import tree_leaves, tree_map
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.layered import CellSubject, first_refusal, layer_spec
 from atn_norms.testing.subjects import noise
-from atn_norms.trees import tree_leaves, tree_map
 
 CLOSE = 1e-9
 
@@ -53,9 +53,9 @@ def an_ended_row_stands_still(subject: CellSubject, case: Case) -> None:
     cell, weights = layer.cell, layer._weights("_l0")
     carried = [each.requires_grad_() for each in carried]
     us, before = cell.project(weights, xs, cell.initial(weights, case.batch, tuple(carried)))
-    alive = torch.arange(case.batch) != 0
-    u = torch.where(alive.unsqueeze(1), us[0], us[0] + 7)
-    y, after = cell.step(weights, u, before, alive)
+    mask = torch.arange(case.batch) != 0
+    u = torch.where(mask.unsqueeze(1), us[0], us[0] + 7)
+    y, after = cell.step(weights, u, before, mask)
     demand(bool((y[0] == 0).all()), "a row that ended has an output that is not 0")
     first = [tree_map(lambda leaf: leaf[:1], state) for state in (after, before)]
     compare(*first, tolerance=0, what="the state of a row that ended")

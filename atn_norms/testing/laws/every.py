@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.registry import Open, registry
+from atn_norms.registry import KindField, registry
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.subjects import SpecSubject, Subject, importable
@@ -82,7 +82,7 @@ def the_registry_builds_the_same(subject: SpecSubject) -> None:
 
     Model files, studies, `atn-norms list` and editors know a plugin by nothing else.
     """
-    found = Open(subject.family).resolve(subject.spec.model_dump())
+    found = KindField(subject.family).resolve(subject.spec.model_dump())
     demand(found == subject.spec, f"by its kind and options it is {found!r}, and it was {subject.spec!r}")
     properties = type(subject.spec).model_json_schema()["properties"]
     missing = set(type(subject.spec).model_fields) - set(properties)

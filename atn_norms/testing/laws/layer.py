@@ -7,11 +7,11 @@ from torch import Tensor
 
 from atn_norms.layers import Recurrent
 from atn_norms.normalizers import Normalizer
+from atn_norms.pytree import tree_leaves
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.layered import LayerSubject, backends_for
 from atn_norms.testing.subjects import noise
-from atn_norms.trees import tree_leaves
 
 CLOSE = 1e-8  # float64; layer after layer of norms over a feature or two may magnify 1e-14 some thousand times
 
@@ -28,16 +28,16 @@ def padding_is_never_read(subject: LayerSubject, case: Case) -> None:
     lengths = torch.randint(0, case.steps + 1, (case.batch,), generator=source)
     lengths[:2] = case.steps  # batch statistics want two rows at every step
     lengths = lengths[torch.randperm(case.batch, generator=source)] if case.seed % 2 else lengths
-    alive = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
+    mask = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
     weight = noise(case.seed + 1, case.steps, case.batch, layer.output_size)
     seen = []
     for dirt in (0.0, float("nan")):
-        given = torch.where(alive, xs, dirt).requires_grad_()
+        given = torch.where(mask, xs, dirt).requires_grad_()
         ys, state = layer.unroll(given, lengths=lengths)
-        demand(bool((ys.masked_select(~alive) == 0).all()), "an output beyond a row's length is not 0")
+        demand(bool((ys.masked_select(~mask) == 0).all()), "an output beyond a row's length is not 0")
         found = torch.autograd.grad((ys * weight).sum(), [given, *layer.parameters()], allow_unused=True)
         gradients = [each for each in found if each is not None]
-        demand(bool((gradients[0].masked_select(~alive) == 0).all()), "padding has a gradient")
+        demand(bool((gradients[0].masked_select(~mask) == 0).all()), "padding has a gradient")
         seen.append((ys.detach(), gradients, [leaf.detach() for leaf in tree_leaves(state)]))
     compare(seen[1], seen[0], tolerance=CLOSE, what="NaN in the padding against zeros")
     _is_itself_alone(layer.eval(), xs, lengths, noise(case.seed + 2, 1, case.batch, xs.shape[-1]))
@@ -46,9 +46,9 @@ def padding_is_never_read(subject: LayerSubject, case: Case) -> None:
 def _is_itself_alone(layer: Recurrent, xs: Tensor, lengths: Tensor, more: Tensor) -> None:
     """Each row of a ragged batch against that row alone, and one step more from its state where rows have their own."""
     norms = [module for module in layer.modules() if isinstance(module, Normalizer)]
-    if any(norm.couples_batch and not norm.differs_in_evaluation for norm in norms):
+    if any(norm.uses_batch_statistics and not norm.train_eval_differ for norm in norms):
         return
-    coupled = any(norm.couples_batch for norm in norms)
+    coupled = any(norm.uses_batch_statistics for norm in norms)
     ys, state = layer.unroll(xs, lengths=lengths)
     follows, _ = layer.unroll(more, state)
     for row, count in enumerate(lengths.tolist()):

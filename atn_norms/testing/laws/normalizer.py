@@ -101,10 +101,10 @@ def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None
 
 @law("normalizer", batch=(2, 3))
 def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
-    """No row is seen by another, unless `couples_batch` is declared, and then rows are.
+    """No row is seen by another, unless `uses_batch_statistics` is declared, and then rows are.
 
     A sample's output may not depend on what else is in its batch, and on another step by no other way than the window.
-    One that couples the batch and `differs_in_evaluation` leaves rows alone in evaluation: one sample is a batch too.
+    One that couples the batch and `train_eval_differ` leaves rows alone in evaluation: one sample is a batch too.
     """
     normalizer = subject.normalizer(case).eval()
     xs = noise(case.seed, case.steps, case.batch, case.features)
@@ -132,7 +132,7 @@ def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
 
 @law("normalizer", batch=(2, 3))
 def evaluation_differs_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
-    """Training and evaluation compute the same, unless `differs_in_evaluation` is declared, and then they differ.
+    """Training and evaluation compute the same, unless `train_eval_differ` is declared, and then they differ.
 
     A window's own statistic serves at both times. Whoever reads the declaration (a study, a person who streams) relies
     on it in both directions.
@@ -179,7 +179,7 @@ def shift_invariance_holds(subject: NormalizerSubject, case: Case) -> None:
 
 @law("normalizer", unless=_unless_declared("order_free"))
 def feature_order_does_not_matter(subject: NormalizerSubject, case: Case) -> None:
-    """Declared `order_free`, permuting the features permutes the output, gain and shift apart.
+    """Declared `permutation_equivariant`, permuting the features permutes the output, gain and shift apart.
 
     Features of one gate have no order, so a normalizer that gives them one should say so by not declaring this.
     """

@@ -6,11 +6,11 @@ import math
 
 import torch
 
+from atn_norms.pytree import tree_leaves
 from atn_norms.tasks import Model
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import law
 from atn_norms.testing.tasked import TaskSubject
-from atn_norms.trees import tree_leaves
 
 SPLITS = ("validation", "test")
 

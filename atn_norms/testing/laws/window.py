@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.pytree import expand_mask, layout, reorder, tree_leaves, tree_map
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.subjects import WindowSubject, at, pushed
-from atn_norms.trees import layout, reorder, rows, tree_leaves, tree_map
 from atn_norms.windows import Window
 
 CLOSE = 1e-9  # float64, merges of at most a few dozen steps: 1e-14 is due
@@ -52,7 +52,7 @@ def a_step_that_did_not_happen_leaves_no_trace(subject: WindowSubject, case: Cas
     Rows of a batch end at different times, and a stream may pause: padding is not a step.
     """
     window, steps, weights = subject.make(case), subject.statements(case), subject.weights(case)
-    dirty = type(steps)(*(torch.where(rows(weights > 0, leaf), leaf, float("nan")) for leaf in steps))
+    dirty = type(steps)(*(torch.where(expand_mask(weights > 0, leaf), leaf, float("nan")) for leaf in steps))
     pooled, _ = pushed(window, dirty, weights, subject.fresh(window, steps))
     for row in range(case.batch):
         happened = weights[:, row] > 0

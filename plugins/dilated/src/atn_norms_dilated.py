@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import atn_norms as an
 import torch
-from atn_norms.trees import Tree, hold
+from atn_norms.pytree import Tree, where_mask
 from pydantic import Field
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Dilated(an.Window[Any]):
         leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
         chosen = type(now)(*(leaf[:, :: self.dilation] for leaf in leaves))
         pooled = chosen.pool(weights[:, :: self.dilation], 1)
-        return pooled, hold(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+        return pooled, where_mask(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
 
     def weight_at(self, age: Tensor) -> Tensor:
         return ((age % self.dilation == 0) & (age < self.steps * self.dilation)).to(age.dtype)

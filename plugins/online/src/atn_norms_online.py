@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import atn_norms as an
 import torch
-from atn_norms.trees import Tree, hold, rows
+from atn_norms.pytree import Tree, expand_mask, where_mask
 from pydantic import Field
 from torch import Tensor
 
@@ -49,10 +49,12 @@ class Online(an.Window[Any]):
 
     def push(self, now: Any, weight: Tensor, state: Tree) -> tuple[Any, Tree]:
         total, past = state
-        pooled = type(now)(*(torch.where(rows(total > 0, new), old, new) for old, new in zip(past, now, strict=True)))
+        pooled = type(now)(
+            *(torch.where(expand_mask(total > 0, new), old, new) for old, new in zip(past, now, strict=True))
+        )
         both = type(now)(*(torch.stack(pair, 1) for pair in zip(past, now, strict=True)))
         after = both.pool(torch.stack([total * self.decay, weight], 1), 1)
-        return pooled, hold(weight > 0, (total * self.decay + weight, tuple(after)), state)
+        return pooled, where_mask(weight > 0, (total * self.decay + weight, tuple(after)), state)
 
     def spec(self) -> "OnlineSpec":
         return OnlineSpec(decay=self.decay)

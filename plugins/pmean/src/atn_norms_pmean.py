@@ -59,7 +59,7 @@ class PMean(an.Normalizer):
     """
 
     scale_invariant = True
-    order_free = True
+    permutation_equivariant = True
 
     def __init__(self, features: int, p: float, *, eps: float = 3e-3) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class PMean(an.Normalizer):
             return self.weight * x / pooled.top.clamp(min=self.eps)
         return self.weight * x * (pooled.mean + self.eps**self.p).pow(-1 / self.p)
 
-    def refuses(self, window: an.Window[Any]) -> str | None:
-        if math.isfinite(self.p) or window.counts_alike:
+    def unsupported_reason(self, window: an.Window[Any]) -> str | None:
+        if math.isfinite(self.p) or window.uniform_weights:
             return None
         return (
             "a maximum (p infinite) can be pooled only where all steps of the window count alike; "

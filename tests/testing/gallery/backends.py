@@ -7,7 +7,7 @@ from torch import Tensor
 
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.trees import tree_map
+from atn_norms.pytree import tree_map
 from tests.testing.gallery.entry import wrong
 
 
@@ -15,7 +15,7 @@ from tests.testing.gallery.entry import wrong
 class RefusesWithTrue(Reference):
     """Says True where it cannot run a case."""
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> Any:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         return True if weights.norms else None
 
 
@@ -23,7 +23,7 @@ class RefusesWithTrue(Reference):
 class RefusesByRaising(Reference):
     """Raises where it should say why not."""
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> Any:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         if cell.torch_name == "LSTM":
             raise NotImplementedError("LSTM")
         return None
@@ -33,7 +33,7 @@ class RefusesByRaising(Reference):
 class RefusesEverything(Reference):
     """Refuses all there is, so that every other law holds of nothing."""
 
-    def refuses(self, cell: Cell, weights: CellWeights) -> Any:
+    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         return "it is not ready for any case"
 
 

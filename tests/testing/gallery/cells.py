@@ -11,7 +11,7 @@ import atn_norms as an
 from atn_norms.cells import CellWeights, GRUEquations, LSTMEquations, RNNEquations
 from atn_norms.cells.base import SiteStates
 from atn_norms.normalizers import FeatureMoments
-from atn_norms.trees import tree_map
+from atn_norms.pytree import tree_map
 from tests.testing.gallery.entry import wrong
 from tests.testing.gallery.normalizers import Layer
 
@@ -29,8 +29,8 @@ class KeepsItsHiddenState(Simple):
 
     last: ClassVar[dict[Any, Tensor]] = {}
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, state = super().step(weights, u + self.last.get(u.shape, torch.zeros(())), state, alive)
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, state = super().step(weights, u + self.last.get(u.shape, torch.zeros(())), state, mask)
         self.last[u.shape] = u.detach() * 0.1
         return y, state
 
@@ -57,8 +57,8 @@ class DetachesTheHiddenState(Simple):
 class DetachesTheFinalState(LSTMEquations):
     """Hands back a cell state that no gradient reaches, so that training by segments loses the loss of later ones."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, ((h, c), norms) = super().step(weights, u, state, alive)
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, ((h, c), norms) = super().step(weights, u, state, mask)
         return y, ((h, c.detach()), norms)
 
 
@@ -66,8 +66,8 @@ class DetachesTheFinalState(LSTMEquations):
 class ReturnsMoreThanItSays(Simple):
     """Returns its gates beside its output and declares the output alone."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, state = super().step(weights, u, state, alive)
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, state = super().step(weights, u, state, mask)
         return torch.cat([y, y], -1), state
 
 
@@ -75,8 +75,8 @@ class ReturnsMoreThanItSays(Simple):
 class CarriesLessThanItSays(LSTMEquations):
     """Sums the cell state up to one number per row."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, ((h, c), norms) = super().step(weights, u, state, alive)
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, ((h, c), norms) = super().step(weights, u, state, mask)
         return y, ((h, c.sum(-1, keepdim=True)), norms)
 
 
@@ -84,7 +84,7 @@ class CarriesLessThanItSays(LSTMEquations):
 class GoesOnAfterTheEnd(Simple):
     """Does not ask which rows are alive."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         return super().step(weights, u, state, None)
 
 
@@ -92,11 +92,11 @@ class GoesOnAfterTheEnd(Simple):
 class ClearsAfterTheEnd(Simple):
     """Sets the state of a row that ended to 0, so that its final state is lost."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, after = super().step(weights, u, state, alive)
-        if alive is None:
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, after = super().step(weights, u, state, mask)
+        if mask is None:
             return y, after
-        return y, (tree_map(lambda leaf: torch.where(alive.unsqueeze(1), leaf, 0.0), after[0]), after[1])
+        return y, (tree_map(lambda leaf: torch.where(mask.unsqueeze(1), leaf, 0.0), after[0]), after[1])
 
 
 @wrong("projecting_is_not_recurrent")
@@ -112,12 +112,12 @@ class CentresTheSequence(Simple):
 class ForgetsANorm(LSTMEquations):
     """Declares a norm of the cell state and never applies it."""
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         (h, c), states = state
-        norm = SiteStates(self, weights, states, alive)
+        norm = SiteStates(self, weights, states, mask)
         i, f, g, o = norm("sum", u + norm("hh", self.recur(weights, h))).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return self.ended(torch.sigmoid(o) * torch.tanh(c), (torch.sigmoid(o) * torch.tanh(c), c), norm, state, alive)
+        return self.ended(torch.sigmoid(o) * torch.tanh(c), (torch.sigmoid(o) * torch.tanh(c), c), norm, state, mask)
 
 
 @wrong("every_part_counts")
@@ -174,8 +174,8 @@ class BearsTorchsName(GRUEquations):
     refused: ClassVar[tuple[str, ...]] = ("sum", "carry")
     torch_name: ClassVar[str | None] = "GRU"
 
-    def step(self, weights: CellWeights, u: Tensor, state: Any, alive: Tensor | None = None) -> Any:
-        y, state = super().step(weights, u, state, alive)
+    def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
+        y, state = super().step(weights, u, state, mask)
         return y * 0.9, state
 
 

@@ -181,7 +181,7 @@ class PeeksAhead(Layer):
 class DeclaresACoupling(Layer):
     """Declares that it couples the batch and normalizes every row by itself."""
 
-    couples_batch = True
+    uses_batch_statistics = True
 
     def measure(self, x: Tensor) -> Any:
         return an.Moments(x.double(), torch.zeros_like(x, dtype=torch.float64))
@@ -194,8 +194,8 @@ class DeclaresACoupling(Layer):
 class CouplesInEvaluation(an.Normalizer):
     """Batch normalization that in evaluation has a population's variance, and the mean of whatever batch it has."""
 
-    couples_batch = True
-    differs_in_evaluation = True
+    uses_batch_statistics = True
+    train_eval_differ = True
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class DiffersInSecret(Layer):
 class DeclaresADifference(Layer):
     """Declares that evaluation differs, and it does not."""
 
-    differs_in_evaluation = True
+    train_eval_differ = True
 
 
 @wrong("scale_invariance_holds")
@@ -262,7 +262,7 @@ class DeclaresAShift(Layer):
 class DeclaresNoOrder(Layer):
     """Weighs the features by their place in the statement, and declares that their order does not matter."""
 
-    order_free = True
+    permutation_equivariant = True
 
     def measure(self, x: Tensor) -> Any:
         weights = torch.linspace(1, 2, x.shape[-1], dtype=torch.float64)
@@ -289,7 +289,7 @@ class HasNoEps(Layer):
 class RecordsOutsideTheStateDict(Layer):
     """Keeps what it records in a plain attribute, which no checkpoint holds."""
 
-    differs_in_evaluation = True
+    train_eval_differ = True
 
     def __init__(self, features: int) -> None:
         super().__init__(features)

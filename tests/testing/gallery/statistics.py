@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import atn_norms as an
-from atn_norms.trees import rows
+from atn_norms.pytree import expand_mask
 from tests.testing.gallery.entry import wrong
 
 
@@ -15,7 +15,7 @@ class Uses(an.Normalizer):
 
     Said: type
 
-    order_free = True
+    permutation_equivariant = True
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Uses(an.Normalizer):
 def share(weights: Tensor, leaf: Tensor, dim: int) -> Tensor:
     if weights.ndim == 1:
         weights = weights.reshape((1,) * dim + weights.shape)
-    weights = rows(weights, leaf)
+    weights = expand_mask(weights, leaf)
     return weights / weights.sum(dim, keepdim=True).clamp(min=1e-30)
 
 
@@ -88,7 +88,7 @@ class TakesTheLatest(Uses):
         var: Tensor
 
         def pool(self, weights: Tensor, dim: int) -> "TakesTheLatest.Said":
-            weights = rows(weights, self.mean).expand(self.mean.shape)
+            weights = expand_mask(weights, self.mean).expand(self.mean.shape)
             place = torch.arange(weights.shape[dim]).reshape((1,) * dim + (-1,) + (1,) * (weights.ndim - dim - 1))
             last = ((weights > 0) * place).amax(dim, keepdim=True)
             return type(self)(*(leaf.gather(dim, last).squeeze(dim) for leaf in self))
@@ -104,7 +104,7 @@ class DividesByOneLess(Uses):
 
         def pool(self, weights: Tensor, dim: int) -> an.Moments:
             mean, var = an.Moments(self.mean, self.var).pool(weights, dim)
-            count = rows(weights, self.mean).sum(dim)
+            count = expand_mask(weights, self.mean).sum(dim)
             return type(self)(mean, var * count / (count - 1).clamp(min=1))  # type: ignore[return-value]
 
 
@@ -144,7 +144,7 @@ class DividesByNothing(Uses):
         var: Tensor
 
         def pool(self, weights: Tensor, dim: int) -> "DividesByNothing.Said":
-            w = rows(weights, self.mean)
+            w = expand_mask(weights, self.mean)
             seen = [torch.where(w > 0, leaf, 0.0) for leaf in self]
             w = w / w.sum(dim, keepdim=True)
             mean = (w * seen[0]).sum(dim, keepdim=True)
@@ -161,7 +161,7 @@ class PoolsTheLastAxisButOne(Uses):
         var: Tensor
 
         def pool(self, weights: Tensor, dim: int) -> "PoolsTheLastAxisButOne.Said":
-            w = rows(weights, self.mean).expand(self.mean.shape)
+            w = expand_mask(weights, self.mean).expand(self.mean.shape)
             seen = [torch.where(w > 0, leaf, 0.0) for leaf in self]
             w = w / w.sum(-2, keepdim=True).clamp(min=1e-30)
             mean = (w * seen[0]).sum(-2, keepdim=True)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atn_norms.pytree import detach
 from atn_norms.tasks import Batch, Model, Task, generator
-from atn_norms.trees import detach
 from tests.testing.gallery.entry import wrong
 
 STEPS = 5

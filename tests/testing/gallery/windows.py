@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import atn_norms as an
-from atn_norms.trees import hold, rows
+from atn_norms.pytree import expand_mask, where_mask
 from tests.testing.gallery.entry import wrong
 
 
@@ -24,7 +24,7 @@ class Three(an.Window):
         weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
         leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
         pooled = type(now)(*leaves).pool(weights, 1)
-        return pooled, hold(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+        return pooled, where_mask(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
 
     def weight_at(self, age: Tensor) -> Any:
         return (age < 3).to(age.dtype)
@@ -43,7 +43,7 @@ class Decaying(an.Window):
         total, past = state[0] * self.factor, state[1]
         both = type(now)(*(torch.stack(pair, 1) for pair in zip(past, now, strict=True)))
         pooled = both.pool(torch.stack([total, weight], 1), 1)
-        return pooled, hold(weight > 0, (total + weight, tuple(pooled)), state)
+        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
 
     def weight_at(self, age: Tensor) -> Any:
         return 0.5**age
@@ -79,7 +79,7 @@ class WeighsInPlace(Three):
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         with torch.no_grad():
             for leaf in now:
-                leaf.mul_(rows(weight, leaf) * 0.5)
+                leaf.mul_(expand_mask(weight, leaf) * 0.5)
         return super().push(now, weight, state)
 
 
@@ -187,7 +187,7 @@ class StartsFromZero(Decaying):
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled = type(now)(*(0.5 * old + 0.5 * new for old, new in zip(state[1], now, strict=True)))
-        return pooled, hold(weight > 0, (state[0] + weight, tuple(pooled)), state)
+        return pooled, where_mask(weight > 0, (state[0] + weight, tuple(pooled)), state)
 
     def weight_at(self, age: Tensor) -> Any:
         return None
@@ -215,7 +215,7 @@ class LeavesOutTheCurrentStep(Three):
         weights, leaves = state
         pooled = type(now)(*leaves).pool(weights, 1)
         known = weights.sum(1) > 0
-        before = type(now)(*(torch.where(rows(known, a), a, b) for a, b in zip(pooled, now, strict=True)))
+        before = type(now)(*(torch.where(expand_mask(known, a), a, b) for a, b in zip(pooled, now, strict=True)))
         return before, super().push(now, weight, state)[1]
 
 
@@ -244,17 +244,19 @@ class ForgetsBySubtracting(Three):
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         weights, leaves, sums = state
-        added = [s + rows(weight, new) * new for s, new in zip(sums, self._raw(now), strict=True)]
-        total = rows(weights.sum(1) + weight, now[0])
+        added = [s + expand_mask(weight, new) * new for s, new in zip(sums, self._raw(now), strict=True)]
+        total = expand_mask(weights.sum(1) + weight, now[0])
         pooled = self._said(now, [each / total.clamp(min=1e-30) for each in added])
         oldest = type(now)(*(leaf[:, 0] for leaf in leaves))
-        left = [each - rows(weights[:, 0], old) * old for each, old in zip(added, self._raw(oldest), strict=True)]
+        left = [
+            each - expand_mask(weights[:, 0], old) * old for each, old in zip(added, self._raw(oldest), strict=True)
+        ]
         after = (
             torch.cat([weights[:, 1:], weight.unsqueeze(1)], 1),
             tuple(torch.cat([old[:, 1:], new.unsqueeze(1)], 1) for old, new in zip(leaves, now, strict=True)),
             tuple(left),
         )
-        return pooled, hold(weight > 0, after, state)
+        return pooled, where_mask(weight > 0, after, state)
 
     @staticmethod
     def _raw(said: Any) -> list[Tensor]:

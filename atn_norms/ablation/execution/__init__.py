@@ -1,0 +1,1 @@
+"""Run trials: in this process, in local processes, or on a cluster."""

@@ -1,0 +1,209 @@
+"""Trials on the workers of a Dask cluster, local processes or a scheduler's; nothing is believed but the store."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from multiprocessing import resource_tracker
+from typing import Any
+
+from atn_norms.ablation.execution.environment import versions
+from atn_norms.ablation.execution.events import Progress
+from atn_norms.ablation.execution.worker import line, work
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.errors import SpecError
+
+POLL = 0.5  # seconds between looks at the store
+WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
+DESERTED = 600.0  # seconds to wait for another one when the last has gone
+PATIENCE = 30.0  # seconds for the scheduler to answer
+PING = 10.0  # seconds for a worker to answer, of which nothing has been heard for long
+
+
+def run_with_dask(store: StudyFolder, progress: Progress, workers: int, scheduler: str | None) -> None:
+    """Train what is left to do on `workers` local processes, or on those of a scheduler."""
+    with _client(min(workers, len(progress.waiting)), scheduler, progress.threads()) as client:
+        from distributed.comm import CommClosedError
+
+        hands = Dispatcher(client, store, progress)
+        try:
+            while progress.left or hands.running:
+                hands.give()
+                hands.wait()
+                progress.look(list(hands.running.values()))
+                hands.collect()
+                hands.drop_silent()
+        except (CancelledError, CommClosedError) as error:  # nothing else cancels what is running here
+            raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept") from error
+        finally:
+            progress.hold.end()  # which stops the workers within a second, wherever they are
+            if client.status == "running":
+                client.cancel(list(hands.running))
+
+
+class Dispatcher:
+    """The trials that the workers of a cluster have in hand."""
+
+    def __init__(self, client: Any, store: StudyFolder, progress: Progress) -> None:
+        self.client, self.store, self.progress = client, store, progress
+        self.versions = versions()
+        self.running: dict[Any, str] = {}
+        self.patience, self.manned = WORKERLESS, time.monotonic()
+
+    def give(self) -> None:
+        """Hand out trials, one to a worker: one that kills its worker is then the only suspect."""
+        workers = len(self._ask(self.client.scheduler.ncores))
+        if workers:
+            self.patience, self.manned = DESERTED, time.monotonic()
+        elif time.monotonic() - self.manned > self.patience:
+            raise SpecError(
+                f"the Dask scheduler has had no worker for {self.patience:.0f} s; start some. What is finished is kept"
+            )
+        for trial in self.progress.due(workers - len(self.running)):
+            job = json.dumps({"folder": str(self.store.path.absolute()), "trial": trial, "versions": self.versions})
+            self.running[self.client.submit(work, job, key=f"{trial}-{time.time_ns()}", pure=False)] = trial
+
+    def wait(self) -> None:
+        """Until a trial ends, but no longer than it takes until the next look."""
+        from distributed import wait
+
+        if not self.running:
+            time.sleep(POLL)
+            return
+        with contextlib.suppress(TimeoutError):
+            wait(list(self.running), timeout=POLL, return_when="FIRST_COMPLETED")
+
+    def collect(self) -> None:
+        """See what came of the attempts that are over."""
+        for future in [future for future in self.running if future.done()]:
+            self.progress.ended(self.running.pop(future), _told(future))
+
+    def drop_silent(self) -> None:
+        """Give the trial of a worker that stands still, or has vanished without a word, to another one."""
+        for future, trial in list(self.running.items()):
+            if not self.progress.silent(trial):
+                continue
+            address = self._worker(future.key)
+            if address is None or self._answers(address):  # the trial is only waiting for its turn
+                self.progress.heard(trial)
+                continue
+            del self.running[future]
+            self.client.cancel([future])
+            self._ask(self.client.scheduler.retire_workers, workers=[address], close_workers=True, remove=True)
+            self.progress.again(trial)
+
+    def _worker(self, key: str) -> str | None:
+        processing = self._ask(self.client.scheduler.processing, workers=None)
+        return next((address for address, keys in processing.items() if key in keys), None)
+
+    def _answers(self, address: str) -> bool:
+        try:
+            ask = self.client.scheduler.broadcast
+            self.client.sync(ask, msg={"op": "identity"}, workers=[address], callback_timeout=PING)
+        except (TimeoutError, OSError):
+            return False
+        return True
+
+    def _ask(self, question: Callable[..., Any], **arguments: Any) -> Any:
+        try:
+            return self.client.sync(question, **arguments, callback_timeout=PATIENCE)
+        except TimeoutError as error:
+            raise SpecError(
+                f"the Dask scheduler has not answered for {PATIENCE:.0f} s; what is finished is kept"
+            ) from error
+
+
+def _told(future: Any) -> dict[str, str]:
+    """What the worker said about an attempt, or what Dask says in its place."""
+    try:
+        return json.loads(future.result())
+    except CancelledError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever Dask raises, this trial failed and the others go on
+        if type(error).__name__ == "KilledWorker":
+            return {"died": "its worker process died twice while training it (out of memory, or a crash)"}
+        return {"trouble": f"its worker could not train it: {line(error)}"}
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and the like come only at the end, and start processes inside that never see a Ctrl-C.
+
+    A terminal sends it to all of them, and it is this process that stops the others, and in order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        each: signal.signal(each, lambda number, frame: came.append(number))
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(signal.getsignal(each))
+    }
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which threads and processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    for each in came[:1]:
+        signal.raise_signal(each)
+
+
+@contextlib.contextmanager
+def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
+    try:
+        from dask import config
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"{error.name} is not installed: run pip install 'atn-norms[ablation]', or use --workers 0"
+        ) from error
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 1,
+        "distributed.scheduler.worker-ttl": None,
+        "distributed.deploy.lost-worker-timeout": "1 day",  # by default one that takes 15 s to start again never may
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": False,
+        "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        "distributed.admin.log-format": "%(name)s - %(levelname)s - %(message)s",
+    }
+    with config.set(settings), contextlib.ExitStack() as stack:
+        if scheduler is None:
+            resource_tracker.ensure_running()  # it lets signals through when it starts, so not inside
+            with _signals_wait():
+                cluster: Any = stack.enter_context(
+                    LocalCluster(
+                        n_workers=workers,
+                        threads_per_worker=1,
+                        processes=True,
+                        memory_limit=0,
+                        dashboard_address="127.0.0.1:0",  # None is port 8787, with a warning where that is taken
+                        scheduler_kwargs={"dashboard": False},
+                        silence_logs=logging.CRITICAL,
+                    )
+                )
+            yield stack.enter_context(Client(cluster))
+        else:
+            log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL)
+            yield stack.enter_context(_connected(scheduler))
+
+
+def _connected(scheduler: str) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"scheduler: {scheduler} cannot be reached ({line(error)})") from error

@@ -1,0 +1,76 @@
+"""Runs the trials of a study's folder, here, in local processes or on a cluster; the store says what came of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from atn_norms.ablation.execution.cluster import POLL, run_with_dask
+from atn_norms.ablation.execution.environment import versions
+from atn_norms.ablation.execution.events import Event, OnEvent, Progress
+from atn_norms.ablation.execution.worker import attempt
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import SpecError, short_repr
+
+__all__ = ["Event", "OnEvent", "check_scheduler", "run"]
+
+
+def run(
+    folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
+) -> StudyRecord:
+    """Train every trial of a study that is not done, failed ones again, and return what the folder then says.
+
+    | symbol | meaning |
+    |---|---|
+    | `workers` | local processes; 0 trains in this process, without Dask |
+    | `scheduler` | address of a running Dask scheduler, in place of local processes; its workers share the folder |
+    | `on_event` | called in this thread with each `Event` |
+
+    A trial that raises, or kills its worker, becomes a failed trial and the others go on. One that another process is
+    still training, such as a worker that outlived its run, is waited for. `KeyboardInterrupt` stops the workers and
+    passes on; run again to continue.
+
+    Errors: `SpecError` for a bad argument, where Dask is missing or its scheduler out of reach; `StoreError` where the
+    folder cannot be used (`Busy`: another run is at it).
+    """
+    if workers < 0:
+        raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
+    check_scheduler(scheduler)
+    store = StudyFolder(folder)
+    store.resolved()
+    with store.lock() as hold:
+        store.mend()
+        progress = Progress(store, hold, on_event or (lambda event: None))
+        if progress.left:
+            if workers == 0 and scheduler is None:
+                _run_here(store, progress)
+            else:
+                run_with_dask(store, progress, workers, scheduler)
+    return store.load()
+
+
+def check_scheduler(address: str | None) -> None:
+    """Refuse what cannot be a Dask scheduler's address.
+
+    >>> check_scheduler("tcp://10.0.0.1:8786")
+    """
+    if address is None or re.fullmatch(r"inproc://\S+|(?:(?:tcp|tls|ws|wss|ucx)://)?[^\s:/]+:\d{1,5}/?", address):
+        return
+    if re.fullmatch(r"(?:(?:tcp|tls|ws|wss|ucx)://)?\[[0-9a-fA-F:.]+\]:\d{1,5}/?", address):  # IPv6
+        return
+    raise SpecError(f"scheduler: {short_repr(address)} is no address of a Dask scheduler; allowed: tcp://host:port")
+
+
+def _run_here(store: StudyFolder, progress: Progress) -> None:
+    here = versions()
+    while progress.left:
+        trials = progress.due(1)
+        progress.look([])
+        for trial in trials:
+            folder = store.trial(trial)
+            told = attempt(folder, here, lambda step, f=folder: progress.step(f.id, step, f.loss))
+            progress.ended(trial, told)
+        if not trials:
+            time.sleep(POLL)

@@ -1,0 +1,290 @@
+"""One trial: trained from its JSON alone, deterministic, and resumed bit for bit from its checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.ablation.grid import optimizers
+from atn_norms.ablation.grid.plan import VERSION
+from atn_norms.ablation.grid.resolve import TASK
+from atn_norms.ablation.grid.schedules import Improvement, Rate
+from atn_norms.ablation.store.folder import TrialFolder
+from atn_norms.layers import LayerSpec
+from atn_norms.normalizers import BatchNorm, Normalizer
+from atn_norms.pytree import Tree
+from atn_norms.registry import SpecError
+from atn_norms.tasks import Model, Split, generator
+
+MOST_LOST = 60.0  # seconds of training that a kill may cost, however far apart checkpoints are in steps
+SAVING = 20.0  # the seconds from one such checkpoint to the next, at least, for each that it took to write
+OnStep = Callable[[int], None]
+
+
+class Diverged(Exception):
+    """A loss or score is not finite: an outcome of the trial, not a fault."""
+
+
+class Trainer:
+    """A trial in memory: `advance` takes one training step, `state` and `restore` stop and go on bit for bit.
+
+    Equal trials start from equal weights whatever their normalizers: the initial weights are drawn from the seed in the
+    order encoder, layer, read-out, and a normalizer draws nothing. torch's global generator belongs to the trainer while
+    it works; wrap it in `isolated` where others need theirs.
+    """  # noqa: E501
+
+    def __init__(self, trial: dict[str, Any]) -> None:
+        if trial["version"] != VERSION:
+            raise SpecError(f"trial of version {trial['version']}, and this program knows version {VERSION}")
+        self.train, seed = trial["train"], trial["seed"]
+        spec = TASK.validate_python(trial["task"])
+        for option, content in trial["data"].items():
+            if spec.data()[option] != content:
+                raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+        torch.set_num_threads(self.train["threads"])
+        self.task = spec.build(seed)
+        torch.set_rng_state(generator(seed, "weights").get_state())
+        encoder = self.task.encoder()
+        layer = LayerSpec.model_validate(trial["model"]).build()
+        self.model = Model(encoder, layer, self.task.readout(layer.output_size))
+        self.task.share(self.model)
+        torch.set_rng_state(generator(seed, "training").get_state())
+        self.optimizer = optimizers.make(self.train["optimizer"], list(self.model.parameters()))
+        self.rate = Rate(self.train["schedule"], self.train["steps"], self.optimizer)
+        self.step = 0
+        self.carry: Tree | None = None
+        self.first: float | None = None  # loss of the first step, by which an explosion is known
+        self.summed, self.count = 0.0, 0  # losses since the last point of the curve
+        self.watch = Improvement()
+        self.kept: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every training step has been taken, or patience has run out."""
+        return self.step >= self.train["steps"] or self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether validation has not become better for as long as there is patience."""
+        return self.train["patience"] is not None and self.watch.since >= self.train["patience"]
+
+    def advance(self) -> dict[str, Any] | None:
+        """Take one training step; return a line of the learning curve when one is due.
+
+        Errors: `Diverged` where a loss or a score is not finite, or the loss has exploded.
+        """
+        self.model.train()
+        self.rate.set(self.step)
+        batch = self.task.batch(self.step, self.train["batch_size"])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, self.carry = self.task.loss(self.model, batch, self.carry)
+        loss.backward()
+        if self.train["clip"] is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train["clip"])
+        self.optimizer.step()
+        self.step += 1
+        value = _finite(loss.item(), "training loss")
+        self.first = value if self.first is None else self.first
+        self.summed += value
+        self.count += 1
+        return self._line()
+
+    def _line(self) -> dict[str, Any] | None:
+        validate = self.step >= self.train["steps"] or self.step % self.train["eval_every"] == 0
+        if not validate and self.step % self.train["log_every"]:
+            return None
+        loss = self.summed / self.count
+        self._refuse_explosion(loss)
+        score = self._validate() if validate else None
+        self.summed, self.count = 0.0, 0
+        in_metric = _finite(self.task.in_metric(loss), f"training {self.task.metric}")
+        return {"step": self.step, "train_loss": in_metric, "validation": score}
+
+    def _refuse_explosion(self, loss: float) -> None:
+        most = self.train["explosion"]
+        if most is not None and self.first is not None and loss > most * abs(self.first) > 0:
+            raise Diverged(f"the training loss is {loss:.3g}, over {most:g} times what it was at first")
+
+    def _validate(self) -> float:
+        score = self.evaluate("validation")[self.task.metric]
+        cost = score if self.task.goal == "min" else -score
+        self.rate.see(cost)
+        if self.watch.see(cost) and self.train["keep"] == "best":
+            self.kept = {name: each.clone() for name, each in self.model.state_dict().items()}
+        return score
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Score the model on a split; `Diverged` where the score is not finite."""
+        with self._renewed_populations():
+            return self._score(split)
+
+    def conclude(self) -> dict[str, dict[str, float]]:
+        """Score the weights that are to be kept on both splits; `Diverged` where a score is not finite."""
+        if self.kept is not None:
+            self.model.load_state_dict(self.kept)
+        with self._renewed_populations():
+            return {split: self._score(split) for split in ("validation", "test")}
+
+    def _score(self, split: Split) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            scores = self.task.evaluate(self.model, split)
+        return {name: _finite(value, f"{split} {name}") for name, value in scores.items()}
+
+    @contextmanager
+    def _renewed_populations(self) -> Iterator[None]:
+        """Populations as these weights give them on the first training batches; afterwards as training left them.
+
+        A `BatchNorm` begins anew and averages all these batches alike; any other norm that differs in evaluation takes
+        them in as it does in training.
+        """
+        count = self.train.get("population_batches", 0)
+        norms = [each for each in self.model.modules() if isinstance(each, Normalizer) and each.train_eval_differ]
+        if not (count and norms):
+            yield
+            return
+        before = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        momenta = [(norm, norm.momentum) for norm in norms if isinstance(norm, BatchNorm)]
+        try:
+            for norm, _ in momenta:
+                norm.momentum = None
+                norm.num_batches_tracked.zero_()
+            self.model.train()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                carry = None
+                for step in range(count):
+                    _, carry = self.task.loss(self.model, self.task.batch(step, self.train["batch_size"]), carry)
+            yield
+        finally:
+            for norm, momentum in momenta:
+                norm.momentum = momentum
+            for buffer, old in before:
+                buffer.copy_(old)
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rate": self.rate.state(),
+            "carry": self.carry,
+            "random": torch.get_rng_state(),
+            "first": self.first,
+            "summed": self.summed,
+            "count": self.count,
+            "best": self.watch.best,
+            "since": self.watch.since,
+            "kept": self.kept,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rate.restore(state["rate"])
+        self.step, self.carry = state["step"], state["carry"]
+        self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
+        self.watch.best, self.watch.since, self.kept = state["best"], state["since"], state["kept"]
+        torch.set_rng_state(state["random"])
+
+
+def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict[str, str] | None = None) -> str:
+    """Train the trial of a folder to its end, from its checkpoint if it has one; return the outcome.
+
+    `on_step` is called with the number of steps taken after each of them; whatever it raises ends the attempt there.
+    A trial that is done already is left alone. Errors: `Busy` while another process trains it; `StoreError` and
+    `SpecError` naming the file or option; whatever a plugin raises.
+    """
+    with folder.lock():
+        folder.tidy()
+        done = folder.result()
+        if done is not None:
+            return done["outcome"]
+        trial = folder.trial()
+        run = folder.run()
+        if not run and (folder.path / "run.json").exists():
+            folder.log("run.json is damaged; attempts and seconds are counted anew")
+        before = run.get("seconds", 0.0)
+        started = time.monotonic()
+        run |= {
+            "attempts": run.get("attempts", 0) + 1,
+            "started": run.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": before,
+            "host": platform.node(),
+            "process": os.getpid(),
+            "versions": versions or {},
+        }
+        folder.note(run)
+
+        def note_time() -> None:
+            run["seconds"] = round(before + time.monotonic() - started, 3)
+            folder.note(run)
+
+        with isolated(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
+            result = _train(folder, trial, on_step, note_time)
+        note_time()
+        folder.finish(result)
+        folder.log(
+            f"{result['outcome']} after step {result['step']}, {run['seconds']} s in {run['attempts']} attempt(s)"
+        )
+        return result["outcome"]
+
+
+def _train(
+    folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None, on_saved: Callable[[], None]
+) -> dict[str, Any]:
+    trainer = Trainer(trial)
+    checkpoint = folder.restore()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
+    result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
+    due = time.monotonic() + MOST_LOST
+    try:
+        while not trainer.finished:
+            line = trainer.advance()
+            if line is not None:
+                folder.measure(line)
+            now = time.monotonic()
+            if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished or now >= due:
+                folder.save(trainer.state())
+                on_saved()  # what it took to get here is not taken again, whatever becomes of this attempt
+                due = time.monotonic() + max(MOST_LOST, SAVING * (time.monotonic() - now))
+            if on_step is not None:
+                on_step(trainer.step)
+        result["metrics"] = trainer.conclude()
+        if trainer.step < trial["train"]["steps"]:
+            result["reason"] = f"no better validation in {trainer.watch.since} looks"
+    except Diverged as reason:
+        folder.log(f"diverged at step {trainer.step}: {reason}")
+        result |= {"outcome": "diverged", "metrics": {}, "reason": str(reason)}
+    return result | {"step": trainer.step}
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Give torch's global generator and number of threads back as they were."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _finite(value: float | Tensor, what: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise Diverged(f"the {what} is {number}")
+    return number

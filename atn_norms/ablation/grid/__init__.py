@@ -1,0 +1,1 @@
+"""A study file: options, axes, and the trials they expand to."""

@@ -1,0 +1,130 @@
+"""Optimizers by name from `torch.optim`, their options checked and filled in from torch's own signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.errors import did_you_mean, short_repr
+
+# A dense model of vectors and matrices, stepped without a closure: what these three ask for, a trial does not have.
+_UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+# What other libraries call an option.
+_ELSEWHERE = {"learning_rate": "lr", "beta": "betas", "epsilon": "eps", "decay": "weight_decay"}
+# How torch computes an update, not which update: outside the trial's identity.
+_EXECUTION = {"params", "foreach", "capturable", "differentiable", "fused"}
+
+
+def kinds() -> dict[str, type[torch.optim.Optimizer]]:
+    """The usable optimizers by lower-case name.
+
+    >>> "adam" in kinds(), "lbfgs" in kinds()
+    (True, False)
+    """
+    found = vars(torch.optim).items()
+    classes = {name: each for name, each in found if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)}
+    return {name.lower(): each for name, each in sorted(classes.items(), key=_lower) if name not in _UNUSABLE}
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    """Every option of an optimizer with torch's default, numbers as floats."""
+    parameters = inspect.signature(kinds()[kind].__init__).parameters
+    return {
+        name: _plain(parameter.default)
+        for name, parameter in parameters.items()
+        if name != "self" and name not in _EXECUTION and parameter.default is not inspect.Parameter.empty
+    }
+
+
+def resolve(value: Any) -> dict[str, Any]:
+    """Fill in an optimizer given by name or as a mapping with `kind` (adam where there is none).
+
+    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value
+    unlike torch's default, or one that torch refuses.
+
+    >>> resolve({"kind": "sgd", "lr": 0.1})["momentum"]
+    0.0
+    >>> from atn_norms.registry import to_spec_error
+    >>> try:
+    ...     resolve({"kind": "sgd", "mometum": 0.9})
+    ... except ValueError as error:
+    ...     print(str(to_spec_error(error)).split(";")[0])
+    mometum: unknown option of 'sgd'
+    """
+    value = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {short_repr(value)}")])
+    kind = value.get("kind", "adam")
+    if not isinstance(kind, str) or kind not in kinds():
+        known = f"known: {', '.join(kinds())}{did_you_mean(kind, kinds())}"
+        raise invalid("optimizer", [Problem(("kind",), f"unknown optimizer {short_repr(kind)}; {known}")])
+    options = defaults(kind)
+    problems = []
+    for name, given in value.items():
+        if name == "kind":
+            continue
+        if name not in options:
+            known = f"known: {', '.join(options)}{did_you_mean(_ELSEWHERE.get(name, name), options)}"
+            problems.append(Problem((name,), f"unknown option of {kind!r}; {known}"))
+        elif not _alike(given, options[name]):
+            problems.append(
+                Problem((name,), f"must be like torch's default {options[name]!r}, got {short_repr(given)}")
+            )
+        else:
+            options[name] = _plain(given)
+    resolved = {"kind": kind, **options}
+    if not problems:
+        try:
+            make(resolved, [torch.nn.Parameter(torch.zeros(1))])
+        except (ValueError, TypeError) as error:
+            problems = [Problem((), f"torch refuses it: {error}")]
+    if problems:
+        raise invalid("optimizer", problems)
+    return resolved
+
+
+def make(resolved: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `resolve` described, over some parameters."""
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in resolved.items() if name != "kind"}
+    optimizer: Any = kinds()[resolved["kind"]]
+    return optimizer(parameters, **options)
+
+
+def _lower(item: tuple[str, object]) -> str:
+    return item[0].lower()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _alike(given: Any, default: Any) -> bool:
+    if isinstance(default, list):
+        return (
+            isinstance(given, (tuple, list))
+            and len(given) == len(default)
+            and all(_alike(*pair) for pair in zip(given, default, strict=True))
+        )
+    if default is None or given is None:
+        return default is None and (given is None or _is_number(given))
+    if isinstance(default, float):
+        return _is_number(given)
+    return type(given) is type(default)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": list(kinds())},
+        {"type": "object", "properties": {"kind": {"enum": list(kinds())}}},
+    ]
+}

@@ -1,0 +1,195 @@
+"""From a study to its trials: every default filled in, each with an identity of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.study import Point, StudySpec
+from atn_norms.ablation.store.files import canonical
+from atn_norms.ablation.store.records import TaskFacts
+from atn_norms.errors import blamed, short_repr, to_spec_error
+from atn_norms.layers import LayerSpec
+from atn_norms.layers.spec import _physical_memory
+from atn_norms.normalizers import Normalizer
+from atn_norms.registry import SpecError
+from atn_norms.specs import Where, to_yaml
+from atn_norms.tasks import Task, TaskSpec
+
+VERSION = 2  # of a trial's meaning: raised when the same options come to mean other numbers
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """A trial to be done, and the grid points it answers."""
+
+    id: str
+    trial: dict[str, Any]
+    points: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as the list of its trials, seed by seed so that an early look sees all of the grid."""
+
+    name: str
+    source: str
+    study: dict[str, Any]
+    axes: dict[str, list[str]]
+    tasks: dict[str, TaskFacts]
+    baseline: dict[str, str]
+    trials: tuple[PlannedTrial, ...]
+
+    @property
+    def key(self) -> str:
+        """What makes a study this study: its trials, where they stand in the grid, and the baseline."""
+        trials = [{"id": trial.id, "points": trial.points} for trial in self.trials]
+        return digest({"axes": self.axes, "baseline": self.baseline, "trials": trials})
+
+    def lacks(self, resolved: Mapping[str, Any]) -> int:
+        """How many trials of a study that was laid down (`resolved`) this one lacks; 0: it may take its place."""
+        mine = {trial.id for trial in self.trials}
+        return sum(trial["id"] not in mine for trial in resolved["trials"])
+
+    def resolved(self) -> dict[str, Any]:
+        """What `study.resolved.json` holds."""
+        return {
+            "version": VERSION,
+            "key": self.key,
+            "name": self.name,
+            "source": self.source,
+            "study": self.study,
+            "axes": self.axes,
+            "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
+            "baseline": self.baseline,
+            "trials": [{"id": trial.id, "points": list(trial.points), "trial": trial.trial} for trial in self.trials],
+        }
+
+
+def digest(value: Any) -> str:
+    """The first 64 bits of the SHA-256 of a value's canonical JSON, in hexadecimal.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
+
+
+def identity(trial: dict[str, Any]) -> str:
+    """The id of a trial: everything its result depends on, and nothing else.
+
+    What a task reads counts by content (`data`), not by where it lies, and how often to checkpoint does not count.
+    """
+    task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
+    train = {name: value for name, value in trial["train"].items() if name != "checkpoint_every"}
+    return digest({**trial, "task": task, "train": train})
+
+
+def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
+    """Resolve a study into trials; points that mean the same are one trial.
+
+    Errors: `SpecError` naming a file that a task cannot read, or a size the task does not allow; `where` (from
+    `specs.read`) places it in the study's file.
+    """
+    facts: dict[str, TaskFacts] = {}
+    resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
+    built: dict[str, tuple[Task, dict[str, str]]] = {}
+    for point in study.points():
+        try:
+            trial, metric = _trial(point, built)
+        except SpecError as error:
+            found = [point.placed(_blamed(each, point.task)) for each in error.problems]
+            raise to_spec_error(invalid("study", found), where) from error
+        facts.setdefault(point.labels["task"], metric)
+        resolved.append((point.labels, trial))
+    trials: dict[str, PlannedTrial] = {}
+    for seed in study.seed_list():
+        for labels, trial in resolved:
+            seeded = {**trial, "seed": seed}
+            name = identity(seeded)
+            points = trials[name].points if name in trials else ()
+            trials[name] = PlannedTrial(name, seeded, (*points, labels))
+    return Plan(
+        name=study.name,
+        source=to_yaml(study.model_dump(mode="json", exclude_unset=True)),
+        study=study.model_dump(mode="json"),
+        axes=study.axis_labels(),
+        tasks=facts,
+        baseline=study.baseline_labels(),
+        trials=tuple(trials.values()),
+    )
+
+
+def _blamed(problem: str, task: TaskSpec) -> Problem:
+    """What a task refuses, at the option it names first (`text: ...`, `train.batch_size: ...`), else at the task."""
+    names, rest = blamed(problem)
+    if names[:1] in (("model",), ("train",)):
+        return Problem(names, rest)
+    if names and names[0] in type(task).model_fields:
+        return Problem(("task", *names), rest)
+    return Problem((), problem) if problem.startswith(("model.", "train.")) else Problem(("task",), problem)
+
+
+def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple[dict[str, Any], TaskFacts]:
+    options = point.task.model_dump(mode="json")
+    which = canonical([options, point.train.batch_size])
+    if which not in built:
+        task, data = point.task.build(0), point.task.data()
+        task.batch(0, point.train.filled(task.batch_size)["batch_size"])  # a task refuses here what it cannot batch
+        built[which] = task, data
+    task, data = built[which]
+    layer = _fitted(point.model, task)
+    train = point.train.filled(task.batch_size)
+    if "population_batches" in train and not _has_populations(layer, task):
+        del train["population_batches"]  # means as little there as a window without a norm
+    trial = {
+        "version": VERSION,
+        "model": layer.model_dump(mode="json"),
+        "task": options,
+        "train": train,
+        "seed": 0,
+        "data": data,
+    }
+    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal)
+
+
+def _has_populations(layer: LayerSpec, task: Task) -> bool:
+    """Whether any norm of a model computes something else in evaluation, from what training recorded."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        parts = [layer.build(), task.encoder(), task.readout(layer.layer_inputs(1))]
+    return any(isinstance(m, Normalizer) and m.train_eval_differ for part in parts for m in part.modules())
+
+
+def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
+    """The layer with the task's inputs; `SpecError` where it, with encoder and read-out, is too large to train here."""
+    try:
+        layer = LayerSpec.model_validate({**dict(model), "input_size": task.input_size})
+    except ValidationError as error:
+        raise to_spec_error(error) from None
+    memory, cell = _physical_memory(), layer.equations()
+    if memory is None:
+        return layer
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # sizes without memory
+            ends = [*task.encoder().parameters(), *task.readout(layer.layer_inputs(1)).parameters()]
+        shapes = [cell.shapes(layer.layer_inputs(i), layer.bias) for i in (0, 1)]  # all layers but the first are alike
+        first, other = (layer.directions * sum(map(math.prod, each.values())) for each in shapes)
+        numbers = first + (layer.num_layers - 1) * other + sum(parameter.numel() for parameter in ends)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise SpecError(
+            f"model.hidden_size and the task's sizes: too large for torch ({short_repr(str(error))})"
+        ) from None
+    if 2 * 4 * numbers > memory:  # float32 weights, and a gradient for each
+        raise SpecError(
+            f"model.hidden_size {layer.hidden_size} and the task's sizes take {numbers:.3g} parameters "
+            f"({8 * numbers / 2**30:.3g} GiB in float32 with their gradients); allowed: what fits this machine's "
+            f"{memory / 2**30:.3g} GiB of memory"
+        )
+    return layer

@@ -1,0 +1,136 @@
+"""One point of a grid: the axes' values put into the sections, and each section validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from atn_norms.ablation.grid.errors import Problem, problems_of
+from atn_norms.ablation.grid.training import TrainSpec
+from atn_norms.errors import did_you_mean
+from atn_norms.layers import LayerSpec
+from atn_norms.registry import KindField, Options
+from atn_norms.tasks import TaskSpec
+
+SECTIONS = ("model", "task", "train")
+THE_TASKS = {"input_size": "comes from the task", "batch_first": "a task feeds time first"}  # not a study's to say
+TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, KindField("task")])
+
+
+def axis_path(name: str) -> tuple[str, ...]:
+    """The path of an axis from the top of the study.
+
+    >>> axis_path("norm"), axis_path("train.optimizer.lr")
+    (('model', 'norm'), ('train', 'optimizer', 'lr'))
+    """
+    path = tuple(name.split("."))
+    return path if path[0] in SECTIONS else ("model", *path)
+
+
+def axis_name(name: str) -> str:
+    """What an axis is called; `model.` goes without saying.
+
+    >>> axis_name("model.norm"), axis_name("train.optimizer.lr")
+    ('norm', 'train.optimizer.lr')
+    """
+    return name.removeprefix("model.")
+
+
+def plain(value: Any) -> Any:
+    """A value with every options model in it as the mapping it stands for."""
+    if isinstance(value, Options):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def has_norm(norm: Any) -> bool:
+    """Whether a layer's `norm`, as written in a file, is one at any site."""
+    if isinstance(norm, Mapping) and "sites" in norm:
+        sites = norm["sites"]
+        return any(map(has_norm, sites.values())) if isinstance(sites, Mapping) else True
+    return norm is not None and norm != "none"
+
+
+def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+    """Put the axes' values into the sections and validate each; problems are at paths from the section on."""
+    problems: list[Problem] = []
+    parts: dict[str, Any] = {}
+
+    def check(section: str, validate: Callable[[Any], Any]) -> None:
+        try:
+            parts[section] = validate(data[section])
+        except ValidationError as error:
+            problems.extend(p._replace(path=(section, *p.path)) for p in problems_of(error, data[section]))
+        except OverflowError as error:
+            problems.append(Problem((section,), f"a number is too large: {error}"))
+
+    for name in sorted(axes, key=lambda each: len(axis_path(each))):  # norm before norm.eps
+        if not name.startswith("train."):
+            _put(data, axis_path(name), axes[name])
+    model = data["model"]
+    if not has_norm(model.get("norm")):
+        model.pop("window", None)
+    for option, why in THE_TASKS.items():
+        if model.get(option, False) is not False:
+            problems.append(Problem(("model", option), f"{why}; leave it out"))
+    check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+    problems[:] = map(_without_the_tasks, problems)
+    check("task", TASK.validate_python)
+    data["train"] = _recommended(parts.get("task"), data["train"])
+    for name in sorted(axes, key=lambda each: len(axis_path(each))):
+        if name.startswith("train."):
+            _put(data, axis_path(name), axes[name])
+    check("train", TrainSpec.model_validate)
+    if not problems and (reason := parts["task"].unsupported_reason(parts["model"])):
+        problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
+    return problems, parts
+
+
+def _without_the_tasks(problem: Problem) -> Problem:
+    """An unknown key of a model told without the options that a study's model has not."""
+    if problem.type != "unknown_key" or len(problem.path) != 2 or problem.path[0] != "model":
+        return problem
+    known = [name for name in LayerSpec.model_fields if name not in THE_TASKS]
+    return problem._replace(message=f"unknown key; known: {', '.join(known)}{did_you_mean(problem.path[1], known)}")
+
+
+def _recommended(task: TaskSpec | None, given: dict[str, Any]) -> dict[str, Any]:
+    """A study's `train` over what the task recommends; an optimizer without a kind changes the task's one."""
+    recommended = plain(task.recommended) if task is not None else {}
+    optimizer = given.get("optimizer")
+    if isinstance(optimizer, Mapping) and "kind" not in optimizer and isinstance(recommended.get("optimizer"), dict):
+        given = {**given, "optimizer": {**recommended["optimizer"], **optimizer}}
+    return {**recommended, **given}
+
+
+def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *parents, last = path
+    place: Any = data
+    for key in parents:
+        inner = place.get(key) if isinstance(place, dict) else None
+        if isinstance(inner, str) and inner != "none":  # a kind with default options, now about to get one
+            inner = place[key] = {"kind": inner}
+        elif key == "norm" and not has_norm(inner):
+            return  # an option of the norm, where there is none, means as little as a window
+        elif not isinstance(inner, dict):
+            inner = place[key] = {}
+        place = inner
+    place[last] = deepcopy(plain(value))
+
+
+def place(problem: Problem, axes: Mapping[tuple[Any, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
+    """Move a problem from the resolved sections to where the file says it: on an axis, or in a section."""
+    path = problem.path
+    for length in range(len(path), 0, -1):
+        found = axes.get(path[:length])
+        if found is not None:
+            return problem._replace(path=(*found, *path[length:]))
+    within = [place for axis, place in axes.items() if len(path) > 1 and axis[: len(path)] == path]
+    if len(within) == 1:  # such as torch's refusal of an optimizer whose only varied option is its rate
+        return problem._replace(path=within[0])
+    return problem._replace(path=(*task, *path[1:]) if path[:1] == ("task",) else path)

@@ -1,0 +1,185 @@
+"""Schedules: what the learning rate of each step is, as a factor of the optimizer's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.errors import did_you_mean, short_repr
+from atn_norms.registry import Options
+
+
+class Improvement:
+    """Watches a score of which smaller is better: the best so far, and how many looks ago that was.
+
+    >>> watch = Improvement()
+    >>> [watch.see(score) for score in (3.0, 2.0, 2.0, 2.5)], watch.best, watch.since
+    ([True, True, False, False], 2.0, 2)
+    """
+
+    def __init__(self) -> None:
+        self.best, self.since = math.inf, 0
+
+    def see(self, score: float) -> bool:
+        """Whether a score is better than all before it."""
+        better = score < self.best
+        self.best, self.since = (score, 0) if better else (self.best, self.since + 1)
+        return better
+
+
+class Schedule(Options):
+    r"""The learning rate of step s = 0, 1, ... of S as a factor of the optimizer's `lr`, after a linear warm-up.
+
+    $$f(s) = \frac{s + 1}{w} \text{ for } s < w, \qquad f(s) = g\left(s - w, S - w\right) \text{ after}$$
+
+    | option | meaning | unit |
+    |---|---|---|
+    | `warmup` | w, training steps until the full rate | steps |
+    """
+
+    kind: str
+    warmup: int = Field(default=0, ge=0)
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor of one step, counted from 0, of `steps`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return self.shape(step - self.warmup, max(1, steps - self.warmup))
+
+    def shape(self, step: int, steps: int) -> float:
+        """The factor of a step after the warm-up."""
+        return 1.0
+
+
+class Constant(Schedule):
+    """The full rate throughout."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class Linear(Schedule):
+    """Down in a straight line to `final` of the full rate.
+
+    >>> [Linear(final=0.5).factor(step, 4) for step in range(5)]
+    [1.0, 0.875, 0.75, 0.625, 0.5]
+    """
+
+    kind: Literal["linear"] = "linear"
+    final: float = Field(default=0.0, ge=0, le=1)
+
+    def shape(self, step: int, steps: int) -> float:
+        return 1 - (1 - self.final) * step / steps
+
+
+class Cosine(Schedule):
+    """Down along half a cosine to `final` of the full rate (Loshchilov, Hutter, arXiv 1608.03983, one period).
+
+    >>> [round(Cosine(warmup=2).factor(step, 6), 3) for step in range(7)]
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+
+    kind: Literal["cosine"] = "cosine"
+    final: float = Field(default=0.0, ge=0, le=1)
+
+    def shape(self, step: int, steps: int) -> float:
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class Step(Schedule):
+    """Times `by` after every `every` steps.
+
+    >>> [Step(every=2, by=0.5).factor(step, 6) for step in range(6)]
+    [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+
+    kind: Literal["step"] = "step"
+    every: int = Field(ge=1)
+    by: float = Field(default=0.1, gt=0, le=1)
+
+    def shape(self, step: int, steps: int) -> float:
+        return self.by ** (step // self.every)
+
+
+class Plateau(Schedule):
+    """Times `by` whenever `patience` validations in a row were no better than the best before them."""
+
+    kind: Literal["plateau"] = "plateau"
+    patience: int = Field(default=3, ge=1)
+    by: float = Field(default=0.5, gt=0, lt=1)
+
+
+KINDS: dict[str, type[Schedule]] = {
+    str(each.model_fields["kind"].default): each for each in (Constant, Linear, Cosine, Step, Plateau)
+}
+
+
+def resolve(value: Any) -> dict[str, Any]:
+    """Fill in a schedule given by name or as a mapping with `kind` (constant where there is none).
+
+    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option.
+
+    >>> resolve("cosine")
+    {'kind': 'cosine', 'warmup': 0, 'final': 0.0}
+    """
+    value = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise invalid("schedule", [Problem((), f"must be a schedule's name or a mapping, got {short_repr(value)}")])
+    kind = value.get("kind", "constant")
+    if not isinstance(kind, str) or kind not in KINDS:
+        known = f"known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise invalid("schedule", [Problem(("kind",), f"unknown schedule {short_repr(kind)}; {known}")])
+    return KINDS[kind].model_validate({**value, "kind": kind}).model_dump(mode="json")
+
+
+class Rate:
+    """Sets an optimizer's learning rates by a schedule; `state` and `restore` go with the optimizer's own.
+
+    >>> parameter = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
+    >>> rate = Rate({"kind": "linear"}, 4, optimizer)
+    >>> rate.set(2), optimizer.param_groups[0]["lr"]
+    (0.5, 0.05)
+    """
+
+    def __init__(self, resolved: Mapping[str, Any], steps: int, optimizer: torch.optim.Optimizer) -> None:
+        self.schedule = KINDS[resolved["kind"]].model_validate(dict(resolved))
+        self.steps, self.optimizer = steps, optimizer
+        self.full = [group["lr"] for group in optimizer.param_groups]
+        self.scale, self.watch = 1.0, Improvement()
+
+    def set(self, step: int) -> float:
+        """Set the rates of step `step`, counted from 0; return their factor."""
+        factor = self.schedule.factor(step, self.steps) * self.scale
+        for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
+            group["lr"] = full * factor
+        return factor
+
+    def see(self, score: float) -> None:
+        """Take note of a validation score."""
+        if isinstance(self.schedule, Plateau):
+            self.watch.see(score)
+            if self.watch.since >= self.schedule.patience:
+                self.scale, self.watch.since = self.scale * self.schedule.by, 0
+
+    def state(self) -> dict[str, float]:
+        """What `restore` needs."""
+        return {"scale": self.scale, "best": self.watch.best, "since": self.watch.since}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a `state`."""
+        self.scale, self.watch.best, self.watch.since = state["scale"], state["best"], state["since"]
+
+
+def _schema() -> dict[str, Any]:
+    models = [kind.model_json_schema() for kind in KINDS.values()]
+    for model in models:
+        model["description"] = model["description"].split("\n")[0]
+    return {"anyOf": [{"enum": list(KINDS)}, *models]}
+
+
+SCHEMA: dict[str, Any] = _schema()

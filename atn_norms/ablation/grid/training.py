@@ -1,0 +1,58 @@
+"""How a trial is trained, as options."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from atn_norms.ablation.grid import optimizers, schedules
+from atn_norms.registry import Options
+
+
+class TrainSpec(Options):
+    """How a trial is trained; None is filled in from the task or the number of steps.
+
+    | option | meaning | unit, default |
+    |---|---|---|
+    | `steps` | training steps | |
+    | `batch_size` | sequences per step | the task's |
+    | `optimizer` | a name of `torch.optim` in lower case, or a mapping with `kind` and torch's options | adam |
+    | `schedule` | `constant`, `linear`, `cosine`, `step`, `plateau`, or a mapping with `kind`, `warmup` and more | constant |
+    | `clip` | largest norm of the whole gradient; None does not clip | |
+    | `eval_every` | steps between validations | a tenth of `steps` |
+    | `patience` | validations in a row without a better score after which training ends; None trains to the end | |
+    | `keep` | which weights are scored at the end: the `last`, or those of the `best` validation | |
+    | `population_batches` | training batches that renew batch norms' populations before every scoring, 0 for none | |
+    | `explosion` | a training loss so many times the first one is divergence; None: only one that is not finite | |
+    | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
+    | `checkpoint_every` | steps a kill may cost at most; no part of a trial's identity | a tenth of `steps` |
+    | `threads` | threads of torch per trial | |
+    """  # noqa: E501
+
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    optimizer: Annotated[dict[str, Any], BeforeValidator(optimizers.resolve), WithJsonSchema(optimizers.SCHEMA)] = (
+        Field(default_factory=lambda: optimizers.resolve("adam"))
+    )
+    schedule: Annotated[dict[str, Any], BeforeValidator(schedules.resolve), WithJsonSchema(schedules.SCHEMA)] = Field(
+        default_factory=lambda: schedules.resolve("constant")
+    )
+    clip: float | None = Field(default=None, gt=0)
+    eval_every: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    keep: Literal["last", "best"] = "last"
+    population_batches: int = Field(default=0, ge=0)
+    explosion: float | None = Field(default=1e3, gt=1)
+    log_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
+
+    def filled(self, batch_size: int) -> dict[str, Any]:
+        """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
+        tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)
+        given = self.model_dump(mode="json")
+        if not self.population_batches:  # came late: where it is off, trials are the ones they were without it
+            del given["population_batches"]
+        derived = {"batch_size": batch_size, "eval_every": tenth, "log_every": hundredth, "checkpoint_every": tenth}
+        return given | {name: value for name, value in derived.items() if given[name] is None}

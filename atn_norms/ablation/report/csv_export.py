@@ -1,0 +1,156 @@
+"""The raw numbers as CSV: every trial, every point, every measured step; whole, for programs and other reports."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from atn_norms.ablation.analysis.comparison import Difference, outcome
+from atn_norms.ablation.analysis.intervals import Interval
+from atn_norms.ablation.report.findings import Findings, TaskFindings
+from atn_norms.ablation.report.names import called_baseline, labels
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
+
+
+def results_csv(found: Findings) -> str:
+    """Every trial as a line, whatever became of it; `any` where an axis means nothing to it.
+
+    `reached_at` is empty where the level was never reached within `level_limit` steps, or there is no outcome.
+    """
+    record = found.record
+    extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
+    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
+    headers += ["scored_step", "level", "level_limit", "reached_at", "seconds", "attempts", "host", "reason", "trial"]
+    tasks = {task.task: task for task in found.tasks}
+    points = [row.point for task in found.tasks for row in task.final.rows]
+    known = {trial.id: labels(record, point) for point in points for trial in point.trials}
+    reached = {name: step for task in found.tasks for name, step in _reached(task).items()}
+    lines = []
+    for trial in record.trials:
+        task, axes, run = tasks.get(task_of(trial)), known.get(trial.id, {}), trial.run or {}
+        metric = task.facts.metric if task else ""
+        line = [task_of(trial), *(axes.get(axis, "") for axis in record.axes)]
+        line += [trial.seed, outcome(record, trial), metric]
+        line += [_metric(trial, split, metric) for split in ("test", "validation")]
+        line += [_metrics(record, trial).get(key, "") for key in extra]
+        line += [(trial.result or {}).get("step", ""), trial.trial["train"]["steps"], scored_step(record, trial)]
+        line += [task.level.value, task.level.limit] if task and task.speed else ["", ""]
+        line += [reached.get(trial.id, ""), run.get("seconds", ""), run.get("attempts", ""), run.get("host", "")]
+        lines.append([*line, reason(record, trial), trial.id])
+    return _csv(headers, lines)
+
+
+def _reached(task: TaskFindings) -> dict[str, int]:
+    """Trial -> the step at which it reached the level, where it did."""
+    if task.speed is None:
+        return {}
+    measure = task.speed.comparison.measure
+    found = {t.id: measure.score(t) for row in task.speed.comparison.rows for t in row.point.trials}
+    return {name: int(step) for name, step in found.items() if step is not None and step < float("inf")}
+
+
+def points_csv(found: Findings) -> str:
+    """Every point of every task under every measure, a line for each thing it is compared with, in full precision."""
+    record = found.record
+    headers = ["task", "measure", "goal", *record.axes, "seeds", "counted", "without_number", "mean", "mean_low"]
+    headers += ["mean_high", "median", "against", "difference", "difference_low", "difference_high"]
+    headers += ["median_difference", "pairs", "improvement", "improvement_low", "improvement_high", "verdict"]
+    lines = []
+    for task in found.tasks:
+        measures = [(f"test {task.facts.metric}", task.final, task.windowed)]
+        if task.speed:
+            steps = f"steps to a validation {task.facts.metric} of {task.level.value!r}"
+            measures.append((steps, task.speed.comparison, task.speed.windowed))
+        for called, comparison, contrast in measures:
+            for place, row in enumerate(comparison.rows):
+                point, goal = row.point, comparison.measure.goal
+                line = [task.task, called, goal, *labels(record, point).values(), len(point.trials), len(point.values)]
+                line += [point.lost, point.mean, *_ends(point.interval), point.median]
+                compared = {called_baseline(record): row.against}
+                compared["window 1"] = contrast.rows[place].against if contrast else None
+                told = [_compared(name, against) for name, against in compared.items() if against]
+                lines += [[*line, *against] for against in told or [[""] * 10]]
+    return _csv(headers, lines)
+
+
+def _compared(name: str, difference: Difference) -> list[Any]:
+    found = [name, difference.mean, *_ends(difference.interval), difference.median, difference.pairs]
+    return [*found, difference.improvement, *_ends(difference.chance), difference.verdict]
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:
+    return (interval.low, interval.high) if interval else (None, None)
+
+
+def curves_csv(found: Findings) -> str:
+    """Every learning curve, a line per measured step; `trial` is the one of results.csv."""
+    columns = ("step", "train_loss", "validation")
+    curves = ((trial.id, line) for trial in found.record.trials for line in trial.curve)
+    return _csv(["trial", *columns], ([name, *map(line.get, columns)] for name, line in curves))
+
+
+def task_of(trial: TrialRecord) -> str:
+    """The task label of a trial."""
+    return trial.points[0].get("task", "") if trial.points else ""
+
+
+def reason(record: StudyRecord, trial: TrialRecord) -> str:
+    """Why a trial has no result, or ended before its last step, in one line; else empty."""
+    if trial.status == "failed":
+        return str((trial.error or {}).get("error") or "no reason was recorded")
+    if outcome(record, trial) == "diverged":
+        return str((trial.result or {}).get("reason") or "the loss grew out of all bounds")
+    return str((trial.result or {}).get("reason") or "")
+
+
+def scored_step(record: StudyRecord, trial: TrialRecord) -> int | None:
+    """The step whose weights the metrics are of: the last, or under `keep: best` the first of the best validation."""
+    result = trial.result or {}
+    if trial.trial["train"].get("keep") != "best" or not result.get("metrics"):
+        return result.get("step") if result.get("metrics") else None
+    sign = 1 if record.tasks[task_of(trial)].goal == "min" else -1
+    looks = [(sign * line["validation"], line["step"]) for line in trial.curve if line.get("validation") is not None]
+    return min(looks)[1] if looks else None
+
+
+def _metric(trial: TrialRecord, split: str, metric: str) -> Any:
+    value = _splits(trial).get(split, {}).get(metric)
+    return "" if value is None else value
+
+
+def _metrics(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
+    """What a result holds beside the task's own metric."""
+    task = task_of(trial)
+    own = record.tasks[task].metric if task in record.tasks else ""
+    return {
+        f"{split} {metric}": value
+        for split, found in _splits(trial).items()
+        for metric, value in found.items()
+        if metric != own or split not in ("test", "validation")
+    }
+
+
+def _splits(trial: TrialRecord) -> Mapping[str, Mapping[str, Any]]:
+    return (trial.result or {}).get("metrics") or {}
+
+
+def _csv(headers: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of fields; text that a spreadsheet would run as a formula is quoted with an apostrophe."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_field, headers))
+    writer.writerows(map(_field, line) for line in lines)
+    return out.getvalue()
+
+
+def _field(value: Any) -> str:
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str):
+        return repr(value)
+    if value[:1] in ("=", "+", "-", "@", "\t", "\r") and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value):
+        return f"'{value}"
+    return value

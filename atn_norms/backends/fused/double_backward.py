@@ -1,0 +1,163 @@
+"""The way back, differentiable once more: the reference runs on the same tensors, and autograd does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.assorted_time import SiteNorm
+from atn_norms.backends.fused.plan import BATCH, Plan, SitePlan
+from atn_norms.backends.reference import Reference
+from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
+from atn_norms.normalizers import Normalizer
+from atn_norms.pytree import tree_leaves
+from atn_norms.statistics import Average, Moments, promoted
+from atn_norms.windows import Cumulative, Exponential, Sliding, Window
+
+
+def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Gradients of the operator `recurrent`, in the order of its tensors, as functions that have a gradient.
+
+    | symbol | meaning |
+    |---|---|
+    | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where nothing is asked |
+    | `inputs` | xs, the weights, the biases, h0, c0, affine, populations, states, lengths, as the operator took them |
+    """
+    *single, affine, populations, states, lengths = inputs
+    with torch.enable_grad():
+        # A weight may itself depend on xs; views of the arguments make every gradient a partial one.
+        single = [None if tensor is None else tensor.view_as(tensor) for tensor in single]
+        affine, states = ([tensor.view_as(tensor) for tensor in tensors] for tensors in (affine, states))
+        results = _run(plan, single, affine, populations, states, lengths)
+        dys, dhn, dcn, dstates = gradients
+        asked = [
+            (result, gradient)
+            for result, gradient in zip(results, (dys, dhn, dcn, *dstates), strict=True)
+            if gradient is not None and result.requires_grad
+        ]
+        arguments = [*single, *affine, *states]
+        wanted = [tensor for tensor in arguments if tensor is not None and tensor.requires_grad]
+        if not asked or not wanted:
+            found: Sequence[Tensor | None] = [None] * len(wanted)
+        else:
+            found = torch.autograd.grad(
+                [result for result, _ in asked],
+                wanted,
+                [gradient for _, gradient in asked],
+                create_graph=True,
+                allow_unused=True,
+            )
+    rest = iter(found)
+    every = iter([next(rest) if tensor is not None and tensor.requires_grad else None for tensor in arguments])
+    return (
+        *islice(every, len(single)),
+        *(list(islice(every, len(many))) for many in (affine, states)),
+    )
+
+
+class _Moments(Normalizer):
+    """What a `SitePlan` says of a norm, computed by PyTorch; one value a group in every leaf."""
+
+    def __init__(self, plan: SitePlan, gain: Tensor | None, shift: Tensor | None, population: Tensor | None) -> None:
+        super().__init__()
+        self._plan, self._gain, self._shift, self._population = plan, gain, shift, population
+        self.uses_batch_statistics = plan.coupled != 0
+
+    def measure(self, x: Tensor) -> Any:
+        if self._plan.coupled:
+            rows = promoted(x)
+            return Moments(rows, torch.zeros_like(rows))
+        groups = x.unflatten(-1, (self._plan.groups, -1))
+        said = Moments.of(groups) if self._plan.centred else Average.of(promoted(groups).square())
+        return type(said)(*(leaf.squeeze(-1) for leaf in said))
+
+    def population(self, pooled: Any, step: Tensor) -> Any:
+        if self._population is None:
+            return pooled
+        last = len(self._population) - 1
+        return Moments(*self._population[step.clamp(0, last)].chunk(2, -1))
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        if self._plan.coupled:
+            return self._scaled((x - pooled.mean) * torch.rsqrt(pooled.var + self._plan.eps))
+        *mean, spread = (leaf.unsqueeze(-1) for leaf in pooled)
+        groups = x.unflatten(-1, (self._plan.groups, -1))
+        return self._scaled(((groups - mean[0] if mean else groups) * torch.rsqrt(spread + self._plan.eps)).flatten(-2))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        y = y if self._gain is None else y * self._gain
+        return y if self._shift is None else y + self._shift
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One norm site of the reference, and its state out of and back into the operator's leaves."""
+
+    plan: SitePlan
+    norm: SiteNorm
+    given: list[Tensor]
+
+    def state(self) -> Any:
+        """The reference's state: an index that no norm here reads, weights, statistic; None for a fresh window."""
+        if not self.given:
+            return None
+        weights, *leaves = self.given
+        lanes = (*weights.shape, self.plan.features if self.plan.coupled else self.plan.groups)
+        return weights.new_zeros(weights.shape[0], dtype=torch.int64), (
+            weights,
+            tuple(x.reshape(lanes) for x in leaves),
+        )
+
+    def leaves(self, state: Any) -> list[Tensor]:
+        """The leaves of a state of the reference, shaped as the operator shapes them."""
+        index, memory = state
+        shapes = self.plan.shapes(index.shape[0])
+        return [leaf.reshape(shape) for leaf, shape in zip(tree_leaves(memory), shapes, strict=True)]
+
+
+def _run(
+    plan: Plan,
+    single: list[Any],
+    affine: list[Tensor],
+    populations: Sequence[Tensor],
+    states: list[Tensor],
+    lengths: Tensor | None,
+) -> list[Tensor]:
+    """The operator's results that have a gradient, by the reference."""
+    xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = single
+    cell = _cell(plan, weight_hh.shape[1])
+    factors, given, stand_ins = iter(affine), iter(states), iter(populations)
+    sites = {}
+    for site in plan.sites:
+        gain, shift = (next(factors) if there else None for there in (site.gain, site.shift))
+        population = next(stand_ins) if site.coupled not in (0, BATCH) else None
+        norm = SiteNorm(_Moments(site, gain, shift, population), _window(site))
+        sites[site.site] = _Site(site, norm, list(islice(given, 1 + site.leaves)))
+    tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})
+    norms = tuple(sites[name].state() if name in sites else () for name in cell.sites)
+    carried = (h0, c0) if plan.is_lstm else (h0,)
+    ys, (after, norms) = Reference().run(cell, weights, xs, (carried, norms), lengths)
+    of_site = dict(zip(cell.sites, norms, strict=True))
+    leaves = [leaf for name, site in sites.items() for leaf in site.leaves(of_site[name])]
+    return [ys, after[0], after[1] if plan.is_lstm else c0, *leaves]
+
+
+def _cell(plan: Plan, hidden: int) -> Cell:
+    if plan.is_lstm:
+        return LSTMEquations(hidden, Placement())
+    if plan.cell == "gru":
+        return GRUEquations(hidden, Placement())
+    return RNNEquations(hidden, Placement(), "relu" if plan.cell == "rnn_relu" else "tanh")
+
+
+def _window(plan: SitePlan) -> Window[Any]:
+    if plan.steps:
+        return Sliding(plan.steps)
+    return Cumulative() if plan.decay == 1.0 else Exponential(-1.0 / log2(plan.decay))

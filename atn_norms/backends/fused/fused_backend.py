@@ -1,0 +1,108 @@
+"""What a backend does around one call of its operator: the cell's state into leaves, and out of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.backends.fused.batches import Batch
+from atn_norms.backends.fused.plan import PLACES, Plan, planned
+from atn_norms.backends.reference import Reference
+from atn_norms.cells import Cell, CellWeights
+from atn_norms.pytree import Leaf, Tree, checked_state, tree_leaves
+
+
+class Fused(ABC):
+    """A backend that runs the cells, norms and windows of a `Plan`, a whole sequence at a time."""
+
+    name: str
+
+    def attempt(self, plan: Plan, *arguments: Any) -> list[Tensor] | None:
+        """The operator's results without its operator; None where that must be called."""
+        return None
+
+    @abstractmethod
+    def operate(self, *arguments: Any) -> list[Tensor]:
+        """Call the operator."""
+
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tree]:
+        steps, batch, _ = xs.shape
+        asked, found = weights.asked.pop(self.name, (None, ""))
+        found = found if asked is cell else planned(cell, weights)
+        assert not isinstance(found, str), found  # refused otherwise
+        plan, moments = found
+        # Without rows there is nothing to share out, and one is refused where a batch is measured.
+        if batch == 0 or (batch == 1 and plan.measured):
+            return Reference().run(cell, weights, xs, state, lengths)
+        carried, norms = state
+        memories = [norms[PLACES[site.site]] for site in plan.sites]
+        if lengths is not None:
+            lengths = lengths.to(xs.device)
+            xs = torch.where((torch.arange(steps, device=xs.device).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
+        affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
+        h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
+        single = [xs, *[weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")], h0, c0]
+        rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
+        populations = [] if rows is None else rows.populations(weights)
+        leaves = _opened(memories, batch, xs.device) if rows is None else rows.leaves()
+        results = None if leaves is None else self.attempt(plan, *single, affine, populations, leaves, lengths)
+        if results is None:
+            leaves = _checked_leaves(memories, plan, batch, xs.device) if rows is None else rows.leaves()
+            keep = torch.is_grad_enabled() and any(
+                tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
+            )
+            results = self.operate(*single, affine, populations, leaves, lengths, plan.encode(), keep)
+        ys, hn, cn, *after = results
+        happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
+        following, indices, start = list(norms), {}, 0
+        for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
+            end = start + 1 + site.leaves
+            if rows is not None:
+                following[PLACES[site.site]] = rows.following(place, after[start:end])
+                start = end
+                continue
+            index = None if memory is None else memory[0]
+            if id(index) not in indices:  # all sites count the same steps, mostly in one tensor
+                indices[id(index)] = happened if index is None else index + happened
+            following[PLACES[site.site]] = (indices[id(index)], (after[start], tuple(after[start + 1 : end])))
+            start = end
+        if rows is not None:
+            rows.record(weights, after[start:])
+        return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(following))
+
+
+def _opened(memories: list[Tree], batch: int, device: torch.device) -> list[Tensor] | None:
+    """The leaves of the sites' states, none where all are fresh; None where one is not what a site returns."""
+    leaves: list[Tensor] = []
+    if all(memory is None for memory in memories):
+        return leaves
+    for memory in memories:
+        if not (
+            isinstance(memory, tuple) and len(memory) == 2 and isinstance(memory[1], tuple) and len(memory[1]) == 2
+        ):
+            return None
+        index, (weights, statistic) = memory
+        if not isinstance(statistic, tuple) or not isinstance(index, Tensor):
+            return None
+        if index.dtype != torch.int64 or index.shape != (batch,) or index.device != device:
+            return None
+        leaves += (weights, *statistic)
+    return leaves if False not in [isinstance(leaf, Tensor) for leaf in leaves] else None
+
+
+def _checked_leaves(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor]:
+    """The same in float64; `ValueError` where a state does not fit."""
+    leaves: list[Tensor] = []
+    if all(memory is None for memory in memories):
+        return leaves
+    for memory, site in zip(memories, plan.sites, strict=True):
+        weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(batch))
+        wanted = (Leaf((), floating=False), (weights, tuple(statistic)))
+        checked_state(memory, wanted, batch, device)
+        leaves += [leaf.double() for leaf in tree_leaves(memory[1])]
+    return leaves

@@ -1,0 +1,161 @@
+"""What there is to use: the kinds with their options, the plugins they come from, and the schema of it all."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+
+import typer
+
+from atn_norms.commands.console import Json, Strict, at_home, print_json, print_table
+from atn_norms.errors import did_you_mean, short_repr
+
+if TYPE_CHECKING:
+    from atn_norms.registry import Options
+
+FAMILIES = {"normalizers": "normalizer", "windows": "window", "cells": "cell", "tasks": "task"}
+STUDIES = "studies"
+
+
+def list_kinds(
+    families: Annotated[
+        list[str] | None, typer.Argument(metavar="[normalizers|windows|cells|tasks|studies]...")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the usable kinds, with the distribution of each and its options; or the ready-made studies."""
+    from atn_norms.errors import SpecError
+    from atn_norms.registry import disputed, registry
+
+    known = [*FAMILIES, STUDIES]
+    for family in families or ():
+        if family not in known:
+            raise SpecError(
+                f"unknown family {short_repr(family)}; known: {', '.join(known)}{did_you_mean(family, known)}"
+            )
+    chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES) if plural in FAMILIES}
+    studies = _ready_made() if STUDIES in (families or ()) else []
+    if as_json:
+        print_json(
+            {
+                plural: [
+                    {
+                        "kind": kind,
+                        "summary": summary(entry.spec),
+                        "distribution": entry.distribution,
+                        "version": entry.version,
+                        "plugin": entry.plugin,
+                        "options": options(entry.spec),
+                    }
+                    for kind, entry in registry.kinds(family).items()
+                ]
+                for plural, family in chosen.items()
+            }
+            | ({STUDIES: studies} if studies else {})
+        )
+        return
+    for plural, family in chosen.items():
+        rows = [
+            (kind, entry.distribution, "\n".join(map(_option, options(entry.spec).items())), summary(entry.spec))
+            for kind, entry in registry.kinds(family).items()
+        ]
+        print_table(plural, ("kind", "from", "options", "what it is"), list(_unfolded(rows)))
+        for kind, entries in registry.conflicts(family).items():
+            print(disputed(family, kind, entries))
+        print()
+    if studies:
+        print_table(STUDIES, ("name", "what it is"), [tuple(each.values()) for each in studies])
+
+
+def _ready_made() -> list[dict[str, str]]:
+    from atn_norms.ablation.grid import presets  # only here: it takes all that studies need
+
+    return [{"name": name, "summary": presets.summary(name)} for name in presets.names()]
+
+
+def plugins(as_json: Json = False, strict: Strict = False) -> None:
+    """Show every plugin: loaded, blocked or failed, and why."""
+    from atn_norms.plugins import report
+
+    records = report()
+    if as_json:
+        print_json([asdict(record) for record in records])
+    else:
+        columns = ("plugin", "distribution", "version", "status", "seconds", "kinds", "reason")
+        rows = [
+            (r.name, r.distribution, r.version, r.status, f"{r.seconds:.1f}", "\n".join(r.kinds), r.reason)
+            for r in records
+        ]
+        print_table("plugins", columns, list(_unfolded(rows)))
+    if strict and any(record.faulty for record in records):
+        raise typer.Exit(1)
+
+
+def schema(
+    what: Annotated[str, typer.Argument(metavar="[study|model]", help="Which file the schema describes.")] = "study",
+    out: Annotated[
+        Path | None, typer.Option(help="Write it to this file instead of printing it.", callback=at_home)
+    ] = None,
+) -> None:
+    """Print the JSON schema of a study file or a model file, with every installed kind, for editors."""
+    from atn_norms.commands.files import schema_text, write_new
+
+    text = schema_text(what)
+    if out is None:
+        print(text, end="")
+    else:
+        write_new(out, text, force=True)
+        print(f"wrote {out}")
+
+
+def summary(spec: type[Options]) -> str:
+    """Take the first sentence about what the options build, else about the options."""
+    try:
+        built = get_type_hints(spec.build)["return"]  # type: ignore[attr-defined]
+    except (AttributeError, KeyError, NameError, TypeError):  # a plugin need not annotate
+        built = None
+    built = get_origin(built) or built
+    if isinstance(built, type) and not inspect.isabstract(built):
+        return _first_sentence(built) or _first_sentence(spec)
+    return _first_sentence(spec)
+
+
+def _first_sentence(described: type) -> str:
+    text = inspect.cleandoc(vars(described).get("__doc__") or "").partition("\n\n")[0]
+    return " ".join(text.split())
+
+
+def options(spec: type[Options]) -> dict[str, Any]:
+    """Describe the options of a kind as JSON schema, its default among it."""
+    properties = spec.model_json_schema()["properties"]
+    return {name: option for name, option in properties.items() if name != "kind"}
+
+
+def _option(item: tuple[str, Any]) -> str:
+    name, option = item
+    default = option.get("default", "(required)")
+    return f"{name}: {_type(option)} = {'none' if default is None else default}"
+
+
+def _type(option: dict[str, Any]) -> str:
+    if "anyOf" in option:
+        return " | ".join(dict.fromkeys(_type(each) for each in option["anyOf"]))
+    if "enum" in option:
+        return " | ".join(map(str, option["enum"]))
+    if "const" in option:
+        return str(option["const"])
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {option[key]}" for key, sign in bounds.items() if key in option]
+    return " ".join([option.get("type", "mapping").replace("null", "none"), *limits])
+
+
+def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Spread cells of several lines over several rows, which a plain table can show too."""
+    unfolded = []
+    for row in rows:
+        columns = [cell.split("\n") for cell in row]
+        unfolded += itertools.zip_longest(*columns, fillvalue="")
+    return unfolded

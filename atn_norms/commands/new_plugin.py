@@ -1,0 +1,141 @@
+"""A plugin to start from: a whole distribution that installs, passes its checks and its linter as it is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import string
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from atn_norms.commands.console import at_home
+from atn_norms.errors import did_you_mean, short_repr
+
+LONGEST = 24  # characters of a name, so that no line that holds it grows too long
+NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
+
+
+class Start(NamedTuple):
+    """What a README says of the thing to start from."""
+
+    equation: str
+    options: str
+    use: str
+
+
+STARTS = {
+    "normalizer": Start(
+        "    y = g * x / (m + eps),   m = mean of |x| over the features and the window",
+        "| `eps` | added to the mean | 1e-5 |",
+        'layer = an.LSTM(2, 60, norm={"kind": "$kind", "eps": 1e-5}, window=25)\ny, _ = layer(torch.randn(100, 8, 2))',
+    ),
+    "window": Start(
+        "    W_t = {t - t mod k, ..., t}: the live steps since the current block of k began, all alike",
+        "| `steps` | k, the steps of a block | 10 |",
+        'layer = an.LSTM(2, 60, norm="layer", window={"kind": "$kind", "steps": 10})\n'
+        "y, _ = layer(torch.randn(100, 8, 2))",
+    ),
+    "task": Start(
+        "    x_t uniform in [-1, 1),   y = x_0, asked for at the last step; always answering 0 costs 1/3",
+        "| `length` | steps of a sequence | 20 |",
+        "# in a study, `task: {kind: $kind, length: 20}`\n"
+        'layer = an.LSTM(1, 60, norm="layer", window=25)\n'
+        "y, _ = layer(torch.rand(20, 8, 1))",
+    ),
+}
+
+
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The kind's name, such as pmean.")],
+    kind: Annotated[str, typer.Option(metavar="normalizer|window|task", help="What it is.")] = "normalizer",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.", callback=at_home)
+    ] = None,
+) -> None:
+    """Write a plugin that works: a distribution with one kind, its tests, its README, for you to change."""
+    from atn_norms.errors import SpecError
+
+    if kind not in STARTS:
+        raise SpecError(f"--kind: unknown {short_repr(kind)}; known: {', '.join(STARTS)}{did_you_mean(kind, STARTS)}")
+    _refuse_name(name, kind)
+    folder = Path(f"atn-norms-{name.replace('_', '-')}") if out is None else out
+    written = write_whole(folder, contents(name, kind))
+    print(f"wrote {folder}: {', '.join(written)}")
+    print(f'next: cd {folder}, pip install -e ".[test]", pytest, atn-norms check {name}')
+
+
+def contents(name: str, family: str) -> dict[str, str]:
+    """The files of a new plugin: path -> text."""
+    from atn_norms import __version__
+
+    module = "atn_norms_" + name.replace("-", "_")
+    start = STARTS[family]
+    values = {
+        "kind": name,
+        "family": family,
+        "module": module,
+        "distribution": "atn-norms-" + name.replace("_", "-"),
+        "name": "".join(part.capitalize() for part in re.split("[-_]", name)),
+        "version": ".".join(__version__.split(".")[:2]),
+        "equation": start.equation,
+        "options": start.options,
+    }
+    values["use"] = "import atn_norms as an\nimport torch\n\n" + string.Template(start.use).substitute(values)
+    templates = {
+        "pyproject.toml": "pyproject.toml.txt",
+        "README.md": "README.md.txt",
+        ".gitignore": "gitignore.txt",
+        f"src/{module}.py": f"{family}.py.txt",
+        f"tests/test_{module.removeprefix('atn_norms_')}.py": f"{family}_test.py.txt",
+    }
+    source = files("atn_norms.commands") / "templates"
+    return {
+        path: string.Template((source / template).read_text(encoding="utf-8")).substitute(values)
+        for path, template in templates.items()
+    }
+
+
+def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
+    """Write a folder that is not there yet, whole or not at all; its files in order."""
+    from atn_norms.errors import SpecError
+
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
+        raise SpecError(f"{folder}: already there; choose another folder with --out, or move it away")
+    target = folder.absolute()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for path, text in texts.items():
+            file = partial / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        partial.rename(target)  # onto nothing or an empty folder; anything that appeared meanwhile stays as it is
+    except OSError as error:
+        raise SpecError(f"{folder}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return list(texts)
+
+
+def _refuse_name(name: str, family: str) -> None:
+    from atn_norms.errors import SpecError
+    from atn_norms.registry import registry
+
+    bare = name.removeprefix("atn-norms-").removeprefix("atn_norms_")
+    if bare != name:
+        raise SpecError(f"NAME: {short_repr(name)}; give the kind's own name, {bare!r}: the rest is put before it")
+    if not re.fullmatch(NAME, name) or name == "none" or len(name) > LONGEST:
+        allowed = f"up to {LONGEST} lower-case letters and digits, a letter first, joined by '-' or '_', and not 'none'"
+        raise SpecError(f"NAME: {short_repr(name)}; allowed: {allowed}")
+    alone = registry.kinds(family).get(name)
+    entries = registry.conflicts(family).get(name, ()) if alone is None else (alone,)
+    if entries:
+        sources = " and ".join(sorted(entry.distribution for entry in entries))
+        raise SpecError(f"NAME: there is a {family} {name!r} already, of {sources}; choose another")
+    module = "atn_norms_" + name.replace("-", "_")
+    if importlib.util.find_spec(module) is not None:
+        raise SpecError(f"NAME: a module {module} is installed already; choose another name")

@@ -1,0 +1,195 @@
+"""torch.nn's classes over `Recurrent`: torch's arguments first, in torch's order, then ours by keyword."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from atn_norms.layers.recurrent import Recurrent, torch_twin
+from atn_norms.layers.spec import make_layer_spec
+
+_LARGEST = 2**24  # no layer has it, and torch itself overflows on such sizes; the options say what is wrong instead
+_DEEPEST = 1_000  # torch's module would cost time and memory; the options say what is wrong with more
+
+
+class _Skin(Recurrent):
+    """What the three skins share: torch's own errors for torch's own arguments, then the options."""
+
+    kind: ClassVar[str]
+
+    def _start(
+        self,
+        torch_options: dict[str, Any],
+        own: dict[str, Any],
+        cell: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        depth = torch_options["num_layers"]
+        small = all(not isinstance(value, int) or value < _LARGEST for value in torch_options.values())
+        if small and not (isinstance(depth, int) and depth > _DEEPEST):
+            torch_twin(self.kind.upper(), **torch_options, **cell)
+        spec = make_layer_spec(cell={"kind": self.kind, **cell}, **torch_options, **own)
+        Recurrent.__init__(self, spec, device, dtype)
+
+
+class LSTM(_Skin):
+    """A drop-in for `torch.nn.LSTM` with a norm pooled over a time window; `LSTMEquations` has the equations.
+
+    `norm` is None, a kind (`"layer"`, `"batch"`, `"rms"`, a plugin's), a mapping with `kind`, a spec, or a mapping of
+    site (`ih`, `hh`, `c`) to any of these under `sites`. `window` is an integer k (the last k steps, the current one
+    included), a kind, a mapping, a spec, or a mapping under `sites`. The defaults are torch's layer.
+
+    >>> import torch, atn_norms as an
+    >>> layer = an.LSTM(2, 60, norm="layer", window=25)
+    >>> y, (h, c) = layer(torch.randn(100, 50, 2))
+    >>> y.shape, h.shape
+    (torch.Size([100, 50, 60]), torch.Size([1, 50, 60]))
+    """
+
+    kind = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Any = None,
+        window: Any = 1,
+        placement: Any = None,
+        init: str = "torch",
+        forget_bias: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._start(
+            _torch(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            _ours(norm, window, placement, init, forget_bias, backend),
+            {"proj_size": proj_size},
+            device,
+            dtype,
+        )
+
+    @property
+    def proj_size(self) -> int:
+        """Features of the projected output; 0 without a projection."""
+        return getattr(self.cell, "proj_size", 0)
+
+
+class GRU(_Skin):
+    """A drop-in for `torch.nn.GRU` with a norm pooled over a time window; `GRUEquations` has the equations.
+
+    >>> import torch, atn_norms as an
+    >>> an.GRU(2, 60, norm="rms", window=25)(torch.randn(100, 50, 2))[0].shape
+    torch.Size([100, 50, 60])
+    """
+
+    kind = "gru"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Any = None,
+        window: Any = 1,
+        placement: Any = None,
+        init: str = "torch",
+        forget_bias: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._start(
+            _torch(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            _ours(norm, window, placement, init, forget_bias, backend),
+            {},
+            device,
+            dtype,
+        )
+
+
+class RNN(_Skin):
+    """A drop-in for `torch.nn.RNN` with a norm pooled over a time window; `RNNEquations` has the equations.
+
+    >>> import torch, atn_norms as an
+    >>> an.RNN(2, 60, nonlinearity="relu", norm="layer", window=25)(torch.randn(100, 50, 2))[0].shape
+    torch.Size([100, 50, 60])
+    """
+
+    kind = "rnn"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Any = None,
+        window: Any = 1,
+        placement: Any = None,
+        init: str = "torch",
+        forget_bias: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self._start(
+            _torch(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional),
+            _ours(norm, window, placement, init, forget_bias, backend),
+            {"nonlinearity": nonlinearity},
+            device,
+            dtype,
+        )
+
+    @property
+    def nonlinearity(self) -> str:
+        """The activation, `tanh` or `relu`."""
+        return getattr(self.cell, "nonlinearity", "tanh")
+
+
+def _torch(
+    input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, both: bool
+) -> dict[str, Any]:
+    """The arguments all of torch's classes share."""
+    return {
+        "input_size": input_size,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "bias": bias,
+        "batch_first": batch_first,
+        "dropout": dropout,
+        "bidirectional": both,
+    }
+
+
+def _ours(norm: Any, window: Any, placement: Any, init: str, forget_bias: float | None, backend: str) -> dict[str, Any]:
+    """The arguments torch does not have, as options."""
+    where = {} if placement is None else {"placement": placement}
+    return {"norm": norm, "window": window, "init": init, "forget_bias": forget_bias, "backend": backend} | where
+
+
+_SKINS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+
+
+def skin_of(kind: str) -> type[Recurrent]:
+    """The class that shows a cell kind with torch's interface; `Recurrent` for a cell torch does not have."""
+    return _SKINS.get(kind, Recurrent)

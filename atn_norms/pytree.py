@@ -1,0 +1,143 @@
+"""Maps over state: a tensor, or a plain nested tuple of tensors with the batch on axis 0 of every leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; recursive aliases do not survive every tool, so the name says it
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What a leaf of a state looks like: its axes after the batch, and whether it holds numbers or counts."""
+
+    shape: tuple[int, ...]
+    floating: bool = True
+
+
+def layout(tree: Tree) -> Any:
+    """The same tree with a `Leaf` in the place of every tensor."""
+    if isinstance(tree, Tensor):
+        return Leaf(tuple(tree.shape[1:]), tree.is_floating_point())
+    return tuple(layout(branch) for branch in tree)
+
+
+def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, shared: bool = False) -> Tree:
+    """`state` if it is laid out as `wanted` (see `layout`) for `batch` rows on `device`.
+
+    A `shared` state has one row; the copies of it that `reorder` made are taken once.
+
+    Errors: `ValueError` with both outlines, or with the types, where it is not.
+    """
+    found = batch
+    if shared and isinstance(state, tuple) and state and isinstance(state[0], Tensor) and state[0].numel():
+        found = state[0].shape[0]
+    pairs = _paired(state, wanted)
+    if pairs is None or any(tuple(leaf.shape) != (found, *form.shape) for leaf, form in pairs):
+        allowed = describe_structure(wanted).replace("[", f"[{batch}, ").replace(", ]", "]")
+        raise ValueError(
+            f"state: {describe_structure(state)}; allowed: {allowed}, as a norm and window of this kind return it"
+        )
+    for leaf, form in pairs:
+        counts = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
+        if leaf.device != device or (not leaf.is_floating_point() if form.floating else not counts):
+            kind = "a floating-point type" if form.floating else "an integer type"
+            raise ValueError(f"state: a leaf of type {leaf.dtype} on {leaf.device}; allowed: {kind} on {device}")
+    return tree_map(lambda leaf: leaf[:1], state) if found != batch else state
+
+
+def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:
+    """Every leaf with what it should look like, or None where the structures differ."""
+    if isinstance(wanted, Leaf):
+        return [(state, wanted)] if isinstance(state, Tensor) else None
+    if not isinstance(state, tuple) or len(state) != len(wanted):
+        return None
+    branches = [_paired(branch, form) for branch, form in zip(state, wanted, strict=True)]
+    return None if None in branches else [pair for branch in branches if branch is not None for pair in branch]
+
+
+def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Apply `function` leaf by leaf to trees of one shape and rebuild plain tuples.
+
+    Errors: `ValueError` where the trees differ in structure.
+
+    >>> import torch
+    >>> tree_map(lambda a, b: a + b, (torch.tensor(1), ()), (torch.tensor(2), ()))
+    (tensor(3), ())
+    """
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if not isinstance(tree, tuple):
+        raise ValueError(f"state: {describe_structure(tree)}; allowed: tensors in nested tuples")
+    if any(not isinstance(other, tuple) or len(other) != len(tree) for other in others):
+        found = ", ".join(map(describe_structure, others))
+        raise ValueError(f"state of another structure: {describe_structure(tree)} against {found}")
+    return tuple(tree_map(function, *branches) for branches in zip(tree, *others, strict=True))
+
+
+def tree_leaves(tree: Tree) -> Iterator[Tensor]:
+    """Every tensor of a tree, left to right."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple):
+        for branch in tree:
+            yield from tree_leaves(branch)
+    else:
+        raise ValueError(f"state: {describe_structure(tree)}; allowed: tensors in nested tuples")
+
+
+def describe_structure(tree: Tree) -> str:
+    """The structure of a tree in words, for error messages: shapes in nested parentheses."""
+    if isinstance(tree, (Tensor, Leaf)):
+        return str(list(tree.shape))
+    if isinstance(tree, tuple):
+        return "(" + ", ".join(map(describe_structure, tree)) + ")"
+    return type(tree).__name__
+
+
+def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """View a mask or weight over the leading axes so that it broadcasts against `like`."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def where_mask(mask: Tensor, new: Tree, old: Tree) -> Tree:
+    """Take the new state in rows that are alive and keep the old one, value and gradient, in the others.
+
+    `mask` is a mask [N] over axis 0 of every leaf.
+    """
+    return tree_map(lambda a, b: torch.where(expand_mask(mask, a), a, b), new, old)
+
+
+def detach(state: Tree) -> Tree:
+    """Cut the state out of the graph, for truncated back-propagation through time.
+
+    >>> import torch
+    >>> detach((torch.ones(1, requires_grad=True),))
+    (tensor([1.]),)
+    """
+    return tree_map(Tensor.detach, state)
+
+
+def reorder(state: Tree, index: Tensor) -> Tree:
+    """Select rows of the batch in a state, for beam search or for compacting a batch.
+
+    `index` [M] (int64) names, for each new row, the old row it continues. A leaf of one row in a state of several is
+    shared by the batch (a normalizer that couples it) and stays as it is.
+
+    Errors: `IndexError` where an index lies outside the batch.
+
+    >>> import torch
+    >>> reorder((torch.tensor([[1.0], [2.0]]), torch.tensor([[9.0]])), torch.tensor([1, 1, 0]))
+    (tensor([[2.],
+            [2.],
+            [1.]]), tensor([[9.]]))
+    """
+    batch = max((leaf.shape[0] for leaf in tree_leaves(state)), default=0)
+    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < batch):
+        raise IndexError(f"index: rows {index.tolist()} of a state with {batch} row(s); allowed: 0 to {batch - 1}")
+    return tree_map(lambda leaf: leaf if leaf.shape[0] < batch else leaf.index_select(0, index), state)

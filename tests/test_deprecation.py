@@ -1,0 +1,69 @@
+"""Old public names work for one minor version, and each use warns with the replacement."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+import atn_norms as an
+from atn_norms import pytree
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("trees", "hold", "pytree.where_mask"),
+        ("trees", "rows", "pytree.expand_mask"),
+        ("trees", "Tree", "pytree.Tree"),
+        ("problems", "shown", "errors.short_repr"),
+        ("problems", "SpecError", "errors.SpecError"),
+    ],
+)
+def test_a_renamed_module_forwards_its_names(module, old, new):
+    sys.modules.pop(f"atn_norms.{module}", None)
+    with pytest.warns(DeprecationWarning, match=rf"atn_norms\.{module}\.{old} is deprecated; use atn_norms\.{new}"):
+        value = getattr(importlib.import_module(f"atn_norms.{module}"), old)
+    target, _, name = new.rpartition(".")
+    assert value is getattr(importlib.import_module(f"atn_norms.{target}"), name)
+
+
+def test_a_renamed_module_rejects_unknown_names():
+    with pytest.raises(AttributeError, match=r"module 'atn_norms\.trees' has no attribute 'hould'"):
+        importlib.import_module("atn_norms.trees").hould  # noqa: B018
+
+
+def test_a_normalizer_may_declare_old_names():
+    with pytest.warns(DeprecationWarning, match=r"Old\.(order_free|refuses) is deprecated; use \w+") as caught:
+
+        class Old(an.LayerNorm):
+            order_free = False
+
+            def refuses(self, window):
+                return "none fits"
+
+    assert len(caught) == 2 and all(warning.filename == __file__ for warning in caught)
+    norm = Old(4)
+    assert norm.permutation_equivariant is False
+    assert norm.unsupported_reason(an.Sliding(1)) == "none fits"
+    with pytest.warns(DeprecationWarning, match=r"Old\.order_free is deprecated; use permutation_equivariant"):
+        assert norm.order_free is False
+    with pytest.raises(ValueError, match="none fits"):
+        an.AssortedTime(norm, window=2)
+
+
+def test_a_window_may_declare_old_names():
+    with pytest.warns(DeprecationWarning, match=r"Uneven\.counts_alike is deprecated; use uniform_weights"):
+
+        class Uneven(an.Sliding):
+            counts_alike = False
+
+    assert Uneven(2).uniform_weights is False
+    with pytest.warns(DeprecationWarning, match="counts_alike"):
+        assert an.Sliding(2).counts_alike is True
+
+
+def test_current_names_do_not_warn(recwarn):
+    pytree.where_mask(torch.tensor([True]), (torch.ones(1),), (torch.zeros(1),))
+    assert an.LayerNorm(3).permutation_equivariant and an.Sliding(2).uniform_weights
+    assert not [warning for warning in recwarn if warning.category is DeprecationWarning]
