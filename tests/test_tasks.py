@@ -139,6 +139,48 @@ def test_segments_follow_each_other_and_ask_for_the_next_character(text):
             compare(targets[:, row], task.train[at + 1 : at + 51], tolerance=0)
 
 
+def test_segments_of_varying_length_cover_each_epoch_and_scale_the_learning_rate(text):
+    spec = CharLMSpec(text=text, segment=40, segment_deviation=2.0, segment_halved=0.3)
+    task, length = spec.build(0), 1799 // 6
+    sizes, starts, position = [], [], 0
+    for step in range(60):
+        inputs, _, fresh = task.batch(step, 6)
+        position = 0 if fresh else position
+        compare(inputs[:, 1], task.train[length + position : length + position + len(inputs)], tolerance=0)
+        assert task.rate(step, 6) == len(inputs) / 40
+        starts.append(position)
+        position += len(inputs)
+        sizes.append(len(inputs))
+        assert position <= length
+    ends = [start + size for start, size, after in zip(starts, sizes, starts[1:], strict=False) if after == 0]
+    assert len(ends) > 3
+    assert set(ends) == {length}, "an epoch ends where the streams end"
+    whole = [size for size, start in zip(sizes, starts, strict=True) if start + size < length]
+    long, short = [n for n in whole if n > 30], [n for n in whole if n <= 30]
+    assert abs(sum(long) / len(long) - 40) < 2
+    assert abs(sum(short) / len(short) - 20) < 2
+    again = spec.build(0)
+    assert [len(again.batch(step, 6).inputs) for step in (50, 7, 31)] == [sizes[step] for step in (50, 7, 31)]
+    assert [len(spec.build(1).batch(step, 6).inputs) for step in range(60)] != sizes
+    assert CharLMSpec(text=text, segment=40).build(0).rate(3, 6) == 1.0
+
+
+def test_an_embedding_starts_within_its_bound_and_a_tied_read_out_with_it(text):
+    task = CharLMSpec(text=text, embedding=5, embedding_init=0.1).build(0)
+    model = small_model(task)
+    task.share(model)
+    assert 0.05 < float(model.encoder.weight.detach().abs().max()) <= 0.1
+    assert model.readout.weight is model.encoder.weight
+
+
+def test_options_at_their_defaults_leave_the_identity_of_older_trials_alone(text):
+    options = CharLMSpec(text=text).model_dump(mode="json")
+    assert set(options) == {"kind", "text", "embedding", "segment", "carry", "tied"}
+    changed = CharLMSpec(text=text, evaluation_streams=10).model_dump(mode="json")
+    assert changed == {**options, "evaluation_streams": 10}
+    assert CharLMSpec.model_validate(changed).evaluation_streams == 10
+
+
 class Unigram(Model):
     """A model that knows the training frequencies and carries a count of its calls."""
 
@@ -152,9 +194,8 @@ class Unigram(Model):
 
 
 @pytest.mark.parametrize("streams", [1, 7, 50, 99])
-def test_every_character_of_a_split_but_the_first_counts_once(text, streams, monkeypatch):
-    monkeypatch.setattr(language, "EVALUATION_STREAMS", streams)
-    task = CharLMSpec(text=text, segment=3).build(0)
+def test_every_character_of_a_split_but_the_first_counts_once(text, streams):
+    task = CharLMSpec(text=text, segment=3, evaluation_streams=streams).build(0)
     scored = task.evaluate(Unigram(task), "test")["bits per character"]
     assert scored == pytest.approx(language.unigram(task.train, task.splits["test"][1:], 4) / math.log(2), rel=1e-9)
 

@@ -344,3 +344,16 @@ def test_a_full_disk_in_the_middle_is_named_and_costs_nothing_before(tmp_path, m
             run_trial(trial)
     run_trial(trial)
     assert outputs(trial) == outputs(whole)
+
+
+def test_the_learning_rate_follows_the_length_of_the_segment(tmp_path, text):
+    task = {"kind": "charlm", "text": text, "embedding": 4, "segment": 12, "segment_deviation": 3.0}
+    trainer = Trainer(make(tmp_path / "study", task).trial())
+    rates = []
+    for _ in range(6):
+        length = len(trainer.task.batch(trainer.step, trainer.train["batch_size"]).inputs)
+        trainer.advance()
+        (group,) = trainer.optimizer.param_groups
+        rates.append(group["lr"] / trainer.rate.full[0])
+        assert rates[-1] == pytest.approx(length / 12)
+    assert len(set(rates)) > 2

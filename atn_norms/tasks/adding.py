@@ -64,6 +64,7 @@ class Adding(Task):
     input_size = 2
     batch_size = 50
     metric = "mean squared error"
+    spread = "multiplicative"
 
     def __init__(self, spec: AddingSpec, seed: int) -> None:
         self.spec, self.seed = spec, seed

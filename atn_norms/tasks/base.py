@@ -76,17 +76,19 @@ class Task(ABC):
     | `batch_size` | sequences per training step where the study says nothing |
     | `metric` | name and unit of the score |
     | `goal` | `"min"` where a smaller score is better, such as a loss; `"max"` where a larger one is |
+    | `spread` | `"multiplicative"` where scores of different seeds differ by factors and are compared as logarithms; otherwise `"additive"` |
     | `metric_per_loss` | what one unit of `loss` is in units of the metric, for `in_metric` |
     | `baselines` | what trivial predictors score on the test split: name -> value of the metric |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
     whenever it is asked, which is what lets a killed trial resume bit for bit.
-    """
+    """  # noqa: E501
 
     input_size: int
     batch_size: int
     metric: str
     goal: Literal["min", "max"] = "min"
+    spread: Literal["additive", "multiplicative"] = "additive"
     metric_per_loss: float = 1.0
     baselines: dict[str, float]
 
@@ -109,6 +111,10 @@ class Task(ABC):
     @abstractmethod
     def batch(self, step: int, size: int) -> Batch:
         """The batch of training step `step` = 0, 1, ... with `size` sequences."""
+
+    def rate(self, step: int, size: int) -> float:
+        """Return the factor of the learning rate at a training step with `size` sequences."""
+        return 1.0
 
     @abstractmethod
     def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:

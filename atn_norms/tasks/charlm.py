@@ -18,8 +18,11 @@ class CharLMSpec(LanguageSpec):
     | `text` | a UTF-8 file (relative to where the program runs), or a folder with `ptb.char.train.txt`, `.valid.txt` and `.test.txt` (or `ptb.train.txt` ...); None: Python's own language reference | path |
     | `embedding` | size of a character's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | characters |
+    | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
     | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, windows start anew; or `none` | |
     | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
+    | `evaluation_streams` | parallel streams that a split is read in | |
+    | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |
 
     >>> CharLMSpec(carry="hidden").data()["text"][:7]
     'sha256:'
@@ -34,7 +37,7 @@ class CharLMSpec(LanguageSpec):
     kind: Literal["charlm"] = "charlm"
 
     def build(self, seed: int) -> CharLM:
-        return CharLM(self)
+        return CharLM(self, seed)
 
 
 class CharLM(Language):
@@ -50,8 +53,8 @@ class CharLM(Language):
     batch_size = 32
     metric = "bits per character"
 
-    def __init__(self, spec: CharLMSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: CharLMSpec, seed: int = 0) -> None:
+        super().__init__(spec, seed)
         self.baselines = self.baselines_of("character frequencies")
 
     def known(self, corpus: Corpus) -> list[str]:

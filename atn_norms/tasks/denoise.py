@@ -12,7 +12,7 @@ from atn_norms.tasks.recall import Layout, Recall, RecallSpec
 
 
 class DenoiseSpec(RecallSpec):
-    """Options of the denoising problem; how it is trained was not released, and is as in the copying problem.
+    """Options of the denoising problem; the authors released no setting, and training is as in the copying problem.
 
     | option | meaning | unit |
     |---|---|---|
@@ -39,7 +39,8 @@ class Denoise(Recall):
 
     At the defaults a sequence has 120 steps and no memory costs 10 ln 9 / 120 = 0.1831; see `Recall` for the loss.
     The symbols' steps are drawn without replacement, so that there are always `recall` of them, and they are asked for
-    in the order in which they stand (Jing et al., arXiv 1706.02761, in the sizes of the NC-GRU's authors).
+    in the order in which they stand (Jing et al., arXiv 1706.02761). The authors of arXiv 2209.14439 released no
+    setting; their NC-GRU study uses T = 200 and 400 and draws the steps with replacement.
     """
 
     purpose = "denoise"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from abc import abstractmethod
@@ -10,15 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from atn_norms.pytree import Tree, detach
 from atn_norms.registry import SpecError
-from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, kaiming_linear
+from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
 from atn_norms.tasks.corpora import Corpus, Unit, fingerprint, read
 
-EVALUATION_STREAMS = 50  # fixed, so that a score never depends on how training was batched
 MOST_LOGITS = 2**23  # at a time in evaluation: 32 MiB of float32
 SHORTEST = 100  # tokens: below, a 5% split has nothing to predict
 IGNORED = -100
@@ -35,8 +35,21 @@ class LanguageSpec(TaskSpec):
     text: Annotated[str | None, AfterValidator(_absolute)] = None
     embedding: int = Field(default=200, ge=1, le=1_000_000)
     segment: int = Field(default=220, ge=1)
+    segment_deviation: float = Field(default=0.0, ge=0)
+    segment_halved: float = Field(default=0.0, ge=0, le=1)
     carry: Literal["all", "hidden", "none"] = "all"
     tied: bool | None = None
+    evaluation_streams: int = Field(default=50, ge=1, le=10_000)
+    embedding_init: float | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options that came later are left out at their defaults, so that trials keep their identity."""
+        options = handler(self)
+        later = ("segment_deviation", "segment_halved", "evaluation_streams", "embedding_init")
+        return {
+            name: v for name, v in options.items() if name not in later or v != type(self).model_fields[name].default
+        }
 
     def data(self) -> dict[str, str]:
         return {"text": fingerprint(self.text, self.unit)}
@@ -65,8 +78,9 @@ class Language(Task):
 
     spec: LanguageSpec
 
-    def __init__(self, spec: LanguageSpec) -> None:
-        self.spec, self.input_size = spec, spec.embedding
+    def __init__(self, spec: LanguageSpec, seed: int = 0) -> None:
+        self.spec, self.seed, self.input_size = spec, seed, spec.embedding
+        self._starts: dict[int, list[list[int]]] = {}  # length of a stream -> the starts of each epoch's segments
         corpus = read(spec.text, spec.unit)
         self._refuse_short(corpus)
         self.vocabulary = self.known(corpus)
@@ -96,16 +110,52 @@ class Language(Task):
         readout: Any = model.readout
         if self.spec.tied is not False and encoder.weight.shape == readout.weight.shape:
             encoder.weight = readout.weight
+        if self.spec.embedding_init is not None:
+            nn.init.uniform_(encoder.weight, -self.spec.embedding_init, self.spec.embedding_init)
 
     def batch(self, step: int, size: int) -> Batch:
         if size >= len(self.train):
             told = f"{size} streams of a text with {len(self.train)} training {self.spec.unit}"
             raise SpecError(f"train.batch_size: {told}; allowed: 1 to {len(self.train) - 1}")
         length = (len(self.train) - 1) // size
-        segment = min(self.spec.segment, length)
-        start = step % (length // segment) * segment
+        start, segment = self._place(step, length)
         rows = torch.arange(size) * length + start + torch.arange(segment).unsqueeze(1)  # [segment, size]
         return Batch(self.train[rows], self.train[rows + 1], fresh=start == 0)
+
+    def rate(self, step: int, size: int) -> float:
+        if not self._varied:
+            return 1.0
+        return self._place(step, (len(self.train) - 1) // size)[1] / self.spec.segment
+
+    @property
+    def _varied(self) -> bool:
+        return bool(self.spec.segment_deviation or self.spec.segment_halved)
+
+    def _place(self, step: int, length: int) -> tuple[int, int]:
+        """The first token and the number of tokens of a training step, within streams of a length."""
+        if not self._varied:
+            segment = min(self.spec.segment, length)
+            return step % (length // segment) * segment, segment
+        epochs, before = self._starts.setdefault(length, []), 0
+        for epoch in itertools.count():
+            if epoch == len(epochs):
+                epochs.append(self._draw_starts(epoch, length))
+            count = len(epochs[epoch]) - 1
+            if step < before + count:
+                start, end = epochs[epoch][step - before : step - before + 2]
+                return start, end - start
+            before += count
+        raise AssertionError
+
+    def _draw_starts(self, epoch: int, length: int) -> list[int]:
+        """The starts of an epoch's segments, and the end of the last segment, which is the end of the stream."""
+        random, starts = generator(self.seed, "segments", epoch), [0]
+        while starts[-1] < length:
+            halved = float(torch.rand((), generator=random)) < self.spec.segment_halved
+            drawn = float(torch.randn((), generator=random)) * self.spec.segment_deviation
+            drawn += self.spec.segment / 2 if halved else self.spec.segment
+            starts.append(min(length, starts[-1] + max(1, round(drawn))))
+        return starts
 
     def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:
         predictions, state = model(batch.inputs, None if batch.fresh else carry)
@@ -115,8 +165,9 @@ class Language(Task):
     def evaluate(self, model: Model, split: Split) -> dict[str, float]:
         codes = self.splits[split]
         count = len(codes) - 1
-        length = -(-count // EVALUATION_STREAMS)
-        steps = torch.arange(EVALUATION_STREAMS) * length + torch.arange(length).unsqueeze(1)  # [length, streams]
+        streams = self.spec.evaluation_streams
+        length = -(-count // streams)
+        steps = torch.arange(streams) * length + torch.arange(length).unsqueeze(1)  # [length, streams]
         inputs = codes[steps.clamp(max=count - 1)]
         targets = codes[steps.clamp(max=count - 1) + 1].where(steps < count, IGNORED)
         nats, state = torch.zeros((), dtype=torch.float64), None

@@ -24,8 +24,11 @@ class WordLMSpec(LanguageSpec):
     | `vocabulary` | how many words are told apart, the most frequent of the training split; all others are one, `<unk>` | words |
     | `embedding` | size of a word's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | words |
+    | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
     | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, windows start anew; or `none` | |
     | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
+    | `evaluation_streams` | parallel streams that a split is read in | |
+    | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |
 
     >>> task = WordLMSpec(vocabulary=50).build(seed=0)
     >>> task.vocabulary[0], len(task.vocabulary), task.batch(0, 20).inputs.shape
@@ -43,7 +46,7 @@ class WordLMSpec(LanguageSpec):
     vocabulary: int = Field(default=10_000, ge=2, le=10_000_000)
 
     def build(self, seed: int) -> WordLM:
-        return WordLM(self)
+        return WordLM(self, seed)
 
 
 class WordLM(Language):
@@ -60,9 +63,10 @@ class WordLM(Language):
     spec: WordLMSpec
     batch_size = 20
     metric = "perplexity"
+    spread = "multiplicative"
 
-    def __init__(self, spec: WordLMSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: WordLMSpec, seed: int = 0) -> None:
+        super().__init__(spec, seed)
         self.baselines = self.baselines_of("word frequencies")
 
     def known(self, corpus: Corpus) -> list[str]:

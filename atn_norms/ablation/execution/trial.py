@@ -83,7 +83,7 @@ class Trainer:
         Errors: `Diverged` where a loss or a score is not finite, or the loss has exploded.
         """
         self.model.train()
-        self.rate.set(self.step)
+        self.rate.set(self.step, self.task.rate(self.step, self.train["batch_size"]))
         batch = self.task.batch(self.step, self.train["batch_size"])
         self.optimizer.zero_grad(set_to_none=True)
         loss, self.carry = self.task.loss(self.model, batch, self.carry)

@@ -152,9 +152,9 @@ class Rate:
         self.full = [group["lr"] for group in optimizer.param_groups]
         self.scale, self.watch = 1.0, Improvement()
 
-    def set(self, step: int) -> float:
-        """Set the rates of step `step`, counted from 0; return their factor."""
-        factor = self.schedule.factor(step, self.steps) * self.scale
+    def set(self, step: int, scale: float = 1.0) -> float:
+        """Set the rates of step `step`, counted from 0, times the task's own `scale`; return their factor."""
+        factor = self.schedule.factor(step, self.steps) * self.scale * scale
         for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
             group["lr"] = full * factor
         return factor
