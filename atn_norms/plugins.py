@@ -50,7 +50,15 @@ class BuiltIn:
         """Register the built-in normalizers, windows, cells and tasks."""
         from atn_norms.cells import GRUSpec, LSTMSpec, RNNSpec
         from atn_norms.normalizers import BatchNormSpec, LayerNormSpec, RMSNormSpec
-        from atn_norms.tasks import AddingSpec, CharLMSpec, CopyingSpec, DenoiseSpec, WordLMSpec
+        from atn_norms.tasks import (
+            AddingSpec,
+            CharLMSpec,
+            CopyingSpec,
+            DenoiseSpec,
+            SequencesSpec,
+            SeriesSpec,
+            WordLMSpec,
+        )
         from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec
 
         for normalizer in (LayerNormSpec, BatchNormSpec, RMSNormSpec):
@@ -59,7 +67,7 @@ class BuiltIn:
             registry.window(window)
         for cell in (LSTMSpec, GRUSpec, RNNSpec):
             registry.cell(cell)
-        for task in (AddingSpec, CharLMSpec, CopyingSpec, DenoiseSpec, WordLMSpec):
+        for task in (AddingSpec, CharLMSpec, CopyingSpec, DenoiseSpec, SequencesSpec, SeriesSpec, WordLMSpec):
             registry.task(task)
 
 

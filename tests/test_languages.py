@@ -171,6 +171,6 @@ def test_weights_that_cannot_be_shared_are_refused_with_the_reason():
 
 def test_words_are_walked_along_like_characters(treebank):
     task = WordLMSpec(text=str(treebank), segment=5).build(0)
-    inputs, targets, fresh = task.batch(1, 4)
+    inputs, targets, fresh, _ = task.batch(1, 4)
     assert not fresh and inputs.shape == (5, 4)
     compare(inputs[1:], targets[:-1], tolerance=0)

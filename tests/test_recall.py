@@ -37,7 +37,7 @@ def forgetful(task):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_symbols_are_shown_once_marked_and_asked_for_in_order(spec):
     task = spec.build(seed=2)
-    inputs, targets, fresh = task.batch(5, 300)
+    inputs, targets, fresh, _ = task.batch(5, 300)
     length, marker = task.layout.length, spec.alphabet + 1
     assert inputs.shape == targets.shape == (length, 300) and fresh
     shown = (inputs > 0) & (inputs < marker)

@@ -34,7 +34,7 @@ def small_model(task, **options):
 @pytest.mark.parametrize("length", [2, 3, 4, 50, 100])
 def test_adding_marks_one_step_in_each_half_and_asks_for_their_sum(length):
     task = AddingSpec(length=length, train=2000).build(seed=3)
-    inputs, targets, fresh = task.batch(0, 2000)
+    inputs, targets, fresh, _ = task.batch(0, 2000)
     values, marks = inputs.unbind(-1)
     half = max(1, length // 2 - 1)
     assert inputs.shape == (length, 2000, 2) and fresh
@@ -130,7 +130,7 @@ def test_segments_follow_each_other_and_ask_for_the_next_character(text):
     task = CharLMSpec(text=text, segment=50).build(0)
     length = 1799 // 6
     for step in range(2 * (length // 50)):
-        inputs, targets, fresh = task.batch(step, 6)
+        inputs, targets, fresh, _ = task.batch(step, 6)
         start = step % (length // 50) * 50
         assert fresh == (start == 0)
         for row in range(6):

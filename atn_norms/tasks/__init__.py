@@ -7,6 +7,8 @@ from atn_norms.tasks.copying import Copying, CopyingSpec
 from atn_norms.tasks.denoise import Denoise, DenoiseSpec
 from atn_norms.tasks.language import Language
 from atn_norms.tasks.recall import Recall
+from atn_norms.tasks.sequences import Sequences, SequencesSpec
+from atn_norms.tasks.series import Series, SeriesSpec
 from atn_norms.tasks.wordlm import WordLM, WordLMSpec
 
 __all__ = [
@@ -22,6 +24,10 @@ __all__ = [
     "Language",
     "Model",
     "Recall",
+    "Sequences",
+    "SequencesSpec",
+    "Series",
+    "SeriesSpec",
     "Split",
     "Task",
     "TaskSpec",

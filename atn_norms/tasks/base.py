@@ -41,11 +41,15 @@ def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Batch(NamedTuple):
-    """What one training step sees: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh."""
+    """What one training step sees: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh.
+
+    `lengths` [B] are the steps of each sequence where they differ; the inputs beyond are padding.
+    """
 
     inputs: Tensor
     targets: Tensor
     fresh: bool = True
+    lengths: Tensor | None = None
 
 
 class Model(nn.Module):
@@ -58,9 +62,12 @@ class Model(nn.Module):
         super().__init__()
         self.encoder, self.layer, self.readout = encoder, layer, readout
 
-    def features(self, inputs: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
-        """The layer's outputs [T, B, output_size], before the read-out, and its state after them."""
-        return self.layer.unroll(self.encoder(inputs), state)
+    def features(self, inputs: Tensor, state: Tree | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
+        """The layer's outputs [T, B, output_size], before the read-out, and its state after them.
+
+        With `lengths` [B], the steps of a row beyond its length are padding: their outputs are 0.
+        """
+        return self.layer.unroll(self.encoder(inputs), state, lengths)
 
     def forward(self, inputs: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
         y, state = self.features(inputs, state)
@@ -79,6 +86,7 @@ class Task(ABC):
     | `spread` | `"multiplicative"` where scores of different seeds differ by factors and are compared as logarithms; otherwise `"additive"` |
     | `metric_per_loss` | what one unit of `loss` is in units of the metric, for `in_metric` |
     | `baselines` | what trivial predictors score on the test split: name -> value of the metric |
+    | `notes` | sentences about the data that were read, such as where values are missing |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
     whenever it is asked, which is what lets a killed trial resume bit for bit.
@@ -91,6 +99,7 @@ class Task(ABC):
     spread: Literal["additive", "multiplicative"] = "additive"
     metric_per_loss: float = 1.0
     baselines: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     def in_metric(self, loss: float) -> float:
         """What a mean training loss is in units of the metric, for the training curve."""

@@ -93,7 +93,7 @@ class Recall(Task):
         count: int = getattr(self.spec, split)
         nats, wrong = torch.zeros((), dtype=torch.float64), 0
         for first in range(0, count, EVALUATION_ROWS):
-            inputs, targets, _ = self._draw(min(EVALUATION_ROWS, count - first), split, first)
+            inputs, targets, *_ = self._draw(min(EVALUATION_ROWS, count - first), split, first)
             predictions, _ = model(inputs)
             losses = nn.functional.cross_entropy(predictions.flatten(0, 1), targets.flatten(), reduction="none")
             nats += losses.double().sum()

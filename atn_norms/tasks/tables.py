@@ -1,0 +1,307 @@
+"""Read numbers, times and labels from CSV and Parquet files; errors name the file, the line and the column."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.problems import SpecError, beside, nearest, shown
+
+TABLES = (".csv", ".parquet")
+INSTALL = "run pip install 'atn-norms[data]'"
+LARGEST = 2**31 - 1  # bytes of a CSV file: the largest block that Arrow parses at once
+
+
+def absolute(path: str) -> str:
+    """Return a path that another working directory does not change; `~` is the home folder."""
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+def fault(
+    option: str, place: object, got: str, expected: str, choices: Iterable[str] = (), word: str = ""
+) -> SpecError:
+    """Build an error, `option: place: got X; expected Y; did you mean Z?`, where Z is the choice nearest to `word`.
+
+    >>> print(fault("targets", "", "'laod'", "a column of load.csv", ["load", "time"], "laod"))
+    targets: got 'laod'; expected a column of load.csv; did you mean 'load'?
+    """
+    near = nearest(word, choices) if word else None
+    tail = f"; did you mean {near!r}?" if near else ""
+    return SpecError(f"{option}: {f'{place}: ' if place else ''}got {got}; expected {expected}{tail}")
+
+
+def content(path: Path, option: str) -> bytes:
+    """Return the bytes of a regular file.
+
+    Errors: `SpecError` naming the option and the file that cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise fault(option, path, "a folder" if path.is_dir() else "a special file", "a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"{option}: cannot read {path}: {error.strerror}{beside(path)}") from error
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of some bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _arrow(option: str, path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.csv
+        import pyarrow.parquet
+    except ImportError:
+        raise SpecError(f"{option}: reading {path.name} needs pyarrow, which is not installed; {INSTALL}") from None
+    return pyarrow
+
+
+class Table:
+    """The columns of one file, converted on request.
+
+    | symbol | meaning |
+    |---|---|
+    | `path` | the file |
+    | `option` | the option that names the file, for error messages |
+    | `names` | names of the columns, in the file's order |
+    | `rows` | number of rows |
+    """
+
+    def __init__(self, path: Path, option: str, columns: Any, line: Callable[[int], int] | None) -> None:
+        self.path, self.option, self.names, self.rows = path, option, list(columns.column_names), columns.num_rows
+        self._columns, self._line, self._arrow = columns, line, _arrow(option, path)
+
+    def place(self, row: int) -> str:
+        """Return the position of a row (from 0): `file:line`, or `file: row n` (from 1) where a file has no lines."""
+        return f"{self.path}: row {row + 1}" if self._line is None else f"{self.path}:{self._line(row)}"
+
+    def require(self, columns: Iterable[str], option: str) -> None:
+        """Raise a `SpecError` of the option that names a missing column, and the nearest column there is."""
+        for column in columns:
+            if column not in self.names:
+                known = ", ".join(map(shown, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
+                raise fault(option, "", shown(column), f"a column of {self.path} ({known})", self.names, column)
+            if self.names.count(column) > 1:
+                raise fault(option, self.path, f"{self.names.count(column)} columns {column!r}", "different names")
+
+    def numbers(self, column: str) -> Tensor:
+        """Return a column as float64 `[rows]`, NaN where a value is missing; true is 1 and false is 0.
+
+        Errors: `SpecError` naming the first value that is not a finite number.
+        """
+        pa = self._arrow
+        values = self._column(column)
+        if pa.types.is_boolean(values.type):
+            values = values.cast(pa.int8())
+        converted = self._cast(values, pa.float64())
+        if isinstance(converted, int):
+            refused, converted = converted, self._cast(values, pa.bool_())
+            if isinstance(converted, int):
+                raise self._refused(column, refused, values, "a number")
+            converted = converted.cast(pa.float64())
+        numbers = torch.from_dlpack(converted.fill_null(math.nan)).clone()
+        infinite = numbers.isinf().nonzero()
+        if len(infinite):
+            raise self._refused(column, int(infinite[0]), values, "a finite number")
+        return numbers
+
+    def times(self, column: str, pattern: str | None = None) -> tuple[Tensor, str]:
+        """Return a time column, `[rows]` float64 numbers or int64 nanoseconds, with its unit (`""` or `"ns"`).
+
+        `pattern` is a format of `strptime`; without one, numbers and ISO 8601 dates and times are read.
+
+        Errors: `SpecError` naming the first value that is missing or no time.
+        """
+        pa = self._arrow
+        values = self._column(column)
+        if values.null_count:
+            raise self._refused(column, pa.compute.index(values.is_null(), True).as_py(), values, "a time")
+        if pa.types.is_temporal(values.type):
+            return torch.from_dlpack(
+                values.cast(pa.timestamp("ns", getattr(values.type, "tz", None))).cast(pa.int64())
+            ), "ns"
+        if pattern is not None:
+            parsed = pa.compute.strptime(values.cast(pa.string()), pattern, "us", error_is_null=True)
+            if parsed.null_count:
+                first = pa.compute.index(parsed.is_null(), True).as_py()
+                raise self._refused(column, first, values, f"a time of the format {pattern!r}")
+            return torch.from_dlpack(parsed.cast(pa.timestamp("ns")).cast(pa.int64())), "ns"
+        furthest = -1
+        for kind in (pa.float64(), pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
+            converted = self._cast(values, kind)
+            if not isinstance(converted, int):
+                number = pa.types.is_floating(kind)
+                return torch.from_dlpack(converted if number else converted.cast(pa.int64())), "" if number else "ns"
+            furthest = max(furthest, converted)
+        raise self._refused(column, furthest, values, "a number or an ISO 8601 time, or a `time_format`")
+
+    def labels(self, column: str) -> list[str]:
+        """Return a column as text.
+
+        Errors: `SpecError` naming the first row without a value.
+        """
+        pa = self._arrow
+        values = self._column(column)
+        if values.null_count:
+            raise self._refused(column, pa.compute.index(values.is_null(), True).as_py(), values, "a value")
+        return values.cast(pa.string()).to_pylist()
+
+    def text(self, column: str, row: int) -> str:
+        """Return one value as Python writes it, shortened where it is long."""
+        return shown(self._columns.column(column)[row].as_py())
+
+    def _column(self, column: str) -> Any:
+        pa = self._arrow
+        values = self._columns.column(column).combine_chunks()
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        return pa.compute.utf8_trim_whitespace(values) if pa.types.is_string(values.type) else values
+
+    def _cast(self, values: Any, kind: Any) -> Any:
+        """Return converted values, or the row of the first value that cannot be converted."""
+        pa = self._arrow
+        try:
+            return values.cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            first, last = 0, len(values)  # by halves: the first bad value is in values[first:last]
+            while last - first > 1:
+                middle = (first + last) // 2
+                try:
+                    values.slice(first, middle - first).cast(kind)
+                    first = middle
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                    last = middle
+            return first
+
+    def _refused(self, column: str, row: int, values: Any, expected: str) -> SpecError:
+        value = values[row].as_py()
+        got = "no value" if value is None else shown(value)
+        return fault(self.option, f"{self.place(row)}: column {column!r}", got, expected)
+
+
+def read(data: bytes, path: Path, option: str, delimiter: str = ",", missing: Iterable[str] = ()) -> Table:
+    """Read the bytes of a CSV or Parquet file as a table; the name's ending decides which.
+
+    A CSV file is UTF-8 and its first line names the columns. Every row must have as many fields as the first line.
+    Missing values are empty fields, the usual spellings (`NA`, `NaN`, `null`, ...) and those in `missing`.
+
+    Errors: `SpecError` naming the option, the file and the line that cannot be read.
+    """
+    if path.suffix.lower() == ".csv":
+        return _read_csv(data, path, option, delimiter, missing)
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(data, path, option)
+    raise fault(option, path, f"the ending {path.suffix!r}", " or ".join(TABLES))
+
+
+def _read_parquet(data: bytes, path: Path, option: str) -> Table:
+    pa = _arrow(option, path)
+    try:
+        columns = pa.parquet.read_table(pa.BufferReader(data), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise fault(option, path, f"unreadable content ({_first_line(error)})", "a Parquet file") from error
+    if columns.num_rows == 0:
+        raise fault(option, path, "no rows", "at least one")
+    return Table(path, option, columns, None)
+
+
+def _read_csv(data: bytes, path: Path, option: str, delimiter: str, missing: Iterable[str]) -> Table:
+    pa = _arrow(option, path)
+    header, empty = _header(data, path, option, delimiter)
+    lone = len(header) == 1  # of a single column, an empty line is a missing value
+    first = empty + 1 if lone else 1  # the first record that is a row
+    refused: list[Any] = []
+
+    def keep(row: Any) -> str:
+        refused.append(row)
+        return "error"
+
+    def line(row: int) -> int:
+        return _line(data, delimiter, row + first, skip_empty=not lone)
+
+    try:
+        columns = pa.csv.read_csv(
+            pa.BufferReader(data),
+            read_options=pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=header),
+            parse_options=pa.csv.ParseOptions(
+                delimiter=delimiter, newlines_in_values=True, ignore_empty_lines=not lone, invalid_row_handler=keep
+            ),
+            convert_options=pa.csv.ConvertOptions(
+                column_types={name: pa.string() for name in header},
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=True,
+                null_values=[*pa.csv.ConvertOptions().null_values, *missing],
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        if not refused:
+            raise fault(option, path, f"unreadable content ({_first_line(error)})", "a CSV file") from error
+        (row,) = refused
+        place = f"{path}:{_line(data, delimiter, row.number - 1, skip_empty=not lone)}"
+        raise fault(
+            option, place, plural(row.actual_columns, "field"), f"{row.expected_columns}, as in the first line"
+        ) from error
+    columns = columns.slice(first)
+    if columns.num_rows == 0:
+        raise fault(option, path, "a first line and no rows", "at least one row")
+    return Table(path, option, columns, line)
+
+
+def _header(data: bytes, path: Path, option: str, delimiter: str) -> tuple[list[str], int]:
+    """Return the names in the first line that is not empty, and the number of empty lines before it."""
+    if len(data) > LARGEST:
+        raise fault(option, path, f"{len(data)} bytes", f"at most {LARGEST}; a Parquet file may be larger")
+    try:
+        text = data.decode("utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise fault(option, f"{path}:{line}", f"byte {data[error.start]:#04x}", "UTF-8 text") from error
+    if "\0" in text:
+        raise fault(option, f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}", "a NUL character", "a text file")
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    empty, header = next(((number, row) for number, row in enumerate(rows) if row), (0, None))
+    if header is None:
+        raise fault(option, path, "an empty file", "a first line with the names of the columns")
+    other = next((sign for sign in ";\t|," if sign != delimiter and sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        got = f"one column {shown(header[0])}"
+        raise SpecError(
+            f"{option}: {path}:1: got {got} with delimiter {delimiter!r}; did you mean delimiter {other!r}?"
+        )
+    return [name.strip() for name in header], empty
+
+
+def _line(data: bytes, delimiter: str, record: int, skip_empty: bool) -> int:
+    """Return the line at which a record starts; record 0 is the first line with the names."""
+    rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter=delimiter)
+    start, before = 1, -1
+    for row in rows:
+        before += bool(row) or not skip_empty
+        if before == record:
+            return start
+        start = rows.line_num + 1
+    return start
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> plural(1, "step"), plural(2, "step")
+    ('1 step', '2 steps')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _first_line(error: BaseException) -> str:
+    return shown(str(error).partition("\n")[0], 100)

@@ -1,0 +1,419 @@
+"""Sequences from files: what is listed, divided, batched by length and scored, and which files are refused."""
+
+import csv
+import math
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pydantic import ValidationError
+from sklearn.metrics import f1_score
+from torch import nn
+
+import atn_norms as an
+from atn_norms.problems import SpecError
+from atn_norms.tasks import Model, SequencesSpec
+from tests.compare import compare
+
+
+def values(number, features=2):
+    """A sequence of 3 to 9 steps that no other number has."""
+    return np.random.default_rng(number).normal(size=(3 + number % 7, features))
+
+
+def write(path, array):
+    """Write an array in the format of the path's ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f"x{i}" for i in range(array.shape[1])]
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix == ".csv":
+        cells = [["" if math.isnan(value) else repr(float(value)) for value in row] for row in array]
+        path.write_text("\n".join(map(",".join, [names, *cells])) + "\n")
+    else:
+        columns = [pa.array([None if math.isnan(value) else value for value in column]) for column in array.T]
+        pq.write_table(pa.table(columns, names), path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 sequences of three classes, 30, 20 and 10, in three formats."""
+    for number in range(60):
+        label = "a" if number < 30 else "b" if number < 50 else "c"
+        write(tmp_path / "data" / label / f"{number:02}.{('npy', 'csv', 'parquet')[number % 3]}", values(number))
+    return tmp_path / "data"
+
+
+def index(tmp_path, rows, header=("file", "label"), name="index.csv"):
+    with open(tmp_path / name, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(tmp_path / name)
+
+
+def numbered(tmp_path, count=30, **options):
+    """A regression: the number of a sequence is its first value times 10."""
+    for number in range(count):
+        write(tmp_path / "files" / f"{number:02}.npy", values(number))
+    rows = [(f"files/{number:02}.npy", 10 * values(number)[0, 0]) for number in range(count)]
+    return SequencesSpec(path=index(tmp_path, rows), mode="regress", **options)
+
+
+def model_of(task, **options):
+    torch.manual_seed(0)
+    layer = an.LSTM(task.input_size, 5, **options)
+    return Model(task.encoder(), layer, task.readout(layer.output_size))
+
+
+def test_a_folder_is_divided_by_class_whatever_the_seed(folder):
+    task = SequencesSpec(path=str(folder)).build(0)
+    sizes = {part: Counter(task.classes[i] for i in task.targets[rows]) for part, rows in task.rows.items()}
+    assert sizes == {
+        "train": {"a": 22, "b": 14, "c": 6},
+        "validation": {"a": 4, "b": 3, "c": 2},
+        "test": {"a": 4, "b": 3, "c": 2},
+    }
+    other = SequencesSpec(path=str(folder)).build(1)
+    compare(other.targets, task.targets, tolerance=0)
+    compare(other.inputs, task.inputs, tolerance=0)
+    assert not torch.equal(SequencesSpec(path=str(folder), split_seed=1).build(0).lengths, task.lengths)
+
+
+def test_files_of_each_format_hold_the_same_numbers(tmp_path):
+    kinds = {}
+    for ending in ("npy", "csv", "parquet"):
+        for number in range(12):
+            array = values(number)
+            if number == 4:
+                array[1, 1] = math.nan
+            write(tmp_path / ending / "ab"[number % 2] / f"{number}.{ending}", array)
+        kinds[ending] = SequencesSpec(path=str(tmp_path / ending)).build(0)
+    for ending in ("csv", "parquet"):
+        compare(kinds[ending].inputs, kinds["npy"].inputs, tolerance=0)
+    assert kinds["npy"].input_size == 3, "two features and a mask for the one with a missing value"
+    (note,) = kinds["csv"].notes[2:]
+    total = sum(len(values(number)) for number in range(12))
+    assert (
+        note == f"x1: 1 of {total} values are missing and masked (first at {tmp_path / 'csv' / 'a' / '4.csv'}: row 2)"
+    )
+
+
+def test_scaling_knows_the_training_sequences_alone(folder):
+    task = SequencesSpec(path=str(folder)).build(0)
+    train = torch.cat([task.inputs[row] for row in task.rows["train"]]).double()
+    compare(train.mean(0), torch.zeros(2, dtype=torch.float64), tolerance=1e-6)
+    compare(train.std(0, correction=0), torch.ones(2, dtype=torch.float64), tolerance=1e-6)
+    before = task.inputs
+    for row in task.rows["test"].tolist():
+        task.inputs[row] += 1
+    assert task.batch(0, 8).inputs.shape[2] == 2 and len(before) == 60
+
+
+def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder):
+    task = SequencesSpec(path=str(folder)).build(0)
+    epochs = [[task._batches(epoch, 6)[i] for i in range(7)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(torch.cat(epoch).tolist()) == task.rows["train"].tolist()
+        spread = [int(task.lengths[rows].max() - task.lengths[rows].min()) for rows in epoch]
+        assert sum(spread) <= int(task.lengths.max() - task.lengths.min()), "sorted, so that neighbours are alike"
+    assert [rows.tolist() for rows in epochs[0]] != [rows.tolist() for rows in epochs[1]]
+    batch = task.batch(8, 6)
+    compare(tuple(batch)[:2], tuple(task._padded(epochs[1][1]))[:2], tolerance=0)
+    assert SequencesSpec(path=str(folder)).build(3).batch(0, 6).targets.tolist() != task.batch(0, 6).targets.tolist()
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("options", [{}, {"norm": "layer", "window": 3}, {"norm": "rms", "bidirectional": True}])
+def test_a_ragged_batch_predicts_what_each_sequence_predicts_alone(folder, pool, options):
+    task = SequencesSpec(path=str(folder), pool=pool).build(0)
+    model = model_of(task, **options).eval()
+    rows = task.rows["train"][[0, 5, 9, 30]]
+    assert len(task.lengths[rows].unique()) > 1
+    alone = torch.cat([task.predict(model, task._padded(row.unsqueeze(0))) for row in rows])
+    compare(task.predict(model, task._padded(rows)), alone, tolerance=2e-6)
+    (first,) = rows[:1].tolist()
+    y, _ = model.layer.unroll(task.inputs[first].unsqueeze(1))
+    pooled = y[-1, 0] if pool == "last" else y[:, 0].mean(0)
+    compare(alone[0], model.readout(pooled), tolerance=2e-6)
+
+
+class Oracle(Model):
+    """Predict classes, or numbers, that the test chose for each sequence."""
+
+    def __init__(self, task, answers):
+        super().__init__(nn.Identity(), None, nn.Identity())
+        self.answers = {
+            tuple(each.flatten().tolist()): answer for each, answer in zip(task.inputs, answers, strict=True)
+        }
+
+    def features(self, inputs, state=None, lengths=None):
+        steps, batch, _ = inputs.shape
+        ends = [steps] * batch if lengths is None else lengths.tolist()
+        found = [self.answers[tuple(inputs[:end, row].flatten().tolist())] for row, end in enumerate(ends)]
+        return torch.stack(found).expand(steps, batch, -1), None
+
+
+@pytest.mark.parametrize("cut", [1, 40, 2**15])
+def test_every_sequence_of_a_split_is_scored_once(folder, cut, monkeypatch):
+    monkeypatch.setattr("atn_norms.tasks.sequences.EVALUATION_STEPS", cut)
+    task = SequencesSpec(path=str(folder)).build(0)
+    chosen = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))
+    answers = 5.0 * nn.functional.one_hot(chosen, 3)
+    for part in ("validation", "test"):
+        rows = task.rows[part]
+        nats = nn.functional.cross_entropy(answers[rows], task.targets[rows])
+        assert task.evaluate(Oracle(task, answers), part) == {
+            "accuracy": pytest.approx((chosen == task.targets)[rows].double().mean().item()),
+            "macro F1": pytest.approx(f1_score(task.targets[rows], chosen[rows], average="macro", zero_division=0)),
+            "cross-entropy": pytest.approx(nats.item(), rel=1e-6),
+        }
+
+
+@pytest.mark.parametrize(("metric", "score"), [("accuracy", 4 / 9), ("macro F1", 2 * 4 / (2 * 4 + 5) / 3)])
+def test_the_majority_class_is_the_baseline(folder, metric, score):
+    task = SequencesSpec(path=str(folder), metric=metric).build(0)
+    assert (task.metric, task.goal) == (metric, "max")
+    assert task.baselines == {"majority class": pytest.approx(score)}
+
+
+@pytest.mark.parametrize("metric", ["MAE", "MSE"])
+def test_numbers_are_scored_in_their_unit(tmp_path, metric):
+    task = numbered(tmp_path, metric=metric).build(0)
+    rows = task.rows["test"].tolist()
+    answers = torch.linspace(-1, 1, 30).unsqueeze(1)
+    model = Oracle(task, answers)
+    deviation, mean = task.deviation, 0.0
+    errors = [(answers[row, 0].item() - task.targets[row].item()) * deviation for row in rows]
+    scores = task.evaluate(model, "test")
+    assert scores["MAE"] == pytest.approx(sum(map(abs, errors)) / len(rows), rel=1e-6)
+    assert scores["MSE"] == pytest.approx(sum(error**2 for error in errors) / len(rows), rel=1e-6)
+    loss, _ = task.loss(model, task._padded(task.rows["test"]), None)
+    assert task.in_metric(loss.item()) == pytest.approx(scores[metric], rel=1e-5) and task.goal == "min"
+    train = task.targets[task.rows["train"]]
+    assert train.mean().item() == pytest.approx(mean, abs=1e-6) and train.std(correction=0).item() == pytest.approx(1)
+    trivial = [task.targets[row].item() * deviation for row in rows]
+    expected = sum(map(abs, trivial)) if metric == "MAE" else sum(error**2 for error in trivial)
+    assert task.baselines == {"training mean": pytest.approx(expected / len(rows), rel=1e-6)}
+
+
+def test_folders_of_splits_are_used_and_validation_is_drawn_where_it_lacks(tmp_path):
+    for part, count in (("train", 20), ("test", 6)):
+        for number in range(count):
+            write(tmp_path / "data" / part / "ab"[number % 2] / f"{number}.npy", values(number + 20 * (part == "test")))
+    task = SequencesSpec(path=str(tmp_path / "data")).build(0)
+    assert {part: len(rows) for part, rows in task.rows.items()} == {"train": 16, "validation": 4, "test": 6}
+    assert sorted(task.lengths[task.rows["test"]].tolist()) == sorted(len(values(number)) for number in range(20, 26))
+    for number in range(4):
+        write(tmp_path / "data" / "validation" / "ab"[number % 2] / f"{number}.npy", values(40 + number))
+    task = SequencesSpec(path=str(tmp_path / "data")).build(0)
+    assert {part: len(rows) for part, rows in task.rows.items()} == {"train": 20, "validation": 4, "test": 6}
+
+
+def test_an_index_names_splits(tmp_path):
+    rows = []
+    for number in range(12):
+        write(tmp_path / f"{number}.csv", values(number))
+        rows.append((f"{number}.csv", "xy"[number % 2], ("train", "train", "validation", "test")[number // 2 % 4]))
+    path = index(tmp_path, rows, ("name", "class", "part"))
+    options = {"file_column": "name", "label_column": "class", "split_column": "part"}
+    task = SequencesSpec(path=path, columns=["x1"], **options).build(0)
+    assert task.input_size == 1 and task.classes == ("x", "y")
+    assert {part: len(rows) for part, rows in task.rows.items()} == {"train": 8, "validation": 2, "test": 2}
+
+
+def test_what_is_read_is_hashed(folder):
+    spec = SequencesSpec(path=str(folder))
+    hashes = {spec.data()["path"]}
+    write(folder / "a" / "00.npy", values(99))
+    hashes.add(spec.data()["path"])
+    (folder / "a" / "00.npy").rename(folder / "b" / "00.npy")
+    hashes.add(spec.data()["path"])
+    (folder / "b" / "00.npy").unlink()
+    hashes.add(spec.data()["path"])
+    assert len(hashes) == 4 and all(each.startswith("sha256:") and len(each) == 71 for each in hashes)
+    kept = spec.data()["path"]
+    folder.rename(folder.parent / "moved")
+    assert SequencesSpec(path=str(folder.parent / "moved")).data()["path"] == kept
+
+
+def test_the_content_of_a_folder_is_reported(folder):
+    assert SequencesSpec(path=str(folder)).build(0).notes == (
+        "data: 60 sequences (42 train, 9 validation, 9 test) of 3 to 9 steps and 2 features",
+        "3 classes of 10 to 30 sequences",
+    )
+
+
+def refused(spec_or_path, message, root, **options):
+    spec = spec_or_path if isinstance(spec_or_path, SequencesSpec) else SequencesSpec(path=str(spec_or_path), **options)
+    with pytest.raises(SpecError) as caught:
+        spec.build(0)
+    assert str(caught.value).replace(str(root), "ROOT") == message
+
+
+ENDINGS = "files with the endings .npy, .csv, .parquet"
+NUMBERS = "numbers of shape [steps] or [steps, features], not empty"
+
+
+def test_a_folder_that_cannot_be_used_is_refused(folder):
+    root = folder.parent
+    refused(root / "dta", "path: cannot read ROOT/dta: No such file or directory; nearest: 'data'", root)
+    refused(
+        folder,
+        "path: ROOT/data: got a folder with mode regress; expected an index file with a number for each sequence",
+        root,
+        mode="regress",
+    )
+    refused(
+        folder,
+        "split_column: ROOT/data: got 'x' with a folder; expected no column, or an index file",
+        root,
+        split_column="x",
+    )
+    (folder / "a" / "notes.txt").write_text("x")
+    refused(folder, f"path: ROOT/data/a/notes.txt: got the ending '.txt'; expected {ENDINGS}", root)
+    (folder / "a" / "notes.txt").rename(folder / "notes.txt")
+    expected = "a folder for each class, or an index file as `path`"
+    refused(folder, f"path: ROOT/data/notes.txt: got a file; expected {expected}", root)
+    (folder / "notes.txt").unlink()
+    (folder / "a" / "deeper").mkdir()
+    refused(folder, f"path: ROOT/data/a/deeper: got a folder; expected {ENDINGS}", root)
+    (root / "empty").mkdir()
+    refused(root / "empty", f"path: ROOT/empty: got no sequences; expected {ENDINGS}", root)
+    (root / "splits" / "train").mkdir(parents=True)
+    (root / "splits" / "test").mkdir()
+    (root / "splits" / "vlidation").mkdir()
+    refused(
+        root / "splits",
+        "path: ROOT/splits/vlidation: got a folder beside train and test; expected validation, or none; "
+        "did you mean 'validation'?",
+        root,
+    )
+
+
+ARRAYS = [
+    (np.zeros((3, 3)), "path: ROOT/a/01.csv: got 2 features; expected 3, as in ROOT/a/00.npy"),
+    (np.zeros((0, 2)), f"path: ROOT/a/00.npy: got float64 of shape [0, 2]; expected {NUMBERS}"),
+    (np.zeros((1, 2, 3)), f"path: ROOT/a/00.npy: got float64 of shape [1, 2, 3]; expected {NUMBERS}"),
+    (np.array(["x"]), f"path: ROOT/a/00.npy: got <U1 of shape [1]; expected {NUMBERS}"),
+    (np.array([[1.0, np.inf]]), "path: ROOT/a/00.npy: row 1: got inf; expected finite numbers"),
+]
+
+
+@pytest.mark.parametrize(("array", "message"), ARRAYS, ids=[message[6:60] for _, message in ARRAYS])
+def test_an_array_that_does_not_fit_is_refused(folder, array, message):
+    np.save(folder / "a" / "00.npy", array)
+    refused(folder, message, folder)
+
+
+def test_a_pickle_in_an_array_is_not_loaded(folder):
+    np.save(folder / "a" / "00.npy", np.array([{"x": 1}], dtype=object))
+    with pytest.raises(SpecError, match=r"00.npy: got unreadable content \(.*allow_pickle.*\); expected an .npy file"):
+        SequencesSpec(path=str(folder)).build(0)
+    (folder / "a" / "00.npy").write_bytes(b"no array")
+    with pytest.raises(SpecError, match=r"00.npy: got unreadable content \(.*\); expected an .npy file"):
+        SequencesSpec(path=str(folder)).build(0)
+
+
+def test_columns_are_required_by_name(tmp_path):
+    for number in range(12):
+        write(tmp_path / "data" / "ab"[number % 2] / f"{number:02}.csv", values(number))
+    spec = SequencesSpec(path=str(tmp_path / "data"))
+    (tmp_path / "data" / "b" / "03.csv").write_text("x0,y1\n1,2\n")
+    refused(spec, "path: got 'x1'; expected a column of ROOT/data/b/03.csv ('x0', 'y1')", tmp_path)
+    (tmp_path / "data" / "b" / "03.csv").write_text("x0,x1,x2\n1,2,3\n")
+    refused(
+        spec, "path: ROOT/data/b/03.csv: got the column 'x2'; expected the columns of the first table, x0, x1", tmp_path
+    )
+    SequencesSpec(path=str(tmp_path / "data"), columns=["x1", "x0"]).build(0)
+    (tmp_path / "data" / "b" / "03.csv").write_text("x0,x1\n1,2\n3,x\n")
+    refused(spec, "path: ROOT/data/b/03.csv:3: column 'x1': got 'x'; expected a number", tmp_path)
+    write(tmp_path / "data" / "b" / "03.npy", values(1))
+    (tmp_path / "data" / "b" / "03.csv").unlink()
+    refused(
+        SequencesSpec(path=str(tmp_path / "data"), columns=["x0", "x1"]),
+        "columns: ROOT/data/b/03.npy: got an array, which has no names; expected CSV or Parquet files, or no `columns`",
+        tmp_path,
+    )
+
+
+def test_a_class_that_training_lacks_is_refused(tmp_path):
+    rows = []
+    for number in range(12):
+        write(tmp_path / f"{number}.npy", values(number))
+        rows.append((f"{number}.npy", "up" if number % 2 else "down", ("train", "validation", "test")[number // 4]))
+    rows[9] = ("9.npy", "upp", "test")
+    message = (
+        "path: ROOT/index.csv:11: got the label 'upp' in test, which no training sequence has; expected one of down, up; "
+        "did you mean 'up'?"
+    )
+    refused(index(tmp_path, rows, ("file", "label", "split")), message, tmp_path, split_column="split")
+    for number in range(12):
+        part = "train" if number < 8 else "test"
+        write(tmp_path / "data" / part / ("c" if number == 11 else "ab"[number % 2]) / f"{number}.npy", values(number))
+    message = (
+        "path: ROOT/data/test/c/11.npy: got the label 'c' in test, which no training sequence has; expected one of a, b"
+    )
+    refused(tmp_path / "data", message, tmp_path)
+
+
+def test_a_split_or_a_class_too_few_is_refused(tmp_path):
+    for number in range(4):
+        write(tmp_path / "pairs" / "ab"[number % 2] / f"{number}.npy", values(number))
+        write(tmp_path / "alone" / "a" / f"{number}.npy", values(number))
+    cure = "at least one; a class is divided where it has three, or name the splits in the files"
+    refused(tmp_path / "pairs", f"path: ROOT/pairs: got no sequences for validation among 4; expected {cure}", tmp_path)
+    refused(
+        tmp_path / "alone", "path: ROOT/alone: got the class 'a' alone in training; expected at least two", tmp_path
+    )
+
+
+BAD_ROW = "ROOT/index.csv:3: column"
+NO_FILE = "'1.npx', and no such file; expected a file relative to ROOT; did you mean '1.npy'?"
+NO_SPLIT = "'tst'; expected one of train, validation, test; did you mean 'test'?"
+INDEXES = [
+    ([("0.npy", "a"), ("1.npx", "b")], {}, f"{BAD_ROW} 'file': got {NO_FILE}"),
+    (
+        [("0.npy", "a"), ("0.npy", "b")],
+        {},
+        f"{BAD_ROW} 'file': got '0.npy' again, after ROOT/index.csv:2; expected each file once",
+    ),
+    ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} 'label': got no value; expected a value"),
+    ([("0.npy", "1"), ("1.npy", "")], {"mode": "regress"}, f"{BAD_ROW} 'label': got no value; expected a number"),
+    ([("0.npy", "1"), ("1.npy", "x")], {"mode": "regress"}, f"{BAD_ROW} 'label': got 'x'; expected a number"),
+    ([("0.npy", "train"), ("1.npy", "tst")], {"split_column": "label"}, f"{BAD_ROW} 'label': got {NO_SPLIT}"),
+]
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), INDEXES, ids=[message[15:60] for *_, message in INDEXES])
+def test_an_index_that_cannot_be_used_is_refused(tmp_path, rows, options, message):
+    for number in range(2):
+        write(tmp_path / f"{number}.npy", values(number))
+    refused(index(tmp_path, rows), f"path: {message}", tmp_path, **options)
+
+
+def test_a_column_that_the_index_lacks_is_refused(tmp_path):
+    path = index(tmp_path, [("0.npy", "a")], ("file", "lable"))
+    expected = "a column of ROOT/index.csv ('file', 'lable')"
+    refused(path, f"label_column: got 'label'; expected {expected}; did you mean 'lable'?", tmp_path)
+
+
+def test_numbers_that_are_all_equal_are_refused(tmp_path):
+    for number in range(9):
+        write(tmp_path / f"{number}.npy", values(number))
+    path = index(tmp_path, [(f"{number}.npy", "2.5") for number in range(9)])
+    message = "label_column: ROOT/index.csv: got only 2.5 for 7 training sequences; expected numbers that differ"
+    refused(path, message, tmp_path, mode="regress")
+
+
+def test_options_that_do_not_agree_are_refused():
+    with pytest.raises(ValidationError, match="metric: got 'MAE' with mode classify; expected accuracy or macro F1"):
+        SequencesSpec(path="x", metric="MAE")
+    with pytest.raises(ValidationError, match=r"test: got 0.5 beside validation 0.5; expected a sum below 1"):
+        SequencesSpec(path="x", test=0.5, validation=0.5)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(folder):
+    with pytest.raises(SpecError, match="train.batch_size: got 43; expected 1 to 42, the training sequences"):
+        SequencesSpec(path=str(folder)).build(0).batch(0, 43)

@@ -1,0 +1,354 @@
+"""Time series from files: what a window holds, what it never sees, how it is scored, and which files are refused."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+import atn_norms as an
+from atn_norms.problems import SpecError
+from atn_norms.tasks import Model, SeriesSpec
+from atn_norms.tasks.series import filled
+from tests.compare import compare
+
+ROWS = 40
+
+
+def write(tmp_path, columns, name="load.csv"):
+    """Write columns (None: missing) as a CSV file."""
+    lines = [",".join(columns)]
+    lines += [
+        ",".join("" if value is None else str(value) for value in row) for row in zip(*columns.values(), strict=True)
+    ]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    return str(tmp_path / name)
+
+
+def columns(**changed):
+    """40 rows: a time, a rising target, a second one, and a covariate."""
+    rows = range(ROWS)
+    made = {
+        "time": [str(row) for row in rows],
+        "load": [float(row + 3 * math.sin(row)) for row in rows],
+        "price": [100.0 * math.cos(row) for row in rows],
+        "heat": [float(row % 5) for row in rows],
+    }
+    return made | changed
+
+
+def spec(tmp_path, made=None, **options):
+    file = write(tmp_path, columns() if made is None else made)
+    return SeriesSpec(**{"file": file, "targets": ["load"], "context": 4, "horizon": 2, "time": "time", **options})
+
+
+class Constant(Model):
+    """Predict the same standardized change everywhere."""
+
+    def __init__(self, task, change):
+        super().__init__(nn.Identity(), None, nn.Identity())
+        self.shape, self.change = (task.horizon, len(task.spec.targets)), change
+
+    def features(self, inputs, state=None, lengths=None):
+        return torch.full((*inputs.shape[:2], *self.shape), self.change), None
+
+
+def test_a_window_holds_standardized_columns_and_the_changes_to_predict(tmp_path):
+    task = spec(tmp_path, targets=["load", "price"], covariates=["heat"]).build(0)
+    made = columns()
+    train = 28
+    scaled = {}
+    for name in ("load", "price", "heat"):
+        values = torch.tensor(made[name], dtype=torch.float64)
+        scaled[name] = (values - values[:train].mean()) / values[:train].std(correction=0)
+    assert {part: (starts[0].item(), starts[-1].item()) for part, starts in task.starts.items()} == {
+        "train": (0, 22),
+        "validation": (24, 28),
+        "test": (30, 34),
+    }
+    batch = task._cut(torch.tensor([0, 30]))
+    assert batch.inputs.shape == (4, 2, 3) and batch.targets.shape == (2, 2, 2, 2)
+    for row, start in enumerate((0, 30)):
+        for feature, name in enumerate(("load", "price", "heat")):
+            compare(batch.inputs[:, row, feature], scaled[name][start : start + 4].float(), tolerance=1e-6)
+        for target, name in enumerate(("load", "price")):
+            change = scaled[name][start + 4 : start + 6] - scaled[name][start + 3]
+            compare(batch.targets[row, :, target, 0], change.float(), tolerance=1e-6)
+    assert (batch.targets[..., 1] == 1).all()
+
+
+def test_training_never_sees_the_later_rows(tmp_path):
+    made = columns()
+    before = spec(tmp_path, made, covariates=["heat"]).build(0)
+    for name in ("load", "heat"):
+        made[name] = made[name][:28] + [1e6 + row for row in range(12)]
+    after = spec(tmp_path, made, covariates=["heat"]).build(0)
+    for step in range(8):
+        compare(tuple(before.batch(step, 5))[:2], tuple(after.batch(step, 5))[:2], tolerance=0)
+    assert before.baselines != after.baselines
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path):
+    task = spec(tmp_path).build(0)
+    epochs = [torch.cat([task.batch(step, 1).inputs for step in range(e * 23, e * 23 + 23)], 1) for e in range(2)]
+    assert not torch.equal(*epochs)
+    compare(epochs[0][0, :, 0].sort().values, epochs[1][0, :, 0].sort().values, tolerance=0)
+    other = SeriesSpec(**dict(task.spec)).build(1)
+    assert not torch.equal(other.batch(0, 23).inputs, task.batch(0, 23).inputs)
+
+
+@pytest.mark.parametrize("metric", ["MAE", "MSE", "MASE"])
+def test_scores_are_in_the_unit_of_the_file(tmp_path, metric, monkeypatch):
+    monkeypatch.setattr("atn_norms.tasks.series.EVALUATION_ROWS", 2)
+    made = columns(load=[*columns()["load"][:36], None, *columns()["load"][37:]])
+    task = spec(tmp_path, made, targets=["load", "price"], season=3, metric=metric).build(0)
+    change = 0.25
+    scores = task.evaluate(Constant(task, change), "test")
+    errors, relative = [], []
+    for name in ("load", "price"):
+        values = [math.nan if value is None else value for value in made[name]]
+        train = torch.tensor(values[:28], dtype=torch.float64)
+        naive = (train[3:] - train[:-3]).abs().mean().item()
+        for start in range(30, 35):
+            known = [value for value in values[: start + 4] if not math.isnan(value)]
+            predicted = known[-1] + change * train.std(correction=0).item()
+            ahead = [predicted - value for value in values[start + 4 : start + 6] if not math.isnan(value)]
+            errors += ahead
+            relative += [abs(error) / naive for error in ahead]
+    expected = {
+        "MAE": sum(map(abs, errors)) / len(errors),
+        "MSE": sum(error**2 for error in errors) / len(errors),
+        "MASE": sum(relative) / len(relative),
+    }
+    assert task.metric == metric and scores == {
+        name: pytest.approx(value, rel=1e-6) for name, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("metric", ["MAE", "MSE", "MASE"])
+def test_the_loss_is_the_metric_up_to_a_factor(tmp_path, metric):
+    task = spec(tmp_path, targets=["load", "price"], metric=metric).build(0)
+    model = Constant(task, 0.25)
+    everything = task._cut(task.starts["test"])
+    loss, carry = task.loss(model, everything, None)
+    assert task.in_metric(loss.item()) == pytest.approx(task.evaluate(model, "test")[metric], rel=1e-5)
+    assert carry is None
+
+
+def test_the_baselines_are_trivial_predictors(tmp_path):
+    values = columns()["load"]
+    task = spec(tmp_path, season=3, horizon=4).build(0)
+    mean = sum(values[:28]) / 28
+    found = {"training mean": [], "last value": [], "seasonal": []}
+    for start in (30, 31, 32):
+        for ahead in range(4):
+            value, last = values[start + 4 + ahead], start + 3
+            found["training mean"].append(abs(mean - value))
+            found["last value"].append(abs(values[last] - value))
+            found["seasonal"].append(abs(values[last - 2 + ahead % 3] - value))
+    assert task.baselines == {name: pytest.approx(sum(each) / 12, rel=1e-9) for name, each in found.items()}
+
+
+def test_missing_values_are_masked_and_reported(tmp_path):
+    made = columns()
+    made["load"][5] = made["load"][37] = made["heat"][7] = None
+    task = spec(tmp_path, made, covariates=["heat"]).build(0)
+    assert task.input_size == 4, "two columns and a mask for each"
+    inputs, targets, *_ = task._cut(torch.tensor([4]))
+    assert inputs[1, 0].tolist() == [0, inputs[1, 0, 1].item(), 1, 0] and inputs[3, 0, 1:].tolist() == [0, 0, 1]
+    assert task._cut(torch.tensor([1])).targets[0, :, 0].tolist()[0] == [0, 0], "row 5 is neither value nor error"
+    anchored = task._cut(torch.tensor([2])).targets[0, 0, 0, 0]
+    compare(anchored, (task.targets[6] - task.targets[4])[0].float(), tolerance=1e-6)
+    gradient = torch.zeros(1, 2, 1, requires_grad=True)
+    costs = task.loss(Fixed(gradient), task._cut(torch.tensor([0])), None)[0]
+    assert torch.autograd.grad(costs, gradient)[0].flatten().tolist()[1] == 0, "row 5 has no gradient"
+    assert targets[..., 1].tolist() == [[[1], [1]]]
+    assert task.notes == (
+        "load.csv: 40 rows (28 train, 6 validation, 6 test)",
+        f"column 'load': 2 of 40 values are missing and masked (first at {task.spec.file}:7)",
+        f"column 'heat': 1 of 40 values are missing and masked (first at {task.spec.file}:9)",
+    )
+
+
+class Fixed(Model):
+    """Return fixed predictions."""
+
+    def __init__(self, predictions):
+        super().__init__(nn.Identity(), None, nn.Identity())
+        self.predictions = predictions
+
+    def features(self, inputs, state=None, lengths=None):
+        return self.predictions.unsqueeze(0), None
+
+
+def test_windows_without_a_value_to_predict_are_left_out(tmp_path):
+    made = columns()
+    made["load"][10:13] = [None] * 3
+    task = spec(tmp_path, made).build(0)
+    assert sorted({*range(23)} - {*task.starts["train"].tolist()}) == [6, 7]
+    made["load"][34:] = [None] * 6
+    with pytest.raises(
+        SpecError, match=r"targets: .*load.csv: got no value in the 6 rows for test; expected at least one"
+    ):
+        spec(tmp_path, made).build(0)
+
+
+def test_the_last_value_is_the_last_observed_one():
+    values = torch.tensor([[math.nan, 1.0], [2.0, math.nan], [math.nan, math.nan]])
+    compare(filled(values), torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 1.0]]), tolerance=0)
+
+
+def test_a_regression_sees_covariates_up_to_the_step_and_no_target(tmp_path):
+    made = columns(heat=[2 * value + 1 for value in columns()["load"]])
+    task = spec(tmp_path, made, mode="regress", covariates=["heat"], horizon=None, context=1).build(0)
+    assert task.input_size == 1 and task.baselines.keys() == {"training mean"}
+    inputs, targets, *_ = task.batch(0, 28)
+    compare(targets[:, 0, 0, 0], inputs[0, :, 0], tolerance=1e-6)
+    assert [task.starts[part][[0, -1]].tolist() for part in task.starts] == [[0, 27], [28, 33], [34, 39]]
+
+
+def test_the_stride_leaves_windows_out(tmp_path):
+    assert spec(tmp_path, stride=3).build(0).starts["test"].tolist() == [30, 33]
+
+
+def test_a_model_learns_what_a_covariate_announces(tmp_path):
+    """A target that repeats the covariate of the step before is forecast from it."""
+    noise = torch.rand(400, generator=torch.Generator().manual_seed(0)).tolist()
+    made = {"time": [*range(400)], "load": [0.0, *noise[:-1]], "heat": noise}
+    task = spec(tmp_path, made, covariates=["heat"], horizon=1).build(0)
+    torch.manual_seed(0)
+    model = Model(task.encoder(), an.GRU(task.input_size, 8, norm="layer", window=4), task.readout(8))
+    optimizer = torch.optim.Adam(model.parameters(), 2e-2)
+    for step in range(150):
+        optimizer.zero_grad()
+        task.loss(model, task.batch(step, 32), None)[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        score = task.evaluate(model.eval(), "test")["MAE"]
+    assert score < min(task.baselines.values()) / 2
+
+
+def test_irregular_steps_of_time_are_reported(tmp_path):
+    times = [f"2020-01-{day:02}" for day in (*range(1, 20), 21, *range(23, 32))] + [
+        f"2020-02-{d:02}" for d in range(1, 12)
+    ]
+    task = spec(tmp_path, columns(time=times)).build(0)
+    note = f"column 'time': 2 of 39 steps differ from the most frequent, 86400 s (first at {task.spec.file}:21)"
+    assert task.notes[1:] == (note,)
+
+
+def test_the_hash_is_that_of_the_file(tmp_path):
+    before = spec(tmp_path)
+    kept = before.data()["file"]
+    (tmp_path / "elsewhere.csv").write_bytes((tmp_path / "load.csv").read_bytes())
+    assert before.model_copy(update={"file": str(tmp_path / "elsewhere.csv")}).data()["file"] == kept
+    assert kept.startswith("sha256:") and len(kept) == 71
+    assert spec(tmp_path, columns(heat=[9.0] * ROWS)).data()["file"] != kept
+
+
+def swapped(values, one, other):
+    values = [*values]
+    values[one], values[other] = values[other], values[one]
+    return values
+
+
+TIMES = columns()["time"]
+
+
+KNOWN = "a column of FILE ('time', 'load', 'price', 'heat')"
+MISSING = [*[None] * 28, *range(12)]
+FAULTS = [
+    ({}, {"targets": ["laod"]}, f"targets: got 'laod'; expected {KNOWN}; did you mean 'load'?"),
+    ({}, {"covariates": ["het"]}, f"covariates: got 'het'; expected {KNOWN}; did you mean 'heat'?"),
+    ({}, {"time": "tmie"}, f"time: got 'tmie'; expected {KNOWN}; did you mean 'time'?"),
+    (
+        {"time": swapped(TIMES, 7, 8)},
+        {},
+        "time: FILE:10: column 'time': got '7', before '8' of the row before; "
+        "expected times that increase from row to row",
+    ),
+    (
+        {"time": [*TIMES[:9], "8", *TIMES[10:]]},
+        {},
+        "time: FILE:11: column 'time': got '8' again; expected times that increase from row to row",
+    ),
+    ({"load": [*["1.5"] * 39, "x"]}, {}, "file: FILE:41: column 'load': got 'x'; expected a number"),
+    (
+        {"load": [2.0] * ROWS},
+        {},
+        "targets: FILE: column 'load': got only 2 in 28 training rows; expected values that differ",
+    ),
+    (
+        {"load": MISSING},
+        {},
+        "targets: FILE: column 'load': got no value in 28 training rows; expected values that differ",
+    ),
+    (
+        {"heat": MISSING},
+        {"covariates": ["heat"]},
+        "covariates: FILE: column 'heat': got no value in 28 training rows; expected at least one value",
+    ),
+    (
+        {},
+        {"context": 27},
+        "file: FILE: got 40 rows, 28 of them for train; "
+        "expected at least 29 for train, the context of 27 and the horizon of 2",
+    ),
+    (
+        {},
+        {"horizon": 7},
+        "file: FILE: got 40 rows, 6 of them for validation; expected at least 7 for validation, the horizon of 7",
+    ),
+    ({}, {"season": 28}, "season: got 28; expected less than the 28 training rows"),
+    (
+        {"load": [float(row % 4) for row in range(ROWS)]},
+        {"season": 4, "metric": "MASE"},
+        "metric: column 'load': got no change over 4 steps in the training rows; "
+        "expected a change, which MASE divides by; or another metric",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "options", "message"), FAULTS, ids=[fault[2][:60] for fault in FAULTS])
+def test_a_file_that_cannot_be_used_is_refused(tmp_path, changed, options, message):
+    with pytest.raises(SpecError) as caught:
+        spec(tmp_path, columns(**changed), **options).build(0)
+    assert str(caught.value).replace(str(tmp_path / "load.csv"), "FILE") == message
+
+
+REGRESS = {"mode": "regress", "horizon": None}
+DISPUTES = [
+    ({"targets": ["load", "load"]}, "targets: got 'load' 2 times; expected each column once"),
+    ({"covariates": ["load"]}, "covariates: got 'load', which is a target; expected other columns"),
+    (REGRESS, "covariates: got none; expected at least one column with mode regress"),
+    (
+        REGRESS | {"covariates": ["heat"], "horizon": 2},
+        "horizon: got 2 with mode regress; expected none, or mode forec",
+    ),
+    (
+        {"time": None, "time_format": "%Y"},
+        "time_format: got a format without a column `time`; expected both or neither",
+    ),
+    ({"validation": 0.5, "test": 0.5}, "test: got 0.5 beside validation 0.5; expected a sum below 1"),
+    ({"targets": []}, "at least 1 item"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), DISPUTES, ids=[message[:40] for _, message in DISPUTES])
+def test_options_that_do_not_agree_are_refused(tmp_path, options, message):
+    with pytest.raises(ValidationError, match=message):
+        spec(tmp_path, **options)
+
+
+def test_a_prediction_that_is_not_finite_is_no_good_score(tmp_path):
+    made = columns()
+    made["load"][36] = None
+    task = spec(tmp_path, made).build(0)
+    assert math.isnan(task.evaluate(Constant(task, math.nan), "test")["MAE"])
+    assert task.loss(Constant(task, math.nan), task._cut(torch.tensor([30])), None)[0].isnan()
+
+
+def test_a_batch_larger_than_the_training_windows_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="train.batch_size: got 24; expected 1 to 23, the windows in the training rows"):
+        spec(tmp_path).build(0).batch(0, 24)
