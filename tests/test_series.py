@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import atn_norms as an
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 from atn_norms.tasks import Model, SeriesSpec
 from atn_norms.tasks.series import filled
 from tests.compare import compare

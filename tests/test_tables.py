@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from atn_norms.problems import SpecError
+from atn_norms.errors import SpecError
 from atn_norms.tasks.tables import content, read
 
 

@@ -223,6 +223,8 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
     seeds = len({trial.seed for trial in record.trials})
     grid = [", ".join(record.tasks), axes or "one point", plural(seeds, "seed"), plural(total, "trial")]
     print(f"study {record.name!r}: {'; '.join(grid)}")
+    for note in [note for facts in record.tasks.values() for note in facts.notes]:
+        print(f"data: {note}")
     print(f"folder: {folder}")
     if not left:
         print("every trial is done already")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atn_norms.problems import SpecError, shown
+from atn_norms.errors import SpecError, short_repr
 from atn_norms.tasks.base import generator
 from atn_norms.tasks.tables import INSTALL, TABLES, content, fault, plural, read
 
@@ -194,7 +194,7 @@ def _array(item: Item, spec: SequencesSpec) -> Tensor:
     try:
         array: Any = np.load(io.BytesIO(content(item.path, "path")), allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise fault("path", item.path, f"unreadable content ({shown(str(error), 100)})", "an .npy file") from error
+        raise fault("path", item.path, f"unreadable content ({short_repr(str(error), 100)})", "an .npy file") from error
     if (
         not isinstance(array, np.ndarray)
         or array.dtype.kind not in "fiub"

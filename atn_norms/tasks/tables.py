@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.problems import SpecError, beside, nearest, shown
+from atn_norms.errors import SpecError, beside, nearest, short_repr
 
 TABLES = (".csv", ".parquet")
 INSTALL = "run pip install 'atn-norms[data]'"
@@ -91,8 +91,8 @@ class Table:
         """Raise a `SpecError` of the option that names a missing column, and the nearest column there is."""
         for column in columns:
             if column not in self.names:
-                known = ", ".join(map(shown, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
-                raise fault(option, "", shown(column), f"a column of {self.path} ({known})", self.names, column)
+                known = ", ".join(map(short_repr, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
+                raise fault(option, "", short_repr(column), f"a column of {self.path} ({known})", self.names, column)
             if self.names.count(column) > 1:
                 raise fault(option, self.path, f"{self.names.count(column)} columns {column!r}", "different names")
 
@@ -160,7 +160,7 @@ class Table:
 
     def text(self, column: str, row: int) -> str:
         """Return one value as Python writes it, shortened where it is long."""
-        return shown(self._columns.column(column)[row].as_py())
+        return short_repr(self._columns.column(column)[row].as_py())
 
     def _column(self, column: str) -> Any:
         pa = self._arrow
@@ -186,7 +186,7 @@ class Table:
 
     def _refused(self, column: str, row: int, values: Any, expected: str) -> SpecError:
         value = values[row].as_py()
-        got = "no value" if value is None else shown(value)
+        got = "no value" if value is None else short_repr(value)
         return fault(self.option, f"{self.place(row)}: column {column!r}", got, expected)
 
 
@@ -275,7 +275,7 @@ def _header(data: bytes, path: Path, option: str, delimiter: str) -> tuple[list[
         raise fault(option, path, "an empty file", "a first line with the names of the columns")
     other = next((sign for sign in ";\t|," if sign != delimiter and sign in header[0]), None)
     if len(header) == 1 and other is not None:
-        got = f"one column {shown(header[0])}"
+        got = f"one column {short_repr(header[0])}"
         raise SpecError(
             f"{option}: {path}:1: got {got} with delimiter {delimiter!r}; did you mean delimiter {other!r}?"
         )
@@ -304,4 +304,4 @@ def plural(count: int, noun: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return shown(str(error).partition("\n")[0], 100)
+    return short_repr(str(error).partition("\n")[0], 100)

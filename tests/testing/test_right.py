@@ -1,5 +1,6 @@
 """What is right passes every law: the built-in kinds with several options, and the right halves of the gallery."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -39,6 +40,10 @@ class GatesSpec(an.NormSpec):
         return PerGate([spec.build(features // 2) for _ in range(2)])
 
 
+DATA = Path(__file__).parents[1] / "data"
+LOAD = {"kind": "series", "file": str(DATA / "load.csv"), "targets": ["load"], "context": 8}
+STROKES = {"kind": "sequences", "path": str(DATA / "strokes")}
+NUMBERED = {"kind": "sequences", "path": str(DATA / "strokes.csv"), "mode": "regress"}
 SMALL_TEXT = {"embedding": 6, "segment": 20}
 RIGHT: list[tuple[str, Any]] = [
     ("normalizer", "layer"),
@@ -52,6 +57,8 @@ RIGHT: list[tuple[str, Any]] = [
     ("cell", "rnn"),
     ("task", {"kind": "adding", "length": 12, "train": 64, "test": 100}),
     ("task", {"kind": "charlm", **SMALL_TEXT}),
+    ("task", {**LOAD, "horizon": 3, "season": 7, "time": "day"}),
+    ("task", STROKES),
     ("task", task_spec(Sums)),
     *[("backend", backend) for name, backend in known().items() if name != "triton"],  # which needs a GPU
 ]
@@ -84,13 +91,20 @@ MORE: list[tuple[str, Any]] = [
     ("task", {"kind": "denoise", "length": 10, "test": 50, "validation": 40}),
     ("task", {"kind": "charlm", "carry": "hidden", **SMALL_TEXT}),
     ("task", {"kind": "charlm", "carry": "none", **SMALL_TEXT}),
+    ("task", {**LOAD, "mode": "regress", "covariates": ["heat"], "metric": "MASE"}),
+    ("task", {**LOAD, "targets": ["load", "heat"], "metric": "MSE", "stride": 2}),
+    ("task", {**STROKES, "pool": "mean", "metric": "macro F1"}),
+    ("task", NUMBERED),
+    ("task", {**NUMBERED, "metric": "MSE", "columns": ["y"]}),
     ("task", {"kind": "wordlm", "vocabulary": 50, **SMALL_TEXT}),
 ]
 
 
 def called(case: Any) -> str:
     if isinstance(case, str | dict):
-        options = [] if isinstance(case, str) else [f"{k}={v}" for k, v in case.items() if k != "kind"]
+        options = (
+            [] if isinstance(case, str) else [f"{k}={v}" for k, v in case.items() if k not in ("kind", "file", "path")]
+        )
         return "-".join([case if isinstance(case, str) else case["kind"], *options])
     return type(case).__qualname__
 

@@ -157,7 +157,7 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         "seed": 0,
         "data": data,
     }
-    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal)
+    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal, tuple(task.notes))
 
 
 def _has_populations(layer: LayerSpec, task: Task) -> bool:

@@ -59,6 +59,8 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     words = f"{facts.metric}, {lower(facts.goal)} is better."
     if trivial:
         words += f" What trivial predictors score: {listed(trivial)}."
+    if facts.notes:
+        words += f" Data: {'; '.join(facts.notes)}."
     test = f"test {facts.metric}"
     grid = len(task.final.rows) > 1
     final = [

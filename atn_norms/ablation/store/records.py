@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +19,13 @@ class TaskFacts:
     | `metric`    | name, and unit where it has one                                          |
     | `baselines` | what trivial predictors score: name -> value of the metric               |
     | `goal`      | `min` where smaller is better, such as a loss; `max` where larger is     |
+    | `notes`     | sentences about the data that were read                                  |
     """
 
     metric: str
     baselines: dict[str, float] = field(default_factory=dict)
     goal: Goal = "min"
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -114,16 +114,20 @@ def the_splits_are_two(subject: TaskSubject) -> None:
     A model is chosen by the one and judged by the other.
     """
     model = subject.model().eval()
-    scores = [_score(subject, model, split) for split in SPLITS]
+    scores = [_scores(subject, model, split) for split in SPLITS]
     demand(scores[0] != scores[1], f"a fresh model scores {scores[0]} on both splits, to the last digit")
 
 
 def _score(subject: TaskSubject, model: Model, split: str) -> float:
+    return _scores(subject, model, split)[subject.task.metric]
+
+
+def _scores(subject: TaskSubject, model: Model, split: str) -> dict[str, float]:
     with torch.no_grad():
         scores = subject.task.evaluate(model, split)  # type: ignore[arg-type]
     known = ", ".join(scores)
     demand(subject.task.metric in scores, f"evaluate gives {known}, and the metric is {subject.task.metric!r}")
-    return scores[subject.task.metric]
+    return scores
 
 
 @law("task")
