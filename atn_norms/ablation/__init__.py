@@ -13,6 +13,7 @@ from atn_norms.ablation.execution.environment import environment
 from atn_norms.ablation.grid import presets
 from atn_norms.ablation.grid.overrides import override
 from atn_norms.ablation.grid.plan import Plan, make_plan
+from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec, TrainSpec
 from atn_norms.ablation.store.files import Busy, StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
@@ -92,10 +93,11 @@ def resume(
 
 
 def refuse_edited(folder: Path | str) -> None:
-    """Raise `SpecError` where a folder's study.yaml is no longer what was laid down: going on would ignore the edit."""
+    """Raise `SpecError` where a study's plugins or its study.yaml have changed: `resume` would ignore the change."""
     from atn_norms.specs import parse, read
 
     store = StudyFolder(folder)
+    refuse_changed_plugins(store.path, (each["trial"] for each in store.resolved()["trials"]))
     file = store.path / "study.yaml"
     if file.exists() and read(file)[0] != parse(store.source(), file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])

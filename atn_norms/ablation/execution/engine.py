@@ -10,6 +10,7 @@ from atn_norms.ablation.execution.cluster import POLL, run_with_dask
 from atn_norms.ablation.execution.environment import versions
 from atn_norms.ablation.execution.events import Event, OnEvent, Progress
 from atn_norms.ablation.execution.worker import attempt
+from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.errors import SpecError, short_repr
@@ -42,6 +43,7 @@ def run(
     store.resolved()
     with store.lock() as hold:
         store.mend()
+        refuse_changed_plugins(store.path, (each["trial"] for each in store.resolved()["trials"]))
         progress = Progress(store, hold, on_event or (lambda event: None))
         if progress.left:
             if workers == 0 and scheduler is None:

@@ -18,6 +18,7 @@ from atn_norms.ablation.grid import optimizers
 from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
+from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
 from atn_norms.ablation.store.folder import TrialFolder
 from atn_norms.layers import LayerSpec
 from atn_norms.normalizers import BatchNorm, Normalizer
@@ -50,11 +51,14 @@ class Trainer:
         for option, content in trial["data"].items():
             if spec.data()[option] != content:
                 raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+        layer_spec = LayerSpec.model_validate(trial["model"])
+        if changes := describe_changes(trial.get("plugins", {}), plugin_sources(layer_spec, spec)):
+            raise SpecError(f"plugins: {changes}; {CURE}")
         torch.set_num_threads(self.train["threads"])
         self.task = spec.build(seed)
         torch.set_rng_state(generator(seed, "weights").get_state())
         encoder = self.task.encoder()
-        layer = LayerSpec.model_validate(trial["model"]).build()
+        layer = layer_spec.build()
         self.model = Model(encoder, layer, self.task.readout(layer.output_size))
         self.task.share(self.model)
         torch.set_rng_state(generator(seed, "training").get_state())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +11,10 @@ import torch
 from pydantic import ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
+from atn_norms.ablation.store.identity import digest, identity
 from atn_norms.ablation.store.records import TaskFacts
 from atn_norms.errors import blamed, short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
@@ -58,6 +59,15 @@ class Plan:
         mine = {trial.id for trial in self.trials}
         return sum(trial["id"] not in mine for trial in resolved["trials"])
 
+    def changed_plugins(self, resolved: Mapping[str, Any]) -> str:
+        """Describe which plugins differ from those of a stored study (`resolved`) in otherwise equal trials."""
+        mine = {_without_plugins(trial.trial): trial.trial.get("plugins", {}) for trial in self.trials}
+        theirs = [
+            (each["trial"].get("plugins", {}), mine.get(_without_plugins(each["trial"]))) for each in resolved["trials"]
+        ]
+        changes = {describe_changes(before, after) for before, after in theirs if after is not None}
+        return "; ".join(sorted(filter(None, changes)))
+
     def resolved(self) -> dict[str, Any]:
         """What `study.resolved.json` holds."""
         return {
@@ -73,23 +83,8 @@ class Plan:
         }
 
 
-def digest(value: Any) -> str:
-    """The first 64 bits of the SHA-256 of a value's canonical JSON, in hexadecimal.
-
-    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-    True
-    """
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:16]
-
-
-def identity(trial: dict[str, Any]) -> str:
-    """The id of a trial: everything its result depends on, and nothing else.
-
-    What a task reads counts by content (`data`), not by where it lies, and how often to checkpoint does not count.
-    """
-    task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
-    train = {name: value for name, value in trial["train"].items() if name != "checkpoint_every"}
-    return digest({**trial, "task": task, "train": train})
+def _without_plugins(trial: dict[str, Any]) -> str:
+    return identity({name: value for name, value in trial.items() if name != "plugins"})
 
 
 def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
@@ -157,6 +152,8 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
         "seed": 0,
         "data": data,
     }
+    if plugins := plugin_sources(layer, point.task):
+        trial["plugins"] = plugins
     return trial, TaskFacts(task.metric, dict(task.baselines), task.goal, tuple(task.notes))
 
 

@@ -374,6 +374,11 @@ class StudyFolder:
                     f"{self.path} has grown beyond this study: it holds all its {len(mine)} trials and {lacking} more; "
                     f"atn-norms resume {self.path} goes on with them all, or choose another folder"
                 )
+            if changes := plan.changed_plugins(there):
+                raise SpecError(
+                    f"{self.path} holds this study with other plugins: {changes}; install what it was made with, or "
+                    "choose another folder"
+                )
             raise SpecError(
                 f"{self.path} holds another study ({there.get('name')!r}, key {there.get('key')}), of which this one "
                 f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"

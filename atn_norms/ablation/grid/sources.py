@@ -1,0 +1,198 @@
+"""Hash the source code that a trial runs: plugins, and functions of the user."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from atn_norms.errors import SpecError, short_repr
+from atn_norms.registry import FAMILIES, Entry, Options, registry
+
+OWN = "atn-norms"  # the distribution of the built-in kinds: the version of a trial covers their meaning
+UNKNOWN = "unknown"  # replaces the hash of a kind that no file defines, such as one of a notebook
+COMPILED = {".pyc", ".pyo", ".so", ".pyd", ".dylib"}  # made from sources, and different from machine to machine
+DIGITS = 16
+CURE = "install what the study was made with, or make a new study"
+
+Sources = dict[str, dict[str, str]]  # distribution -> {"version": ..., "source": ...}
+
+
+def hash_files(path: Path) -> str:
+    """Compute a hash of a file's bytes, or of the names and bytes of all files of a folder; 16 hexadecimal digits.
+
+    Caches, compiled files and hidden files of a folder do not count.
+
+    Errors: `SpecError` naming a file that cannot be read.
+
+    >>> Path("code.py").write_text("x = 1")
+    5
+    >>> hash_files(Path("code.py"))
+    'eb6cad6109434d62'
+    """
+    total = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(_files(path)):
+        try:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
+        name = "" if file == path else file.relative_to(path).as_posix()
+        total.update(f"{name}\0{content}\n".encode())
+    return total.hexdigest()[:DIGITS]
+
+
+def hash_source(thing: Callable[..., Any] | type) -> str:
+    """Compute a hash of the file that defines a function or a class; of its own text where no file does.
+
+    Errors: `SpecError` where there is no source, such as for a built-in function or one made by `exec`.
+
+    >>> hash_source(hash_source) == hash_files(Path(inspect.getfile(hash_source)))
+    True
+    >>> hash_source(len)
+    Traceback (most recent call last):
+    ...
+    atn_norms.errors.SpecError: len: got a builtin_function_or_method without source; expected one defined in a file
+    """
+    try:
+        file = inspect.getsourcefile(thing)
+        if file is not None and Path(file).is_file():
+            return hash_files(Path(file))
+        return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()[:DIGITS]
+    except (TypeError, OSError):
+        name = getattr(thing, "__qualname__", short_repr(thing))
+        raise SpecError(
+            f"{name}: got a {type(thing).__name__} without source; expected one defined in a file"
+        ) from None
+
+
+def plugin_sources(*specs: Any) -> Sources:
+    """Return the version and the source hash of every plugin whose kinds some options use, by distribution.
+
+    A distribution counts as the packages that its kinds are defined in. A kind that a program registers itself counts
+    as a distribution named like its module; one that no file defines, such as one of a notebook, has the
+    source `"unknown"`: a change of it is not noticed.
+
+    >>> from atn_norms.layers import LayerSpec
+    >>> plugin_sources(LayerSpec(cell="lstm", input_size=2, hidden_size=3, norm="layer"))
+    {}
+    """
+    entries = _entries()
+    used = [entries[type(spec)] for spec in _options(specs) if type(spec) in entries]
+    return _sources(used, entries.values())
+
+
+def installed_sources(distributions: Iterable[str]) -> Sources:
+    """Return the version and the source hash of each of some distributions that registered kinds here."""
+    entries, wanted = _entries().values(), set(distributions)
+    return _sources([each for each in entries if each.distribution in wanted], entries)
+
+
+def describe_changes(recorded: Mapping[str, Mapping[str, str]], here: Mapping[str, Mapping[str, str]]) -> str:
+    """Describe how the plugins here differ from the recorded ones; empty where they do not.
+
+    >>> describe_changes({"p": {"version": "1", "source": "a"}}, {"p": {"version": "1", "source": "b"}})
+    'p: got version 1 with changed source (b); expected the recorded source (a)'
+    >>> describe_changes({"p": {"version": "1", "source": "a"}}, {"p": {"version": "2", "source": "b"}})
+    'p: got version 2; expected version 1'
+    >>> describe_changes({"p": {"version": "1", "source": "a"}}, {})
+    'p: not installed; expected version 1'
+    """
+    return "; ".join(
+        _change(name, recorded.get(name), here.get(name))
+        for name in sorted({*recorded, *here})
+        if recorded.get(name) != here.get(name)
+    )
+
+
+def refuse_changed_plugins(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `SpecError` where a plugin that a study's trials record is not the one that is installed."""
+    recorded = [trial.get("plugins", {}) for trial in trials]
+    here = installed_sources(name for plugins in recorded for name in plugins)
+    changes = {
+        describe_changes(plugins, {name: here[name] for name in plugins if name in here}) for plugins in recorded
+    }
+    if text := "; ".join(sorted(filter(None, changes))):
+        raise SpecError(f"{folder}: plugins: {text}; {CURE}")
+
+
+def _change(name: str, recorded: Mapping[str, str] | None, here: Mapping[str, str] | None) -> str:
+    if recorded is None:
+        return f"{name}: used, but the trial records no version of it"
+    if here is None:
+        return f"{name}: not installed; expected version {recorded['version']}"
+    if here["version"] != recorded["version"]:
+        return f"{name}: got version {here['version']}; expected version {recorded['version']}"
+    text = f"got version {here['version']} with changed source ({here['source']})"
+    return f"{name}: {text}; expected the recorded source ({recorded['source']})"
+
+
+def _entries() -> dict[type[Options], Entry]:
+    """Return every registered kind of a plugin by its options model."""
+    kinds = (entry for family in FAMILIES for entry in registry.kinds(family).values())
+    return {entry.spec: entry for entry in kinds if entry.distribution != OWN}
+
+
+def _options(value: Any) -> Iterator[Options]:
+    """Yield every options model within a value."""
+    if isinstance(value, Options):
+        yield value
+        for name in type(value).model_fields:
+            yield from _options(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _options(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _options(each)
+
+
+def _sources(used: Iterable[Entry], entries: Iterable[Entry]) -> Sources:
+    versions = {entry.distribution: entry.version for entry in used}
+    sources: Sources = {}
+    for name in sorted(versions):
+        specs = [entry.spec for entry in entries if entry.distribution == name]
+        hashes = sorted({_hash_package(spec) for spec in specs})
+        source = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:DIGITS]
+        sources[name] = {"version": versions[name], "source": source}
+    return sources
+
+
+@cache  # by class: what was imported runs on when its file changes, and a module imported again makes new classes
+def _hash_package(spec: type[Options]) -> str:
+    """Compute a hash of the regular package, or the module, that defines a class."""
+    if getattr(sys.modules.get(spec.__module__), spec.__qualname__.partition(".")[0], None) is None:
+        return UNKNOWN
+    names = spec.__module__.split(".")
+    for length in range(1, len(names) + 1):  # the first of them that has a file: a namespace package has none
+        found = _location(".".join(names[:length]))
+        if found is not None:
+            return hash_files(found)
+    return UNKNOWN
+
+
+def _location(module: str) -> Path | None:
+    """Return the file of a module, or the folder of a regular package; None where it has none."""
+    try:
+        spec = find_spec(module)
+    except ValueError:  # `__main__`, which has no specification
+        file = getattr(sys.modules[module], "__file__", None)
+        return Path(file) if file is not None else None
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    origin = Path(spec.origin)
+    if not origin.is_file():  # such as a module in a zip archive
+        return None
+    return origin.parent if spec.submodule_search_locations is not None else origin
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+        if path.is_file() and not hidden and path.suffix not in COMPILED:
+            yield path
