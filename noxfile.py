@@ -1,0 +1,97 @@
+"""The stages of the continuous check: `nox -l` lists them, `nox -s tests` runs one in its own environment.
+
+`.ci/run` runs the same sessions with `--no-venv`, in the environment that the README's commands made.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+from nox.virtualenv import PassthroughEnv
+
+ROOT = Path(__file__).parent
+LONG_TESTS = 1800  # seconds after which the long tests are stopped, which is a failure
+NO_TESTS = 5  # pytest's exit code where no test is selected
+
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Install this package with extras at the pinned versions, unless the session runs in the caller's environment."""
+    if not isinstance(session.virtualenv, PassthroughEnv):
+        session.install("-c", "constraints.txt", "-e", f".[{','.join(extras)}]")
+
+
+def python(session: nox.Session) -> str:
+    """Return the interpreter that a session runs."""
+    return session.run("python", "-c", "import sys; print(sys.executable)", silent=True, log=False).strip()
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and the language of the prose."""
+    install(session, "test", "dev")
+    session.run("python", "-m", "ruff", "check", ".")
+    session.run("python", "-m", "ruff", "format", "--check", ".")
+    session.run("python", "-m", "tests.language")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types."""
+    install(session, "test", "dev")
+    session.run("python", "-m", "pyright", "--pythonpath", python(session))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the default tests; arguments after `--` go to pytest."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]))
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Compile the kernels every way: warnings, processors, sanitizers, wheel, sdist, no compiler."""
+    install(session, "test", "dev")
+    session.run("bash", ".ci/kernels", python(session), external=True)
+
+
+@nox.session
+def plugins(session: nox.Session) -> None:
+    """Install and test the bundled plugins, and those that `new-plugin` writes."""
+    install(session, "test", "dev")
+    session.run("bash", ".ci/plugins", python(session), external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every example of the documentation, the GPU kernels in Triton's interpreter, and build the pages."""
+    install(session, "test", "docs", "dev")
+    session.run("python", "-c", "import triton")  # without Triton its tests would be skipped
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "README.md", "docs", "tests/triton")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "--quiet", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def long(session: nox.Session) -> None:
+    """Run the long tests, except those in Triton's interpreter, which take hours."""
+    install(session, "test")
+    command = ["python", "-m", "pytest", "-q", "-n", "2", "-m", "deep", "--ignore", "tests/triton", *session.posargs]
+    session.run("timeout", str(LONG_TESTS), *command, external=True, success_codes=[0, NO_TESTS])
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the default tests with the lowest versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    ranges = [*project["dependencies"], *extras["ablation"], *extras["testing"], *extras["test"]]
+    floors = [re.sub(r">=([\w.]+).*", r"==\1", each) for each in ranges if not each.startswith(project["name"])]
+    session.install("setuptools>=77", *floors)
+    session.install("--no-deps", "--no-build-isolation", "-e", ".")
+    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]))
