@@ -17,16 +17,16 @@ project = "atn-norms"
 author = copyright = "The atn-norms developers"
 version = release = import_module("atn_norms").__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
-myst_enable_extensions = ["amsmath", "dollarmath", "deflist"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "results/*/tables.md"]  # a report is read as the program wrote it
+exclude_patterns = ["_build", "figures", "results/*/tables.md"]  # a report is read as the program wrote it
 
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "atn-norms"
 html_static_path = ["_static"]
-html_css_files = ["formulas.css"]
+html_css_files = ["formulas.css", "pages.css"]
 autodoc_default_options = {
     "members": True,
     "show-inheritance": True,

@@ -48,7 +48,9 @@ WORDS = {
     r"in words": "with a message",
     r"on purpose": "intentionally",
 }
-BANNED = re.compile(r"(?<![\w'`-])(?:" + "|".join(f"(?P<w{n}>{pattern})" for n, pattern in enumerate(WORDS)) + r")(?![\w'`-])", re.I)
+BANNED = re.compile(
+    r"(?<![\w'`-])(?:" + "|".join(f"(?P<w{n}>{pattern})" for n, pattern in enumerate(WORDS)) + r")(?![\w'`-])", re.I
+)
 OPENINGS = re.compile(r"\s*(What|Whether|How|Who|Why)\b")
 NAMES = {"said", "asked", "told", "heard", "whoever"}
 CODE = re.compile(r"``.+?``|`[^`]*`", re.S)
@@ -73,7 +75,10 @@ def sources() -> list[Path]:
     found = [ROOT / name for name in FILES if (ROOT / name).exists()]
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
-            hidden = any(part.startswith((".", "_build")) or part in ("build", "results") for part in path.relative_to(ROOT).parts)
+            hidden = any(
+                part.startswith((".", "_build")) or part in ("build", "results")
+                for part in path.relative_to(ROOT).parts
+            )
             if path.suffix in SUFFIXES and path.is_file() and not hidden and "egg-info" not in str(path):
                 found.append(path)
     return [path for path in found if path != Path(__file__)]
@@ -130,7 +135,9 @@ def _words(path: Path, line: int, text: str) -> Iterator[Offence]:
     plain = LINK.sub("", CODE.sub(lambda code: " " * 1 + "\n" * code[0].count("\n"), text))
     for match in BANNED.finditer(plain):
         number = int(str(match.lastgroup)[1:])
-        yield Offence(path, line + plain.count("\n", 0, match.start()), match[0], f"use: {list(WORDS.values())[number]}")
+        yield Offence(
+            path, line + plain.count("\n", 0, match.start()), match[0], f"use: {list(WORDS.values())[number]}"
+        )
 
 
 def main(names: list[str]) -> int:

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -162,3 +163,9 @@ def test_a_published_report_is_whole_and_the_page_shows_its_own_table(study):
     table = next(part for part in told.split("\n\n") if part.startswith("| "))
     assert table.strip() in page
     assert f"({study}/report.html)" in page
+
+
+def test_the_figure_is_what_its_script_draws(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "window.py"))
+    script["draw"](tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_bytes() == script["TARGET"].read_bytes()

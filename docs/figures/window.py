@@ -1,6 +1,6 @@
 """Draw what a per-step norm erases and a window keeps: `python docs/figures/window.py` writes the SVG of the README.
 
-Each row is one step of a pre-activation `a_t = u_t w`, as in the adding problem: a fixed vector `w` times a level `u_t`.
+Each step is a pre-activation `a_t = u_t w`, as in the adding problem: a fixed vector `w` times a level `u_t`.
 The figure shows the scale of each step, `|y_t . w| / |w|^2`, before and after layer normalization.
 """
 
@@ -20,7 +20,13 @@ HERE = Path(__file__).parent
 TARGET = HERE.parent / "_static" / "what-a-window-keeps.svg"
 STEPS, FEATURES, WINDOW = 60, 16, 10
 INK, ACCENT, PALE = "#3b4252", "#1f6fb2", "#c9d1dc"
-STYLE = {"svg.hashsalt": "atn-norms", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE = {
+    "svg.hashsalt": "atn-norms",
+    "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def levels() -> torch.Tensor:
