@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,10 +113,21 @@ class FeatureMoments:
     shift: Tensor | None
     shape: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
+            raise ValueError(f"FeatureMoments.groups: got {self.groups!r}; expected an integer of at least 1")
+        _check_declared("FeatureMoments", self.eps, self.shape, self.groups)
+
     @property
     def leaf(self) -> tuple[int, ...]:
-        """Trailing axes of a leaf of the statement."""
+        """Trailing axes of a leaf of the statistic."""
         return self.shape or (self.groups,)
+
+    def check(self, features: int) -> None:
+        """Raise `ValueError` where the declaration does not fit a number of features."""
+        if features % self.groups:
+            raise ValueError(f"FeatureMoments.groups: got {self.groups}; expected a divisor of {features} features")
+        _check_affine(self, features)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,28 @@ class BatchMoments:
     measured: bool
     per_step: bool
     shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_declared("BatchMoments", self.eps, self.shape, None)
+
+    def check(self, features: int) -> None:
+        """Raise `ValueError` where the declaration does not fit a number of features."""
+        _check_declared("BatchMoments", self.eps, self.shape, features)
+        _check_affine(self, features)
+
+
+def _check_declared(name: str, eps: float, shape: tuple[int, ...], elements: int | None) -> None:
+    if not (isinstance(eps, int | float) and 0 <= eps < float("inf")):
+        raise ValueError(f"{name}.eps: got {eps!r}; expected a finite number of at least 0")
+    if shape and elements is not None and math.prod(shape) != elements:
+        raise ValueError(f"{name}.shape: got {list(shape)}; expected {elements} elements")
+
+
+def _check_affine(moments: FeatureMoments | BatchMoments, features: int) -> None:
+    for name, tensor in (("gain", moments.gain), ("shift", moments.shift)):
+        if tensor is not None and tensor.shape != (features,):
+            label = f"{type(moments).__name__}.{name}"
+            raise ValueError(f"{label}: got shape {list(tensor.shape)}; expected [{features}]")
 
 
 def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -53,6 +54,24 @@ class SitePlan:
         site, features, groups, centred, eps, steps, decay, gain, shift, leaf, coupled = text.split()
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
         return SitePlan(site, *numbers, gain == "1", shift == "1", tuple(map(int, leaf.split("x"))), int(coupled))
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the kernels may compute with these numbers, which they do not check again."""
+        lanes = self.features if self.coupled else self.groups
+        return (
+            self.groups >= 1
+            and self.features >= self.groups
+            and self.features % self.groups == 0
+            and (self.coupled != 0 or self.groups <= MOST_GROUPS)
+            and min(self.leaf) >= 1
+            and math.prod(self.leaf) == lanes
+            and self.steps >= 0
+            and 0 <= self.decay <= 1
+            and 0 <= self.eps < math.inf
+            and self.coupled in (0, BATCH, POPULATION, POPULATIONS)
+            and (self.centred or not self.coupled)
+        )
 
     @property
     def prefix(self) -> int:
@@ -121,9 +140,29 @@ class Plan:
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Plan:
-        """From a text."""
+        """From a text; `ValueError` where the kernels cannot run it."""
         cell, *sites = text.split("; ")
-        return Plan(cell, tuple(SitePlan.decode(site) for site in sites))
+        try:
+            plan = Plan(cell, tuple(SitePlan.decode(site) for site in sites))
+        except ValueError:
+            raise ValueError(f"plan: got {text!r}; expected the text of a Plan") from None
+        plan.check()
+        return plan
+
+    def check(self, hidden: int | None = None) -> None:
+        """Raise `ValueError` where the kernels cannot run the plan, or not with this number of hidden units."""
+        names = [site.site for site in self.sites]
+        known = list(PLACES) if self.is_lstm else ["ih", "hh"]
+        if self.cell not in CELLS:
+            raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}")
+        if not names or names != [name for name in known if name in names]:
+            raise ValueError(f"plan: got sites {names}; expected some of {known}, in this order")
+        if len({bool(site.coupled) for site in self.sites}) > 1:
+            raise ValueError("plan: got sites with and without batch statistics; expected only one of the two")
+        for site in self.sites:
+            features = site.features if hidden is None else hidden * (1 if site.site == "c" else self.gates)
+            if not site.is_valid or site.features != features:
+                raise ValueError(f"plan: got {site}; expected a site of {features} features within the kernels' limits")
 
 
 def kernel_of(cell: Cell) -> str | None:
@@ -167,6 +206,7 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | s
         if moments is None:
             name = type(norm.normalizer).__name__
             return f"the norm at {site} ({name}) is not declared as moments over features or over the batch"
+        moments.check(cell.sites[site])
         coupled = isinstance(moments, BatchMoments)
         if apart is not None and apart != coupled:
             return "norms over the batch and norms of single rows are at different sites of it"

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from atn_norms.backends.fused.operators import Operators, empty_like
 from atn_norms.backends.fused.plan import DOUBLE, Plan
-from atn_norms.backends.native.layout import Inputs
+from atn_norms.backends.native.layout import Inputs, kept_shapes
 from atn_norms.backends.native.library import CallArgs, load, word
 
-CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
-
+MOST_THREADS = 256  # a kernel's work space grows with its threads
 _WRITTEN = [word(name) for name in ("output", "hn", "cn")]
 _KEPT = [word(name) for name in ("projected", "recurrent", "cells")]
 _ASKED = [word(name) for name in ("output", "doutput", "dh", "dc")]
@@ -29,7 +28,7 @@ class _Call:
     def __init__(self, given: Inputs, timelines: Tensor) -> None:
         layout = given.layout
         self._args = CallArgs.from_buffer_copy(layout.structure)
-        self._args.threads = torch.get_num_threads()
+        self._args.threads = min(torch.get_num_threads(), MOST_THREADS)
         self._words = memoryview(self._args).cast("B").cast("q")
         self._is_double = given.xs.dtype == DOUBLE
         self._alive: list[Tensor | None] = [timelines]
@@ -103,8 +102,7 @@ def room(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Unwritten tensors: the results of `forward`, and what it is to keep.
 
-    Kept are projected inputs, recurrent products, cell states and the timelines of all sites. Few inputs are projected
-    again on the way back, which costs less than keeping what became of them.
+    Kept is what `kept_shapes` lists.
     """
     (steps, batch, inputs), hidden = xs.shape, weight_hh.shape[1]
     results = [xs.new_empty(steps, batch, hidden)]
@@ -114,13 +112,8 @@ def room(
     results += [xs.new_empty(steps, 2 * site.features + 1, dtype=DOUBLE) for site in plan.measured]
     if not keep:
         return results, []
-    wide = plan.gates * hidden
-    return results, [
-        xs.new_empty(steps if inputs > CHEAP_INPUTS else 0, batch, wide),
-        xs.new_empty(steps, batch, wide),
-        xs.new_empty(steps if plan.is_lstm else 0, batch, hidden),
-        xs.new_empty(sum(site.doubles(steps, batch) for site in plan.sites), dtype=DOUBLE),
-    ]
+    *values, timelines = kept_shapes(plan, steps, batch, inputs, hidden)
+    return results, [*map(xs.new_empty, values), xs.new_empty(timelines, dtype=DOUBLE)]
 
 
 def zeros_like(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -148,7 +141,9 @@ class Kernels:
         kept: Sequence[Tensor],
         wants_xs: bool,
     ) -> list[Tensor]:
-        return backward(Inputs(plan, *arguments), asked, ys, kept, wants_xs)
+        given = Inputs(plan, *arguments)
+        given.check_backward(asked, ys, kept)  # type: ignore[arg-type]
+        return backward(given, asked, ys, kept, wants_xs)
 
 
 OPERATORS = Operators("recurrent", Kernels())

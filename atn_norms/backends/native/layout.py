@@ -37,7 +37,12 @@ class Layout:
         ragged: bool,
     ) -> None:
         steps, batch, inputs, hidden = sizes
+        plan.check(hidden)
+        if min(sizes) < 1 or dtype not in (torch.float32, DOUBLE):
+            raise ValueError(f"plan: got sizes {list(sizes)} of {dtype}; expected positive sizes of float32 or float64")
         wide, rows = (plan.gates * hidden,), (batch, hidden)
+        self.kept = kept_shapes(plan, steps, batch, inputs, hidden)
+        self.dstates = [shape for site in plan.sites for shape in site.shapes(batch)]
         entries = [
             (word("xs"), "x", (steps, batch, inputs), dtype),
             (word("weight_ih"), "weight_ih", (*wide, inputs), dtype),
@@ -92,6 +97,8 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int]) -> bytes:
     return bytes(args)
 
 
+CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
+
 _layout = lru_cache(maxsize=512)(Layout)
 
 
@@ -113,10 +120,14 @@ class Inputs:
         states: Sequence[Tensor],
         lengths: Tensor | None,
     ) -> None:
+        if xs.ndim != 3 or weight_hh.ndim != 2:
+            raise RuntimeError(
+                f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
+            )
         self.plan, self.xs, self.weight_ih, self.weight_hh = plan, xs, weight_ih, weight_hh
         self.h0, self.c0, self.affine, self.states = h0, c0, affine, states
         biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
-        counts = [] if lengths is None else [lengths]
+        self._lengths, counts = lengths, [] if lengths is None else [lengths]
         self.wide = biases[0].shape[0] if biases else 0
         self.tensors = [xs, weight_ih, weight_hh, *biases, h0, c0, *affine, *populations, *states, *counts]
         sizes = (*xs.shape, weight_hh.shape[1])
@@ -125,17 +136,72 @@ class Inputs:
     def fits(self) -> bool:
         """Whether the kernels may have these tensors; they know addresses only."""
         return (
-            [tensor.shape for tensor in self.tensors] == self.layout.shapes
+            len(self.layout.names) == len(self.tensors)
+            and [tensor.shape for tensor in self.tensors] == self.layout.shapes
             and [tensor.dtype for tensor in self.tensors] == self.layout.dtypes
             and False not in [tensor.is_cpu for tensor in self.tensors]
+            and self._lengths_fit()
         )
+
+    def _lengths_fit(self) -> bool:
+        if self._lengths is None or not self._lengths.numel():
+            return True
+        least, most = torch.aminmax(self._lengths)
+        return 0 <= int(least) and int(most) <= self.xs.shape[0]
 
     def check(self) -> None:
         """`RuntimeError`, as torch raises it, where one of the tensors does not fit the rest."""
         columns = self.layout.names, self.layout.shapes, self.layout.dtypes
+        if len(self.tensors) != len(self.layout.names):
+            raise RuntimeError(f"plan: got {len(self.tensors)} tensors; expected {', '.join(self.layout.names)}")
         for tensor, name, shape, dtype in zip(self.tensors, *columns, strict=True):
-            if not (tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu):
-                raise RuntimeError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
-                    f"allowed: {dtype} {list(shape)} on cpu"
-                )
+            check_tensor(name, tensor, tuple(shape), dtype)
+        if not self._lengths_fit():
+            raise RuntimeError(f"lengths: got {self._lengths}; expected 0 to {self.xs.shape[0]} steps")
+
+    def check_backward(
+        self, grads: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]], ys: Tensor, kept: Sequence[Tensor]
+    ) -> None:
+        """`RuntimeError` where what the backward kernels read beside the inputs does not fit them."""
+        self.check()
+        dys, dhn, dcn, dstates = grads
+        dtype, layout = self.weight_hh.dtype, self.layout
+        output = (*self.xs.shape[:2], self.weight_hh.shape[1])
+        for name, tensor, like in (("ys", ys, output), ("gradient of ys", dys, output)):
+            check_tensor(name, tensor, like, dtype)
+        check_tensor("gradient of h", dhn, tuple(self.h0.shape), dtype)
+        check_tensor("gradient of c", dcn, tuple(self.c0.shape), dtype)
+        if len(dstates) != len(layout.dstates) or len(kept) != len(layout.kept):
+            raise RuntimeError(
+                f"gradient of states: got {len(dstates)} tensors, kept: got {len(kept)}; "
+                f"expected {len(layout.dstates)} and {len(layout.kept)}"
+            )
+        for tensor, shape in zip(dstates, layout.dstates, strict=True):
+            if tensor is not None:
+                check_tensor("gradient of a state", tensor, shape, DOUBLE)
+        for tensor, shape in zip(kept, layout.kept, strict=True):
+            check_tensor("kept", tensor, shape, DOUBLE if len(shape) == 1 else dtype)
+            if not tensor.is_contiguous():
+                raise RuntimeError("kept: got a tensor that is not contiguous; expected what forward returned")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """`RuntimeError`, as torch raises it, where a tensor is not what the kernels read."""
+    if not (tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu):
+        raise RuntimeError(
+            f"{name}: got {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {dtype} {list(shape)} on cpu"
+        )
+
+
+def kept_shapes(plan: Plan, steps: int, batch: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
+    """Shapes of what backward reads of forward: projected inputs, recurrent products, cell states, timelines.
+
+    Few inputs are projected again in backward, which costs less than keeping their projections.
+    """
+    wide = plan.gates * hidden
+    return [
+        (steps if inputs > CHEAP_INPUTS else 0, batch, wide),
+        (steps, batch, wide),
+        (steps if plan.is_lstm else 0, batch, hidden),
+        (sum(site.doubles(steps, batch) for site in plan.sites),),
+    ]
