@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from atn_norms.layers import Recurrent as Recurrent
     from atn_norms.layers import RNNCell as RNNCell
     from atn_norms.layers import explain as explain
+    from atn_norms.layers import load as load
     from atn_norms.layers import replace as replace
+    from atn_norms.layers import save as save
     from atn_norms.normalizers import BatchNorm as BatchNorm
     from atn_norms.normalizers import LayerNorm as LayerNorm
     from atn_norms.normalizers import Normalizer as Normalizer
@@ -43,7 +45,10 @@ __version__ = "0.1.0"
 _HOME = {
     "assorted_time": ("AssortedTime",),
     "cells": ("Cell", "CellSpec"),
-    "layers": ("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent", "explain", "replace"),
+    "layers": (
+        *("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent"),
+        *("explain", "load", "replace", "save"),
+    ),
     "normalizers": ("BatchNorm", "LayerNorm", "NormSpec", "Normalizer", "RMSNorm"),
     "plugins": ("hookimpl",),
     "specs": ("build",),

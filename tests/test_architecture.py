@@ -48,6 +48,7 @@ LIBRARIES = {
     "matplotlib": {"ablation", "bench"},
     "numpy": {"ablation", "tasks"},
     "pyarrow": {"tasks"},
+    "safetensors": {"layers"},
     "triton": {"backends"},
     "hypothesis": {"testing"},
     "pytest": {"testing"},

@@ -1,6 +1,7 @@
 """Layers: whole stacks of a cell with torch.nn's interface, single steps, and the options that describe them."""
 
 from atn_norms.layers.convert import replace
+from atn_norms.layers.io import load, save
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
 from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
@@ -18,5 +19,7 @@ __all__ = [
     "Recurrent",
     "WindowSites",
     "explain",
+    "load",
     "replace",
+    "save",
 ]

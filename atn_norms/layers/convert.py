@@ -1,7 +1,8 @@
-"""Turn the recurrent layers of an existing model into ours, weights kept."""
+"""Replace the torch.nn recurrent layers of a model with ours and keep their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -27,15 +28,15 @@ _KINDS: dict[type[nn.RNNBase], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "
 def replace(
     model: nn.Module, *, norm: Any = None, window: Any = 1, placement: Any = None, backend: str = "auto"
 ) -> nn.Module:
-    """Put our layer in the place of every `nn.LSTM`, `nn.GRU` and `nn.RNN` inside a model.
+    """Replace every `nn.LSTM`, `nn.GRU` and `nn.RNN` inside a model with our layer of the same sizes.
 
-    The parameters are the very objects the model had, so optimizers and `state_dict` keep working; norms come in
-    fresh beside them. `model` is changed in place and returned; if it is itself such a layer, the new one is returned.
-    A module that stands in several places is replaced by one. Options are those of `LSTM`.
+    The parameters stay the same objects, so `state_dict` keeps working. Norms add new parameters: build the optimizer
+    after this call, or it will not train them. `model` is changed in place and returned. A model that is itself such
+    a layer is returned as the new layer. A module used in several places is replaced once. Options are those of `LSTM`.
 
-    Errors: `TypeError` for what is no module, and for a layer whose own behaviour a replacement would drop: a subclass,
-    a parametrized or pruned one, one with hooks or with modules inside; `SpecError` for options that do not fit, also
-    where there is no layer to replace. The model is untouched then.
+    Errors: `TypeError` for what is not a module, and for a layer whose own behaviour would be lost: a subclass, a
+    parametrized or pruned layer, a layer with hooks or modules inside. `SpecError` for options that do not fit, also
+    where the model has no layer to replace. The model is unchanged after an error.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 5))
@@ -45,14 +46,19 @@ def replace(
     )
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__}; allowed: a torch.nn.Module")
+        raise TypeError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
     options = {"norm": norm, "window": window, "backend": backend} | ({"placement": placement} if placement else {})
-    ours: dict[nn.Module, Recurrent] = {}
+    ours: dict[nn.Module, nn.Module] = {}
     if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
         _check_options(options)
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            ours[module] = _ours(name or type(module).__name__, module, options)
+            ours[module] = replacement(name, module, options)
+    return substitute(model, ours)
+
+
+def substitute(model: nn.Module, ours: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replace modules of a model in place, wherever they appear, and return the model or its replacement."""
     if model in ours:
         return ours[model]
     for parent in list(model.modules()):
@@ -60,13 +66,13 @@ def replace(
             if child in ours:
                 setattr(parent, name, ours[child])
         for name, child in list(parent._modules.items()):  # named_children shows a shared module only once
-            if child in ours:
+            if child is not None and child in ours:
                 parent._modules[name] = ours[child]
     return model
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Options without a layer to put them on must fit one kind of layer at least."""
+    """Raise `SpecError` for options that fit no kind of layer."""
     errors = []
     for kind in _KINDS.values():
         try:
@@ -77,20 +83,26 @@ def _check_options(options: dict[str, Any]) -> None:
         raise errors[0]
 
 
-def _ours(name: str, module: nn.RNNBase, options: dict[str, Any]) -> Recurrent:
+def replacement(name: str, module: nn.RNNBase, options: Mapping[str, Any]) -> Recurrent:
+    """Build our layer on the parameters of a torch.nn layer; `name` is its place in the model, for errors."""
+    name = name or type(module).__name__
     kind = _KINDS.get(type(module))
     if parametrize.is_parametrized(module):
-        raise TypeError(f"{name}: a parametrized {module._get_name()}; allowed: remove its parametrizations first")
+        raise TypeError(
+            f"{name}: got a parametrized {module._get_name()}; expected plain parameters. Remove the parametrizations"
+        )
     if kind is None:
-        raise TypeError(f"{name}: a {type(module).__name__}; allowed: exactly nn.LSTM, nn.GRU or nn.RNN")
+        raise TypeError(f"{name}: got a {type(module).__name__}; expected exactly nn.LSTM, nn.GRU or nn.RNN")
     names = {weight for cell in module._all_weights for weight in cell}
     if names != set(dict(module.named_parameters(recurse=False))):  # pruning and the old weight_norm rename them
-        raise TypeError(f"{name}: a parametrized {module._get_name()}; allowed: remove its parametrizations first")
+        raise TypeError(
+            f"{name}: got a parametrized {module._get_name()}; expected plain parameters. Remove the parametrizations"
+        )
     if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise TypeError(f"{name}: a {kind.upper()} with hooks; allowed: remove its hooks first")
+        raise TypeError(f"{name}: got a {kind.upper()} with hooks; expected no hooks. Remove the hooks")
     if module._modules or module._buffers:
         inside = ", ".join([*module._modules, *module._buffers])
-        raise TypeError(f"{name}: a {kind.upper()} with modules or buffers inside ({inside}); allowed: none")
+        raise TypeError(f"{name}: got a {kind.upper()} with modules or buffers inside ({inside}); expected none")
     cell: dict[str, Any] = {"kind": kind}
     if kind == "lstm":
         cell["proj_size"] = module.proj_size

@@ -319,8 +319,12 @@ def _each(function: Any, hx: Any) -> Any:
     return function(hx) if isinstance(hx, Tensor) else tuple(function(h) for h in hx)
 
 
-def explain(layer: CellHost) -> str:
-    """Which backend runs each cell of a layer, and why the others do not.
+def explain(model: nn.Module) -> str:
+    """Name the backend that runs each cell of a layer, and the reason each other backend does not.
+
+    `model` is a layer, a cell, or any module that contains some; each is listed under its name in the model.
+
+    Errors: `TypeError` for what is not a module.
 
     >>> import atn_norms as an
     >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
@@ -330,8 +334,15 @@ def explain(layer: CellHost) -> str:
       reference: could run it too
       triton: refuses: ...
     """
-    if not isinstance(layer, CellHost):
-        raise TypeError(f"layer: {type(layer).__name__}; allowed: an atn_norms layer or cell")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, CellHost):
+        return _explained(model)
+    layers = [f"{name}: {_explained(m)}" for name, m in model.named_modules() if isinstance(m, CellHost)]
+    return "\n".join(layers) or f"{type(model).__name__} contains no atn_norms layer or cell"
+
+
+def _explained(layer: CellHost) -> str:
     lines = [repr(layer)]
     for suffix in layer._suffixes:
         weights = layer._weights(suffix)

@@ -1,0 +1,278 @@
+"""Save a model that holds our layers to one file, and load it again: options as JSON, tensors as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from atn_norms.errors import SpecError, beside, to_spec_error
+from atn_norms.layers.base import CellHost
+from atn_norms.layers.convert import replacement, substitute
+from atn_norms.layers.structure import class_name, construct, describe, layer_of, layer_options
+from atn_norms.registry import registry
+
+FORMAT = 1  # of the description in a file; raised when an older program could not read it correctly
+SHOWN = 5  # differences between a file and a model that an error lists
+KEY = "atn-norms"  # of the description among a file's metadata
+
+
+def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Save a module with the options of its layers to one safetensors file, and return the path.
+
+    The file holds every parameter and buffer, the options of each layer of this package, the versions of the plugins
+    they use, and a checksum. It holds no code. A crash leaves the old file or the new one, never a part.
+
+    Errors: `TypeError` for a module with state that is no tensor; `OSError` where the file cannot be written;
+    `SpecError` where safetensors is not installed.
+
+    >>> import torch, atn_norms as an
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), an.GRU(2, 4, norm="rms", window=5))
+    >>> an.save(model, "model.safetensors")
+    PosixPath('model.safetensors')
+    >>> an.load("model.safetensors")
+    Sequential(
+      (0): Linear(in_features=3, out_features=2, bias=True)
+      (1): GRU(2, 4, norm=rms, window=5)
+    )
+    """
+    target = Path(path)
+    content = to_bytes(module)
+    new = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Load a module that `save` wrote, in evaluation mode.
+
+    Layers of this package, classes of `torch.nn` and containers of them are constructed from the file. For a class of
+    your own, pass a fresh `model`: its `torch.nn.LSTM`, `GRU` and `RNN` layers become the saved ones, as `replace` did
+    before training, and its parameters and buffers are loaded. `model` is changed in place and returned.
+
+    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`, for a plugin
+    that is not installed, and for a `model` whose layers, parameters or shapes differ from the saved ones. A plugin of
+    another version than the saved one is a `UserWarning`.
+    """
+    file = Path(path)
+    description, tensors = _read(file)
+    _check_plugins(file, description["plugins"])
+    try:
+        built = _built(file, description) if model is None else _fitted(file, description, model)
+    except ValidationError as error:
+        raise SpecError([f"{file}: {problem}" for problem in to_spec_error(error).problems]) from error
+    _fill(file, built, description, tensors)
+    return built.to(device).eval()
+
+
+def to_bytes(module: nn.Module) -> bytes:
+    """The content of the file that `save` writes."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
+    tensors, aliases = _tensors(module)
+    layers = {name: each for name, each in module.named_modules() if isinstance(each, CellHost)}
+    description = {
+        "format": FORMAT,
+        "versions": {"atn-norms": _own_version(), "torch": str(torch.__version__)},
+        "plugins": _plugins(layers.values()),
+        "class": class_name(module),
+        "structure": describe(module),
+        "layers": {name: layer_options(layer) for name, layer in layers.items()},
+        "aliases": aliases,
+        "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+    }
+    data = _data(_serialized(tensors, {}))
+    description["sha256"] = hashlib.sha256(data).hexdigest()
+    return _serialized(tensors, {KEY: json.dumps(description, sort_keys=True)})
+
+
+def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor of a module once, and other name -> name for the tensors that appear under several names."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got state of type {type(value).__name__}; expected a tensor")
+        if value.is_meta or not value.layout == torch.strided:
+            raise TypeError(f"{name}: got a tensor of layout {value.layout} on {value.device}; expected a dense tensor")
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+            continue
+        names[id(value)] = name
+        tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def _serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    try:
+        from safetensors.torch import save as serialize
+    except ModuleNotFoundError as error:
+        raise SpecError(f"{error.name} is not installed: run pip install 'atn-norms[export]'") from error
+    return serialize(tensors, metadata)
+
+
+def _data(content: bytes) -> bytes:
+    """The tensors of a safetensors file, without its header."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise SpecError(f"{file}: no such file{beside(file)}") from None
+    except OSError as error:
+        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load as deserialize
+    except ModuleNotFoundError as error:
+        raise SpecError(f"{error.name} is not installed: run pip install 'atn-norms[export]'") from error
+    try:
+        tensors = deserialize(content)
+    except (SafetensorError, ValueError) as error:
+        raise SpecError(f"{file}: got a damaged or foreign file; expected safetensors ({error})") from None
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    text = header.get("__metadata__", {}).get(KEY)
+    if text is None:
+        raise SpecError(f"{file}: got safetensors without a model's description; expected a file of atn_norms.save")
+    description = json.loads(text)
+    if description["format"] > FORMAT:
+        written = description["versions"]["atn-norms"]
+        raise SpecError(
+            f"{file}: got format {description['format']}, written by atn-norms {written}; expected at most {FORMAT}, "
+            f"which atn-norms {_own_version()} reads. Upgrade atn-norms"
+        )
+    if hashlib.sha256(_data(content)).hexdigest() != description["sha256"]:
+        raise SpecError(f"{file}: damaged; its tensors do not match the checksum in the file")
+    return description, tensors
+
+
+def _built(file: Path, description: Mapping[str, Any]) -> nn.Module:
+    if description["structure"] is None:
+        name = description["class"].rpartition(".")[2]
+        raise SpecError(
+            f"{file}: got a {description['class']}, whose code is not in the file; "
+            f"expected a fresh one as the second argument: load({str(file)!r}, {name}(...))"
+        )
+    with torch.random.fork_rng(devices=[]):
+        return construct(description["structure"])
+
+
+def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """`model` with the saved layers where torch's are; `SpecError` where a layer is missing or another one."""
+    modules = dict(model.named_modules())
+    ours: dict[nn.Module, nn.Module] = {}
+    problems = []
+    for name, saved in description["layers"].items():
+        wanted, there = layer_of(saved), modules.get(name)
+        if isinstance(there, nn.RNNBase):
+            options = {option: getattr(wanted.spec, option) for option in ("norm", "window", "placement", "backend")}
+            ours[there] = replacement(name, there, options)
+            there = ours[there]
+        if not isinstance(there, CellHost) or not _same(there, wanted):
+            got = "nothing" if there is None else repr(there) if isinstance(there, CellHost) else type(there).__name__
+            problems.append(f"{file}: {name or 'model'}: got {got}; expected {wanted!r}, as saved")
+    if problems:
+        raise SpecError(problems)
+    return substitute(model, ours)
+
+
+def _same(layer: CellHost, saved: CellHost) -> bool:
+    """Whether two layers compute the same from the same numbers."""
+    irrelevant = {"init", "forget_bias", "backend"}
+    mine, theirs = (each.spec.model_dump(exclude=irrelevant) for each in (layer, saved))
+    return mine == theirs and layer_options(layer)["step"] == layer_options(saved)["step"]
+
+
+def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put the saved numbers into a module, with their types, ties and which of them are frozen."""
+    aliases: dict[str, str] = description["aliases"]
+    state = tensors | {name: tensors[first] for name, first in aliases.items()}
+    problems = list(_differences(model, state))
+    if problems:
+        more = [f"{len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
+        raise SpecError([f"{file}: {problem}" for problem in [*problems[:SHOWN], *more]])
+    model.load_state_dict(state, assign=True)
+    for name, first in aliases.items():
+        path, _, leaf = name.rpartition(".")
+        owner, _, source = first.rpartition(".")
+        shared = getattr(model.get_submodule(owner), source)
+        setattr(model.get_submodule(path), leaf, shared)
+    for name in description["frozen"]:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    here = model.state_dict()
+    for name in [*state, *(name for name in here if name not in state)]:
+        if name not in here:
+            yield f"{name}: got no such parameter in the model; expected {list(state[name].shape)}, as saved"
+        elif name not in state:
+            yield f"{name}: got no such tensor in the file; expected {list(here[name].shape)}, as in the model"
+        elif here[name].shape != state[name].shape:
+            yield f"{name}: got {list(here[name].shape)} in the model; expected {list(state[name].shape)}, as saved"
+
+
+def _plugins(layers: Any) -> dict[str, dict[str, str]]:
+    """`family:kind` -> distribution and version, for each kind that does not come with this package."""
+    kinds = {pair for layer in layers for pair in _kinds(layer.spec)}
+    entries = {f"{family}:{kind}": registry.kinds(family).get(kind) for family, kind in sorted(kinds)}
+    return {
+        name: {"distribution": entry.distribution, "version": entry.version}
+        for name, entry in entries.items()
+        if entry is not None and entry.distribution != KEY
+    }
+
+
+def _kinds(spec: Any) -> Iterator[tuple[str, str]]:
+    """(family, kind) of an options model and of every one inside it."""
+    if getattr(spec, "family", None) and hasattr(spec, "kind"):
+        yield spec.family, spec.kind
+    values = vars(spec).values() if hasattr(type(spec), "model_fields") else spec
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if hasattr(type(value), "model_fields") or isinstance(value, Mapping | tuple):
+            yield from _kinds(value)
+
+
+def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None:
+    missing = []
+    for name, saved in plugins.items():
+        family, _, kind = name.partition(":")
+        entry, wanted = registry.kinds(family).get(kind), f"{saved['distribution']} {saved['version']}".strip()
+        if entry is None:
+            missing.append(f"{file}: got no {family} {kind!r} here; expected the one of {wanted}. Install that plugin")
+        elif (entry.distribution, entry.version) != (saved["distribution"], saved["version"]):
+            warnings.warn(
+                f"{file}: the {family} {kind!r} here is from {entry.distribution} {entry.version}; "
+                f"the model was saved with {wanted}, and may compute something else now",
+                stacklevel=3,
+            )
+    if missing:
+        raise SpecError(missing)
+
+
+def _own_version() -> str:
+    from atn_norms import __version__
+
+    return __version__

@@ -1,0 +1,145 @@
+"""Modules as JSON: describe how a module is constructed, and construct it again without running stored code."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from atn_norms.errors import SpecError
+from atn_norms.layers.base import CellHost
+from atn_norms.layers.recurrent import Recurrent
+from atn_norms.layers.spec import LayerSpec
+from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
+from atn_norms.layers.torch_api import skin_of
+from atn_norms.windows import Window, WindowSpec
+
+TRUSTED = ("torch.nn.", "atn_norms.")  # packages whose classes a file may name; every other class stays unimported
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_STEPS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """Describe how to construct a module, as JSON; None where a class of the caller's own is involved.
+
+    Understood are the layers and normalizers of this package, and every class of `torch.nn` whose constructor
+    arguments are attributes. The description is verified: the module that `construct` makes of it must have the same
+    parameters, buffers and options.
+    """
+    try:
+        described = _described(module)
+        with torch.random.fork_rng(devices=[]):
+            same = _outline(construct(described)) == _outline(module)
+    except Exception:  # noqa: BLE001  a constructor may raise anything; the caller then provides the module
+        return None
+    return described if same else None
+
+
+def construct(described: dict[str, Any]) -> nn.Module:
+    """Construct a module from its description, with fresh parameters.
+
+    Errors: `SpecError` for a class outside `torch.nn` and this package, and for options that do not fit.
+    """
+    if "layer" in described:
+        return layer_of(described)
+    cls = _class(described["class"])
+    if "children" in described:
+        module = cls()
+        for name, child in described["children"].items():
+            module.add_module(name, construct(child))
+        return module
+    return cls(**{name: _value(value) for name, value in described["arguments"].items()})
+
+
+def layer_of(described: dict[str, Any], **factory: Any) -> CellHost:
+    """Construct a layer or cell of this package from the options in its description."""
+    spec = LayerSpec.model_validate(described["layer"])
+    if not described["step"]:
+        return skin_of(spec.cell.kind).from_spec(spec, **factory)
+    own = spec.cell.model_dump(exclude={"kind"})
+    shared = ("input_size", "hidden_size", "bias", "norm", "window", "placement", "init", "forget_bias")
+    return _STEPS[spec.cell.kind](**{name: getattr(spec, name) for name in shared}, **own, **factory)
+
+
+def layer_options(layer: CellHost) -> dict[str, Any]:
+    """The description of a layer or cell of this package."""
+    return {"layer": layer.spec.model_dump(mode="json"), "step": not isinstance(layer, Recurrent)}
+
+
+def class_name(module: nn.Module) -> str:
+    """The full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise TypeError("hooks cannot be described")
+    if isinstance(module, CellHost):
+        kind = module.spec.cell.kind
+        if type(module) not in (skin_of(kind), _STEPS.get(kind)):
+            raise TypeError("a subclass may compute something else")
+        return layer_options(module)
+    if not class_name(module).startswith(TRUSTED):
+        raise TypeError("a class of the caller's own")
+    if type(module) in _CONTAINERS:
+        children = {name: _described(child) for name, child in module.named_children()}
+        return {"class": class_name(module), "children": children}
+    arguments = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError("the constructor's arguments are not named")
+        if name not in ("device", "dtype") and not name.startswith("_") and hasattr(module, name):
+            arguments[name] = _stored(name, getattr(module, name))
+    return {"class": class_name(module), "arguments": arguments}
+
+
+def _stored(name: str, value: Any) -> Any:
+    if name == "bias" and not isinstance(value, bool):  # torch keeps the parameter under the argument's name
+        return value is not None
+    if isinstance(value, nn.Module):
+        return {"module": _described(value)}
+    if isinstance(value, Window):
+        return {"window": value.spec().model_dump(mode="json")}
+    if isinstance(value, tuple | list):
+        return [_stored("", each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def _value(stored: Any) -> Any:
+    if isinstance(stored, dict):
+        return construct(stored["module"]) if "module" in stored else _window(stored["window"])
+    return tuple(map(_value, stored)) if isinstance(stored, list) else stored
+
+
+def _window(stored: Any) -> Window[Any]:
+    options = {"cell": "rnn", "input_size": 1, "hidden_size": 1, "norm": "layer", "window": stored}
+    window = LayerSpec.model_validate(options).window  # the field that knows every registered window
+    assert isinstance(window, WindowSpec)
+    return window.build()
+
+
+def _class(name: str) -> Any:
+    path, _, qualname = name.rpartition(".")
+    if not name.startswith(TRUSTED):
+        raise SpecError(f"class: got {name}; expected a class of torch.nn or atn_norms")
+    found = getattr(importlib.import_module(path), qualname, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise SpecError(f"class: got {name}; expected a torch.nn.Module")
+    return found
+
+
+def _outline(module: nn.Module) -> list[Any]:
+    """Everything that two modules of equal behaviour share apart from the numbers in them."""
+    simple = (bool, int, float, str, tuple, type(None))
+    options = [
+        (name, type(each), {k: v for k, v in vars(each).items() if isinstance(v, simple) and k != "training"})
+        for name, each in module.named_modules()
+    ]
+    tensors = [(name, tuple(each.shape)) for name, each in module.state_dict().items()]
+    return [repr(module), options, tensors]

@@ -1,0 +1,218 @@
+"""Saved models: what comes back is the same module, and a file that is not whole or does not fit is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import atn_norms as an
+from atn_norms.errors import SpecError
+from atn_norms.layers import io
+from atn_norms.tasks import Model
+
+pytest.importorskip("safetensors")
+
+
+class Tagger(nn.Module):
+    """A model of a user's own: its code is not in the file."""
+
+    def __init__(self, hidden=6):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 4)
+        self.rnn = nn.LSTM(4, hidden, num_layers=2, bidirectional=True)
+        self.out = nn.Linear(2 * hidden, 3)
+
+    def forward(self, tokens):
+        return self.out(self.rnn(self.embedding(tokens))[0])
+
+
+def test_layer_round_trip(tmp_path):
+    layer = an.LSTM(
+        3, 5, num_layers=2, norm={"kind": "rms", "eps": 1e-3}, window={"kind": "exponential", "half_life": 4.0}
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    same = an.load(an.save(layer, tmp_path / "m.safetensors"))
+    x = torch.randn(7, 2, 3)
+    assert type(same) is an.LSTM and same.spec == layer.spec and not same.training
+    assert torch.equal(same.unroll(x)[0], layer.eval().unroll(x)[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        an.GRUCell(2, 4, norm="layer", window=3),
+        an.RNN(2, 4, nonlinearity="relu", norm={"sites": {"hh": "layer"}}, window={"sites": {"hh": 3}}),
+        nn.Sequential(nn.Conv1d(2, 3, 5, padding=2, bias=False), nn.ReLU(), an.GRU(3, 4, norm="batch", window=2)),
+        nn.ModuleDict({"a": an.AssortedTime(an.LayerNorm(4), an.Exponential(3.0)), "b": nn.Dropout(0.3)}),
+        Model(nn.Embedding(5, 2), an.LSTM(2, 3, norm="layer", window=4), nn.Linear(3, 5)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_structures_are_rebuilt_from_the_file_alone(model, tmp_path):
+    same = an.load(an.save(model, tmp_path / "m.safetensors"))
+    assert repr(same) == repr(model)
+    for (name, mine), (other, theirs) in zip(model.state_dict().items(), same.state_dict().items(), strict=True):
+        assert name == other and torch.equal(mine, theirs)
+
+
+def test_types_ties_and_frozen_parameters_are_kept(tmp_path):
+    model = Model(nn.Embedding(5, 3), an.LSTM(3, 3, norm="layer", window=4), nn.Linear(3, 5)).double()
+    encoder, readout = model.encoder, model.readout
+    assert isinstance(encoder, nn.Embedding) and isinstance(readout, nn.Linear)
+    encoder.weight = readout.weight
+    readout.bias.requires_grad_(False)
+    same = an.load(an.save(model, tmp_path / "m.safetensors"))
+    assert same.get_parameter("encoder.weight") is same.get_parameter("readout.weight")
+    assert {each.dtype for each in same.parameters()} == {torch.float64}
+    assert [n for n, p in same.named_parameters() if not p.requires_grad] == ["readout.bias"]
+
+
+def test_loading_does_not_change_the_random_generator(tmp_path):
+    an.save(an.GRU(2, 3), tmp_path / "m.safetensors")
+    before = torch.get_rng_state()
+    an.load(tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_class_of_the_users_own_is_passed_to_load(tmp_path):
+    model = an.replace(Tagger(), norm="layer", window=4).eval()
+    tokens = torch.randint(11, (9, 2))
+    path = an.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(SpecError, match=r"got a .*Tagger, whose code is not in the file; expected a fresh one"):
+        an.load(path)
+    same = an.load(path, Tagger())  # torch.nn.LSTM inside becomes the saved layer
+    assert torch.equal(same(tokens), model(tokens))
+    again = an.load(path, an.replace(Tagger(), norm="layer", window=4))
+    assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: Tagger(hidden=7), r"rnn: got LSTM\(4, 7, .*\); expected LSTM\(4, 6, .*\), as saved"),
+        (lambda: an.replace(Tagger(), norm="rms", window=4), r"rnn: got LSTM\(.*norm=rms.*expected LSTM\(.*norm=layer"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), "rnn: got nothing; expected LSTM"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(other, message, tmp_path):
+    path = an.save(an.replace(Tagger(), norm="layer", window=4), tmp_path / "m.safetensors")
+    with pytest.raises(SpecError, match=message):
+        an.load(path, other())
+
+
+def test_a_model_of_other_shapes_is_refused(tmp_path):
+    path = an.save(nn.Sequential(an.GRU(2, 3)), tmp_path / "m.safetensors")
+    with pytest.raises(SpecError, match=r"1.weight: got \[2, 3\].*|1.weight: got no such tensor in the file"):
+        an.load(path, nn.Sequential(nn.GRU(2, 3), nn.Linear(3, 2)))
+
+
+def test_damage_is_noticed_at_every_place(tmp_path):
+    path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(SpecError, match="damaged"):
+        an.load(path)
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(SpecError, match="do not match the checksum"):
+        an.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(SpecError, match="damaged"):
+        an.load(path)
+
+
+def test_foreign_missing_and_newer_files_are_refused(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(SpecError, match="without a model's description"):
+        an.load(tmp_path / "foreign.safetensors")
+    an.save(an.GRU(2, 3), tmp_path / "model.safetensors")
+    with pytest.raises(SpecError, match=r"no such file; nearest: 'model.safetensors'|did you mean"):
+        an.load(tmp_path / "modle.safetensors")
+    monkeypatch.setattr(io, "FORMAT", io.FORMAT + 1)
+    an.save(an.GRU(2, 3), tmp_path / "newer.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(SpecError, match="got format 2, written by atn-norms .*Upgrade atn-norms"):
+        an.load(tmp_path / "newer.safetensors")
+
+
+def test_plugins_are_checked_in_words(tmp_path, monkeypatch):
+    path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
+    read = io._read
+
+    def saved_with(kind, version):
+        def changed(file):
+            description, tensors = read(file)
+            plugin = {"distribution": "atn-norms", "version": version}
+            return {**description, "plugins": {f"normalizer:{kind}": plugin}}, tensors
+
+        monkeypatch.setattr(io, "_read", changed)
+
+    saved_with("layer", "9.9")
+    with pytest.warns(UserWarning, match=r"'layer' here is from atn-norms .*; the model was saved with atn-norms 9\.9"):
+        an.load(path)
+    saved_with("lost", "1.0")
+    with pytest.raises(SpecError, match="got no normalizer 'lost' here; expected the one of atn-norms 1.0"):
+        an.load(path)
+
+
+def test_only_plugins_that_the_model_uses_are_recorded(tmp_path):
+    path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
+    assert io._read(path)[0]["plugins"] == {}
+
+
+def test_a_file_cannot_name_any_class_but_torchs_and_ours(tmp_path, monkeypatch):
+    path = an.save(nn.Sequential(an.GRU(2, 3)), tmp_path / "m.safetensors")
+    read = io._read
+
+    def changed(file):
+        description, tensors = read(file)
+        return {**description, "structure": {"class": "subprocess.Popen", "arguments": {"args": "true"}}}, tensors
+
+    monkeypatch.setattr(io, "_read", changed)
+    with pytest.raises(SpecError, match="class: got subprocess.Popen; expected a class of torch.nn or atn_norms"):
+        an.load(path)
+
+
+def test_the_file_holds_no_pickle(tmp_path):
+    path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert {*header} == {"__metadata__", *an.load(path).state_dict()}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = an.save(an.GRU(2, 3), tmp_path / "m.safetensors")
+    before = path.read_bytes()
+    monkeypatch.setattr(io.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        an.save(an.GRU(2, 3), path)
+    assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_without_safetensors_the_message_names_the_extra(tmp_path):
+    script = (
+        "import sys; sys.modules['safetensors'] = None; sys.modules['safetensors.torch'] = None\n"
+        "import atn_norms as an\n"
+        "try: an.save(an.GRU(2, 3), 'm.safetensors')\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "not installed: run pip install 'atn-norms[export]'" in done.stdout
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(1, 2), an.GRU(2, 3)), Tagger(), an.LSTM(2, 3)])
+def test_explain_takes_any_module(model):
+    text = an.explain(model)
+    assert ("backend 'torch'" in text) != isinstance(model, Tagger)
+    assert ("contains no atn_norms layer" in text) == isinstance(model, Tagger)
+    assert ("1: GRU(2, 3, norm=none)" in text) == isinstance(model, nn.Sequential)
+
+
+def test_explain_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match=r"model: got int; expected a torch\.nn\.Module"):
+        an.explain(3)  # pyright: ignore[reportArgumentType]
