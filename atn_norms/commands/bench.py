@@ -55,6 +55,16 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.", callback=at_home)
     ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="cuda|cpu", help="Check and time a device; with --check.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check values, gradients and races on --device, then time; seven minutes.")
+    ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With --check: tiny sizes, to try the check itself.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="With --check: the folder for device.csv and device.md.")
+    ] = Path("device-check"),
     picture: Annotated[
         Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.", callback=at_home)
     ] = None,
@@ -65,6 +75,8 @@ def bench(
     torch.nn runs without a norm. Before a backend is timed it must agree with the reference (values, states, every
     gradient); one that does not gets no figure. Times are the best and the median of interleaved runs.
     """
+    if check or device is not None:
+        return _check_device(device, check, tiny, out)
     given = {
         "cells": _names(cells),
         "norms": _names(norms),
@@ -101,6 +113,24 @@ def bench(
         files = draw(found, picture)
         typer.echo(f"picture: {', '.join(map(str, files))}", err=True)
     if found.failed:
+        raise typer.Exit(1)
+
+
+def _check_device(device: str | None, check: bool, tiny: bool, out: Path) -> None:
+    """Run the device check, print each finding, and exit with 1 when a check fails."""
+    if device is None or not check:
+        missing = "--device" if device is None else "--check"
+        raise SpecError(f"{missing}: missing; expected --device cuda --check")
+
+    from atn_norms.bench.device import TINY, Finding, Plan, label, run
+
+    def show(finding: Finding) -> None:
+        value = "" if finding.value is None else f" {finding.value:.3g}"
+        print(f"{finding.status}: {label(finding)}{value} {finding.note}".rstrip(), flush=True)
+
+    results = run(Plan(device, **(TINY if tiny else {})), out, show)
+    print(f"{out / 'device.md'}: {len(results.findings)} findings, {len(results.failed)} failed")
+    if results.failed:
         raise typer.Exit(1)
 
 
