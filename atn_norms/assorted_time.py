@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,8 @@ def check_mask(mask: Tensor, x: Tensor) -> Tensor:
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
     """`lengths` as an int64 tensor `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
     allowed = f"allowed: {batch} integer(s) from 0 to {steps}"
+    if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):
+        lengths = cast(Any, lengths).tolist()  # numpy's unsigned types have no equivalent in old versions of torch
     try:
         counts = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -206,13 +208,14 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
         raise ValueError(f"lengths: on the meta device, which holds no numbers; {allowed}")
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
         raise ValueError(f"lengths: of type {counts.dtype}; {allowed}")
+    counts = counts.to(torch.int64)  # torch compares no unsigned types; what does not fit becomes negative
     if counts.shape != (batch,):
         raise ValueError(f"lengths: shape {list(counts.shape)}; {allowed}")
     outside = (counts < 0) | (counts > steps)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(f"lengths: row {row} has {int(counts[row])}; {allowed}")
-    return counts.to(torch.int64)
+    return counts
 
 
 def _described(value: Any) -> str:

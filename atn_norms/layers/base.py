@@ -103,8 +103,10 @@ class CellHost(nn.Module):
             parameter.copy_(identity.repeat(gates, 1))
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)
-        else:
+        elif parameter.dtype in (torch.float32, torch.float64):
             nn.init.orthogonal_(parameter)
+        else:  # LAPACK has no half precision
+            parameter.copy_(nn.init.orthogonal_(torch.empty_like(parameter, dtype=torch.float32)))
 
     def _open_forget_gate(self, suffix: str, value: float) -> None:
         norms = self._normalizers(suffix)

@@ -15,7 +15,7 @@ from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import choose, refusals
 from atn_norms.cells import CellWeights
 from atn_norms.layers.base import CellHost
-from atn_norms.layers.spec import LayerSpec
+from atn_norms.layers.spec import LayerSpec, make_layer_spec
 from atn_norms.pytree import Tree, describe_structure
 
 
@@ -55,6 +55,7 @@ class Recurrent(CellHost):
         self._register(cells, parameters, {"device": device, "dtype": dtype})
         for weights in self._cells():
             choose(spec.backend, self.cell, weights)
+        self._prepare_twin()
 
     @classmethod
     def from_spec(
@@ -76,17 +77,25 @@ class Recurrent(CellHost):
 
     @property
     def batch_first(self) -> bool:
-        """Whether batched input and output are `[B, T, ...]`."""
+        """True for batched input and output `[B, T, ...]`; may be assigned, as in torch.nn."""
         return self.spec.batch_first
+
+    @batch_first.setter
+    def batch_first(self, value: bool) -> None:
+        self._set_option("batch_first", value)
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an output of any layer but the last, in training."""
+        """Probability of dropping an output of any layer but the last, in training; may be assigned."""
         return self.spec.dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self._set_option("dropout", value)
 
     @property
     def bidirectional(self) -> bool:
-        """Whether a second cell reads each sequence from its own end."""
+        """True if a second cell reads each sequence from its end."""
         return self.spec.bidirectional
 
     @property
@@ -97,18 +106,33 @@ class Recurrent(CellHost):
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
         """torch.nn's nested list of weights and biases, one list a layer and direction; norms are not in it."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """torch.nn's nested list of parameter names, which code that fills forget biases reads."""
         names = self.cell.shapes(1, self.bias)
-        return [[getattr(self, name + suffix) for name in names] for suffix in self._suffixes]
+        return [[name + suffix for name in names] for suffix in self._suffixes]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[nn.Parameter]:
+        """torch.nn's flat list of weights and biases, read at every access."""
+        return [getattr(self, name) for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
-        """Let torch lay the weights out for its fused kernels, where it would run them."""
+        """Compact the weights for torch's fused kernels, where those run the layer."""
         if self._delegates():
             self._twin().flatten_parameters()
 
-    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
-        """torch.nn's call: outputs and last hidden state; every window starts fresh, as in the paper."""
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Return torch.nn's outputs and last hidden state; every window starts fresh, as in the paper."""
         if self._delegates():
-            return self._twin()(x, hx)
+            return self._twin().forward(input, hx)
+        x = input
         if isinstance(x, PackedSequence):
             return self._forward_packed(x, hx)
         batched = self._checked_dims(x)
@@ -127,10 +151,10 @@ class Recurrent(CellHost):
     def unroll(
         self, x: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tree]:
-        """Run with everything explicit: feed `state` back in to stream or to train by segments.
+        """Run with explicit state: pass `state` to the next call to stream or to train by segments.
 
-        A sequence cut anywhere gives what the uncut one gives; a padded row gives what it gives alone. `state` comes
-        from `unroll` or `initial`; `detach` it to truncate back-propagation.
+        A sequence cut anywhere and continued gives the uncut result, and a padded row gives the result of the row
+        alone. `state` comes from `unroll` or `initial`; `detach` it to truncate back-propagation.
 
         Errors: `ValueError` for a carried state of a bidirectional layer (the reverse direction starts at the end of
         the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
@@ -159,11 +183,11 @@ class Recurrent(CellHost):
         return self._as_given(ys, batched), state
 
     def initial(self, batch: int, hx: Any = None) -> Tree:
-        """The state before the first step, with fresh windows: zeros, or torch's `hx`."""
+        """Return the state before the first step, with fresh windows: zeros, or torch's `hx`."""
         return self._initial(self._cells(), batch, hx, shown=True)
 
     def _cells(self) -> list[CellWeights]:
-        """What every cell computes with, layer by layer, one or two directions each."""
+        """Return the weights and norms of every cell, layer by layer, one or two directions each."""
         return [self._weights(suffix) for suffix in self._suffixes]
 
     def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
@@ -185,13 +209,17 @@ class Recurrent(CellHost):
         return tuple(tuple(states[first : first + per]) for first in range(0, len(states), per))
 
     def hidden(self, state: Tree) -> Any:
-        """The part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
+        """Return the part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
         cells = [cell for layer in state for cell in layer]
         h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
         return (h, *others) if others else h
 
     def _run(self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
-        """Every layer in turn, time first."""
+        """Run every layer in turn, time first; under autocast in the type of the layer."""
+        kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths)
         rest = iter(cells)
         after = []
         for layer, before in enumerate(state):
@@ -249,11 +277,11 @@ class Recurrent(CellHost):
         return hx if batched else _each(lambda h: h.unsqueeze(1), hx)
 
     def _check_shapes(self, cells: list[CellWeights], x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        """torch's own checks, by torch's own code, for a cell that torch has."""
+        """Run torch's checks with torch's code, for a cell that torch has."""
         fits = x.dtype == cells[0]["weight_ih"].dtype and x.shape[-1] == self.input_size and x.dim() == 3
         if fits and hx is None and batch_sizes is None:
-            return  # torch's would find nothing, only later
-        if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace what makes the twin
+            return  # torch's checks would pass, more slowly
+        if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace the twin
             if x.shape[-1] != self.input_size:
                 raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
             if not x.is_floating_point():
@@ -277,26 +305,43 @@ class Recurrent(CellHost):
             self.cell.check_state(weights, cell, batch)
 
     def _delegates(self) -> bool:
+        """Return whether torch's module runs the layer; a compiler follows torch's functions, not its modules."""
         unnormed = not any(name.startswith("norm_") for name in self._modules)
-        return unnormed and self.cell.torch_name is not None and self.spec.backend in ("auto", "torch")
+        torch_has_it = self.cell.torch_name is not None and self.spec.backend in ("auto", "torch")
+        return unnormed and torch_has_it and not torch.compiler.is_compiling()
+
+    def _prepare_twin(self) -> None:
+        """Build the pattern of `_twin` once; no call changes it, so replicas in threads may share it."""
+        if self.cell.torch_name is not None:
+            with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was built
+                self.__dict__["_torch_pattern"] = torch_twin(self.cell.torch_name, **_torch_options(self.spec))
 
     def _twin(self) -> Any:
-        """torch's module of the same options, on this layer's own weights; it owns nothing and is never registered."""
-        twin = self.__dict__.get("_torch_twin")
-        if twin is None:
-            with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was made
-                twin = torch_twin(self.cell.torch_name, **_torch_options(self.spec))
-            self.__dict__["_torch_twin"] = twin
-        twin.training = self.training
-        twin._flat_weights = [parameter for cell in self.all_weights for parameter in cell]
+        """Return torch's module of the same options on this layer's current weights, for one call."""
+        pattern = self.__dict__["_torch_pattern"]
+        twin = object.__new__(type(pattern))
+        twin.__dict__.update(pattern.__dict__, training=self.training, _flat_weights=self._flat_weights)
         return twin
 
+    def _set_option(self, name: str, value: Any) -> None:
+        self.spec = make_layer_spec(**dict(self.spec) | {name: value})
+        self._prepare_twin()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_torch_twin"}
+        return {name: value for name, value in self.__dict__.items() if name != "_torch_pattern"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare_twin()
+
+
+def _cast_carried(state: Tree, dtype: torch.dtype) -> Tree:
+    """Return a state with the hidden states of every cell in `dtype`; statistics keep their float64."""
+    return tuple(tuple((tuple(c.to(dtype) for c in carried), norms) for carried, norms in layer) for layer in state)
 
 
 def torch_twin(name: str | None, **options: Any) -> Any:
-    """torch.nn's module of these options with no memory behind its parameters; raises torch's own errors."""
+    """Return torch.nn's module of these options on the meta device, or raise torch's errors."""
     return getattr(nn, str(name))(**options, device="meta")
 
 
@@ -307,7 +352,7 @@ def _torch_options(spec: LayerSpec) -> dict[str, Any]:
 
 
 def reversed_in_time(xs: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each row of time-first `xs` `[T, B, ...]` read from its own end; padding stays where it is."""
+    """Return time-first `xs` `[T, B, ...]` with each row reversed up to its length; padding keeps its place."""
     if lengths is None:
         return xs.flip(0)
     time = torch.arange(xs.shape[0], device=xs.device).unsqueeze(1)

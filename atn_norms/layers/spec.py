@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from math import prod
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -251,8 +252,20 @@ def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
     return None if bias is None else bias.view(len(cell.gates), -1)[place]
 
 
+def to_plain(value: Any) -> Any:
+    """Return an option with numpy's numbers as Python's and every mapping as a dict."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(entry) for key, entry in value.items()}
+    if isinstance(value, Integral) and not isinstance(value, (bool, int)):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, (bool, int, float)):
+        return float(value)
+    return value
+
+
 def make_layer_spec(**options: Any) -> LayerSpec:
-    """A layer's options from keyword arguments; `SpecError` (a `ValueError`) names what is wrong."""
+    """Build a layer's options from keyword arguments; `SpecError` (a `ValueError`) names the invalid one."""
+    options = to_plain(options)
     try:
         return LayerSpec.model_validate(options)
     except ValidationError as error:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from atn_norms.layers.recurrent import Recurrent, torch_twin
-from atn_norms.layers.spec import make_layer_spec
+from atn_norms.layers.spec import make_layer_spec, to_plain
 
-_LARGEST = 2**24  # no layer has it, and torch itself overflows on such sizes; the options say what is wrong instead
-_DEEPEST = 1_000  # torch's module would cost time and memory; the options say what is wrong with more
+_LARGEST = 2**24  # torch overflows on larger sizes; the options report those
+_DEEPEST = 1_000  # a deeper module of torch costs time and memory; the options report more layers
+_WRONG_SIZE = "Expected hidden size {}, got {}"  # torch's own default
 
 
 class _Skin(Recurrent):
-    """What the three skins share: torch's own errors for torch's own arguments, then the options."""
+    """Raise torch's errors for torch's arguments, then check the options; the base of the three layers."""
 
     kind: ClassVar[str]
 
@@ -26,12 +28,43 @@ class _Skin(Recurrent):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        torch_options, cell = to_plain(torch_options), to_plain(cell)
         depth = torch_options["num_layers"]
         small = all(not isinstance(value, int) or value < _LARGEST for value in torch_options.values())
         if small and not (isinstance(depth, int) and depth > _DEEPEST):
             torch_twin(self.kind.upper(), **torch_options, **cell)
         spec = make_layer_spec(cell={"kind": self.kind, **cell}, **torch_options, **own)
         Recurrent.__init__(self, spec, device, dtype)
+
+    @property
+    def mode(self) -> str:
+        """torch.nn's name of the recurrence: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`."""
+        return self._twin().mode
+
+    @property
+    def proj_size(self) -> int:
+        """Features of the projected output; 0 without a projection, which only an LSTM can have."""
+        return getattr(self.cell, "proj_size", 0)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Check the type and shape of an input with torch's code."""
+        self._twin().check_input(input, batch_sizes)
+
+    def check_hidden_size(self, hx: Tensor, expected_hidden_size: tuple[int, int, int], msg: str = _WRONG_SIZE) -> None:
+        """Check the shape of a hidden state with torch's code."""
+        self._twin().check_hidden_size(hx, expected_hidden_size, msg)
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Check an input and its hidden state with torch's code."""
+        self._twin().check_forward_args(input, hidden, batch_sizes)
+
+    def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """Return the shape of the hidden state for an input."""
+        return self._twin().get_expected_hidden_size(input, batch_sizes)
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """Return the hidden state with its rows in another order."""
+        return self._twin().permute_hidden(hx, permutation)
 
 
 class LSTM(_Skin):
@@ -77,11 +110,6 @@ class LSTM(_Skin):
             device,
             dtype,
         )
-
-    @property
-    def proj_size(self) -> int:
-        """Features of the projected output; 0 without a projection."""
-        return getattr(self.cell, "proj_size", 0)
 
 
 class GRU(_Skin):
@@ -169,7 +197,7 @@ class RNN(_Skin):
 def _torch(
     input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, both: bool
 ) -> dict[str, Any]:
-    """The arguments all of torch's classes share."""
+    """Return the arguments that all of torch's classes share."""
     return {
         "input_size": input_size,
         "hidden_size": hidden_size,
@@ -182,7 +210,7 @@ def _torch(
 
 
 def _ours(norm: Any, window: Any, placement: Any, init: str, forget_bias: float | None, backend: str) -> dict[str, Any]:
-    """The arguments torch does not have, as options."""
+    """Return the arguments that torch does not have, as options."""
     where = {} if placement is None else {"placement": placement}
     return {"norm": norm, "window": window, "init": init, "forget_bias": forget_bias, "backend": backend} | where
 
@@ -191,5 +219,5 @@ _SKINS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 
 
 def skin_of(kind: str) -> type[Recurrent]:
-    """The class that shows a cell kind with torch's interface; `Recurrent` for a cell torch does not have."""
+    """Return the class with torch's interface for a cell kind; `Recurrent` for a cell that torch does not have."""
     return _SKINS.get(kind, Recurrent)

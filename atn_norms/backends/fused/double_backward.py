@@ -30,6 +30,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
     | `inputs` | xs, the weights, the biases, h0, c0, affine, populations, states, lengths, as the operator took them |
     """
     *single, affine, populations, states, lengths = inputs
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A weight may itself depend on xs; views of the arguments make every gradient a partial one.
         single = [None if tensor is None else tensor.view_as(tensor) for tensor in single]
@@ -50,7 +51,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
                 [result for result, _ in asked],
                 wanted,
                 [gradient for _, gradient in asked],
-                create_graph=True,
+                create_graph=create_graph,
                 allow_unused=True,
             )
     rest = iter(found)

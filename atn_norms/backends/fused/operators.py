@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from atn_norms.backends.fused.plan import Plan
 
 _ORDINARY = {Tensor, nn.Parameter}
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
 
 
 class Kernels(Protocol):
@@ -77,6 +79,7 @@ class Operators:
             keep: bool,
         ) -> list[Tensor]:
             single = xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0
+            _check_no_tangents(name)
             results, kept = kernels.forward(Plan.decode(plan), (*single, affine, populations, states, lengths), keep)
             return results + kept
 
@@ -143,7 +146,7 @@ class Operators:
         affine, populations, states, kept = (rest[a:b] for a, b in zip((0, *starts), (*starts, None), strict=True))
         inputs: tuple[Any, ...] = (*single, affine, populations, states, lengths)
         dys, dhn, dcn, *dstates = grads[: 3 + sum(1 + site.leaves for site in ctx.plan.sites)]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed() is not None or batched([dys, dhn, dcn, *dstates]):
             from atn_norms.backends.fused.double_backward import differentiable_backward
 
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
@@ -168,6 +171,26 @@ class Operators:
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         *found, daffine, dstates = self.gradients(ctx, grads, ctx.needs_input_grad[0])
         return *found, daffine, [None] * ctx.counts[1], dstates, None, None, None
+
+
+def transformed() -> str | None:
+    """Return why no operator can run: a transform that it has no rule for is active; None if it can run."""
+    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:  # type: ignore[attr-defined]
+        return "it has no rule for torch.func transforms (grad, vmap, jvp, ...), and one is active"
+    if forward_ad._current_level >= 0:
+        return "it has no rule for forward-mode AD, and a dual level is active"
+    return None
+
+
+def _check_no_tangents(name: str) -> None:
+    """Raise `RuntimeError` under forward-mode AD: a saved graph that holds the operator would drop the tangents."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(f"atn_norms::{name}: got a call under forward-mode AD; expected a call of the layer itself")
+
+
+def batched(grads: Sequence[Tensor | None]) -> bool:
+    """Return whether `is_grads_batched=True` or `vectorize=True` batches these gradients."""
+    return any(grad is not None and _is_batched(grad) for grad in grads)
 
 
 def unwatched() -> bool:

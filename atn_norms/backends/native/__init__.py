@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.fused.fused_backend import Fused
+from atn_norms.backends.fused.operators import transformed
 from atn_norms.backends.fused.plan import Plan, planned
 from atn_norms.backends.native.library import unavailable
 from atn_norms.cells import Cell, CellWeights
@@ -24,6 +25,8 @@ class Native(Fused):
             return f"it runs on the CPU, and the layer is on {like.device.type}"
         if like.dtype not in (torch.float32, torch.float64):
             return f"it runs float32 and float64, and the layer is {like.dtype}"
+        if (reason := transformed()) is not None:
+            return reason
         found = planned(cell, weights)
         if isinstance(found, str):  # the case first: compiling would not help it
             return found

@@ -1,0 +1,138 @@
+"""Autocast, half precision and loss scaling."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import atn_norms as an
+from tests.compare import compare
+from tests.torch_api.features import feature
+from tests.torch_api.test_transforms import CELLS, every_layer, every_norm
+
+GROUP = "Mixed precision"
+HALVES = (torch.bfloat16, torch.float16)
+OWN_TYPE = "Input and state are cast to the type of the layer, and the output has that type."
+
+every_half = pytest.mark.parametrize("half", HALVES)
+
+
+def layer_of(cell: str, norm: Any = "layer", **options: Any) -> Any:
+    torch.manual_seed(0)
+    made = CELLS[cell](3, 4, norm=norm, window=2, **options)
+    return made.eval() if norm == "batch" else made
+
+
+def hidden_of(layer: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    h = torch.linspace(-1, 1, layer.hidden_size).expand(*shape, -1).to(dtype)
+    return (h, h) if isinstance(layer, an.LSTM) else h
+
+
+def up(value: Any) -> Any:
+    return tuple(map(up, value)) if isinstance(value, tuple) else value.float()
+
+
+@feature(GROUP, "`torch.autocast` in bfloat16 and float16", "native", OWN_TYPE)
+@every_half
+@every_norm
+@every_layer
+def test_autocast_runs_the_layer_in_its_type(cell, norm, half, runs):
+    layer, x = layer_of(cell, norm), torch.randn(5, 2, 3).to(half)
+    for hx in (None, hidden_of(layer, 1, 2), hidden_of(layer, 1, 2, dtype=half)):
+        expected = layer(x.float(), None if hx is None else up(hx))
+        runs.clear()
+        with torch.autocast("cpu", dtype=half):
+            found = layer(x, hx)
+            mixed = layer(x.float(), hx)
+        found[0].sum().backward()
+        assert set(runs) == {"native"}
+        compare(found, expected, tolerance=0)
+        compare(mixed, expected, tolerance=0)
+        assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
+
+
+@feature(GROUP, "autocast after another layer, with packed sequences and streams", "native", OWN_TYPE)
+@every_half
+@every_layer
+def test_autocast_takes_packed_sequences_and_streams(cell, half, runs):
+    embed, layer, x = nn.Linear(2, 3), layer_of(cell), torch.randn(5, 2, 2)
+    with torch.autocast("cpu", dtype=half):
+        inner = embed(x)
+        packed = nn.utils.rnn.pack_padded_sequence(inner, torch.tensor([5, 3]))
+        y, _ = layer(packed)
+        _, state = layer.unroll(inner[:2])
+        state = tuple(tuple((tuple(c.to(half) for c in carried), norms) for carried, norms in one) for one in state)
+        more, _ = layer.unroll(inner[2:], state)
+    assert inner.dtype == half and set(runs) == {"native"}
+    exact, _ = layer(nn.utils.rnn.pack_padded_sequence(inner.float(), torch.tensor([5, 3])))
+    compare(y.data, exact.data, tolerance=0)
+    expected, _ = layer.unroll(inner[2:].float(), an.layers.recurrent._cast_carried(state, torch.float32))
+    compare(more, expected, tolerance=0)
+
+
+@every_layer
+def test_the_reference_computes_the_same_under_autocast(cell):
+    """The type of the products must not depend on the backend."""
+    x, found = torch.randn(5, 2, 3), {}
+    for backend in ("native", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found[backend] = layer_of(cell, backend=backend)(x)
+    compare(found["native"], found["reference"], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@every_layer
+def test_autocast_without_a_norm_is_torch_s(cell, half):
+    theirs = getattr(nn, cell.upper())(3, 4)
+    ours, x = an.replace(copy.deepcopy(theirs)), torch.randn(5, 2, 3).to(half)
+    with torch.autocast("cpu", dtype=half):
+        expected, found = theirs(x), ours(x)
+    assert expected[0].dtype == found[0].dtype
+    compare(found, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@every_layer
+def test_without_autocast_a_half_input_is_refused_as_by_torch(cell, half):
+    with pytest.raises(Exception, match="dtype|type") as theirs:
+        getattr(nn, cell.upper())(3, 4)(torch.randn(5, 2, 3).to(half))
+    with pytest.raises(type(theirs.value), match="dtype|type"):
+        layer_of(cell)(torch.randn(5, 2, 3).to(half))
+
+
+@feature(GROUP, "`torch.amp.GradScaler`", "native")
+@every_norm
+@every_layer
+def test_a_scaled_step_is_a_plain_step(cell, norm, runs):
+    ends = []
+    for scaled in (False, True):
+        layer, x = layer_of(cell, norm), torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=scaled):
+            loss = layer(x)[0].float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ends.append([p.detach() for p in layer.parameters()])
+    assert set(runs) == {"native"}
+    compare(ends[1], ends[0], tolerance=1e-6)
+
+
+@feature(
+    GROUP,
+    'layers in bfloat16 and float16, `init="paper"` included',
+    "reference",
+    "The kernels run float32 and float64.",
+)
+@every_half
+@every_layer
+def test_the_paper_s_initialization_in_half_precision(cell, half, runs):
+    layer = CELLS[cell](3, 4, norm="layer", window=2, init="paper", dtype=half)
+    w = layer.weight_ih_l0.detach().float()
+    # each of 3 products of 8 bits (bfloat16) or 11 bits, summed over at most 16 rows
+    compare(w.T @ w, torch.eye(3), tolerance=16 * torch.finfo(half).eps)
+    assert layer(torch.randn(5, 2, 3).to(half))[0].dtype == half
+    assert set(runs) == {"reference"}

@@ -1,0 +1,147 @@
+"""The interface of torch.nn beyond the call: attributes, setters, argument types, replicas."""
+
+import copy
+import pickle
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import atn_norms as an
+from tests.compare import compare
+from tests.torch_api.features import feature
+from tests.torch_api.test_transforms import CELLS, every_layer
+
+GROUP = "The interface of torch.nn"
+
+
+@feature(GROUP, "replicas in threads (`DataParallel`)", "torch", "Each call has its own module of torch's.")
+@every_layer
+def test_replicas_keep_their_own_weights(cell):
+    """A replica copies the attributes of its layer, so whatever a call changes must belong to that call."""
+    layer = CELLS[cell](3, 4)
+    replicas = [layer._replicate_for_data_parallel() for _ in range(2)]
+    for value, replica in enumerate(replicas):
+        for name in layer._flat_weights_names:
+            setattr(replica, name, torch.full_like(getattr(layer, name), 0.1 * value))
+    first, second = (replica._twin() for replica in replicas)
+    assert (first._flat_weights[0] == 0).all() and (second._flat_weights[0] == 0.1).all()
+    x = torch.randn(5, 2, 3)
+    compare(first.forward(x)[0], replicas[0](x)[0], tolerance=0)
+
+
+@every_layer
+def test_copies_and_pickles_run_torch_s_module(cell):
+    layer, x = CELLS[cell](3, 4, 2), torch.randn(5, 2, 3)
+    for copied in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        compare(copied(x), layer(x), tolerance=0)
+
+
+@feature(GROUP, "`layer(input=x, hx=h)`", "native")
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_the_argument_is_named_input(cell, norm):
+    layer, x = CELLS[cell](3, 4, norm=norm), torch.randn(5, 2, 3)
+    compare(layer(input=x, hx=None), layer(x), tolerance=0)
+
+
+@feature(GROUP, "`layer.dropout = p`, `layer.batch_first = True`", "native")
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_dropout_and_batch_first_may_be_assigned(cell, norm):
+    layer, x = CELLS[cell](3, 4, 2, norm=norm, dropout=0.5), torch.randn(5, 2, 3)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.dropout = 0.0
+    expected = layer(x)[0]
+    compare(layer(x)[0], expected, tolerance=0)
+    layer.batch_first = True
+    compare(layer(x.transpose(0, 1))[0], expected.transpose(0, 1), tolerance=0)
+    assert layer.spec.batch_first and layer.spec.dropout == 0.0
+    with pytest.raises(ValueError, match="dropout"):
+        layer.dropout = 2.0
+
+
+@feature(
+    GROUP,
+    "`all_weights`, `_all_weights`, `_flat_weights`, `mode`, `check_input`, `permute_hidden`, `proj_size`",
+    "torch",
+    "Read-only; the checks are torch's.",
+)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_attributes_of_torch_s_modules(cell, norm, options):
+    theirs, ours = getattr(nn, cell.upper())(3, 4, **options), CELLS[cell](3, 4, norm=norm, **options)
+    names = ["_all_weights", "_flat_weights_names", "mode", "proj_size", "num_layers", "batch_first", "dropout", "bias"]
+    for name in names:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    compare(ours._flat_weights, theirs._flat_weights, tolerance=0)
+    x, order = torch.randn(5, 2, 3), torch.tensor([1, 0])
+    h = torch.randn(*theirs.get_expected_hidden_size(x, None))
+    hx: Any = (h, 2 * h) if cell == "lstm" else h
+    assert ours.get_expected_hidden_size(x, None) == theirs.get_expected_hidden_size(x, None)
+    compare(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order), tolerance=0)
+    for layer in (theirs, ours):
+        layer.check_input(x, None)
+        layer.check_forward_args(x, hx, None)
+        with pytest.raises(RuntimeError, match="must be equal to input_size"):
+            layer.check_input(x[..., :2], None)
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            layer.check_hidden_size(h[:, :1], theirs.get_expected_hidden_size(x, None))
+
+
+@every_layer
+def test_a_recipe_that_fills_forget_biases_works(cell):
+    layer = CELLS[cell](3, 4, norm="layer")
+    for names in layer._all_weights:
+        for name in filter(lambda name: "bias" in name, names):
+            getattr(layer, name).data.fill_(1.0)
+    assert (layer.bias_ih_l0 == 1).all() and (layer.bias_hh_l0 == 1).all()
+
+
+@feature(
+    GROUP,
+    "`isinstance(layer, nn.LSTM)`, `nn.RNNBase`",
+    "False",
+    "Test for `(nn.RNNBase, atn_norms.Recurrent)` where code initializes recurrent layers.",
+)
+@every_layer
+def test_isinstance_is_decided(cell):
+    layer = CELLS[cell](3, 4)
+    assert not isinstance(layer, nn.RNNBase)
+    assert isinstance(layer, an.Recurrent)
+
+
+TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
+@feature(GROUP, "`lengths` of every integer type, of numpy, and as a list", "native")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@every_layer
+def test_lengths_of_every_integer_type(cell, backend):
+    layer, x = CELLS[cell](3, 4, norm="layer", window=2, backend=backend), torch.randn(5, 2, 3)
+    expected, _ = layer.unroll(x, lengths=[5, 2])
+    many: list[Any] = [torch.tensor([5, 2]).to(dtype) for dtype in TYPES]
+    many += [np.array([5, 2], dtype) for dtype in ("uint8", "int32", "uint64", "int64")]
+    many += [[np.int64(5), np.uint8(2)], (5, 2)]
+    for lengths in many:
+        compare(layer.unroll(x, lengths=lengths)[0], expected, tolerance=0)
+    with pytest.raises(ValueError, match="lengths: row 0"):
+        layer.unroll(x, lengths=torch.tensor([2**64 - 1, 2], dtype=torch.uint64))
+
+
+@feature(GROUP, "numpy integers as sizes, any `Mapping` as options", "native")
+@every_layer
+def test_numpy_integers_and_mappings_are_options(cell):
+    norm = MappingProxyType({"kind": "layer", "eps": np.float64(1e-3)})
+    window = MappingProxyType({"kind": "sliding", "steps": np.int64(3)})
+    layer = CELLS[cell](np.int64(3), np.int32(4), np.int64(2), norm=norm, window=window)
+    assert (layer.input_size, layer.hidden_size, layer.num_layers) == (3, 4, 2)
+    assert layer.spec.window.steps == 3 and layer.spec.norm.eps == 1e-3
+    assert CELLS[cell](3, 4, norm="layer", window=np.int64(3)).spec.window.steps == 3
+    sites = MappingProxyType({"sites": MappingProxyType({"ih": norm})})
+    assert CELLS[cell](3, 4, norm=sites).spec.norm.sites["ih"].eps == 1e-3
