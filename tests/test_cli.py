@@ -127,7 +127,7 @@ BAD = [
     (["ablate", "study.yaml", "--set", "train.steps=0"], "--set train.steps: train.steps: must be greater"),
     (
         ["ablate", "study.yaml", "--set", "task=addding"],
-        "unknown task 'addding'; known: adding, charlm, copying, denoise, wordlm; nearest: 'adding'",
+        "unknown task 'addding'; known: adding, charlm, copying, denoise, sequences, series, wordlm; nearest: 'adding'",
     ),
     (["ablate", "study.yaml", "--set", "steps"], "--set steps: must be path=value"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: nothing.txt}"], "nothing.txt"),

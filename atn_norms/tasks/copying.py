@@ -21,7 +21,7 @@ class CopyingSpec(RecallSpec):
     | `validation`, `test` | size of each split, drawn from the seed | sequences |
 
     >>> task = CopyingSpec(recall=3, length=4).build(seed=0)
-    >>> inputs, targets, _ = task.batch(0, 1)
+    >>> inputs, targets, *_ = task.batch(0, 1)
     >>> inputs[:, 0].tolist(), targets[:, 0].tolist()
     ([8, 8, 5, 0, 0, 0, 0, 9, 0, 0], [0, 0, 0, 0, 0, 0, 0, 8, 8, 5])
     """

@@ -22,7 +22,7 @@ class DenoiseSpec(RecallSpec):
     | `validation`, `test` | size of each split, drawn from the seed | sequences |
 
     >>> task = DenoiseSpec(recall=3, length=6).build(seed=0)
-    >>> inputs, targets, _ = task.batch(0, 1)
+    >>> inputs, targets, *_ = task.batch(0, 1)
     >>> inputs[:, 0].tolist(), targets[:, 0].tolist()
     ([0, 0, 8, 9, 0, 0, 6, 0, 10, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 9, 6])
     """

@@ -246,7 +246,12 @@ class Sequences(Task):
 
     def _require_known(self, items: list[Item]) -> None:
         if len(self.classes) < 2:
-            raise fault("path", self.spec.path, f"the class {self.classes[0]!r} alone in training", "at least two")
+            raise fault(
+                "path",
+                self.spec.path,
+                f"the class {', '.join(map(repr, self.classes))} alone in training",
+                "at least two",
+            )
         for item in items:
             if item.label not in self.classes:
                 got = f"the label {item.label!r} in {item.part}, which no training sequence has"
@@ -264,4 +269,4 @@ class Sequences(Task):
             sizes = Counter(labels).values()
             yield f"{len(sizes)} classes of {min(sizes)} to {max(sizes)} sequences"
 
-    _epoch: tuple[tuple[int, int], Tensor] = ((-1, 0), torch.empty(0))
+    _epoch: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
