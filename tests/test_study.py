@@ -208,7 +208,7 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"axes": {"norm": ["layer", "layer"]}}, "axes.norm[1]: layer is there twice"),
         ({"axes": {"norm": ["layer"], "model.norm": ["rms"]}}, "axes.model.norm: this option is an axis already"),
         ({"axes": {"task": ["adding"]}}, "axes.task: an axis is an option"),
-        ({"task": "addding"}, "task: unknown task 'addding'; known: adding, charlm, copying, denoise, sequences, series, "),
+        ({"task": "addding"}, "task: unknown task 'addding'; known: adding, charlm, copying, denoise, sequences, "),
         ({"task": None}, "task: a study needs `task`, or a list of `tasks`"),
         ({"tasks": ["adding"]}, "task: a study needs `task`, or a list of `tasks`, and not both"),
         ({"task": None, "tasks": ["adding", {"kind": "adding", "length": 1}]}, "tasks[1].length"),
