@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +219,7 @@ def texts(tmp_path):
     return str(path)
 
 
+DATA = Path(__file__).parent / "data"
 SMALL = {"recall": 2, "length": 3, "validation": 9, "test": 9}
 VARIANTS = {
     "plateau": {  # a rate so high that validation becomes worse, is halved, and training ends early all the same
@@ -232,6 +234,11 @@ VARIANTS = {
     "populations": {"task": SMALL | {"kind": "copying"}, "population_batches": 3, "keep": "best"},
     "copying": {"task": SMALL | {"kind": "copying"}, "schedule": "linear"},
     "denoise": {"task": SMALL | {"kind": "denoise"}, "optimizer": "adagrad"},
+    "series": {
+        "task": {"kind": "series", "file": str(DATA / "load.csv"), "targets": ["load"], "context": 9, "horizon": 2},
+        "keep": "best",
+    },
+    "sequences": {"task": {"kind": "sequences", "path": str(DATA / "strokes")}},
 }
 
 
