@@ -44,6 +44,7 @@ LIBRARIES = {
     "rich": {"cli", "commands"},
     "distributed": {"ablation"},
     "dask": {"ablation"},
+    "cryptography": {"ablation"},
     "jinja2": {"ablation"},
     "matplotlib": {"ablation", "bench"},
     "numpy": {"ablation", "tasks"},

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,28 @@ def test_a_running_scheduler_is_used(study):
     with dask_cluster(1) as running:
         record = run(study, scheduler=running.scheduler_address)
     assert record.count("done") == 3
+
+
+@pytest.mark.parametrize(("protocol", "warned"), [("tcp://", True), ("tls://", False)])
+def test_a_scheduler_without_encryption_is_warned_about(protocol, warned, study, caplog):
+    from dask import config
+    from distributed import LocalCluster
+    from distributed.security import Security
+
+    security = Security.temporary()
+    tls = "distributed.comm.tls."
+    certificate = {f"{tls}client.key": security.tls_client_key, f"{tls}client.cert": security.tls_client_cert}
+    certificate |= {f"{tls}ca-file": security.tls_ca_file}
+    cluster: Any = LocalCluster(
+        n_workers=1,
+        processes=False,
+        protocol=protocol,
+        security=security if protocol == "tls://" else None,
+        dashboard_address=None,  # type: ignore[arg-type]
+    )
+    with cluster as running, config.set(certificate):
+        assert run(study, scheduler=running.scheduler_address).count("done") == 3
+    assert ("is not encrypted; anyone who can reach its port can run code as you" in caplog.text) == warned
 
 
 def test_steps_and_losses_are_read_from_the_store(study, monkeypatch):
@@ -339,3 +362,68 @@ def mask(process):
     except ProcessLookupError:
         return False
     return True
+
+
+def listening_ports(processes):
+    """The TCP ports on which these processes listen, from /proc."""
+    inodes = set()
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(words[1].partition(":")[2], 16) for words in lines if words[3] == "0A" and words[9] in inodes}
+
+
+def test_no_port_of_a_local_cluster_answers_without_its_certificate():
+    from distributed import Client
+    from distributed.security import Security
+
+    from atn_norms.ablation.execution.local_cluster import local_cluster
+
+    before = listening_ports([os.getpid()])
+    running: Any = local_cluster(1)
+    with running, Client(running) as client:
+        workers: Any = client.run(os.getpid)
+        (worker,) = workers.values()
+        ports = listening_ports([os.getpid(), worker]) - before
+        assert len(ports) == 3, "the scheduler, its worker, and the process that watches over the worker"
+        for port in ports:
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+                connection.sendall(b"GET /info/main/workers.html HTTP/1.0\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    assert b"HTTP" not in connection.recv(100)
+        for scheme, security in (("tcp", Security()), ("tls", Security.temporary())):
+            address = f"{scheme}://127.0.0.1:{running.scheduler.port}"
+            with pytest.raises((OSError, TimeoutError)):
+                Client(address, security=security, timeout=2)
+
+
+KILLED_WHILE_STARTING = """
+import os, signal
+try:
+    os.close(os.open({marker!r}, os.O_CREAT | os.O_EXCL))
+except FileExistsError:
+    pass
+else:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_killed_while_it_starts_is_started_again(study, tmp_path):
+    from dask import config
+
+    preload = KILLED_WHILE_STARTING.format(marker=str(tmp_path / "killed"))
+    with config.set({"distributed.worker.preload": [preload]}):
+        assert run(study, workers=1).count("done") == 3
+    assert (tmp_path / "killed").exists()
+
+
+def test_workers_that_never_start_are_one_sentence(study):
+    from dask import config
+
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    expected = r"^workers: a local process ended while starting, 3 times \(.*\); finished trials are kept. To resume"
+    with config.set({"distributed.worker.preload": [kill]}), pytest.raises(SpecError, match=expected):
+        run(study, workers=1)
+    assert status(study)["pending"] == 3

@@ -16,7 +16,11 @@ import typer
 from atn_norms.commands.console import Json, Strict, print_json, print_table
 
 EXTRAS = {
-    "ablation": {"distributed": "studies on several processes or a cluster", "matplotlib": "pictures in a report"},
+    "ablation": {
+        "distributed": "studies on several processes or a cluster",
+        "cryptography": "encrypted connections between local processes",
+        "matplotlib": "pictures in a report",
+    },
     "data": {"pyarrow": "tasks that read CSV and Parquet files", "numpy": "sequences in .npy files"},
     "testing": {"hypothesis": "the laws as tests"},
 }

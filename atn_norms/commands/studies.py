@@ -146,11 +146,14 @@ def _need(workers: int, scheduler: str | None = None) -> None:
     """Refuse before anything is trained or written when what a study ends with could not be made."""
     from atn_norms.errors import SpecError
 
-    needed = ["numpy", "matplotlib", *(["distributed"] if workers or scheduler else [])]
-    missing = [module for module in needed if importlib.util.find_spec(module) is None]
+    processes = ["distributed"] if scheduler else ["distributed", "cryptography"] if workers else []
+    missing = [module for module in ("numpy", "matplotlib", *processes) if importlib.util.find_spec(module) is None]
     if missing:
-        cure = "run pip install 'atn-norms[ablation]'" + (", or use --workers 0" if missing == ["distributed"] else "")
-        raise SpecError(f"{' and '.join(missing)}: not installed, and studies need it; {cure}")
+        alternative = ", or use --workers 0" if set(missing) <= {"distributed", "cryptography"} else ""
+        raise SpecError(
+            f"{' and '.join(missing)}: not installed, and studies need it; "
+            f"run pip install 'atn-norms[ablation]'{alternative}"
+        )
     if scheduler is not None:
         from atn_norms.ablation.execution.engine import check_scheduler
 

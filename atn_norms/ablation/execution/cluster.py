@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 from atn_norms.ablation.execution.environment import versions
@@ -19,16 +21,21 @@ from atn_norms.ablation.execution.worker import line, work
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.errors import SpecError
 
+log = logging.getLogger(__name__)
+
 POLL = 0.5  # seconds between looks at the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 DESERTED = 600.0  # seconds to wait for another one when the last has gone
 PATIENCE = 30.0  # seconds for the scheduler to answer
+ENCRYPTED = ("tls://", "wss://", "inproc://")  # inproc: within this process
+STARTS = 3  # attempts to start the local processes
 PING = 10.0  # seconds for a worker to answer, of which nothing has been heard for long
 
 
 def run_with_dask(store: StudyFolder, progress: Progress, workers: int, scheduler: str | None) -> None:
     """Train what is left to do on `workers` local processes, or on those of a scheduler."""
-    with _client(min(workers, len(progress.waiting)), scheduler, progress.threads()) as client:
+    local = min(workers, len(progress.waiting))
+    with _client(local, scheduler, progress.threads(), store.path) as client:
         from distributed.comm import CommClosedError
 
         hands = Dispatcher(client, store, progress)
@@ -158,10 +165,13 @@ def _signals_wait() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
+def _client(workers: int, scheduler: str | None, threads: int, folder: Path) -> Iterator[Any]:
     try:
         from dask import config
-        from distributed import Client, LocalCluster
+        from distributed import Client
+
+        if scheduler is None:
+            import cryptography  # noqa: F401  Dask needs it for the certificates of local processes
     except ModuleNotFoundError as error:
         raise SpecError(
             f"{error.name} is not installed: run pip install 'atn-norms[ablation]', or use --workers 0"
@@ -179,25 +189,39 @@ def _client(workers: int, scheduler: str | None, threads: int) -> Iterator[Any]:
     }
     with config.set(settings), contextlib.ExitStack() as stack:
         if scheduler is None:
-            resource_tracker.ensure_running()  # it lets signals through when it starts, so not inside
+            resource_tracker.ensure_running()  # it unblocks signals when it starts, so it must not start inside
             with _signals_wait():
-                cluster: Any = stack.enter_context(
-                    LocalCluster(
-                        n_workers=workers,
-                        threads_per_worker=1,
-                        processes=True,
-                        memory_limit=0,
-                        dashboard_address="127.0.0.1:0",  # None is port 8787, with a warning where that is taken
-                        scheduler_kwargs={"dashboard": False},
-                        silence_logs=logging.CRITICAL,
-                    )
-                )
+                cluster = stack.enter_context(_started(workers, folder))
             yield stack.enter_context(Client(cluster))
         else:
-            log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does
-            stack.callback(log.setLevel, log.level)
-            log.setLevel(logging.CRITICAL)
+            if not scheduler.startswith(ENCRYPTED):
+                log.warning(
+                    "scheduler: %s is not encrypted; anyone who can reach its port can run code as you. "
+                    "Start it with TLS and use tls://host:port",
+                    scheduler,
+                )
+            client_log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does
+            stack.callback(client_log.setLevel, client_log.level)
+            client_log.setLevel(logging.CRITICAL)
             yield stack.enter_context(_connected(scheduler))
+
+
+def _started(workers: int, folder: Path) -> Any:
+    """Start the local processes; try again where one of them ends while it starts."""
+    from atn_norms.ablation.execution.local_cluster import local_cluster
+
+    for attempt in range(STARTS):
+        try:
+            return local_cluster(workers)
+        except RuntimeError as error:  # Dask's "Nanny failed to start"
+            if attempt == STARTS - 1:
+                reason = line(error.__cause__ or error)
+                resume = shlex.join(["atn-norms", "resume", str(folder), "--workers", "0"])
+                raise SpecError(
+                    f"workers: a local process ended while starting, {STARTS} times ({reason}); finished trials are "
+                    f"kept. To resume without processes: {resume}"
+                ) from error
+    raise AssertionError("unreachable")
 
 
 def _connected(scheduler: str) -> Any:
