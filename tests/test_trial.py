@@ -62,7 +62,7 @@ def test_a_trial_gives_what_it_promises(tmp_path):
     ]  # fmt: skip
     assert result["metrics"]["validation"]["mean squared error"] == trial.curve()[-1]["validation"]
     assert {path.name for path in trial.path.iterdir()} == {
-        "trial.json", "metrics.jsonl", "result.json", "run.json", "log.txt", ".lock"
+        "trial.json", "metrics.jsonl", "model.safetensors", "result.json", "run.json", "log.txt", ".lock"
     }  # fmt: skip
     assert trial.run()["attempts"] == 1
 
@@ -174,7 +174,7 @@ def killed_at(monkeypatch, trial, fatal):
 def test_a_trial_stopped_at_any_write_equals_the_uninterrupted(tmp_path, monkeypatch):
     whole = make(tmp_path / "whole")
     writes = killed_at(monkeypatch, whole, 1000)
-    assert writes == 9, "two notes, three checkpoints with a note each, the result"
+    assert writes == 10, "two notes, three checkpoints with a note each, the model, the result"
     for fatal in range(1, writes + 1):
         trial = make(tmp_path / str(fatal))
         killed_at(monkeypatch, trial, fatal)

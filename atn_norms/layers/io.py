@@ -84,6 +84,11 @@ def load(
     return built.to(device).eval()
 
 
+def constructs(path: str | os.PathLike[str]) -> bool:
+    """Whether `load` constructs the module of a file by itself, without a `model` to fill."""
+    return _read(Path(path))[0]["structure"] is not None
+
+
 def to_bytes(module: nn.Module) -> bytes:
     """The content of the file that `save` writes."""
     if not isinstance(module, nn.Module):

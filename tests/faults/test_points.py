@@ -12,7 +12,7 @@ from tests.faults.registry import fault
 WRITES = ("begin", "written", "synced", "renamed", "durable")
 WRITTEN = (
     "trial.json", "study.yaml", "environment.json", "study.resolved.json",
-    "run.json", "checkpoint.pt", "result.json",
+    "run.json", "checkpoint.pt", "model.safetensors", "result.json",
 )  # fmt: skip
 POINTS = [
     "folder:made",

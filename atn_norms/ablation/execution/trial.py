@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
 from atn_norms.ablation.store.folder import TrialFolder
 from atn_norms.layers import LayerSpec
+from atn_norms.layers.io import to_bytes
 from atn_norms.normalizers import BatchNorm, Normalizer
 from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
@@ -122,7 +124,7 @@ class Trainer:
         score = self.evaluate("validation")[self.task.metric]
         cost = score if self.task.goal == "min" else -score
         self.rate.see(cost)
-        if self.watch.see(cost) and self.train["keep"] == "best":
+        if self.watch.see(cost) and "best" in (self.train["keep"], keeps_model(self.train)):
             self.kept = {name: each.clone() for name, each in self.model.state_dict().items()}
         return score
 
@@ -132,11 +134,29 @@ class Trainer:
             return self._score(split)
 
     def conclude(self) -> dict[str, dict[str, float]]:
-        """Score the weights that are to be kept on both splits; `Diverged` where a score is not finite."""
-        if self.kept is not None:
-            self.model.load_state_dict(self.kept)
-        with self._renewed_populations():
+        """Score the weights of `keep` on both splits; `Diverged` where a score is not finite."""
+        with self._weights(self.train["keep"]), self._renewed_populations():
             return {split: self._score(split) for split in ("validation", "test")}
+
+    def saved(self) -> bytes | None:
+        """The content of `model.safetensors`: the weights of `keep_model`, with populations as they were scored."""
+        if (which := keeps_model(self.train)) == "none":
+            return None
+        with self._weights(which), self._renewed_populations():
+            return to_bytes(self.model.eval())
+
+    @contextmanager
+    def _weights(self, which: str) -> Iterator[None]:
+        """Put the weights of the best validation into the model where `which` is `best`, and the last ones back."""
+        if which != "best" or self.kept is None:
+            yield
+            return
+        last = {name: each.clone() for name, each in self.model.state_dict().items()}
+        self.model.load_state_dict(self.kept)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(last)
 
     def _score(self, split: Split) -> dict[str, float]:
         self.model.eval()
@@ -268,12 +288,27 @@ def _train(
             if on_step is not None:
                 on_step(trainer.step)
         result["metrics"] = trainer.conclude()
+        if (content := _model_of(folder, trainer)) is not None:
+            folder.keep_model(content)
         if trainer.step < trial["train"]["steps"]:
             result["reason"] = f"no better validation in {trainer.watch.since} looks"
     except Diverged as reason:
         folder.log(f"diverged at step {trainer.step}: {reason}")
         result |= {"outcome": "diverged", "metrics": {}, "reason": str(reason)}
     return result | {"step": trainer.step}
+
+
+def keeps_model(train: dict[str, Any]) -> str:
+    """Which weights a trial saves: `best`, `last` or `none`; those that are scored where the study names none."""
+    return train.get("keep_model") or train["keep"]
+
+
+def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:
+    """The model to save; None, with a line in the log, where safetensors is missing and the study names no choice."""
+    if trainer.train.get("keep_model") is None and find_spec("safetensors") is None:
+        folder.log("no model is saved: safetensors is not installed (pip install 'atn-norms[ablation]')")
+        return None
+    return trainer.saved()
 
 
 @contextmanager

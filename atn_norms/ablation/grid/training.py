@@ -23,6 +23,7 @@ class TrainSpec(Options):
     | `eval_every` | steps between validations | a tenth of `steps` |
     | `patience` | validations in a row without a better score after which training ends; None trains to the end | |
     | `keep` | which weights are scored at the end: the `last`, or those of the `best` validation | |
+    | `keep_model` | which weights are saved as `model.safetensors`: `best`, `last` or `none`; no part of a trial's identity | those that are scored |
     | `population_batches` | training batches that renew batch norms' populations before every scoring, 0 for none | |
     | `explosion` | a training loss so many times the first one is divergence; None: only one that is not finite | |
     | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
@@ -42,6 +43,7 @@ class TrainSpec(Options):
     eval_every: int | None = Field(default=None, ge=1)
     patience: int | None = Field(default=None, ge=1)
     keep: Literal["last", "best"] = "last"
+    keep_model: Literal["best", "last", "none"] | None = None
     population_batches: int = Field(default=0, ge=0)
     explosion: float | None = Field(default=1e3, gt=1)
     log_every: int | None = Field(default=None, ge=1)
@@ -54,5 +56,7 @@ class TrainSpec(Options):
         given = self.model_dump(mode="json")
         if not self.population_batches:  # came late: where it is off, trials are the ones they were without it
             del given["population_batches"]
+        if self.keep_model is None:
+            del given["keep_model"]
         derived = {"batch_size": batch_size, "eval_every": tenth, "log_every": hundredth, "checkpoint_every": tenth}
         return given | {name: value for name, value in derived.items() if given[name] is None}

@@ -1,7 +1,8 @@
 """A study's folder: the only truth about what is done, laid out so that a kill at any moment costs nothing finished.
 
 DIR/study.yaml  study.resolved.json  environment.json  .lock
-DIR/trials/ID/  trial.json  metrics.jsonl  checkpoint.pt  result.json  run.json  error.json  log.txt  .lock
+DIR/trials/ID/  trial.json  metrics.jsonl  checkpoint.pt  model.safetensors  result.json
+                run.json  error.json  log.txt  .lock
 DIR/report/     derived, always rebuildable
 """
 
@@ -36,6 +37,7 @@ from atn_norms.errors import SpecError, beside
 if TYPE_CHECKING:
     from atn_norms.ablation.grid.plan import Plan
 
+MODEL = "model.safetensors"
 RESOLVED = "study.resolved.json"
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", ".lock"}
 
@@ -100,6 +102,11 @@ class TrialFolder:
         self._mine()
         write_json(self.path / "result.json", {**result, "curve": mark})
         self.clear()
+
+    def keep_model(self, content: bytes) -> None:
+        """Write `model.safetensors`, which belongs to the trial once `result.json` is there."""
+        self._mine()
+        write(self.path / MODEL, content)
 
     def clear(self) -> None:
         """Remove what a finished trial needs no more."""
@@ -223,6 +230,7 @@ class TrialFolder:
             run=self.run() or None,
             error=read_json(error) if status == "failed" else None,
             step=result["step"] if result is not None else self._reached(status, curve),
+            folder=self.path,
         )
 
     def _reached(self, status: Status, curve: list[dict[str, Any]]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from atn_norms.ablation.store.files import canonical
 
+NEUTRAL = ("checkpoint_every", "keep_model")  # options of training that change no number
 DIGITS = 16  # hexadecimal digits of an id: 64 bits
 
 
@@ -27,9 +28,9 @@ def identity(trial: dict[str, Any]) -> str:
     | `version`, `model`, `seed` | themselves |
     | `task` | its options, without those that name data |
     | `data` | a hash of the content of each data option, wherever the data is stored |
-    | `train` | its options, without `checkpoint_every` |
+    | `train` | its options, without those that change no number: `checkpoint_every`, `keep_model` |
     | `plugins` | version and source hash of each plugin the trial uses; absent where it uses none |
     """
     task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
-    train = {name: value for name, value in trial["train"].items() if name != "checkpoint_every"}
+    train = {name: value for name, value in trial["train"].items() if name not in NEUTRAL}
     return digest({**trial, "task": task, "train": train})

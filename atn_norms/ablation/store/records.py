@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from atn_norms.errors import SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Status = Literal["pending", "running", "done", "diverged", "failed"]
 Goal = Literal["min", "max"]
@@ -56,6 +62,34 @@ class TrialRecord:
     run: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     step: int = 0
+    folder: Path | None = None
+
+    def model(self, model: nn.Module | None = None) -> nn.Module:
+        """Load the trained model that the trial saved (`train.keep_model`), in evaluation mode.
+
+        A `model` is needed where `atn_norms.load` needs one: for a class of your own that a function saved with
+        `trial.keep`. A model with modules of a task plugin is rebuilt by that task.
+
+        Errors: `SpecError` where no model was saved, and those of `atn_norms.load`.
+        """
+        from atn_norms.layers import load
+        from atn_norms.layers.io import constructs
+
+        path = (self.folder or Path(self.id)) / "model.safetensors"
+        if not path.exists():
+            kept = self.trial.get("train", {}).get("keep_model")
+            why = "train.keep_model is none" if kept == "none" else f"the trial is {self.status}"
+            raise SpecError(f"{path}: no model was saved ({why})")
+        if model is None and not constructs(path):
+            model = self._fresh()
+        return load(path, model)
+
+    def _fresh(self) -> nn.Module | None:
+        """An untrained model of this trial, built by its task; None for a function."""
+        from atn_norms.ablation.execution.trial import Trainer, isolated
+
+        with isolated():
+            return Trainer(self.trial).model
 
 
 @dataclass(frozen=True)
@@ -70,6 +104,35 @@ class StudyRecord:
     baseline: dict[str, str]
     trials: tuple[TrialRecord, ...]
 
+    def best(self, **labels: Any) -> TrialRecord:
+        """Return the finished trial with the best validation score among those with the given labels of axes.
+
+        Without a validation score, as of a function, the returned metric decides. A label is an axis's value as the
+        study file has it, such as `norm="layer", window=25`; `task` and `seed` are labels too. An axis with a dot in
+        its name goes into a mapping: `best(**{"train.optimizer.lr": 0.1})`.
+
+        Errors: `SpecError` for an unknown axis or label, where several tasks are left, and where no trial has finished.
+        """
+        wanted = {name.removeprefix("model."): _label(value) for name, value in labels.items()}
+        for name, value in wanted.items():
+            known = {"task": list(self.tasks), "seed": sorted({str(t.seed) for t in self.trials})} | self.axes
+            if name not in known:
+                raise SpecError(f"{name}: got an unknown axis; expected {', '.join(known)}{did_you_mean(name, known)}")
+            if value not in known[name]:
+                near = did_you_mean(value, known[name])
+                raise SpecError(f"{name}: got {value}; expected {', '.join(known[name])}{near}")
+        found = [trial for trial in self.trials if trial.status == "done" and _fits(trial, wanted)]
+        tasks = list(dict.fromkeys(trial.points[0]["task"] for trial in found))
+        if len(tasks) > 1:
+            raise SpecError(
+                f"task: got {len(tasks)} tasks, whose scores do not compare; expected one: {', '.join(tasks)}"
+            )
+        if not found:
+            asked = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
+            raise SpecError(f"study {self.name!r}: got no finished trial with {asked}; expected at least one")
+        facts = self.tasks[tasks[0]]
+        return (min if facts.goal == "min" else max)(found, key=lambda trial: _selection(trial, facts))
+
     def count(self, status: Status) -> int:
         """How many trials have this status."""
         return sum(trial.status == status for trial in self.trials)
@@ -77,3 +140,21 @@ class StudyRecord:
     def counts(self) -> dict[str, int]:
         """How many trials are `done`, `diverged`, `failed`, `running` and `pending`."""
         return {status: self.count(status) for status in ("done", "diverged", "failed", "running", "pending")}
+
+
+def _label(value: Any) -> str:
+    from atn_norms.ablation.grid.study import label
+
+    return label(value)
+
+
+def _fits(trial: TrialRecord, wanted: dict[str, str]) -> bool:
+    """Whether one of the grid points that a trial answers has all of some labels."""
+    return any(wanted.items() <= {**point, "seed": str(trial.seed)}.items() for point in trial.points)
+
+
+def _selection(trial: TrialRecord, facts: TaskFacts) -> float:
+    """The score that chooses between trials: on validation data where there is one, never on test data then."""
+    metrics = (trial.result or {}).get("metrics", {})
+    value = metrics.get("validation", {}).get(facts.metric, metrics.get("test", {}).get(facts.metric))
+    return float(value) if isinstance(value, int | float) else float("inf" if facts.goal == "min" else "-inf")

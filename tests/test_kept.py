@@ -1,0 +1,135 @@
+"""Kept models: a study saves the weights it scores, and gives them back without the training code."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from atn_norms.ablation import TrainSpec, create, load, run
+from atn_norms.ablation.execution.trial import Trainer
+from atn_norms.ablation.store.identity import identity
+from atn_norms.ablation.store.records import TaskFacts
+from atn_norms.errors import SpecError
+from atn_norms.layers import io, structure
+from tests.recorded import METRIC
+from tests.recorded import study as recorded
+
+pytest.importorskip("safetensors")
+
+STUDY = {
+    "model": {"cell": "lstm", "hidden_size": 4},
+    "task": {"kind": "adding", "length": 5, "train": 40, "validation": 10, "test": 10},
+    "train": {"steps": 6, "batch_size": 5, "eval_every": 2},
+    "axes": {"norm": ["none", "layer", "batch"], "window": [1, 3]},
+    "seeds": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = create(STUDY, tmp_path_factory.mktemp("kept") / "study")
+    return run(folder, workers=0)
+
+
+def scored_again(trial):
+    """The test score of a trial's saved model, by the trial's own task."""
+    return score(trial, "test")
+
+
+def score(trial, split):
+    trainer: Any = Trainer(trial.trial)
+    trainer.model = trial.model()
+    return trainer._score(split)
+
+
+def test_the_saved_model_scores_what_the_trial_scored(finished):
+    for trial in finished.trials:
+        assert scored_again(trial) == (trial.result or {})["metrics"]["test"], trial.points
+
+
+def test_best_takes_labels_as_the_study_file_has_them(finished):
+    trial = finished.best(norm="layer", window=3)
+    assert {"norm": "layer", "window": "3"}.items() <= trial.points[0].items()
+    assert finished.best(norm="none", window=1) is finished.best(norm="none", window=3)  # one trial answers both
+    assert finished.best(seed=1).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"nrom": "layer"}, "nrom: got an unknown axis; expected task, seed, norm, window; .*'norm'"),
+        ({"norm": "laier"}, "norm: got laier; expected none, layer, batch; .*'layer'"),
+        ({"window": 4}, "window: got 4; expected 1, 3"),
+    ],
+)
+def test_best_refuses_unknown_labels(finished, labels, message):
+    with pytest.raises(SpecError, match=message):
+        finished.best(**labels)
+
+
+@pytest.mark.parametrize(("goal", "seed"), [("min", 0), ("max", 2)])
+def test_best_goes_by_validation_and_never_by_test(goal, seed):
+    record = recorded(lambda norm, window, seed: 1.0, seeds=3, tasks={"adding": TaskFacts(METRIC, {}, goal)})
+    trials = []
+    for trial in record.trials:
+        metrics = {"validation": {METRIC: 1.0 + trial.seed}, "test": {METRIC: 9.0 - trial.seed}}
+        trials.append(replace(trial, result={**(trial.result or {}), "metrics": metrics}))
+    assert replace(record, trials=tuple(trials)).best().seed == seed
+
+
+def test_best_needs_one_task_and_a_finished_trial(tmp_path):
+    both = {**STUDY, "tasks": [STUDY["task"], {**STUDY["task"], "length": 6}], "axes": {}, "seeds": 1}
+    del both["task"]
+    folder = create(both, tmp_path / "study")
+    with pytest.raises(SpecError, match="got no finished trial with any label"):
+        load(folder).best()
+    record = run(folder, workers=0)
+    with pytest.raises(SpecError, match="got 2 tasks, whose scores do not compare"):
+        record.best()
+    assert record.best(task=next(iter(record.tasks))).status == "done"
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("keep_model", ["last", "best", None])
+def test_keep_model_chooses_what_is_saved_and_keep_what_is_scored(tmp_path, keep, keep_model):
+    train = {"steps": 9, "batch_size": 5, "eval_every": 1, "optimizer": {"kind": "sgd", "lr": 0.4}, "keep": keep}
+    record = run(create({**STUDY, "axes": {}, "seeds": 1, "train": train}, tmp_path / "plain"), workers=0)
+    chosen = run(
+        create({**STUDY, "axes": {}, "seeds": 1, "train": {**train, "keep_model": keep_model}}, tmp_path / "chosen"),
+        workers=0,
+    )
+    (plain,), (trial,) = record.trials, chosen.trials
+    validations = [line["validation"] for line in trial.curve]
+    assert min(validations) < validations[-1]  # the best weights are not the last ones
+    assert trial.id == plain.id and trial.result == plain.result is not None
+    assert score(trial, "validation")["mean squared error"] == (
+        min(validations) if (keep_model or keep) == "best" else validations[-1]
+    )
+
+
+def test_none_saves_nothing_and_says_so(tmp_path):
+    study = {**STUDY, "axes": {}, "seeds": 1, "train": {**STUDY["train"], "keep_model": "none"}}
+    record = run(create(study, tmp_path / "study"), workers=0)
+    with pytest.raises(SpecError, match=r"model\.safetensors: no model was saved \(train\.keep_model is none\)"):
+        record.best().model()
+
+
+def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(structure, "TRUSTED", ())  # as if encoder and read-out were a plugin's classes
+    record = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0)
+    monkeypatch.undo()
+    trial = record.best()
+    assert trial.folder is not None and not io.constructs(trial.folder / "model.safetensors")
+    assert scored_again(trial) == (trial.result or {})["metrics"]["test"]
+
+
+def test_keep_model_is_no_part_of_a_trials_identity():
+    options = TrainSpec(keep_model="best").filled(5)
+    trial = {"version": 2, "model": {}, "task": {}, "data": {}, "seed": 0, "train": options}
+    assert "keep_model" not in TrainSpec().filled(5)
+    assert identity(trial) == identity({**trial, "train": TrainSpec().filled(5)})
+
+
+def test_a_record_without_a_folder_has_no_model():
+    with pytest.raises(SpecError, match="no model was saved"):
+        recorded(lambda norm, window, seed: 1.0).trials[0].model()
