@@ -1,0 +1,156 @@
+/* Sites whose normalizer is a program: its rows are measured and normalized tile by tile, and back. Rows past their length are
+   left out: nothing is computed of them, whatever they hold. Included by recurrent.inc.h. */
+
+/* Live rows of one block at one step: the next stretch of them from `row` on, its end in `end`; rows where there is none. */
+INLINE long FN(next_live)(const Work *work, long t, long first, long row, long rows, long *end) {
+    while (row < rows && !FN(alive)(work, t, first + row)) row++;
+    *end = row;
+    while (*end < rows && FN(alive)(work, t, first + *end)) ++*end;
+    return row;
+}
+
+/* Rows of REAL as an input: themselves, or converted into a room. */
+INLINE Input FN(as_input)(const REAL *rows, long apart, long count, long width, double **room) {
+#if IS_DOUBLE
+    (void)count;
+    (void)width;
+    (void)room;
+    return (Input){rows, apart};
+#else
+    double *to = *room;
+    for (long r = 0; r < count; r++)
+        for (long i = 0; i < width; i++) to[r * width + i] = (double)rows[r * apart + i];
+    *room += count * width;
+    return (Input){to, width};
+#endif
+}
+
+/* What runs a program of a site at step t, for one part of `count` rows from row r of the block on. */
+typedef struct {
+    const Line *site;
+    long t, part, r, count;
+    double *room;
+} FN(Tile);
+
+INLINE const Program *FN(program)(const Line *site, int which) {
+    const Program *program = site->programs;
+    while (which-- > 0) program = next_program(program);
+    return program;
+}
+
+INLINE Input FN(parameters)(const FN(Tile) *tile) { return (Input){tile->site->parameter + tile->part * tile->site->parameters, 0}; }
+
+/* Numbers of one part in an array over lanes, at lane `ahead` of the tile's step. */
+INLINE double *FN(lanes)(const FN(Tile) *tile, double *of, long ahead) {
+    const Line *site = tile->site;
+    return of + (ahead + tile->t) * site->lanes + tile->r * site->groups + tile->part * (site->groups / site->parts);
+}
+
+/* The pooled statistic, or gradients of the own one, as inputs from `input` on; how many there are. */
+INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, double *var, long ahead) {
+    const Line *site = tile->site;
+    if (site->groups == 0) return 0;
+    if (!site->centred) {
+        input[0] = (Input){FN(lanes)(tile, var, ahead), site->groups};
+        return 1;
+    }
+    input[0] = (Input){FN(lanes)(tile, mean, ahead), site->groups};
+    input[1] = (Input){FN(lanes)(tile, var, ahead), site->groups};
+    return 2;
+}
+
+/* An output as numbers of one part over lanes, put there or added. */
+INLINE void FN(into_lanes)(const FN(Tile) *tile, Input output, double *of, long ahead, const int add) {
+    const Line *site = tile->site;
+    double *to = FN(lanes)(tile, of, ahead);
+    const long width = site->groups / site->parts;
+    for (long r = 0; r < tile->count; r++)
+        for (long i = 0; i < width; i++) {
+            const double value = output.at[r * output.apart + i];
+            to[r * site->groups + i] = add ? to[r * site->groups + i] + value : value;
+        }
+}
+
+INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, REAL *to, long apart, long width, const int add) {
+    for (long r = 0; r < tile->count; r++, to += apart)
+        for (long i = 0; i < width; i++) {
+            const REAL value = (REAL)output.at[r * output.apart + i];
+            to[i] = add ? to[i] + value : value;
+        }
+}
+
+/* Add gradients of the parameters, over the rows of a tile. */
+INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output) {
+    const long many = tile->site->parameters;
+    double *to = tile->site->dgain + tile->part * many;
+    for (long r = 0; r < tile->count; r++)
+        for (long i = 0; i < many; i++) to[i] += output.at[r * output.apart + i];
+}
+
+#define EACH_TILE(program, rows)                                                                                   \
+    for (long r_ = 0, end_; (r_ = FN(next_live)(work, t, first, r_, rows, &end_)) < (rows); r_ = end_)             \
+        for (long part_ = 0; part_ < site->parts; part_++)                                                         \
+            for (long at_ = r_; at_ < end_; at_ += (program)->tile_rows)                                           \
+                for (FN(Tile) tile = {site, t, part_, at_, end_ - at_ < (program)->tile_rows ? end_ - at_ : (program)->tile_rows, room}; \
+                     tile.count; tile.count = 0)
+
+/* Own statistics of a block's live rows at step t. */
+static void FN(traced_measure)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, double *room) {
+    const Program *program = FN(program)(site, MEASURE);
+    const long width = site->features / site->parts, ahead = site->prefix, at = (ahead + t) * site->lanes;
+    if (site->groups == 0) return;
+    memset(site->mean + at, 0, (size_t)site->lanes * sizeof(double));
+    memset(site->var + at, 0, (size_t)site->lanes * sizeof(double));
+    EACH_TILE(program, rows) {
+        Input output[2], input[2] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile)};
+        RUN_PROGRAM(program, input, tile.count, tile.room, output);
+        if (site->centred) FN(into_lanes)(&tile, output[0], site->mean, ahead, 0);
+        FN(into_lanes)(&tile, output[site->centred], site->var, ahead, 0);
+    }
+}
+
+/* Normalized live rows of a block at step t, into rows `ldo` apart; other rows as they are. */
+static void FN(traced_normalize)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, REAL *out,
+                                 long ldo, double *room) {
+    const Program *program = FN(program)(site, NORMALIZE);
+    const long width = site->features / site->parts;
+    for (long r = 0; r < rows && work->call->lengths; r++)
+        if (!FN(alive)(work, t, first + r)) FN(copy)(out + r * ldo, x + r * ldx, site->features);
+    EACH_TILE(program, rows) {
+        Input output[1], input[4] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        input[1 + FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0)] = FN(parameters)(&tile);
+        RUN_PROGRAM(program, input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], out + tile.r * ldo + tile.part * width, ldo, width, 0);
+    }
+}
+
+/* Back through a site: rows of dx hold the gradient of its result, and get that of what it was given; ldd apart. */
+static void FN(traced_back)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
+                            double *room) {
+    const long width = site->features / site->parts;
+    const Program *program = FN(program)(site, NORMALIZE_BACK);
+    EACH_TILE(program, rows) {
+        REAL *to = dx + tile.r * ldd + tile.part * width;
+        Input output[4], input[5] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        const long leaves = FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0);
+        input[1 + leaves] = FN(parameters)(&tile);
+        input[2 + leaves] = FN(as_input)(to, ldd, tile.count, width, &tile.room);
+        RUN_PROGRAM(program, input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], to, ldd, width, 0);
+        if (leaves == 2) FN(into_lanes)(&tile, output[1], site->dmu, 0, 1);
+        if (leaves) FN(into_lanes)(&tile, output[leaves], site->dv, 0, 1);
+        if (program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves]);
+    }
+    if (site->groups == 0) return;
+    FN(unpool)(site, work->steps, t);
+    program = FN(program)(site, MEASURE_BACK);
+    EACH_TILE(program, rows) {
+        Input output[2], input[4] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile)};
+        FN(lane_inputs)(&tile, input + 2, site->dmean, site->dvar, site->prefix);
+        RUN_PROGRAM(program, input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], dx + tile.r * ldd + tile.part * width, ldd, width, 1);
+        if (program->outputs > 1) FN(into_parameters)(&tile, output[1]);
+    }
+}
+
+#undef EACH_TILE

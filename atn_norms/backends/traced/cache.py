@@ -1,0 +1,131 @@
+"""Traced normalizers by what they depend on, each traced and compared with its own Python once in a process."""
+
+from __future__ import annotations
+
+import enum
+import types
+import warnings
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.backends.traced.normalizer import TracedNorm, differences, trace
+from atn_norms.normalizers import Normalizer
+
+TOLERANCE = 1e-10  # of random rows of a few dozen features in float64, whose roundings add up to about 1e-14
+MOST = 1024  # traced normalizers that are kept
+
+_kept: dict[Any, TracedNorm | str] = {}
+
+
+def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
+    """Return a normalizer over so many features as programs, or the reason why it has none."""
+    if type(normalizer).population is not Normalizer.population:
+        return "it overrides population, which has no native kernel"
+    if normalizer.couples_batch:
+        return "it merges the rows of a batch before the window and is not declared as batch_moments"
+    try:
+        key = features, fingerprint(normalizer)
+        found = _kept.get(key)
+    except _Unfrozen as error:
+        return str(error)
+    if found is None:
+        found = _checked(normalizer, features)
+        if len(_kept) >= MOST:
+            _kept.clear()
+        _kept[key] = found
+    return found
+
+
+def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
+    traced = trace(normalizer, features)
+    if isinstance(traced, str):
+        return traced
+    worst = {name: value for name, value in differences(normalizer, traced).items() if not value <= TOLERANCE}
+    if not worst:
+        return traced
+    numbers = ", ".join(f"{name} by {value:.1e}" for name, value in worst.items())
+    reason = f"its native program differs from its Python ({numbers}, relative, on random rows in float64)"
+    warnings.warn(f"{type(normalizer).__name__}: {reason}; the reference runs it", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+class _Unfrozen(Exception):
+    pass
+
+
+_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+_PLAIN = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bool,
+    type(None),
+    torch.dtype,
+    torch.device,
+    PurePath,
+    enum.Enum,
+    range,
+    slice,
+)
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, cached_property)
+_NAMED += (staticmethod, classmethod, types.MethodType, types.GenericAlias, torch.jit.ScriptFunction)
+
+
+def fingerprint(module: nn.Module) -> Any:
+    """Return a hashable value that changes with everything a module's Python may depend on, except tensors' elements.
+
+    Errors: an attribute that could change unnoticed, such as an object of a class of your own.
+    """
+    values = [(name, value) for name, value in module.__dict__.items() if name not in _MODULE]
+    own = []
+    for name, value in (*values, *((name, getattr(type(module), name, None)) for name in _class_names(type(module)))):
+        try:
+            own.append((name, _frozen(value)))
+        except TypeError:
+            kind = type(value).__name__
+            raise _Unfrozen(f"its attribute {name!r} is a {kind}, which may change unnoticed") from None
+    tensors = [
+        (name, None if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())
+    ]
+    modules = [(name, None if child is None else fingerprint(child)) for name, child in module._modules.items()]
+    return type(module), tuple(own), tuple(tensors), tuple(modules)
+
+
+@lru_cache(maxsize=1024)
+def _class_names(kind: type) -> tuple[str, ...]:
+    """Return the names of class attributes and methods that a plugin's classes define."""
+    names: dict[str, None] = {}
+    for base in kind.__mro__:
+        if base in (Normalizer, nn.Module):
+            break
+        names |= dict.fromkeys(name for name in vars(base) if not name.startswith("__") and name != "_abc_impl")
+    return tuple(names)
+
+
+def _frozen(value: Any) -> Any:
+    kind = type(value)
+    if kind is float:
+        return "float", value.hex()
+    if isinstance(value, _PLAIN):
+        return kind, value
+    if isinstance(value, Tensor):
+        return "tensor"  # a recorded operation that reads it has no program
+    if isinstance(value, (list, tuple)):
+        return (kind, *map(_frozen, value))
+    if isinstance(value, (set, frozenset)):
+        return kind, frozenset(map(_frozen, value))
+    if isinstance(value, Mapping):
+        return (kind, *((name, _frozen(part)) for name, part in value.items()))
+    parameters = getattr(kind, "__dataclass_params__", None)
+    config = getattr(kind, "model_config", {})
+    if isinstance(value, _NAMED) or (parameters is not None and parameters.frozen) or config.get("frozen"):
+        hash(value)
+        return value
+    raise TypeError

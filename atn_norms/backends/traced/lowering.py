@@ -1,0 +1,380 @@
+"""From recorded operations to a program: element patterns, common subexpressions, registers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atn_norms.backends.traced.assembly import STRUCTURAL
+from atn_norms.backends.traced.patterns import (
+    MOST_PIECES,
+    Expression,
+    Place,
+    expanded,
+    is_dense,
+    pattern_of,
+    runs_of,
+    storage_of,
+    storage_places,
+)
+from atn_norms.backends.traced.program import (
+    CONSTANT,
+    INPUT,
+    REGISTER,
+    TORCH,
+    Instruction,
+    Op,
+    Operand,
+    Program,
+    Slot,
+)
+from atn_norms.backends.traced.recorder import Call, Untraceable
+from atn_norms.backends.traced.registers import Draft, allot
+from atn_norms.backends.traced.rules import RULES
+
+
+class Lowering:
+    """Build the program of recorded calls, from tensors that are inputs to tensors that are outputs.
+
+    Slots are unlimited here and each is written once (a concatenation: once per part); `finish` allots registers.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._code: list[Instruction] = []
+        self._constants: dict[int, tuple[float, ...]] = {}
+        self._places: dict[int, Place] = {}
+        self._given: set[int] = set()
+        self._alive: list[Tensor] = []
+        self._inputs = 0
+        self._known: dict[Any, int] = {}
+
+    # -- inputs and outputs
+
+    def add_input(self, length: int) -> int:
+        """Return the slot of another input of so many elements; all inputs come before anything else."""
+        self._slots.append(Slot(INPUT, length))
+        self._inputs += 1
+        return len(self._slots) - 1
+
+    def bind(self, tensor: Tensor, slot: int, offset: int = 0) -> None:
+        """Let a contiguous tensor be the elements of an input from `offset` on."""
+        self._alive.append(tensor)
+        self._given.add(storage_of(tensor))
+        self._places[storage_of(tensor)] = Place(slot, torch.arange(offset, offset + tensor.numel()))
+
+    def finish(self, outputs: Sequence[tuple[int, Sequence[tuple[int, Tensor | None]]]]) -> Program:
+        """Return the program of these outputs: each of so many elements, put together of tensors from offsets on.
+
+        A tensor of None is zeros, as is what no tensor fills.
+        """
+        slots = []
+        for length, parts in outputs:
+            tensors = [(at, tensor) for at, tensor in parts if tensor is not None]
+            if len(tensors) == 1 and tensors[0][1].numel() == length:
+                slots.append(self._whole(tensors[0][1], length))
+                continue
+            target = self._register(length)
+            free = 0
+            for at, tensor in sorted(tensors, key=lambda part: part[0]):
+                self._fill(target, free, at - free)
+                for operand, count, start in self._pieces(self._elements(tensor), None):
+                    self._emit(Op.COPY, target, at + start, count, (operand,))
+                free = at + tensor.numel()
+            self._fill(target, free, length - free)
+            slots.append(target)
+        return allot(Draft(self._slots, self._code, self._constants, slots))
+
+    def _fill(self, target: int, at: int, count: int) -> None:
+        if count > 0:
+            self._emit(Op.COPY, target, at, count, (self._scalar(0.0),))
+
+    def _whole(self, tensor: Tensor, length: int) -> int:
+        """Return a slot that holds exactly the elements of a tensor in order."""
+        place, table = self._elements(tensor)
+        if (
+            self._slots[place].length == length
+            and torch.equal(table, torch.arange(length))
+            and self._slots[place].kind == REGISTER
+        ):
+            return place
+        target = self._register(length)
+        for operand, count, start in self._pieces((place, table), None):
+            self._emit(Op.COPY, target, start, count, (operand,))
+        return target
+
+    # -- calls
+
+    def call(self, call: Call) -> None:
+        """Lower one recorded operation."""
+        self._alive += [*call.tensors, *call.results]
+        if call.constant is not None:
+            return self._constant(call)
+        for tensor in call.tensors:
+            if storage_of(tensor) not in self._places:
+                raise call.unsupported("reads a tensor that is neither a parameter nor a buffer of the normalizer")
+        is_view = bool(call.results) and all(storage_of(result) in self._places for result in call.results)
+        mutable = call.function._schema.is_mutable
+        if not is_view and call.name not in STRUCTURAL and call.name not in RULES and not mutable:
+            raise call.unsupported()
+        for tensor in (*call.tensors, *call.results):
+            if tensor.dtype not in _NUMBERS:
+                raise call.unsupported(f"works on {tensor.dtype}")
+        if mutable:
+            return self._in_place(call)
+        if is_view:
+            return None
+        if call.name in STRUCTURAL:
+            return STRUCTURAL[call.name](self, call)
+        value = self._value(call.name, call, call.args, call.kwargs)
+        self._store(call.results[0], value)
+        return None
+
+    def _value(self, name: str, call: Call, args: Sequence[Any], kwargs: dict[str, Any]) -> Expression:
+        rule = RULES.get(name)
+        if rule is None:
+            raise call.unsupported()
+        builder = self.builder(call)
+        return builder.wrap(rule(builder, *args, **kwargs))
+
+    def builder(self, call: Call) -> Builder:
+        """Return what the rule of a call computes with."""
+        return Builder(self, call, tuple(call.results[0].shape))
+
+    def _constant(self, call: Call) -> None:
+        (result,), value = call.results, call.constant
+        assert value is not None
+        if value.numel() == 0:
+            raise call.unsupported("makes an empty tensor")
+        flat = value.detach().to(torch.float64).as_strided((value.numel(),), (1,)).tolist() if is_dense(value) else None
+        if flat is None:
+            raise call.unsupported("makes a tensor that is not contiguous")
+        if len(set(map(str, flat))) == 1:
+            slot, table = self.constant((flat[0],)), torch.zeros(len(flat), dtype=torch.int64)
+        else:
+            slot, table = self.constant(tuple(flat)), torch.arange(len(flat))
+        self._places[storage_of(result)] = Place(slot, table)
+
+    def _in_place(self, call: Call) -> None:
+        target = call.args[0]
+        if storage_of(target) in self._given:
+            raise call.unsupported("changes an input, a parameter or a buffer in place")
+        name = call.name.removesuffix("_")
+        shaped = replace(call, results=[target])
+        if name in ("copy", "fill", "zero"):
+            value = self.builder(shaped).wrap(0.0 if name == "zero" else call.args[1])
+        else:
+            value = self._value(name, shaped, call.args, call.kwargs)
+        value = Expression(value.slot, expanded(value, target.shape), tuple(target.shape))
+        old, changed = self._places[storage_of(target)], storage_places(target)
+        # Every view of the storage sees the change: elements of the storage are old ones or new ones.
+        slot = self._register(len(old.table))
+        kept = torch.ones(len(old.table), dtype=torch.bool)
+        kept[changed] = False
+        source = old.table.clone()
+        source[changed] = value.table
+        for start, end in runs_of(kept.long()):
+            origin = old.slot if kept[start] else value.slot
+            for operand, count, at in self._pieces((origin, source[start:end]), call):
+                self._emit(Op.COPY, slot, start + at, count, (operand,))
+        self._places[storage_of(target)] = Place(slot, torch.arange(len(old.table)))
+
+    # -- values
+
+    def constant(self, values: tuple[float, ...]) -> int:
+        """Return the slot of these numbers."""
+        key = ("constant", tuple(value.hex() for value in values))
+        if key not in self._known:
+            self._slots.append(Slot(CONSTANT, len(values)))
+            self._constants[len(self._slots) - 1] = values
+            self._known[key] = len(self._slots) - 1
+        return self._known[key]
+
+    def _scalar(self, value: float) -> Operand:
+        return Operand(self.constant((float(value),)), 0, 1, 1)
+
+    def _register(self, length: int) -> int:
+        self._slots.append(Slot(REGISTER, length))
+        return len(self._slots) - 1
+
+    def _emit(
+        self,
+        op: Op,
+        target: int,
+        offset: int,
+        count: int,
+        operands: tuple[Operand, ...],
+        repeat: int = 1,
+        length: int = 0,
+    ) -> None:
+        self._code.append(Instruction(op, target, offset, count, repeat, length or count, operands))
+
+    def _elements(self, tensor: Tensor) -> tuple[int, Tensor]:
+        """Return the slot of a tensor, and for each element in logical order its place there."""
+        place = self._places[storage_of(tensor)]
+        return place.slot, place.table[storage_places(tensor)]
+
+    def _pieces(self, elements: tuple[int, Tensor], call: Call | None) -> list[tuple[Operand, int, int]]:
+        """Return operands of contiguous parts of a list of elements, with the count and the start of each part."""
+        slot, table = elements
+        whole = pattern_of(slot, table)
+        if whole is not None:
+            return [(whole, len(table), 0)]
+        cuts = [0, *(torch.nonzero(table.diff() != 1).flatten() + 1).tolist(), len(table)]
+        if len(cuts) > MOST_PIECES:
+            raise (call.unsupported if call else Untraceable)("reads elements in an order that no instruction has")
+        parts = []
+        for start, end in pairwise(cuts):
+            parts.append((Operand(slot, int(table[start]), 1, end - start), end - start, start))
+        return parts
+
+    def materialized(self, slot: int, table: Tensor, call: Call) -> tuple[int, Tensor]:
+        """Return elements that have a pattern, copied where they have none."""
+        if pattern_of(slot, table) is not None:
+            return slot, table
+        target = self._register(len(table))
+        for operand, count, start in self._pieces((slot, table), call):
+            self._emit(Op.COPY, target, start, count, (operand,))
+        return target, torch.arange(len(table))
+
+    def compute(self, op: Op, operands: Sequence[tuple[int, Tensor]], call: Call) -> tuple[int, Tensor]:
+        """Return the elements of an elementwise operation, computed once for elements that repeat."""
+        count = len(operands[0][1])
+        patterned = [self.materialized(slot, table, call) for slot, table in operands]
+        patterns = [pattern_of(slot, table) for slot, table in patterned]
+        repeat = count
+        for pattern in patterns:
+            assert pattern is not None
+            if pattern.length > 1:
+                repeat = math.gcd(repeat, pattern.repeat)
+        if repeat > 1 and count % repeat == 0:
+            patterns = [pattern_of(slot, table[::repeat]) for slot, table in patterned]
+            if None in patterns:
+                repeat, patterns = 1, [pattern_of(slot, table) for slot, table in patterned]
+        else:
+            repeat = 1
+        size = count // repeat
+        inputs = tuple(pattern for pattern in patterns if pattern is not None)
+        place = torch.arange(count) // repeat
+        folded = self._folded(op, inputs, size)
+        if folded is not None:
+            return folded[0], folded[1][place]
+        key = (op, size, inputs)
+        if key not in self._known:
+            target = self._register(size)
+            self._emit(op, target, 0, size, inputs)
+            self._known[key] = target
+        return self._known[key], place
+
+    def _folded(self, op: Op, operands: tuple[Operand, ...], size: int) -> tuple[int, Tensor] | None:
+        """Return the elements of an operation that changes nothing, or of constants alone."""
+        values = [self._constants.get(operand.slot) if operand.length == 1 else None for operand in operands]
+        scalars = [
+            None if value is None else value[operand.offset] for value, operand in zip(values, operands, strict=True)
+        ]
+        if None not in scalars and op not in (Op.COPY,):
+            result = TORCH[op](*(torch.tensor(scalar, dtype=torch.float64) for scalar in scalars))
+            return self.constant((float(result),)), torch.zeros(size, dtype=torch.int64)
+        one = [scalar == 1.0 for scalar in scalars]
+        kept = None
+        if op == Op.COPY or (op in (Op.MUL, Op.DIV, Op.POW) and one[1]):
+            kept = operands[0]
+        elif op == Op.MUL and one[0]:
+            kept = operands[1]
+        return None if kept is None else (kept.slot, kept.offset + (torch.arange(size) // kept.repeat) % kept.length)
+
+    def total(self, slot: int, table: Tensor, repeat: int, length: int, call: Call) -> tuple[int, Tensor]:
+        """Return sums: element i of so many goes to sum `(i // repeat) % length`."""
+        count = len(table)
+        if count == length:
+            return slot, table
+        slot, table = self.materialized(slot, table, call)
+        operand = pattern_of(slot, table)
+        assert operand is not None
+        key = (Op.SUM, count, repeat, length, operand)
+        if key not in self._known:
+            target = self._register(length)
+            self._emit(Op.SUM, target, 0, count, (operand,), repeat, length)
+            self._known[key] = target
+        return self._known[key], torch.arange(length)
+
+    def _store(self, result: Tensor, value: Expression) -> None:
+        """Let a dense tensor be the elements of a value, which are in its logical order."""
+        slot, table = value.slot, value.table
+        index = storage_places(result)
+        if len(index) and int(index.max()) >= len(index):
+            raise Untraceable(f"a result of shape {list(result.shape)} is not contiguous")
+        by_storage = torch.empty_like(table)
+        by_storage[index] = table
+        self._places[storage_of(result)] = Place(slot, by_storage)
+
+
+_NUMBERS = (torch.float64, torch.float32, torch.bool)
+
+
+class Builder:
+    """What the rules of operations compute with: expressions, whose shapes broadcast as torch's."""
+
+    def __init__(self, lowering: Lowering, call: Call, shape: tuple[int, ...]) -> None:
+        self._lowering, self.call, self.shape = lowering, call, shape
+
+    def wrap(self, value: Any) -> Expression:
+        """Return the expression of a tensor, a number or an expression."""
+        if isinstance(value, Expression):
+            return value
+        if isinstance(value, Tensor):
+            slot, table = self._lowering._elements(value)
+            return Expression(slot, table, tuple(value.shape))
+        if isinstance(value, (bool, int, float)):
+            return Expression(self._lowering.constant((float(value),)), torch.zeros(1, dtype=torch.int64), ())
+        raise self.call.unsupported(f"has an argument {value!r} that no instruction has")
+
+    def __call__(self, op: Op, *values: Any) -> Expression:
+        """Return the elementwise operation of values, broadcast against each other."""
+        wrapped = [self.wrap(value) for value in values]
+        shape = torch.broadcast_shapes(*(value.shape for value in wrapped))
+        operands = [(value.slot, expanded(value, shape)) for value in wrapped]
+        slot, table = self._lowering.compute(op, operands, self.call)
+        return Expression(slot, table, tuple(shape))
+
+    def sum(self, value: Any, dims: Any = None, keepdim: bool = False) -> Expression:
+        """Return sums over axes."""
+        value = self.wrap(value)
+        rank = len(value.shape)
+        axes = (
+            sorted({axis % rank for axis in (range(rank) if not dims else [dims] if isinstance(dims, int) else dims)})
+            if rank
+            else []
+        )
+        kept = [axis for axis in range(rank) if axis not in axes]
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(value.shape))
+        large = [axis for axis in axes if value.shape[axis] > 1]
+        order = range(rank)
+        if large and large != list(range(large[0], large[-1] + 1)):
+            raise self.call.unsupported("sums over axes that are not neighbours")
+        length = math.prod(value.shape[axis] for axis in order if axis not in large)
+        table, repeat = value.table, 1
+        if large:
+            after = math.prod(value.shape[large[-1] + 1 :])
+            before = math.prod(value.shape[: large[0]])
+            if after > 1 and before > 1:
+                # Bring the summed axes to the front, so that sums repeat in a cycle.
+                table = table.reshape(before, -1, after).transpose(0, 1).reshape(-1)
+                repeat = 1
+            else:
+                repeat = math.prod(value.shape[axis] for axis in large) if after == 1 else 1
+        slot, result = self._lowering.total(value.slot, table, repeat, length, self.call)
+        final = shape if keepdim else tuple(value.shape[axis] for axis in kept)
+        return Expression(slot, result, final)
+
+    def mean(self, value: Any, dims: Any = None, keepdim: bool = False) -> Expression:
+        """Return means over axes."""
+        value = self.wrap(value)
+        total = self.sum(value, dims, keepdim)
+        return self(Op.DIV, total, float(math.prod(value.shape) / max(math.prod(total.shape), 1)))

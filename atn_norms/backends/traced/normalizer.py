@@ -1,0 +1,411 @@
+"""A normalizer traced into four programs: measure, normalize, and their vector-Jacobian products."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.backends.traced.lowering import Lowering
+from atn_norms.backends.traced.program import Program
+from atn_norms.backends.traced.recorder import Recorder, Untraceable
+from atn_norms.normalizers import Normalizer
+from atn_norms.statistics import Average, Moments
+
+PROGRAMS = ("measure", "normalize", "measure_back", "normalize_back")
+
+
+@dataclass(frozen=True)
+class TracedNorm:
+    """A normalizer as programs over rows of `features` elements.
+
+    | field | meaning | inputs -> outputs |
+    |---|---|---|
+    | `measure` | one row's statistic | x, parameters -> leaves |
+    | `normalize` | the normalized row | x, leaves, parameters -> y |
+    | `measure_back` | vector-Jacobian product of `measure` | x, parameters, dleaves -> dx, dparameters or nothing |
+    | `normalize_back` | and of `normalize` | x, leaves, parameters, dy -> dx, dleaves, dparameters |
+    | `leaves` | trailing shapes of the statistic's leaves; none where there is no statistic | |
+    | `centred` | the statistic is `Moments`; otherwise all leaves are weighted means | |
+    | `parameters` | elements of all parameters and buffers, one after the other | |
+
+    Leaves of weighted means are one input, one after the other; means and variances of `Moments` are two.
+    """
+
+    features: int
+    leaves: tuple[tuple[int, ...], ...]
+    centred: bool
+    parameters: int
+    measure: Program
+    normalize: Program
+    measure_back: Program
+    normalize_back: Program
+
+    @property
+    def width(self) -> int:
+        """Elements that are pooled separately: of each leaf of `Moments`, or of all leaves of weighted means."""
+        sizes = [_size(leaf) for leaf in self.leaves]
+        return (sizes[0] if self.centred else sum(sizes)) if sizes else 0
+
+    @property
+    def inputs(self) -> list[int]:
+        """Elements of the pooled statistic's inputs."""
+        return _leaf_inputs(self.width, self.centred)
+
+    def __post_init__(self) -> None:
+        x, leaves, extra = [self.features], self.inputs, [self.parameters]
+        for name, inputs, outputs in (
+            ("measure", x + extra, leaves),
+            ("normalize", x + leaves + extra, x),
+            ("measure_back", x + extra + leaves, x + extra),
+            ("normalize_back", x + leaves + extra + x, x + leaves + extra),
+        ):
+            program: Program = getattr(self, name)
+            whole = list(program.results) == outputs or (
+                name.endswith("back") and list(program.results) == outputs[:-1]
+            )
+            if list(program.inputs) != inputs or not whole:
+                raise ValueError(
+                    f"{name}: got inputs {list(program.inputs)} and outputs {list(program.results)}; "
+                    f"expected {inputs} and {outputs}"
+                )
+
+    def encode(self) -> str:
+        """Return a text without blanks from which `decode` builds the same."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        shapes = ",".join("x".join(map(str, leaf)) for leaf in self.leaves)
+        head = f"{self.features}|{shapes}|{int(self.centred)}|{self.parameters}"
+        return "|".join([head, *(getattr(self, name).encode() for name in PROGRAMS)])
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def decode(text: str) -> TracedNorm:
+        """Return the traced normalizer of a text; `ValueError` where it describes none."""
+        features, shapes, centred, parameters, *programs = text.split("|")
+        leaves = tuple(tuple(int(size) for size in leaf.split("x") if size) for leaf in shapes.split(",") if leaf)
+        every = [Program.decode(program) for program in programs]
+        return TracedNorm(int(features), leaves, centred == "1", int(parameters), *every)
+
+    @cached_property
+    def words(self) -> bytes:
+        """The four programs as the kernels read them, one after the other."""
+        return b"".join(getattr(self, name).words for name in PROGRAMS)
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for axis in shape:
+        size *= axis
+    return size
+
+
+def _leaf_inputs(width: int, centred: bool) -> list[int]:
+    return [width] * (2 if centred else 1) if width else []
+
+
+def tensors_of(normalizer: Normalizer) -> list[Tensor]:
+    """Return the parameters and floating-point buffers of a normalizer, in the order of the programs' input."""
+    every = [*normalizer.parameters(), *normalizer.buffers()]
+    return [tensor for tensor in every if tensor.is_floating_point()]
+
+
+def trace(normalizer: Normalizer, features: int) -> TracedNorm | str:
+    """Return a normalizer as programs, or the reason why it has none."""
+    try:
+        first = _traced(normalizer, features, 0)
+        if first != _traced(normalizer, features, 1):
+            return "what it computes depends on numbers in tensors in a way that only Python sees"
+        return first
+    except Untraceable as error:
+        return str(error)
+
+
+def _traced(normalizer: Normalizer, features: int, seed: int) -> TracedNorm:
+    twin = _twin(normalizer, seed)
+    source = torch.Generator().manual_seed(seed)
+    dtype = torch.float64
+    x = torch.randn(1, features, generator=source, dtype=dtype)
+    tensors = tensors_of(twin)
+    extra = sum(tensor.numel() for tensor in tensors)
+
+    def tracing() -> _Tracing:
+        return _Tracing(twin, tensors, extra)
+
+    run = tracing()
+    slot_x, slot_p = run.input(x), run.parameters()
+    statistic = run.observe(lambda: twin.measure(run.leaf(slot_x)))
+    leaves, centred = _checked_statistic(twin, statistic)
+    width = (leaves[0].numel() if centred else sum(leaf.numel() for leaf in leaves)) if leaves else 0
+    pooled = _leaf_inputs(width, centred)
+    shapes = tuple(tuple(leaf.shape[1:]) for leaf in leaves)
+    measure = run.finish([(size, parts) for size, parts in zip(pooled, _packed(leaves, centred), strict=True)])
+
+    run = tracing()
+    slot_x, slot_p = run.input(x), run.parameters()
+    gradient = [torch.rand(leaf.shape, generator=source, dtype=leaf.dtype) + 0.5 for leaf in leaves]
+    given = run.leaves(gradient, centred)
+    found = run.differentiate(lambda: tuple(twin.measure(run.leaf(slot_x))), given, [slot_x, *slot_p])
+    measure_back = run.finish([(features, [(0, found[0])]), *run.gradients(found[1:])])
+
+    values = [torch.rand(leaf.shape, generator=source, dtype=leaf.dtype) + 0.5 for leaf in leaves]
+    run = tracing()
+    slot_x = run.input(x)
+    slot_l = run.leaves(values, centred)
+    run.parameters()
+    y = run.observe(lambda: twin.normalize(run.leaf(slot_x), _rebuilt(statistic, slot_l)))
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        raise Untraceable("its normalize does not return a tensor of the shape of x")
+    normalize = run.finish([(features, [(0, y)])])
+
+    run = tracing()
+    slot_x = run.input(x)
+    slot_l = run.leaves(values, centred)
+    slot_p = run.parameters()
+    dy = run.input(torch.randn(1, features, generator=source, dtype=y.dtype))
+    found = run.differentiate(
+        lambda: (twin.normalize(run.leaf(slot_x), _rebuilt(statistic, slot_l)),), [dy], [slot_x, *slot_l, *slot_p]
+    )
+    of_leaves = _packed(found[1 : 1 + len(slot_l)], centred, [leaf.numel() for leaf in leaves])
+    normalize_back = run.finish(
+        [
+            (features, [(0, found[0])]),
+            *[(size, parts) for size, parts in zip(pooled, of_leaves, strict=True)],
+            *run.gradients(found[1 + len(slot_l) :]),
+        ]
+    )
+    return TracedNorm(features, shapes, centred, extra, measure, normalize, measure_back, normalize_back)
+
+
+def _packed(leaves: Sequence[Any], centred: bool, sizes: Sequence[int] | None = None) -> list[list[tuple[int, Any]]]:
+    """Return for each input of the statistic the leaves it is put together of, with their offsets."""
+    if not leaves:
+        return []
+    if centred:
+        return [[(0, leaf)] for leaf in leaves]
+    sizes = [leaf.numel() for leaf in leaves] if sizes is None else sizes
+    parts, at = [], 0
+    for leaf, size in zip(leaves, sizes, strict=True):
+        parts.append((at, leaf))
+        at += size
+    return [parts]
+
+
+def _rebuilt(statistic: Any, leaves: Sequence[Tensor]) -> Any:
+    return type(statistic)(*leaves)
+
+
+class _Tracing:
+    """One recording: inputs, what runs, and the program of it."""
+
+    def __init__(self, twin: Normalizer, tensors: Sequence[Tensor], extra: int) -> None:
+        self._tensors, self._extra = tensors, extra
+        self._lowering, self._recorder = Lowering(), Recorder()
+
+    def input(self, value: Tensor) -> Tensor:
+        tensor = value.clone().requires_grad_()
+        self._lowering.bind(tensor, self._lowering.add_input(tensor.numel()))
+        return tensor
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def leaves(self, values: Sequence[Tensor], centred: bool) -> list[Tensor]:
+        tensors = [value.clone().requires_grad_() for value in values]
+        if centred:
+            for tensor in tensors:
+                self._lowering.bind(tensor, self._lowering.add_input(tensor.numel()))
+        elif tensors:
+            slot, at = self._lowering.add_input(sum(tensor.numel() for tensor in tensors)), 0
+            for tensor in tensors:
+                self._lowering.bind(tensor, slot, at)
+                at += tensor.numel()
+        return tensors
+
+    def parameters(self) -> list[Tensor]:
+        slot, at = self._lowering.add_input(self._extra), 0
+        for tensor in self._tensors:
+            self._lowering.bind(tensor.data, slot, at)
+            at += tensor.numel()
+        return list(self._tensors)
+
+    def gradients(self, found: Sequence[Tensor | None]) -> list[tuple[int, list[tuple[int, Any]]]]:
+        """Return the output for the gradients of all parameters, none where no parameter has one."""
+        if all(gradient is None for gradient in found):
+            return []
+        parts, at = [], 0
+        for tensor, gradient in zip(self._tensors, found, strict=True):
+            parts.append((at, gradient))
+            at += tensor.numel()
+        return [(self._extra, parts)]
+
+    def observe(self, function: Callable[[], Any]) -> Any:
+        return _observe(self._recorder, function)
+
+    def differentiate(
+        self, function: Callable[[], tuple[Any, ...]], gradients: Sequence[Tensor], wanted: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        outputs = _observe(self._recorder, function)
+        pairs = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+        return _differentiate(self._recorder, pairs, wanted)
+
+    def finish(self, outputs: Sequence[tuple[int, Sequence[tuple[int, Tensor | None]]]]) -> Program:
+        for call in self._recorder.calls:
+            self._lowering.call(call)
+        return self._lowering.finish(outputs)
+
+
+def _observe(recorder: Recorder, function: Callable[[], Any]) -> Any:
+    with torch.enable_grad(), recorder:
+        return function()
+
+
+def _differentiate(
+    recorder: Recorder, pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]
+) -> list[Tensor | None]:
+    differentiable = [tensor for tensor in wanted if tensor.requires_grad]
+    if not pairs or not differentiable:
+        return [None] * len(wanted)
+    with recorder:
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            differentiable,
+            [gradient.reshape(output.shape).detach() for output, gradient in pairs],
+            allow_unused=True,
+        )
+    rest = iter(found)
+    return [next(rest) if tensor.requires_grad else None for tensor in wanted]
+
+
+def _twin(normalizer: Normalizer, seed: int) -> Normalizer:
+    """Return a copy in float64 on the CPU whose parameters all have gradients and differ from the original's."""
+    source = torch.Generator().manual_seed(seed)
+    try:
+        twin = copy.deepcopy(normalizer).to(device="cpu", dtype=torch.float64)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise Untraceable(f"it cannot be copied: {error}") from None
+    for tensor in tensors_of(twin):
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_()
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+        if seed:
+            tensor.data.mul_(1.0 + 0.1 * torch.rand(tensor.shape, generator=source, dtype=torch.float64))
+    return twin
+
+
+def _checked_statistic(twin: Normalizer, statistic: Any) -> tuple[list[Tensor], bool]:
+    """Return the leaves of a statistic and whether it is `Moments`; an error where no kernel pools it."""
+    leaves = list(statistic)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.shape[:1] != (1,) or leaf.numel() == 0:
+            raise Untraceable("its measure returns leaves of another shape than [..., d]")
+        if leaf.dtype != torch.float64:
+            raise Untraceable(f"its measure returns {leaf.dtype}; statistics are float64 (use atn_norms.promoted)")
+    if type(statistic) is Moments and leaves[0].shape == leaves[1].shape:
+        return leaves, True
+    if type(statistic) is Average or not leaves or _pools_by_weighted_mean(statistic):
+        return leaves, False
+    raise Untraceable(f"its statistic {type(statistic).__name__} is not pooled by a weighted mean")
+
+
+def _pools_by_weighted_mean(statistic: Any) -> bool:
+    """Return whether `pool` gives weighted means of all leaves, tried on random numbers."""
+    source = torch.Generator().manual_seed(0)
+    kind, shapes = type(statistic), [leaf.shape[1:] for leaf in statistic]
+    for scale in (1.0, 1e-3, 1e3):
+        leaves = [scale * torch.randn(2, 4, *shape, generator=source, dtype=torch.float64) for shape in shapes]
+        weights = torch.rand(2, 4, generator=source, dtype=torch.float64)
+        weights[:, 1] = 0.0
+        shares = weights / weights.sum(1, keepdim=True)
+        wanted = [torch.einsum("bn,bn...->b...", shares, leaf) for leaf in leaves]
+        hidden = [leaf.clone().index_fill_(1, torch.tensor([1]), float("nan")) for leaf in leaves]
+        try:
+            found = list(kind(*hidden).pool(weights, 1))
+        except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
+            return False
+        if not all(
+            isinstance(f, Tensor) and f.shape == w.shape and torch.allclose(f, w, rtol=1e-12, atol=1e-12 * scale)
+            for f, w in zip(found, wanted, strict=True)
+        ):
+            return False
+    return True
+
+
+def differences(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> dict[str, float]:
+    """Return the largest differences, relative to the largest value, between programs and the normalizer's own Python.
+
+    Both run in float64 on random rows: the statistic, the result, and the gradients of both.
+    """
+    twin = _twin(normalizer, 0)
+    source = torch.Generator().manual_seed(7)
+    x = torch.randn(rows, traced.features, generator=source, dtype=torch.float64).requires_grad_()
+    tensors = tensors_of(twin)
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else x.new_zeros(0)
+    own = flat.expand(rows, -1)
+
+    statistic = twin.measure(x)
+    leaves = [leaf.detach().abs().add(0.1).requires_grad_() for leaf in statistic]
+    y = twin.normalize(x, _rebuilt(statistic, leaves))
+    packed = _flat(leaves, traced.centred)
+    found = {}
+    if traced.leaves:
+        outputs = traced.measure.evaluate([x.detach(), own])
+        found["statistic"] = _apart(outputs, _flat(statistic, traced.centred))
+        weights = [torch.randn(leaf.shape, generator=source, dtype=torch.float64) for leaf in statistic]
+        expected = _gradients(list(statistic), weights, [x, *tensors])
+        outputs = traced.measure_back.evaluate([x.detach(), own, *_flat(weights, traced.centred)])
+        found["gradient of the statistic"] = _apart(_summed(outputs, 1), _joined(expected, 1))
+    found["result"] = _apart(traced.normalize.evaluate([x.detach(), *packed, own]), [y])
+    dy = torch.randn(y.shape, generator=source, dtype=torch.float64)
+    expected = _gradients([y], [dy], [x, *leaves, *tensors])
+    outputs = traced.normalize_back.evaluate([x.detach(), *packed, own, dy])
+    of_leaves = _flat(expected[1 : 1 + len(leaves)], traced.centred)
+    wanted = [expected[0], *of_leaves, *_joined(expected[1 + len(leaves) :], 0)]
+    found["gradient of the result"] = _apart(_summed(outputs, 1 + len(of_leaves)), wanted)
+    return found
+
+
+def _gradients(outputs: Sequence[Tensor], weights: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+    able = [tensor for tensor in wanted if tensor.requires_grad]
+    pairs = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
+    if not pairs or not able:
+        return [torch.zeros_like(tensor) for tensor in wanted]
+    found = iter(torch.autograd.grad([o for o, _ in pairs], able, [w for _, w in pairs], allow_unused=True))
+    every = [next(found) if tensor.requires_grad else None for tensor in wanted]
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(every, wanted, strict=True)]
+
+
+def _flat(leaves: Any, centred: bool) -> list[Tensor]:
+    """Return leaves `[R, ...]` as inputs of programs."""
+    flat = [leaf.detach().reshape(len(leaf), -1) for leaf in leaves]
+    return flat if centred or len(flat) < 2 else [torch.cat(flat, 1)]
+
+
+def _joined(gradients: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Return gradients of which the first `rows` belong to rows, the others put into one."""
+    rest = [gradient.reshape(-1) for gradient in gradients[rows:]]
+    return [*gradients[:rows], *([torch.cat(rest)] if rest else [])]
+
+
+def _summed(outputs: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Return outputs of which the first `rows` belong to rows, the others summed over all rows."""
+    return [*outputs[:rows], *(output.sum(0) for output in outputs[rows:])]
+
+
+def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference relative to the largest magnitude; infinity where one alone is not a number."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=False):
+        a, b = a.detach().reshape(b.shape), b.detach()
+        if not torch.equal(a.isnan(), b.isnan()):
+            return float("inf")
+        scale = max(float(b.nan_to_num().abs().max()), 1e-30) if b.numel() else 1.0
+        worst = max(worst, float((a - b).nan_to_num(0.0).abs().max()) / scale if b.numel() else 0.0)
+    return worst

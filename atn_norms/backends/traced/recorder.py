@@ -1,0 +1,110 @@
+"""Record the tensor operations that a piece of PyTorch runs, with the lines that ran them."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = str(Path(__file__).parents[2])
+
+
+class Untraceable(Exception):
+    """A piece of PyTorch that cannot become a program; the text names the operation and the line."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation: what was called with what, what it returned, and the line of source that called it."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Tensor]
+    constant: Tensor | None
+    where: tuple[str, int] | None
+
+    @property
+    def name(self) -> str:
+        """The operation without namespace and overload."""
+        return self.function._schema.name.partition("::")[2]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, those in lists included."""
+        found: list[Tensor] = []
+        for argument in (*self.args, *self.kwargs.values()):
+            found += [
+                part
+                for part in (argument if isinstance(argument, (list, tuple)) else [argument])
+                if isinstance(part, Tensor)
+            ]
+        return found
+
+    def unsupported(self, reason: str = "has no native instruction") -> Untraceable:
+        """Return the error that says where this call is and why it cannot become an instruction."""
+        return Untraceable(f"{self.name} {reason}{described(self.where)}")
+
+
+def described(where: tuple[str, int] | None) -> str:
+    """Return the file, the line and the text of a place in the source, in parentheses."""
+    if where is None:
+        return " (in a gradient)"
+    path, line = where
+    text = linecache.getline(path, line).strip()
+    return f" ({Path(path).name}, line {line}: {text})" if text else f" ({Path(path).name}, line {line})"
+
+
+class Recorder(TorchDispatchMode):
+    """Keep every operation that runs inside, in order, as `calls`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        where = _line()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise Untraceable(f"a number is read out of a tensor{described(where)}")
+        out = func(*args, **kwargs)
+        results = [part for part in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(part, Tensor)]
+        call = Call(func, args, kwargs, results, None, where)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise call.unsupported("is random")
+        if results and (not call.tensors or call.name in CREATES):
+            call = Call(func, args, kwargs, results, results[0].clone(), where)
+        self.calls.append(call)
+        return out
+
+
+# Operations whose result does not depend on the elements of their arguments.
+CREATES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "lift_fresh", "empty_like"}
+CREATES |= {"new_empty", "new_empty_strided", "lift_fresh_copy"}
+
+
+def _line() -> tuple[str, int] | None:
+    """Return the innermost line of neither torch nor this package, or else of a normalizer of this package."""
+    frame, own = sys._getframe(2), None
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path == __file__ or path.endswith("traced/normalizer.py"):
+            if frame.f_code.co_name == "_differentiate":
+                return None
+        elif path.startswith(_PACKAGE):
+            own = own or (path, frame.f_lineno)
+            if "/traced/" in path:
+                break
+        elif not path.startswith(_TORCH) and not path.startswith("<"):
+            return path, frame.f_lineno
+        if frame.f_code.co_name == "_observe" and path.endswith("traced/normalizer.py"):
+            break
+        frame = frame.f_back
+    return own

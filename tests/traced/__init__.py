@@ -1,0 +1,1 @@
+"""Traced normalizers: recording, lowering, programs, and the kernels that interpret them."""

@@ -1,0 +1,271 @@
+"""Programs: what is recorded, what it computes, and that no malformed program can be built."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import atn_norms as an
+from atn_norms.backends.traced.cache import fingerprint, traced_norm
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, trace
+from atn_norms.backends.traced.program import (
+    CONSTANT,
+    INPUT,
+    REGISTER,
+    Instruction,
+    Op,
+    Operand,
+    Program,
+    ProgramError,
+    Slot,
+)
+from tests.traced.gallery import EVERY, L1, PowerMean, Scaled, built
+
+EXACT = 1e-12  # of a dozen features; sums in another order differ by their length times 1e-16
+
+
+def traced(normalizer: an.Normalizer, features: int = 12) -> TracedNorm:
+    found = trace(normalizer, features)
+    assert isinstance(found, TracedNorm), found
+    return found
+
+
+@pytest.mark.parametrize("features", [3, 12, 30])
+@pytest.mark.parametrize("name", EVERY)
+def test_programs_compute_what_the_normalizer_computes(name, features):
+    normalizer = built(name, features)
+    worst = differences(normalizer, traced(normalizer, features))
+    assert set(worst) == {"statistic", "gradient of the statistic", "result", "gradient of the result"}
+    assert all(value <= EXACT for value in worst.values()), worst
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_traced_normalizer_survives_its_text(name):
+    found = traced(built(name, 6), 6)
+    assert TracedNorm.decode(found.encode()) == found
+    assert not set(found.encode()) & set(" ;")
+
+
+@pytest.mark.parametrize("norm", [an.LayerNorm(7), an.RMSNorm(7, bias=True)])
+def test_built_in_normalizers_can_be_traced_too(norm):
+    assert all(value <= EXACT for value in differences(norm, traced(norm, 7)).values())
+
+
+class Median(Scaled):
+    def measure(self, x: Any) -> Any:
+        return an.Average(x.double().median(-1, keepdim=True).values)
+
+
+class Noisy(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x + torch.rand_like(x)
+
+
+class Branching(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x if bool(pooled.mean.sum() > 0) else -x
+
+
+class Counting(Scaled):
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        self.seen += 1
+        return x
+
+
+GLOBAL = torch.ones(4)
+
+
+class Captured(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x * GLOBAL
+
+
+class Largest(an.Average):
+    def pool(self, weights: Any, dim: int) -> Any:
+        return Largest(self.mean.amax(dim))
+
+
+class Maximal(Scaled):
+    def measure(self, x: Any) -> Any:
+        return an.Average(x.double().abs().amax(-1, keepdim=True))
+
+
+class Single(Scaled):
+    def measure(self, x: Any) -> Any:
+        return an.Average(x.float().abs().mean(-1, keepdim=True))
+
+
+UNTRACEABLE = {
+    Median: ("median has no native instruction (test_programs.py, line ", "x.double().median(-1"),
+    Noisy: ("rand_like is random (test_programs.py, line ", "torch.rand_like(x)"),
+    Branching: ("a number is read out of a tensor (test_programs.py, line ", "bool(pooled.mean.sum() > 0)"),
+    Counting: ("add_ changes an input, a parameter or a buffer in place (test_programs.py, line ", "self.seen += 1"),
+    Captured: ("mul reads a tensor that is neither a parameter nor a buffer", "x * GLOBAL"),
+    Maximal: ("amax has no native instruction", "amax(-1, keepdim=True)"),
+    Single: ("its measure returns torch.float32; statistics are float64", "promoted"),
+}
+
+
+@pytest.mark.parametrize("kind", UNTRACEABLE)
+def test_what_has_no_program_is_named_with_its_line(kind):
+    found = trace(kind(4), 4)
+    assert isinstance(found, str)
+    assert all(part in found for part in UNTRACEABLE[kind]), found
+
+
+def test_another_pool_than_a_weighted_mean_is_named():
+    class Peak(Scaled):
+        def measure(self, x: Any) -> Any:
+            return Largest(x.double().abs().mean(-1, keepdim=True))
+
+    assert trace(Peak(4), 4) == "its statistic Largest is not pooled by a weighted mean"
+
+
+def test_numbers_that_leave_torch_are_noticed():
+    class Hidden(Scaled):
+        def normalize(self, x: Any, pooled: Any) -> Any:
+            return x * float(x.detach().numpy().sum())
+
+    found = trace(Hidden(4), 4)
+    assert isinstance(found, str)
+    assert "numbers in tensors" in found
+
+
+# -- the cache
+
+
+def test_options_and_code_are_part_of_the_fingerprint_and_elements_are_not():
+    first, second = PowerMean(4), PowerMean(4)
+    with torch.no_grad():
+        second.weight.add_(1)
+    assert fingerprint(first) == fingerprint(second)
+    second.p = 2.0
+    assert fingerprint(first) != fingerprint(second)
+    assert fingerprint(first) != fingerprint(L1(4))
+    second.p = 3.0
+    assert fingerprint(first) != fingerprint(second.eval())
+
+
+def test_a_changed_option_has_another_program():
+    normalizer = PowerMean(4)
+    normalizer.p = 3.0
+    cubed = traced_norm(normalizer, 4)
+    normalizer.p = 2.0
+    assert traced_norm(normalizer, 4) != cubed
+    normalizer.p = 3.0
+    assert traced_norm(normalizer, 4) is cubed
+
+
+def test_a_changed_class_attribute_has_another_program(monkeypatch):
+    normalizer = PowerMean(4)
+    cubed = traced_norm(normalizer, 4)
+    monkeypatch.setattr(PowerMean, "p", 2.0)
+    assert traced_norm(normalizer, 4) != cubed
+
+
+def test_an_attribute_that_may_change_unnoticed_has_no_program():
+    normalizer = L1(4)
+    object.__setattr__(normalizer, "settings", object())
+    assert traced_norm(normalizer, 4) == "its attribute 'settings' is a object, which may change unnoticed"
+
+
+def test_a_program_that_differs_from_its_python_is_a_warning_with_numbers():
+    class Coupled(Scaled):
+        """Takes means over rows, which one row alone does not show."""
+
+        def normalize(self, x: Any, pooled: Any) -> Any:
+            return x - x.mean(0, keepdim=True)
+
+    with pytest.warns(RuntimeWarning, match=r"Coupled: its native program differs .*result by \d.*reference runs it"):
+        found = traced_norm(Coupled(4), 4)
+    assert isinstance(found, str)
+
+
+# -- malformed programs
+
+GOOD = Program(
+    (Slot(INPUT, 4), Slot(REGISTER, 4), Slot(REGISTER, 2), Slot(CONSTANT, 1)),
+    (
+        Instruction(Op.MUL, 1, 0, 4, 1, 4, (Operand(0, 0, 1, 4), Operand(3, 0, 1, 1))),
+        Instruction(Op.SUM, 2, 0, 4, 2, 2, (Operand(1, 0, 1, 4),)),
+    ),
+    (2,),
+    (3.0,),
+)
+
+
+def changed(place: int, **fields: Any) -> Any:
+    code = list(GOOD.instructions)
+    code[place] = replace(code[place], **fields)
+    return {"instructions": tuple(code)}
+
+
+def test_a_good_program_runs():
+    (found,) = GOOD.evaluate([torch.tensor([[1.0, 2.0, 3.0, 4.0]])])
+    assert found.tolist() == [[9.0, 21.0]]
+
+
+MALFORMED = {
+    "target out of range": changed(0, target=9),
+    "target is an input": changed(0, target=0),
+    "target is negative": changed(0, target=-1),
+    "result beyond its register": changed(0, offset=1),
+    "operand out of range": changed(0, operands=(Operand(7, 0, 1, 4), Operand(3, 0, 1, 1))),
+    "operand beyond its slot": changed(0, operands=(Operand(0, 1, 1, 4), Operand(3, 0, 1, 1))),
+    "operand not written": changed(0, operands=(Operand(2, 0, 1, 2), Operand(3, 0, 1, 1))),
+    "operand is the target": changed(1, operands=(Operand(2, 0, 1, 2),)),
+    "too few operands": changed(0, operands=(Operand(0, 0, 1, 4),)),
+    "repeat of zero": changed(0, operands=(Operand(0, 0, 0, 4), Operand(3, 0, 1, 1))),
+    "length of zero": changed(0, operands=(Operand(0, 0, 1, 0), Operand(3, 0, 1, 1))),
+    "no elements": changed(0, count=0, length=0),
+    "elements of another number": changed(0, length=3),
+    "sums that do not divide": changed(1, repeat=3),
+    "unknown operation": changed(0, op=99),
+    "a size that is no integer": changed(0, count=4.0),
+    "a bool as a size": changed(0, target=True),
+    "too many elements": changed(0, count=2**31),
+    "constants missing": {"constants": ()},
+    "constants that are no floats": {"constants": (3,)},
+    "an unknown kind of slot": {"slots": (*GOOD.slots[:3], Slot(5, 1))},
+    "an empty register": {"slots": (*GOOD.slots[:3], Slot(REGISTER, 0), Slot(CONSTANT, 1))},
+    "an input behind a register": {"slots": (*GOOD.slots, Slot(INPUT, 1))},
+    "a huge register": {"slots": (*GOOD.slots, Slot(REGISTER, 2**30))},
+    "too many slots": {"slots": (*GOOD.slots, *[Slot(REGISTER, 1)] * 600)},
+    "output out of range": {"outputs": (12,)},
+    "output not written": {"slots": (*GOOD.slots, Slot(REGISTER, 1)), "outputs": (4,)},
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_program_cannot_be_built(fault):
+    with pytest.raises(ProgramError, match=r"got .*; expected "):
+        replace(GOOD, **MALFORMED[fault])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[[],[],[],[]", "[[[9,1]],[],[],[]]", '[[["a"]],[],[],[]]', "{}"])
+def test_a_text_that_is_no_program_is_refused(text):
+    with pytest.raises(ProgramError):
+        Program.decode(text)
+
+
+def test_programs_that_do_not_fit_each_other_make_no_normalizer():
+    found = traced(L1(4), 4)
+    for name in PROGRAMS:
+        with pytest.raises(ValueError, match=r"got inputs .*; expected"):
+            replace(found, **{name: GOOD})
+
+
+def test_parametrized_parameters_are_traced_through():
+    class Positive(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.exp()
+
+    normalizer = L1(5)
+    nn.utils.parametrize.register_parametrization(normalizer, "weight", Positive())
+    assert all(value <= EXACT for value in differences(normalizer, traced(normalizer, 5)).values())
