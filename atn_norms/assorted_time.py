@@ -29,7 +29,7 @@ class OverTime:
             now, _ = self._stated(sample, self._weights(x, sample.shape[:1], None), 0)
             rows = 1 if self.normalizer.uses_batch_statistics else x.shape[0]
             now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
-            return x.new_zeros(rows, dtype=torch.int64), self.window.initial(now)
+            return x.new_zeros(rows, dtype=torch.int64), self._pooling.initial(now)
 
     def step(self, x: Tensor, state: Tree | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Normalize one step; return it with the state to pass to the next."""
@@ -37,8 +37,8 @@ class OverTime:
         if mask is not None:
             x = masked(x, check_mask(mask, x))
         now, weight = self._stated(x, self._weights(x, x.shape[:1], mask), 0)
-        index, memory = self.initial(x) if state is None else self._fitting(state, now)
-        pooled, memory = self.window.push(now, weight, memory)
+        index, memory = self.initial(x) if state is None else self._fitting(state, now, weight)
+        pooled, memory = self._pooling.push(now, weight, memory)
         live = weight > 0
         pooled = self.normalizer.population(pooled, torch.where(live, index, -1))
         y = self._normalized(x, pooled)
@@ -56,9 +56,9 @@ class OverTime:
             xs = masked(xs, mask)
         steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], mask), 1)
         first = type(steps)(*(leaf[0] for leaf in steps))
-        index, memory = self.initial(xs[0]) if state is None else self._fitting(state, first)
+        index, memory = self.initial(xs[0]) if state is None else self._fitting(state, first, weights[0])
         with scanning([self.normalizer]):
-            pooled, memory = self.window.scan(steps, weights, memory)
+            pooled, memory = self._pooling.scan(steps, weights, memory)
             live = weights > 0
             count = live.cumsum(0)
             pooled = self.normalizer.population(pooled, torch.where(live, index + count - 1, -1))
@@ -81,6 +81,10 @@ class OverTime:
                 f"{type(self.normalizer).__name__}.measure: returned {_described(said)} for x {list(x.shape)}; "
                 f"allowed: a Statistic (a named tuple with pool) whose leaves have shape {[*leading, '...']}"
             )
+        if self.normalizer.stateless != (not any(True for _ in said)):
+            wanted = "no leaves, as it is stateless" if self.normalizer.stateless else "leaves, or `stateless = True`"
+            name = type(self.normalizer).__name__
+            raise TypeError(f"{name}.measure: got {_described(said)}; expected {wanted}")
         if not self.normalizer.uses_batch_statistics:
             return said, weights
         together = said.pool(weights, batch)
@@ -105,11 +109,33 @@ class OverTime:
         if not x.is_floating_point():
             raise ValueError(f"{name}: of type {x.dtype}; {allowed}")
 
-    def _fitting(self, state: Tree, now: Statistic) -> Tree:
-        """`state` if this normalizer and window could have returned it where a step's statement is `now`."""
-        leaf = next(iter(now))
-        wanted = (Leaf((), floating=False), self.window.layout(now))
-        return checked_state(state, wanted, leaf.shape[0], leaf.device, self.normalizer.uses_batch_statistics)
+    @property
+    def _pooling(self) -> Any:
+        """The window, or what pools nothing where there is no statistic."""
+        return _NO_WINDOW if self.normalizer.stateless else self.window
+
+    def _fitting(self, state: Tree, now: Statistic, weight: Tensor) -> Tree:
+        """`state` if this normalizer and window could have returned it where a step's statistic is `now`."""
+        wanted = (Leaf((), floating=False), self._pooling.layout(now))
+        return checked_state(state, wanted, weight.shape[0], weight.device, self.normalizer.uses_batch_statistics)
+
+
+class _NoWindow:
+    """What a stateless normalizer has in the place of a window: nothing is pooled, nothing is kept."""
+
+    def initial(self, now: Statistic) -> Tree:
+        return ()
+
+    def layout(self, now: Statistic) -> Any:
+        return ()
+
+    def push(self, now: Statistic, weight: Tensor, state: Tree) -> tuple[Statistic, Tree]:
+        return now, ()
+
+    scan = push
+
+
+_NO_WINDOW = _NoWindow()
 
 
 @dataclass(frozen=True)

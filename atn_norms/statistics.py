@@ -138,6 +138,13 @@ class Average(NamedTuple):
         return Average(shares.average(shares.seen(self.mean)).squeeze(shares.dim))
 
 
+class NoStatistic(NamedTuple):
+    """What a stateless normalizer measures: nothing, which pools to nothing."""
+
+    def pool(self, weights: Tensor, dim: int) -> NoStatistic:
+        return self
+
+
 class CountedMoments(NamedTuple):
     """`Moments` that also know how many samples they stand for, as an unbiased variance needs.
 

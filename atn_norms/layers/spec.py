@@ -150,6 +150,13 @@ class LayerSpec(Options):
         except Exception as error:  # whatever a plugin raises
             raise ValueError(f"norm: {spec.kind!r} at site {site!r} with {features} features: {error}") from error
 
+    @property
+    def has_statistics(self) -> bool:
+        """True if any site has a normalizer with a statistic, so that a window counts."""
+        cell = self.equations()
+        norms = [self._sketched(cell, site) for site in cell.sites]
+        return any(norm is not None and not norm.stateless for norm in norms)
+
     def _sketched(self, cell: Cell, site: str) -> Normalizer | None:
         """`normalizer` without memory behind it, unless it reads the numbers it starts with."""
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.registry import Options
-from atn_norms.statistics import Statistic
+from atn_norms.statistics import NoStatistic, Statistic
 
 if TYPE_CHECKING:
     from atn_norms.windows import Window
@@ -22,20 +22,20 @@ LARGEST = 3e38  # what float32 holds, rounded down
 
 
 class Normalizer(nn.Module, ABC):
-    """Measure one row, normalize it with what a window pooled; the window itself is somebody else's business.
+    """Compute per-row statistics; normalize with pooled ones.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `x` | pre-activations; every leading axis is a row | `[..., D]` |
-    | statistic | one row's own statement | leaves `[..., d]` |
-    | `pooled` | the same statement over the window | leaves `[..., d]`, or 1 where rows share it |
+    | statistic | the statistic of one row | leaves `[..., d]` |
+    | `pooled` | the same statistic over the window | leaves `[..., d]`, or 1 where rows share it |
     | `step` | index of each live step since the state was fresh, -1 where no row is alive | `[...]`, int64 |
 
-    What a normalizer declares of itself, in class attributes; what is not declared is not claimed, and what is declared
-    is demanded (`atn_norms.testing`):
+    Class attributes declare properties. Declared properties are tested (`atn_norms.testing`); undeclared ones are not.
 
-    | declaration | says |
+    | declaration | meaning |
     |---|---|
+    | `stateless` | there is no statistic: `measure` is not called, and `normalize` gets an empty one |
     | `uses_batch_statistics` | a step's statistic is computed over all rows: the batch is merged before the window |
     | `train_eval_differ` | training and evaluation compute different results |
     | `scale_invariant` | a whole sequence times d > 0 comes out the same, as eps goes to 0 |
@@ -43,6 +43,7 @@ class Normalizer(nn.Module, ABC):
     | `permutation_equivariant` | permuting the features permutes the output (gain and shift apart) |
     """
 
+    stateless: bool = False
     uses_batch_statistics: bool = False
     train_eval_differ: bool = False
     scale_invariant: bool = False
@@ -60,14 +61,19 @@ class Normalizer(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        if type(self).measure is Normalizer.measure and not self.stateless:
+            raise TypeError(f"{type(self).__name__}: got no measure; expected one, or `stateless = True`")
 
-    @abstractmethod
     def measure(self, x: Tensor) -> Statistic:
-        """One row's own statement, for every row of `x` `[..., D]`; leaves in float64 where the device has it."""
+        """Compute the statistic of every row of `x` `[..., D]`; leaves in float64 where the device has it.
+
+        A stateless normalizer measures nothing; every other one defines this method.
+        """
+        return NoStatistic()
 
     @abstractmethod
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
-        """Normalize `x` `[..., D]` with the pooled statement; the result may keep a wider type than `x`."""
+        """Normalize `x` `[..., D]` with the pooled statistic; the result may keep a wider type than `x`."""
 
     def population(self, pooled: Any, step: Tensor) -> Any:
         """The statement to normalize with: the pooled one, unless a population's stands in for it."""

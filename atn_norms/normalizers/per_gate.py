@@ -31,6 +31,7 @@ class PerGate(Normalizer):
     def __init__(self, gates: Sequence[Normalizer]) -> None:
         super().__init__()
         self.gates = nn.ModuleList(gates)
+        self.stateless = all(gate.stateless for gate in gates)
         self.uses_batch_statistics = gates[0].uses_batch_statistics
         self.train_eval_differ = any(gate.train_eval_differ for gate in gates)
         self.scale_invariant = all(gate.scale_invariant for gate in gates)

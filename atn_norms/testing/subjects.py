@@ -153,7 +153,10 @@ class NormalizerSubject(SpecSubject):
         said: Any = self.spec.build(features).double().measure(noise(0, 3, 2, features))
         kind, allowed = type(said).__name__, "allowed: a named tuple of tensors with `pool`, such as Moments"
         demand(isinstance(said, tuple) and callable(getattr(said, "pool", None)), f"measure returns {kind}; {allowed}")
-        demand(len(said) > 0, f"measure returns {kind}, which is empty; {allowed}")
+        if self.declares("stateless"):
+            demand(len(said) == 0, f"measure: got {kind}, which has leaves; expected none, as it is `stateless`")
+            return
+        demand(len(said) > 0, f"measure returns {kind}, which is empty; {allowed}; or declare `stateless = True`")
         names = getattr(said, "_fields", range(len(said)))
         others = [
             f"{n} is {type(leaf).__name__}" for n, leaf in zip(names, said, strict=True) if not isinstance(leaf, Tensor)

@@ -120,7 +120,10 @@ def open_state(state: Any) -> tuple[Any, list[Tensor]]:
     def of_site(site: Any) -> Any:
         if not site:
             return site
-        index, (weights, statistic) = site
+        index, memory = site
+        if not memory:  # a stateless normalizer
+            return site
+        weights, statistic = memory
         return index, (weights, tuple(fresh(leaf) for leaf in statistic))
 
     def of_cell(cell: Any) -> Any:

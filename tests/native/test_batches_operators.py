@@ -96,8 +96,8 @@ def test_what_couples_rows_differently_is_refused():
     layer: Any = an.LSTM(2, 3, norm="batch")
     assert "backend 'native'" in an.explain(layer)
     layer.norm_ih_l0.__class__ = Doubled
-    assert "the norm at ih (Doubled) is not declared as moments over features or over the batch" in an.explain(layer)
+    assert "the norm at ih (Doubled): it overrides population, which has no native kernel" in an.explain(layer)
     gates: Any = an.LSTM(2, 3, norm="batch", placement={"gates": "per_gate"})
     assert "backend 'native'" in an.explain(gates)
     gates.norm_hh_l0.gates[1].eval()  # one gate with a population, the others with the batch
-    assert "the norm at hh (PerGate) is not declared" in an.explain(gates)
+    assert "the norm at hh (PerGate): it overrides population" in an.explain(gates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -213,11 +213,27 @@ class Elementwise(Scaled):
         return x * torch.rsqrt(pooled.mean + 1e-2) * self.weight + torch.log1p(x.abs()) * math.pi
 
 
-EVERY: dict[str, type[Scaled]] = {
+class DynamicTanh(an.Normalizer):
+    """A squashed multiple of x: no statistic at all."""
+
+    stateless = True
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return torch.tanh(self.alpha * x) * self.weight + self.bias
+
+
+EVERY: dict[str, type[Scaled] | type[DynamicTanh]] = {
     kind.__name__: kind
     for kind in (
         L1, PowerMean, RootPower, LearnablePower, Geometric, TwoSided, SoftClipped, PerHead, SharedHead, Mixed, Grouped,
-        Halves, InPlace, Norms, Elementwise,
+        Halves, InPlace, Norms, Elementwise, DynamicTanh,
     )
 }  # fmt: skip
 
@@ -230,3 +246,13 @@ def built(name: str, features: int) -> an.Normalizer:
         for parameter in normalizer.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=source)
     return normalizer
+
+
+class GallerySpec(an.NormSpec):
+    """Options of a normalizer of the gallery."""
+
+    kind: Literal["gallery"] = "gallery"
+    name: str
+
+    def build(self, features: int) -> an.Normalizer:
+        return built(self.name, features)

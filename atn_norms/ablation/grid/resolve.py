@@ -79,6 +79,9 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
         if model.get(option, False) is not False:
             problems.append(Problem(("model", option), f"{why}; leave it out"))
     check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+    if "window" in model and "model" in parts and not parts["model"].has_statistics:
+        model.pop("window")  # stateless normalizers: every window is one trial
+        check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
     problems[:] = map(_without_the_tasks, problems)
     check("task", TASK.validate_python)
     data["train"] = _recommended(parts.get("task"), data["train"])

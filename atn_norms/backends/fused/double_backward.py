@@ -14,10 +14,12 @@ from torch import Tensor
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.backends.fused.plan import BATCH, Plan, SitePlan
 from atn_norms.backends.reference import Reference
+from atn_norms.backends.traced.normalizer import TracedNorm
+from atn_norms.backends.traced.program import Program
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
 from atn_norms.normalizers import Normalizer
 from atn_norms.pytree import tree_leaves
-from atn_norms.statistics import Average, Moments, promoted
+from atn_norms.statistics import Average, Moments, NoStatistic, promoted
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 
@@ -96,6 +98,35 @@ class _Moments(Normalizer):
         return y if self._shift is None else y + self._shift
 
 
+class _Programs(Normalizer):
+    """What a `TracedNorm` computes, in PyTorch; the leaves of weighted means are one, parts one after the other."""
+
+    def __init__(self, plan: SitePlan, traced: TracedNorm, parameters: Tensor | None) -> None:
+        super().__init__()
+        self._plan, self._traced, self._flat = plan, traced, parameters
+        self.stateless = not traced.leaves
+
+    def measure(self, x: Tensor) -> Any:
+        if not self._traced.leaves:
+            return NoStatistic()
+        leaves = self._run(self._traced.measure, promoted(x), ())
+        return Moments(*leaves) if self._traced.centred else Average(*leaves)
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        return self._run(self._traced.normalize, promoted(x), tuple(pooled))[0].to(x.dtype)
+
+    def _run(self, program: Program, x: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+        """Run a program on rows `[..., F]` with leaves `[..., groups]`, part by part."""
+        parts, rows = self._plan.parts, x.shape[:-1]
+        own = x.new_zeros(parts, 0) if self._flat is None else promoted(self._flat).reshape(parts, -1)
+        values = [leaf.expand(*rows, -1).reshape(-1, parts, self._traced.width) for leaf in leaves]
+        found = []
+        for part, features in enumerate(x.reshape(-1, parts, self._traced.features).unbind(1)):
+            parameters = own[part].expand(len(features), -1)
+            found.append(program.evaluate([features, *(value[:, part] for value in values), parameters]))
+        return [torch.cat(pieces, -1).reshape(*rows, -1) for pieces in zip(*found, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Site:
     """One norm site of the reference, and its state out of and back into the operator's leaves."""
@@ -138,8 +169,9 @@ def _run(
     for site in plan.sites:
         gain, shift = (next(factors) if there else None for there in (site.gain, site.shift))
         population = next(stand_ins) if site.coupled not in (0, BATCH) else None
-        norm = SiteNorm(_Moments(site, gain, shift, population), _window(site))
-        sites[site.site] = _Site(site, norm, list(islice(given, 1 + site.leaves)))
+        moments = _Moments(site, gain, shift, population) if site.traced is None else _Programs(site, site.traced, gain)
+        norm = SiteNorm(moments, _window(site))
+        sites[site.site] = _Site(site, norm, list(islice(given, site.tensors)))
     tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})
     norms = tuple(sites[name].state() if name in sites else () for name in cell.sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
-from atn_norms.backends.fused.plan import PLACES, Plan, planned
+from atn_norms.backends.fused.plan import PLACES, Plan, SitePlan, planned
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.pytree import Leaf, Tree, checked_state, tree_leaves
+from atn_norms.pytree import Leaf, Tree, checked_state
 
 
 class Fused(ABC):
@@ -49,7 +50,7 @@ class Fused(ABC):
         single = [xs, *[weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")], h0, c0]
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
-        leaves = _opened(memories, batch, xs.device) if rows is None else rows.leaves()
+        leaves = _opened(memories, plan, batch, xs.device) if rows is None else rows.leaves()
         results = None if leaves is None else self.attempt(plan, *single, affine, populations, leaves, lengths)
         if results is None:
             leaves = _checked_leaves(memories, plan, batch, xs.device) if rows is None else rows.leaves()
@@ -61,7 +62,7 @@ class Fused(ABC):
         happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
         following, indices, start = list(norms), {}, 0
         for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
-            end = start + 1 + site.leaves
+            end = start + site.tensors
             if rows is not None:
                 following[PLACES[site.site]] = rows.following(place, after[start:end])
                 start = end
@@ -69,29 +70,64 @@ class Fused(ABC):
             index = None if memory is None else memory[0]
             if id(index) not in indices:  # all sites count the same steps, mostly in one tensor
                 indices[id(index)] = happened if index is None else index + happened
-            following[PLACES[site.site]] = (indices[id(index)], (after[start], tuple(after[start + 1 : end])))
+            following[PLACES[site.site]] = (indices[id(index)], _rebuilt(site, after[start:end]))
             start = end
         if rows is not None:
             rows.record(weights, after[start:])
         return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(following))
 
 
-def _opened(memories: list[Tree], batch: int, device: torch.device) -> list[Tensor] | None:
+def _split_leaves(site: SitePlan) -> list[tuple[int, ...]]:
+    """Return the shapes of the statistic's leaves where they are several that the kernels have as one; else nothing."""
+    traced = site.traced
+    if traced is None or traced.centred or len(traced.leaves) < 2:
+        return []
+    return [(site.parts, *leaf) if site.parts > 1 else leaf for leaf in traced.leaves]
+
+
+def _rebuilt(site: SitePlan, tensors: list[Tensor]) -> Tree:
+    """Return a window's state from the operator's tensors of it."""
+    if not tensors:
+        return ()
+    weights, *leaves = tensors
+    shapes = _split_leaves(site)
+    if shapes:
+        parts = leaves[0].unflatten(-1, (-1,)) if site.parts == 1 else leaves[0]
+        sizes = [math.prod(shape) // site.parts for shape in shapes]
+        pieces = zip(parts.split(sizes, -1), shapes, strict=True)
+        leaves = [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
+    return weights, tuple(leaves)
+
+
+def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
+    """Return a window's state as the operator's tensors of it."""
+    if not site.leaves:
+        return []
+    weights, leaves = memory
+    shapes = _split_leaves(site)
+    if shapes:
+        rows = (*weights.shape, site.parts) if site.parts > 1 else weights.shape
+        pairs = zip(leaves, shapes, strict=True)
+        leaves = (torch.cat([leaf.reshape(*rows, math.prod(shape) // site.parts) for leaf, shape in pairs], -1),)
+    return [weights, *leaves]
+
+
+def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor] | None:
     """The leaves of the sites' states, none where all are fresh; None where one is not what a site returns."""
     leaves: list[Tensor] = []
     if all(memory is None for memory in memories):
         return leaves
-    for memory in memories:
-        if not (
-            isinstance(memory, tuple) and len(memory) == 2 and isinstance(memory[1], tuple) and len(memory[1]) == 2
-        ):
+    for memory, site in zip(memories, plan.sites, strict=True):
+        if _split_leaves(site) or not (isinstance(memory, tuple) and len(memory) == 2 and isinstance(memory[1], tuple)):
             return None
-        index, (weights, statistic) = memory
-        if not isinstance(statistic, tuple) or not isinstance(index, Tensor):
+        index, window = memory
+        if not isinstance(index, Tensor):
             return None
         if index.dtype != torch.int64 or index.shape != (batch,) or index.device != device:
             return None
-        leaves += (weights, *statistic)
+        if len(window) != (2 if site.leaves else 0) or (site.leaves and not isinstance(window[1], tuple)):
+            return None
+        leaves += (window[0], *window[1]) if site.leaves else ()
     return leaves if False not in [isinstance(leaf, Tensor) for leaf in leaves] else None
 
 
@@ -101,8 +137,11 @@ def _checked_leaves(memories: list[Tree], plan: Plan, batch: int, device: torch.
     if all(memory is None for memory in memories):
         return leaves
     for memory, site in zip(memories, plan.sites, strict=True):
-        weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(batch))
-        wanted = (Leaf((), floating=False), (weights, tuple(statistic)))
-        checked_state(memory, wanted, batch, device)
-        leaves += [leaf.double() for leaf in tree_leaves(memory[1])]
+        layout: Tree = ()
+        if site.leaves:
+            weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(batch))
+            split = [Leaf((*weights.shape, *shape)) for shape in _split_leaves(site)]
+            layout = (weights, tuple(split or statistic))
+        checked_state(memory, (Leaf((), floating=False), layout), batch, device)
+        leaves += [leaf.double() for leaf in _joined(site, memory[1])]
     return leaves

@@ -145,7 +145,7 @@ class Operators:
         starts = many, many + stand_ins, many + stand_ins + leaves
         affine, populations, states, kept = (rest[a:b] for a, b in zip((0, *starts), (*starts, None), strict=True))
         inputs: tuple[Any, ...] = (*single, affine, populations, states, lengths)
-        dys, dhn, dcn, *dstates = grads[: 3 + sum(1 + site.leaves for site in ctx.plan.sites)]
+        dys, dhn, dcn, *dstates = grads[: 3 + sum(site.tensors for site in ctx.plan.sites)]
         if torch.is_grad_enabled() or transformed() is not None or batched([dys, dhn, dcn, *dstates]):
             from atn_norms.backends.fused.double_backward import differentiable_backward
 
@@ -165,7 +165,7 @@ class Operators:
         *arguments, text, keep = inputs
         if keep:
             plan = Plan.decode(text)
-            results = 3 + sum(1 + site.leaves for site in plan.sites) + len(plan.measured)
+            results = 3 + sum(site.tensors for site in plan.sites) + len(plan.measured)
             self.remember(ctx, plan, arguments, output[:results], output[results:])
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:

@@ -8,9 +8,19 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
+from atn_norms.backends.traced.cache import traced_norm
+from atn_norms.backends.traced.normalizer import TracedNorm, tensors_of
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, RNNEquations
-from atn_norms.normalizers import BatchMoments, FeatureMoments, batch_moments, feature_moments
+from atn_norms.normalizers import (
+    BatchMoments,
+    FeatureMoments,
+    Normalizer,
+    PerGate,
+    batch_moments,
+    feature_moments,
+)
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 DOUBLE = torch.float64
@@ -40,35 +50,61 @@ class SitePlan:
     shift: bool
     leaf: tuple[int, ...]  # trailing axes of a leaf of the statement
     coupled: int = 0  # BATCH, POPULATION, POPULATIONS, or 0: every row by itself
+    traced: TracedNorm | None = None  # what computes it where no moments are declared
+    parts: int = 1  # on how many equal parts of the features the traced normalizer runs, one after the other
 
     def encode(self) -> str:
         """As a text: the fields in order."""
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {self.eps!r} {self.steps} {self.decay!r} "
-            f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf))} {self.coupled}"
+            f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
+            f"{'-' if self.traced is None else self.traced.encode()}"
         )
 
     @staticmethod
     def decode(text: str) -> SitePlan:
         """From a text."""
-        site, features, groups, centred, eps, steps, decay, gain, shift, leaf, coupled = text.split()
+        site, features, groups, centred, eps, steps, decay, gain, shift, leaf, coupled, parts, traced = text.split()
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
-        return SitePlan(site, *numbers, gain == "1", shift == "1", tuple(map(int, leaf.split("x"))), int(coupled))
+        axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
+        norm = None if traced == "-" else TracedNorm.decode(traced)
+        return SitePlan(site, *numbers, gain == "1", shift == "1", axes, int(coupled), norm, int(parts))
 
     @property
     def is_valid(self) -> bool:
         """Whether the kernels may compute with these numbers, which they do not check again."""
+        return self._window_is_valid and (self._moments_are_valid if self.traced is None else self._programs_are_valid)
+
+    @property
+    def _window_is_valid(self) -> bool:
+        return self.steps >= 0 and 0 <= self.decay <= 1 and 0 <= self.eps < math.inf
+
+    @property
+    def _programs_are_valid(self) -> bool:
+        traced = self.traced
+        return (
+            traced is not None
+            and self.parts >= 1
+            and self.features == self.parts * traced.features
+            and self.groups == self.parts * traced.width
+            and math.prod(self.leaf or (0,)) == self.groups
+            and self.centred == traced.centred
+            and (self.gain, self.shift) == (traced.parameters > 0, False)
+            and (self.groups > 0 or self.steps == 1)
+            and self.coupled == 0
+        )
+
+    @property
+    def _moments_are_valid(self) -> bool:
         lanes = self.features if self.coupled else self.groups
         return (
             self.groups >= 1
+            and self.parts == 1
             and self.features >= self.groups
             and self.features % self.groups == 0
             and (self.coupled != 0 or self.groups <= MOST_GROUPS)
             and min(self.leaf) >= 1
             and math.prod(self.leaf) == lanes
-            and self.steps >= 0
-            and 0 <= self.decay <= 1
-            and 0 <= self.eps < math.inf
             and self.coupled in (0, BATCH, POPULATION, POPULATIONS)
             and (self.centred or not self.coupled)
         )
@@ -80,11 +116,23 @@ class SitePlan:
 
     @property
     def leaves(self) -> int:
-        """Leaves of a statistic: mean and variance, or a mean square."""
-        return 2 if self.centred else 1
+        """Leaves of a statistic: mean and variance, or a mean square, or none."""
+        return 2 if self.centred else 1 if self.groups else 0
+
+    @property
+    def tensors(self) -> int:
+        """Tensors of the state: the weights and the leaves; none where there is no statistic."""
+        return 1 + self.leaves if self.leaves else 0
+
+    @property
+    def affine(self) -> int:
+        """Elements of the gain; of a traced normalizer, of all parameters."""
+        return self.features if self.traced is None else self.parts * self.traced.parameters
 
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Shapes of the state's leaves: the weights, then those of the statistic."""
+        if not self.leaves:
+            return []
         batch = 1 if self.coupled else batch
         rows = (batch, self.prefix) if self.steps else (batch,)
         return [rows, *[(*rows, *self.leaf)] * self.leaves]
@@ -126,7 +174,7 @@ class Plan:
     @property
     def coupled(self) -> bool:
         """Whether the norms couple the batch; all sites do, or none."""
-        return self.sites[0].coupled != 0
+        return any(site.coupled for site in self.sites)
 
     @property
     def measured(self) -> list[SitePlan]:
@@ -181,7 +229,47 @@ def window_of(window: Window) -> tuple[int, float] | None:
     return (0, 2.0 ** (-1.0 / window.half_life)) if type(window) is Exponential else None
 
 
-Declared: TypeAlias = FeatureMoments | BatchMoments
+@dataclass(frozen=True)
+class TracedSite:
+    """A traced normalizer at a site, once or for each gate, with its parameters one after the other."""
+
+    traced: TracedNorm
+    norms: tuple[Normalizer, ...]
+
+    @property
+    def gain(self) -> Tensor | None:
+        """All parameters and buffers as one tensor; None where there are none."""
+        tensors = [tensor for norm in self.norms for tensor in tensors_of(norm)]
+        if len(tensors) == 1 and tensors[0].dim() == 1:
+            return tensors[0]
+        return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else None
+
+    @property
+    def shift(self) -> None:
+        """Return nothing: what shifts is among the parameters."""
+        return None
+
+    def check(self, features: int) -> None:
+        """Do nothing: the programs were built for their number of features."""
+
+
+Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
+
+
+def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
+    """Return how a normalizer that declares no moments runs in the kernels, or the reason why it does not."""
+    norms = (normalizer,)
+    if type(normalizer) is PerGate:
+        norms = tuple(gate for gate in normalizer.gates if isinstance(gate, Normalizer))
+    every = [traced_norm(norm, features // len(norms)) for norm in norms]
+    first = every[0]
+    if isinstance(first, str):
+        return first
+    if any(other != first for other in every[1:]):
+        return "its gates have normalizers that differ"
+    if len(norms) > 1 and any(len(leaf) != 1 for leaf in first.leaves):
+        return "its gates have statistics with more than one axis"
+    return TracedSite(first, norms)
 
 
 def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | str:
@@ -203,9 +291,9 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | s
     apart = None
     for site, norm in weights.norms.items():
         moments = feature_moments(norm.normalizer) or batch_moments(norm.normalizer)
-        if moments is None:
-            name = type(norm.normalizer).__name__
-            return f"the norm at {site} ({name}) is not declared as moments over features or over the batch"
+        moments = moments or _traced_site(norm.normalizer, cell.sites[site])
+        if isinstance(moments, str):
+            return f"the norm at {site} ({type(norm.normalizer).__name__}): {moments}"
         moments.check(cell.sites[site])
         coupled = isinstance(moments, BatchMoments)
         if apart is not None and apart != coupled:
@@ -216,10 +304,21 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | s
         gain, shift = moments.gain, moments.shift
         if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
             return f"the norm at {site} is of another type than the layer, {dtype}"
+        has = gain is not None, shift is not None
+        if isinstance(moments, TracedSite):
+            traced, parts = moments.traced, len(moments.norms)
+            window = window_of(norm.window) if traced.leaves else (1, 1.0)
+            if window is None:
+                return f"it has no kernel for the window {norm.window!r} at {site}"
+            groups = parts * traced.width
+            shape = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
+            shape = ((parts, *shape) if parts > 1 else shape) if groups else ()
+            sites.append((site, groups, traced.centred, 0.0, *window, *has, shape, 0, traced, parts))
+            all_moments.append(moments)
+            continue
         window = window_of(norm.window)
         if window is None:
             return f"it has no kernel for the window {norm.window!r} at {site}"
-        has = gain is not None, shift is not None
         if isinstance(moments, BatchMoments):
             gates, shape = cell.gates_at(site), moments.shape or (cell.sites[site],)
             kind = BATCH if moments.measured else POPULATIONS if moments.per_step else POPULATION

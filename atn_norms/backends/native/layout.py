@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -24,6 +24,7 @@ class Layout:
     | `absent`, `dabsent` | words of the gains and shifts that the norms do not have, and of their gradients |
     | `pooled` | words of what is pooled, of the sites that hand it out |
     | `constants` | features and value of each that is absent |
+    | `programs` | words of the traced normalizers' programs, and the programs |
     | `timelines`, `doubles` | of every site, the word of its timeline and the bytes before it; doubles of all |
     """
 
@@ -58,14 +59,15 @@ class Layout:
         self.timelines: list[tuple[int, int]] = []
         self.doubles = 0
         for site in plan.sites:
-            at, leaves = PLACES[site.site], (0, 1, 2) if site.centred else (0, 2)
+            at, leaves = PLACES[site.site], (0, 1, 2) if site.centred else (0, 2) if site.leaves else ()
             for name, there, value in (("gain", site.gain, 1.0), ("shift", site.shift, 0.0)):
                 if there:
-                    entries.append((word(name, at), "norm", (site.features,), dtype))
-                else:
+                    entries.append((word(name, at), "norm", (site.affine,), dtype))
+                elif site.traced is None:
                     self.absent.append(word(name, at))
                     self.constants.append((site.features, value))
-                (self.daffine if there else self.dabsent).append(word(f"d{name}", at))
+                if there or site.traced is None:
+                    (self.daffine if there else self.dabsent).append(word(f"d{name}", at))
             if site.coupled == BATCH:
                 self.pooled.append(word("population", at))
             elif site.coupled:
@@ -81,10 +83,15 @@ class Layout:
         entries += states if carried_on else []
         entries += [(word("lengths"), "lengths", (batch,), torch.int64)] if ragged else []
         self.given, self.names, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
-        self.structure = _structure(plan, sizes)
+        self.programs = {
+            word("programs", PLACES[site.site]): torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
+            for site in plan.sites
+            if site.traced is not None
+        }
+        self.structure = _structure(plan, sizes, self.programs)
 
 
-def _structure(plan: Plan, sizes: tuple[int, int, int, int]) -> bytes:
+def _structure(plan: Plan, sizes: tuple[int, int, int, int], programs: Mapping[int, Tensor]) -> bytes:
     args = CallArgs()
     args.cell = CELLS[plan.cell]
     args.steps, args.batch, args.inputs, args.hidden = sizes
@@ -94,6 +101,11 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int]) -> bytes:
         site.window, site.populations = (0 if one.steps else 1), one.populations(args.steps)
         site.features, site.groups, site.prefix = one.features, one.groups, one.prefix
         site.decay, site.eps = one.decay, one.eps
+        if one.traced is not None:
+            site.norm, site.parts, site.parameters, site.centred = 5, one.parts, one.traced.parameters, one.centred
+    words = memoryview(args).cast("B").cast("q")
+    for place, program in programs.items():
+        words[place] = program.data_ptr()
     return bytes(args)
 
 

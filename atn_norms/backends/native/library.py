@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 3
+INTERFACE = 4
 SITES = 3
 
 
@@ -30,7 +30,8 @@ class SiteArgs(ctypes.Structure):
         *((name, c_void_p * 3) for name in ("state", "next", "dnext", "dstate")),
         *((name, c_void_p) for name in ("dgain", "dshift")),
         ("populations", c_int64),
-        *((name, c_void_p) for name in ("population", "timeline")),
+        *((name, c_void_p) for name in ("population", "timeline", "programs")),
+        *((name, c_int64) for name in ("parts", "parameters", "centred")),
     ]
 
 

@@ -26,7 +26,7 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
     """Return a normalizer over so many features as programs, or the reason why it has none."""
     if type(normalizer).population is not Normalizer.population:
         return "it overrides population, which has no native kernel"
-    if normalizer.couples_batch:
+    if normalizer.uses_batch_statistics:
         return "it merges the rows of a batch before the window and is not declared as batch_moments"
     try:
         key = features, fingerprint(normalizer)
@@ -42,10 +42,13 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
 
 
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    traced = trace(normalizer, features)
-    if isinstance(traced, str):
-        return traced
-    worst = {name: value for name, value in differences(normalizer, traced).items() if not value <= TOLERANCE}
+    # The first layer of a kind may be built inside any of torch's modes; none of them may count here.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        traced = trace(normalizer, features)
+        if isinstance(traced, str):
+            return traced
+        found = differences(normalizer, traced)
+    worst = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if not worst:
         return traced
     numbers = ", ".join(f"{name} by {value:.1e}" for name, value in worst.items())

@@ -75,6 +75,9 @@ class TracedNorm:
                     f"expected {inputs} and {outputs}"
                 )
 
+    def __hash__(self) -> int:
+        return hash(self._text)
+
     def encode(self) -> str:
         """Return a text without blanks from which `decode` builds the same."""
         return self._text

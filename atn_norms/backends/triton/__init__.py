@@ -33,6 +33,9 @@ class Triton(Fused):
         plan, _ = found
         if plan.coupled:
             return "it has no kernel for norms over the rows of a batch"
+        traced = [site.site for site in plan.sites if site.traced is not None]
+        if traced:
+            return f"it has no kernel for traced normalizers, and there is one at {', '.join(traced)}"
         grouped = [site for site in plan.sites if site.groups > 1]
         if grouped:
             return f"it has no kernel for a norm of groups, and the one at {grouped[0].site} has {grouped[0].groups}"

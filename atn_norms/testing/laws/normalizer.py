@@ -11,6 +11,7 @@ from atn_norms.normalizers import feature_moments
 from atn_norms.statistics import statistics_dtype
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
+from atn_norms.testing.laws.statistic import without_statistic
 from atn_norms.testing.subjects import NormalizerSubject, noise
 
 CLOSE = 1e-9  # float64, sums of at most a few dozen terms: 1e-13 is due
@@ -85,7 +86,7 @@ def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
     compare(ys.double(), expected, tolerance=1e-5, what="float32 against float64")
 
 
-@law("normalizer")
+@law("normalizer", unless=without_statistic)
 def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None:
     """What `normalize` gives depends on the pooled statement, not on `x` alone.
 

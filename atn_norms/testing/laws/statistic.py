@@ -25,6 +25,11 @@ def _whole(case: Case, *weights: float) -> Tensor:
     return torch.tensor(weights, dtype=torch.float64).expand(case.batch, -1)
 
 
+def without_statistic(subject: NormalizerSubject) -> str | None:
+    """Return why laws of statistics do not apply to a stateless normalizer, or None."""
+    return "it is stateless: there is no statistic" if subject.declares("stateless") else None
+
+
 @law("statistic")
 def a_statement_is_a_tuple_of_tensors(subject: NormalizerSubject) -> None:
     """`measure` returns a tuple of tensors that has `pool`, and that its type makes again of those tensors.
@@ -35,7 +40,7 @@ def a_statement_is_a_tuple_of_tensors(subject: NormalizerSubject) -> None:
     subject.check_statement()
 
 
-@law("statistic", batch=(2, 3))
+@law("statistic", unless=without_statistic, batch=(2, 3))
 def merging_needs_no_order(subject: NormalizerSubject, case: Case) -> None:
     """However entries are ordered, and however they are grouped, the merge is the same.
 
@@ -54,7 +59,7 @@ def merging_needs_no_order(subject: NormalizerSubject, case: Case) -> None:
     compare(used(normalizer, probe, merged), whole, tolerance=CLOSE, what="entries merged in two groups")
 
 
-@law("statistic", batch=(2, 3))
+@law("statistic", unless=without_statistic, batch=(2, 3))
 def a_weight_counts_copies(subject: NormalizerSubject, case: Case) -> None:
     """An entry of weight 2 is that entry twice, and one entry of weight 1 is pooled to itself.
 
@@ -69,7 +74,7 @@ def a_weight_counts_copies(subject: NormalizerSubject, case: Case) -> None:
     compare(used(normalizer, probe, heavy), used(normalizer, probe, twice), tolerance=CLOSE, what="an entry twice")
 
 
-@law("statistic", batch=(2, 3))
+@law("statistic", unless=without_statistic, batch=(2, 3))
 def a_weight_of_zero_hides(subject: NormalizerSubject, case: Case) -> None:
     """An entry of weight 0 is not there, in value or gradient, NaN and infinity included; no weight at all is finite.
 
@@ -92,7 +97,7 @@ def a_weight_of_zero_hides(subject: NormalizerSubject, case: Case) -> None:
     demand(all(bool(leaf.isfinite().all()) for leaf in nothing), "no weight at all is pooled to NaN or infinity")
 
 
-@law("statistic", batch=(2, 3))
+@law("statistic", unless=without_statistic, batch=(2, 3))
 def pooling_works_along_any_axis(subject: NormalizerSubject, case: Case) -> None:
     """`pool(weights, dim)` merges along the axis it is told, whatever axes lie before and behind it, and removes it.
 
@@ -114,6 +119,8 @@ def pooling_works_along_any_axis(subject: NormalizerSubject, case: Case) -> None
 
 
 def _no_union(subject: NormalizerSubject) -> str | None:
+    if subject.declares("stateless"):
+        return without_statistic(subject)
     if not subject.declares("order_free"):
         return "order_free is not declared"
     if subject.couples:

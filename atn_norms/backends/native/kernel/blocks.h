@@ -5,6 +5,7 @@
 
 #include <stddef.h>
 
+#include "program.h"
 #include "recurrent.h"
 
 #define BLOCK_ROWS 16
@@ -35,7 +36,11 @@ typedef struct {
     double *carry;           /* [2, L] what comes back in time */
     double *dgain, *dshift;  /* sums: [F], or [L] where norms couple the batch */
     double *room;            /* where all that is not in the timeline lies */
-} Line;
+    const Program *programs; /* of NORM_TRACED: as in Site, but for the parameters, which are all double here */
+    int64_t parts, parameters;
+    int centred;
+    double *parameter;       /* [parts, parameters] */
+} SiteBuffers;
 
 /* A call with its sites laid out. */
 typedef struct {
@@ -44,17 +49,18 @@ typedef struct {
     int coupled;       /* whether norms couple the batch */
     int64_t live;      /* then: steps in which any row is alive */
     double *counts;    /* and [T] live rows of each step */
+    int64_t program_doubles; /* that a thread needs to run any program; 0: there is none */
     const Call *call;
-    Line site[SITES]; /* of the first block */
+    SiteBuffers site[SITES]; /* of the first block */
 } Work;
 
 /* Lay out every site and bring in its given state; for the way back, also take and prepare room for gradients. 0 if well. */
-int atn_norms_begin(Work *work, const Call *call, int backward);
+int atn_norms_begin(Work *work, const Call *call, int backward, int is_double);
 /* Hand out what follows: the next states, or all gradients of the sites; then give the room back. */
 void atn_norms_end(Work *work, int backward, int is_double);
 
 /* A site of another block. */
-Line atn_norms_line(const Line *first, int64_t steps, int64_t block);
+SiteBuffers atn_norms_site_buffers(const SiteBuffers *first, int64_t steps, int64_t block);
 
 void *atn_norms_memory(size_t bytes); /* aligned to a cache line; NULL where there is none */
 int64_t atn_norms_block_start(int64_t batch, int64_t block); /* first row of a block */
@@ -67,5 +73,10 @@ void atn_norms_wait(void);            /* until all of the team are there */
 int atn_norms_run_base(const Work *work, int backward, int is_double);
 int atn_norms_run_avx2(const Work *work, int backward, int is_double);
 int atn_norms_run_avx512(const Work *work, int backward, int is_double);
+
+/* Run a program on at most a tile of rows. */
+void atn_norms_interpret_base(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx2(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx512(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
 
 #endif

@@ -91,7 +91,7 @@ INLINE long FN(feature)(const Work *work, const FN(Units) *units, long i) { retu
 
 /* The means and 1 / deviations that a site's features are normed with at step t. */
 static void FN(statement)(const Work *work, const FN(Units) *units, int s, long t, double *mean, double *scale) {
-    const Line *site = units->line + s;
+    const SiteBuffers *site = units->line + s;
     const Site *given = work->call->site + s;
     const long wide = FN(site_wide)(units, s);
     if (site->norm == NORM_BATCH) {
@@ -124,7 +124,7 @@ static void FN(set_columns)(const Work *work, FN(Units) *units, int s, long t) {
 
 /* A site's statements at step t, and with them its columns. */
 static void FN(state_columns)(const Work *work, FN(Units) *units, int s, long t, const REAL *x, FN(Rows) rows) {
-    const Line *site = units->line + s;
+    const SiteBuffers *site = units->line + s;
     const long wide = FN(site_wide)(units, s), at = (site->prefix + t) * site->lanes;
     if (site->norm == NORM_NONE) return;
     if (FN(asks_own)(work, site, t)) {
@@ -146,7 +146,7 @@ static void FN(state_columns)(const Work *work, FN(Units) *units, int s, long t,
 
 /* Back through a site: sums of gain and shift, the gradient of its statements, and dx, which is 0 in rows that are not alive. */
 static void FN(columns_back)(const Work *work, FN(Units) *units, int s, long t, const REAL *x, const REAL *dy, FN(Rows) rows, REAL *dx) {
-    const Line *site = units->line + s;
+    const SiteBuffers *site = units->line + s;
     const FN(Columns) *columns = units->columns + s;
     const long wide = FN(site_wide)(units, s), at_pooled = t * site->lanes, at_own = at_pooled + site->prefix * site->lanes;
     if (rows.count < work->batch)

@@ -14,7 +14,7 @@ typedef struct { REAL *gain, *shift, *high, *scale, *factor, *level; } FN(Column
 
 typedef struct {
     long from, width, wide;        /* first unit, how many, and numbers in a row of its pre-activations */
-    Line line[SITES];
+    SiteBuffers line[SITES];
     FN(Columns) columns[SITES];
     FN(Packed) ih, hh;             /* rows of W_ih and W_hh for these units */
     REAL *turned;                  /* backward: what of W_hh comes back from every gate to these units */
@@ -41,8 +41,8 @@ static void FN(look)(const Work *work, long t, FN(Rows) *rows) {
 }
 
 /* Whether anything asks for a site's own statement of step t, and for its pooled one. */
-INLINE int FN(asks_pooled)(const Line *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
-INLINE int FN(asks_own)(const Work *work, const Line *site, long t) { return FN(asks_pooled)(site) || t + site->prefix >= work->live; }
+INLINE int FN(asks_pooled)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
+INLINE int FN(asks_own)(const Work *work, const SiteBuffers *site, long t) { return FN(asks_pooled)(site) || t + site->prefix >= work->live; }
 
 #include "columns.inc.h"
 

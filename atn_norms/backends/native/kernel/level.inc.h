@@ -1,5 +1,6 @@
 /* Both REALs for one instruction set: define LEVEL, VECTOR_BYTES and TILE_ROWS, then include. */
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,10 @@
 
 #define GLUE3(a, b, c) a##b##c
 #define GLUE(a, b, c) GLUE3(a, b, c)
+
+#include "interpret.inc.h"
+
+#define RUN_PROGRAM GLUE(interpret, _program_, LEVEL)
 
 #define REAL float
 #define IS_DOUBLE 0
@@ -27,4 +32,8 @@
 
 int GLUE(atn_norms_, run_, LEVEL)(const Work *work, int backward, int is_double) {
     return is_double ? GLUE(run, _f64_, LEVEL)(work, backward) : GLUE(run, _f32_, LEVEL)(work, backward);
+}
+
+void GLUE(atn_norms_, interpret_, LEVEL)(const Program *program, const Input *input, int64_t rows, double *room, Input *output) {
+    RUN_PROGRAM(program, input, rows, room, output);
 }

@@ -19,7 +19,7 @@
 
 /* Before the first step of a stretch of k: entry i of `late` becomes the merge of the statements i to prefix - 1 of the k - 1
    before it. */
-static void FN(merge_late)(const Line *site, long t) {
+static void FN(merge_late)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, size = prefix * lanes;
     for (long i = prefix - 1; i >= (t ? 0 : site->hidden); i--) {
         const long at = t + i;
@@ -51,7 +51,7 @@ static void FN(merge_late)(const Line *site, long t) {
 }
 
 /* The pooled statement of step t, and what a deviation of it divides by. */
-static void FN(pool)(const Line *site, long t) {
+static void FN(pool)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double eps = site->eps, count = site->counts ? site->counts[t] : 1.0;
     double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
@@ -104,7 +104,7 @@ static void FN(pool)(const Line *site, long t) {
 /* What the gradients of the windows of one stretch are taken around: a mean of the stretch itself, if that is a number. */
 INLINE double FN(around)(double mu) { return mu - mu == 0.0 ? mu : 0.0; }
 
-INLINE long FN(last_of_stretch)(const Line *site, long steps, long t) {
+INLINE long FN(last_of_stretch)(const SiteBuffers *site, long steps, long t) {
     const long k = site->prefix + 1, last = t - t % k + k - 1;
     return last < steps ? last : steps - 1;
 }
@@ -113,7 +113,7 @@ INLINE long FN(last_of_stretch)(const Line *site, long steps, long t) {
    final state asks of it. site->dmu and site->dv hold the gradients of the pooled statements of t and before; of those after t
    in a sliding window's stretch at hand, what they say of a mean and a variance: G and Q, with dL/dmean_s the sum over its
    windows of G + 2 Q (mean_s - around) and dL/dvar_s the sum of Q; of stretches gone by, the sums of these from their start on. */
-static void FN(unpool)(const Line *site, long steps, long t) {
+static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double count = site->counts ? site->counts[t] : 1.0;
     double *restrict dmean = site->dmean + prefix * lanes + at, *restrict dvar = site->dvar + prefix * lanes + at;
@@ -167,7 +167,7 @@ static void FN(unpool)(const Line *site, long steps, long t) {
 }
 
 /* The gradient of the statements the given state brought, after step 0 has been worked back. */
-static void FN(unpool_prefix)(const Line *site, long steps) {
+static void FN(unpool_prefix)(const SiteBuffers *site, long steps) {
     const long lanes = site->lanes, prefix = site->prefix;
     if (site->window == WINDOW_DECAYING) {
         LANES { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
@@ -226,7 +226,7 @@ INLINE void FN(sums_in_real)(long width, const REAL *x, REAL pivot, double *firs
 /* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Deviations are taken
    from a value near the mean. In float they lose nothing that counts while that value is within one deviation of the mean and
    their squares are within float's range; what is not so is summed in double, from one of its own values. */
-static void FN(measure)(const Line *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
+static void FN(measure)(const SiteBuffers *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
     const long width = site->features / site->groups;
     const int centred = site->norm == NORM_MOMENTS;
     for (long g = 0; g < site->groups; g++, x += width) {

@@ -11,7 +11,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 3
+#define INTERFACE 4
 
 static int32_t cap = 2;
 static volatile int forked = 0;
@@ -68,9 +68,18 @@ static int run_level(const Work *work, int backward, int32_t is_double) {
     return atn_norms_run_base(work, backward, is_double);
 }
 
+static void interpret_level(const Program *program, const Input *input, int64_t rows, double *room, Input *output) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    const int32_t level = atn_norms_level(-1);
+    if (level == 2) { atn_norms_interpret_avx512(program, input, rows, room, output); return; }
+    if (level == 1) { atn_norms_interpret_avx2(program, input, rows, room, output); return; }
+#endif
+    atn_norms_interpret_base(program, input, rows, room, output);
+}
+
 static int run(const Call *call, int backward, int32_t is_double) {
     Work work;
-    if (atn_norms_begin(&work, call, backward)) return 1;
+    if (atn_norms_begin(&work, call, backward, is_double)) return 1;
 #ifdef _OPENMP
     /* The threads of a parent are not there in its child, and OpenMP would wait for them for ever. */
     if (forked) work.threads = 1;
@@ -85,6 +94,29 @@ static int run(const Call *call, int backward, int32_t is_double) {
 int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0, is_double); }
 
 int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
+
+/* Run one program on rows of its inputs, each one after the other in memory; outputs likewise. 1 where there is no memory. */
+int32_t atn_norms_interpret(const int64_t *words, const double *const *inputs, int64_t rows, double *const *outputs) {
+    const Program *program = (const Program *)words;
+    double *room = atn_norms_memory((size_t)(program->tile_rows * program->row_doubles) * sizeof(double));
+    Input input[MOST_SLOTS], output[MOST_SLOTS];
+    if (!room) return 1;
+    for (int64_t row = 0; row < rows; row += program->tile_rows) {
+        const int64_t count = rows - row < program->tile_rows ? rows - row : program->tile_rows;
+        for (int64_t i = 0; i < program->inputs; i++) {
+            const int64_t length = program_slots(program)[i].length;
+            input[i] = (Input){inputs[i] + row * length, length};
+        }
+        interpret_level(program, input, count, room, output);
+        for (int64_t o = 0; o < program->outputs; o++) {
+            const int64_t length = program_slots(program)[program_outputs(program)[o]].length;
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = 0; i < length; i++) outputs[o][(row + r) * length + i] = output[o].at[r * output[o].apart + i];
+        }
+    }
+    free(room);
+    return 0;
+}
 
 int64_t atn_norms_blocks(int64_t batch) { return (batch + BLOCK_ROWS - 1) / BLOCK_ROWS; }
 

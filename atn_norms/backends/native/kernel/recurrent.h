@@ -11,8 +11,9 @@
 
 enum { CELL_LSTM = 0, CELL_GRU = 1, CELL_RNN_TANH = 2, CELL_RNN_RELU = 3 };
 /* Moments or a mean square over features, of every row by itself; or each feature's moments over the live rows of a step
-   (then every site that has a norm is of that kind), with which it is normed, or else with a population's. */
-enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2, NORM_BATCH = 3, NORM_POPULATION = 4 };
+   (then every site that has a norm is of that kind), with which it is normed, or else with a population's; or what programs
+   compute of every row by itself (program.h). */
+enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2, NORM_BATCH = 3, NORM_POPULATION = 4, NORM_TRACED = 5 };
 enum { WINDOW_SLIDING = 0, WINDOW_DECAYING = 1 };
 enum { SITE_IH = 0, SITE_HH = 1, SITE_C = 2, SITES = 3 };
 
@@ -36,6 +37,11 @@ typedef struct {
     double *population;     /* of NORM_POPULATION [populations, 2 F]: means, then variances; of NORM_BATCH [T, 2 F + 1]: the
                                pooled ones and the window's weight, written by the forward pass */
     double *timeline;       /* [atn_norms_timeline(...)] every statement of the sequence; forward fills it, backward reads it */
+    /* Of NORM_TRACED: its four programs; how many equal parts of the features they run on, one after the other; how many
+       parameters a part has (gain holds those of all parts, and dgain their gradients); whether the statistic is a mean and a
+       variance; groups are the elements of a row's statistic, 0 where there is none. */
+    const void *programs;
+    int64_t parts, parameters, centred;
 } Site;
 
 /* Doubles in the timeline of a site. */

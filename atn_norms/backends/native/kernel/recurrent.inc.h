@@ -47,13 +47,12 @@ static long FN(together)(const Work *work, long blocks) {
 
 /* Room for the work space of every thread; all of a team share that of the first, but for what is of one row. */
 INLINE FN(Space) FN(own_space)(const Work *work, REAL *at, size_t each, long blocks, long H, long N) {
-    FN(Space) own = FN(space)(at + each * (size_t)atn_norms_thread(), blocks, H, N);
-    if (!FN(teamed)(work)) return own;
-    REAL *wide = own.wide;
-    const FN(Plain) plain = own.plain;
-    own = FN(space_at)(at, blocks, H, N);
-    own.wide = wide;
-    own.plain = plain;
+    const FN(Space) mine = FN(space)(work, at + each * (size_t)atn_norms_thread(), blocks, H, N);
+    if (!FN(teamed)(work)) return mine;
+    FN(Space) own = FN(space_at)(work, at, blocks, H, N);
+    for (int s = 0; s < SITES; s++) own.spare[s] = mine.spare[s];
+    own.plain = mine.plain;
+    own.room = mine.room;
     return own;
 }
 
@@ -63,7 +62,7 @@ static int FN(forward)(const Work *work, long N) {
     const int teamed = FN(teamed)(work);
     const long threads = teamed || work->threads < items ? work->threads : items;
     const int plain = work->steps * work->batch <= UNPACKED;
-    const size_t each = FN(space_size)(group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(H, N);
+    const size_t each = FN(space_size)(work, group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(H, N);
     REAL *room = atn_norms_memory((packed + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
     FN(Packed) ih = {NULL, (REAL *)work->call->bias_ih, work->call->weight_ih}, hh = {NULL, (REAL *)work->call->bias_hh, work->call->weight_hh};
@@ -104,7 +103,7 @@ static int FN(backward)(const Work *work, long N) {
     const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
     const int teamed = FN(teamed)(work);
-    const size_t each = FN(space_size)(group, H, N), many = (size_t)(steps * B);
+    const size_t each = FN(space_size)(work, group, H, N), many = (size_t)(steps * B);
     const size_t weights = (work->call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (work->call->dxs ? FN(packed_size)(N, D) : 0);
     const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;

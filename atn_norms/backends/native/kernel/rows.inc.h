@@ -5,31 +5,41 @@
 typedef struct {
     REAL *h, *c[2], *gate, *hidden; /* [R, H] */
     REAL *recurrent, *projected;    /* [R, N] */
-    REAL *wide;                     /* [3, N] rows normed ahead of time */
+    REAL *spare[SITES];             /* [N] each: rows normed ahead of time */
     REAL *sums;                     /* [blocks, 4 N + 2 H] sums of gains and shifts */
+    REAL *normed[SITES];            /* [R, N], [R, N], [R, H] rows that programs have normalized */
+    double *room;                   /* registers of programs, and what they are given */
     FN(Plain) plain;                /* [N] */
 } FN(Space);
 
-static size_t FN(space_size)(long blocks, long H, long N) {
-    return (size_t)(blocks * BLOCK_ROWS * (5 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + 64);
+static size_t FN(space_size)(const Work *work, long blocks, long H, long N) {
+    const long programs = work->program_doubles ? blocks * BLOCK_ROWS * (2 * N + H) + work->program_doubles * (long)(sizeof(double) / sizeof(REAL)) : 0;
+    return (size_t)(blocks * BLOCK_ROWS * (5 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
 }
 
-static FN(Space) FN(space_at)(REAL *at, long blocks, long H, long N) {
+static FN(Space) FN(space_at)(const Work *work, REAL *at, long blocks, long H, long N) {
     const long rows = blocks * BLOCK_ROWS;
     FN(Space) space;
     REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.gate, &space.hidden};
     for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++, at += rows * H) *narrow[i] = at;
     space.recurrent = at; at += rows * N;
     space.projected = at; at += rows * N;
-    space.wide = at; at += 3 * N;
+    for (int s = 0; s < SITES; s++, at += N) space.spare[s] = at;
     space.sums = at; at += blocks * (4 * N + 2 * H);
     space.plain.ones = at;
     space.plain.zeros = at + N;
+    at += 2 * N;
+    space.room = NULL;
+    for (int s = 0; s < SITES; s++) {
+        space.normed[s] = at;
+        if (work->program_doubles) at += rows * (s == SITE_C ? H : N);
+    }
+    if (work->program_doubles) space.room = (double *)(((uintptr_t)at + 63) / 64 * 64);
     return space;
 }
 
-static FN(Space) FN(space)(REAL *at, long blocks, long H, long N) {
-    const FN(Space) space = FN(space_at)(at, blocks, H, N);
+static FN(Space) FN(space)(const Work *work, REAL *at, long blocks, long H, long N) {
+    const FN(Space) space = FN(space_at)(work, at, blocks, H, N);
     for (long i = 0; i < N; i++) { ((REAL *)space.plain.ones)[i] = (REAL)1; ((REAL *)space.plain.zeros)[i] = (REAL)0; }
     return space;
 }
@@ -38,7 +48,7 @@ static FN(Space) FN(space)(REAL *at, long blocks, long H, long N) {
 typedef struct {
     long blocks, row, rows;            /* the group's first row, and how many */
     long start[MOST_TOGETHER + 1];     /* of each block, counted from the group's first row */
-    Line line[MOST_TOGETHER][SITES];
+    SiteBuffers line[MOST_TOGETHER][SITES];
 } FN(Group);
 
 static void FN(gather)(FN(Group) *group, const Work *work, long first, long last) {
@@ -47,12 +57,46 @@ static void FN(gather)(FN(Group) *group, const Work *work, long first, long last
     for (long b = 0; b <= group->blocks; b++) group->start[b] = atn_norms_block_start(work->batch, first + b) - group->row;
     group->rows = group->start[group->blocks];
     for (long b = 0; b < group->blocks; b++)
-        for (int s = 0; s < SITES; s++) group->line[b][s] = atn_norms_line(work->site + s, work->steps, first + b);
+        for (int s = 0; s < SITES; s++) group->line[b][s] = atn_norms_site_buffers(work->site + s, work->steps, first + b);
+}
+
+INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
+
+#include "traced.inc.h"
+
+/* Where the normalized row of a site is put: of a program its own row, else a spare one. */
+INLINE REAL *FN(spare)(const SiteBuffers *line, int site, FN(Space) space, long r, long features) {
+    return line[site].norm == NORM_TRACED ? space.normed[site] + r * features : space.spare[site];
+}
+
+/* Normalized rows of a block at step t, where a program makes them. */
+static void FN(renormalize)(const Work *work, const SiteBuffers *line, int site, long t, long row, long start, long end, const REAL *x,
+                            long features, FN(Space) space) {
+    if (line[site].norm != NORM_TRACED) return;
+    REAL *to = space.normed[site] + start * features;
+    FN(traced_normalize)(work, line + site, t, row + start, end - start, x + start * features, features, to, features, space.room);
+}
+
+/* Back through a site of any kind: dx holds the gradient of its result first. */
+static void FN(any_site_back)(const Work *work, FN(SiteGrads) grads, long t, long first, long rows, REAL *dx, long ldd, double *room) {
+    if (grads.line->norm == NORM_TRACED) FN(traced_back)(work, grads.line, t, first, rows, grads.x, grads.ldx, dx, ldd, room);
+    else FN(site_back)(grads, work->steps, t, rows, dx, ldd);
+}
+
+/* Statistics of a block's rows at step t; of a program also the normalized rows. */
+static void FN(site_forward)(const Work *work, const SiteBuffers *line, int site, long t, long row, long start, long end, const REAL *x,
+                             long features, FN(Space) space) {
+    const SiteBuffers *own = line + site;
+    if (own->norm != NORM_TRACED) {
+        FN(state)(own, t, end - start, x + start * features, features);
+        return;
+    }
+    FN(traced_measure)(work, own, t, row + start, end - start, x + start * features, features, space.room);
+    if (own->groups) FN(pool)(own, t);
+    FN(renormalize)(work, line, site, t, row, start, end, x, features, space);
 }
 
 INLINE long FN(gates)(const Work *work) { return work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1; }
-
-INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
 
 /* Ask for n numbers that the next step will read or write, while this one is computed. */
 INLINE void FN(fetch)(const REAL *from, long n, const int write) {
@@ -113,20 +157,20 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
         FN(weigh)(me, hh_weight, rows, H, N, h, H, recurrent);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
-            const Line *line = group.line[b];
+            const SiteBuffers *line = group.line[b];
             const long start = group.start[b], end = group.start[b + 1];
-            FN(state)(line + SITE_IH, t, end - start, in + start * N, N);
-            FN(state)(line + SITE_HH, t, end - start, recurrent + start * N, N);
+            FN(site_forward)(work, line, SITE_IH, t, row, start, end, in, N, space);
+            FN(site_forward)(work, line, SITE_HH, t, row, start, end, recurrent, N, space);
             for (long r = start; r < end; r++) {
-                const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
-                const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
+                const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
                 if (call->recurrent && t + 1 < T) FN(fetch)(recurrent + (r + B) * N, N, 1);
                 FN(row_forward)(work->cell, 0, H, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
                 if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
             }
-            if (lstm) FN(state)(line + SITE_C, t, end - start, now + start * H, H);
+            if (lstm) FN(site_forward)(work, line, SITE_C, t, row, start, end, now, H, space);
             for (long r = start; r < end && lstm; r++) {
-                const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, space.wide);
+                const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H));
                 FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
             }
             for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
@@ -188,8 +232,8 @@ INLINE FN(Sums) FN(sums)(FN(Space) space, long block, int site, long H, long N) 
 static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space, long H, long N) {
     for (long b = 0; b < group->blocks; b++)
         for (int s = 0; s < SITES; s++) {
-            const Line *line = &group->line[b][s];
-            if (line->norm == NORM_NONE) continue;
+            const SiteBuffers *line = &group->line[b][s];
+            if (line->norm == NORM_NONE || line->norm == NORM_TRACED) continue;
             const FN(Sums) sums = FN(sums)(space, b, s, H, N);
             const REAL *dshift = s == SITE_HH && FN(paired)(work) ? FN(sums)(space, b, SITE_IH, H, N).dshift : sums.dshift;
 #pragma omp simd
@@ -225,8 +269,12 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             FN(weigh)(me, chunk->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, space.projected);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
-            const Line *line = group.line[b];
+            const SiteBuffers *line = group.line[b];
             const long start = group.start[b], end = group.start[b + 1];
+            for (int s = 0; s < 2 + lstm; s++) {
+                const REAL *x = s == SITE_IH ? in : s == SITE_HH ? recurrent : cells;
+                FN(renormalize)(work, line, s, t, row, start, end, x, s == SITE_C ? H : N, space);
+            }
             for (int part = 0; part < 1 + lstm; part++) {
                 for (long r = start; r < end; r++) {
                     REAL *hidden = space.hidden + r * H;
@@ -237,8 +285,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                         if (lstm) FN(copy)(dold + r * H, dc + r * H, H);
                         continue;
                     }
-                    const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, space.wide);
-                    const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, space.wide + N);
+                    const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
+                    const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
                     if (t > chunk->first && part == 0) {
                         FN(fetch)(recurrent + (r - B) * N, N, 0);
                         FN(fetch)(dout + (r - B) * H, H, 0);
@@ -248,21 +296,22 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                     const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
                     if (!lstm) FN(row_back)(work->cell, 0, H, each);
                     else if (part) FN(row_cell_back)(0, H, each, dc + r * H, dold + r * H);
-                    else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, space.wide + 2 * N));
+                    else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H)));
                 }
                 if (lstm && part == 0) {
                     REAL *hidden = space.hidden + start * H;
-                    FN(site_back)((FN(Given)){line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)}, T, t, end - start, hidden, H);
+                    const FN(SiteGrads) grads = {line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)};
+                    FN(any_site_back)(work, grads, t, row + start, end - start, hidden, H, space.room);
                 }
             }
-            const FN(Given) given[2] = {
+            const FN(SiteGrads) grads[2] = {
                 {line + SITE_IH, in + start * N, N, din + start * N, FN(sums)(space, b, SITE_IH, H, N)},
                 {line + SITE_HH, recurrent + start * N, N, drec + start * N, FN(sums)(space, b, SITE_HH, H, N)},
             };
-            if (paired) FN(pair_back)(given, T, t, end - start, din + start * N, N);
+            if (paired) FN(pair_back)(grads, T, t, end - start, din + start * N, N);
             else {
-                if (work->cell != CELL_GRU) memcpy(given[1].dx, given[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
-                for (int s = 0; s < 2; s++) FN(site_back)(given[s], T, t, end - start, given[s].dx, N);
+                if (work->cell != CELL_GRU) memcpy(grads[1].dx, grads[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
+                for (int s = 0; s < 2; s++) FN(any_site_back)(work, grads[s], t, row + start, end - start, grads[s].dx, N, space.room);
             }
         }
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }

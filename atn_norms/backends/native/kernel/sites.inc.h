@@ -9,12 +9,12 @@ INLINE FN(Affine) FN(split)(double mean, double scale) {
     return a;
 }
 
-INLINE FN(Affine) FN(affine)(const Line *site, long lane) {
+INLINE FN(Affine) FN(affine)(const SiteBuffers *site, long lane) {
     return FN(split)(site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0, site->scale[lane]);
 }
 
 /* A whole normed row: out = N(x). */
-static void FN(normed_row)(const Line *site, long lane, const REAL *x, REAL *out) {
+static void FN(normed_row)(const SiteBuffers *site, long lane, const REAL *x, REAL *out) {
     const long width = site->features / site->groups;
     for (long g = 0; g < site->groups; g++) {
         const FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {FN(affine)(site, lane + g)}};
@@ -26,17 +26,19 @@ static void FN(normed_row)(const Line *site, long lane, const REAL *x, REAL *out
 }
 
 /* A row of a site with `gates` gates, in row r of its block. Where groups are not gates the row is normed into `spare` first. */
-INLINE FN(Side) FN(side)(const Line *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
+INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
     FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
     const long lane = t * site->lanes + r * site->groups;
-    if (site->norm != NORM_NONE && site->groups == 1) {
+    const int affine = site->norm != NORM_NONE && site->norm != NORM_TRACED;
+    if (affine && site->groups == 1) {
         side.by[0] = side.by[1] = side.by[2] = side.by[3] = FN(affine)(site, lane);
-    } else if (site->norm != NORM_NONE && site->groups == gates) {
+    } else if (affine && site->groups == gates) {
         for (long g = 0; g < gates; g++) side.by[g] = FN(affine)(site, lane + g);
     } else {
         side.gain = plain.ones;
         side.shift = plain.zeros;
-        if (site->norm != NORM_NONE) {
+        if (site->norm == NORM_TRACED) side.x = spare; /* normalized before */
+        else if (site->norm != NORM_NONE) {
             FN(normed_row)(site, lane, x, spare);
             side.x = spare;
         }
@@ -45,7 +47,7 @@ INLINE FN(Side) FN(side)(const Line *site, long t, long r, long gates, const REA
 }
 
 /* Own statements of a block's rows at step t, and the pooled ones. */
-static void FN(state)(const Line *site, long t, long rows, const REAL *x, long ldx) {
+static void FN(state)(const SiteBuffers *site, long t, long rows, const REAL *x, long ldx) {
     if (site->norm == NORM_NONE) return;
     const long at = (site->prefix + t) * site->lanes;
     for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * site->groups, site->var + at + r * site->groups);
@@ -55,7 +57,7 @@ static void FN(state)(const Line *site, long t, long rows, const REAL *x, long l
 
 /* What one or two sites that are fed the same gradient dy need of it, one group of one row: the gradient of each pooled
    statement, and onto the sums of gain and shift (one sum of shifts serves both). */
-INLINE void FN(denormalize)(const int sides, const Line *const *site, const long *lane, long start, long end, const REAL *const *x, const REAL *dy,
+INLINE void FN(denormalize)(const int sides, const SiteBuffers *const *site, const long *lane, long start, long end, const REAL *const *x, const REAL *dy,
                             REAL *const *dgain, REAL *dshift) {
     FN(Affine) by[2];
     double first[2] = {0}, second[2] = {0};
@@ -85,7 +87,7 @@ INLINE void FN(denormalize)(const int sides, const Line *const *site, const long
 }
 
 /* ... and through their statements: dx = w / deviation + what the own statement's gradient says. dy may be the first dx. */
-INLINE void FN(unmeasure)(const int sides, const Line *const *site, const long *lane, const long *own, long start, long end, const REAL *const *x,
+INLINE void FN(unmeasure)(const int sides, const SiteBuffers *const *site, const long *lane, const long *own, long start, long end, const REAL *const *x,
                           const REAL *dy, REAL *const *dx) {
     FN(Affine) by[2]; /* what is added: slope * (x - mean) + level */
     REAL scale[2];
@@ -108,43 +110,44 @@ INLINE void FN(unmeasure)(const int sides, const Line *const *site, const long *
 
 /* Sums of gain and shift over the rows of one block and chunk of steps, and one site's rows of one step. */
 typedef struct { REAL *dgain, *dshift; } FN(Sums);
-typedef struct { const Line *line; const REAL *x; long ldx; REAL *dx; FN(Sums) sums; } FN(Given);
+typedef struct { const SiteBuffers *line; const REAL *x; long ldx; REAL *dx; FN(Sums) sums; } FN(SiteGrads);
 
 /* Back through `sides` sites of a block that share dy [rows, F] and have as many groups; rows of dy and dx lie ldd apart. */
-INLINE void FN(sites_back)(const int sides, const FN(Given) *given, long steps, long t, long rows, const REAL *dy, long ldd) {
-    const Line *line[2] = {given[0].line, given[sides - 1].line};
-    REAL *dgain[2] = {given[0].sums.dgain, given[sides - 1].sums.dgain};
+INLINE void FN(sites_back)(const int sides, const FN(SiteGrads) *grads, long steps, long t, long rows, const REAL *dy, long ldd) {
+    const SiteBuffers *line[2] = {grads[0].line, grads[sides - 1].line};
+    REAL *dgain[2] = {grads[0].sums.dgain, grads[sides - 1].sums.dgain};
     const long F = line[0]->features, G = line[0]->groups, width = F / G;
     for (long r = 0; r < rows; r++)
         for (long g = 0; g < G; g++) {
-            const REAL *x[2] = {given[0].x + r * given[0].ldx, given[sides - 1].x + r * given[sides - 1].ldx};
+            const REAL *x[2] = {grads[0].x + r * grads[0].ldx, grads[sides - 1].x + r * grads[sides - 1].ldx};
             const long lane[2] = {t * line[0]->lanes + r * G + g, t * line[1]->lanes + r * G + g};
-            FN(denormalize)(sides, line, lane, g * width, (g + 1) * width, x, dy + r * ldd, dgain, given[0].sums.dshift);
+            FN(denormalize)(sides, line, lane, g * width, (g + 1) * width, x, dy + r * ldd, dgain, grads[0].sums.dshift);
         }
     for (int s = 0; s < sides; s++) FN(unpool)(line[s], steps, t);
     for (long r = 0; r < rows; r++)
         for (long g = 0; g < G; g++) {
-            const REAL *x[2] = {given[0].x + r * given[0].ldx, given[sides - 1].x + r * given[sides - 1].ldx};
-            REAL *dx[2] = {given[0].dx + r * ldd, given[sides - 1].dx + r * ldd};
+            const REAL *x[2] = {grads[0].x + r * grads[0].ldx, grads[sides - 1].x + r * grads[sides - 1].ldx};
+            REAL *dx[2] = {grads[0].dx + r * ldd, grads[sides - 1].dx + r * ldd};
             const long lane[2] = {t * line[0]->lanes + r * G + g, t * line[1]->lanes + r * G + g};
             const long own[2] = {lane[0] + line[0]->prefix * line[0]->lanes, lane[1] + line[1]->prefix * line[1]->lanes};
             FN(unmeasure)(sides, line, lane, own, g * width, (g + 1) * width, x, dy + r * ldd, dx);
         }
 }
 
-static void FN(pair_back)(const FN(Given) *given, long steps, long t, long rows, const REAL *dy, long ldd) {
-    FN(sites_back)(2, given, steps, t, rows, dy, ldd);
+static void FN(pair_back)(const FN(SiteGrads) *grads, long steps, long t, long rows, const REAL *dy, long ldd) {
+    FN(sites_back)(2, grads, steps, t, rows, dy, ldd);
 }
 
 /* ... or one; a site without a norm hands dy on. */
-static void FN(site_back)(FN(Given) given, long steps, long t, long rows, const REAL *dy, long ldd) {
-    if (given.line->norm != NORM_NONE) FN(sites_back)(1, &given, steps, t, rows, dy, ldd);
+static void FN(site_back)(FN(SiteGrads) grads, long steps, long t, long rows, const REAL *dy, long ldd) {
+    if (grads.line->norm != NORM_NONE) FN(sites_back)(1, &grads, steps, t, rows, dy, ldd);
     else
-        for (long r = 0; r < rows && given.dx != dy; r++) FN(copy)(given.dx + r * ldd, dy + r * ldd, ldd);
+        for (long r = 0; r < rows && grads.dx != dy; r++) FN(copy)(grads.dx + r * ldd, dy + r * ldd, ldd);
 }
 
 /* Whether what reaches both products of a cell, being the same, can go back through both sites at once. */
 INLINE int FN(paired)(const Work *work) {
-    const Line *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
-    return work->cell != CELL_GRU && ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->groups == hh->groups;
+    const SiteBuffers *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
+    return work->cell != CELL_GRU && ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->norm != NORM_TRACED && hh->norm != NORM_TRACED &&
+           ih->groups == hh->groups;
 }

@@ -8,14 +8,17 @@
 /* Doubles of one block: its share of the timeline, and of what either way needs beside it. */
 static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { return lanes * (3 * prefix + 6 * steps); }
 
-static int64_t forward_doubles(const Line *line) { return line->lanes * (3 * line->prefix + 3); }
+static int64_t forward_doubles(const SiteBuffers *line) { return line->lanes * (3 * line->prefix + 3); }
 
 static int is_coupled(int32_t norm) { return norm == NORM_BATCH || norm == NORM_POPULATION; }
 
 /* How many sums of gains, and as many of shifts, a block has. */
-static int64_t sums(const Line *line) { return is_coupled(line->norm) ? line->lanes : line->features; }
+static int64_t sums(const SiteBuffers *line) {
+    if (line->norm == NORM_TRACED) return line->parts * line->parameters;
+    return is_coupled(line->norm) ? line->lanes : line->features;
+}
 
-static int64_t backward_doubles(const Line *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 2) + 2 * sums(line); }
+static int64_t backward_doubles(const SiteBuffers *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 2) + 2 * sums(line); }
 
 static int64_t filled(int64_t lanes) { return (lanes + LANE_STEP - 1) / LANE_STEP * LANE_STEP; }
 
@@ -34,8 +37,8 @@ int64_t atn_norms_batch_timeline(int64_t prefix, int64_t steps, int64_t hidden, 
     return atn_norms_unit_blocks(hidden) * timeline_doubles(prefix, steps, lanes_of_units(hidden, groups));
 }
 
-Line atn_norms_line(const Line *first, int64_t steps, int64_t block) {
-    Line line = *first;
+SiteBuffers atn_norms_site_buffers(const SiteBuffers *first, int64_t steps, int64_t block) {
+    SiteBuffers line = *first;
     if (line.norm == NORM_NONE) return line;
     const int64_t ahead = block * timeline_doubles(line.prefix, steps, line.lanes);
     double **timeline[] = {&line.weight, &line.mean, &line.var, &line.mu, &line.v, &line.share, &line.scale};
@@ -55,7 +58,7 @@ Line atn_norms_line(const Line *first, int64_t steps, int64_t block) {
    it starts at (place + i * places). */
 typedef struct { int64_t many, each, row, rows, place, places; } Parts;
 
-static Parts parts_of(const Work *work, const Line *line, int64_t block) {
+static Parts parts_of(const Work *work, const SiteBuffers *line, int64_t block) {
     if (!is_coupled(line->norm)) {
         const int64_t row = atn_norms_block_start(work->batch, block);
         return (Parts){atn_norms_block_start(work->batch, block + 1) - row, line->groups, row, 1, 0, 0};
@@ -65,27 +68,27 @@ static Parts parts_of(const Work *work, const Line *line, int64_t block) {
 }
 
 /* Numbers of a statement in one row of the state. */
-static int64_t wide(const Line *line) { return is_coupled(line->norm) ? line->features : line->groups; }
+static int64_t wide(const SiteBuffers *line) { return is_coupled(line->norm) ? line->features : line->groups; }
 
 /* Everything of a site, lane by lane: runs for each `lane` of each block with the `line` of its block, the row b of the state
    that it belongs to, and its place g in that row. */
 #define EACH_LANE(first)                                                                                                   \
     for (int64_t block_ = 0; block_ < (first)->blocks; block_++)                                                            \
-        for (Line line_ = atn_norms_line(first, work->steps, block_), *line = &line_; line; line = NULL)                     \
+        for (SiteBuffers line_ = atn_norms_site_buffers(first, work->steps, block_), *line = &line_; line; line = NULL)                     \
             for (Parts parts_ = parts_of(work, line, block_); parts_.many > 0; parts_.many = 0)                             \
                 for (int64_t part_ = 0, lane = 0, b = parts_.row; part_ < parts_.many; part_++, b += parts_.rows)            \
                     for (int64_t g = parts_.place + part_ * parts_.places, end_ = g + parts_.each; g < end_; g++, lane++)
 
 /* Live steps of a row of a site's state. */
-static int64_t live(const Work *work, const Line *line, int64_t row) {
+static int64_t live(const Work *work, const SiteBuffers *line, int64_t row) {
     if (is_coupled(line->norm)) return work->live;
     return work->call->lengths ? work->call->lengths[row] : work->steps;
 }
 
-static void bring_in(const Work *work, const Line *first, const Site *site) {
+static void load_state(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     for (int64_t block = 0; block < first->blocks; block++) {
-        const Line line = atn_norms_line(first, work->steps, block);
+        const SiteBuffers line = atn_norms_site_buffers(first, work->steps, block);
         memset(line.weight, 0, (size_t)(P * L) * sizeof(double));
         memset(line.mean, 0, (size_t)(P * L) * sizeof(double));
         memset(line.var, 0, (size_t)(P * L) * sizeof(double));
@@ -100,10 +103,10 @@ static void bring_in(const Work *work, const Line *first, const Site *site) {
 }
 
 /* How many statements of the prefix no row has seen, from the oldest on. */
-static int64_t hidden(const Work *work, const Line *first) {
+static int64_t hidden(const Work *work, const SiteBuffers *first) {
     int64_t seen = first->prefix;
     for (int64_t block = 0; block < first->blocks; block++) {
-        const Line line = atn_norms_line(first, work->steps, block);
+        const SiteBuffers line = atn_norms_site_buffers(first, work->steps, block);
         for (int64_t j = 0; j < seen; j++)
             for (int64_t l = 0; l < line.lanes && j < seen; l++)
                 if (line.weight[j * line.lanes + l] > 0.0) seen = j;
@@ -111,7 +114,7 @@ static int64_t hidden(const Work *work, const Line *first) {
     return seen;
 }
 
-static void lay_out(const Work *work, Line *line, const Site *site) {
+static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->norm = site->norm;
     line->window = site->window;
     line->features = site->features;
@@ -135,7 +138,7 @@ static void lay_out(const Work *work, Line *line, const Site *site) {
 }
 
 /* What is asked of the state that follows, put where the statements it is made of lie. */
-static void ask(const Work *work, const Line *first, const Site *site) {
+static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (site->dnext[1] == NULL && site->dnext[2] == NULL) return;
     EACH_LANE(first) {
@@ -163,7 +166,31 @@ static int count(Work *work) {
     return 0;
 }
 
-int atn_norms_begin(Work *work, const Call *call, int backward) {
+/* What a thread needs to run the programs of a site: registers of a tile, and rows of the input and its gradient as doubles. */
+static int64_t program_doubles(const SiteBuffers *line) {
+    const Program *program = line->programs;
+    int64_t most = 0;
+    for (int i = 0; i < PROGRAMS; i++, program = next_program(program)) {
+        const int64_t own = program->tile_rows * (program->row_doubles + 2 * (line->features / line->parts));
+        if (own > most) most = own;
+    }
+    return most;
+}
+
+/* The parameters of a site's programs, as doubles. 0 if well. */
+static int load_parameters(SiteBuffers *line, const Site *site, int is_double) {
+    const int64_t many = site->parts * site->parameters;
+    line->programs = site->programs;
+    line->parts = site->parts;
+    line->parameters = site->parameters;
+    line->centred = site->centred != 0;
+    line->parameter = malloc((size_t)(many + 1) * sizeof(double));
+    if (!line->parameter) return 1;
+    for (int64_t i = 0; i < many; i++) line->parameter[i] = is_double ? ((const double *)site->gain)[i] : (double)((const float *)site->gain)[i];
+    return 0;
+}
+
+int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
     memset(work, 0, sizeof *work);
     work->cell = call->cell;
     work->threads = call->threads;
@@ -176,12 +203,20 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
     if (work->coupled && count(work)) return 1;
     for (int s = 0; s < SITES; s++) {
         const Site *site = call->site + s;
-        Line *line = work->site + s;
+        SiteBuffers *line = work->site + s;
         if (site->norm == NORM_NONE) continue;
         lay_out(work, line, site);
+        if (site->norm == NORM_TRACED) {
+            if (load_parameters(line, site, is_double)) {
+                atn_norms_end(work, -1, 0);
+                return 1;
+            }
+            const int64_t room = program_doubles(line);
+            if (room > work->program_doubles) work->program_doubles = room;
+        }
         const int64_t blocks = line->blocks, own = (line->prefix + call->steps) * line->lanes, pooled = call->steps * line->lanes;
-        double *room = backward ? calloc((size_t)(blocks * backward_doubles(line, call->steps)), sizeof(double))
-                                : malloc((size_t)(blocks * forward_doubles(line)) * sizeof(double));
+        double *room = backward ? calloc((size_t)(blocks * backward_doubles(line, call->steps) + 1), sizeof(double))
+                                : malloc((size_t)(blocks * forward_doubles(line) + 1) * sizeof(double));
         line->room = room;
         if (!room) {
             atn_norms_end(work, -1, 0);
@@ -193,7 +228,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
             /* What is kept is the same numbers every time, also where there is nothing to say. */
             if (call->recurrent && (site->norm == NORM_POPULATION || (work->coupled && work->live < call->steps)))
                 memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
-            bring_in(work, line, site);
+            load_state(work, line, site);
         } else
             line->dmean = room;
         line->hidden = hidden(work, line);
@@ -209,7 +244,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward) {
     return 0;
 }
 
-static void hand_on(const Work *work, const Line *first, const Site *site) {
+static void store_state(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     EACH_LANE(first) {
         const int64_t last = live(work, line, b);
@@ -231,7 +266,7 @@ static void put(void *to, int64_t i, double value, int is_double) {
     else ((float *)to)[i] = (float)value;
 }
 
-static void hand_back(const Work *work, const Line *first, const Site *site, int is_double) {
+static void store_grads(const Work *work, const SiteBuffers *first, const Site *site, int is_double) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (site->dstate[1] || site->dstate[2])
         EACH_LANE(first) {
@@ -247,6 +282,14 @@ static void hand_back(const Work *work, const Line *first, const Site *site, int
         return;
     }
     const int64_t apart = backward_doubles(first, work->steps);
+    if (first->norm == NORM_TRACED) {
+        for (int64_t i = 0; i < sums(first); i++) {
+            double gradient = 0.0;
+            for (int64_t block = 0; block < first->blocks; block++) gradient += first->dgain[block * apart + i];
+            put(site->dgain, i, gradient, is_double);
+        }
+        return;
+    }
     for (int64_t i = 0; i < first->features; i++) {
         double gain = 0.0, shift = 0.0;
         for (int64_t block = 0; block < first->blocks; block++) {
@@ -260,10 +303,11 @@ static void hand_back(const Work *work, const Line *first, const Site *site, int
 
 void atn_norms_end(Work *work, int backward, int is_double) {
     for (int s = 0; s < SITES; s++) {
-        Line *line = work->site + s;
+        SiteBuffers *line = work->site + s;
         if (line->norm == NORM_NONE) continue;
-        if (backward == 0) hand_on(work, line, work->call->site + s);
-        else if (backward == 1) hand_back(work, line, work->call->site + s, is_double);
+        if (backward == 0) store_state(work, line, work->call->site + s);
+        else if (backward == 1) store_grads(work, line, work->call->site + s, is_double);
+        free(line->parameter);
         free(line->room);
     }
     free(work->counts);

@@ -27,12 +27,12 @@ INLINE Input FN(as_input)(const REAL *rows, long apart, long count, long width, 
 
 /* What runs a program of a site at step t, for one part of `count` rows from row r of the block on. */
 typedef struct {
-    const Line *site;
+    const SiteBuffers *site;
     long t, part, r, count;
     double *room;
 } FN(Tile);
 
-INLINE const Program *FN(program)(const Line *site, int which) {
+INLINE const Program *FN(program)(const SiteBuffers *site, int which) {
     const Program *program = site->programs;
     while (which-- > 0) program = next_program(program);
     return program;
@@ -42,13 +42,13 @@ INLINE Input FN(parameters)(const FN(Tile) *tile) { return (Input){tile->site->p
 
 /* Numbers of one part in an array over lanes, at lane `ahead` of the tile's step. */
 INLINE double *FN(lanes)(const FN(Tile) *tile, double *of, long ahead) {
-    const Line *site = tile->site;
+    const SiteBuffers *site = tile->site;
     return of + (ahead + tile->t) * site->lanes + tile->r * site->groups + tile->part * (site->groups / site->parts);
 }
 
 /* The pooled statistic, or gradients of the own one, as inputs from `input` on; how many there are. */
 INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, double *var, long ahead) {
-    const Line *site = tile->site;
+    const SiteBuffers *site = tile->site;
     if (site->groups == 0) return 0;
     if (!site->centred) {
         input[0] = (Input){FN(lanes)(tile, var, ahead), site->groups};
@@ -61,7 +61,7 @@ INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, do
 
 /* An output as numbers of one part over lanes, put there or added. */
 INLINE void FN(into_lanes)(const FN(Tile) *tile, Input output, double *of, long ahead, const int add) {
-    const Line *site = tile->site;
+    const SiteBuffers *site = tile->site;
     double *to = FN(lanes)(tile, of, ahead);
     const long width = site->groups / site->parts;
     for (long r = 0; r < tile->count; r++)
@@ -95,7 +95,7 @@ INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output) {
                      tile.count; tile.count = 0)
 
 /* Own statistics of a block's live rows at step t. */
-static void FN(traced_measure)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, double *room) {
+static void FN(traced_measure)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, double *room) {
     const Program *program = FN(program)(site, MEASURE);
     const long width = site->features / site->parts, ahead = site->prefix, at = (ahead + t) * site->lanes;
     if (site->groups == 0) return;
@@ -110,7 +110,7 @@ static void FN(traced_measure)(const Work *work, const Line *site, long t, long 
 }
 
 /* Normalized live rows of a block at step t, into rows `ldo` apart; other rows as they are. */
-static void FN(traced_normalize)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, REAL *out,
+static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *out,
                                  long ldo, double *room) {
     const Program *program = FN(program)(site, NORMALIZE);
     const long width = site->features / site->parts;
@@ -125,7 +125,7 @@ static void FN(traced_normalize)(const Work *work, const Line *site, long t, lon
 }
 
 /* Back through a site: rows of dx hold the gradient of its result, and get that of what it was given; ldd apart. */
-static void FN(traced_back)(const Work *work, const Line *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
+static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
                             double *room) {
     const long width = site->features / site->parts;
     const Program *program = FN(program)(site, NORMALIZE_BACK);

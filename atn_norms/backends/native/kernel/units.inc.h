@@ -155,7 +155,7 @@ static size_t FN(units_room)(const FN(Coupled) *all, FN(Units) *units, long bloc
     units->width = width;
     units->wide = wide;
     for (int s = 0; s < SITES; s++) {
-        units->line[s] = atn_norms_line(work->site + s, T, block);
+        units->line[s] = atn_norms_site_buffers(work->site + s, T, block);
         REAL **each[] = {&units->columns[s].gain, &units->columns[s].shift, &units->columns[s].high, &units->columns[s].scale, &units->columns[s].factor, &units->columns[s].level};
         for (size_t i = 0; i < sizeof each / sizeof *each; i++) *each[i] = FN(next)(room, &at, wide);
     }
@@ -195,7 +195,7 @@ static void FN(units_begin)(const FN(Coupled) *all, FN(Units) *units, int backwa
     const long H = work->hidden;
     for (int s = 0; s < SITES; s++) {
         const FN(Columns) *columns = units->columns + s;
-        const Line *site = units->line + s;
+        const SiteBuffers *site = units->line + s;
         for (long i = 0; i < FN(site_wide)(units, s); i++) {
             const long feature = FN(feature)(work, units, i);
             columns->gain[i] = columns->factor[i] = site->norm == NORM_NONE ? (REAL)1 : ((const REAL *)site->gain)[feature];
