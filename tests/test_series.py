@@ -1,6 +1,7 @@
 """Time series from files: what a window holds, what it never sees, how it is scored, and which files are refused."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -166,8 +167,8 @@ def test_missing_values_are_masked_and_reported(tmp_path):
     assert targets[..., 1].tolist() == [[[1], [1]]]
     assert task.notes == (
         "load.csv: 40 rows (28 train, 6 validation, 6 test)",
-        f"column 'load': 2 of 40 values are missing and masked (first at {task.spec.file}:7)",
-        f"column 'heat': 1 of 40 values are missing and masked (first at {task.spec.file}:9)",
+        "column 'load': 2 of 40 values are missing and masked (first at load.csv:7)",
+        "column 'heat': 1 of 40 values are missing and masked (first at load.csv:9)",
     )
 
 
@@ -234,8 +235,16 @@ def test_irregular_steps_of_time_are_reported(tmp_path):
         f"2020-02-{d:02}" for d in range(1, 12)
     ]
     task = spec(tmp_path, columns(time=times)).build(0)
-    note = f"column 'time': 2 of 39 steps differ from the most frequent, 86400 s (first at {task.spec.file}:21)"
+    note = "column 'time': 2 of 39 steps differ from the median, 86400 s (first at load.csv:21)"
     assert task.notes[1:] == (note,)
+
+
+def test_rounding_of_a_time_is_no_irregular_step(tmp_path):
+    times = [f"{0.0125 * row:.4f}" for row in range(ROWS)]
+    assert len({float(b) - float(a) for a, b in pairwise(times)}) > 1
+    assert spec(tmp_path, columns(time=times)).build(0).notes[1:] == ()
+    times[20:] = [f"{0.0125 * row:.4f}" for row in range(21, 41)]
+    assert "1 of 39 steps differ from the median, 0.0125" in spec(tmp_path, columns(time=times)).build(0).notes[1]
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):

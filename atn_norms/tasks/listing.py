@@ -170,7 +170,7 @@ def missing_values(items: list[Item], values: list[Tensor], names: list[str]) ->
     for column, name in enumerate(names):
         if count := int(absent[:, column].sum()):
             at, rows = next((i, v[:, column].isnan()) for i, v in enumerate(values) if v[:, column].isnan().any())
-            first = f"{items[at].path}: row {int(rows.nonzero()[0]) + 1}"
+            first = f"{items[at].name}: row {int(rows.nonzero()[0]) + 1}"
             yield f"{name}: {count} of {len(absent)} values are missing and masked (first at {first})"
 
 

@@ -322,7 +322,7 @@ def missing_values(table: Table, columns: tuple[str, ...], values: Tensor) -> It
     for column, each in zip(columns, values.unbind(1), strict=True):
         rows = each.isnan().nonzero()
         if len(rows):
-            first = table.place(int(rows[0]))
+            first = table.place(int(rows[0]), folder=False)
             yield f"column {column!r}: {len(rows)} of {len(each)} values are missing and masked (first at {first})"
 
 
@@ -342,9 +342,12 @@ def _checked_times(table: Table, column: str | None, pattern: str | None) -> Ite
         got, before = table.text(column, row), table.text(column, row - 1)
         got += " again" if steps[row - 1] == 0 else f", before {before} of the row before"
         raise fault("time", f"{table.place(row)}: column {column!r}", got, "times that increase from row to row")
-    usual = steps.mode().values if len(steps) else None
-    odd = (steps != usual).nonzero() if len(steps) else steps
-    if usual is not None and len(odd):
+    if not len(steps):
+        return
+    usual = steps.double().median()
+    rounding = 0.0 if unit else 4 * torch.finfo(times.dtype).eps * times.abs().max()  # of the two times of a step
+    odd = ((steps - usual).abs() > rounding).nonzero()
+    if len(odd):
         step = f"{usual.item() / 1e9:g} s" if unit else f"{usual.item():g}"
-        first = f"first at {table.place(int(odd[0]) + 1)}"
-        yield f"column {column!r}: {len(odd)} of {len(steps)} steps differ from the most frequent, {step} ({first})"
+        first = f"first at {table.place(int(odd[0]) + 1, folder=False)}"
+        yield f"column {column!r}: {len(odd)} of {len(steps)} steps differ from the median, {step} ({first})"

@@ -83,9 +83,10 @@ class Table:
         self.path, self.option, self.names, self.rows = path, option, list(columns.column_names), columns.num_rows
         self._columns, self._line, self._arrow = columns, line, _arrow(option, path)
 
-    def place(self, row: int) -> str:
+    def place(self, row: int, folder: bool = True) -> str:
         """Return the position of a row (from 0): `file:line`, or `file: row n` (from 1) where a file has no lines."""
-        return f"{self.path}: row {row + 1}" if self._line is None else f"{self.path}:{self._line(row)}"
+        file = self.path if folder else self.path.name
+        return f"{file}: row {row + 1}" if self._line is None else f"{file}:{self._line(row)}"
 
     def require(self, columns: Iterable[str], option: str) -> None:
         """Raise a `SpecError` of the option that names a missing column, and the nearest column there is."""
