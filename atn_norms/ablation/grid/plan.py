@@ -154,7 +154,7 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
     }
     if plugins := plugin_sources(layer, point.task):
         trial["plugins"] = plugins
-    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal, tuple(task.notes))
+    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal, notes=tuple(task.notes))
 
 
 def _has_populations(layer: LayerSpec, task: Task) -> bool:

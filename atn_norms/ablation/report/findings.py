@@ -100,7 +100,7 @@ def printable(record: StudyRecord) -> StudyRecord:
         for trial in record.trials
     )
     tasks = {
-        _clean(task): TaskFacts(_clean(facts.metric), _clean(facts.baselines), facts.goal, _clean(facts.notes))
+        _clean(task): TaskFacts(_clean(facts.metric), _clean(facts.baselines), facts.goal, notes=_clean(facts.notes))
         for task, facts in record.tasks.items()
     }
     return StudyRecord(
