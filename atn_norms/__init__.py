@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from atn_norms.layers import RNNCell as RNNCell
     from atn_norms.layers import explain as explain
     from atn_norms.layers import load as load
+    from atn_norms.layers import load_weights as load_weights
+    from atn_norms.layers import norm_parameters as norm_parameters
     from atn_norms.layers import replace as replace
     from atn_norms.layers import save as save
     from atn_norms.normalizers import BatchNorm as BatchNorm
@@ -47,7 +49,7 @@ _HOME = {
     "cells": ("Cell", "CellSpec"),
     "layers": (
         *("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent"),
-        *("explain", "load", "replace", "save"),
+        *("explain", "load", "load_weights", "norm_parameters", "replace", "save"),
     ),
     "normalizers": ("BatchNorm", "LayerNorm", "NormSpec", "Normalizer", "RMSNorm"),
     "plugins": ("hookimpl",),

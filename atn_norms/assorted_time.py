@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from atn_norms.normalizers import Normalizer, scanning
+from atn_norms.normalizers.base import apply_norm
+from atn_norms.normalizers.batch import synchronized
 from atn_norms.pytree import Leaf, Tree, checked_state, expand_mask
 from atn_norms.statistics import Statistic, statistics_dtype
 from atn_norms.windows import Sliding, Window
@@ -87,11 +89,11 @@ class OverTime:
             raise TypeError(f"{name}.measure: got {_described(said)}; expected {wanted}")
         if not self.normalizer.uses_batch_statistics:
             return said, weights
-        together = said.pool(weights, batch)
-        return type(said)(*(leaf.unsqueeze(batch) for leaf in together)), weights.sum(batch, keepdim=True)
+        together = type(said)(*(leaf.unsqueeze(batch) for leaf in said.pool(weights, batch)))
+        return self.normalizer.merge_processes(together, weights.sum(batch, keepdim=True), batch)
 
     def _normalized(self, x: Tensor, pooled: Any) -> Tensor:
-        y = self.normalizer.normalize(x, pooled)
+        y = apply_norm(self.normalizer, x, pooled)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise TypeError(
                 f"{type(self.normalizer).__name__}.normalize: returned {_described(y)}; "
@@ -194,6 +196,10 @@ class AssortedTime(OverTime, nn.Module):
         reason = normalizer.unsupported_reason(self.window)
         if reason is not None:
             raise ValueError(f"window: {self.window!r} with {type(normalizer).__name__}: {reason}")
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Register a submodule; `nn.SyncBatchNorm.convert_sync_batchnorm` synchronizes the norm that it replaces."""
+        super().add_module(name, synchronized(self._modules.get(name), module))
 
     def extra_repr(self) -> str:
         return f"window={self.window}"

@@ -352,7 +352,8 @@ def test_replace_checks_its_arguments_without_a_layer_to_replace():
     with pytest.raises(TypeError, match="^model: got int; expected a torch.nn.Module"):
         an.replace(3)  # pyright: ignore[reportArgumentType]
     model = nn.Linear(2, 2)
-    assert an.replace(model, norm={"sites": {"c": "layer"}}) is model
+    with pytest.warns(UserWarning, match="no nn.LSTM, nn.GRU or nn.RNN to replace"):
+        assert an.replace(model, norm={"sites": {"c": "layer"}}) is model
 
 
 def test_numbers_beyond_float32_are_refused_with_their_place():

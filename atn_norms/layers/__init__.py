@@ -1,6 +1,6 @@
 """Layers: whole stacks of a cell with torch.nn's interface, single steps, and the options that describe them."""
 
-from atn_norms.layers.convert import replace
+from atn_norms.layers.convert import load_weights, norm_parameters, replace
 from atn_norms.layers.io import load, save
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
@@ -20,6 +20,8 @@ __all__ = [
     "WindowSites",
     "explain",
     "load",
+    "load_weights",
+    "norm_parameters",
     "replace",
     "save",
 ]

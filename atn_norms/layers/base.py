@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
+from atn_norms.normalizers.base import KeyWithCure
+from atn_norms.normalizers.batch import synchronized
 
 
 class CellHost(nn.Module):
@@ -41,11 +44,11 @@ class CellHost(nn.Module):
 
     @property
     def bias(self) -> bool:
-        """Whether there are `bias_ih` and `bias_hh`; norms keep their own."""
+        """True if the layer has `bias_ih` and `bias_hh`; norms keep their own shifts."""
         return self.spec.bias
 
     def reset_parameters(self) -> None:
-        """Initialize weights and biases as `init` says, in torch's order, and every norm as it initializes itself."""
+        """Initialize weights and biases by the option `init`, in torch's order, then every norm."""
         with torch.no_grad():
             for suffix in self._suffixes:
                 for name in self.cell.shapes(1, self.bias):
@@ -83,14 +86,14 @@ class CellHost(nn.Module):
         return {site: self._modules[name] for site, name in names.items() if name in self._modules}  # type: ignore[misc]
 
     def _weights(self, suffix: str) -> CellWeights:
-        """What a cell computes with, gathered anew for every call: parameters and modules may be others by then."""
+        """Gather the weights and norms of a cell for one call; parameters and modules may be replaced between calls."""
         norms = {
             site: SiteNorm(normalizer, self._windows[site]) for site, normalizer in self._normalizers(suffix).items()
         }
         own, tensors = self._parameters, {}
         for name in self._tensors:
-            found = own.get(name + suffix)
-            tensors[name] = getattr(self, name + suffix) if found is None else found  # it may be parametrized
+            parameter = own.get(name + suffix)
+            tensors[name] = getattr(self, name + suffix) if parameter is None else parameter  # it may be parametrized
         return CellWeights(tensors, norms)
 
     def _initialize(self, name: str, parameter: Tensor) -> None:
@@ -113,22 +116,51 @@ class CellHost(nn.Module):
         norm = norms.get("sum", norms.get("ih"))
         if norm is not None:
             shift = forget_shift(self.cell, norm)
-            assert shift is not None  # the options were refused otherwise
+            assert shift is not None  # LayerSpec refuses other options
             shift.fill_(value)
             return
         place = self.cell.gates.index("f")
         for name, content in (("bias_ih", value), ("bias_hh", 0.0)):
             getattr(self, name + suffix).view(len(self.cell.gates), -1)[place].fill_(content)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Register a submodule; `nn.SyncBatchNorm.convert_sync_batchnorm` synchronizes the norm that it replaces."""
+        super().add_module(name, synchronized(self._modules.get(name), module))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warnings.warn(
+                f"{type(self).__name__}: got a quantization config; the layer stays in floating point. "
+                "torch quantizes no recurrent layer with norms",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        arguments = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *arguments)
+        norms = [place for place, key in enumerate(unexpected_keys) if key.startswith(f"{prefix}norm_")]
+        for place in norms[:1]:
+            unexpected_keys[place] = KeyWithCure(unexpected_keys[place])
+
     def _described(self) -> str:
-        """Sizes and what differs from the default, for `repr`."""
-        shown = [str(self.input_size), str(self.hidden_size)]
-        shown += [f"{name}={value}" for name, value in _changed(self.spec).items() if name in _TORCH_OPTIONS]
-        shown += [f"{name}={value}" for name, value in _changed(self.spec.cell).items()]
-        shown.append(f"norm={_label(self.spec.norm)}")
+        """Return sizes and the options that differ from their defaults, for `repr`."""
+        parts = [str(self.input_size), str(self.hidden_size)]
+        parts += [f"{name}={value}" for name, value in _changed(self.spec).items() if name in _TORCH_OPTIONS]
+        parts += [f"{name}={value}" for name, value in _changed(self.spec.cell).items()]
+        parts.append(f"norm={_label(self.spec.norm)}")
         if self.spec.norm is not None:
-            shown.append(f"window={_label(self.spec.window)}")
-        return ", ".join(shown)
+            parts.append(f"window={_label(self.spec.window)}")
+        return ", ".join(parts)
 
     def extra_repr(self) -> str:
         return self._described()
@@ -141,14 +173,14 @@ _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional
 
 
 def _changed(spec: Any) -> dict[str, Any]:
-    """The options of a spec that differ from their defaults."""
+    """Return the options of a spec that differ from their defaults."""
     fields = type(spec).model_fields
-    given = {name: getattr(spec, name) for name in fields if name != "kind"}
-    return {name: value for name, value in given.items() if value != fields[name].default}
+    options = {name: getattr(spec, name) for name in fields if name != "kind"}
+    return {name: value for name, value in options.items() if value != fields[name].default}
 
 
 def _label(spec: Any) -> str:
-    """A norm or window as a person would write it."""
+    """Return a norm or window as a person would write it."""
     if spec is None:
         return "none"
     if hasattr(spec, "sites"):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from atn_norms.errors import did_you_mean
 from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import make_layer_spec
 from atn_norms.layers.torch_api import skin_of
+from atn_norms.normalizers import Normalizer
 
 _HOOKS = (
     "_forward_hooks",
@@ -26,17 +33,33 @@ _KINDS: dict[type[nn.RNNBase], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "
 
 
 def replace(
-    model: nn.Module, *, norm: Any = None, window: Any = 1, placement: Any = None, backend: str = "auto"
+    model: nn.Module,
+    *,
+    norm: Any = None,
+    window: Any = 1,
+    placement: Any = None,
+    backend: str = "auto",
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
 ) -> nn.Module:
     """Replace every `nn.LSTM`, `nn.GRU` and `nn.RNN` inside a model with our layer of the same sizes.
 
     The parameters stay the same objects, so `state_dict` keeps working. Norms add new parameters: build the optimizer
-    after this call, or it will not train them. `model` is changed in place and returned. A model that is itself such
-    a layer is returned as the new layer. A module used in several places is replaced once. Options are those of `LSTM`.
+    after this call, or add `norm_parameters(model)` to it. `model` is changed in place and returned. A model that is
+    itself such a layer is returned as the new layer. A module used in several places is replaced once.
 
-    Errors: `TypeError` for what is not a module, and for a layer whose own behaviour would be lost: a subclass, a
-    parametrized or pruned layer, a layer with hooks or modules inside. `SpecError` for options that do not fit, also
-    where the model has no layer to replace. The model is unchanged after an error.
+    | option | meaning |
+    |---|---|
+    | `norm`, `window`, `placement`, `backend` | those of `LSTM` |
+    | `only`, `skip` | qualified names of layers to replace or to leave, `*` as in file names; default: all |
+
+    A layer whose own behaviour would be lost stays as it is, and a warning names it with the reason: a subclass, a
+    parametrized or pruned layer, a layer with hooks or modules inside, a single-step cell such as `nn.LSTMCell`. There
+    is a warning too where nothing is replaced, and where an optimizer already trains the model without its new norms.
+
+    Errors: `TypeError` for what is not a module, and where no layer can be replaced or one named by `only` cannot.
+    `ValueError` for a name that matches no layer. `SpecError` for options that do not fit, also where the model has no
+    layer to replace. The model is unchanged after an error.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 5))
@@ -48,13 +71,119 @@ def replace(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
     options = {"norm": norm, "window": window, "backend": backend} | ({"placement": placement} if placement else {})
-    ours: dict[nn.Module, nn.Module] = {}
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    recurrent = {name: m for name, m in model.named_modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))}
+    if not any(isinstance(module, nn.RNNBase) for module in recurrent.values()):
         _check_options(options)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            ours[module] = replacement(name, module, options)
-    return substitute(model, ours)
+    wanted = _selected(recurrent, only, skip)
+    ours: dict[nn.Module, nn.Module] = {}
+    left: list[TypeError] = []
+    for name in wanted:
+        try:
+            ours[recurrent[name]] = replacement(name, recurrent[name], options)
+        except TypeError as error:
+            left.append(error)
+    if left and (only is not None or not ours):
+        raise left[0]
+    _warn_about(left, ours, model)
+    replaced = substitute(model, ours)
+    _warn_about_optimizers(ours)
+    return replaced
+
+
+def _selected(recurrent: Mapping[str, nn.Module], only: Any, skip: Any) -> list[str]:
+    """Return the names of the layers to replace; `ValueError` for a pattern that matches none."""
+    patterns = {"only": [only] if isinstance(only, str) else only, "skip": [skip] if isinstance(skip, str) else skip}
+    matched: dict[str, set[str]] = {}
+    for option, names in patterns.items():
+        matched[option] = set(recurrent) if names is None else set()
+        for pattern in names or ():
+            hits = {name for name in recurrent if fnmatchcase(name, pattern)}
+            if not hits:
+                known = ", ".join(recurrent) or "none"
+                raise ValueError(
+                    f"{option}: got {pattern!r}; expected recurrent layers of the model: {known}"
+                    f"{did_you_mean(pattern, recurrent)}"
+                )
+            matched[option] |= hits
+    return [name for name in recurrent if name in matched["only"] - matched["skip"]]
+
+
+def _warn_about(left: Sequence[TypeError], ours: Mapping[nn.Module, nn.Module], model: nn.Module) -> None:
+    if left:
+        warnings.warn(f"replace left {len(left)} layer(s) as they are. {'. '.join(map(str, left))}", stacklevel=3)
+    if not ours:
+        warnings.warn(
+            f"replace: got a {type(model).__name__} with no nn.LSTM, nn.GRU or nn.RNN to replace; "
+            "the model is unchanged",
+            stacklevel=3,
+        )
+
+
+def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
+    """Warn where a live optimizer holds weights of a replaced layer, and so not its new norms."""
+    norms = [parameter for layer in ours.values() for parameter in norm_parameters(layer).values()]
+    if not norms:
+        return
+    weights = {id(parameter) for layer in ours for parameter in layer.parameters()}
+    for optimizer in gc.get_objects():
+        if issubclass(type(optimizer), torch.optim.Optimizer) and any(
+            id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            warnings.warn(
+                f"replace: got a model that a {type(optimizer).__name__} already trains; its {len(norms)} new norm "
+                "parameters are not in the optimizer. Build the optimizer after replace, or call "
+                'optimizer.add_param_group({"params": list(atn_norms.norm_parameters(model).values())})',
+                stacklevel=3,
+            )
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the gains and shifts of every normalizer in a model, by qualified name.
+
+    A weight decay usually leaves them out:
+
+    >>> import torch, atn_norms as an
+    >>> model = torch.nn.Sequential(an.LSTM(3, 5, norm="layer"))
+    >>> norms = an.norm_parameters(model)
+    >>> decayed = [p for name, p in model.named_parameters() if name not in norms and "bias" not in name]
+    >>> plain = [p for name, p in model.named_parameters() if name in norms or "bias" in name]
+    >>> optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}])
+    >>> list(norms)[0], len(norms), len(decayed)
+    ('0.norm_ih_l0.weight', 6, 2)
+    """
+    inside = {id(p) for module in model.modules() if isinstance(module, Normalizer) for p in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Load a checkpoint whose recurrent layers have norms where those of the model have none, or the other way round.
+
+    Weights and biases have torch.nn's names in both, so a checkpoint of `nn.LSTM` loads into a layer with norms, whose
+    norms keep their values. A checkpoint with norms loads into `nn.LSTM` without them. Return the names of the entries
+    that kept their values, and of those that were dropped.
+
+    Errors: `RuntimeError` as `load_state_dict` raises it, for any other missing or unexpected entry.
+
+    >>> import torch, atn_norms as an
+    >>> theirs, ours = torch.nn.LSTM(3, 5), an.LSTM(3, 5, norm="rms")
+    >>> an.load_weights(ours, theirs.state_dict())
+    (['norm_ih_l0.weight', 'norm_hh_l0.weight', 'norm_c_l0.weight'], [])
+    >>> an.load_weights(theirs, ours.state_dict())
+    ([], ['norm_ih_l0.weight', 'norm_hh_l0.weight', 'norm_c_l0.weight'])
+    """
+    own = model.state_dict()
+    normalizers = {name for name, module in model.named_modules() if isinstance(module, Normalizer)}
+    fresh = [key for key in own if key not in state_dict and any(key.startswith(f"{n}.") for n in normalizers)]
+    dropped = [key for key in state_dict if key not in own and _belongs_to_a_norm(key, own)]
+    entries = {key: value for key, value in state_dict.items() if key not in set(dropped)}
+    model.load_state_dict(entries | {key: own[key] for key in fresh})
+    return fresh, dropped
+
+
+def _belongs_to_a_norm(key: str, own: Mapping[str, Any]) -> bool:
+    """Return whether a key names an entry of a norm in a layer whose weights the model has."""
+    match = re.fullmatch(r"(.*?)norm_[a-z]+(_l\d+(?:_reverse)?)?\..+", key)
+    return match is not None and f"{match[1]}weight_hh{match[2] or ''}" in own
 
 
 def substitute(model: nn.Module, ours: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -83,9 +212,14 @@ def _check_options(options: dict[str, Any]) -> None:
         raise errors[0]
 
 
-def replacement(name: str, module: nn.RNNBase, options: Mapping[str, Any]) -> Recurrent:
+def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Recurrent:
     """Build our layer on the parameters of a torch.nn layer; `name` is its place in the model, for errors."""
     name = name or type(module).__name__
+    if not isinstance(module, nn.RNNBase):
+        raise TypeError(
+            f"{name}: got a {type(module).__name__}, which runs single steps; expected nn.LSTM, nn.GRU or nn.RNN. "
+            f"Use atn_norms.{type(module).__name__} in the code that passes its state"
+        )
     kind = _KINDS.get(type(module))
     if parametrize.is_parametrized(module):
         raise TypeError(

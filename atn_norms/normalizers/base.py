@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 LARGEST = 3e38  # what float32 holds, rounded down
 
 
+class KeyWithCure(str):
+    """A key of a checkpoint that torch's error prints with the call that loads the checkpoint."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return f"{super().__format__(spec)} (a norm: atn_norms.load_weights loads checkpoints with and without norms)"
+
+
 class Normalizer(nn.Module, ABC):
     """Compute per-row statistics; normalize with pooled ones.
 
@@ -78,6 +87,28 @@ class Normalizer(nn.Module, ABC):
     def population(self, pooled: Any, step: Tensor) -> Any:
         """The statement to normalize with: the pooled one, unless a population's stands in for it."""
         return pooled
+
+    def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
+        """Merge a batch's statistic and its weight, both of length 1 along `dim`, with those of other processes."""
+        return statistic, weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        start, arguments = len(missing_keys), (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *arguments)
+        missing_keys[start : start + 1] = map(KeyWithCure, missing_keys[start : start + 1])
+
+    def forward(self, x: Tensor, pooled: Any) -> Tensor:
+        """Normalize, as `normalize` does; this is the call that hooks of torch.nn see."""
+        return self.normalize(x, pooled)
 
     @contextmanager
     def scanning(self) -> Iterator[None]:
@@ -215,6 +246,19 @@ class NormSpec(Options, ABC):
     @abstractmethod
     def build(self, features: int) -> Normalizer:
         """A fresh normalizer over `features` features; `ValueError` where these options cannot serve that many."""
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(normalizer: nn.Module) -> bool:
+    """Return whether hooks wait for calls of a normalizer or of a module inside it."""
+    return any(getattr(module, hooks) for module in normalizer.modules() for hooks in _HOOKS)
+
+
+def apply_norm(normalizer: Normalizer, x: Tensor, pooled: Any) -> Tensor:
+    """Normalize; as a call of the module where hooks wait for one."""
+    return normalizer(x, pooled) if has_hooks(normalizer) else normalizer.normalize(x, pooled)
 
 
 def checked_features(features: int) -> int:

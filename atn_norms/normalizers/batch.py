@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.pytree import expand_mask
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 
-class BatchNorm(Normalizer):
+class _OfTorch(_BatchNorm):
+    """torch's base class of batch norms, which its tools look for, without its constructor."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class BatchNorm(Normalizer, _OfTorch):
     r"""Centre and scale each feature by its mean and variance over batch and window; populations stand in later.
 
     $$y = g \odot \frac{a - \mu}{\sqrt{v + \epsilon}} + b, \qquad
@@ -32,7 +42,11 @@ class BatchNorm(Normalizer):
     | `running_mean`, `running_var` | population, starts at 0 and 1 | `[D]`, or `[max_steps, D]` |
     | `num_batches_tracked` | updates so far | `[]`, or `[max_steps]` |
     | `momentum` | m in (0, 1]; None averages all updates alike | |
+    | `sync` | True pools the rows of all processes of `process_group`, as `nn.SyncBatchNorm` does | |
     | n | live rows in the window | |
+
+    It is an instance of torch's `_BatchNorm`, so `torch.optim.swa_utils.update_bn` updates its population and
+    `nn.SyncBatchNorm.convert_sync_batchnorm` sets `sync`. With `sync` every process must run the same number of steps.
 
     With `max_steps` the index is one for the whole batch: it counts the steps at which any row was live since the state
     was fresh. Where rows begin at different times in one stream, a row that begins late is normalized in evaluation
@@ -58,6 +72,8 @@ class BatchNorm(Normalizer):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    affine = True  # of torch's batch norms
+    track_running_stats = True
 
     def __init__(
         self,
@@ -67,6 +83,7 @@ class BatchNorm(Normalizer):
         momentum: float | None = 0.1,
         max_steps: int | None = None,
         initial_gain: float = 1.0,
+        sync: bool = False,
     ) -> None:
         super().__init__()
         self.features, self.eps = checked_features(features), checked_eps(eps)
@@ -77,6 +94,7 @@ class BatchNorm(Normalizer):
         if not (_is_number(initial_gain) and abs(initial_gain) <= LARGEST):
             raise ValueError(f"initial_gain: {initial_gain}; allowed: a number from {-LARGEST} to {LARGEST}")
         self.momentum, self.max_steps, self.initial_gain = momentum, max_steps, initial_gain
+        self.sync, self.process_group = sync, None
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features))
         steps = () if max_steps is None else (max_steps,)
@@ -94,8 +112,32 @@ class BatchNorm(Normalizer):
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
+    @property
+    def num_features(self) -> int:
+        """torch's name of `features`."""
+        return self.features
+
+    @property
+    def synchronizes(self) -> bool:
+        """True while rows of several processes are pooled: in training, with `sync`, in an initialized group."""
+        dist = torch.distributed
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size(self.process_group) > 1
+
+    def merge_processes(self, statistic: CountedMoments, weight: Tensor, dim: int) -> tuple[CountedMoments, Tensor]:
+        if not self.synchronizes:
+            return statistic, weight
+        rows = expand_mask(weight, statistic.count).expand_as(statistic.count)
+        sizes = [leaf.shape[-1] for leaf in (*statistic, rows)]
+        gathered = _Gather.apply(torch.cat([*statistic, rows], -1), self.process_group)
+        *leaves, weights = gathered.squeeze(dim + 1).movedim(0, dim).split(sizes, -1)
+        weights = weights.flatten(weight.ndim)[..., 0]
+        pooled = CountedMoments(*leaves).pool(weights, dim)
+        return CountedMoments(*(leaf.unsqueeze(dim) for leaf in pooled)), weights.sum(dim, keepdim=True)
+
     def measure(self, x: Tensor) -> CountedMoments:
-        if self.training and x.ndim > 1 and x.shape[-2] < 2:
+        if self.training and x.ndim > 1 and x.shape[-2] < 2 and not self.synchronizes:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {list(x.shape)}; "
                 f"allowed: a batch of at least 2 rows [batch, {self.features}], or evaluation mode"
@@ -127,7 +169,9 @@ class BatchNorm(Normalizer):
             mean, var = mean[place], var[place]
         return Moments(mean.expand(pooled.mean.shape), var.expand(pooled.var.shape))
 
-    def batch_moments(self) -> BatchMoments:
+    def batch_moments(self) -> BatchMoments | None:
+        if self.synchronizes:
+            return None
         return BatchMoments(self.eps, self.weight, self.bias, self.training, self.max_steps is not None)
 
     @contextmanager
@@ -170,7 +214,8 @@ class BatchNorm(Normalizer):
         self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
 
     def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}, momentum={self.momentum}, max_steps={self.max_steps}"
+        sync = ", sync=True" if self.sync else ""
+        return f"{self.features}, eps={self.eps}, momentum={self.momentum}, max_steps={self.max_steps}{sync}"
 
 
 class BatchNormSpec(NormSpec):
@@ -184,6 +229,7 @@ class BatchNormSpec(NormSpec):
     max_steps: int | None = Field(
         default=None, ge=1, le=10**9, description="one population per step up to here; null: one for all"
     )
+    sync: bool = Field(default=False, description="pool the rows of all processes of a distributed job")
     initial_gain: float = Field(
         default=1.0, ge=-LARGEST, le=LARGEST, description="what the gain starts at (0.1 in arXiv 1603.09025)"
     )
@@ -195,7 +241,34 @@ class BatchNormSpec(NormSpec):
             momentum=self.momentum,
             max_steps=self.max_steps,
             initial_gain=self.initial_gain,
+            sync=self.sync,
         )
+
+
+class _Gather(torch.autograd.Function):
+    """Stack a tensor of every process along a new axis 0; the gradient is summed over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, x.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient[torch.distributed.get_rank(ctx.group)], None
+
+
+def synchronized(old: nn.Module | None, new: nn.Module | None) -> nn.Module | None:
+    """Return `old` with `sync` set where torch would replace a `BatchNorm` by `nn.SyncBatchNorm`, else `new`."""
+    if not (isinstance(old, BatchNorm) and isinstance(new, nn.SyncBatchNorm)):
+        return new
+    old.sync, old.process_group = True, new.process_group
+    return old
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

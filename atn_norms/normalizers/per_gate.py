@@ -13,10 +13,17 @@ from atn_norms.normalizers.base import (
     BatchMoments,
     FeatureMoments,
     Normalizer,
+    apply_norm,
     batch_moments,
     feature_moments,
     scanning,
 )
+from atn_norms.normalizers.batch import synchronized
+
+
+class _Gates(nn.ModuleList):
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, synchronized(self._modules.get(name), module))
 
 
 class PerGate(Normalizer):
@@ -30,7 +37,7 @@ class PerGate(Normalizer):
 
     def __init__(self, gates: Sequence[Normalizer]) -> None:
         super().__init__()
-        self.gates = nn.ModuleList(gates)
+        self.gates = _Gates(gates)
         self.stateless = all(gate.stateless for gate in gates)
         self.uses_batch_statistics = gates[0].uses_batch_statistics
         self.train_eval_differ = any(gate.train_eval_differ for gate in gates)
@@ -46,10 +53,13 @@ class PerGate(Normalizer):
         return self._stack([gate.measure(part) for gate, part in self._parts(x)])
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
-        return torch.cat([g.normalize(part, self._of(pooled, i)) for i, (g, part) in enumerate(self._parts(x))], -1)
+        return torch.cat([apply_norm(g, part, self._of(pooled, i)) for i, (g, part) in enumerate(self._parts(x))], -1)
 
     def population(self, pooled: Any, step: Tensor) -> Any:
         return self._stack([gate.population(self._of(pooled, i), step) for i, gate in enumerate(self._gates())])
+
+    def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
+        return self._gates()[0].merge_processes(statistic, weight, dim)
 
     @contextmanager
     def scanning(self) -> Iterator[None]:

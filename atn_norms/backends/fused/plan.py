@@ -21,6 +21,7 @@ from atn_norms.normalizers import (
     batch_moments,
     feature_moments,
 )
+from atn_norms.normalizers.base import has_hooks
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 DOUBLE = torch.float64
@@ -290,6 +291,8 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | s
     sites, all_moments = [], []
     apart = None
     for site, norm in weights.norms.items():
+        if has_hooks(norm.normalizer):
+            return f"the norm at {site} has hooks, which only the reference calls"
         moments = feature_moments(norm.normalizer) or batch_moments(norm.normalizer)
         moments = moments or _traced_site(norm.normalizer, cell.sites[site])
         if isinstance(moments, str):

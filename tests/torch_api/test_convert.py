@@ -1,0 +1,198 @@
+"""Converting models: what is replaced, what is left, and what torch's own converters do with our layers."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import atn_norms as an
+from tests.compare import compare
+from tests.torch_api.features import feature
+from tests.torch_api.test_transforms import CELLS, every_layer, every_norm
+
+GROUP = "Converting models"
+PLACEMENTS: dict[str, Any] = {"joint": None, "per gate": {"gates": "per_gate"}}
+every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
+
+
+class Own(nn.LSTM):
+    """A subclass, whose behaviour a replacement would lose."""
+
+
+def model_of() -> Any:
+    return nn.ModuleDict({"encoder": nn.LSTM(3, 4), "own": Own(3, 4), "steps": nn.GRUCell(3, 4), "last": nn.GRU(3, 4)})
+
+
+@feature(GROUP, "`replace` on a model with subclasses, hooks or `nn.LSTMCell`", "left, with a warning")
+def test_what_cannot_be_replaced_is_named_and_left():
+    model = model_of()
+    with pytest.warns(UserWarning, match="replace left 2 layer") as caught:
+        an.replace(model, norm="layer")
+    text = str(caught[0].message)
+    assert "own: got a Own; expected exactly nn.LSTM, nn.GRU or nn.RNN" in text
+    assert "steps: got a GRUCell, which runs single steps" in text and "atn_norms.GRUCell" in text
+    assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, an.GRU]
+
+
+@feature(GROUP, "`replace(only=..., skip=...)`", "native")
+def test_only_and_skip_select_by_qualified_name():
+    model: Any = nn.Sequential(model_of(), nn.RNN(3, 4))
+    an.replace(model, norm="rms", only=["0.enc*", "1"])
+    assert [type(m) for m in (*model[0].values(), model[1])] == [an.LSTM, Own, nn.GRUCell, nn.GRU, an.RNN]
+    model = model_of()
+    an.replace(model, norm="rms", skip=["own", "steps", "last"])
+    assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, nn.GRU]
+    model = model_of()
+    with pytest.raises(TypeError, match="own: got a Own; expected exactly nn.LSTM"):
+        an.replace(model, norm="rms", only="own")
+    for option in ("only", "skip"):
+        with pytest.raises(ValueError, match=f"{option}: got 'encodr'; expected recurrent layers.*nearest: 'encoder'"):
+            an.replace(model, norm="rms", **{option: "encodr"})
+    assert type(model["encoder"]) is nn.LSTM
+
+
+def test_nothing_to_replace_warns():
+    with pytest.warns(UserWarning, match="replace: got a Linear with no nn.LSTM, nn.GRU or nn.RNN to replace"):
+        an.replace(nn.Linear(2, 2), norm="layer")
+    with pytest.warns(UserWarning, match="no nn.LSTM"):
+        an.replace(nn.Sequential(nn.LSTM(3, 4)), norm="layer", skip="0")
+    with pytest.raises(TypeError, match="0: got a Own"):
+        an.replace(nn.Sequential(Own(3, 4)), norm="layer")
+
+
+@feature(GROUP, "an optimizer built before `replace`", "warning", "The warning has the call that adds the parameters.")
+def test_an_optimizer_without_the_new_norms_is_noticed():
+    model: Any = nn.Sequential(nn.LSTM(3, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"a SGD already trains; its 6 new norm parameters"):
+        an.replace(model, norm="layer")
+    optimizer.add_param_group({"params": list(an.norm_parameters(model).values())})
+    gain = model[0].norm_ih_l0.weight.detach().clone()
+    model(torch.randn(5, 2, 3))[0].sum().backward()
+    optimizer.step()
+    assert not torch.equal(gain, model[0].norm_ih_l0.weight)
+    del optimizer
+    with warnings.catch_warnings(action="error"):
+        an.replace(nn.Sequential(nn.LSTM(3, 4)), norm="layer")
+    other = nn.Sequential(nn.LSTM(3, 4))
+    kept = torch.optim.SGD(other.parameters(), lr=0.1)
+    with warnings.catch_warnings(action="error"):
+        an.replace(other)  # no norms, no new parameters
+    assert len(kept.param_groups) == 1
+
+
+@feature(GROUP, "`norm_parameters` for groups without weight decay", "native")
+@every_norm
+def test_norm_parameters_lists_gains_and_shifts(norm):
+    model = nn.Sequential(an.LSTM(3, 4, 2, norm=norm, placement={"gates": "per_gate"}), nn.LayerNorm(4))
+    names = set(an.norm_parameters(model))
+    assert names == {name for name, _ in model.named_parameters() if "norm_" in name} != set()
+
+
+@feature(GROUP, "checkpoints of `nn.LSTM` in layers with norms, and back", "native", "`load_weights`, named by errors.")
+@every_norm
+@every_layer
+def test_checkpoints_load_both_ways(cell, norm):
+    theirs: Any = nn.Sequential(getattr(nn, cell.upper())(3, 4, 2, bidirectional=True), nn.Linear(8, 1))
+    ours: Any = nn.Sequential(CELLS[cell](3, 4, 2, bidirectional=True, norm=norm), nn.Linear(8, 1))
+    norms = {key: value.clone() for key, value in ours.state_dict().items() if "norm_" in key}
+    with pytest.raises(RuntimeError, match=r"Missing key.*atn_norms.load_weights loads"):
+        ours.load_state_dict(theirs.state_dict())
+    fresh, dropped = an.load_weights(ours, theirs.state_dict())
+    assert set(fresh) == set(norms) and not dropped
+    compare({key: value for key, value in ours.state_dict().items() if key in norms}, norms, tolerance=0)
+    compare({k: v for k, v in ours.state_dict().items() if k not in norms}, dict(theirs.state_dict()), tolerance=0)
+    nn.init.ones_(ours[0].weight_hh_l0)
+    fresh, dropped = an.load_weights(theirs, ours.state_dict())
+    assert set(dropped) == set(norms) and not fresh and (theirs[0].weight_hh_l0 == 1).all()
+    plain: Any = nn.Sequential(CELLS[cell](3, 4, 2, bidirectional=True), nn.Linear(8, 1))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*atn_norms.load_weights loads"):
+        plain.load_state_dict(ours.state_dict())
+    an.load_weights(plain, ours.state_dict())
+    compare(dict(plain.state_dict()), dict(theirs.state_dict()), tolerance=0)
+
+
+def test_load_weights_refuses_what_is_not_a_norm():
+    ours, state = an.LSTM(3, 4, norm="layer"), nn.LSTM(3, 4).state_dict()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        an.load_weights(ours, {key: value for key, value in state.items() if key != "weight_hh_l0"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*norm_ih_l7"):
+        an.load_weights(ours, state | {"norm_ih_l7.weight": torch.ones(1)})
+    missing, _ = ours.load_state_dict(state, strict=False)
+    assert set(missing) == set(an.norm_parameters(ours))
+
+
+@feature(GROUP, "`torch.optim.swa_utils.update_bn`", "native")
+@every_placement
+@every_layer
+def test_update_bn_computes_populations(cell, placement):
+    """One pass over the data with the mean of all updates, as for `nn.BatchNorm1d`."""
+    layer = CELLS[cell](3, 4, norm="batch", window=2, placement=PLACEMENTS[placement])
+    model = nn.Sequential(layer)
+    data = [torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    expected = copy.deepcopy(layer)
+    for norm in expected.modules():
+        if isinstance(norm, an.BatchNorm):
+            norm.momentum = None
+    expected.train()
+    for x in data:
+        expected(x)
+    layer(10 * data[0])  # a population that must be forgotten
+    model.eval()
+    torch.optim.swa_utils.update_bn(data, model)
+    compare(dict(layer.named_buffers()), dict(expected.named_buffers()), tolerance=0)
+    assert not layer.training
+    assert {n.momentum for n in layer.modules() if isinstance(n, an.BatchNorm)} == {0.1}
+
+
+@feature(GROUP, "`nn.SyncBatchNorm.convert_sync_batchnorm`", "reference", "It sets `sync` of each batch norm.")
+@every_placement
+@every_layer
+def test_convert_sync_batchnorm_sets_sync(cell, placement):
+    model: Any = nn.Sequential(
+        CELLS[cell](3, 4, norm="batch", placement=PLACEMENTS[placement]),
+        an.AssortedTime(an.BatchNorm(4), 3),
+        nn.BatchNorm1d(4),
+    )
+    before = dict(model.state_dict())
+    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ours = [module for module in converted.modules() if isinstance(module, an.BatchNorm)]
+    assert ours and all(norm.sync for norm in ours)
+    assert isinstance(converted[2], nn.SyncBatchNorm)
+    assert {id(p) for p in converted.state_dict(keep_vars=True).values()} >= {id(p) for p in model.parameters()}
+    compare(dict(converted.state_dict()), before, tolerance=0)
+    converted[0](torch.randn(5, 2, 3))  # in one process it is batch norm
+
+
+@feature(GROUP, "`torch.ao.quantization.quantize_dynamic`", "warning", "The layer stays in floating point.")
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_quantize_dynamic_warns(cell, norm):
+    model = nn.Sequential(CELLS[cell](3, 4, norm=norm)).eval()
+    with pytest.warns(UserWarning, match="got a quantization config; the layer stays in floating point"):
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear})
+    x = torch.randn(5, 2, 3)
+    compare(quantized(x), model(x), tolerance=0)
+
+
+@feature(GROUP, "forward hooks on `norm_*`", "reference", "A hook sees `(x, pooled)` and the normalized result.")
+@every_placement
+@every_norm
+@every_layer
+def test_hooks_on_norms_are_called(cell, norm, placement, runs):
+    layer = CELLS[cell](3, 4, norm=norm, window=2, placement=PLACEMENTS[placement]).eval()
+    x, calls = torch.randn(5, 2, 3), []
+    expected = layer(x)
+    assert set(runs) == {"native"}
+    target = layer.norm_hh_l0.gates[0] if placement == "per gate" and cell != "rnn" else layer.norm_hh_l0
+    handle = target.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    runs.clear()
+    compare(layer(x), expected, tolerance=1e-5)
+    assert set(runs) == {"reference"} and len(calls) == 5
+    assert "the norm at hh has hooks" in an.explain(layer)
+    handle.remove()
+    layer(x)
+    assert runs["native"] == 1
