@@ -46,6 +46,39 @@ def test_a_text_becomes_words_signs_and_line_ends(text):
     assert [len(split) for split in corpora.read(text, "words")] == [237, 13, 14]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा", "।"]),
+        ("مُحَمَّدٌ كِتَاب", ["مُحَمَّدٌ", "كِتَاب"]),
+        ("e\u0301tude, cafe\u0301", ["\u00e9tude", ",", "caf\u00e9"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),  # noqa: RUF001  Persian letters
+        ("我喜欢ABC。カタカナ", ["我", "喜", "欢", "ABC", "。", "カタカナ"]),
+        ("x² = 1_000; a\u0300b", ["x²", "=", "1_000", ";", "\u00e0b"]),
+        ("\U0001f469\u200d\U0001f4bb ok?!", ["\U0001f469\u200d\U0001f4bb", "ok", "?!"]),
+    ],
+    ids=["hindi", "vocalised arabic", "decomposed accents", "joiner", "ideographs", "signs", "emoji"],
+)
+def test_a_mark_is_part_of_its_word(tmp_path, text, words):
+    path = tmp_path / "text.txt"
+    path.write_text(f"{text}\n" * 40, encoding="utf-8")
+    corpus = corpora.read(str(path), "words")
+    assert [token for split in corpus for token in split] == [*words, "\n"] * 40
+
+
+@pytest.mark.parametrize("unit", ["characters", "words"])
+def test_every_line_end_is_one_token(tmp_path, unit):
+    ends = {"lf": "\n", "crlf": "\r\n", "cr": "\r"}
+    texts = {name: f"a cat{end}{end}caf\u00e9{end}" for name, end in ends.items()} | {"marks": "a cat\n\ncafe\u0301\n"}
+    read = set()
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.write_bytes(text.encode() * 20)
+        splits = tuple("".join(split) for split in corpora.read(str(path), unit))
+        read.add((splits, corpora.fingerprint(str(path), unit)))
+    assert len(read) == 1 and "".join(read.pop()[0]).count("\n") == 60
+
+
 def test_a_treebank_brings_its_own_splits(treebank):
     corpus = corpora.read(str(treebank), "words")
     assert [*corpus.train[:8]] == ["the", "cat", "<unk>", "\n", "a", "cat", "sat", "\n"]
@@ -61,7 +94,9 @@ def test_the_characters_of_a_treebank_stand_between_spaces(treebank):
 
 
 def test_what_is_read_is_hashed(text, treebank):
-    assert CharLMSpec(text=text).data() == {"text": "sha256:" + hashlib.sha256(TEXT.encode()).hexdigest()}
+    read = TEXT.replace("\r\n", "\n").encode()
+    assert CharLMSpec(text=text).data() == {"text": "sha256:" + hashlib.sha256(read).hexdigest()}
+    assert WordLMSpec(text=text).data() != CharLMSpec(text=text).data(), "the rule that makes words is hashed as well"
     before = [WordLMSpec(text=str(treebank)).data()["text"]]
     for part in PTB:
         (treebank / f"ptb.{part}.txt").write_text(PTB[part] + "more\n")

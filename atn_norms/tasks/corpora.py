@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +13,10 @@ from atn_norms.errors import SpecError, beside
 Unit = Literal["characters", "words"]
 PARTS = ("train", "valid", "test")
 # Characters stand one by one, with spaces between, in the first; the second is prepared for words.
+# A word: one ideograph or Hiragana sign, for these scripts put no spaces; or a run of other letters, marks and digits.
+# Signs: a run of them, with the marks and joiners that belong to them, as in an emoji.
+WORDS = r"[\p{Han}\p{Hiragana}]\p{M}*|[\w\p{No}--\p{Han}--\p{Hiragana}]+|(?:[^\w\s\p{No}][\p{M}\p{Join_Control}]*)+|\n"
+BETWEEN_SPACES = r"\S+|\n"
 LAYOUTS: dict[Unit, tuple[str, ...]] = {"characters": ("ptb.char", "ptb"), "words": ("ptb",)}
 
 
@@ -27,9 +31,18 @@ class Corpus(NamedTuple):
 def read(path: str | None, unit: Unit) -> Corpus:
     """Read a text as `characters` or `words`; None is Python's own language reference.
 
-    A text is split 90/5/5 in reading order; its words are runs of letters and digits, runs of other signs, and line
-    ends. A folder brings its splits with it, in files `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`, whose words
-    stand between spaces; for characters, the files `ptb.char.*` are preferred, whose characters do.
+    A text is split 90/5/5 in reading order. Its words are runs of letters, marks and digits, runs of other signs, and
+    line ends; an ideograph is a word. A folder brings its splits with it, in files `ptb.train.txt`, `ptb.valid.txt` and
+    `ptb.test.txt`, whose words are separated by spaces; for characters, the files `ptb.char.*` are preferred, whose
+    characters are.
+
+    A file is read in the normal form NFC, so that an accent is part of its letter however it was typed. LF, CRLF and CR
+    are the same line end.
+
+    >>> import pathlib
+    >>> _ = pathlib.Path("words.txt").write_bytes("e\u0301tude हिन्दी\\r\\n".encode() * 20)
+    >>> read("words.txt", "words").train[:3]
+    ['étude', 'हिन्दी', '\\n']
 
     Errors: `SpecError` naming the file that cannot be read.
     """
@@ -37,8 +50,10 @@ def read(path: str | None, unit: Unit) -> Corpus:
     if layout == "ptb.char":
         texts = ["\n".join("".join(line.split()) for line in text.split("\n")) for text in texts]
     if unit == "words":
-        pattern = r"\S+|\n" if layout else r"\w+|[^\w\s]+|\n"
-        tokens: list[Sequence[str]] = [re.findall(pattern, text) for text in texts]
+        import regex  # knows the marks of every script, which the re module does not
+
+        words = regex.compile(BETWEEN_SPACES if layout else WORDS, regex.VERSION1)
+        tokens: list[Sequence[str]] = [words.findall(text) for text in texts]
     else:
         tokens = list(texts)
     if not layout:
@@ -49,8 +64,14 @@ def read(path: str | None, unit: Unit) -> Corpus:
 
 
 def fingerprint(path: str | None, unit: Unit) -> str:
-    """The hash of what `read` reads: `sha256:` and 64 digits; that of a folder covers its three files."""
-    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in _texts(path, unit)[0]]
+    """The hash of what `read` reads: `sha256:` and 64 digits; that of a folder covers its three files.
+
+    The hash of a text that is split into words covers the rule as well: another rule makes other tokens.
+    """
+    texts, layout = _texts(path, unit)
+    if unit == "words" and not layout:
+        texts = [f"{WORDS}\n{text}" for text in texts]
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
     one = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     return f"sha256:{one}"
 
@@ -75,7 +96,8 @@ def _decoded(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
             raise SpecError(f"text: {path} is neither a file nor a folder")
-        return path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
+        text = path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
+        return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise SpecError(f"text: cannot read {path}: {error.strerror}{beside(path)}") from error
     except UnicodeDecodeError as error:
