@@ -1,4 +1,4 @@
-"""The bench: nobody whose laws fail gets a figure, runs are interleaved, ratios are right, what is printed is whole."""
+"""The bench: a backend whose laws fail gets no figure, runs are interleaved, and ratios and output are complete."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ QUICK = ("--size", "2,3,2,4", "--windows", "1,3", "--runners", "reference,textbo
 
 
 class Clock:
-    """Time passes only when somebody works."""
+    """A clock that advances only while work is done."""
 
     def __init__(self):
         self.now = 0.0
@@ -92,7 +92,7 @@ def wrong(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (gradient_doubled, "the gradient of"),
         (last_step_shifted, "y is off by"),
@@ -103,11 +103,11 @@ def wrong(monkeypatch):
         (state_cut_off, "the gradient of"),
     ],
 )
-def test_the_gate_sees_what_is_wrong(wrong, change, said):
+def test_the_gate_sees_what_is_wrong(wrong, change, message):
     wrong(change)
     broken = laws.broken_law(TINY, "wrong", 3)
     assert broken is not None
-    assert said in broken
+    assert message in broken
     assert broken.startswith("lstm, norm layer, k = 3, (")
 
 
@@ -127,9 +127,9 @@ def test_a_backend_whose_laws_fail_gets_no_figure_and_exit_code_1(wrong, capsys)
     assert "laws fail: lstm, norm layer, k = 1" in out
     assert "no figures, for the reasons above: wrong, k = 1, wrong, k = 3" in out
     assert main((*arguments, "--json")) == 1
-    told = json.loads(capsys.readouterr().out)
-    rows = {(row["runner"], row["window"]): row for row in told["cases"][0]["rows"]}
-    assert told["laws_hold"] is False
+    output = json.loads(capsys.readouterr().out)
+    rows = {(row["runner"], row["window"]): row for row in output["cases"][0]["rows"]}
+    assert output["laws_hold"] is False
     assert rows["wrong", 1]["status"] == "laws fail"
     assert [rows["wrong", 3][key] for key in ("best", "median", "ratio", "memory", "runs")] == [None] * 4 + [0]
     assert rows["reference", 1]["status"] == "measured"
@@ -200,9 +200,9 @@ def test_what_would_take_too_long_is_left_out_before_it_does():
     clock = Clock()
     assert whole_call(lambda steps: clock.work(0.01 + 0.001 * steps), 100, 0.2, clock) == pytest.approx(0.11)
     clock = Clock()
-    told = whole_call(lambda steps: clock.work(0.1 * steps), 1000, 2.0, clock)
-    assert isinstance(told, str)
-    assert told.startswith("too slow here: 8 of its 1000 steps took 0.8 s, and a call may take 2 s")
+    output = whole_call(lambda steps: clock.work(0.1 * steps), 1000, 2.0, clock)
+    assert isinstance(output, str)
+    assert output.startswith("too slow here: 8 of its 1000 steps took 0.8 s, and a call may take 2 s")
     assert clock.now < 4.0
 
 
@@ -243,7 +243,7 @@ def test_ratios_are_to_torch_in_best_median_and_memory():
     assert (third.ratio, third.ratio_of_medians, third.memory_ratio) == (None, None, None)
 
 
-def test_a_runner_that_breaks_takes_nobody_along(monkeypatch):
+def test_a_runner_that_breaks_takes_no runner_along(monkeypatch):
     def breaks(self, xs, upstream):
         if self.name == "reference":
             raise RuntimeError("out of breath")
@@ -259,12 +259,12 @@ def test_a_runner_that_breaks_takes_nobody_along(monkeypatch):
 def test_json_csv_and_picture_hold_every_figure(tmp_path, capsys):
     files = ("--csv", str(tmp_path / "b.csv"), "--picture", str(tmp_path / "b"))
     assert main(("bench", *QUICK, *files, "--json")) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"machine", "options", "malloc", "laws_hold", "cases"}
-    assert {"processor", "cores", "torch", "native_kernels", "load"} <= set(told["machine"])
-    assert [case["mode"] for case in told["cases"]] == ["training", "inference", "streaming"]
-    assert told["cases"][2]["size"] == {"input": 2, "hidden": 3, "batch": 1, "steps": 1}
-    for case in told["cases"]:
+    output = json.loads(capsys.readouterr().out)
+    assert set(output) == {"machine", "options", "malloc", "laws_hold", "cases"}
+    assert {"processor", "cores", "torch", "native_kernels", "load"} <= set(output["machine"])
+    assert [case["mode"] for case in output["cases"]] == ["training", "inference", "streaming"]
+    assert output["cases"][2]["size"] == {"input": 2, "hidden": 3, "batch": 1, "steps": 1}
+    for case in output["cases"]:
         assert case["noise"] >= 1
         assert [(row["runner"], row["window"]) for row in case["rows"]] == [
             ("torch.nn", None), ("reference", 1), ("textbook", 1), ("reference", 3), ("textbook", 3)
@@ -274,7 +274,7 @@ def test_json_csv_and_picture_hold_every_figure(tmp_path, capsys):
             assert row["ratio"] == pytest.approx(row["best"] / case["rows"][0]["best"])
     lines = list(csv.DictReader((tmp_path / "b.csv").read_text().splitlines()))
     assert len(lines) == 15
-    assert float(lines[1]["ratio"]) == told["cases"][0]["rows"][1]["ratio"]
+    assert float(lines[1]["ratio"]) == output["cases"][0]["rows"][1]["ratio"]
     assert lines[0]["hidden"] == "3"
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert "textbook, k = 3" in (tmp_path / "b.svg").read_text()
@@ -290,8 +290,8 @@ def test_memory_is_the_growth_of_a_fresh_process(monkeypatch):
     assert isinstance(grown, int)
     assert 5 * outputs < grown < 30 * outputs
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
-    told = memory.growth(case, "torch.nn", None, timeout=60)
-    assert told == "memory not measured: exit code 1: it said nothing"
+    output = memory.growth(case, "torch.nn", None, timeout=60)
+    assert output == "memory not measured: exit code 1: no output"
 
 
 def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
@@ -304,12 +304,12 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--size", "2,60"), "--size: '2,60'; allowed: input,hidden,batch,steps, four integers such as 2,60,50,100"),
         (("--size", "2,60,0,5"), "sizes[0][2]: must be greater than or equal to 1, got 0"),
         (("--windows", "a"), "--windows: 'a'; allowed: integers of at least 1, separated by commas"),
-        (("--windows", "3,3"), "windows: 3 stands there twice"),
+        (("--windows", "3,3"), "windows: 3 is listed twice"),
         (("--runners", "nativ"), "runners: unknown 'nativ'; known: native, reference, textbook; nearest: 'native'"),
         (("--modes", "trainin"), "modes[0]: must be 'training', 'inference' or 'streaming'"),
         (("--cells", "lstn"), "cell: unknown cell 'lstn'"),
@@ -321,11 +321,11 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
         (("--size", "2,60,100000000,100000000"), "makes sequences that do not fit"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, said, capsys):
+def test_bad_input_is_one_sentence(arguments, message, capsys):
     assert main(("bench", *arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""The runners: one object each that does a case's work, whoever does it."""
+"""Runners: each does the work of one case on one implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atn_norms.layers import Recurrent
 
 
 class Refused(Exception):
-    """A runner cannot do a case; the message says why."""
+    """The runner does not support a case; the message is the reason."""
 
 
 class Runner:
@@ -32,7 +32,7 @@ class Runner:
         self._upstream = torch.randn(size.steps, size.batch, size.hidden, dtype=dtype)
 
     def call(self, steps: int) -> Callable[[], object]:
-        """The work over the first `steps` steps, ready to be called again and again."""
+        """Return a callable that does the work over the first `steps` steps."""
         return getattr(self, f"_{self.case.mode}")(self._xs[:steps], self._upstream[:steps])
 
     def _training(self, xs: Tensor, upstream: Tensor) -> Callable[[], object]:
@@ -67,7 +67,7 @@ class Runner:
 
 
 def module_of(case: Case, name: str, window: int | None) -> nn.Module:
-    """The module of a runner: torch's, the textbook's, or a layer on the backend of that name.
+    """Build the module of a runner: torch's, the textbook's, or a layer on the named backend.
 
     Errors: `Refused`, with the reason.
     """

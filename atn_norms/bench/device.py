@@ -1,7 +1,7 @@
 """Check and time the backends of one device: `atn-norms bench --device cuda --check`.
 
 The script is prepared for a device that is at hand for a few minutes. Every result is written as soon as it is known,
-so an interrupted run loses nothing. A failed check stops the timing of its own case only.
+so an interrupted run loses nothing. A failed check stops only the timing of its case.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Finding:
 
 
 class Plan(NamedTuple):
-    """What a run covers; `limit` is the time in seconds after which no new case starts."""
+    """Cases of a run; `limit` is the time in seconds after which no new case starts."""
 
     device: str
     checked: Sequence[Size] = CHECKED

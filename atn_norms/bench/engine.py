@@ -1,4 +1,4 @@
-"""Run the cases one after the other: laws first, then memory, then everybody's time, in turn."""
+"""Run the cases in order: laws first, then times in turn, then memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ OnCase = Callable[[CaseResult], None]
 
 
 def measure(spec: BenchSpec, on_case: OnCase | None = None, clock: Clock = perf_counter) -> Bench:
-    """Measure every case of a run; `on_case` is shown each when it is done.
+    """Measure every case of a run; `on_case` receives each result.
 
-    Threads are set back afterwards; with malloc `keep` or `both`, this process's malloc keeps its memory from then on.
+    The number of threads is restored. With malloc `keep` or `both` the process keeps its memory from then on.
 
     Errors: `SpecError` for a case that no layer has, before anything is measured.
     """
@@ -41,8 +41,8 @@ def measure(spec: BenchSpec, on_case: OnCase | None = None, clock: Clock = perf_
     finally:
         torch.set_num_threads(threads)
     malloc = {"default": "as the system has it", "keep": KEPT}
-    said = f"first {malloc['default']}, then {KEPT}" if spec.malloc == "both" else malloc[spec.malloc]
-    return Bench(machine, spec.model_dump(mode="json"), tuple(results), said)
+    setting = f"first {malloc['default']}, then {KEPT}" if spec.malloc == "both" else malloc[spec.malloc]
+    return Bench(machine, spec.model_dump(mode="json"), tuple(results), setting)
 
 
 def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str | None], clock: Clock) -> CaseResult:
@@ -58,11 +58,11 @@ def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str 
         if isinstance(admitted, Row):
             rows[row.label] = admitted
             continue
-        # torch.nn is what all else is held against, and who is in its league is never left out.
+        # Everything is compared with torch.nn, and a runner within four times its time is never skipped.
         limit = max(allowed, 4 * estimates[TORCH]) if name != TORCH else float("inf")
         try:
             seconds = whole_call(admitted.call, case.size.steps, limit, clock)
-        except Exception as error:  # noqa: BLE001  one runner that breaks must not take the others' figures along
+        except Exception as error:  # noqa: BLE001  the other runners still get their figures
             rows[row.label] = replace(row, status="failed", reason=f"{type(error).__name__}: {error}")
             continue
         if isinstance(seconds, str):
@@ -78,7 +78,7 @@ def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str 
 
 
 def _admitted(case: Case, row: Row, judged: dict[tuple[object, ...], str | None]) -> Runner | Row:
-    """A runner that may be timed, or its row saying why not."""
+    """Return a runner that may be timed, or a row with the reason."""
     if row.window is None:
         return Runner(case, row.runner, None)
     try:

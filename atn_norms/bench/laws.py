@@ -1,4 +1,4 @@
-"""The gate: who does not compute what the reference computes, in float64 and in the timed type, gets no figure."""
+"""Agreement with the reference, in float64 and in the timed type: a runner that differs gets no figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAGNIFIED = 8 * 1e-5**-0.5
 
 @dataclass(frozen=True)
 class Probe:
-    """A small odd case: sizes, whether its windows start full of foreign steps, and whether rows end early."""
+    """A small case: sizes, full or empty windows at the start, and full or ragged rows."""
 
     size: Size
     full: bool
@@ -35,7 +35,7 @@ PROBES = (
 
 
 def broken_law(case: Case, name: str, window: int) -> str | None:
-    """What a runner computes otherwise than the reference on a case's cell, norm, mode and window; None if nothing.
+    """Describe where a runner differs from the reference on a case's cell, norm, mode and window; None if nowhere.
 
     Values, states, and the gradients of inputs, starting states and parameters are compared, in float64 and in the
     case's dtype; the reference itself is held against the textbook, where the textbook knows the norm.
@@ -44,7 +44,7 @@ def broken_law(case: Case, name: str, window: int) -> str | None:
         for probe in PROBES:
             try:
                 difference = _difference(case, name, window, probe, getattr(torch, dtype))
-            except Exception as error:  # noqa: BLE001  whatever it raises, it does not do what the reference does
+            except Exception as error:  # noqa: BLE001  a runner that raises differs from the reference
                 difference = f"it raises {type(error).__name__}: {error}"
             if difference is not None:
                 start = "full windows" if probe.full else "empty windows"
@@ -59,8 +59,8 @@ def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.d
         truth = case.layer(window, "reference").build(dtype=torch.float64).train(case.mode == "training")
         _stir(truth)
         size = probe.size
-        if any(getattr(module, "couples_batch", False) for module in truth.modules()):
-            size = size._replace(batch=max(2, size.batch))  # no one row can be normalized by its batch in training
+        if any(getattr(module, "uses_batch_statistics", False) for module in truth.modules()):
+            size = size._replace(batch=max(2, size.batch))  # one row cannot be normalized by its batch in training
         xs = _rounded(torch.randn(size.steps, size.batch, size.input, dtype=torch.float64))
         lengths = torch.randint(0, size.steps + 1, (size.batch,)) if probe.ragged else None
         if name in ("reference", TEXTBOOK):  # the textbook's memory has another form, so only empty windows compare
@@ -75,7 +75,7 @@ def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.d
 
 
 def _as_timed(truth: Recurrent, mine: Recurrent, xs: Tensor, dtype: torch.dtype) -> str | None:
-    """The calls that are timed may take ways of their own: torch.nn's call, and one that needs no gradients."""
+    """Compare the timed calls, which may take other paths: torch.nn's call, and the call without gradients."""
     found = _compare(_of_values(mine, mine(xs.to(dtype))[0]), _of_values(truth, truth(xs)[0]), dtype, len(xs))
     if found is None:
         with torch.no_grad():
@@ -90,7 +90,7 @@ def _from_textbook(truth: Recurrent, window: int, xs: Tensor, dtype: torch.dtype
     try:
         textbook = Textbook(mine, window)
     except ValueError:
-        return None  # it does not know this norm, and so says nothing about the reference
+        return None  # the textbook does not have this norm
     return _compare(_of_values(mine, textbook(xs.to(dtype))[0]), expected, dtype, len(xs))
 
 
@@ -101,19 +101,19 @@ def _of_values(layer: Recurrent, ys: Tensor) -> dict[str, Tensor]:
 
 
 def _outcome(layer: Recurrent, xs: Tensor, start: Tree, lengths: Tensor | None) -> dict[str, Tensor]:
-    """Everything a call gives: outputs, the state after, and the gradient of each tensor that it was made of."""
+    """Return outputs, the final state, and the gradient of each source tensor."""
     xs = xs.clone().requires_grad_()
     start = tree_map(lambda leaf: leaf.clone(), start)
     ((carried, norms),), *_ = start
-    told = {f"the starting state {i}": leaf for i, leaf in enumerate(carried)}
+    starts = {f"the starting state {i}": leaf for i, leaf in enumerate(carried)}
     for site, memory in zip(layer.cell.sites, norms, strict=True):
         if memory:
-            told |= {f"the starting window {i} at {site}": leaf for i, leaf in enumerate(memory[1][1])}
-    for leaf in told.values():
+            starts |= {f"the starting window {i} at {site}": leaf for i, leaf in enumerate(memory[1][1])}
+    for leaf in starts.values():
         leaf.requires_grad_()
     ys, after = layer.unroll(xs, start, lengths)
     leaves = {f"leaf {i} of the state": leaf for i, leaf in enumerate(tree_leaves(after))}
-    sources = {"the input": xs, **told, **dict(layer.named_parameters())}
+    sources = {"the input": xs, **starts, **dict(layer.named_parameters())}
     results = [result for result in (ys, *leaves.values()) if result.requires_grad]
     loss = torch.stack([(result.double() * _fixed(result)).sum() for result in results]).sum()
     gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
@@ -135,27 +135,27 @@ def _compare(mine: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
             continue
         right = value.detach().double()
         apart = float((found.detach().double() - right).abs().max()) / max(1.0, float(right.abs().max()))
-        if not apart <= allowed:  # a NaN is apart from everything
+        if not apart <= allowed:  # a NaN differs from everything
             return f"{name} is off by {apart:.2g}, allowed {allowed:.2g}"
     return None
 
 
 @torch.no_grad()
 def _stir(layer: Recurrent) -> None:
-    """Parameters that no initialization gives, so that a gain or a shift that is forgotten is seen."""
+    """Move parameters away from their initial values, so that a missing gain or shift is visible."""
     for parameter in layer.parameters():
         parameter.copy_(_rounded(parameter + 0.3 * torch.randn_like(parameter)))
 
 
 def _filled(state: Tree, batch: int) -> Tree:
-    """A state in mid-sequence: every window full of statements that no step of the probe made."""
+    """Return a state in mid-sequence: every window is full of random statistics."""
 
     def memory_of(memory: Any) -> Any:
         if not memory:
             return memory
         index, (weights, leaves) = memory
         seen = tree_map(lambda leaf: _rounded(0.5 + torch.rand_like(leaf)), leaves)
-        mask = 1 if weights.shape[0] == batch else batch  # a coupled batch counts its rows
+        mask = 1 if weights.shape[0] == batch else batch  # a norm over the batch counts its rows
         return index + 1000, (torch.full_like(weights, mask), seen)
 
     def cell_of(cell: Any) -> Any:
@@ -166,10 +166,10 @@ def _filled(state: Tree, batch: int) -> Tree:
 
 
 def _fixed(like: Tensor) -> Tensor:
-    """The same random numbers for every tensor of a shape."""
+    """Return the same random numbers for every tensor of a shape."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
 def _rounded(tensor: Tensor) -> Tensor:
-    """Numbers that float32 has too, so that both types are given the same."""
+    """Round to float32, so that both types have equal inputs."""
     return tensor.float().to(tensor.dtype)

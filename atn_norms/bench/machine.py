@@ -1,4 +1,4 @@
-"""Facts about the machine that a figure means nothing without, and what malloc is told."""
+"""Facts about the machine, and the settings of malloc."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def processor() -> str:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run, on average over the last minute; None where the system does not tell."""
+    """Number of runnable processes, averaged over the last minute; None where the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -53,7 +53,7 @@ def load_average() -> float | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
+    """Available memory in bytes, without swapping; None where the system does not report it."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next((1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")), None)
@@ -62,9 +62,9 @@ def available_memory() -> int | None:
 
 
 def set_malloc(mode: str) -> None:
-    """`keep`: let glibc keep what is freed, until the process ends; `default`: leave it as it is.
+    """`keep`: let glibc keep freed memory until the process ends; `default`: change nothing.
 
-    Errors: `SpecError` where the C library cannot be told.
+    Errors: `SpecError` where the C library has no mallopt.
     """
     if mode == "default":
         return

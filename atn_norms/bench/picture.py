@@ -17,7 +17,7 @@ from atn_norms.bench.records import Bench, CaseResult
 from atn_norms.bench.spec import TORCH
 
 _INK, _MUTED, _PAPER = "#1b1f24", "#5b636d", "#fefefe"
-# Of Okabe and Ito's palette, told apart with any common colour vision.
+# Of Okabe and Ito's palette, distinguishable with any common colour vision.
 _COLOURS = {TORCH: "#5b636d", "native": "#0072b2", "reference": "#e69f00", "textbook": "#d55e00"}
 _OTHER = "#009e73"
 _STYLE: dict[str, Any] = {
@@ -34,19 +34,19 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "atn-norms",
 }
-_UNSAID = ("Date", "Creator")  # the same run always gives the same file
+_OMITTED = ("Date", "Creator")  # the same run always gives the same file
 _COLUMNS, _WIDTH, _BAR, _ROOM = 3, 4.4, 0.24, 0.85  # of the page; of a panel, a bar and its surroundings, in inches
 
 
 def draw(bench: Bench, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, and say where."""
+    """Write `stem`.png and `stem`.svg, and return their paths."""
     plain: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
-    del plain["backend"]  # it belongs to whoever else draws in this process
+    del plain["backend"]  # the backend belongs to the rest of the process
     plain.update(_STYLE)
     written = []
     with matplotlib.rc_context(plain):
         figure = _figure(bench)
-        for canvas, kind, unsaid in ((FigureCanvasAgg, "png", ("Software",)), (FigureCanvasSVG, "svg", _UNSAID)):
+        for canvas, kind, unsaid in ((FigureCanvasAgg, "png", ("Software",)), (FigureCanvasSVG, "svg", _OMITTED)):
             canvas(figure)
             path = stem.with_name(f"{stem.name}.{kind}")
             figure.savefig(path, format=kind, dpi=160, metadata=dict.fromkeys(unsaid))
@@ -66,8 +66,8 @@ def _figure(bench: Bench) -> Figure:
     machine = bench.machine
     kernels = machine["native_kernels"].partition(":")[0]
     figure.text(0.15 / width, 1 - 0.25 / height, "Time beside torch.nn without a norm (1 = as long)", weight="bold")
-    told = f"{machine['processor']}, torch {machine['torch']}, kernels: {kernels}; best of runs"
-    figure.text(0.15 / width, 1 - 0.48 / height, told, color=_MUTED, fontsize=8)
+    caption = f"{machine['processor']}, torch {machine['torch']}, kernels: {kernels}; best of runs"
+    figure.text(0.15 / width, 1 - 0.48 / height, caption, color=_MUTED, fontsize=8)
     top = height - 0.6
     for line, tall in zip(lines, heights, strict=True):
         for place, case in enumerate(line):

@@ -1,4 +1,4 @@
-"""What a run found: rows, what they come to beside torch.nn, and their form as JSON and CSV."""
+"""Results of a run: rows, their ratios to torch.nn, and their forms as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from atn_norms.bench.timing import best_and_median
 class Row:
     """One runner in one case; times in seconds a call, `memory` in bytes, ratios to torch.nn's row.
 
-    `status` is `measured`, `refused` (it cannot do the case), `skipped` (too slow or too large here), `laws fail`, or
-    `failed` (it raised at this size); `reason` says why, and only a measured row has figures. `spread` is median over
-    best.
+    `status` is `measured`, `refused` (not supported), `skipped` (too slow or too large here), `laws fail`, or `failed`
+    (it raised at this size). `reason` explains it, and only a measured row has figures. `spread` is median over best.
     """
 
     runner: str
@@ -40,7 +39,7 @@ class Row:
         return self.runner if self.window is None else f"{self.runner}, k = {self.window}"
 
     def timed(self, samples: Sequence[float]) -> Row:
-        """The row with what the clock said."""
+        """Return the row with its times."""
         best, median = best_and_median(list(samples))
         return replace(self, runs=len(samples), best=best, median=median, spread=_over(median, best))
 
@@ -55,18 +54,18 @@ class CaseResult:
 
     @property
     def noise(self) -> float | None:
-        """Median over best of torch.nn itself: what a quiet machine would have at 1."""
+        """Median over best of torch.nn itself: 1 on a quiet machine."""
         return next((row.spread for row in self.rows if row.runner == TORCH), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the values for JSON."""
         case = {**asdict(self.case), "size": self.case.size._asdict()}
         return {**case, "noise": self.noise, "load": list(self.load), "rows": [asdict(row) for row in self.rows]}
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole run: the machine, the options, what malloc was told, every case, and whose laws failed."""
+    """A whole run: the machine, the options, the malloc setting, and every case."""
 
     machine: dict[str, Any]
     options: dict[str, Any]
@@ -79,7 +78,7 @@ class Bench:
         return [row for case in self.cases for row in case.rows if row.status in ("laws fail", "failed")]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the values for JSON."""
         return {
             "machine": self.machine,
             "options": self.options,
@@ -89,13 +88,13 @@ class Bench:
         }
 
     def to_csv(self) -> str:
-        """One line a row, headed; the case's own columns first."""
+        """Return one line a row with a header; the columns of the case come first."""
         lines = []
         for case in self.cases:
-            told = case.to_dict()
-            before, after = told.pop("load")
-            size, rows = told.pop("size"), told.pop("rows")
-            lines += [{**size, **told, "load_before": before, "load_after": after, **row} for row in rows]
+            columns = case.to_dict()
+            before, after = columns.pop("load")
+            size, rows = columns.pop("size"), columns.pop("rows")
+            lines += [{**size, **columns, "load_before": before, "load_after": after, **row} for row in rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
         writer.writeheader()

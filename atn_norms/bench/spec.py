@@ -1,4 +1,4 @@
-"""What is measured: the options of a run, and the cases they make."""
+"""Options of a run, and the cases that they expand to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that every runner does, all in turn; `size` of a stream is one row and one step."""
+    """Work that every runner does; the `size` of a stream is one row and one step."""
 
     cell: str
     norm: str
@@ -59,14 +59,14 @@ class Case:
 
 
 def runners() -> list[str]:
-    """Everything that can be held against torch.nn on a CPU, slowest last."""
+    """Names of the runners on a CPU, slowest last."""
     return [*(name for name in known() if name not in ("torch", "triton")), TEXTBOOK]
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
     if not values or twice is not None:
-        raise ValueError("empty; allowed: at least one" if not values else f"{twice!r} stands there twice")
+        raise ValueError("empty; allowed: at least one" if not values else f"{twice!r} is listed twice")
     return values
 
 
@@ -88,11 +88,11 @@ class BenchSpec(Options):
     | `sizes` | (input, hidden, batch, steps) of a call; a stream is one row, one step a call | |
     | `windows` | k of every runner but torch.nn, which has no norm | steps |
     | `modes` | `training` is forward and backward; `streaming` is batch 1, T = 1, state carried, no gradients | |
-    | `runners` | what is held against torch.nn | |
-    | `budget` | about the time for timing one case; a runner too slow for its share of it is left out | seconds |
+    | `runners` | what is compared with torch.nn | |
+    | `budget` | approximate time for one case; a runner that is too slow for its share is skipped | seconds |
     | `memory` | whether to measure the growth of peak resident size over one training step | |
     | `malloc` | `keep`: freed memory stays in the process, for every runner; `both`: first as it is, then so | |
-    | `input_gradient` | whether training also asks for the gradient of the input, as inside a stack | |
+    | `input_gradient` | whether training includes the gradient of the input, as inside a stack | |
 
     Errors: `ValidationError`; `SpecError` from `cases` for a cell, norm or size that no layer has.
 
@@ -124,7 +124,7 @@ class BenchSpec(Options):
         return self
 
     def cases(self) -> list[Case]:
-        """Every case, in the order in which they run: what malloc keeps, it keeps until the process ends."""
+        """Return every case in its order; malloc `keep` comes last, since it lasts until the process ends."""
         mallocs = ("default", "keep") if self.malloc == "both" else (self.malloc,)
         found: dict[Case, None] = {}
         for malloc, cell, norm, sizes, threads, mode in product(
@@ -141,7 +141,7 @@ def _refuse_impossible(case: Case) -> None:
     sizes = {"input_size": case.size.input, "hidden_size": case.size.hidden}
     layer = validate(LayerSpec, {"cell": case.cell, "norm": case.norm, **sizes})
     if layer.equations().torch_name is None:
-        raise SpecError(f"cells: {case.cell!r} has no torch.nn layer to be held against; allowed: lstm, gru, rnn")
+        raise SpecError(f"cells: {case.cell!r} has no torch.nn layer to compare with; allowed: lstm, gru, rnn")
     free = available_memory()
     width = max(case.size.input, layer.equations().pre_activations)
     if free is not None and 8 * prod((case.size.batch, case.size.steps, width)) > free:

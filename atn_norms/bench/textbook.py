@@ -15,9 +15,10 @@ KNOWN = ("layer", "rms")
 
 
 class Textbook(nn.Module):
-    """What a reader of the paper writes first, over a layer's own parameters: LSTM, GRU, RNN with layer or RMS norm.
+    """Direct translation of the definition: LSTM, GRU, RNN with layer or RMS norm.
 
-    Time k and memory k for every step. `state` is `(carried, past)`: past pre-activations of each site, oldest first.
+    It uses the parameters of a layer. Each step costs time and memory proportional to k. `state` is
+    `(carried, past)`: past pre-activations of each site, oldest first.
 
     >>> import torch, atn_norms as an
     >>> layer = an.LSTM(2, 3, norm="layer", window=4, dtype=torch.float64)
@@ -80,7 +81,7 @@ class Textbook(nn.Module):
 
 
 def footprint(window: int, steps: int, batch: int, features: int, itemsize: int) -> int:
-    """Bytes that a training step of it holds at least: the stacks of all steps, which autograd keeps.
+    """Lower bound of the bytes of a training step: the stacks of all steps, which autograd keeps.
 
     >>> footprint(window=2, steps=3, batch=1, features=10, itemsize=4)
     200

@@ -1,4 +1,4 @@
-"""Time several things in turn, so that what disturbs the machine disturbs all of them."""
+"""Time several calls in turn, so that a disturbance of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Clock = Callable[[], float]
 
 LEAST = 3  # samples of everything that is timed at all
 MOST = 60
-LEAGUE = 8  # times the fastest: whoever takes longer is not worth many samples
+LEAGUE = 8  # times the fastest: slower calls get few samples
 SHORTEST = 2e-3  # seconds of one sample; shorter calls are repeated within it, or the clock would be what is timed
 
 
 def whole_call(make: Callable[[int], Call], steps: int, allowed: float, clock: Clock = perf_counter) -> float | str:
-    """Seconds of one warm call over all `steps`, or in words why it is not worth waiting for.
+    """Seconds of one warm call over all `steps`, or the reason why the call is skipped.
 
-    Longer and longer beginnings of the sequence are timed. What a beginning took more than the one before it, the rest
-    takes at least in proportion: a window that is not full yet only makes later steps dearer.
+    Longer and longer beginnings of the sequence are timed. The remaining steps take at least as long in
+    proportion to the last extension: steps get slower while a window fills.
     """
     before, length = (0, 0.0), min(4, steps)
-    make(length)()  # what is only done once
+    make(length)()  # the first call has extra work
     while True:
         call = make(length)
         seconds = _once(call, clock)
-        for _ in range(2):  # a disturbance is no reason, so the least of three
+        for _ in range(2):  # the least of three, against disturbances
             per_step = min(seconds / length, max(0.0, seconds - before[1]) / (length - before[0]))
             least = seconds + per_step * (steps - length)
             judged = length == steps or length > 4
@@ -52,9 +52,9 @@ def _once(call: Call, clock: Clock) -> float:
 def interleaved(
     calls: Mapping[str, Call], estimates: Mapping[str, float], budget: float, clock: Clock = perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds a call, sample by sample: round after round, each round starts with another one.
+    """Return the seconds of each sample; each round starts with another call.
 
-    Those of the same league share the budget; the far slower get LEAST samples, evenly spread over the rounds.
+    Calls of similar speed share the budget; much slower calls get LEAST samples, spread over the rounds.
     """
     estimates = {name: max(seconds, 1e-7) for name, seconds in estimates.items()}
     repeats = {name: math.ceil(SHORTEST / estimates[name]) for name in calls}
@@ -93,5 +93,5 @@ def _sample(call: Call, repeats: int, clock: Clock) -> float:
 
 
 def best_and_median(samples: list[float]) -> tuple[float, float]:
-    """What the machine can do, and what it did."""
+    """Return the best and the median."""
     return min(samples), median(samples)
