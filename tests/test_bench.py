@@ -243,7 +243,7 @@ def test_ratios_are_to_torch_in_best_median_and_memory():
     assert (third.ratio, third.ratio_of_medians, third.memory_ratio) == (None, None, None)
 
 
-def test_a_runner_that_breaks_takes_no runner_along(monkeypatch):
+def test_a_runner_that_breaks_does_not_stop_the_others(monkeypatch):
     def breaks(self, xs, upstream):
         if self.name == "reference":
             raise RuntimeError("out of breath")
