@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from atn_norms.ablation.report.findings import findings
-from atn_norms.ablation.report.sentences import answer, caution, coverage
+from atn_norms.ablation.report.sentences import answer, caution, coverage, verdict_line
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 METRIC = "mean squared error"
@@ -139,7 +139,8 @@ def grid(
 
 
 def said(record: StudyRecord) -> str:
-    """The answer to a study's first task, with non-breaking spaces as common ones and minus signs as hyphens."""
+    """The verdict and answer of a study's first task, with plain spaces, and hyphens as minus signs."""
     found = findings(record)
-    words = " ".join([coverage(record), caution(found), *answer(found, found.tasks[0])])
+    task = found.tasks[0]
+    words = " ".join([verdict_line(found, task), coverage(record), caution(found), *answer(found, task)])
     return words.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")

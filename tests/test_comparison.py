@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atn_norms.ablation.analysis.comparison import Difference, Measure, Point, compare, compare_task, outcome
-from atn_norms.ablation.analysis.intervals import bootstrap, median, wilson
+from atn_norms.ablation.analysis.intervals import Interval, median, wilson
 from atn_norms.ablation.analysis.time_to_target import level, steps_to
 from atn_norms.ablation.store.records import Goal, StudyRecord, TaskFacts
 from tests.recorded import METRIC, grid, study, trial
@@ -36,47 +36,12 @@ def between(ours: list[float], theirs: list[float]) -> Difference:
     return Difference.between(point(*ours), point(*theirs))
 
 
-def test_the_interval_agrees_with_scipy():
-    values = np.random.default_rng(3).lognormal(size=12)
-    ours = bootstrap(list(values))
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=100_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert ours is not None
-    # A quantile from 10,000 resamples has a standard error of about 0.02 standard errors of the mean; five of them.
-    margin = 0.1 * float(values.std() / math.sqrt(len(values)))
-    assert abs(ours.low - theirs.low) < margin
-    assert abs(ours.high - theirs.high) < margin
-
-
-def test_the_interval_is_the_exact_one_where_resamples_can_be_counted():
-    # Of two values the mean of a resample is a, (a + b) / 2 or b with chances 1/4, 1/2, 1/4: the ends are a and b.
-    found = bootstrap([3.0, 7.0])
-    assert found is not None
-    assert (found.low, found.high) == (3.0, 7.0)
-    assert bootstrap([3.0]) is None
-    assert bootstrap([]) is None
-
-
-def test_the_interval_covers_the_mean_about_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(size=(300, 20))
-    found = [interval for row in draws if (interval := bootstrap(list(row)))]
-    covered = np.mean([not interval.excludes(0.0) for interval in found])
-    assert 0.88 < covered < 0.98  # 0.95 less the known shortfall of about 0.02 at n = 20, 300 trials: +- 4 * 0.014
-
-
-def test_the_same_values_give_the_same_interval_in_any_order():
-    values = list(np.random.default_rng(1).normal(size=9))
-    assert bootstrap(values) == bootstrap(values)
-    assert bootstrap(values) == bootstrap(values[::-1]) == bootstrap(values[3:] + values[:3])
-
-
 def test_differences_are_paired_by_seed():
     ours, theirs = [1.0, 12.0, 103.0, 1004.0, 10005.0], [2.0, 13.0, 104.0, 1005.0, 10006.0]
     found = between(ours, theirs)
-    assert (found.mean, found.interval) == (-1.0, bootstrap([-1.0] * 5))  # unpaired, the spread would drown it
-    assert (found.improvement, found.pairs, found.verdict) == (1.0, 5, "better")
-    assert between(theirs, ours).verdict == "worse"
+    assert (found.mean, found.interval) == (-1.0, Interval(-1.0, -1.0))  # unpaired, the spread would hide it
+    assert (found.improvement, found.pairs, found.verdict) == (1.0, 5, "helps")
+    assert between(theirs, ours).verdict == "hurts"
 
 
 def test_only_shared_seeds_are_paired():
@@ -97,7 +62,7 @@ def test_mean_and_median_are_those_of_numpy():
 
 @pytest.mark.parametrize("pairs", [1, 2, 4])
 def test_no_direction_is_claimed_below_five_pairs(pairs):
-    assert between([0.0] * pairs, [1.0] * pairs).verdict == "too few seeds"
+    assert between([0.0] * pairs, [1.0] * pairs).verdict == "undecided"
 
 
 def test_an_interval_around_zero_is_undecided():
@@ -181,21 +146,6 @@ def test_rows_keep_the_order_of_the_grid_whatever_the_order_of_the_trials():
     assert [t.seed for t in compare(shuffled)[0].rows[1].point.trials] == list(range(6))
 
 
-def test_the_interval_of_a_difference_agrees_with_scipy():
-    rng = np.random.default_rng(5)
-    ours, theirs = rng.lognormal(size=10), rng.lognormal(size=10)
-    found = between(list(ours), list(theirs))
-    agreed = stats.bootstrap(
-        (ours, theirs), lambda a, b: np.mean(a - b), n_resamples=100_000, paired=True, vectorized=False,
-        method="percentile", rng=np.random.default_rng(1),
-    ).confidence_interval  # fmt: skip
-    margin = 0.1 * float((ours - theirs).std() / math.sqrt(10))  # as above
-    assert found.interval is not None
-    assert found.mean == pytest.approx(float(np.mean(ours - theirs)), rel=1e-12)
-    assert abs(found.interval.low - agreed.low) < margin
-    assert abs(found.interval.high - agreed.high) < margin
-
-
 @pytest.mark.parametrize(("wins", "of"), [(0, 5), (3, 5), (5, 5), (1, 1), (7, 20)])
 def test_the_interval_of_a_probability_is_scipys_wilson(wins, of):
     found = wilson(wins, of)
@@ -203,13 +153,6 @@ def test_the_interval_of_a_probability_is_scipys_wilson(wins, of):
     assert found is not None
     assert (found.low, found.high) == pytest.approx((agreed.low, agreed.high), abs=1e-12)
     assert wilson(0, 0) is None
-
-
-@pytest.mark.parametrize(("shape", "centre", "said"), [("normal", 0.0, 0.83), ("lognormal", math.exp(0.5), 0.73)])
-def test_of_five_seeds_the_interval_covers_as_often_as_the_documents_say(shape, centre, said):
-    draws = getattr(np.random.default_rng(0), shape)(size=(800, 5))
-    covered = np.mean([not interval.excludes(centre) for row in draws if (interval := bootstrap(list(row)))])
-    assert abs(covered - said) < 3 * math.sqrt(said * (1 - said) / 800)
 
 
 REALS = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
@@ -236,7 +179,7 @@ def test_permuting_the_seeds_changes_nothing(pairs, random):
 def test_swapping_the_sides_mirrors_everything(pairs):
     ours, theirs = zip(*pairs, strict=True)
     one, other = between(list(ours), list(theirs)), between(list(theirs), list(ours))
-    mirrored = {"better": "worse", "worse": "better"}
+    mirrored = {"helps": "hurts", "hurts": "helps"}
     assert other.verdict == mirrored.get(one.verdict, one.verdict)
     assert (other.pairs, other.diverged) == (one.pairs, one.reference_diverged)
     assert other.improvement == pytest.approx(1 - one.improvement)
@@ -284,9 +227,9 @@ def test_no_seed_is_ever_lost(values):
 
 def test_one_seed_has_a_difference_and_no_interval():
     found = between([1.0], [3.0])
-    assert (found.mean, found.interval, found.pairs, found.verdict) == (-2.0, None, 1, "too few seeds")
+    assert (found.mean, found.interval, found.pairs, found.verdict) == (-2.0, None, 1, "undecided")
     none = between([INF], [INF])
-    assert (none.pairs, none.improvement, none.median, none.verdict) == (0, 0.5, 0.0, "too few seeds")
+    assert (none.pairs, none.improvement, none.median, none.verdict) == (0, 0.5, 0.0, "undecided")
     assert math.isnan(none.mean)
 
 
@@ -304,7 +247,7 @@ def test_an_accuracy_is_compared_by_the_larger():
     diverged = replace(record.trials[-1], status="diverged", result={"step": 3, "metrics": {}})
     (found,) = compare(record)
     assert found.best is found.at({"norm": "layer"})
-    assert [row.against.verdict for row in found.rows if row.against] == ["better"]
+    assert [row.against.verdict for row in found.rows if row.against] == ["helps"]
     (found,) = compare(replace(record, trials=(*record.trials[:-1], diverged)))
     row = found.at({"norm": "layer"})
     assert row is not None
@@ -360,7 +303,7 @@ def test_who_never_reaches_the_level_counts_as_all_the_steps_and_ties_with_other
     assert never is not None
     assert soon is not None
     assert (never.mean, never.improvement, never.pairs, never.verdict) == (0.0, 0.5, 5, "undecided")
-    assert (soon.mean, soon.improvement, soon.pairs, soon.verdict) == (-20.0, 1.0, 5, "better")
+    assert (soon.mean, soon.improvement, soon.pairs, soon.verdict) == (-20.0, 1.0, 5, "helps")
 
 
 def test_who_gets_there_at_the_very_end_is_ahead_of_who_never_does():

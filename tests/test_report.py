@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from atn_norms.ablation import report
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report import costs as report_costs
-from atn_norms.ablation.report import curves, heatmap, strip
+from atn_norms.ablation.report import curves, forest, heatmap, strip
 from atn_norms.ablation.report.canvas import save
 from atn_norms.ablation.report.csv_export import points_csv, results_csv
 from atn_norms.ablation.report.findings import findings
@@ -29,13 +29,14 @@ from atn_norms.ablation.report.names import Layout, number
 from atn_norms.ablation.report.sentences import answer
 from atn_norms.ablation.report.tables import FITTED, latex, markdown
 from atn_norms.ablation.store.files import StoreError
-from atn_norms.ablation.store.records import StudyRecord, TaskFacts
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.commands.studies import _levels
 from atn_norms.errors import SpecError
 from atn_norms.specs import read
 from tests.recorded import METRIC, grid, said, score, study
+from tests.test_decision import tuned
 
-KINDS = ("heatmap", "curves", "strip", "steps-heatmap", "steps-strip")
+KINDS = ("forest", "heatmap", "curves", "strip", "steps-heatmap", "steps-strip")
 EVIL = '<script>alert("x")</script> $x_1$ & {a}#|%`\\'
 TASKS = {
     "adding": TaskFacts(METRIC, {"guessing one": 1 / 6}),
@@ -99,6 +100,7 @@ def test_everything_is_written(whole):
     _, folder = whole
     pictures = {f"{kind}-{task}.{ext}" for kind in KINDS for task in TASKS for ext in ("png", "svg")}
     texts = {"report.html", "results.csv", "points.csv", "curves.csv", "tables.md", "tables.tex"}
+    texts |= {"study.yaml", "study.json"}
     assert {path.name for path in folder.iterdir()} == pictures | texts
     for name in pictures:
         content = (folder / name).read_bytes()
@@ -114,6 +116,55 @@ def test_building_again_gives_the_same_bytes_in_another_process(whole, tmp_path)
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[1])
     for path in folder.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("case", ["whole", "wrecked", "hostile", "tuned"])
+def test_a_published_report_is_read_back_and_written_again_byte_for_byte(case, tmp_path):
+    record = {
+        "whole": study(score, tasks=TASKS),
+        "wrecked": wreck(study(score)),
+        "hostile": evil(study(score, seeds=2)),
+        "tuned": tuned({(norm, rate): [(0.1, 0.2), (0.3, 0.1)] for norm in ("none", "layer") for rate in ("1", "2")}),
+    }[case]
+    record = replace(record, trials=tuple(map(as_stored, record.trials)))
+    for path in report.write(record, tmp_path / "once"):
+        assert path.is_file()
+    assert report.is_report(tmp_path / "once")
+    for path in report.write(report.read(tmp_path / "once"), tmp_path / "again"):
+        assert path.read_bytes() == (tmp_path / "once" / path.name).read_bytes(), path.name
+
+
+def as_stored(trial: TrialRecord) -> TrialRecord:
+    """The trial without a traceback, and without a result where it failed."""
+    error = {"error": trial.error["error"]} if trial.error else None
+    return replace(trial, error=error, result=None if trial.status == "failed" else trial.result)
+
+
+def test_a_damaged_report_is_named(whole, tmp_path):
+    record, _ = whole
+    report.write(record, tmp_path)
+    lines = (tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "results.csv").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(StoreError, match="damaged, study.json and the CSV files do not fit"):
+        report.read(tmp_path)
+
+
+def test_only_the_formats_that_are_named_are_written_and_linked(whole, tmp_path):
+    files = {path.name for path in report.write(whole[0], tmp_path, formats=["svg"])}
+    assert not [name for name in files if name.endswith((".png", ".md", ".tex"))]
+    assert "forest-adding.svg" in files
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    links = {attributes["href"] for tag, attributes in page.tags if tag == "a" and attributes.get("href")}
+    assert {link for link in links if link and link[0] != "#"} == files - {"report.html", "study.json"}
+    with pytest.raises(SpecError, match=r"formats: got 'pgn'; expected svg, png, md, tex.*'png'"):
+        report.write(whole[0], tmp_path, formats=["pgn"])
+
+
+def test_the_findings_of_a_report_are_computed_once(whole, tmp_path, monkeypatch):
+    found = findings(whole[0])
+    monkeypatch.setattr(report, "findings", None)
+    assert report.write(found, tmp_path)[0].read_bytes() == (whole[1] / "report.html").read_bytes()
+    assert report.table(found).records == report.table(whole[0]).records
 
 
 def test_the_page_loads_nothing_and_runs_nothing(whole):
@@ -289,15 +340,16 @@ def refuse_bad_latex(text: str) -> None:
 def test_a_table_in_latex_fits_the_page_with_its_headers_in_short_lines():
     text = latex(findings(study(score)))
     refuse_bad_latex(text)
-    assert r"\shortstack[l]{difference to\\none} & \shortstack[l]{better than\\none at}" in text
+    assert r"\shortstack[l]{difference to\\none} & \shortstack[l]{ahead of none\\at}" in text
     assert "& mean & median &" in text
-    assert text.count(FITTED + "\n\\begin{tabular}") == text.count(r"\end{tabular}}") == 2
+    assert text.count(FITTED + "\n\\begin{tabular}") == text.count(r"\end{tabular}}") == 3
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 def test_the_answer_claims_nothing_on_few_seeds(seeds):
     words = said(study(score, seeds=seeds))
-    assert "nothing here is a conclusion" in words
+    assert "every comparison is undecided: a verdict needs at least 5 seeds" in words
+    assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4")
     assert f"({seeds} seed" in words
     assert "[" not in words
 
@@ -312,7 +364,8 @@ def test_the_table_is_plain_json_with_every_row():
     text = json.dumps(table.records, allow_nan=False)
     first = json.loads(text)[1]
     assert first["point"] == {"norm": "layer", "window": "1"}
-    assert first["against_baseline"]["verdict"] == "better"
+    assert first["against_baseline"]["verdict"] == first["decision"]["verdict"] == "helps"
+    assert first["decision"]["family"] == 8
     assert first["against_baseline"]["probability_of_improvement"] == 1.0
     last = json.loads(text)[-1]
     assert (last["mean"], last["median"], last["trials"]) == (None, None, {"diverged": 6})
@@ -438,10 +491,10 @@ def test_nothing_leaves_its_picture(case, monkeypatch):
         assert figure.get_size_inches()[0] < 13, "wider than any page"
         return save(figure, name, *rest)
 
-    for module in (heatmap, curves, strip):
+    for module in (forest, heatmap, curves, strip):
         monkeypatch.setattr(module, "save", watched)
     sections(findings(GALLERY[case]))
-    assert len(found) == (3 if case == "single point" else 5)
+    assert len(found) == {"single point": 3}.get(case, 6)
     assert not {name: reach for name, reach in found.items() if max(reach) > 1}
 
 
@@ -495,16 +548,17 @@ def test_a_best_that_has_learnt_nothing_is_called_so(best, told):
     assert ("no better than the trivial predictor “guessing one”, 0.167" in said(record)) == told
 
 
-def test_the_answer_has_three_sentences_and_no_claim_without_an_interval():
+def test_the_answer_is_short_and_claims_nothing_without_an_interval():
     for record in GALLERY.values():
         found = findings(record)
         told = answer(found, found.tasks[0])
-        assert len(told) <= 3
+        assert len(told) <= 5
         for sentence in told:
-            claims = re.search(r"\d+ (of \d+ points? )?(is|are) (better|worse|faster|slower)", sentence)
-            assert not claims or re.search(r"\[[^\]]*\d[^\]]*\]|interval in the table", sentence), sentence
+            assert not re.search(r"\b(better|worse|faster|slower)\b", sentence), "not a word of a verdict"
+            claims = re.search(r"^\w+ (helps|hurts) at ", sentence)
+            assert not claims or re.search(r"\[[^\]]*\d[^\]]*\], adjusted p", sentence), sentence
     few = findings(GALLERY["two seeds"])
-    assert not any(re.search("(is|are) (better|worse|faster|slower)", each) for each in answer(few, few.tasks[0]))
+    assert not any(re.search("^Norm (helps|hurts)", each) for each in answer(few, few.tasks[0]))
 
 
 def test_an_accuracy_is_read_the_other_way_round():
@@ -516,8 +570,9 @@ def test_an_accuracy_is_read_the_other_way_round():
         facts=facts,
     )
     words = said(record)
-    assert words.count("The highest accuracy, averaged over seeds, is 0.920") == 1
-    assert "1 of 2 points is better (layer: +0.300 [+0.300, +0.300]) and 1 is worse (rms: -0.200" in words
+    assert words.startswith("Norm: helps at 1, hurts at 1, undecided at 0 of 2 ")
+    assert words.count("The highest mean test accuracy is 0.920") == 1
+    assert "Norm helps at layer (+0.300 [+0.300, +0.300], adjusted p <0.001). Norm hurts at rms (-0.200" in words
     (comparison,) = compare(record)
     colours = {row.point.cells[0]["norm"]: shade(record, comparison).colour(row) for row in comparison.rows}
     blue, orange = ([int(str(colours[norm])[i : i + 2], 16) for i in (1, 5)] for norm in ("layer", "rms"))
@@ -577,8 +632,14 @@ def test_every_comparison_is_a_line_of_the_points_file():
     (row,) = [r for r in found.tasks[0].final.rows if r.point.cells[0] == {"norm": "layer", "window": "25"}]
     assert row.against is not None
     assert row.against.interval is not None
-    assert (float(line["difference"]), float(line["difference_low"])) == (row.against.mean, row.against.interval.low)
-    assert line["verdict"] == row.against.verdict
+    assert (float(line["estimate"]), float(line["low"])) == (row.against.mean, row.against.interval.low)
+    assert (line["effect"], line["role"], line["method"]) == ("difference", "primary", "paired t")
+    assert float(line["adjusted_p"]) >= float(line["p"])
+    assert line["verdict"] == "helps"
+    roles = Counter((x["measure"], x["against"], x["role"]) for x in lines if x["against"])
+    assert roles["test mean squared error", "none", "primary"] == 4
+    assert roles["test mean squared error", "window 1", "exploratory"] == 2
+    assert sum(count for (_, _, role), count in roles.items() if role == "primary") == 4
 
 
 def test_costs_are_told_point_by_point():

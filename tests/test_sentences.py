@@ -6,30 +6,45 @@ from dataclasses import replace
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import short_names
-from atn_norms.ablation.report.sentences import question
+from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
 from tests.recorded import grid, said, score, study
 
 
-def test_the_answer_claims_what_the_intervals_carry():
+def test_the_answer_begins_with_the_verdict_and_names_what_is_decided():
     words = said(study(score))
-    assert "All 30 trials finished." in words
-    assert re.search(r"The lowest mean squared error, averaged over seeds, is 0.00900 \[0.\d+, 0.\d+\] \(rms, ", words)
-    assert "4 of 4 points are better" in words
-    assert "better at 6 of 6 seeds" in words
-    assert re.search(r"-0\.\d+ \[-0\.\d+, -0\.\d+\] against none", words)
+    assert words.startswith("Norm: helps at 4, hurts at 0, undecided at 0 of 4 All 30 trials finished.")
+    assert re.search(r"The lowest mean test mean squared error is 0.0090 \[0.0076, 0.0104\] \(rms, ", words)
+    assert re.search(r"Norm helps at layer, window 1 \(-0\.\d+ \[-0\.\d+, -0\.\d+\], adjusted p <0.001\), ", words)
+    assert "rms, window 1 (" in words and "and 1 more in the table." in words
 
 
-def test_the_answer_says_when_an_interval_cannot_tell():
+def test_the_verdict_is_undecided_where_chance_explains_the_difference():
     words = said(
         study(lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer"))
     )
-    assert "which does not tell the two apart" in words
-    assert "4 of 4 points are undecided" in words
+    assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4 ")
+    assert "Norm helps" not in words and "Norm hurts" not in words
+
+
+def test_a_verdict_uses_the_four_words_and_names_the_margin():
+    def values(norm, window, seed):
+        shift = {"none": 0.0, "layer": -0.5, "rms": 0.001}[norm] + {"1": 0.0, "25": 0.4}[window] * (norm == "rms")
+        return 1.0 + shift + 0.01 * seed + 0.004 * ((seed * 7) % 3) * (norm != "none")
+
+    record = study(values)
+    record = replace(record, study={**record.study, "margin": 0.1, "endpoint": "final"})
+    found = findings(record)
+    line = verdict_line(found, found.tasks[0])
+    assert line == "Norm: helps at 2, hurts at 1, no difference larger than 0.1 at 1, undecided at 0 of 4"
+    assert "as the study declares" in endpoint(found, found.tasks[0])
+    none = findings(study(values))
+    assert "the study declares none" in endpoint(none, none.tasks[0])
+    assert "4 declared comparisons (Holm)" in endpoint(none, none.tasks[0])
 
 
 def test_points_that_are_the_best_together_are_all_named():
     told = said(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
-    assert "is 0.125 [0.112, 0.138] (layer, window 1, tied with layer, window 25)" in told
+    assert "is 0.125 [0.105, 0.145] (layer, window 1, tied with layer, window 25)" in told
     assert "(none, the baseline, tied with 4 other points)" in said(study(lambda norm, window, seed: 0.1 + seed / 100))
 
 
@@ -49,9 +64,8 @@ def test_points_without_a_number_are_counted():
     record = study(score, windows=("1", "5", "25"))
     record = replace(record, trials=tuple(map(diverged, record.trials)))
     told = said(record)
-    assert "3 of 6 points are better (" in told and "and 3 have no seed to compare" in told
-    assert "Against window 1 of the same normalizer, 2 of 4 points are better (" in told
-    assert "and 2 have no seed to compare." in told
+    assert told.startswith("Norm: helps at 3, hurts at 0, undecided at 3 of 6 ")
+    assert "Exploratory, against window 1 of the same normalizer: helps at 2, hurts at 0, undecided at 2 of 4." in told
     (task,) = findings(record).tasks
     assert sum(row.against is not None for row in task.final.rows) == 6
 

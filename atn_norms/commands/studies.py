@@ -114,15 +114,22 @@ def report(
         list[str] | None,
         typer.Option(metavar="TASK=LEVEL", help="Time the first reaching of this validation score; may be repeated."),
     ] = None,
+    formats: Annotated[
+        str, typer.Option(metavar="LIST", help="Files of pictures and tables to write, of svg, png, md and tex.")
+    ] = "svg,png,md,tex",
     as_json: Json = False,
 ) -> None:
-    """Make the report of a study anew from what is finished, and print its table."""
+    """Rebuild the report of a study, or a published report from its own files, and print its table."""
     _need(0)
     levels = _levels(reach or [])
     with _going_on(shlex.join(["atn-norms", "report", str(folder)])):
         from atn_norms.ablation import load
+        from atn_norms.ablation.report import is_report, read
 
-        _report(load(folder), folder, as_json, out, levels)
+        published = is_report(folder)
+        record = read(folder) if published else load(folder)
+        wanted = [each.strip() for each in formats.split(",") if each.strip()]
+        _report(record, folder, as_json, out or (folder if published else None), levels, wanted)
 
 
 def _levels(given: Sequence[str]) -> dict[str, float]:
@@ -260,15 +267,25 @@ def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
 
 
 def _report(
-    record: StudyRecord, folder: Path, as_json: bool, out: Path | None = None, reach: dict[str, float] | None = None
+    record: StudyRecord,
+    folder: Path,
+    as_json: bool,
+    out: Path | None = None,
+    reach: dict[str, float] | None = None,
+    formats: Sequence[str] = (),
 ) -> None:
-    from atn_norms.ablation.report import table, write
+    from atn_norms.ablation.report import FORMATS, findings, table, write
+    from atn_norms.ablation.report.sentences import verdict_line
 
-    page, *others = write(record, out or folder / "report", reach)
-    results = table(record, reach)
+    found = findings(record, reach)
+    page, *others = write(found, out or folder / "report", formats=formats or FORMATS)
+    results = table(found)
     if as_json:
         files = [str(path) for path in (page, *others)]
         print_json({"name": record.name, "folder": str(folder), "results": results.records, "report": files})
         return
     print_table(results.title, results.headers, results.rows)
+    print()
+    for task in found.tasks:
+        print(f"{task.task}: {verdict_line(found, task)}")
     print(f"\nreport: {page}")

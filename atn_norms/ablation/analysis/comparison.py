@@ -1,42 +1,83 @@
-"""What the trials of a study say about each point of its grid, compared seed by seed with a named baseline."""
+"""Points of the grid under a measure, each compared seed by seed with a named baseline."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, EXPLODED, Interval, bootstrap, mean, median, wilson
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, EXPLODED, Interval, mean, median, wilson
+from atn_norms.ablation.analysis.paired import ALPHA, Paired
 from atn_norms.ablation.store.records import Goal, Status, StudyRecord, TaskFacts, TrialRecord
 
-Verdict = Literal["better", "worse", "undecided", "too few seeds"]
+Verdict = Literal["helps", "hurts", "no difference", "undecided"]
 Cell = tuple[tuple[str, str], ...]
+Labels = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a trial is judged by.
+    """A number that trials are compared by.
 
     | field   | meaning                                                                                             |
     |---------|-----------------------------------------------------------------------------------------------------|
-    | `name`  | what its number is called                                                                           |
-    | `goal`  | whether smaller (`min`) or larger (`max`) is better                                                 |
+    | `name`  | the name of the number                                                                              |
+    | `goal`  | `min` where smaller is better, `max` where larger is                                                |
     | `score` | trial -> number; infinite, at the bad end, where it ended without one; None where it has not ended  |
-    | `limit` | what such an infinite number counts as in a mean; None where it has no part in one                  |
+    | `limit` | value that replaces such an infinite number in a mean; None where it has no part in one             |
+    | `log`   | whether logarithms are averaged and compared: means are geometric, differences are ratios           |
     """
 
     name: str
     goal: Goal
     score: Callable[[TrialRecord], float | None]
     limit: float | None = None
+    log: bool = False
+
+    def scaled(self, value: float) -> float:
+        """A score on the scale where scores are averaged and subtracted; an infinite score stays as it is."""
+        return math.log(value) if self.log and math.isfinite(value) else value
+
+    def unscaled(self, value: float) -> float:
+        """Return a mean to the unit of the scores, and a difference to a difference or, with `log`, to a ratio."""
+        return math.exp(min(value, 700.0)) if self.log and math.isfinite(value) else value
 
 
-def final(facts: TaskFacts) -> Measure:
-    """The test metric at the end of training: a trial that diverged ranks last and has no part in a mean."""
-    return Measure(facts.metric, facts.goal, lambda trial: score(trial, facts))
+def final(record: StudyRecord, task: str) -> Measure:
+    """The test metric at the end of training; a diverged trial ranks last and has no part in a mean."""
+    facts = record.tasks[task]
+    return in_logarithm(Measure(f"test {facts.metric}", facts.goal, lambda trial: score(trial, facts)), record, task)
+
+
+def tail(record: StudyRecord, task: str, validations: int) -> Measure:
+    """The mean of a trial's last validations; a diverged trial ranks last and has no part in a mean."""
+    facts = record.tasks[task]
+
+    def last(trial: TrialRecord) -> float | None:
+        end = score(trial, facts)
+        if end is None or math.isinf(end):
+            return end
+        values = [line["validation"] for line in trial.curve if is_number(line.get("validation"))]
+        return mean(values[-validations:]) if values else None
+
+    name = f"mean of the last {validations} validations of {facts.metric}"
+    return in_logarithm(Measure(name, facts.goal, last), record, task)
+
+
+def in_logarithm(measure: Measure, record: StudyRecord, task: str) -> Measure:
+    """Compare in logarithm where the task's spread is multiplicative and every score is positive."""
+    if record.tasks[task].spread != "multiplicative":
+        return measure
+    values = [measure.score(trial) for trial in record.trials if trial.points and trial.points[0].get("task") == task]
+    return replace(measure, log=all(value is None or value > 0 for value in values))
+
+
+def is_number(value: object) -> bool:
+    """Return whether a measured value is a number within bounds."""
+    return isinstance(value, int | float) and abs(value) < EXPLODED
 
 
 def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
@@ -64,22 +105,26 @@ def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
 
 @dataclass(frozen=True)
 class Point:
-    """One distinct point of the grid under one measure, with every seed that was asked for.
+    """One distinct point of the grid under one measure, with every seed of the study.
 
-    | field     | meaning                                                                                |
-    |-----------|----------------------------------------------------------------------------------------|
-    | `cells`   | the grid cells that resolve to it: one, or several (no norm: the window means nothing) |
-    | `trials`  | its trials, by seed, whatever became of them                                           |
-    | `ends`    | seed -> what became of its trial                                                       |
-    | `scores`  | seed -> its number, infinite where it has none (`Measure`); no entry without outcome   |
-    | `measure` | what the numbers are                                                                   |
+    | field        | meaning                                                                              |
+    |--------------|--------------------------------------------------------------------------------------|
+    | `cells`      | the grid cells that resolve to it: one, or several (no norm: the window has no effect) |
+    | `trials`     | its trials, by seed, whatever their status                                           |
+    | `ends`       | seed -> status of its trial                                                          |
+    | `scores`     | seed -> its number, infinite where it has none (`Measure`); no entry without outcome |
+    | `measure`    | the measure of the numbers                                                           |
+    | `tuned`      | tuned option -> the value with the best validation; the trials are those at this value |
+    | `candidates` | all trials of the point, those at the other values of tuned options included         |
     """
 
-    cells: tuple[dict[str, str], ...]
+    cells: tuple[Labels, ...]
     trials: tuple[TrialRecord, ...]
     ends: Mapping[int, Status]
     scores: Mapping[int, float]
     measure: Measure
+    tuned: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[TrialRecord, ...] = ()
 
     @cached_property
     def counted(self) -> dict[int, float]:
@@ -94,14 +139,19 @@ class Point:
         """The numbers that count in a mean, by seed."""
         return list(self.counted.values())
 
+    @cached_property
+    def scaled(self) -> dict[int, float]:
+        """Seed -> the number on the scale where numbers are averaged and subtracted."""
+        return {seed: self.measure.scaled(value) for seed, value in self.counted.items()}
+
     @property
     def lost(self) -> int:
-        """How many seeds have an outcome and no number of their own: diverged, or never there."""
+        """The number of seeds with an outcome and without a number: diverged, or the level was never reached."""
         return sum(math.isinf(value) for value in self.scores.values())
 
     @property
     def diverged(self) -> int:
-        """How many trials diverged."""
+        """The number of diverged trials."""
         return self.counts["diverged"]
 
     @property
@@ -111,8 +161,8 @@ class Point:
 
     @cached_property
     def mean(self) -> float:
-        """Mean of the numbers that count; NaN when there is none."""
-        return mean(self.values)
+        """Mean of the numbers that count, geometric under a logarithmic measure; NaN when there is none."""
+        return self.measure.unscaled(mean(list(self.scaled.values())))
 
     @cached_property
     def median(self) -> float:
@@ -121,8 +171,11 @@ class Point:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """Bootstrap interval of the mean."""
-        return bootstrap(self.values)
+        """95% interval of the mean; None below two numbers."""
+        found = Paired.of(list(self.scaled.values()))
+        if found is None:
+            return None
+        return Interval(self.measure.unscaled(found.interval.low), self.measure.unscaled(found.interval.high))
 
 
 @dataclass(frozen=True)
@@ -132,12 +185,14 @@ class Difference:
         mean        = 1/n sum_s (point_s - reference_s)                                           (derived)
         improvement = 1/m sum_s [point_s better than reference_s] + [point_s = reference_s] / 2
 
+    Under a logarithmic measure the differences are those of logarithms, and `effect` is a ratio.
+
     | field         | meaning                                                                                       |
     |---------------|-----------------------------------------------------------------------------------------------|
-    | `mean`        | in the measure's unit; NaN without a pair                                                     |
-    | `interval`    | its bootstrap interval; None below two pairs                                                  |
+    | `values`      | seed -> difference, on the measure's scale, of the n seeds where both have a number that counts |
+    | `mean`        | their mean; NaN without a pair                                                                |
+    | `paired`      | its tests and intervals; None below two pairs                                                 |
     | `median`      | of the differences of all ranked pairs; infinite where most have a side without a number      |
-    | `pairs`       | n, the seeds where both have a number that counts                                             |
     | `improvement` | probability of improvement, 0 to 1; a side without a number loses, two of them tie            |
     | `chance`      | its Wilson interval; None without a pair                                                      |
     | `ranked`      | m, the seeds where both have an outcome                                                       |
@@ -145,10 +200,10 @@ class Difference:
     """
 
     reference: Point
+    values: Mapping[int, float]
     mean: float
-    interval: Interval | None
+    paired: Paired | None
     median: float
-    pairs: int
     improvement: float
     chance: Interval | None
     ranked: int
@@ -158,20 +213,20 @@ class Difference:
     @classmethod
     def between(cls, point: Point, reference: Point) -> Difference:
         """Pair `point` with `reference` by seed."""
-        ours, theirs = point.counted, reference.counted
+        ours, theirs, measure = point.scaled, reference.scaled, point.measure
         ranked = [seed for seed in point.scores if seed in reference.scores]
-        paired = [ours[seed] - theirs[seed] for seed in ranked if seed in ours and seed in theirs]
-        sign = 1 if point.measure.goal == "min" else -1
+        values = {seed: ours[seed] - theirs[seed] for seed in ranked if seed in ours and seed in theirs}
+        sign = 1 if measure.goal == "min" else -1
         scored = [(point.scores[seed], reference.scores[seed]) for seed in ranked]
         wins = sum(float(sign * mine < sign * other) + float(mine == other) / 2 for mine, other in scored)
         # A limit makes numbers of all scores; without one the infinite ones still rank, and two of them tie.
         ends = [(ours.get(s, point.scores[s]), theirs.get(s, reference.scores[s])) for s in ranked]
         return cls(
             reference=reference,
-            mean=mean(paired),
-            interval=bootstrap(paired),
+            values=values,
+            mean=mean(list(values.values())),
+            paired=Paired.of(list(values.values())),
             median=median(0.0 if mine == other else mine - other for mine, other in ends),
-            pairs=len(paired),
             improvement=wins / len(ranked) if ranked else math.nan,
             chance=wilson(wins, len(ranked)),
             ranked=len(ranked),
@@ -180,21 +235,58 @@ class Difference:
         )
 
     @property
+    def measure(self) -> Measure:
+        """The measure of both sides."""
+        return self.reference.measure
+
+    @property
+    def pairs(self) -> int:
+        """The number of seeds where both sides have a number that counts."""
+        return len(self.values)
+
+    @property
+    def interval(self) -> Interval | None:
+        """95% interval of `mean`; None below two pairs."""
+        return self.paired.interval if self.paired else None
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p-value of "no difference", for this comparison alone; None below two pairs."""
+        return self.paired.p if self.paired else None
+
+    @property
+    def effect(self) -> float:
+        """`mean` as readers see it: a difference in the measure's unit, a ratio under a logarithmic measure."""
+        return self.measure.unscaled(self.mean)
+
+    @property
+    def effect_interval(self) -> Interval | None:
+        """95% interval of `effect`."""
+        unscaled = self.measure.unscaled
+        return Interval(unscaled(self.interval.low), unscaled(self.interval.high)) if self.interval else None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the point is better than its reference on average."""
+        return (self.mean < 0) == (self.measure.goal == "min") and self.mean != 0
+
+    @property
     def verdict(self) -> Verdict:
-        """What may be claimed: five pairs, an interval without zero, and a winner that never diverged."""
-        if self.pairs < ENOUGH_SEEDS or self.interval is None:
-            return "too few seeds"
-        if not self.interval.excludes(0.0):
+        """The verdict of this comparison alone, which exploratory tables show."""
+        return self.verdict_at(self.p)
+
+    def verdict_at(self, p: float | None) -> Verdict:
+        """Return `helps` or `hurts` for five pairs, a p-value below 5% and a better side that never diverged."""
+        if p is None or self.pairs < ENOUGH_SEEDS or p >= ALPHA:
             return "undecided"
-        ahead = (self.interval.high < 0) == (self.reference.measure.goal == "min")
-        if self.diverged if ahead else self.reference_diverged:
+        if self.diverged if self.ahead else self.reference_diverged:
             return "undecided"
-        return "better" if ahead else "worse"
+        return "helps" if self.ahead else "hurts"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A point and, where its reference is another point, how it differs from that."""
+    """A point and, where its reference is another point, its difference to the reference."""
 
     point: Point
     against: Difference | None
@@ -203,7 +295,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task under one measure: a row per distinct point in the grid's order, and where each cell finds its row."""
+    """One task under one measure: a row per distinct point in the grid's order; `index` maps each cell to its row."""
 
     task: str
     measure: Measure
@@ -233,7 +325,7 @@ def compare(record: StudyRecord, baseline: Mapping[str, str] | None = None) -> t
     `baseline`: axis -> label; the study's own when None. Axes it does not name are matched: `{"norm": "none"}` compares
     a GRU with the un-normalized GRU. Points without such a partner have no difference.
     """
-    return tuple(compare_task(record, task, final(facts), baseline) for task, facts in record.tasks.items())
+    return tuple(compare_task(record, task, final(record, task), baseline) for task in record.tasks)
 
 
 def compare_task(
@@ -246,7 +338,7 @@ def compare_task(
     rows = []
     for point in points:
         partners = [home.get(_key({**cell, **named})) for cell in point.cells] if named else []
-        # Cells that collapsed into one point could ask for different partners; then none is the right one.
+        # Cells that collapsed into one point could name different partners; then there is no reference.
         reference = partners[0] if partners and all(partner is partners[0] for partner in partners) else None
         is_reference = reference is point
         against = Difference.between(point, reference) if reference is not None and not is_reference else None
@@ -255,7 +347,7 @@ def compare_task(
 
 
 def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]:
-    """The distinct points of a task: trials that stand for the same grid cells differ by seed alone."""
+    """The distinct points of a task, each at its best values of tuned options."""
     order = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in record.axes.items()}
 
     def place(cell: Cell) -> list[int]:
@@ -264,11 +356,13 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
 
     groups: dict[tuple[Cell, ...], list[TrialRecord]] = {}
     for trial in record.trials:
-        cells = tuple(sorted((_key(point) for point in trial.points if point.get("task") == task), key=place))
+        own = [_key(point, record.tune) for point in trial.points if point.get("task") == task]
+        cells = tuple(sorted(set(own), key=place))
         if cells:
             groups.setdefault(cells, []).append(trial)
     for cells in sorted(groups, key=lambda cells: place(cells[0])):
-        trials = tuple(sorted(groups[cells], key=lambda trial: trial.seed))
+        candidates = tuple(sorted(groups[cells], key=lambda trial: trial.seed))
+        tuned, trials = _tuned(record, task, candidates)
         scored = {trial.seed: measure.score(trial) for trial in trials}
         yield Point(
             cells=tuple(dict(cell) for cell in cells),
@@ -276,8 +370,39 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
             ends={trial.seed: outcome(record, trial) for trial in trials},
             scores={seed: value for seed, value in scored.items() if value is not None},
             measure=measure,
+            tuned=tuned,
+            candidates=candidates,
         )
 
 
-def _key(cell: Mapping[str, str]) -> Cell:
-    return tuple(sorted((axis, label) for axis, label in cell.items() if axis != "task"))
+def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> tuple[Labels, tuple[TrialRecord, ...]]:
+    """The tuned options' values with the best mean validation, and the trials at these values.
+
+    The mean runs over the seeds for which every candidate has an outcome. A diverged trial is worse than any other.
+    """
+    if not record.tune:
+        return {}, trials
+    found: dict[Cell, list[TrialRecord]] = {}
+    for trial in trials:
+        found.setdefault(_key({axis: trial.points[0][axis] for axis in record.tune}), []).append(trial)
+    facts = record.tasks[task]
+    measure = in_logarithm(Measure("", facts.goal, lambda trial: score(trial, facts, "validation")), record, task)
+    sign = 1 if facts.goal == "min" else -1
+    scores = {
+        cell: {trial.seed: value for trial in own if (value := measure.score(trial)) is not None}
+        for cell, own in found.items()
+    }
+    shared = set.intersection(*(set(own) for own in scores.values()))
+
+    def cost(cell: Cell) -> tuple[int, float]:
+        values = [scores[cell][seed] for seed in sorted(shared)]
+        finite = [measure.scaled(value) for value in values if math.isfinite(value)]
+        return len(values) - len(finite), sign * mean(finite) if finite else 0.0
+
+    places = {label: i for labels in record.tune.values() for i, label in enumerate(labels)}
+    best = min(sorted(found, key=lambda cell: [places[label] for _, label in cell]), key=cost)
+    return dict(best), tuple(found[best])
+
+
+def _key(cell: Mapping[str, str], without: Iterable[str] = ()) -> Cell:
+    return tuple(sorted((axis, label) for axis, label in cell.items() if axis != "task" and axis not in without))

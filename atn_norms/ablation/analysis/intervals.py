@@ -1,4 +1,4 @@
-"""Numbers from few seeds, and how far to trust them: every one independent of the order of the seeds."""
+"""Means, medians and the interval of a probability; none depends on the order of the seeds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
-RESAMPLES = 10_000
 ENOUGH_SEEDS = 5
 COVERAGE = 0.95
-EXPLODED = 1e30  # beside a number of this size no mean and no axis can show the others
+EXPLODED = 1e30  # next to a number of this size no mean and no axis shows the others
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Interval:
     high: float
 
     def excludes(self, value: float) -> bool:
-        """Whether `value` lies strictly outside."""
+        """Return whether `value` lies strictly outside."""
         return value < self.low or value > self.high
 
 
@@ -45,37 +42,12 @@ def median(values: Iterable[float]) -> float:
     return low if low == high else 0.0 if math.isinf(low) and math.isinf(high) else (low + high) / 2
 
 
-def bootstrap(values: Sequence[float]) -> Interval | None:
-    """Percentile bootstrap interval of a mean, 95% wide, from 10,000 resamples of a fixed seed.
-
-        [q(0.025), q(0.975)]   of the means of n values drawn with replacement        Efron (1979)
-
-    The values are resampled in order of size, and every second resample mirrors the one before it: the i-th smallest
-    value for the i-th largest. So the order of the values changes nothing, and the interval of -x is minus that of x.
-
-    `values`: finite, of one unit; the interval has that unit. None below two values, which cannot be resampled.
-
-    >>> bootstrap([1.0, 1.0, 1.0])
-    Interval(low=1.0, high=1.0)
-    >>> bootstrap([1.0]) is None
-    True
-    """
-    n = len(values)
-    if n < 2:
-        return None
-    sample = np.sort(np.asarray(values, dtype=np.float64))
-    draws = np.random.default_rng(0).integers(0, n, size=(RESAMPLES // 2, n))
-    means = np.concatenate([sample[draws].mean(axis=1), sample[n - 1 - draws].mean(axis=1)])
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Interval(float(low), float(high))
-
-
 def wilson(wins: float, of: int) -> Interval | None:
     """Wilson's score interval of a probability, 95% wide, from `wins` (ties as halves) in `of` trials.
 
         (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)        Wilson (1927)
 
-    Unlike the bootstrap's it does not shrink to a point when all trials agree. None without a trial.
+    It does not shrink to a point when all trials agree. None without a trial.
 
     >>> found = wilson(5, 5)
     >>> round(found.low, 3), found.high

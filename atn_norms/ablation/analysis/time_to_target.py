@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Measure, compare_task, score
-from atn_norms.ablation.analysis.intervals import EXPLODED
+from atn_norms.ablation.analysis.comparison import Measure, compare_task, in_logarithm, is_number, score
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.errors import SpecError, did_you_mean
 
@@ -56,6 +54,7 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
     if not trivials:
         return Level(None, limit, False, "the task names no trivial predictor to start from")
     ends = Measure(facts.metric, facts.goal, lambda trial: score(trial, facts, "validation"))
+    ends = in_logarithm(ends, record, task)
     best = compare_task(record, task, ends).best
     if best is None:
         return Level(None, limit, False, "no trial has finished")
@@ -94,16 +93,12 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
         if trial.status not in ("done", "diverged"):
             return None
         found = (
-            line["step"] for line in trial.curve if _is_number(line.get("validation")) and line["step"] <= to.limit
+            line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] <= to.limit
             and sign * line["validation"] <= sign * value
         )  # fmt: skip
         return float(next(found, math.inf))
 
     return Measure("steps to the level", "min", first, limit=float(to.limit))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < EXPLODED
 
 
 def _limit(record: StudyRecord, task: str) -> int:

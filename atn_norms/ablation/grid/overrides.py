@@ -41,7 +41,9 @@ def setting(assignment: str) -> Setting:
 
 def _path(name: str) -> Path:
     first, dot, rest = name.partition(".")
-    if first in ("axes", "baseline") and dot:  # an axis is called by its whole path; what it holds begins at a bracket
+    if (
+        first in ("axes", "baseline", "tune") and dot
+    ):  # an axis is called by its whole path; what it holds begins at a bracket
         axis, bracket, inside = rest.partition("[")
         return (first, axis, *(_steps(f"0[{inside}")[1:] if bracket else ()))
     return _steps(name)
@@ -91,15 +93,16 @@ def placed(data: Any, assignments: Sequence[str], where: Where) -> Where:
 
 
 def _refuse_the_overruled(data: dict[str, Any], given: Sequence[Setting]) -> None:
-    """Refuse a setting that an axis puts its own values over: it would change nothing, and nobody would know."""
-    axes = data.get("axes")
-    for axis in axes if isinstance(axes, dict) else ():
+    """Refuse a setting that the values of an axis or of a tuned option replace: it would change nothing."""
+    sections = {name: data.get(name) for name in ("axes", "tune")}
+    for section, axis in ((s, each) for s, axes in sections.items() if isinstance(axes, dict) for each in axes):
         path = axis_path(str(axis))
         for each in given:
             place, values = _of_a_task(each) if each.path[0] == "tasks" else (each.path, [each.value])
             common = min(len(place), len(path))
             if place[:common] == path[:common] and any(_holds(value, path[common:]) for value in values):
-                raise SpecError(f"--set {each.name}: the axis {axis} says what this is; use --set 'axes.{axis}=[...]'")
+                what = f"the axis {axis}" if section == "axes" else f"tune.{axis}"
+                raise SpecError(f"--set {each.name}: {what} says what this is; use --set '{section}.{axis}=[...]'")
 
 
 def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.identity import digest, identity
-from atn_norms.ablation.store.records import TaskFacts
+from atn_norms.ablation.store.records import Endpoint, TaskFacts
 from atn_norms.errors import blamed, short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
@@ -47,6 +47,7 @@ class Plan:
     tasks: dict[str, TaskFacts]
     baseline: dict[str, str]
     trials: tuple[PlannedTrial, ...]
+    tune: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -79,6 +80,7 @@ class Plan:
             "axes": self.axes,
             "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
             "baseline": self.baseline,
+            "tune": self.tune,
             "trials": [{"id": trial.id, "points": list(trial.points), "trial": trial.trial} for trial in self.trials],
         }
 
@@ -104,6 +106,7 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
             raise to_spec_error(invalid("study", found), where) from error
         facts.setdefault(point.labels["task"], metric)
         resolved.append((point.labels, trial))
+    _check_margins(study, facts, where)
     trials: dict[str, PlannedTrial] = {}
     for seed in study.seed_list():
         for labels, trial in resolved:
@@ -118,8 +121,21 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
         axes=study.axis_labels(),
         tasks=facts,
         baseline=study.baseline_labels(),
+        tune=study.tune_labels(),
         trials=tuple(trials.values()),
     )
+
+
+def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Where | None) -> None:
+    """Refuse a margin of at most 1 where it is a ratio."""
+    for name, facts in tasks.items():
+        endpoint = Endpoint.of(study.model_dump(), name)
+        is_ratio = facts.spread == "multiplicative" and endpoint.measure != "steps"
+        if is_ratio and endpoint.margin is not None and endpoint.margin <= 1:
+            expected = f"expected a ratio above 1, such as 1.25: scores of {name} are compared as logarithms"
+            path = ("margin", name) if isinstance(study.margin, dict) else ("margin",)
+            problem = Problem(path, f"got {short_repr(endpoint.margin)}; {expected}")
+            raise to_spec_error(invalid("study", [problem]), where)
 
 
 def _blamed(problem: str, task: TaskSpec) -> Problem:
@@ -154,7 +170,8 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
     }
     if plugins := plugin_sources(layer, point.task):
         trial["plugins"] = plugins
-    return trial, TaskFacts(task.metric, dict(task.baselines), task.goal, notes=tuple(task.notes))
+    facts = TaskFacts(task.metric, dict(task.baselines), task.goal, notes=tuple(task.notes), spread=task.spread)
+    return trial, facts
 
 
 def _has_populations(layer: LayerSpec, task: Task) -> bool:

@@ -12,20 +12,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, axis_name, axis_path, place, plain, resolve
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.files import canonical
+from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
 from atn_norms.registry import KindField, Options
 from atn_norms.tasks import TaskSpec
 
 MOST_POINTS = 100_000
+MEASURES = ("final", "tail", "steps")
 NAME = r"[^\W_][\w .-]{0,79}"
 
 
@@ -53,6 +62,13 @@ class _Shown:
         return section
 
 
+class EndpointSpec(Options):
+    """The number that decides a task: the `final` test metric, the `tail` of validations, or `steps` to `reach`."""
+
+    measure: Literal["final", "tail", "steps"] = "final"
+    validations: int = Field(default=5, ge=1)
+
+
 class Point(NamedTuple):
     """A point of the grid for one task: what each section says there, how it is called, and where the file says it."""
 
@@ -65,7 +81,7 @@ class Point(NamedTuple):
 
 def _at_a_value(problem: Problem) -> bool:
     """Whether a problem is that of one value of an axis."""
-    return len(problem.path) == 3 and problem.path[0] == "axes"
+    return len(problem.path) == 3 and problem.path[0] in ("axes", "tune")
 
 
 def _name(name: str) -> str:
@@ -74,6 +90,41 @@ def _name(name: str) -> str:
             f"must be 1 to 80 letters, digits, blanks and . _ - with a letter or digit first, got {short_repr(name)}"
         )
     return name
+
+
+def _endpoint(endpoint: Any) -> Any:
+    """Validate one endpoint, or one for each task; return names and mappings of options."""
+    if endpoint is None or isinstance(endpoint, str) or (isinstance(endpoint, Mapping) and "measure" in endpoint):
+        return None if endpoint is None else _one_endpoint(endpoint, ())
+    if not isinstance(endpoint, Mapping):
+        raise invalid("endpoint", [Problem((), f"got {short_repr(endpoint)}; expected {', '.join(MEASURES)}")])
+    return {task: _one_endpoint(each, (task,)) for task, each in endpoint.items()}
+
+
+def _one_endpoint(endpoint: Any, path: tuple[str, ...]) -> str | dict[str, Any]:
+    if isinstance(endpoint, str):
+        if endpoint in MEASURES:
+            return endpoint
+        near = did_you_mean(endpoint, MEASURES)
+        expected = f"{', '.join(MEASURES)}, or a mapping with measure{near}"
+        raise invalid("endpoint", [Problem(path, f"got {short_repr(endpoint)}; expected {expected}")])
+    try:
+        return EndpointSpec.model_validate(endpoint).model_dump(mode="json")
+    except ValidationError as error:
+        found = [each._replace(path=(*path, *each.path)) for each in problems_of(error, endpoint)]
+        raise invalid("endpoint", found) from None
+
+
+def _margins(margin: Any) -> Any:
+    """Refuse a margin that is not a positive number."""
+    margins = margin if isinstance(margin, Mapping) else {None: margin}
+    wrong = {n: v for n, v in margins.items() if not isinstance(v, int | float) or isinstance(v, bool) or v <= 0}
+    if margin is not None and wrong:
+        found = [
+            (() if n is None else (n,), f"got {short_repr(v)}; expected a number above 0") for n, v in wrong.items()
+        ]
+        raise invalid("margin", [Problem(*each) for each in found])
+    return margin
 
 
 def _levels(reach: Any) -> Any:
@@ -156,6 +207,11 @@ class StudySpec(Options):
     `baseline` names a value for some axes; the others' points are compared with it. `reach` is a level of the validation
     metric whose first reaching the report times: a number, or one for each task; it changes no trial.
 
+    `tune` has the form of `axes`. Every point is trained at each of these values, and the report shows it at the value
+    with the best validation. `endpoint` is the measure that decides: `final`, `tail` or `steps`, with options as a
+    mapping, or one for each task. `margin` is the largest difference that does not matter: a number, or one for each
+    task; a ratio above 1 where the task's spread is multiplicative. Neither changes a trial.
+
     Errors: `pydantic.ValidationError` for any point of the grid that cannot be, at its place in the file.
 
     >>> study = StudySpec(model={"cell": "lstm", "hidden_size": 8}, task="adding", axes={"norm": ["none", "layer"]}, seeds=2)
@@ -172,6 +228,9 @@ class StudySpec(Options):
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
     baseline: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
     reach: Annotated[float | dict[str, float] | None, BeforeValidator(_levels)] = None
+    tune: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(plain), AfterValidator(_axes)] = {}
+    endpoint: Annotated[str | dict[str, Any] | None, BeforeValidator(_endpoint)] = None
+    margin: Annotated[float | dict[str, float] | None, BeforeValidator(_margins)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -188,7 +247,7 @@ class StudySpec(Options):
             told = [Problem(("tasks", i), f"{brief(label(self._task_list()[i][1]))} is there already") for i in again]
             raise invalid("study", told)
         count = len(self._task_list())
-        for values in self.axes.values():
+        for values in (*self.axes.values(), *self.tune.values()):
             count *= len(values)
         if count > MOST_POINTS:
             raise invalid("study", [Problem(("axes",), f"{count} points; at most {MOST_POINTS} are possible")])
@@ -197,7 +256,7 @@ class StudySpec(Options):
             told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
             raise invalid("study", [Problem(("seeds",), told)])
         problems = [each for point in self._points() if isinstance(point, list) for each in point]
-        problems += [*self._baseline_problems(), *self._reach_problems()]
+        problems += [*self._twice(), *self._baseline_problems(), *self._task_problems(), *self._level_problems()]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
         return self
@@ -217,7 +276,7 @@ class StudySpec(Options):
         same = Counter((each.path[1], each.message) for each in found if _at_a_value(each))
 
         def merged(each: Problem) -> Problem:
-            every = len(self.axes[str(each.path[1])]) if _at_a_value(each) else 0
+            every = len(getattr(self, str(each.path[0]))[str(each.path[1])]) if _at_a_value(each) else 0
             return each._replace(path=each.path[:2]) if 1 < every == same[each.path[1], each.message] else each
 
         return list(dict.fromkeys(map(merged, found)))
@@ -234,22 +293,44 @@ class StudySpec(Options):
         """What the values of each axis are called, in order."""
         return {axis_name(name): [label(value) for value in values] for name, values in self.axes.items()}
 
+    def tune_labels(self) -> dict[str, list[str]]:
+        """The labels of the values of each tuned option, in order."""
+        return {axis_name(name): [label(value) for value in values] for name, values in self.tune.items()}
+
     def baseline_labels(self) -> dict[str, str]:
-        """The baseline as labels: what the file says, else no norm, else the first value of the first axis."""
+        """The baseline as labels: the file's, else window 1, else no norm, else the first value of the first axis."""
         labels = self.axis_labels()
         if self.baseline:
             return {axis_name(name): label(value) for name, value in self.baseline.items()}
+        if "1" in labels.get("window", ()) and len(labels["window"]) > 1:
+            return {"window": "1"}
         if "none" in labels.get("norm", ()):
             return {"norm": "none"}
         return {name: values[0] for name, values in list(labels.items())[:1]}
 
-    def _reach_problems(self) -> Iterator[Problem]:
+    def _twice(self) -> Iterator[Problem]:
+        """Options that are an axis and tuned."""
+        axes = {axis_path(name) for name in self.axes}
+        for name in self.tune:
+            if axis_path(name) in axes:
+                yield Problem(("tune", name), "this option is an axis already")
+
+    def _task_problems(self) -> Iterator[Problem]:
+        """Entries of per-task options for a task that the study does not have."""
         labels = _task_labels([task for _, task in self._task_list()])
-        for name in self.reach if isinstance(self.reach, dict) else ():
-            if name not in labels:
-                yield Problem(
-                    ("reach", name), f"no task of this study; tasks: {', '.join(labels)}{did_you_mean(name, labels)}"
-                )
+        for option in ("reach", "endpoint", "margin"):
+            named = getattr(self, option)
+            for name in named if isinstance(named, dict) and "measure" not in named else ():
+                if name not in labels:
+                    told = f"no task of this study; tasks: {', '.join(labels)}{did_you_mean(name, labels)}"
+                    yield Problem((option, name), told)
+
+    def _level_problems(self) -> Iterator[Problem]:
+        """Tasks whose endpoint is `steps` and for which `reach` names no level."""
+        for name in _task_labels([task for _, task in self._task_list()]):
+            level = self.reach.get(name) if isinstance(self.reach, dict) else self.reach
+            if level is None and Endpoint.of({"endpoint": self.endpoint}, name).measure == "steps":
+                yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
@@ -272,14 +353,15 @@ class StudySpec(Options):
 
     def _points(self) -> Iterator[Point | list[Problem]]:
         names = _task_labels([task for _, task in self._task_list()])
-        choices = [list(enumerate(values)) for values in self.axes.values()]
+        options = [(section, name) for section in ("axes", "tune") for name in getattr(self, section)]
+        choices = [list(enumerate(getattr(self, section)[name])) for section, name in options]
         for task_label, (task_path, task) in zip(names, self._task_list(), strict=True):
             for chosen in itertools.product(*choices):
-                given = dict(zip(self.axes, chosen, strict=True))
+                given = {name: each for (_, name), each in zip(options, chosen, strict=True)}
                 data = {"model": self.model, "task": task, "train": self.train}
                 labels = {"task": task_label} | {axis_name(name): label(value) for name, (_, value) in given.items()}
                 problems, parts = resolve(deepcopy(data), {name: value for name, (_, value) in given.items()})
-                axes = {axis_path(name): ("axes", name, index) for name, (index, _) in given.items()}
+                axes = {axis_path(name): (section, name, given[name][0]) for section, name in options}
                 placed = partial(place, axes=axes, task=task_path)
                 if problems:
                     yield list(map(placed, problems))

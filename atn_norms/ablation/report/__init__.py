@@ -1,41 +1,65 @@
-"""A study as a page one would show a colleague: pictures, tables and sentences, all derived from the record."""
+"""A study as a page: pictures, tables and sentences, all derived from the record."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from atn_norms.ablation.report.archive import is_report, read
+from atn_norms.ablation.report.findings import Findings, findings
 from atn_norms.ablation.report.tables import Table, table
 from atn_norms.ablation.store.files import make_folder
 from atn_norms.ablation.store.files import write as put
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import SpecError, did_you_mean, short_repr
 
-__all__ = ["Table", "table", "write"]
+__all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "table", "write"]
+
+FORMATS = ("svg", "png", "md", "tex")
 
 
-def write(record: StudyRecord, folder: Path | str, reach: Mapping[str, float] | None = None) -> list[Path]:
+def write(
+    record: StudyRecord | Findings,
+    folder: Path | str,
+    reach: Mapping[str, float] | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> list[Path]:
     """Write the report of a study, finished or not, and return its files, the page first.
 
-        report.html    heatmap-TASK, curves-TASK, strip-TASK, steps-heatmap-TASK, steps-strip-TASK as .png and .svg
-        results.csv    points.csv    curves.csv    tables.md    tables.tex
+        report.html    forest-TASK, heatmap-TASK, curves-TASK, strip-TASK, steps-heatmap-TASK, steps-strip-TASK
+        results.csv    points.csv    curves.csv    study.yaml    study.json    tables.md    tables.tex
 
-    `reach`: task -> the level whose first reaching is timed, in place of the study's own and the default. The same
-    record always gives the same bytes. Errors: `SpecError` for a level of a task that is not there; `StoreError` naming
+    | symbol    | meaning                                                                                        |
+    |-----------|------------------------------------------------------------------------------------------------|
+    | `record`  | a study, or its `findings`, which saves computing them again                                   |
+    | `reach`   | task -> the level whose first reaching is timed, in place of the study's own and the default   |
+    | `formats` | the files of pictures (`svg`, `png`) and tables (`md`, `tex`) to write; the page has all       |
+
+    The same record always gives the same bytes. `read` returns the record of a folder that this wrote.
+
+    Errors: `SpecError` for a level of a task that the study does not have, or an unknown format; `StoreError` naming
     the file that cannot be written.
     """
-    from atn_norms.ablation.report import csv_export, html, tables
-    from atn_norms.ablation.report.findings import findings
+    from atn_norms.ablation.report import archive, csv_export, html, tables
+    from atn_norms.specs import to_yaml
 
-    found = findings(record, reach)
+    for each in formats:
+        if each not in FORMATS:
+            near = did_you_mean(each, FORMATS)
+            raise SpecError(f"formats: got {short_repr(each)}; expected {', '.join(FORMATS)}{near}")
+    found = record if isinstance(record, Findings) else findings(record, reach)
     sections = html.sections(found)
-    content: dict[str, bytes] = {"report.html": html.page(found, sections).encode()}
-    for picture in (shown.picture for section in sections for shown in (*section.final, *section.speed)):
-        content |= {f"{picture.name}.png": picture.png, f"{picture.name}.svg": picture.svg.encode()}
+    content: dict[str, bytes] = {"report.html": html.page(found, sections, formats).encode()}
+    for picture in (shown.picture for section in sections for shown in section.shown()):
+        files = {"png": picture.png, "svg": picture.svg.encode()}
+        content |= {f"{picture.name}.{ending}": data for ending, data in files.items() if ending in formats}
     content["results.csv"] = csv_export.results_csv(found).encode()
     content["points.csv"] = csv_export.points_csv(found).encode()
     content["curves.csv"] = csv_export.curves_csv(found).encode()
-    content["tables.md"] = tables.markdown(found).encode()
-    content["tables.tex"] = tables.latex(found).encode()
+    content["study.yaml"] = to_yaml(html.study(found.record)).encode()
+    content["study.json"] = archive.study_json(found.record).encode()
+    written = {"md": tables.markdown, "tex": tables.latex}
+    content |= {f"tables.{ending}": make(found).encode() for ending, make in written.items() if ending in formats}
     folder = Path(folder)
     make_folder(folder)
     for name, data in content.items():

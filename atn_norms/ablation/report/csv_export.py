@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Difference, outcome
+from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import Interval
 from atn_norms.ablation.report.findings import Findings, TaskFindings
-from atn_norms.ablation.report.names import called_baseline, labels
+from atn_norms.ablation.report.names import called_baseline, labels, verdict
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
 
@@ -22,17 +23,19 @@ def results_csv(found: Findings) -> str:
     """
     record = found.record
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    headers = ["task", *record.axes, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
+    tuned = [f"{axis} (tuned)" for axis in record.tune]
+    headers = ["task", *record.axes, *tuned, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
     headers += ["scored_step", "level", "level_limit", "reached_at", "seconds", "attempts", "host", "reason", "trial"]
     tasks = {task.task: task for task in found.tasks}
     points = [row.point for task in found.tasks for row in task.final.rows]
-    known = {trial.id: labels(record, point) for point in points for trial in point.trials}
+    known = {trial.id: labels(record, point) for point in points for trial in point.candidates}
     reached = {name: step for task in found.tasks for name, step in _reached(task).items()}
     lines = []
     for trial in record.trials:
         task, axes, run = tasks.get(task_of(trial)), known.get(trial.id, {}), trial.run or {}
         metric = task.facts.metric if task else ""
         line = [task_of(trial), *(axes.get(axis, "") for axis in record.axes)]
+        line += [trial.points[0].get(axis, "") if trial.points else "" for axis in record.tune]
         line += [trial.seed, outcome(record, trial), metric]
         line += [_metric(trial, split, metric) for split in ("test", "validation")]
         line += [_metrics(record, trial).get(key, "") for key in extra]
@@ -55,30 +58,53 @@ def _reached(task: TaskFindings) -> dict[str, int]:
 def points_csv(found: Findings) -> str:
     """Every point of every task under every measure, a line for each thing it is compared with, in full precision."""
     record = found.record
-    headers = ["task", "measure", "goal", *record.axes, "seeds", "counted", "without_number", "mean", "mean_low"]
-    headers += ["mean_high", "median", "against", "difference", "difference_low", "difference_high"]
-    headers += ["median_difference", "pairs", "improvement", "improvement_low", "improvement_high", "verdict"]
+    headers = ["task", "measure", "goal", *record.axes, *[f"{axis} (tuned)" for axis in record.tune]]
+    headers += ["seeds", "counted", "without_number", "mean", "mean_low", "mean_high", "median", *_COMPARED]
     lines = []
     for task in found.tasks:
-        measures = [(f"test {task.facts.metric}", task.final, task.windowed)]
+        measures = [(task.final.measure.name, task.final, task.windowed)]
+        if task.primary is not task.final and task.endpoint.measure == "tail":
+            measures.insert(0, (task.primary.measure.name, task.primary, None))
         if task.speed:
             steps = f"steps to a validation {task.facts.metric} of {task.level.value!r}"
             measures.append((steps, task.speed.comparison, task.speed.windowed))
         for called, comparison, contrast in measures:
             for place, row in enumerate(comparison.rows):
                 point, goal = row.point, comparison.measure.goal
-                line = [task.task, called, goal, *labels(record, point).values(), len(point.trials), len(point.values)]
+                line = [task.task, called, goal, *labels(record, point).values()]
+                line += [*(point.tuned.get(axis, "") for axis in record.tune), len(point.trials), len(point.values)]
                 line += [point.lost, point.mean, *_ends(point.interval), point.median]
                 compared = {called_baseline(record): row.against}
                 compared["window 1"] = contrast.rows[place].against if contrast else None
-                told = [_compared(name, against) for name, against in compared.items() if against]
-                lines += [[*line, *against] for against in told or [[""] * 10]]
+                decision = task.decisions.get(place) if comparison is task.primary else None
+                rows = [
+                    _compared(name, against, decision if decision and against is decision.difference else None)
+                    for name, against in compared.items()
+                    if against
+                ]
+                lines += [[*line, *against] for against in rows or [[""] * len(_COMPARED)]]
     return _csv(headers, lines)
 
 
-def _compared(name: str, difference: Difference) -> list[Any]:
-    found = [name, difference.mean, *_ends(difference.interval), difference.median, difference.pairs]
-    return [*found, difference.improvement, *_ends(difference.chance), difference.verdict]
+_COMPARED = (
+    *("against", "effect", "estimate", "low", "high", "pairs", "method", "p", "p_sign_flip", "improvement"),
+    *("improvement_low", "improvement_high", "role", "adjusted_p", "margin", "adjusted_p_equivalence", "power"),
+    *("seeds_needed", "verdict"),
+)
+
+
+def _compared(name: str, difference: Difference, decision: Decision | None) -> list[Any]:
+    """The fields of `_COMPARED`; `role` is `primary` for a declared comparison, otherwise `exploratory`."""
+    paired = difference.paired
+    line = [name, "ratio" if difference.measure.log else "difference", difference.effect]
+    line += [*_ends(difference.effect_interval), difference.pairs]
+    line += [paired.method, paired.p, paired.p_sign_flip] if paired else ["", "", ""]
+    line += [difference.improvement, *_ends(difference.chance)]
+    if decision is None:
+        return [*line, "exploratory", "", "", "", "", "", difference.verdict]
+    size = None if decision.margin is None else difference.measure.unscaled(decision.margin)
+    line += ["primary", decision.p, size, decision.p_equivalence, decision.power, decision.needed]
+    return [*line, verdict(decision)]
 
 
 def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:

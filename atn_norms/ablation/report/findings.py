@@ -1,23 +1,24 @@
-"""Everything the report says about a study, computed once: each task compared by its metric and by its speed."""
+"""The findings of a report, computed once: each task by its primary endpoint, its metric and its speed."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Comparison, compare_task, final
+from atn_norms.ablation.analysis.comparison import Comparison, Row, compare_task, final, tail
+from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.analysis.time_to_target import Level, check, level, steps_to
 from atn_norms.ablation.report.names import leaf
-from atn_norms.ablation.store.records import StudyRecord, TaskFacts
+from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts
 
 _LINE_BREAKS = "\n\t"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How soon the points of a task reach a level, against the baseline and against window 1."""
+    """The points of a task by the steps to a level, against the baseline and against window 1."""
 
     comparison: Comparison
     windowed: Comparison | None
@@ -27,55 +28,85 @@ class Speed:
 class TaskFindings:
     """One task.
 
-    | field      | meaning                                                                                          |
-    |------------|--------------------------------------------------------------------------------------------------|
-    | `final`    | every point by its test metric, against the baseline                                             |
-    | `windowed` | the same against window 1 of the same normalizer; None where the study says nothing about it     |
-    | `level`    | the level to reach; `speed` is None where there is none                                          |
+    | field       | meaning                                                                                         |
+    |-------------|-------------------------------------------------------------------------------------------------|
+    | `endpoint`  | the measure that decides, as the study declares it                                              |
+    | `primary`   | every point by this measure, against the baseline                                               |
+    | `decisions` | the verdicts of `primary`, by the place of their row                                            |
+    | `final`     | every point by its test metric, against the baseline                                            |
+    | `windowed`  | the same against window 1 of the same normalizer; None where the study does not compare so      |
+    | `level`     | the level to reach; `speed` is None where there is none                                         |
     """
 
     task: str
     facts: TaskFacts
+    endpoint: Endpoint
+    primary: Comparison
     final: Comparison
     windowed: Comparison | None
     level: Level
     speed: Speed | None
+    decisions: Mapping[int, Decision] = field(default_factory=dict)
+
+    def decided(self) -> list[tuple[Row, Decision]]:
+        """Every declared comparison with its verdict, in the order of the grid."""
+        return [(self.primary.rows[place], decision) for place, decision in self.decisions.items()]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A study's record, with what follows from it."""
+    """A study's record and what follows from it."""
 
     record: StudyRecord
     tasks: tuple[TaskFindings, ...]
 
 
 def findings(record: StudyRecord, reach: Mapping[str, float] | None = None) -> Findings:
-    """Work a study out; `reach` (task -> level) goes before the levels that the study names.
+    """Compare and decide; `reach` (task -> level) replaces the levels that the study names.
 
     Errors: `SpecError` for a level of a task that the study does not have.
     """
     record = printable(record)
     if reach:
         check(record, reach)
-    return Findings(record, tuple(_task(record, task, facts, reach) for task, facts in record.tasks.items()))
+    tasks = [_task(record, task, facts, reach) for task, facts in record.tasks.items()]
+    declared = [
+        (task, place, row.against)
+        for task in tasks
+        for place, row in enumerate(task.primary.rows)
+        if row.against is not None
+    ]
+    decisions = decide([against for _, _, against in declared], [task.endpoint.margin for task, _, _ in declared])
+    found = list(zip(declared, decisions, strict=True))
+    return Findings(
+        record,
+        tuple(
+            replace(task, decisions={place: decision for (own, place, _), decision in found if own is task})
+            for task in tasks
+        ),
+    )
 
 
 def _task(record: StudyRecord, task: str, facts: TaskFacts, reach: Mapping[str, float] | None) -> TaskFindings:
     own = {task: reach[task]} if reach and task in reach else None
     to, one = level(record, task, own), _window_one(record)
-    measure = final(facts)
+    measure, endpoint = final(record, task), record.endpoint(task)
     windowed = compare_task(record, task, measure, one) if one else None
-    speed = None
+    ends = compare_task(record, task, measure)
+    speed, primary = None, ends
     if to.value is not None:
         steps = steps_to(record, task, to)
         against_one = compare_task(record, task, steps, one) if one else None
         speed = Speed(compare_task(record, task, steps), against_one)
-    return TaskFindings(task, facts, compare_task(record, task, measure), windowed, to, speed)
+    if endpoint.measure == "tail":
+        primary = compare_task(record, task, tail(record, task, endpoint.validations))
+    elif endpoint.measure == "steps" and speed is not None:
+        primary = speed.comparison
+    return TaskFindings(task, facts, endpoint, primary, ends, windowed, to, speed)
 
 
 def _window_one(record: StudyRecord) -> dict[str, str] | None:
-    """Window 1 of the same normalizer as a baseline, where the study has it and does not compare so anyway."""
+    """Window 1 of the same normalizer as a baseline, where the study has it and another baseline."""
     axis = next((axis for axis in record.axes if leaf(axis) == "window"), None)
     if axis is None or "1" not in record.axes[axis] or len(record.axes[axis]) == 1 or set(record.baseline) == {axis}:
         return None
@@ -85,7 +116,7 @@ def _window_one(record: StudyRecord) -> dict[str, str] | None:
 def printable(record: StudyRecord) -> StudyRecord:
     """The record with every control character in a text written out, such as `\\x07`.
 
-    XML has no way to say them, terminals obey them, and marks of writing direction make a name read as another.
+    XML cannot hold them, terminals obey them, and marks of writing direction change how a name is read.
     """
     trials = tuple(
         replace(
@@ -100,7 +131,13 @@ def printable(record: StudyRecord) -> StudyRecord:
         for trial in record.trials
     )
     tasks = {
-        _clean(task): TaskFacts(_clean(facts.metric), _clean(facts.baselines), facts.goal, notes=_clean(facts.notes))
+        _clean(task): TaskFacts(
+            _clean(facts.metric),
+            _clean(facts.baselines),
+            facts.goal,
+            notes=_clean(facts.notes),
+            spread=facts.spread,
+        )
         for task, facts in record.tasks.items()
     }
     return StudyRecord(
@@ -111,6 +148,7 @@ def printable(record: StudyRecord) -> StudyRecord:
         tasks=tasks,
         baseline=_clean(record.baseline),
         trials=trials,
+        tune=_clean(record.tune),
     )
 
 

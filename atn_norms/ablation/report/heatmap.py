@@ -1,4 +1,4 @@
-"""The heat map: every cell of the grid with its mean, coloured by how it compares with the baseline."""
+"""The heat map: every cell of the grid with its mean, coloured by the difference that the study asks about."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from atn_norms.ablation.report.names import (
     AT_LEAST,
     NOTHING,
     Layout,
+    called_baseline,
     change,
     leaf,
     lower,
@@ -66,7 +67,7 @@ class Shade:
 
 
 def shade(record: StudyRecord, comparison: Comparison) -> Shade:
-    """Colour by the difference to the baseline where there is one, else by the mean itself; blue is better.
+    """Colour by the difference to the baseline where there is one, otherwise by the mean; blue is better.
 
     Full strength stands for the largest difference of the task, but never for less than two standard deviations between
     seeds, so that noise stays pale. Ratios instead of differences where the means differ tenfold.
@@ -74,7 +75,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
     means = [row.point.mean for row in comparison.rows if row.point.values]
     goal = comparison.measure.goal
     sign = 1 if goal == "min" else -1
-    ratio = logarithmic(means, goal)
+    ratio = comparison.measure.log or logarithmic(means, goal)
     measure: Callable[[float], float] = math.log if ratio else float
     if not comparison.has_reference:
         low, high = (measure(min(means)), measure(max(means))) if means else (0.0, 0.0)
@@ -93,7 +94,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
             return 0.0
         if row.against is None or not row.against.pairs:
             return None
-        if not ratio:
+        if comparison.measure.log or not ratio:
             return row.against.mean
         return measure(row.point.mean) - measure(row.against.reference.mean)
 
@@ -108,13 +109,11 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
         return None if delta is None else to_hex(_DIVERGING(0.5 + sign * delta / full / 2))
 
     bound = f"{math.exp(full):.3g} times " if ratio else f"{number(full)} "
-    says = "Colour: the baseline is grey, blue is better than it, orange is worse."
-    if any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in comparison.rows):
-        says += (
-            "\nBelow the mean: paired difference to the baseline, 95% interval; bold where it tells better or worse."
-        )
-    elif comparison.has_reference:
-        says += "\nBelow the mean: paired difference to the baseline."
+    base = shortened(called_baseline(record), 24)
+    says = f"Colour: the difference to {base}. Grey is no difference, blue is better, orange is worse."
+    effect = "ratio" if comparison.measure.log else "difference"
+    interval = any(row.against and row.against.pairs >= ENOUGH_SEEDS for row in comparison.rows)
+    says += f"\nBelow the mean: paired {effect} to {base}{', with its 95% interval' if interval else ''}."
     return Shade(colour, lambda t: to_hex(_DIVERGING(t)), _ends(f"{bound}lower", f"{bound}higher", sign), says)
 
 
@@ -197,7 +196,8 @@ def _about(comparison: Comparison) -> str:
     limit = comparison.measure.limit
     if limit is not None:
         return f"Mean over the seeds of the steps, of {number(limit)} at most; fewer is better."
-    return f"Mean over the finished seeds; {lower(comparison.measure.goal)} is better."
+    mean = "Geometric mean" if comparison.measure.log else "Mean"
+    return f"{mean} over the finished seeds; {lower(comparison.measure.goal)} is better."
 
 
 def _axes_in_words(layout: Layout) -> str:
@@ -235,9 +235,8 @@ def _draw(axes: Axes, block: _Block, shading: Shade, cell: float) -> None:
         return
     ink = _readable(colour) if colour else INK
     big, small = _words(block.row)
-    decided = block.row.against is not None and block.row.against.verdict in ("better", "worse")
     drop = 11.5
-    lines = [(big, _BIG, "bold" if decided else "normal"), *((text, _SMALL, "normal") for text in small)]
+    lines = [(big, _BIG, "normal"), *((text, _SMALL, "normal") for text in small)]
     lift = drop * (len(lines) - 1) / 2 + (len(lines) == 2)
     for place, (text, size, weight) in enumerate(lines):
         fit = min(size, 72 * 0.94 * cell * block.wide / (0.6 * max(len(text), 1)))

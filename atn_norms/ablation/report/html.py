@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -10,17 +10,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from atn_norms.ablation.analysis.comparison import Point, outcome
-from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, RESAMPLES
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.analysis.paired import RESAMPLED_FROM, RESAMPLES
 from atn_norms.ablation.report import costs
 from atn_norms.ablation.report.canvas import Picture
 from atn_norms.ablation.report.csv_export import reason, scored_step, task_of
 from atn_norms.ablation.report.curves import curves
 from atn_norms.ablation.report.findings import Findings, TaskFindings
+from atn_norms.ablation.report.forest import forest
 from atn_norms.ablation.report.heatmap import heatmap
 from atn_norms.ablation.report.names import NOTHING, labels, leaf, listed, lower, name, number, slugs
-from atn_norms.ablation.report.sentences import answer, caution, coverage, question
+from atn_norms.ablation.report.sentences import answer, caution, coverage, endpoint, question, verdict_line
 from atn_norms.ablation.report.strip import strip
-from atn_norms.ablation.report.tables import NUMERIC, Table, final_table, speed_table
+from atn_norms.ablation.report.tables import NUMERIC, Table, final_table, speed_table, verdict_table
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.specs import to_yaml
 
@@ -35,16 +37,24 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """One task of the page: its answer, and twice pictures with a table, by the final metric and by speed."""
+    """One task of the page: its verdict and answer, then pictures and a table by the test metric and by speed."""
 
     task: str
     facts: str
+    verdict: str
+    endpoint: str
     answer: list[str]
+    forest: Shown | None
+    verdicts: Table | None
     final: list[Shown]
     table: Table
     reach: str
     speed: list[Shown]
     speed_table: Table | None
+
+    def shown(self) -> list[Shown]:
+        """Every picture."""
+        return [*([self.forest] if self.forest else []), *self.final, *self.speed]
 
 
 def sections(found: Findings) -> list[Section]:
@@ -61,7 +71,7 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
         words += f" What trivial predictors score: {listed(trivial)}."
     if facts.notes:
         words += f" Data: {'; '.join(facts.notes)}."
-    test = f"test {facts.metric}"
+    test, drawn = f"test {facts.metric}", forest(record, task, f"forest-{slug}")
     grid = len(task.final.rows) > 1
     final = [
         *([Shown(heatmap(record, task.final, f"heatmap-{slug}", test), _HEATMAP)] if grid else []),
@@ -78,7 +88,11 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     return Section(
         task=task.task,
         facts=words,
+        verdict=verdict_line(found, task),
+        endpoint=endpoint(found, task),
         answer=answer(found, task),
+        forest=Shown(drawn, _FOREST) if drawn else None,
+        verdicts=verdict_table(record, task),
         final=final,
         table=final_table(record, task),
         reach=_reach(task),
@@ -87,6 +101,10 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     )
 
 
+_FOREST = (
+    "Each row is a declared comparison. The bar is the 95% interval of this comparison alone. The verdict uses the "
+    "adjusted p-value, so a bar may leave out 0 and the comparison still be undecided."
+)
 _HEATMAP = (
     "Each cell is a point of the grid. A point that means the same in several cells, such as any window without a "
     "norm, fills them all. Hatched: no number."
@@ -119,8 +137,13 @@ def _reach(task: TaskFindings) -> str:
     )
 
 
-def page(found: Findings, shown: list[Section]) -> str:
-    """The page as text; its pictures stand in it as SVG."""
+def study(record: StudyRecord) -> dict[str, Any]:
+    """The options that the study's file names."""
+    return {name: each for name, each in record.study.items() if each is not None and each != {}}
+
+
+def page(found: Findings, shown: list[Section], formats: Sequence[str]) -> str:
+    """The page as text, with its pictures as inline SVG and links to the files of the `formats`."""
     here = resources.files("atn_norms.ablation.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
@@ -140,9 +163,12 @@ def page(found: Findings, shown: list[Section]) -> str:
         costs=costs.costs(found),
         environment=[*_flat(record.environment), *costs.machines(record)],
         data=_data(record),
-        study=to_yaml({name: each for name, each in record.study.items() if each is not None and each != {}}),
+        study=to_yaml(study(record)),
+        formats=formats,
         resamples=f"{RESAMPLES:,}",
         enough=ENOUGH_SEEDS,
+        resampled_from=RESAMPLED_FROM,
+        tuned=bool(record.tune),
     )
 
 

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atn_norms.ablation.analysis.comparison import Difference, Point
+from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.analysis.student import MOST_SEEDS
 from atn_norms.ablation.store.records import Goal, StudyRecord
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}"
 _BARE = ("norm", "cell")
 _LEAST = 12  # signs that a word keeps while others can be cut
@@ -94,13 +97,56 @@ def chance(difference: Difference) -> str:
 
 
 def change(difference: Difference) -> str:
-    """A paired difference with its interval, or with its number of seeds where an interval would mean little."""
+    """A paired difference, or ratio, with its interval, or with its number of seeds where these are few."""
     if not difference.pairs:
         return NOTHING
-    if difference.interval is None or difference.pairs < ENOUGH_SEEDS:
-        return f"{signed(difference.mean)[0]} ({plural(difference.pairs, 'seed')})"
-    middle, low, high = signed(difference.mean, difference.interval.low, difference.interval.high)
-    return f"{middle} {span(low, high)}"
+    write = ratios if difference.measure.log else signed
+    ends = difference.effect_interval
+    if ends is None or difference.pairs < ENOUGH_SEEDS:
+        return f"{write(difference.effect)[0]} ({plural(difference.pairs, 'seed')})"
+    middle, low, high = write(difference.effect, ends.low, ends.high)
+    return f"{middle} {span(low.removeprefix(TIMES), high.removeprefix(TIMES))}"
+
+
+def ratios(*values: float) -> list[str]:
+    """Ratios, each with three significant digits at most and a sign of multiplication.
+
+    >>> ratios(0.4872, 12.345, 1234.5)
+    ['×0.487', '×12.3', '×1234']
+    """
+    return [f"{TIMES}{value:.0f}" if value >= 1000 else f"{TIMES}{value:.3g}" for value in values]
+
+
+def margin(decision: Decision) -> str:
+    """The margin of a declared comparison: `0.01`, or `×1.25` where ratios are compared."""
+    if decision.margin is None:
+        return NOTHING
+    size = decision.difference.measure.unscaled(decision.margin)
+    return f"{TIMES if decision.difference.measure.log else ''}{size:.3g}"
+
+
+def verdict(decision: Decision) -> str:
+    """The verdict as text: `helps`, `hurts`, `no difference larger than 0.01`, `undecided`."""
+    words = decision.verdict
+    return f"{words} larger than {margin(decision)}" if words == "no difference" else words
+
+
+def chances(p: float | None) -> str:
+    """A p-value.
+
+    >>> chances(0.03217), chances(0.00004), chances(0.9997)
+    ('0.032', '<0.001', '1.00')
+    """
+    if p is None:
+        return NOTHING
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def seeds_needed(decision: Decision) -> str:
+    """The seeds that would detect the margin, or the observed difference, with a power of 80%."""
+    if decision.difference.paired is None:
+        return NOTHING
+    return f">{MOST_SEEDS}" if decision.needed is None else str(decision.needed)
 
 
 def average(point: Point, unit: str = "") -> str:
@@ -194,6 +240,12 @@ def called_baseline(record: StudyRecord) -> str:
     """The baseline as a reader calls it: `none`, or `window 1`."""
     words = [label if leaf(axis) in _BARE else f"{leaf(axis)} {label}" for axis, label in record.baseline.items()]
     return ", ".join(words) or "the baseline"
+
+
+def factor(record: StudyRecord) -> str:
+    """The option that the study asks about: the axes of its baseline, such as `Window`."""
+    words = listed([leaf(axis) for axis in record.baseline]) or "points"
+    return words[0].upper() + words[1:]
 
 
 def never(point: Point) -> str:

@@ -1,40 +1,41 @@
-"""The answer in words, made from the statistics: no direction is claimed without its interval beside it."""
+"""The verdict and the answer in words, made from the statistics."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row, outcome
+from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
 from atn_norms.ablation.report.names import (
     average,
     called_baseline,
+    chances,
     change,
+    factor,
     leaf,
     listed,
     lower,
+    margin,
     name,
     never,
     number,
     plural,
-    share,
 )
 from atn_norms.ablation.store.records import StudyRecord
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3
-Words = tuple[Literal["better", "faster"], Literal["worse", "slower"]]
-_QUALITY: Words = ("better", "worse")
-_SPEED: Words = ("faster", "slower")
+_VERDICTS: tuple[Verdict, ...] = ("helps", "hurts", "no difference", "undecided")
 
 
 def question(record: StudyRecord) -> list[tuple[str, str]]:
-    """What was asked: what was varied, on what, how often, and against what."""
+    """The setup of the study as terms with their description."""
     axes = [f"{leaf(axis)}: {', '.join(values)}" for axis, values in record.axes.items()]
     tasks = [f"{task} ({facts.metric}, {lower(facts.goal)} is better)" for task, facts in record.tasks.items()]
     seeds = len({trial.seed for trial in record.trials})
@@ -44,17 +45,20 @@ def question(record: StudyRecord) -> list[tuple[str, str]]:
         if options:
             found.append(({"model": "Model", "train": "Training"}[section], _options(options)))
     found.append(("Seeds", f"{seeds}, {plural(len(record.trials), 'trial')} in all"))
+    if record.tune:
+        words = [f"{leaf(axis)}: {', '.join(values)}" for axis, values in record.tune.items()]
+        found.append(("Tuned", f"{'; '.join(words)}; each point at its best value on validation, scored on test"))
     if record.baseline:
         found.append(("Baseline", f"{called_baseline(record)}, at the same seeds and otherwise the same"))
     return found
 
 
 def _fixed(record: StudyRecord, section: str) -> dict[str, Any]:
-    """What the study says of a section, without what an axis puts its own values over."""
+    """The options of a section of the study, without those that an axis or a tuned option replaces."""
     options = deepcopy(record.study.get(section))
     if not isinstance(options, dict):
         return {}
-    for axis in record.axes:
+    for axis in (*record.axes, *record.tune):
         *parents, last = axis_path(axis)
         inner: Any = {section: options}
         for key in parents:
@@ -73,66 +77,103 @@ def _options(value: object) -> str:
 
 
 def coverage(record: StudyRecord) -> str:
-    """How many trials ended how."""
+    """The number of trials by how they ended."""
     ends = [outcome(record, trial) for trial in record.trials]
     counts = {status: ends.count(status) for status in _ORDER}
     if counts["done"] == len(record.trials):
         return f"All {plural(len(record.trials), 'trial')} finished." if record.trials else "The study has no trials."
-    rest = [f"{count} {status}" for status, count in counts.items() if count and status != "done"]
-    return f"Of {plural(len(record.trials), 'trial')}, {counts['done']} finished; {listed(rest)}."
+    others = [f"{count} {status}" for status, count in counts.items() if count and status != "done"]
+    return f"Of {plural(len(record.trials), 'trial')}, {counts['done']} finished; {listed(others)}."
 
 
 def caution(found: Findings) -> str:
-    """A plain word where the seeds are too few for any conclusion."""
-    pairs = [row.against.pairs for task in found.tasks for row in task.final.rows if row.against]
+    """A warning where the seeds are too few for any verdict."""
+    pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    if not pairs or most >= ENOUGH_SEEDS:
+    if not most or most >= ENOUGH_SEEDS:
         return ""
     return (
-        f"With {plural(most, 'seed')} to compare, nothing here is a conclusion: a difference may well be chance, "
-        f"and this report claims none on fewer than {ENOUGH_SEEDS}. The numbers say what happened at these seeds."
+        f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
+        f"{ENOUGH_SEEDS} seeds. A difference may be chance."
     )
 
 
+def verdict_line(found: Findings, task: TaskFindings) -> str:
+    """The verdict of a task in one line, such as `Window: helps at 0, hurts at 2, undecided at 4 of 6`."""
+    decisions = [decision for _, decision in task.decided()]
+    if task.primary.best is None:
+        return f"No trial of {task.task} has finished."
+    if not decisions:
+        return "No verdict: the study compares nothing with a baseline."
+    sizes = {margin(decision) for decision in decisions if decision.margin is not None}
+    return f"{factor(found.record)}: {_counted((each.verdict for each in decisions), ' or '.join(sorted(sizes)))}"
+
+
+def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
+    """Verdicts by their number; `no difference` only where a margin of a `size` was tested."""
+    counts = Counter(verdicts)
+    words = {each: each if each != "no difference" else f"no difference larger than {size}" for each in _VERDICTS}
+    parts = [f"{words[each]} at {counts[each]}" for each in _VERDICTS if each != "no difference" or size]
+    return f"{', '.join(parts)} of {counts.total()}"
+
+
+def endpoint(found: Findings, task: TaskFindings) -> str:
+    """The primary endpoint of a task and the correction, in a sentence or two."""
+    measure, family = task.primary.measure, sum(len(each.decisions) for each in found.tasks)
+    origin = "as the study declares" if task.endpoint.declared else "the default, since the study declares none"
+    words = f"Primary endpoint: {measure.name}, {origin}."
+    if measure.log:
+        words += " Its logarithms are compared, so means are geometric and differences are ratios."
+    if family > 1:
+        words += f" The p-values are adjusted for {family} declared comparisons (Holm)."
+    return words
+
+
 def answer(found: Findings, task: TaskFindings) -> list[str]:
-    """The answer for a task, in three sentences: the best point, what the window did, and how soon they learn."""
+    """The sentences below the verdict: the decided comparisons, the best point, and the exploratory results."""
     record = found.record
     if task.final.best is None:
-        return [f"No trial of {task.task} has finished."]
-    said = [_best(record, task, task.final.best)]
-    if task.windowed:
-        said += _against("window 1 of the same normalizer", record, task.windowed, _QUALITY)
+        return []
+    sentences = [*_decided(record, task), _best(record, task, task.final.best)]
+    if task.windowed and (words := _exploratory(task.windowed)):
+        sentences.append(f"Exploratory, against window 1 of the same normalizer: {words}.")
     if task.speed:
-        said.append(_soonest(record, task, task.speed))
-    else:
-        said.append(f"There is no level whose first reaching could be timed: {task.level.why}.")
-    return said
+        sentences.append(_soonest(record, task, task.speed))
+    return sentences
+
+
+def _decided(record: StudyRecord, task: TaskFindings) -> list[str]:
+    """Name the comparisons with a verdict, each with its difference and adjusted p-value."""
+    found = []
+    for wanted in ("helps", "hurts"):
+        named = [
+            f"{name(record, row.point)} ({change(decision.difference)}, adjusted p {chances(decision.p)})"
+            for row, decision in task.decided()
+            if decision.verdict == wanted
+        ]
+        if named:
+            shown = named[:_MOST_NAMED]
+            more = [f"{len(named) - len(shown)} more in the table"] if len(named) > len(shown) else []
+            found.append(f"{factor(record)} {wanted} at {listed([*shown, *more])}.")
+    return found
 
 
 def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
-    """The best point, how it compares with the baseline, and how many others do."""
-    comparison, base = task.final, called_baseline(record)
+    """The best point on average, and whether a trivial predictor does as well."""
+    comparison = task.final
+    what = "geometric mean of the" if comparison.measure.log else "mean"
     if len(comparison.rows) == 1:
-        alone = "with nothing in the study to compare it with"
-        return f"The {task.facts.metric} is {average(best.point)} on average, {alone}."
+        return f"The {what} {comparison.measure.name} is {average(best.point)}."
     superlative = {"min": "lowest", "max": "highest"}[task.facts.goal]
-    what = f"The {superlative} {task.facts.metric}, averaged over seeds,"
-    lead = f"{what} is {average(best.point)} ({_leader(record, comparison, best)}){_no_better_than_trivial(task, best)}"
-    if not comparison.has_reference:
-        return f"{lead}; there is no baseline in the study to compare it with."
-    if not best.is_reference and not (best.against and best.against.pairs):
-        lead += "; the baseline has no finished seed to compare it with"
-    elif best.against:
-        lead += f": {_told(best.against, base, _QUALITY)}"
-    compared = [row for row in comparison.rows if row.against]
-    others = [row for row in compared if row is not best]
-    if not others or all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
-        return f"{lead}."
-    return f"{lead}; against {base}, {_verdicts(record, compared, _QUALITY)}."
+    trivial = _no_better_than_trivial(task, best)
+    return (
+        f"The {superlative} {what} {comparison.measure.name} is {average(best.point)} "
+        f"({_leader(record, comparison, best)}){trivial}."
+    )
 
 
 def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
-    """The best point by its name, and those whose mean is the same, with as few seeds that never got there."""
+    """The best point by its name, and the points with the same mean and as few seeds without a number."""
     mark = best.point.mean, best.point.lost
     tied = [row for row in comparison.rows if row is not best and (row.point.mean, row.point.lost) == mark]
     words = name(record, best.point) + (", the baseline" if best.is_reference and comparison.has_reference else "")
@@ -144,7 +185,7 @@ def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
 
 
 def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
-    """Where the best point on average scores no better than a predictor that learns nothing: that one."""
+    """The trivial predictor that scores at least as well as the best point on average; empty where none does."""
     sign = 1 if task.facts.goal == "min" else -1
     ahead = [(label, value) for label, value in task.facts.baselines.items() if sign * value <= sign * best.point.mean]
     if not ahead:
@@ -153,64 +194,15 @@ def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
     return f", no better than the trivial predictor “{label}”, {number(value)}"
 
 
-def _told(against: Difference, base: str, words: Words) -> str:
-    """A difference with all that is known about it."""
-    hedge = ", which does not tell the two apart" if against.verdict == "undecided" else ""
-    return f"{change(against)} against {base}, {words[0]} at {share(against)} seeds{hedge}"
-
-
-def _against(base: str, record: StudyRecord, comparison: Comparison, words: Words) -> list[str]:
-    compared = [row for row in comparison.rows if row.against]
-    if not any(row.against and row.against.pairs for row in compared):
-        return []
-    if all(row.against and row.against.pairs < ENOUGH_SEEDS for row in compared):
-        sign = 1 if comparison.measure.goal == "min" else -1
-        ahead = sum(bool(row.against and sign * row.against.mean < 0) for row in compared)
-        which = "ahead on average" if words[0] == "better" else "sooner on average"
-        verb = "is" if ahead == 1 or len(compared) == 1 else "are"
-        return [
-            f"Against {base}, {ahead} of {plural(len(compared), 'point')} "
-            f"{verb} {which}, which so few seeds cannot tell from chance."
-        ]
-    return [f"Against {base}, {_verdicts(record, compared, words)}."]
-
-
-def _verdicts(record: StudyRecord, rows: Sequence[Row], words: Words) -> str:
-    """How many points are better, worse and neither; the few that are told apart with their intervals."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.against:
-            groups.setdefault(row.against.verdict if row.against.pairs else "no pair", []).append(row)
-    said = {"better": words[0], "worse": words[1], "undecided": "undecided"}
-    told = []
-    for verdict, word in said.items():
-        found = groups.get(verdict, [])
-        if found:
-            are = "is" if len(found) == 1 else "are"
-            told.append(f"{len(found)}{_of(rows, told)} {are} {word}{_named(record, found, verdict)}")
-    lacks = {"too few seeds": f"fewer than {ENOUGH_SEEDS} seeds to compare", "no pair": "no seed to compare"}
-    for verdict, what in lacks.items():
-        if few := len(groups.get(verdict, [])):
-            told.append(f"{few}{_of(rows, told)} {'has' if few == 1 else 'have'} {what}")
-    return listed(told)
-
-
-def _of(rows: Sequence[Row], told: Sequence[str]) -> str:
-    return "" if told else f" of {plural(len(rows), 'point')}"
-
-
-def _named(record: StudyRecord, rows: Sequence[Row], verdict: str) -> str:
-    if verdict not in ("better", "worse"):
-        return ""
-    if len(rows) > _MOST_NAMED:
-        return " (each with its interval in the table)"
-    named = [f"{name(record, row.point)}: {change(row.against)}" for row in rows if row.against]
-    return f" ({'; '.join(named)})"
+def _exploratory(comparison: Comparison) -> str:
+    """The verdicts of comparisons taken one by one; empty where there is no pair."""
+    compared = [row.against for row in comparison.rows if row.against]
+    return _counted(each.verdict for each in compared) if any(each.pairs for each in compared) else ""
 
 
 def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
-    """Who learns soonest, and whether a window makes it sooner."""
-    level, words = task.level, _SPEED
+    """The point that reaches the level soonest, and the exploratory verdicts about the steps."""
+    level = task.level
     what = f"A validation {task.facts.metric} of {number(level.value)} is reached"
     best = speed.comparison.best
     if best is None or best.point.lost == len(best.point.scores):
@@ -218,7 +210,6 @@ def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
     missed = f", {never(best.point)} seeds" if best.point.lost else ""
     who = f" soonest by {_leader(record, speed.comparison, best)}," if len(speed.comparison.rows) > 1 else ""
     lead = f"{what}{who} after {average(best.point, ' steps')} on average{missed}"
-    if best.against and best.against.pairs:
-        lead += f": {_told(best.against, called_baseline(record), words)}"
-    contrast = _against("window 1 of the same normalizer", record, speed.windowed, words) if speed.windowed else []
-    return "; ".join([lead, *(part[0].lower() + part[1:-1] for part in contrast)]) + "."
+    if task.endpoint.measure == "steps" or not (words := _exploratory(speed.comparison)):
+        return f"{lead}."
+    return f"{lead}. Exploratory, for these steps against {called_baseline(record)}: {words}."

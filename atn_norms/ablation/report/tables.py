@@ -17,17 +17,20 @@ from atn_norms.ablation.report.names import (
     NOTHING,
     called_baseline,
     chance,
+    chances,
     change,
     labels,
     leaf,
     lower,
     never,
     number,
+    seeds_needed,
     unfinished,
+    verdict,
 )
 from atn_norms.ablation.store.records import StudyRecord
 
-NUMERIC = ("mean", "median")
+NUMERIC = ("mean", "geometric mean", "median", "n", "p", "adjusted p", "power", "seeds needed")
 HEAD = 13  # signs in a line of a header in LaTeX
 FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # shrinks what is wider than the page
 _LATEX = {
@@ -48,14 +51,45 @@ class Table:
     records: tuple[dict[str, Any], ...]
 
 
-def table(record: StudyRecord, reach: Mapping[str, float] | None = None) -> Table:
-    """All tasks in one table, as the command line shows it; `reach` as in `write`."""
-    found = findings(record, reach)
+def table(record: StudyRecord | Findings, reach: Mapping[str, float] | None = None) -> Table:
+    """All tasks in one table, as the command line shows it; `record` and `reach` as in `write`."""
+    found = record if isinstance(record, Findings) else findings(record, reach)
     parts = [(each, final_table(found.record, each)) for each in found.tasks]
     rows = [(each.task, each.facts.metric, *row) for each, part in parts for row in part.rows]
     headers = ("task", "metric", *(parts[0][1].headers if parts else ()))
     records = tuple(entry for each, _ in parts for entry in _records(found.record, each))
-    return Table(record.name, headers, tuple(rows), records)
+    return Table(found.record.name, headers, tuple(rows), records)
+
+
+def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
+    """Every declared comparison of a task with its verdict; None where there is none."""
+    base = called_baseline(record)
+    effect = "ratio" if task.primary.measure.log else "difference"
+    headers = (
+        *map(leaf, record.axes),
+        "n",
+        f"{effect} to {base}",
+        "p",
+        "adjusted p",
+        "power",
+        "seeds needed",
+        "verdict",
+    )
+    rows = [
+        (
+            *labels(record, row.point).values(),
+            str(decision.difference.pairs),
+            change(decision.difference),
+            chances(decision.difference.p),
+            chances(decision.p) if decision.difference.paired else NOTHING,
+            NOTHING if decision.power is None else f"{decision.power:.2f}",
+            seeds_needed(decision) if decision.verdict == "undecided" else "",
+            verdict(decision),
+        )
+        for row, decision in task.decided()
+    ]
+    title = f"{task.task}: verdicts on {task.primary.measure.name}, {lower(task.primary.measure.goal)} is better"
+    return Table(title, headers, tuple(rows), ()) if rows else None
 
 
 def final_table(record: StudyRecord, task: TaskFindings) -> Table:
@@ -74,20 +108,23 @@ def speed_table(record: StudyRecord, task: TaskFindings) -> Table | None:
 
 
 def speed_words(task: TaskFindings) -> str:
-    """What the level asks for: `steps to a validation mean squared error of 0.0456`."""
+    """The level in words: `steps to a validation mean squared error of 0.0456`."""
     return f"steps to a validation {task.facts.metric} of {number(task.level.value)}"
 
 
 def _table(record: StudyRecord, title: str, comparison: Comparison, contrast: Comparison | None) -> Table:
-    headers = [*map(leaf, record.axes), "seeds", "mean", "median"]
-    base = called_baseline(record)
+    log = comparison.measure.log
+    tuned = [f"{leaf(axis)} (tuned)" for axis in record.tune]
+    headers = [*map(leaf, record.axes), *tuned, "seeds", "geometric mean" if log else "mean", "median"]
+    base, effect = called_baseline(record), "ratio" if log else "difference"
     if comparison.has_reference:
-        headers += [f"difference to {base}", f"better than {base} at"]
+        headers += [f"{effect} to {base}", f"ahead of {base} at"]
     if contrast:
-        headers += ["difference to window 1", "better than window 1 at"]
+        headers += [f"{effect} to window 1", "ahead of window 1 at"]
     rows = []
     for place, row in enumerate(comparison.rows):
-        text = [*labels(record, row.point).values(), seeds(row), *_averages(row)]
+        chosen = [row.point.tuned.get(axis, NOTHING) for axis in record.tune]
+        text = [*labels(record, row.point).values(), *chosen, seeds(row), *_averages(row)]
         if comparison.has_reference:
             text += [_against(row), chance(row.against) if row.against else ""]
         if contrast:
@@ -112,7 +149,7 @@ def _against(row: Row) -> str:
 
 
 def seeds(row: Row) -> str:
-    """How many of a point's seeds have a value, and what became of the others."""
+    """The number of seeds with a value, and the status of the others."""
     point = row.point
     wrong, missed = unfinished(point), never(point)
     own = f"{len(point.values)} of {len(point.trials)} ({wrong})" if wrong else str(len(point.trials))
@@ -132,7 +169,10 @@ def _records(record: StudyRecord, task: TaskFindings) -> list[dict[str, Any]]:
             "trials": dict(point.counts),
             **_statistics(task.final, task.windowed, place),
             "is_baseline": row.is_reference,
+            "decision": _decision(task, place),
         }
+        if record.tune:
+            entry["tuned"] = dict(point.tuned)
         if task.speed:
             steps = task.speed.comparison.rows[place].point
             entry["steps_to_level"] = {
@@ -170,9 +210,10 @@ def _numbers(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
     return {
-        "difference": plain(difference.mean),
-        "interval": ends(difference.interval),
-        "median_difference": plain(difference.median),
+        "effect": "ratio" if difference.measure.log else "difference",
+        "estimate": plain(difference.effect),
+        "interval": ends(difference.effect_interval),
+        "p": difference.p,
         "pairs": difference.pairs,
         "probability_of_improvement": plain(difference.improvement),
         "probability_interval": ends(difference.chance),
@@ -180,11 +221,28 @@ def _numbers(difference: Difference | None) -> dict[str, Any] | None:
     }
 
 
+def _decision(task: TaskFindings, place: int) -> dict[str, Any] | None:
+    """The verdict of a declared comparison as JSON values."""
+    decision = task.decisions.get(place)
+    if decision is None:
+        return None
+    return {
+        "endpoint": task.primary.measure.name,
+        **(_numbers(decision.difference) or {}),
+        "adjusted_p": decision.p,
+        "margin": task.endpoint.margin,
+        "adjusted_p_equivalence": decision.p_equivalence,
+        "family": decision.family,
+        "power": decision.power,
+        "seeds_needed": decision.needed,
+        "verdict": verdict(decision),
+    }
+
+
 def printed(found: Findings) -> list[Table]:
     """The tables of every task in the order of the page."""
-    parts = [
-        part for task in found.tasks for part in (final_table(found.record, task), speed_table(found.record, task))
-    ]
+    kinds = (verdict_table, final_table, speed_table)
+    parts = [kind(found.record, task) for task in found.tasks for kind in kinds]
     return [part for part in parts if part]
 
 

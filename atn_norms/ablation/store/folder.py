@@ -433,6 +433,7 @@ class StudyFolder:
                 tasks=tasks,
                 baseline=resolved["baseline"],
                 trials=trials,
+                tune=resolved.get("tune", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{self.path / RESOLVED}: damaged, {type(error).__name__} {error}") from error

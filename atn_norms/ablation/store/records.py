@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Status = Literal["pending", "running", "done", "diverged", "failed"]
 Goal = Literal["min", "max"]
+Spread = Literal["additive", "multiplicative"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,47 @@ class TaskFacts:
     | `baselines` | what trivial predictors score: name -> value of the metric               |
     | `goal`      | `min` where smaller is better, such as a loss; `max` where larger is     |
     | `notes`     | sentences about the data that were read                                  |
+    | `spread`    | `multiplicative` where scores are compared as logarithms                 |
     """
 
     metric: str
     baselines: dict[str, float] = field(default_factory=dict)
     goal: Goal = "min"
     notes: Sequence[str] = ()
+    spread: Spread = "additive"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The primary endpoint of a task.
+
+    | field         | meaning                                                                                         |
+    |---------------|-------------------------------------------------------------------------------------------------|
+    | `measure`     | `final`: test metric at the end; `tail`: mean of the last validations; `steps`: steps to a level |
+    | `validations` | the number of validations of `tail`                                                             |
+    | `margin`      | the largest difference that does not matter, a ratio above 1 where logarithms are compared      |
+    | `declared`    | whether the study names the endpoint                                                            |
+    """
+
+    measure: str = "final"
+    validations: int = 5
+    margin: float | None = None
+    declared: bool = False
+
+    @classmethod
+    def of(cls, study: Mapping[str, Any], task: str) -> Endpoint:
+        """Return the endpoint that a study names for a task; `final` where it names none."""
+        margin = _own(study.get("margin"), task)
+        named = study.get("endpoint")
+        named = named if isinstance(named, str) or (named and "measure" in named) else _own(named, task)
+        if not named:
+            return cls(margin=margin)
+        options = {"measure": named} if isinstance(named, str) else named
+        return cls(options["measure"], options.get("validations", cls.validations), margin, True)
+
+
+def _own(value: Any, task: str) -> Any:
+    return value.get(task) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,11 @@ class StudyRecord:
     tasks: dict[str, TaskFacts]
     baseline: dict[str, str]
     trials: tuple[TrialRecord, ...]
+    tune: dict[str, list[str]] = field(default_factory=dict)
+
+    def endpoint(self, task: str) -> Endpoint:
+        """The primary endpoint of a task."""
+        return Endpoint.of(self.study, task)
 
     def best(self, **labels: Any) -> TrialRecord:
         """Return the finished trial with the best validation score among those with the given labels of axes.

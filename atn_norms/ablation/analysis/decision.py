@@ -1,0 +1,88 @@
+"""The verdicts of a study: each declared comparison at its primary endpoint, corrected for how many there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atn_norms.ablation.analysis import student
+from atn_norms.ablation.analysis.comparison import Difference, Verdict
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.analysis.paired import ALPHA, holm
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A declared comparison with its verdict.
+
+    | field           | meaning                                                                                       |
+    |-----------------|-----------------------------------------------------------------------------------------------|
+    | `difference`    | the comparison                                                                                |
+    | `p`             | p-value of "no difference", adjusted by Holm's method over the family                         |
+    | `p_equivalence` | p-value of "a difference of at least the margin", adjusted the same way; None without a margin |
+    | `margin`        | on the measure's scale (the logarithm of a ratio); None where the study names none            |
+    | `family`        | the number of declared comparisons of the study                                               |
+    """
+
+    difference: Difference
+    p: float
+    p_equivalence: float | None
+    margin: float | None
+    family: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """`helps`, `hurts`, `no difference` (larger than the margin), or `undecided`.
+
+        A difference that is shown to be smaller than the margin is `no difference`, even where it is shown not to be 0.
+        """
+        difference = self.difference
+        lost = difference.diverged or difference.reference_diverged
+        equivalent = self.p_equivalence is not None and self.p_equivalence < ALPHA
+        if equivalent and difference.pairs >= ENOUGH_SEEDS and not lost:
+            return "no difference"
+        return difference.verdict_at(self.p)
+
+    @property
+    def target(self) -> float:
+        """The difference that power is computed for: the margin, or the observed mean where there is no margin."""
+        return self.difference.mean if self.margin is None else self.margin
+
+    @property
+    def alpha(self) -> float:
+        """The level of each test that Holm's method certainly reaches: 5% over the size of the family."""
+        return ALPHA / self.family
+
+    @property
+    def power(self) -> float | None:
+        """The probability to detect `target` with these seeds, at the observed spread; None below two pairs."""
+        paired = self.difference.paired
+        return student.power(paired.standardized(self.target), self.difference.pairs, self.alpha) if paired else None
+
+    @property
+    def needed(self) -> int | None:
+        """The seeds that detect `target` with a probability of 80%; None where unknown, or above 10,000."""
+        paired = self.difference.paired
+        return student.needed(paired.standardized(self.target), self.alpha) if paired else None
+
+
+def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -> list[Decision]:
+    """Correct the declared comparisons of a study for how many there are.
+
+    `margins`: the margin of each, in the unit of its `effect`. A comparison without two pairs counts in the
+    family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each at 5%.
+    """
+    scaled = [_scaled(each, margin) for each, margin in zip(differences, margins, strict=True)]
+    tests = holm([each.p if each.p is not None else 1.0 for each in differences])
+    with_margin = [(each, margin) for each, margin in zip(differences, scaled, strict=True) if margin is not None]
+    found = holm([each.paired.p_equivalence(margin) if each.paired else 1.0 for each, margin in with_margin])
+    equivalences = iter(found)
+    return [
+        Decision(difference, p, None if margin is None else next(equivalences), margin, len(differences))
+        for difference, margin, p in zip(differences, scaled, tests, strict=True)
+    ]
+
+
+def _scaled(difference: Difference, margin: float | None) -> float | None:
+    return math.log(margin) if margin is not None and difference.measure.log else margin

@@ -1,0 +1,126 @@
+"""A published report as the record it was made from: `study.json`, `results.csv` and `curves.csv`, written and read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from atn_norms.ablation.store.files import StoreError, named
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
+
+FILE = "study.json"
+_KEPT = ("steps", "keep")  # of the training options, what a report reads
+_NUMBERS = ("seconds", "attempts")
+
+
+def study_json(record: StudyRecord) -> str:
+    """What a report needs besides the two CSV files: the study, its tasks and environment, and each trial's points."""
+    trials = [
+        {
+            "id": trial.id,
+            "points": list(trial.points),
+            "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
+            **({"data": trial.trial["data"]} if trial.trial.get("data") else {}),
+            **({"versions": trial.run["versions"]} if (trial.run or {}).get("versions") else {}),
+        }
+        for trial in record.trials
+    ]
+    whole = {
+        "name": record.name,
+        "study": record.study,
+        "environment": record.environment,
+        "axes": record.axes,
+        "tune": record.tune,
+        "tasks": {name: asdict(facts) for name, facts in record.tasks.items()},
+        "baseline": record.baseline,
+    }
+    lines = ",\n".join(json.dumps(trial, ensure_ascii=False) for trial in trials)
+    head = json.dumps(whole, ensure_ascii=False, indent=1)
+    return f'{head[:-2]},\n "trials": [\n{lines}\n]}}\n'
+
+
+def is_report(folder: Path | str) -> bool:
+    """Return whether a folder is a published report."""
+    return (Path(folder) / FILE).is_file() and (Path(folder) / "results.csv").is_file()
+
+
+def read(folder: Path | str) -> StudyRecord:
+    """Return the record of a published report, from which `write` makes the same report.
+
+    Errors: `StoreError` naming the file that cannot be read, or is damaged.
+    """
+    folder = Path(folder)
+    try:
+        whole = json.loads(_text(folder / FILE))
+        curves = _curves(folder / "curves.csv")
+        lines = {line["trial"]: line for line in _lines(folder / "results.csv")}
+        trials = tuple(_trial(entry, lines[entry["id"]], curves.get(entry["id"], [])) for entry in whole.pop("trials"))
+        tasks = {name: TaskFacts(**facts) for name, facts in whole.pop("tasks").items()}
+        return StudyRecord(**whole, tasks=tasks, trials=trials)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder}: damaged, {FILE} and the CSV files do not fit ({error!r})") from error
+
+
+def _text(path: Path) -> str:
+    with named("read", path):
+        return path.read_text(encoding="utf-8")
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [{_plain(k): _plain(v) for k, v in line.items()} for line in csv.DictReader(io.StringIO(_text(path)))]
+
+
+def _plain(field: str) -> str:
+    """A field without the apostrophe that keeps spreadsheets from running it."""
+    return field[1:] if re.match(r"'[=+\-@\t\r]", field) else field
+
+
+def _curves(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in _lines(path):
+        measured = {key: float(line[key]) if line[key] else None for key in ("train_loss", "validation")}
+        found[line["trial"]].append({"step": int(line["step"]), **measured})
+    return found
+
+
+def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, Any]]) -> TrialRecord:
+    status, reason, step = line["status"], line["reason"], int(line["step"] or 0)
+    result = None
+    if status in ("done", "diverged"):
+        outcome = "finished" if status == "done" else "diverged"
+        result = {"trial": entry["id"], "outcome": outcome, "metrics": _metrics(line)}
+        result |= {"step": step} if line["step"] else {}
+        result |= {"reason": reason} if reason else {}
+    run = {key: json.loads(line[key]) for key in _NUMBERS if line[key]} | (
+        {"host": line["host"]} if line["host"] else {}
+    )
+    run |= {"versions": entry["versions"]} if "versions" in entry else {}
+    seed = int(line["seed"])
+    return TrialRecord(
+        id=entry["id"],
+        trial={"seed": seed, "train": entry["train"], "data": entry.get("data", {})},
+        points=tuple(entry["points"]),
+        seed=seed,
+        status=status,  # type: ignore[arg-type]
+        result=result,
+        curve=curve,
+        run=run or None,
+        error={"error": reason} if status == "failed" else None,
+        step=step,
+    )
+
+
+def _metrics(line: dict[str, str]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for split in ("test", "validation"):
+        columns = {split: line["metric"], **{c: c.removeprefix(f"{split} ") for c in line if c.startswith(f"{split} ")}}
+        values = {name: float(line[column]) for column, name in columns.items() if line[column]}
+        if values:
+            found[split] = values
+    return found

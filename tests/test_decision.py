@@ -1,0 +1,257 @@
+"""Verdicts: primary endpoints, the correction for many comparisons, equivalence, power, tuned options, logarithms."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from atn_norms.ablation import StudySpec, make_plan
+from atn_norms.ablation.analysis import student
+from atn_norms.ablation.analysis.comparison import Measure, compare, compare_task, final, tail
+from atn_norms.ablation.analysis.decision import Decision, decide
+from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.names import NOTHING, TIMES, change, margin, seeds_needed, verdict
+from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts, TrialRecord
+from atn_norms.errors import SpecError
+from tests.recorded import METRIC, grid
+from tests.test_comparison import INF, between, point
+
+NOISE = [0.03, -0.02, 0.01, -0.04, 0.02, 0.0, 0.015, -0.015]
+
+
+def difference(shift: float, spread: float = 1.0, n: int = 8):
+    return between([1.0 + shift + spread * each for each in NOISE[:n]], [1.0] * n)
+
+
+def test_the_correction_turns_single_claims_into_undecided_ones():
+    clear, faint = difference(-0.2), difference(-0.025)
+    assert faint.verdict == "helps", "taken alone"
+    alone, corrected = decide([faint], [None])[0], decide([faint] + [difference(0.0)] * 5 + [clear], [None] * 7)
+    assert alone.verdict == "helps"
+    assert [each.verdict for each in corrected] == ["undecided"] * 6 + ["helps"]
+    assert corrected[0].p == pytest.approx(6 * (faint.p or 0))
+    assert {each.family for each in corrected} == {7}
+
+
+def test_a_comparison_without_pairs_counts_in_the_family():
+    none = between([1.0], [1.0])
+    faint = difference(-0.025)
+    found = decide([faint, none, none, none], [None] * 4)
+    assert found[0].p == pytest.approx(4 * (faint.p or 0))
+    assert [each.verdict for each in found[1:]] == ["undecided"] * 3
+    assert (found[1].power, found[1].needed, seeds_needed(found[1])) == (None, None, NOTHING)
+
+
+def test_a_difference_within_the_margin_is_none_even_where_it_is_not_zero():
+    small = difference(-0.03, 0.5)
+    assert decide([small], [None])[0].verdict == "helps"
+    (found,) = decide([small], [0.06])
+    assert (found.verdict, verdict(found)) == ("no difference", "no difference larger than 0.06")
+    assert decide([small], [0.02])[0].verdict == "helps"
+    assert decide([difference(0.0, 5.0)], [0.06])[0].verdict == "undecided", "too much noise for either"
+    assert decide([difference(0.0, n=4)], [10.0])[0].verdict == "undecided", "four seeds carry no verdict"
+
+
+def test_a_diverged_side_forbids_the_verdict_it_would_flatter():
+    lost = between([1.0 + each for each in NOISE] + [INF], [2.0] * 9)
+    assert decide([lost], [None])[0].verdict == "undecided"
+    assert decide([between([2.0] * 9, [1.0 + each for each in NOISE] + [INF])], [None])[0].verdict == "undecided"
+    equal = between([1.0 + each for each in NOISE] + [INF], [1.0] * 9)
+    assert decide([equal], [0.5])[0].verdict == "undecided"
+
+
+def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference():
+    found = difference(-0.01)
+    paired = found.paired
+    assert paired is not None
+    deviation = float(np.std(NOISE, ddof=1))
+    observed, named = decide([found] * 2, [None, None])[0], decide([found] * 2, [0.02, 0.02])[0]
+    assert observed.power == pytest.approx(student.power(abs(found.mean) / deviation, 8, 0.025))
+    assert named.power == pytest.approx(student.power(0.02 / deviation, 8, 0.025))
+    assert observed.needed == student.needed(abs(found.mean) / deviation, 0.025)
+    assert named.needed is not None
+    assert student.power(0.02 / deviation, named.needed, 0.025) >= 0.8
+    assert seeds_needed(decide([difference(-sum(NOISE) / 8)], [None])[0]) == ">10000"
+
+
+def test_scores_with_a_multiplicative_spread_are_compared_as_logarithms():
+    rng = np.random.default_rng(0)
+    values = {norm: rng.lognormal(shift, 0.5, size=8) for norm, shift in (("none", -4.0), ("layer", -5.0))}
+    facts = TaskFacts(METRIC, {"always 1": 1 / 6}, spread="multiplicative")
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: float(values[p["norm"]][s]), seeds=8,
+                  baseline={"norm": "none"}, facts=facts)  # fmt: skip
+    (found,) = compare(record)
+    (row,) = [each for each in found.rows if each.against]
+    assert row.against is not None and row.against.effect_interval is not None
+    logs = np.log(values["layer"]) - np.log(values["none"])
+    agreed = stats.ttest_1samp(logs, 0)
+    low, high = np.exp(agreed.confidence_interval())
+    assert row.point.mean == pytest.approx(stats.gmean(values["layer"]))
+    assert row.against.effect == pytest.approx(math.exp(logs.mean()))
+    assert (row.against.effect_interval.low, row.against.effect_interval.high) == pytest.approx((low, high))
+    assert row.against.p == pytest.approx(agreed.pvalue)
+    assert change(row.against).startswith(f"{TIMES}0.")
+    (decision,) = decide([row.against], [1.25])
+    assert decision.margin == pytest.approx(math.log(1.25))
+    assert margin(decision) == f"{TIMES}1.25"
+
+
+def test_a_score_of_zero_keeps_a_multiplicative_task_on_its_own_scale():
+    facts = TaskFacts(METRIC, {"always 1": 1 / 6}, spread="multiplicative")
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: float(s), baseline={"norm": "none"}, facts=facts)
+    assert not final(record, "adding").log
+    assert compare(record)[0].rows[0].point.mean == 2.0
+
+
+def test_the_tail_is_the_mean_of_the_last_validations():
+    record = grid({"norm": ["none"]}, lambda p, s: 0.1, seeds=2)
+    trial = record.trials[0]
+    looks = [{"step": i, "train_loss": 0.0, "validation": v} for i, v in enumerate([9.0, 1.0, None, 2.0, 3.0])]
+    measure = tail(record, "adding", 3)
+    assert measure.score(replace(trial, curve=looks)) == 2.0
+    assert measure.score(replace(trial, status="diverged", curve=looks)) == INF
+    assert measure.score(replace(trial, status="running", result=None, curve=looks)) is None
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        (None, Endpoint("final", 5, None, False)),
+        ("steps", Endpoint("steps", 5, None, True)),
+        ({"measure": "tail", "validations": 3}, Endpoint("tail", 3, None, True)),
+        ({"adding": "tail", "copying": "steps"}, Endpoint("tail", 5, None, True)),
+        ({"copying": "steps"}, Endpoint("final", 5, None, False)),
+    ],
+)
+def test_the_endpoint_of_a_task_is_what_the_study_names(endpoint, expected):
+    assert Endpoint.of({"endpoint": endpoint}, "adding") == expected
+    found = Endpoint.of({"endpoint": endpoint, "margin": {"adding": 2.0, "copying": 0.1}}, "adding")
+    assert found == replace(expected, margin=2.0)
+
+
+@pytest.mark.parametrize("measure", ["final", "tail", "steps"])
+def test_the_verdicts_are_those_of_the_primary_endpoint(measure):
+    record = grid(
+        {"norm": ["none", "layer"]}, lambda p, s: (0.1 if p["norm"] == "none" else 0.02) + 0.001 * s,
+        baseline={"norm": "none"},
+    )  # fmt: skip
+    record = replace(record, study={**record.study, "endpoint": measure, "reach": 0.05})
+    (task,) = findings(record).tasks
+    ((_, decision),) = task.decided()
+    names = {
+        "final": f"test {METRIC}",
+        "tail": f"mean of the last 5 validations of {METRIC}",
+        "steps": "steps to the level",
+    }
+    assert decision.difference.measure.name == names[measure]
+    assert decision.verdict == "helps"
+
+
+def tuned(scores: dict[tuple[str, str], list[tuple[float, float]]], **more) -> StudyRecord:
+    """A study of norms whose learning rates are tuned: (norm, rate) -> (validation, test) of each seed."""
+    norms, rates = ([*dict.fromkeys(key[i] for key in scores)] for i in (0, 1))
+    trials = []
+    for (norm, rate), values in scores.items():
+        for seed, (validation, test) in enumerate(values):
+            name = f"{norm}-{rate}-{seed}"
+            metrics = {"validation": {METRIC: validation}, "test": {METRIC: test}}
+            points = ({"task": "adding", "norm": norm, "lr": rate},)
+            result = {"trial": name, "outcome": "finished", "step": 5, "metrics": metrics}
+            trials.append(TrialRecord(name, {"seed": seed, "train": {"steps": 5}}, points, seed, "done", result))
+    return StudyRecord(
+        "tuned",
+        {},
+        {},
+        {"norm": norms},
+        {"adding": TaskFacts(METRIC)},
+        {"norm": norms[0]},
+        tuple(trials),
+        {"lr": rates},
+    )
+
+
+def test_each_point_stands_at_its_best_value_on_validation_and_is_scored_on_test():
+    record = tuned({
+        ("none", "0.1"): [(0.5, 9.0), (0.5, 9.0)],
+        ("none", "0.2"): [(0.9, 1.0), (0.4, 1.0)],
+        ("layer", "0.1"): [(0.3, 2.0), (0.9, 2.0)],
+        ("layer", "0.2"): [(0.2, 7.0), (0.2, 7.0)],
+    })  # fmt: skip
+    none, layer = compare(record)[0].rows
+    assert (none.point.tuned, none.point.mean) == ({"lr": "0.1"}, 9.0), "a better test score does not count"
+    assert (layer.point.tuned, layer.point.mean) == ({"lr": "0.2"}, 7.0)
+    assert (len(layer.point.trials), len(layer.point.candidates)) == (2, 4)
+    assert layer.against is not None and layer.against.mean == -2.0
+
+
+def test_a_value_that_diverges_is_not_chosen_and_an_unfinished_seed_does_not_decide():
+    record = tuned({("none", "0.1"): [(0.5, 1.0), (0.5, 1.0)], ("none", "0.2"): [(0.1, 2.0), (0.1, 2.0)]})
+    trials = list(record.trials)
+    gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+    diverged = replace(record, trials=(*trials[:3], replace(trials[3], status="diverged", result=gone)))
+    assert compare(diverged)[0].rows[0].point.tuned == {"lr": "0.1"}
+    late = {**(trials[0].result or {}), "metrics": {"validation": {METRIC: 0.01}, "test": {METRIC: 1.0}}}
+    half = (replace(trials[0], result=late), trials[1], replace(trials[2], status="running", result=None), trials[3])
+    assert compare(replace(record, trials=half))[0].rows[0].point.tuned == {"lr": "0.2"}, "seed 1 alone decides"
+
+
+def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
+    options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "seeds": 2}
+    plan = make_plan(StudySpec(**options, axes={"norm": ["none", "layer"]}, tune={"train.optimizer.lr": [0.001, 0.01]}))
+    assert plan.axes == {"norm": ["none", "layer"]}
+    assert plan.resolved()["tune"] == plan.tune == {"train.optimizer.lr": ["0.001", "0.01"]}
+    assert len(plan.trials) == 8
+    assert {trial.trial["train"]["optimizer"]["lr"] for trial in plan.trials} == {0.001, 0.01}
+    assert {trial.points[0]["train.optimizer.lr"] for trial in plan.trials} == {"0.001", "0.01"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"endpoint": "tial"}, "got 'tial'; expected final, tail, steps, .*'tail'"),
+        ({"endpoint": {"addin": "tail"}}, "no task of this study; tasks: adding.*'adding'"),
+        ({"endpoint": {"measure": "tail", "validations": 0}}, "must be greater than or equal to 1, got 0"),
+        ({"endpoint": 3}, "got 3; expected final, tail, steps"),
+        ({"endpoint": "steps"}, "got steps for adding; expected a level for it in reach"),
+        ({"margin": 0}, "got 0; expected a number above 0"),
+        ({"margin": {"adding": "wide"}}, "got 'wide'; expected a number above 0"),
+        ({"margin": 0.5}, "margin: got 0.5; expected a ratio above 1"),
+        ({"axes": {"norm": ["none"]}, "tune": {"model.norm": ["layer"]}}, "this option is an axis already"),
+        ({"tune": {"norm": []}}, "an axis needs at least one value"),
+    ],
+)
+def test_an_analysis_that_cannot_be_is_refused_with_its_place(options, message):
+    with pytest.raises((ValueError, SpecError), match=message):
+        make_plan(StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", **options))
+
+
+def test_a_margin_of_steps_is_a_number_of_steps():
+    study = StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", reach=0.05, endpoint="steps", margin=0.5)
+    assert make_plan(study).study["margin"] == 0.5
+
+
+def test_endpoint_and_margin_change_no_trial():
+    options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "axes": {"norm": ["none", "layer"]}}
+    one = make_plan(StudySpec(**options))
+    other = make_plan(StudySpec(**options, endpoint="tail", margin=1.2))
+    assert [each.id for each in one.trials] == [each.id for each in other.trials]
+    assert one.key == other.key
+
+
+def test_the_default_baseline_is_window_1_where_the_study_varies_the_window():
+    axes = {"norm": ["none", "layer"], "window": [1, 5]}
+    assert StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", axes=axes).baseline_labels() == {
+        "window": "1"
+    }
+
+
+def test_a_measure_without_pairs_still_compares():
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: 0.1, seeds=1, baseline={"norm": "none"})
+    (row,) = [each for each in compare_task(record, "adding", Measure("x", "min", lambda t: 1.0)).rows if each.against]
+    assert row.against is not None
+    (decision,) = decide([row.against], [0.5])
+    assert isinstance(decision, Decision)
+    assert (decision.verdict, decision.p, decision.p_equivalence) == ("undecided", 1.0, 1.0)
+    assert point(1.0, 2.0).interval is not None
