@@ -265,7 +265,7 @@ def test_list_shows_kinds_sources_and_options(capsys):
 
 def test_list_shows_the_ready_made_studies_where_they_are_asked_for(capsys):
     out = printed(capsys, "list", "studies")
-    assert "A first look" in out and "lstm" not in out
+    assert "A first look" in out and "\nlstm" not in out
     data = json.loads(printed(capsys, "list", "cells", "studies", "--json"))
     assert list(data) == ["cells", "studies"]
     assert [entry["name"] for entry in data["studies"]] == presets.names()

@@ -15,6 +15,7 @@ PAPER = {  # task, length, hidden_size, batch_size, steps, optimizer, k
     "paper-adding": ("adding", 100, 60, 50, 20_000, {"kind": "rmsprop", "lr": 1e-3, "momentum": 0.0}, 25),
     "paper-copying": ("copying", 100, 68, 128, 4000, {"kind": "rmsprop", "lr": 2e-4, "momentum": 0.9}, 45),
     "paper-denoise": ("denoise", 100, 68, 128, 4000, {"kind": "rmsprop", "lr": 2e-4, "momentum": 0.9}, 45),
+    "paper-denoise-200": ("denoise", 200, 68, 128, 4000, {"kind": "rmsprop", "lr": 2e-4, "momentum": 0.9}, 45),
     "charlm": ("charlm", None, 200, 32, 1000, {"kind": "adam", "lr": 1e-2}, 20),
 }
 
@@ -26,8 +27,12 @@ def planned(name):
 @pytest.mark.parametrize("name", presets.names())
 def test_a_ready_made_study_is_one_and_is_called_by_its_name(name):
     plan = planned(name)
-    assert plan.name == name and list(plan.axes) == ["norm", "window"]
-    assert {trial.trial["model"]["init"] for trial in plan.trials} == {"paper"}
+    assert plan.name == name
+    if name != "plain-lstm":
+        assert list(plan.axes) == ["norm", "window"] and plan.baseline == {"window": "1"}
+        assert {trial.trial["model"]["init"] for trial in plan.trials} == {"paper"}
+    if name != "quick":
+        assert plan.study["endpoint"] == "final" and plan.study["margin"] > 0, "what decides is declared beforehand"
     assert all(trial.trial["train"]["eval_every"] * 8 <= trial.trial["train"]["steps"] for trial in plan.trials)
 
 
@@ -44,12 +49,26 @@ def test_a_paper_study_has_the_setting_of_the_paper(name):
         assert trial["train"]["optimizer"].items() >= optimizer.items()
 
 
+def test_paper_charlm_does_what_the_authors_code_does():
+    trials = [each.trial for each in planned("paper-charlm").trials]
+    options = {"carry": "none", "segment": 220, "segment_deviation": 5.0, "segment_halved": 0.05, "embedding_init": 0.1}
+    for trial in trials:
+        assert trial["task"].items() >= {**options, "evaluation_streams": 10, "embedding": 200}.items()
+        assert trial["train"].items() >= {"batch_size": 32, "clip": 3.0, "steps": 109_000}.items()
+        assert trial["train"]["optimizer"].items() >= {"kind": "adam", "lr": 1e-2}.items()
+
+
+def test_the_plain_lstm_is_offered_with_every_start():
+    starts = {(t.trial["model"]["init"], t.trial["model"]["forget_bias"]) for t in planned("plain-lstm").trials}
+    assert starts == {("torch", None), ("torch", 1.0), ("paper", None), ("paper", 1.0)}
+
+
 def test_every_file_of_the_folder_is_a_study():
     files = resources.files("atn_norms.ablation.grid") / "studies"
-    assert sorted(file.name for file in files.iterdir() if not file.name.startswith("_")) == [
+    assert {file.name for file in files.iterdir() if not file.name.startswith("_")} == {
         f"{name}.yaml" for name in presets.names()
-    ]
-    assert set(PAPER) | {"quick"} == set(presets.names())
+    }
+    assert set(PAPER) | {"quick", "paper-charlm", "plain-lstm"} == set(presets.names())
 
 
 def test_an_unknown_study_is_named_with_what_there_is():

@@ -278,7 +278,7 @@ def _report(
     from atn_norms.ablation.report.sentences import verdict_line
 
     found = findings(record, reach)
-    page, *others = write(found, out or folder / "report", formats=formats or FORMATS)
+    page, *others = write(found, out or folder / "report", reach, formats or FORMATS)
     results = table(found)
     if as_json:
         files = [str(path) for path in (page, *others)]

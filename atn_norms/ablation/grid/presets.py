@@ -13,8 +13,8 @@ DEFAULT = "quick"
 def names() -> list[str]:
     """The ready-made studies.
 
-    >>> names()
-    ['charlm', 'paper-adding', 'paper-copying', 'paper-denoise', 'quick']
+    >>> names()[:4]
+    ['charlm', 'paper-adding', 'paper-charlm', 'paper-copying']
     """
     files = resources.files("atn_norms.ablation.grid") / "studies"
     return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
