@@ -1,4 +1,4 @@
-"""What every test and every executed example shares: one torch thread, hypothesis profiles, and sybil."""
+"""Shared set-up of every test and executed example: one torch thread, hypothesis profiles, and sybil."""
 
 import os
 
@@ -8,6 +8,7 @@ import doctest
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,27 @@ from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 torch.set_num_threads(1)
-# Started in a shell's background, all of us would ignore Ctrl-C, and what tests start and interrupt would never end.
+# A shell's background process ignores Ctrl-C, and so would the processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 slow_to_draw = [HealthCheck.too_slow]
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25, suppress_health_check=slow_to_draw)
 settings.register_profile("deep", deadline=None, max_examples=500, suppress_health_check=slow_to_draw)
 settings.load_profile("ci")
+
+
+BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, default=None, metavar="SECONDS", help="skip tests that start after SECONDS")
+
+
+def pytest_runtest_setup(item):
+    """Skip what starts after the time budget: long searches run while they fit, and the count of skips is reported."""
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - BEGIN > budget:
+        pytest.skip(f"not started within {budget:g} s")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +50,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def example_folder(tmp_path_factory):
-    """The examples of a document write their files into one folder of their own."""
+    """Give the examples of a document one folder for their files."""
     here, folder = Path.cwd(), tmp_path_factory.mktemp("example")
     os.chdir(folder)
     yield folder
