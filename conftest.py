@@ -32,7 +32,7 @@ BEGIN = time.monotonic()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--budget", type=float, default=None, metavar="SECONDS", help="skip tests that start after SECONDS")
+    parser.addoption("--budget", type=float, default=None, metavar="SECONDS", help="skip what starts later")
 
 
 def pytest_runtest_setup(item):
