@@ -1,36 +1,192 @@
-"""What is wrong with a specification, said so that it can be mended: where, what, what is allowed, what is nearest."""
+"""Errors of a specification as records, with one function that builds their text.
+
+position: path: got X; expected Y; did you mean Z? A further sentence, such as the command that fixes it.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString, TypeAlias, cast
 
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
-WORDS = re.compile(r"must be a valid (dictionary|tuple|list)\b")
+Keys: TypeAlias = "tuple[str | int, ...]"
+
+EXPECTED = {  # pydantic's type of an error -> the expected value, with pydantic's context filled in
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "an integer",
+    "int_type": "an integer",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "mapping_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "model_type": "a mapping",
+    "none_required": "null",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least {min_length} characters",
+    "string_type": "text",
+    "too_long": "at most {max_length} entries",
+    "too_short": "at least {min_length} entries",
+    "tuple_type": "a list",
+}
+WHOLE_PATH = ("missing", "unknown_key", "unknown_kind", "disputed_kind")  # errors at a key that the data does not hold
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault in a specification; `str` gives its message.
+
+    | field | meaning |
+    |---|---|
+    | `path` | keys and indices of the option; empty where no option is concerned |
+    | `got`, `expected` | the value and what is allowed, as phrases; empty where there is none |
+    | `nearest` | the valid name closest to the value, or None |
+    | `position` | `file`, or `file:line:column`; empty where there is no file |
+    | `detail` | a further sentence, such as the command that fixes it |
+    | `code` | kind of fault for programs: `unknown_key`, `unknown_kind`, `missing`, or pydantic's type of the error |
+
+    >>> print(Problem(("norm", "eps"), "-1", "at least 0", position="model.yaml:3:9"))
+    model.yaml:3:9: norm.eps: got -1; expected at least 0
+    """
+
+    path: Keys = ()
+    got: str = ""
+    expected: str = ""
+    nearest: str | None = None
+    position: str = ""
+    detail: str = ""
+    code: str = ""
+
+    def below(self, *keys: str | int) -> Problem:
+        """Return the problem with keys put before its path."""
+        return replace(self, path=(*keys, *self.path))
+
+    def __str__(self) -> str:
+        return message(self)
+
+
+def message(problem: Problem) -> str:
+    """Build the text of a problem: `position: path: got X; expected Y; did you mean Z? Detail`."""
+    parts = [f"{word} {text}" for word, text in (("got", problem.got), ("expected", problem.expected)) if text]
+    body = "; ".join(parts) + (_suggestion(problem.nearest) if parts else "")
+    if body and problem.detail:
+        body += f"{'' if body.endswith('?') else '.'} {problem.detail}"
+    return ": ".join(filter(None, [problem.position, brief(dotted(problem.path)), body or problem.detail]))
+
+
+def _suggestion(match: str | None) -> str:
+    return "" if match is None else f"; did you mean {match!r}?"
 
 
 class SpecError(ValueError):
-    """Say what is wrong with a specification, one located problem a line.
+    """Report faults of a specification, each a `Problem`; the text has one line for each.
 
-    >>> print(SpecError(["norm.eps: must be positive, got -1", "window: must be at least 1, got 0"]))
-    norm.eps: must be positive, got -1
-    window: must be at least 1, got 0
+    `path` is a dotted path or a tuple of keys; the other fields are those of `Problem`, and of the first problem where
+    `of` collects several. A single argument is a whole sentence (`detail`). Instances can be pickled.
+
+    >>> error = SpecError("train.batch_size", got="64", expected="1 to 32")
+    >>> str(error), error.path
+    ('train.batch_size: got 64; expected 1 to 32', ('train', 'batch_size'))
+    >>> SpecError("norm", got="'laier'", expected="one of batch, layer, rms", nearest="layer").nearest
+    'layer'
     """
 
-    def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        super().__init__("\n".join(self.problems))
+    def __init__(
+        self,
+        path: str | Keys = "",
+        got: str = "",
+        expected: str = "",
+        nearest: str | None = None,
+        position: str = "",
+        *,
+        detail: str = "",
+    ) -> None:
+        if isinstance(path, str) and not (got or expected or position or detail):
+            path, detail = "", path
+        keys = tuple(path.split(".")) if isinstance(path, str) and path else tuple(path)
+        self._set((Problem(keys, got, expected, nearest, position, detail),))
 
-    def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[str, ...]]]:
-        return type(self), (self.problems,)
+    @classmethod
+    def of(cls, problems: Iterable[Problem | str]) -> SpecError:
+        """Collect several problems, or whole sentences, in one error.
+
+        >>> SpecError.of([Problem(("a",), "1", "2"), Problem(("b",), "3", "4")]).problems[1].path
+        ('b',)
+        """
+        error = cls.__new__(cls)
+        error._set(tuple(Problem(detail=each) if isinstance(each, str) else each for each in problems))
+        return error
+
+    def _set(self, problems: tuple[Problem, ...]) -> None:
+        self.problems = problems
+        ValueError.__init__(self, "\n".join(map(str, problems)))
+
+    @property
+    def path(self) -> Keys:
+        """Keys of the first problem's option."""
+        return self.problems[0].path
+
+    @property
+    def got(self) -> str:
+        """Value of the first problem, as a phrase."""
+        return self.problems[0].got
+
+    @property
+    def expected(self) -> str:
+        """Allowed values of the first problem, as a phrase."""
+        return self.problems[0].expected
+
+    @property
+    def nearest(self) -> str | None:
+        """Valid name closest to the first problem's value, or None."""
+        return self.problems[0].nearest
+
+    @property
+    def position(self) -> str:
+        """File position of the first problem, or an empty text."""
+        return self.problems[0].position
+
+    def __reduce__(self) -> Any:
+        return type(self).of, (self.problems,)
+
+
+def unknown(
+    what: str, word: object, choices: Sequence[str], *, path: Keys = (), nearest_of: Iterable[str] | None = None
+) -> Problem:
+    """Describe a word that is none of the choices; `nearest_of` are the words to suggest from.
+
+    >>> print(unknown("normalizer", "laier", ["batch", "layer"], path=("norm",)))
+    norm: got unknown normalizer 'laier'; expected one of batch, layer; did you mean 'layer'?
+    """
+    near = nearest(word, choices if nearest_of is None else nearest_of)
+    return Problem(path, f"unknown {what} {short_repr(word)}", one_of(choices), near)
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """Render the allowed words: `one of a, b`.
+
+    >>> one_of(["a", "b"]), one_of([])
+    ('one of a, b', 'none')
+    """
+    words = ", ".join(choices)
+    return f"one of {words}" if words else "none"
 
 
 def nearest(word: object, choices: Iterable[str]) -> str | None:
-    """Name the choice most like a word, or None when none is like it.
+    """Return the choice closest to a word, or None where none is close.
 
     >>> nearest("laier", ["batch", "layer", "rms"]), nearest("?", ["batch"])
     ('layer', None)
@@ -41,21 +197,25 @@ def nearest(word: object, choices: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
-    """Render the nearest match as the tail of a message: `; nearest: 'layer'`, or nothing."""
-    match = nearest(word, choices)
-    return "" if match is None else f"; nearest: {match!r}"
+    """Render the nearest match as the end of a message: `; did you mean 'layer'?`, or nothing."""
+    return _suggestion(nearest(word, choices))
+
+
+def nearest_file(path: Path) -> str | None:
+    """Return the name in the folder of a missing file that is closest to its own, or None."""
+    try:
+        return nearest(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return None
 
 
 def beside(path: Path) -> str:
-    """Render the name most like that of a missing file or folder, of what lies beside it, as `hint` does."""
-    try:
-        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
-    except OSError:
-        return ""
+    """Render `nearest_file` as the end of a message."""
+    return _suggestion(nearest_file(path))
 
 
 def short_repr(value: object, most: int = 60) -> str:
-    """Write a value as Python does, shortened where it is long.
+    """Return `repr(value)`, shortened where it is long.
 
     >>> short_repr("layer"), len(short_repr("x" * 1000))
     ("'layer'", 60)
@@ -64,63 +224,16 @@ def short_repr(value: object, most: int = 60) -> str:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits, which Python refuses to write
         return "a number of thousands of digits"
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def to_spec_error(
-    error: ValidationError, where: Callable[[tuple[Any, ...]], str] | None = None, data: Any = None
-) -> SpecError:
-    """Turn pydantic's error into a SpecError: one line a problem, `place: path: what is wrong, got value`.
-
-    Symbols: `where` path -> place (such as `study.yaml:3:7`); `data` the validated mapping, which tells a path's
-    steps from the labels pydantic adds for the branches of a union, so that branches become one line.
-    """
-    lines: dict[tuple[Any, ...], list[str]] = {}
-    for line in error.errors(include_url=False):
-        path, said = located(line, data)
-        if data is not None and line["type"] not in ("missing", "unknown_key", "unknown_kind"):
-            path = _inside(path, data)
-        lines.setdefault(path, []).append(said)
-    problems = []
-    for path, sentences in lines.items():
-        place = where(path) if where is not None else ""
-        parts = [place, brief(dotted(path)), ", or ".join(dict.fromkeys(sentences))]
-        problems.append(": ".join(part for part in parts if part))
-    return SpecError(problems)
-
-
-def located(line: Any, data: Any) -> tuple[tuple[Any, ...], str]:
-    """Where a line of pydantic's error belongs, and what it says.
-
-    A check of several options says which one it blames by starting with it (`window: ...`); where `data` holds that
-    option, it is the place.
-    """
-    path, said = line["loc"], sentence(line)
-    if line["type"] == "value_error" and data is not None:
-        names, rest = blamed(said)
-        inner = (*path, *names)
-        if names and _inside(inner, data) == inner:
-            return inner, rest
-    return path, said
-
-
-def blamed(said: str) -> tuple[tuple[str, ...], str]:
-    """The option that a sentence begins with, as a path, and the rest; the empty path where it begins with none.
-
-    >>> blamed("train.batch_size: too large"), blamed("too large")
-    ((('train', 'batch_size'), 'too large'), ((), 'too large'))
-    """
-    found = re.match(r"(\w+(?:\.[\w-]+)*): ", said)
-    return (tuple(found[1].split(".")), said[found.end() :]) if found else ((), said)
+    return brief(text, most)
 
 
 def brief(text: str, most: int = 120) -> str:
-    """Shorten a text that is long."""
+    """Shorten a long text."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """Write a path as a user would: `axes.norm[0].eps`.
+    """Write a path as in a message: `axes.norm[0].eps`.
 
     >>> dotted(("axes", "norm", 0, "eps"))
     'axes.norm[0].eps'
@@ -129,7 +242,55 @@ def dotted(path: Iterable[Any]) -> str:
     return text.removeprefix(".")
 
 
-def _inside(path: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
+def to_spec_error(
+    error: ValidationError, where: Callable[[tuple[Any, ...]], str] | None = None, data: Any = None
+) -> SpecError:
+    """Turn pydantic's error into a `SpecError` with one problem for each path.
+
+    | symbol | meaning |
+    |---|---|
+    | `where` | path -> position, such as `study.yaml:3:7` |
+    | `data` | the validated mapping, which separates keys from the labels that pydantic adds for branches of a union |
+    """
+    by_path: dict[Keys, list[Problem]] = {}
+    for problem in problems_of(error, data):
+        by_path.setdefault(problem.path, []).append(problem)
+    merged = [_merged(problems) for problems in by_path.values()]
+    return SpecError.of(p if where is None else replace(p, position=where(p.path)) for p in merged)
+
+
+def problems_of(error: ValidationError, data: Any = None) -> list[Problem]:
+    """Return the problems of pydantic's error; `data` as in `to_spec_error`."""
+    return [
+        problem.below(*(line["loc"] if data is None or line["type"] in WHOLE_PATH else _inside(line["loc"], data)))
+        for line in error.errors(include_url=False)
+        for problem in _of_line(line)
+    ]
+
+
+def pydantic_error(problem: Problem) -> PydanticCustomError:
+    """Wrap a problem, with a path relative to the field, for pydantic; `problems_of` returns it unchanged."""
+    # The text travels as a value, never as the template: it may hold braces that a user typed.
+    context = {"message": message(problem), "problem": problem}
+    return PydanticCustomError(cast(LiteralString, problem.code or "spec"), "{message}", context)
+
+
+def _number(limit: Any) -> Any:
+    return int(limit) if isinstance(limit, float) and limit.is_integer() and abs(limit) < 1e15 else limit
+
+
+def _merged(problems: Sequence[Problem]) -> Problem:
+    """Join the problems of one path, such as those of every branch of a union."""
+    first = problems[0]
+    expected, details = (
+        list(dict.fromkeys(filter(None, texts)))
+        for texts in ([p.expected for p in problems], [p.detail for p in problems])
+    )
+    near = next((p.nearest for p in problems if p.nearest is not None), None)
+    return replace(first, expected=", or ".join(expected), detail="; ".join(details), nearest=near)
+
+
+def _inside(path: Keys, data: Any) -> Keys:
     for length, step in enumerate(path):
         try:
             data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]
@@ -138,16 +299,23 @@ def _inside(path: tuple[Any, ...], data: Any) -> tuple[Any, ...]:
     return path
 
 
-def sentence(line: Any) -> str:
-    """Say in our words what one line of pydantic's error says."""
-    if "message" in line.get("ctx", {}):
-        return line["ctx"]["message"]
-    if line["type"] == "missing":
-        return "required, and missing"
-    if line["type"] == "value_error":
-        return str(line["ctx"]["error"]).replace("\n", "; ")
-    message = re.sub(r"^(?:Input|String|Value) should", "must", line["msg"])
-    message = WORDS.sub(lambda match: f"must be a {'mapping' if match[1] == 'dictionary' else 'list'}", message)
+def _of_line(line: Any) -> Sequence[Problem]:
+    """Turn one line of pydantic's error into problems with paths below the line's own."""
+    kind, context = line["type"], line.get("ctx", {})
+    if "problem" in context:
+        return [context["problem"]]
+    if kind == "missing":
+        return [Problem(got="nothing", expected="a value", code=kind)]
+    if kind == "value_error":
+        cause = context["error"]
+        return (
+            cause.problems
+            if isinstance(cause, SpecError)
+            else [Problem(detail=str(cause).replace("\n", "; "), code=kind)]
+        )
     value = line["input"]
-    choices = re.findall(r"'([^']*)'", line["ctx"]["expected"]) if line["type"] == "literal_error" else []
-    return f"{message}, got {short_repr(value)}{did_you_mean(value, choices) if isinstance(value, str) else ''}"
+    if kind not in EXPECTED:
+        return [Problem(got=short_repr(value), expected=line["msg"][:1].lower() + line["msg"][1:], code=kind)]
+    expected = EXPECTED[kind].format_map({name: _number(limit) for name, limit in context.items()})
+    choices = re.findall(r"'([^']*)'", expected) if kind == "literal_error" and isinstance(value, str) else []
+    return [Problem(got=short_repr(value), expected=expected, nearest=nearest(value, choices), code=kind)]

@@ -18,7 +18,7 @@ from typing import Any
 import pluggy
 
 from atn_norms import __version__
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import did_you_mean, one_of
 from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, registry
 
 PROJECT = "atn_norms"  # of pluggy, and the group of entry points
@@ -302,11 +302,11 @@ def _refuse_misspelt(plugin: Any) -> None:
             hook = options.get("specname") or name
             if hook not in hooks and not options.get("optionalhook"):
                 raise PluginError(
-                    f"implements an unknown hook {name!r}; known: {', '.join(hooks)}{did_you_mean(name, hooks)}"
+                    f"implements an unknown hook {name!r}; expected {one_of(hooks)}{did_you_mean(name, hooks)}"
                 )
             implemented.append(hook)
         elif name.startswith("atn_norms_") and _is_own_function(function, plugin):
-            known = f"known: {', '.join(hooks)}{did_you_mean(name, hooks)}"
+            known = f"expected one of {', '.join(hooks)}{did_you_mean(name, hooks)}"
             raise PluginError(f"has a function {name!r} that lacks `@atn_norms.hookimpl`, so it does nothing; {known}")
     if not implemented:
         raise PluginError("implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register(registry)`")

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, LiteralString, TypeVar, cast, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -22,15 +22,28 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 
-from atn_norms.errors import SpecError, did_you_mean, dotted, nearest, sentence, short_repr, to_spec_error
+from atn_norms.errors import (
+    Problem,
+    SpecError,
+    did_you_mean,
+    dotted,
+    nearest,
+    one_of,
+    problems_of,
+    pydantic_error,
+    short_repr,
+    to_spec_error,
+    unknown,
+)
 
 __all__ = [
     "FAMILIES",
     "Entry",
     "KindField",
     "Options",
+    "Problem",
     "Registry",
     "Source",
     "SpecError",
@@ -43,11 +56,6 @@ __all__ = [
 ]
 
 FAMILIES = ("normalizer", "window", "cell", "task")
-
-
-def _problem(code: str, message: str) -> PydanticCustomError:
-    # The message travels as a value, never as the template: it may hold braces that a user typed.
-    return PydanticCustomError(cast(LiteralString, code), "{message}", {"message": message})
 
 
 def _list_to_tuple(value: object) -> object:
@@ -91,7 +99,7 @@ class Options(BaseModel):
     ...     Blur.model_validate({"size": 3})
     ... except ValidationError as error:
     ...     print(to_spec_error(error))
-    size: unknown key; known: sizes; nearest: 'sizes'
+    size: got an unknown key; expected one of sizes; did you mean 'sizes'?
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -109,26 +117,34 @@ class Options(BaseModel):
         if not unknown:
             return handler(data)
         problems = [
-            InitErrorDetails(
-                type=_problem("unknown_key", f"unknown key; known: {', '.join(known) or 'none'}{cls.nearest_key(key)}"),
-                loc=(key if type(key) in (str, int) else str(key),),
-                input=data[key],
+            Problem(
+                (key if type(key) in (str, int) else str(key),),
+                "an unknown key",
+                one_of(known),
+                cls.nearest_key(key),
+                code="unknown_key",
             )
             for key in unknown
         ]
-        try:  # the other problems are worth telling at the same time
+        try:  # report the other problems at the same time
             handler({key: value for key, value in data.items() if key in known})
         except ValidationError as error:
-            problems += [
-                InitErrorDetails(type=_problem(line["type"], sentence(line)), loc=line["loc"], input=line["input"])
-                for line in error.errors(include_url=False)
-            ]
-        raise ValidationError.from_exception_data(cls.__name__, problems)
+            problems += problems_of(error)
+        raise invalid(cls.__name__, problems)
 
     @classmethod
-    def nearest_key(cls, key: object) -> str:
-        """What is nearest to an unknown key, as the tail of a message; a model may know of places outside itself."""
-        return did_you_mean(key, cls.model_fields)
+    def nearest_key(cls, key: object) -> str | None:
+        """Return the valid key closest to an unknown one; a model may suggest keys of other sections."""
+        return nearest(key, cls.model_fields)
+
+
+def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:
+    """Build pydantic's error from problems; raised in a validator, pydantic puts the outer path before each."""
+    details = [
+        InitErrorDetails(type=pydantic_error(replace(problem, path=())), loc=problem.path, input=None)
+        for problem in problems
+    ]
+    return ValidationError.from_exception_data(title, details)
 
 
 SpecType = TypeVar("SpecType", bound=type[Options])
@@ -175,7 +191,7 @@ class Registry:
     >>> own.lookup("normalizer", "identiti")
     Traceback (most recent call last):
     ...
-    atn_norms.errors.SpecError: unknown normalizer 'identiti'; known: identity; nearest: 'identity'
+    atn_norms.errors.SpecError: got unknown normalizer 'identiti'; expected one of identity; did you mean 'identity'?
     """
 
     def __init__(self, loader: str | None = None) -> None:
@@ -226,10 +242,10 @@ class Registry:
         if len(entries) == 1:
             return entries[0].spec
         if entries:
-            raise SpecError(disputed(family, kind, entries))
-        known = [*self.kinds(family), *besides]
-        near = did_you_mean(kind, known) or "; another package's are known once it is installed"
-        raise SpecError(f"unknown {family} {short_repr(kind)}; known: {', '.join(known) or 'none'}{near}")
+            raise SpecError.of([Problem(detail=disputed(family, kind, entries), code="disputed_kind")])
+        problem = unknown(family, kind, [*self.kinds(family), *besides])
+        install = "" if problem.nearest else f"Install the package that has the {family}."
+        raise SpecError.of([replace(problem, detail=install, code="unknown_kind")])
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -243,9 +259,7 @@ class Registry:
 
     def _of(self, family: str) -> dict[str, list[Entry]]:
         if family not in FAMILIES:
-            raise SpecError(
-                f"unknown family {short_repr(family)}; known: {', '.join(FAMILIES)}{did_you_mean(family, FAMILIES)}"
-            )
+            raise SpecError.of([unknown("family", family, FAMILIES)])
         self.load()
         return self._claims[family]
 
@@ -349,28 +363,23 @@ class KindField:
             return self._model(value, (), ["none"] if nullable else []).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        got = f"{type(value).__name__} {short_repr(value)}"
-        wanted = f"must be a {self.family}'s kind, a mapping or a spec, got {got}"
-        raise _problem("spec_type", f"{wanted}; {self._known()}")
+        expected = f"a {self.family}'s kind ({self._known()}), a mapping or a spec"
+        raise pydantic_error(Problem(got=f"{type(value).__name__} {short_repr(value)}", expected=expected))
 
     def _accepts(self, value: Any, nullable: bool) -> bool:
         return (value is None and nullable) or (isinstance(value, Options) and value.family == self.family)
 
     def _known(self) -> str:
-        return f"known: {', '.join(self.source.kinds(self.family)) or 'none'}"
+        return one_of(self.source.kinds(self.family))
 
     def _model(self, kind: Any, loc: tuple[str, ...], besides: Sequence[str] = ()) -> type[Options]:
-        if kind is _MISSING:
-            problem = f"missing: a mapping for a {self.family} names its kind; {self._known()}"
-        elif not isinstance(kind, str):
-            problem = f"must be a {self.family}'s name, got {type(kind).__name__} {short_repr(kind)}; {self._known()}"
-        else:
+        if isinstance(kind, str):
             try:
                 return self.source._lookup(self.family, kind, besides)
             except SpecError as error:
-                problem = str(error)
-        details = InitErrorDetails(type=_problem("unknown_kind", problem), loc=loc, input=kind)
-        raise ValidationError.from_exception_data(self.family, [details])
+                raise invalid(self.family, [replace(problem, path=loc) for problem in error.problems]) from None
+        got = "nothing" if kind is _MISSING else f"{type(kind).__name__} {short_repr(kind)}"
+        raise invalid(self.family, [Problem(loc, got, f"a {self.family}'s kind: {self._known()}", code="unknown_kind")])
 
     def _json_schema(self, handler: GetJsonSchemaHandler, nullable: bool) -> JsonSchemaValue:
         kinds = self.source.kinds(self.family)

@@ -8,12 +8,13 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from atn_norms.errors import SpecError, beside, dotted, short_repr, to_spec_error
+from atn_norms.errors import Problem, SpecError, dotted, nearest_file, short_repr, to_spec_error, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,8 @@ def build(
 ) -> Recurrent:
     """Build a layer from a mapping, a YAML, JSON or TOML file, or a `LayerSpec`.
 
-    Errors: `SpecError` (a `ValueError`) naming path, value, what is allowed and what is nearest, and `file:line:column`
-    where the source is a file (TOML: the file).
+    Errors: `SpecError` (a `ValueError`) with path, value, expected and nearest value, and the position
+    `file:line:column` where the source is a file (TOML: the file).
 
     >>> layer = build({"cell": "gru", "input_size": 2, "hidden_size": 3, "norm": "layer", "window": 5})
     >>> layer.hidden_size
@@ -45,8 +46,8 @@ def build(
     >>> build({"cell": "gru", "input_size": 2, "hidden_sise": 3})
     Traceback (most recent call last):
     ...
-    atn_norms.errors.SpecError: hidden_sise: unknown key; known: ...; nearest: 'hidden_size'
-    hidden_size: required, and missing
+    atn_norms.errors.SpecError: hidden_sise: got an unknown key; expected one of ...; did you mean 'hidden_size'?
+    hidden_size: got nothing; expected a value
     """
     from atn_norms.layers import LayerSpec
 
@@ -63,7 +64,8 @@ def build(
     try:
         return spec.build(device=device, dtype=dtype)
     except ValueError as error:  # what only building can find out, such as a size too large, belongs to the file too
-        raise SpecError(f"{os.fspath(source)}: {error}") from error
+        problems = error.problems if isinstance(error, SpecError) else [Problem(detail=str(error))]
+        raise SpecError.of(replace(problem, position=os.fspath(source)) for problem in problems) from error
 
 
 def validate(model_class: type[Model], data: Any, where: Where | None = None) -> Model:
@@ -75,16 +77,16 @@ def validate(model_class: type[Model], data: Any, where: Where | None = None) ->
     >>> validate(Blur, {"size": "3"}, lambda path: "blur.yaml:1:1")
     Traceback (most recent call last):
     ...
-    atn_norms.errors.SpecError: blur.yaml:1:1: size: must be a valid integer, got '3'
+    atn_norms.errors.SpecError: blur.yaml:1:1: size: got '3'; expected an integer
     """
     try:
         return model_class.model_validate(data)
     except ValidationError as error:
         raise to_spec_error(error, where, data) from None  # pydantic's own rendering would only say it twice
     except (OverflowError, RecursionError) as error:  # what a check of ours cannot reckon with
-        place = where(()) if where is not None else ""
-        said = "nested too deeply" if isinstance(error, RecursionError) else f"a number is too large: {error}"
-        raise SpecError(": ".join(filter(None, [place, said]))) from None
+        position = where(()) if where is not None else ""
+        detail = "nested too deeply" if isinstance(error, RecursionError) else f"a number is too large: {error}"
+        raise SpecError(position=position, detail=detail) from None
 
 
 def schema(model_class: type[BaseModel]) -> dict[str, Any]:
@@ -164,7 +166,8 @@ def to_yaml(value: Any) -> str:
 def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".json": _read_json, ".toml": _read_toml}
     if file.suffix.lower() not in readers:
-        raise SpecError(f"{file}: unknown kind of file {file.suffix!r}; known: {', '.join(readers)}")
+        kind = unknown("kind of file", file.suffix, list(readers))
+        raise SpecError.of([replace(kind, position=str(file))])
     return readers[file.suffix.lower()]
 
 
@@ -172,7 +175,7 @@ def _parsed(text: str, file: Path, reader: Callable[[str], tuple[Any, Locate]]) 
     data, locate = _guarded(lambda: reader(text), lambda position: _place(file, position))
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
-        raise SpecError(f"{file}: must hold a mapping (key: value), holds {found}")
+        raise SpecError(position=str(file), got=found, expected="a mapping (key: value)")
     return data, lambda place: _place(file, locate(place))
 
 
@@ -180,11 +183,11 @@ def _guarded(reading: Callable[[], Any], place: Callable[[Position | None], str]
     try:
         return reading()
     except _Misplaced as error:
-        raise SpecError(f"{place(error.position)}: {error}") from None
+        raise SpecError(position=place(error.position), detail=str(error)) from None
     except RecursionError:
-        raise SpecError(f"{place(None)}: nested too deeply") from None
+        raise SpecError(position=place(None), detail="nested too deeply") from None
     except ValueError as error:  # such as an integer of thousands of digits, which Python refuses to read
-        raise SpecError(f"{place(None)}: {error}") from None
+        raise SpecError(position=place(None), detail=str(error)) from None
 
 
 class _Misplaced(Exception):
@@ -203,16 +206,20 @@ def _text(file: Path) -> str:
     try:
         raw = file.read_bytes()
     except FileNotFoundError:
-        raise SpecError(f"{file}: no such file{beside(file)}") from None
+        near = nearest_file(file)
+        raise SpecError(position=str(file), got="no such file", expected="a file", nearest=near) from None
     except OSError as error:
-        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+        raise SpecError(position=str(file), got=str(error.strerror), expected="a readable file") from None
     except ValueError as error:  # the system's names hold no zero character
-        raise SpecError(f"{short_repr(str(file))}: no file can be called so: {error}") from None
+        raise SpecError(
+            position=short_repr(str(file)), got=str(error), expected="a name that a file can have"
+        ) from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8-sig")
-        raise SpecError(f"{_place(file, _position(before, len(before)))}: not UTF-8 text") from None
+        position = _place(file, _position(before, len(before)))
+        raise SpecError(position=position, got="bytes that are not UTF-8", expected="UTF-8 text") from None
 
 
 def _position(text: str, index: int) -> Position:

@@ -85,7 +85,7 @@ def test_a_ready_made_study_runs_by_its_name(tmp_path, monkeypatch, capsys):
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["task"] == "copying"
     assert main(["ablate", "paper-coping"]) == 2
-    assert "nearest: 'paper-copying'" in capsys.readouterr().err
+    assert "did you mean 'paper-copying'?" in capsys.readouterr().err
 
 
 def test_a_ready_made_study_is_written_out_to_be_edited(tmp_path, monkeypatch, capsys):

@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from atn_norms.registry import KindField, Options, Registry, Source, SpecError, dotted, nearest, to_spec_error
+from atn_norms.registry import KindField, Options, Problem, Registry, Source, SpecError, dotted, nearest, to_spec_error
 
 own = Registry()
 
@@ -71,34 +71,49 @@ class Layer(Options):
 def said(data: dict[Any, Any]) -> list[str]:
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate(data)
-    return list(to_spec_error(caught.value, data=data).problems)
+    return [str(problem) for problem in to_spec_error(caught.value, data=data).problems]
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"size": True}, "size: must be a valid integer, got True"),
-        ({"size": "3"}, "size: must be a valid integer, got '3'"),
-        ({"size": 3.0}, "size: must be a valid integer, got 3.0"),
-        ({"size": 1, "scale": float("nan")}, "scale: must be a finite number, got nan"),
-        ({"size": 1, "scale": 10**400}, "scale: must be a valid number, got 1" + 56 * "0" + "..."),
-        ({}, "size: required, and missing"),
-        ({"size": 1, "placement": {"sum": "joined"}}, "must be 'separate' or 'joint', got 'joined'; nearest: 'joint'"),
-        ({"size": 1, "norm": "plane"}, "norm: unknown normalizer 'plane'; known: group, plain, none; nearest: 'plain'"),
-        ({"size": 1, "norm": {"kind": "?"}}, "norm.kind: unknown normalizer '?'; known: group, plain"),
-        ({"size": 1, "norm": {"eps": 1.0}}, "norm.kind: missing: a mapping for a normalizer names its kind; known: "),
-        ({"size": 1, "norm": {"kind": 3}}, "norm.kind: must be a normalizer's name, got int 3; known: group, plain"),
-        ({"size": 1, "norm": 3}, "norm: must be a normalizer's kind, a mapping or a spec, got int 3; known: group"),
-        ({"size": 1, "window": "none"}, "window: unknown window 'none'; known: last"),
-        ({"size": 1, "norm": "group"}, "norm.groups: required, and missing"),
-        ({"size": 1, "norm": Last(steps=2)}, "norm: must be a normalizer's kind, a mapping or a spec, got Last"),
-        ({"size": 1, "window": 0}, "window: must be greater than or equal to 1, got 0"),
-        ({"size": 1, "window": None}, "window: must be a window's kind, a mapping or a spec, got NoneType None"),
-        ({"size": 1, "seeds": "x"}, "seeds: must be a valid integer, got 'x', or must be a list, got 'x'"),
-        ({"size": 1, "more": {"a"}}, "more: must be a list, got {'a'}"),
-        ({"size": 1, "more": ["plain", {"kind": "plain", "shape": [[1], [2, "3"]]}]}, "more[1].shape[1][1]: must be a"),
-        ({"size": 1, "n{0}rm": 2}, "n{0}rm: unknown key; known: norm, size, window, more, placement, seeds, scale"),
-        ({"size": 1, 7: 2}, "[7]: unknown key; known: norm, size"),
+        ({"size": True}, "size: got True; expected an integer"),
+        ({"size": "3"}, "size: got '3'; expected an integer"),
+        ({"size": 3.0}, "size: got 3.0; expected an integer"),
+        ({"size": 1, "scale": float("nan")}, "scale: got nan; expected a finite number"),
+        ({"size": 1, "scale": 10**400}, "scale: got 1" + 56 * "0" + "...; expected a number"),
+        ({}, "size: got nothing; expected a value"),
+        (
+            {"size": 1, "placement": {"sum": "joined"}},
+            "got 'joined'; expected 'separate' or 'joint'; did you mean 'joint'?",
+        ),
+        (
+            {"size": 1, "norm": "plane"},
+            "norm: got unknown normalizer 'plane'; expected one of group, plain, none; did you mean 'plain'?",
+        ),
+        ({"size": 1, "norm": {"kind": "?"}}, "norm.kind: got unknown normalizer '?'; expected one of group, plain"),
+        ({"size": 1, "norm": {"eps": 1.0}}, "norm.kind: got nothing; expected a normalizer's kind: one of "),
+        ({"size": 1, "norm": {"kind": 3}}, "norm.kind: got int 3; expected a normalizer's kind: one of group, plain"),
+        ({"size": 1, "norm": 3}, "norm: got int 3; expected a normalizer's kind (one of group, "),
+        ({"size": 1, "window": "none"}, "window: got unknown window 'none'; expected one of last"),
+        ({"size": 1, "norm": "group"}, "norm.groups: got nothing; expected a value"),
+        ({"size": 1, "norm": Last(steps=2)}, "norm: got Last "),
+        ({"size": 1, "window": 0}, "window: got 0; expected at least 1"),
+        (
+            {"size": 1, "window": None},
+            "window: got NoneType None; expected a window's kind (one of last), a mapping or a spec",
+        ),
+        ({"size": 1, "seeds": "x"}, "seeds: got 'x'; expected an integer, or a list"),
+        ({"size": 1, "more": {"a"}}, "more: got {'a'}; expected a list"),
+        (
+            {"size": 1, "more": ["plain", {"kind": "plain", "shape": [[1], [2, "3"]]}]},
+            "more[1].shape[1][1]: got '3'; expected an integer",
+        ),
+        (
+            {"size": 1, "n{0}rm": 2},
+            "n{0}rm: got an unknown key; expected one of norm, size, window, more, placement, seeds, scale",
+        ),
+        ({"size": 1, 7: 2}, "[7]: got an unknown key; expected one of norm, size"),
     ],
 )
 def test_an_error_names_place_value_choices_and_nearest(data, problem):
@@ -110,9 +125,9 @@ def test_errors_inside_a_late_bound_field_keep_their_path():
     """pydantic splices a ValidationError raised inside a validator at the outer location; we stand on it."""
     inner = {"kind": "group", "groups": 1.5, "inner": {"kind": "plain", "eps": -1.0, "shpae": []}}
     assert said({"size": 1, "norm": inner}) == [
-        "norm.groups: must be a valid integer, got 1.5",
-        "norm.inner.shpae: unknown key; known: kind, eps, shape; nearest: 'shape'",
-        "norm.inner.eps: must be greater than 0, got -1.0",
+        "norm.groups: got 1.5; expected an integer",
+        "norm.inner.shpae: got an unknown key; expected one of kind, eps, shape; did you mean 'shape'?",
+        "norm.inner.eps: got -1.0; expected a number above 0",
     ]
 
 
@@ -121,14 +136,14 @@ def test_all_problems_are_told_at_once_and_in_place():
         Layer.model_validate({"sise": 1, "norm": 3})
     error = to_spec_error(caught.value, where=lambda path: f"file:{len(path)}")
     assert [problem.split(";")[0] for problem in str(error).splitlines()] == [
-        "file:1: sise: unknown key",
-        "file:1: norm: must be a normalizer's kind, a mapping or a spec, got int 3",
-        "file:1: size: required, and missing",
+        "file:1: sise: got an unknown key",
+        "file:1: norm: got int 3",
+        "file:1: size: got nothing",
     ]
 
 
 def test_keywords_and_mappings_meet_the_same_wall():
-    with pytest.raises(ValidationError, match="unknown key; known: norm, size"):
+    with pytest.raises(ValidationError, match="got an unknown key; expected one of norm, size"):
         Layer(size=1, nrom="plain")  # pyright: ignore[reportCallIssue]
 
 
@@ -192,7 +207,7 @@ def test_registration_after_the_class_was_built_counts():
     class Holder(Options):
         norm: Annotated[Norm, KindField("normalizer", source=late)]
 
-    with pytest.raises(ValidationError, match="unknown normalizer 'plain'; known: none"):
+    with pytest.raises(ValidationError, match="got unknown normalizer 'plain'; expected none"):
         Holder.model_validate({"norm": "plain"})
     assert "plain" not in str(Holder.model_json_schema())
     late.normalizer(Plain)
@@ -288,7 +303,9 @@ def test_what_cannot_be_registered_says_why(spec, message):
 
 
 def test_an_unknown_family_is_named():
-    with pytest.raises(SpecError, match=r"unknown family 'normaliser'; known: .*; nearest: 'normalizer'"):
+    with pytest.raises(
+        SpecError, match=r"got unknown family 'normaliser'; expected one of .*; did you mean 'normalizer'?"
+    ):
         own.kinds("normaliser")
 
 
@@ -317,9 +334,41 @@ def test_paths_read_as_a_user_writes_them():
 def test_a_spec_error_survives_a_process_boundary():
     import pickle
 
-    error = pickle.loads(pickle.dumps(SpecError(["a", "b"])))
-    assert error.problems == ("a", "b")
-    assert str(error) == "a\nb"
+    problems = Problem(("a", 0), "1", "2", "two", "f.yaml:1:2", "Run it.", "code"), Problem(("b",), detail="no")
+    error = pickle.loads(pickle.dumps(SpecError.of(problems)))
+    assert error.problems == problems
+    assert str(error) == "f.yaml:1:2: a[0]: got 1; expected 2; did you mean 'two'? Run it.\nb: no"
+
+
+def test_an_error_of_the_specification_is_a_record():
+    """Programs read fields; a problem raised inside nested validators keeps them, below the outer path."""
+    with pytest.raises(ValidationError) as caught:
+        Layer.model_validate({"size": 1, "norm": {"kind": "group", "groups": 1, "inner": {"kind": "plane"}}})
+    error = to_spec_error(caught.value, where=lambda path: f"file:{len(path)}")
+    assert (error.path, error.expected, error.nearest) == (("norm", "inner", "kind"), "one of group, plain", "plain")
+    assert (error.got, error.position) == ("unknown normalizer 'plane'", "file:3")
+    assert error.problems[0].code == "unknown_kind"
+
+
+def test_a_check_of_several_options_names_the_one_it_refuses():
+    class Range(Options):
+        low: int
+        high: int
+
+        @model_validator(mode="after")
+        def _ordered(self):
+            if self.low > self.high:
+                raise SpecError("high", str(self.high), f"at least {self.low}")
+            return self
+
+    class Outer(Options):
+        inner: tuple[Range, ...]
+
+    data = {"inner": [{"low": 0, "high": 1}, {"low": 3, "high": 2}]}
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(data)
+    error = to_spec_error(caught.value, data=data)
+    assert error.path == ("inner", 1, "high") and str(error) == "inner[1].high: got 2; expected at least 3"
 
 
 def test_importing_the_registry_loads_no_torch_and_no_plugin():

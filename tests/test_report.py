@@ -618,7 +618,9 @@ def test_the_page_tells_how_soon_a_level_is_reached(tmp_path):
     for line, shown in zip(lines, record.trials, strict=True):
         first = [x["step"] for x in shown.curve if x["validation"] is not None and x["validation"] <= 0.1][:1]
         assert line["reached_at"] == "".join(map(str, first))
-    with pytest.raises(SpecError, match="--reach adding2: no task of this study; it has adding; nearest: 'adding'"):
+    with pytest.raises(
+        SpecError, match="--reach adding2: no task of this study; it has adding; did you mean 'adding'?"
+    ):
         report.write(record, tmp_path, {"adding2": 0.1})
 
 

@@ -88,16 +88,16 @@ def test_a_plateau_goes_on_from_its_state():
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        ("cosin", "schedule: unknown schedule 'cosin'; known: constant, linear, cosine, step, plateau; nearest: 'cos"),
+        ("cosin", "schedule: got unknown schedule 'cosin'; expected one of constant, linear, cosine, step, plateau; did you mean 'cos"),  # noqa: E501
         ({"kind": "plato"}, "unknown schedule 'plato'"),
         ({"kind": 3}, "unknown schedule 3"),
         (["cosine"], "schedule: must be a schedule's name or a mapping, got ['cosine']"),
-        ({"kind": "cosine", "warmpu": 3}, "schedule.warmpu: unknown key; known: kind, warmup, final; nearest: 'warm"),
-        ({"kind": "step"}, "schedule.every: required, and missing"),
-        ({"kind": "step", "every": 0}, "schedule.every: must be greater than or equal to 1"),
-        ({"kind": "linear", "final": 2.0}, "schedule.final: must be less than or equal to 1"),
-        ({"warmup": -1}, "schedule.warmup: must be greater than or equal to 0"),
-        ({"kind": "plateau", "by": 1.0}, "schedule.by: must be less than 1"),
+        ({"kind": "cosine", "warmpu": 3}, "schedule.warmpu: got an unknown key; expected one of kind, warmup, final; did you mean 'warm"),  # noqa: E501
+        ({"kind": "step"}, "schedule.every: got nothing; expected a value"),
+        ({"kind": "step", "every": 0}, "schedule.every: got 0; expected at least 1"),
+        ({"kind": "linear", "final": 2.0}, "schedule.final: got 2.0; expected at most 1"),
+        ({"warmup": -1}, "schedule.warmup: got -1; expected at least 0"),
+        ({"kind": "plateau", "by": 1.0}, "schedule.by: got 1.0; expected a number below 1"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_said_where_it_is(schedule, said):

@@ -244,7 +244,7 @@ def test_texts_that_cannot_be_used_are_named(tmp_path):
     short.write_text("too short")
     for path, said in [
         (missing, "No such file"),
-        (binary, r"not UTF-8 \(byte 3\)"),
+        (binary, r"not UTF-8 at byte 3"),
         (tmp_path, "without ptb.char.train.txt"),
     ]:
         with pytest.raises(SpecError, match=said) as caught:
@@ -256,12 +256,12 @@ def test_texts_that_cannot_be_used_are_named(tmp_path):
 
 def test_a_text_of_one_character_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 1000)
-    with pytest.raises(SpecError, match="a.txt repeats 'a'; two different characters are needed"):
+    with pytest.raises(SpecError, match="a.txt, which repeats 'a'; expected two different characters"):
         CharLMSpec(text=str(tmp_path / "a.txt")).build(0)
 
 
 def test_a_batch_larger_than_the_training_set_is_refused():
-    with pytest.raises(SpecError, match="train.batch_size: 21 sequences of a training set of 20"):
+    with pytest.raises(SpecError, match="train.batch_size: got 21 sequences of a training set of 20"):
         AddingSpec(length=4, train=20).build(0).batch(0, 21)
 
 

@@ -13,7 +13,7 @@ from atn_norms.backends.reference import Reference
 from atn_norms.backends.torch_nn import TorchNN
 from atn_norms.backends.triton import Triton
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import SpecError, unknown
 from atn_norms.pytree import Tree
 
 
@@ -70,7 +70,7 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
     backends = known()
     if name not in backends:
         names = ["auto", *backends]
-        raise ValueError(f"backend: unknown {name!r}; known: {', '.join(names)}{did_you_mean(name, names)}")
+        raise SpecError.of([unknown("backend", name, names, path=("backend",))])
     reason = backends[name].unsupported_reason(cell, weights)
     if reason is not None:
         raise ValueError(f"backend: {name!r} cannot run this layer: {reason}")

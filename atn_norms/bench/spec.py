@@ -73,7 +73,7 @@ def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _known_runners(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name not in (allowed := runners()):
-            raise ValueError(f"unknown {name!r}; known: {', '.join(allowed)}{did_you_mean(name, allowed)}")
+            raise ValueError(f"got unknown {name!r}; expected one of {', '.join(allowed)}{did_you_mean(name, allowed)}")
     return names
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
-from atn_norms.errors import did_you_mean, short_repr
+from atn_norms.errors import did_you_mean, short_repr, unknown
 
 if TYPE_CHECKING:
     from atn_norms.testing import CheckResult
@@ -69,7 +69,7 @@ def _family(kind: str, family: str | None) -> str:
 
     families = (*FAMILIES, BACKEND)
     if family is not None and family not in families:
-        choices = f"known: {', '.join(families)}{did_you_mean(family, families)}"
+        choices = f"expected one of {', '.join(families)}{did_you_mean(family, families)}"
         raise SpecError(f"--family: unknown family {short_repr(family)}; {choices}")
     kinds = {name: (*registry.kinds(name), *registry.conflicts(name)) for name in FAMILIES} | {BACKEND: tuple(known())}
     having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
@@ -77,9 +77,7 @@ def _family(kind: str, family: str | None) -> str:
         raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; say which with --family")
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
-        raise SpecError(
-            f"unknown {family or 'kind'} {short_repr(kind)}; known: {', '.join(choices)}{did_you_mean(kind, choices)}"
-        )
+        raise SpecError.of([unknown(family or "kind", kind, choices)])
     return having[0]
 
 

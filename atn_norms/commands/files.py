@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from atn_norms.errors import did_you_mean, short_repr
+from atn_norms.errors import unknown
 
 MODELINE = "# yaml-language-server: $schema={schema}\n"
 
@@ -57,9 +57,7 @@ def schema_text(what: str) -> str:
     elif what == "model":
         from atn_norms.layers import LayerSpec as described
     else:
-        raise SpecError(
-            f"unknown schema {short_repr(what)}; known: study, model{did_you_mean(what, ['study', 'model'])}"
-        )
+        raise SpecError.of([unknown("schema", what, ["study", "model"])])
     return json.dumps(schema(described), indent=2, ensure_ascii=False) + "\n"
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 import typer
 
 from atn_norms.commands.console import Json, Strict, at_home, print_json, print_table
-from atn_norms.errors import did_you_mean, short_repr
+from atn_norms.errors import unknown
 
 if TYPE_CHECKING:
     from atn_norms.registry import Options
@@ -33,9 +33,7 @@ def list_kinds(
     known = [*FAMILIES, STUDIES]
     for family in families or ():
         if family not in known:
-            raise SpecError(
-                f"unknown family {short_repr(family)}; known: {', '.join(known)}{did_you_mean(family, known)}"
-            )
+            raise SpecError.of([unknown("family", family, known)])
     chosen = {plural: FAMILIES[plural] for plural in (families or FAMILIES) if plural in FAMILIES}
     studies = _ready_made() if STUDIES in (families or ()) else []
     if as_json:

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from atn_norms.commands.console import at_home
-from atn_norms.errors import did_you_mean, short_repr
+from atn_norms.errors import short_repr, unknown
 
 LONGEST = 24  # characters of a name, so that no line that holds it grows too long
 NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
@@ -61,7 +61,7 @@ def new_plugin(
     from atn_norms.errors import SpecError
 
     if kind not in STARTS:
-        raise SpecError(f"--kind: unknown {short_repr(kind)}; known: {', '.join(STARTS)}{did_you_mean(kind, STARTS)}")
+        raise SpecError.of([unknown("kind", kind, list(STARTS), path=("--kind",))])
     _refuse_name(name, kind)
     folder = Path(f"atn-norms-{name.replace('_', '-')}") if out is None else out
     written = write_whole(folder, contents(name, kind))

@@ -79,7 +79,7 @@ def load(
     try:
         built = _built(file, description) if model is None else _fitted(file, description, model)
     except ValidationError as error:
-        raise SpecError([f"{file}: {problem}" for problem in to_spec_error(error).problems]) from error
+        raise to_spec_error(error, lambda path: str(file)) from error
     _fill(file, built, description, tensors)
     return built.to(device).eval()
 
@@ -199,7 +199,7 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
             got = "nothing" if there is None else repr(there) if isinstance(there, CellHost) else type(there).__name__
             problems.append(f"{file}: {name or 'model'}: got {got}; expected {wanted!r}, as saved")
     if problems:
-        raise SpecError(problems)
+        raise SpecError.of(problems)
     return substitute(model, ours)
 
 
@@ -217,7 +217,7 @@ def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors:
     problems = list(_differences(model, state))
     if problems:
         more = [f"{len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
-        raise SpecError([f"{file}: {problem}" for problem in [*problems[:SHOWN], *more]])
+        raise SpecError.of(f"{file}: {problem}" for problem in [*problems[:SHOWN], *more])
     model.load_state_dict(state, assign=True)
     for name, first in aliases.items():
         path, _, leaf = name.rpartition(".")

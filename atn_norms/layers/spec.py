@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import SpecError, unknown
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
 from atn_norms.normalizers.base import LARGEST
 from atn_norms.registry import KindField, Options, to_spec_error
@@ -107,9 +107,7 @@ class LayerSpec(Options):
         self._refuse_unknown_sites(cell)
         self._refuse_windows_without_a_norm(cell)
         if self.backend not in (names := ["auto", *known()]):
-            raise ValueError(
-                f"backend: unknown {self.backend!r}; known: {', '.join(names)}{did_you_mean(self.backend, names)}"
-            )
+            raise SpecError.of([unknown("backend", self.backend, names, path=("backend",))])
         self._refuse_impossible_size(cell, {})  # before a norm is built for such a size
         norms = {site: self._sketched(cell, site) for site in cell.sites}
         self._refuse_impossible_size(cell, norms)
@@ -148,7 +146,8 @@ class LayerSpec(Options):
                 return PerGate([_built(spec, features // gates) for _ in range(gates)])
             return _built(spec, features)
         except Exception as error:  # whatever a plugin raises
-            raise ValueError(f"norm: {spec.kind!r} at site {site!r} with {features} features: {error}") from error
+            detail = f"{spec.kind!r} at site {site!r} with {features} features: {error}"
+            raise SpecError("norm", detail=detail) from error
 
     @property
     def has_statistics(self) -> bool:
@@ -180,10 +179,8 @@ class LayerSpec(Options):
         for option, value in (("norm", self.norm), ("window", self.window)):
             for site in value.sites if isinstance(value, (NormSites, WindowSites)) else ():
                 if site not in sites:
-                    raise ValueError(
-                        f"{option}.sites.{site}: unknown site of cell {self.cell.kind!r} with sum "
-                        f"{self.placement.sum!r}; known: {', '.join(sites)}{did_you_mean(site, sites)}"
-                    )
+                    what = f"site of cell {self.cell.kind!r} with sum {self.placement.sum!r}"
+                    raise SpecError.of([unknown(what, site, sites, path=(option, "sites", site))])
 
     def _refuse_windows_without_a_norm(self, cell: Cell) -> None:
         alone = SlidingSpec(steps=1)
@@ -192,11 +189,8 @@ class LayerSpec(Options):
             return
         for site, window in explicit.items():
             if window != alone and self.norm_at(site) is None:
-                place = f"window.sites.{site}" if isinstance(self.window, WindowSites) else "window"
-                raise ValueError(
-                    f"{place}: a {window.kind!r} window pools the statistics of a norm, and there is no norm; "
-                    "allowed: give a norm, or leave the window at 1"
-                )
+                got = f"a {window.kind!r} window without a norm whose statistics it could pool"
+                raise SpecError(self._window_path(site), got, "a norm, or a window of 1")
 
     def _refuse_windows_that_a_norm_refuses(self, norms: Mapping[str, Normalizer | None]) -> None:
         for site, norm in norms.items():
@@ -204,10 +198,13 @@ class LayerSpec(Options):
             try:
                 reason = norm.unsupported_reason(spec.build()) if norm is not None else None
             except Exception as error:  # whatever a plugin raises
-                raise ValueError(f"window: {spec.kind!r} at site {site!r}: {error}") from error
+                raise SpecError("window", detail=f"{spec.kind!r} at site {site!r}: {error}") from error
             if reason is not None:
-                place = f"window.sites.{site}" if isinstance(self.window, WindowSites) else "window"
-                raise ValueError(f"{place}: {spec.kind!r} with norm {_kinds(self.norm)} at site {site!r}: {reason}")
+                detail = f"{spec.kind!r} with norm {_kinds(self.norm)} at site {site!r}: {reason}"
+                raise SpecError(self._window_path(site), detail=detail)
+
+    def _window_path(self, site: str) -> tuple[str, ...]:
+        return ("window", "sites", site) if isinstance(self.window, WindowSites) else ("window",)
 
     def _refuse_impossible_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         memory = _physical_memory()
@@ -219,23 +216,24 @@ class LayerSpec(Options):
         parameters += self.directions * self.num_layers * kept
         if memory is not None and 4 * parameters > memory:
             norm = f" with norm {_kinds(self.norm)}" if kept else ""
-            raise ValueError(
-                f"input_size, hidden_size, num_layers: {self.input_size}, {self.hidden_size}, {self.num_layers} take "
-                f"{parameters:.3g} numbers ({4 * parameters / 2**30:.3g} GiB in float32){norm}; "
-                f"allowed: what fits this machine's {memory / 2**30:.3g} GiB of memory"
+            raise SpecError(
+                "hidden_size",
+                f"{self.hidden_size}, with input_size {self.input_size} and num_layers {self.num_layers} "
+                f"{parameters:.3g} parameters ({4 * parameters / 2**30:.3g} GiB in float32){norm}",
+                f"what fits this machine's {memory / 2**30:.3g} GiB of memory",
             )
 
     def _refuse_homeless_forget_bias(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         if "f" not in cell.gates:
-            raise ValueError(f"forget_bias: cell {self.cell.kind!r} has no forget gate; allowed: leave it out")
+            got = f"{self.forget_bias} for cell {self.cell.kind!r}, which has no forget gate"
+            raise SpecError("forget_bias", got, "no forget_bias")
         norm = norms["sum" if "sum" in norms else "ih"]
         if norm is None and not self.bias:
-            raise ValueError("forget_bias: there is no norm and bias is false; allowed: bias true, or leave it out")
+            got = f"{self.forget_bias} without a norm and with bias false"
+            raise SpecError("forget_bias", got, "bias true, or no forget_bias")
         if norm is not None and forget_shift(cell, norm) is None:
-            raise ValueError(
-                f"forget_bias: the norm on the input side ({type(norm).__name__}) has no bias for it; "
-                "allowed: a norm with a bias (for rms: bias true), or leave it out"
-            )
+            got = f"{self.forget_bias} for an input-side norm ({type(norm).__name__}) without a bias"
+            raise SpecError("forget_bias", got, "a norm with a bias (for rms: bias true), or no forget_bias")
 
 
 def _built(spec: NormSpec, features: int) -> Normalizer:

@@ -78,8 +78,8 @@ class Adding(Task):
 
     def batch(self, step: int, size: int) -> Batch:
         if size > self.spec.train:
-            allowed = f"allowed: 1 to {self.spec.train}"
-            raise SpecError(f"train.batch_size: {size} sequences of a training set of {self.spec.train}; {allowed}")
+            got = f"{size} sequences of a training set of {self.spec.train}"
+            raise SpecError("train.batch_size", got, f"1 to {self.spec.train}")
         values, marks = self._train
         epoch, index = divmod(step, len(values) // size)  # the odd rows of an epoch sit it out
         rows = self._order(epoch)[index * size : (index + 1) * size]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from atn_norms.errors import SpecError, beside
+from atn_norms.errors import SpecError, nearest_file
 
 Unit = Literal["characters", "words"]
 PARTS = ("train", "valid", "test")
@@ -89,16 +89,16 @@ def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
         if (folder / f"{layout}.train.txt").exists():
             return [_decoded(folder / f"{layout}.{part}.txt") for part in PARTS], layout
     wanted = " or ".join(f"{layout}.train.txt" for layout in LAYOUTS[unit])
-    raise SpecError(f"text: {path} is a folder without {wanted}; allowed: a UTF-8 file, or a folder with that layout")
+    raise SpecError("text", f"{path}, a folder without {wanted}", "a UTF-8 file, or a folder with that layout")
 
 
 def _decoded(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
-            raise SpecError(f"text: {path} is neither a file nor a folder")
+            raise SpecError("text", f"{path}, a special file", "a file or a folder")
         text = path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
         return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
-        raise SpecError(f"text: cannot read {path}: {error.strerror}{beside(path)}") from error
+        raise SpecError("text", f"{path} ({error.strerror})", "a readable file", nearest_file(path)) from error
     except UnicodeDecodeError as error:
-        raise SpecError(f"text: {path} is not UTF-8 (byte {error.start})") from error
+        raise SpecError("text", f"{path}, not UTF-8 at byte {error.start}", "a UTF-8 file") from error

@@ -115,8 +115,8 @@ class Language(Task):
 
     def batch(self, step: int, size: int) -> Batch:
         if size >= len(self.train):
-            told = f"{size} streams of a text with {len(self.train)} training {self.spec.unit}"
-            raise SpecError(f"train.batch_size: {told}; allowed: 1 to {len(self.train) - 1}")
+            got = f"{size} streams of a text with {len(self.train)} training {self.spec.unit}"
+            raise SpecError("train.batch_size", got, f"1 to {len(self.train) - 1}")
         length = (len(self.train) - 1) // size
         start, segment = self._place(step, length)
         rows = torch.arange(size) * length + start + torch.arange(segment).unsqueeze(1)  # [segment, size]
@@ -210,12 +210,12 @@ class Language(Task):
         where, unit = self.spec.text, self.spec.unit
         count = sum(map(len, corpus))
         if count < SHORTEST:
-            raise SpecError(f"text: {where} has {count} {unit}; at least {SHORTEST} are needed")
+            raise SpecError("text", f"{where} with {count} {unit}", f"at least {SHORTEST}")
         for name, tokens in corpus._asdict().items():
             if len(tokens) < 2:
-                raise SpecError(f"text: {where} has {len(tokens)} {unit} to be used for {name}; at least 2 are needed")
+                raise SpecError("text", f"{where} with {len(tokens)} {unit} for {name}", "at least 2")
         if len(set(corpus.train)) == 1:
-            raise SpecError(f"text: {where} repeats {corpus.train[0]!r}; two different {unit} are needed")
+            raise SpecError("text", f"{where}, which repeats {corpus.train[0]!r}", f"two different {unit}")
 
 
 def unigram(train: Tensor, test: Tensor, size: int) -> float:

@@ -82,7 +82,7 @@ class Recall(Task):
     def batch(self, step: int, size: int) -> Batch:
         if size * self.layout.length > MOST_NUMBERS:
             most = MOST_NUMBERS // self.layout.length
-            raise SpecError(f"train.batch_size: {size} sequences of {self.layout.length} steps; at most {most}")
+            raise SpecError("train.batch_size", f"{size} sequences of {self.layout.length} steps", f"at most {most}")
         return self._draw(size, "train", step)
 
     def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:

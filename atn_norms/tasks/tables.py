@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.errors import SpecError, beside, nearest, short_repr
+from atn_norms.errors import SpecError, nearest, nearest_file, short_repr
 
 TABLES = (".csv", ".parquet")
-INSTALL = "run pip install 'atn-norms[data]'"
+INSTALL = "Run pip install 'atn-norms[data]'"
 LARGEST = 2**31 - 1  # bytes of a CSV file: the largest block that Arrow parses at once
 
 
@@ -35,8 +35,7 @@ def fault(
     targets: got 'laod'; expected a column of load.csv; did you mean 'load'?
     """
     near = nearest(word, choices) if word else None
-    tail = f"; did you mean {near!r}?" if near else ""
-    return SpecError(f"{option}: {f'{place}: ' if place else ''}got {got}; expected {expected}{tail}")
+    return SpecError(option, got, expected, near, str(place))
 
 
 def content(path: Path, option: str) -> bytes:
@@ -49,7 +48,7 @@ def content(path: Path, option: str) -> bytes:
             raise fault(option, path, "a folder" if path.is_dir() else "a special file", "a regular file")
         return path.read_bytes()
     except OSError as error:
-        raise SpecError(f"{option}: cannot read {path}: {error.strerror}{beside(path)}") from error
+        raise SpecError(option, f"{path} ({error.strerror})", "a readable file", nearest_file(path)) from error
 
 
 def digest(data: bytes) -> str:
@@ -64,7 +63,7 @@ def _arrow(option: str, path: Path) -> Any:
         import pyarrow.csv
         import pyarrow.parquet
     except ImportError:
-        raise SpecError(f"{option}: reading {path.name} needs pyarrow, which is not installed; {INSTALL}") from None
+        raise SpecError(option, f"{path.name} without pyarrow", "pyarrow to read it", detail=INSTALL) from None
     return pyarrow
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atn_norms.errors import SpecError, did_you_mean
+from atn_norms.errors import Problem, SpecError, short_repr, unknown
 from atn_norms.testing.law import LAWS, Case, Law
 
 if TYPE_CHECKING:
@@ -85,20 +85,16 @@ def questions(subjects: Sequence[Any]) -> list[LawRun]:
 
 def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
     """`expected` as a dictionary; `SpecError` for a law that is not asked, or one without a reason."""
-    given = dict(expected or {})
-    problems = [
-        f"expected_failures: unknown law {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}"
-        for name in given
-        if name not in known
-    ]
+    reasons = dict(expected or {})
+    problems = [unknown("law", name, known, path=("expected_failures",)) for name in reasons if name not in known]
     problems += [
-        f"expected_failures.{name}: {reason!r}; allowed: a sentence that says why it may fail"
-        for name, reason in given.items()
+        Problem(("expected_failures", name), short_repr(reason), "a sentence with the reason of the failure")
+        for name, reason in reasons.items()
         if not (isinstance(reason, str) and reason.strip())
     ]
     if problems:
-        raise SpecError(problems)
-    return given
+        raise SpecError.of(problems)
+    return reasons
 
 
 def need_hypothesis() -> None:

@@ -59,11 +59,11 @@ BROKEN = {
     "no-hook": ("x = 1", "implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register.registry.`"),
     "misspelt-and-marked": (
         HOOK.replace("atn_norms_register", "atn_norms_registr") + "0",
-        "implements an unknown hook 'atn_norms_registr'; known: atn_norms_register; nearest: 'atn_norms_register'",
+        "implements an unknown hook 'atn_norms_registr'; expected one of atn_norms_register; did you mean 'atn_norms_register'?",  # noqa: E501
     ),
     "marked-under-any-name": (
         HOOK.replace("atn_norms_register", "register") + "0",
-        "implements an unknown hook 'register'; known: atn_norms_register",
+        "implements an unknown hook 'register'; expected one of atn_norms_register",
     ),
     "misspelt-and-unmarked": (
         "def atn_norms_regster(registry):\n    0",
@@ -192,7 +192,7 @@ def test_a_misspelt_name_in_the_environment_is_reported(site, monkeypatch, varia
     with caplog.at_level(logging.WARNING):
         _, records = site.load()
     assert records["pmaen"].status == "failed"
-    wanted = f"named in {variable}, but no plugin of this name is installed; nearest: 'pmean'"
+    wanted = f"named in {variable}, but no plugin of this name is installed; did you mean 'pmean'?"
     assert records["pmaen"].reason == wanted
     assert any(wanted in message for message in caplog.messages)
 

@@ -103,7 +103,10 @@ def test_the_linter_has_nothing_to_say(tmp_path, family, name):
         (["atn-norms-mine"], "NAME: 'atn-norms-mine'; give the kind's own name, 'mine': the rest is put before it"),
         (["layer"], "NAME: there is a normalizer 'layer' already, of atn-norms; choose another"),
         (["sliding", "--kind", "window"], "NAME: there is a window 'sliding' already, of atn-norms; choose another"),
-        (["mine", "--kind", "windw"], "--kind: unknown 'windw'; known: normalizer, window, task; nearest: 'window'"),
+        (
+            ["mine", "--kind", "windw"],
+            "--kind: got unknown 'windw'; expected one of normalizer, window, task; did you mean 'window'?",
+        ),
     ],
 )
 def test_names_that_cannot_be_are_refused(tmp_path, capsys, arguments, message):

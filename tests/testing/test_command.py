@@ -97,14 +97,17 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["laier"], "unknown kind 'laier'; known: adding, batch, "),
-        (["laier"], "nearest: 'layer'"),
-        (["lstm", "--family", "window"], "unknown window 'lstm'; known: cumulative, "),
-        (["lstm", "--family", "windows"], "--family: unknown family 'windows'; known: normalizer, window, "),
-        (["layer", "--set", "ep=1"], "ep: unknown key; known: kind, eps; nearest: 'eps'"),
-        (["layer", "--set", "eps=-1"], "eps: must be greater than or equal to 0, got -1"),
+        (["laier"], "got unknown kind 'laier'; expected one of adding, batch, "),
+        (["laier"], "did you mean 'layer'?"),
+        (["lstm", "--family", "window"], "got unknown window 'lstm'; expected one of cumulative, "),
+        (
+            ["lstm", "--family", "windows"],
+            "--family: unknown family 'windows'; expected one of normalizer, window, ",
+        ),
+        (["layer", "--set", "ep=1"], "ep: got an unknown key; expected one of kind, eps; did you mean 'eps'?"),
+        (["layer", "--set", "eps=-1"], "eps: got -1; expected at least 0"),
         (["layer", "--set", "eps"], "--set eps: must be option=value, such as eps=1e-3"),
-        (["sliding"], "steps: required, and missing"),
+        (["sliding"], "steps: got nothing; expected a value"),
         (["native", "--set", "threads=2"], "a backend has no options"),
     ],
 )

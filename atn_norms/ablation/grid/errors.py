@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, LiteralString, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
-from atn_norms.errors import located
+from atn_norms import errors
 
 
 class Problem(NamedTuple):
@@ -21,14 +22,17 @@ class Problem(NamedTuple):
 
 def problems_of(error: ValidationError, data: Any = None) -> list[Problem]:
     """The problems a pydantic error tells; `data` is what was validated."""
-    return [Problem(*located(line, data), line["type"]) for line in error.errors(include_url=False)]
+    return [
+        Problem(problem.path, errors.message(replace(problem, path=())), problem.code)
+        for problem in errors.problems_of(error, data)
+    ]
 
 
 def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:
     """One error that tells all problems; raised inside a validator, pydantic puts the outer path before each."""
     details = [
         InitErrorDetails(
-            type=PydanticCustomError(cast(LiteralString, problem.type), "{message}", {"message": problem.message}),
+            type=errors.pydantic_error(errors.Problem(detail=problem.message, code=problem.type)),
             loc=problem.path,
             input=None,
         )

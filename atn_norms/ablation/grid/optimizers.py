@@ -53,23 +53,23 @@ def resolve(value: Any) -> dict[str, Any]:
     ...     resolve({"kind": "sgd", "mometum": 0.9})
     ... except ValueError as error:
     ...     print(str(to_spec_error(error)).split(";")[0])
-    mometum: unknown option of 'sgd'
+    mometum: got an unknown option of 'sgd'
     """
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {short_repr(value)}")])
     kind = value.get("kind", "adam")
     if not isinstance(kind, str) or kind not in kinds():
-        known = f"known: {', '.join(kinds())}{did_you_mean(kind, kinds())}"
-        raise invalid("optimizer", [Problem(("kind",), f"unknown optimizer {short_repr(kind)}; {known}")])
+        known = f"expected one of {', '.join(kinds())}{did_you_mean(kind, kinds())}"
+        raise invalid("optimizer", [Problem(("kind",), f"got unknown optimizer {short_repr(kind)}; {known}")])
     options = defaults(kind)
     problems = []
     for name, given in value.items():
         if name == "kind":
             continue
         if name not in options:
-            known = f"known: {', '.join(options)}{did_you_mean(_ELSEWHERE.get(name, name), options)}"
-            problems.append(Problem((name,), f"unknown option of {kind!r}; {known}"))
+            known = f"expected one of {', '.join(options)}{did_you_mean(_ELSEWHERE.get(name, name), options)}"
+            problems.append(Problem((name,), f"got an unknown option of {kind!r}; {known}"))
         elif not _alike(given, options[name]):
             problems.append(
                 Problem((name,), f"must be like torch's default {options[name]!r}, got {short_repr(given)}")

@@ -142,7 +142,7 @@ def _assign(data: Any, given: Setting) -> None:
         if inner is None and isinstance(given.path[depth + 1], int):
             told = f"the file has no list {dotted(given.path[: depth + 1])}; give the whole of it"
             if step == "tasks" and "task" in data:
-                told = f"the file has one task, no list; nearest: {dotted(('task', *given.path[2:]))!r}"
+                told = f"the file has one task, no list; did you mean {dotted(('task', *given.path[2:]))!r}?"
             raise SpecError(f"--set {given.name}: {told}")
         if inner is None or inner == "none":
             data[step] = {}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from atn_norms import errors
 from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.identity import digest, identity
 from atn_norms.ablation.store.records import Endpoint, TaskFacts
-from atn_norms.errors import blamed, short_repr, to_spec_error
+from atn_norms.errors import short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
 from atn_norms.normalizers import Normalizer
@@ -138,14 +139,13 @@ def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Wher
             raise to_spec_error(invalid("study", [problem]), where)
 
 
-def _blamed(problem: str, task: TaskSpec) -> Problem:
-    """What a task refuses, at the option it names first (`text: ...`, `train.batch_size: ...`), else at the task."""
-    names, rest = blamed(problem)
-    if names[:1] in (("model",), ("train",)):
-        return Problem(names, rest)
-    if names and names[0] in type(task).model_fields:
-        return Problem(("task", *names), rest)
-    return Problem((), problem) if problem.startswith(("model.", "train.")) else Problem(("task",), problem)
+def _blamed(problem: errors.Problem, task: TaskSpec) -> Problem:
+    """Place what a task refuses: at an option of the model, of the training or of the task, else at the task."""
+    path, head = problem.path, problem.path[:1]
+    text = errors.message(replace(problem, path=()))
+    if head in (("model",), ("train",)):
+        return Problem(path, text)
+    return Problem(("task", *path), text) if path and path[0] in type(task).model_fields else Problem(("task",), text)
 
 
 def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple[dict[str, Any], TaskFacts]:
@@ -198,12 +198,15 @@ def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
         numbers = first + (layer.num_layers - 1) * other + sum(parameter.numel() for parameter in ends)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise SpecError(
-            f"model.hidden_size and the task's sizes: too large for torch ({short_repr(str(error))})"
+            "model.hidden_size",
+            f"{layer.hidden_size} with the task's sizes",
+            f"sizes for torch ({short_repr(str(error))})",
         ) from None
     if 2 * 4 * numbers > memory:  # float32 weights, and a gradient for each
         raise SpecError(
-            f"model.hidden_size {layer.hidden_size} and the task's sizes take {numbers:.3g} parameters "
-            f"({8 * numbers / 2**30:.3g} GiB in float32 with their gradients); allowed: what fits this machine's "
-            f"{memory / 2**30:.3g} GiB of memory"
+            "model.hidden_size",
+            f"{layer.hidden_size}, with the task's sizes {numbers:.3g} parameters ({8 * numbers / 2**30:.3g} GiB in "
+            "float32 with their gradients)",
+            f"what fits this machine's {memory / 2**30:.3g} GiB of memory",
         )
     return layer

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, problems_of
 from atn_norms.ablation.grid.training import TrainSpec
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import did_you_mean, one_of
 from atn_norms.layers import LayerSpec
 from atn_norms.registry import KindField, Options
 from atn_norms.tasks import TaskSpec
@@ -99,7 +99,8 @@ def _without_the_tasks(problem: Problem) -> Problem:
     if problem.type != "unknown_key" or len(problem.path) != 2 or problem.path[0] != "model":
         return problem
     known = [name for name in LayerSpec.model_fields if name not in THE_TASKS]
-    return problem._replace(message=f"unknown key; known: {', '.join(known)}{did_you_mean(problem.path[1], known)}")
+    near = did_you_mean(problem.path[1], known)
+    return problem._replace(message=f"got an unknown key; expected {one_of(known)}{near}")
 
 
 def _recommended(task: TaskSpec | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def resolve(value: Any) -> dict[str, Any]:
         raise invalid("schedule", [Problem((), f"must be a schedule's name or a mapping, got {short_repr(value)}")])
     kind = value.get("kind", "constant")
     if not isinstance(kind, str) or kind not in KINDS:
-        known = f"known: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
-        raise invalid("schedule", [Problem(("kind",), f"unknown schedule {short_repr(kind)}; {known}")])
+        known = f"expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise invalid("schedule", [Problem(("kind",), f"got unknown schedule {short_repr(kind)}; {known}")])
     return KINDS[kind].model_validate({**value, "kind": kind}).model_dump(mode="json")
 
 

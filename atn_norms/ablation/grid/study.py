@@ -169,7 +169,7 @@ def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
         for i, each in enumerate(value):
             yield from _not_json(each, (*path, i))
     elif isinstance(value, float) and not math.isfinite(value):
-        yield Problem(path, f"must be a finite number, got {value}")
+        yield Problem(path, f"got {value}; expected a finite number")
     elif isinstance(value, str) and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
         yield Problem(path, f"must be text, and this has half a character in it: {short_repr(value)}")
     elif not isinstance(value, str | bool | int | float | Options | None):
@@ -262,13 +262,13 @@ class StudySpec(Options):
         return self
 
     @classmethod
-    def nearest_key(cls, key: object) -> str:
-        """A key of the study, or the section that has a key most like it."""
+    def nearest_key(cls, key: object) -> str | None:
+        """Return the closest key of the study or of one of its sections."""
         sections = [("train", TrainSpec.model_fields), ("model", LayerSpec.model_fields)]
         places = {name: f"{section}.{name}" for section, fields in sections for name in fields if name not in THE_TASKS}
         places |= {name: name for name in cls.model_fields}
         match = nearest(key, places)
-        return "" if match is None else f"; nearest: {places[match]!r}"
+        return None if match is None else places[match]
 
     def _once_an_axis(self, problems: list[Problem]) -> list[Problem]:
         """Each problem once, and what is wrong with every value of an axis, such as its path, at the axis itself."""
