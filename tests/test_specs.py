@@ -106,7 +106,10 @@ def test_what_several_options_come_to_is_placed_at_the_one_to_blame(tmp_path):
     path = tmp_path / "model.yaml"
     for text, said in [
         ("cell: lstm\ninput_size: 2\nhidden_size: 3\nwindow: 5\n", "model.yaml:4:1: window: got a 'sliding' window"),
-        ("cell: lstm\ninput_size: 2\nbackend: nativ\nhidden_size: 3\n", "model.yaml:3:1: backend: got unknown backend 'nativ'"),  # noqa: E501
+        (
+            "cell: lstm\ninput_size: 2\nbackend: nativ\nhidden_size: 3\n",
+            "model.yaml:3:1: backend: got unknown backend 'nativ'",
+        ),
         (
             "cell: gru\ninput_size: 2\nhidden_size: 3\nnorm:\n  sites:\n    cc: layer\n",
             "model.yaml:6:5: norm.sites.cc: got unknown site",
