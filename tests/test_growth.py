@@ -5,6 +5,7 @@ import json
 import pytest
 
 from atn_norms.ablation import StudySpec, create, load, make_plan, run
+from atn_norms.ablation.store.files import Folder
 from atn_norms.errors import SpecError
 
 STUDY = {
@@ -51,30 +52,27 @@ def test_a_study_that_lacks_a_trial_takes_nobody_s_place(tmp_path):
     for smaller, lacking in [({}, 2), ({"seeds": [1, 2, 3]}, 2), ({"train": {"steps": 4, "batch_size": 5}}, 4)]:
         said = f"holds another study .* lacks {lacking} trials; choose another folder"
         if smaller == {}:
-            said = (
-                f"has grown beyond this study: it holds all its 2 trials and 2 more; atn-norms resume {folder} goes on"
-            )
+            more = "it holds all its 2 trials and 2 more"
+            said = f"has grown beyond this study: {more}; atn-norms resume {folder} continues"
         with pytest.raises(SpecError, match=said):
             create({**STUDY, **smaller}, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_growth_that_is_killed_leaves_the_study_that_was_there(tmp_path, monkeypatch):
-    from atn_norms.ablation.store import folder as module
-
     folder = create(STUDY, tmp_path / "study")
     run(folder, workers=0)
     writes = []
-    write_json = module.write_json
+    write_json = Folder.write_json
 
-    def killed(path, value):
-        writes.append(path)
-        if path.name == "study.resolved.json":
+    def killed(folder, name, value):
+        writes.append(name)
+        if name == "study.resolved.json":
             raise KeyboardInterrupt
-        write_json(path, value)
+        write_json(folder, name, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", killed)
+        patch.setattr(Folder, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             create({**STUDY, "seeds": 2}, folder)
     assert writes, "it had begun"

@@ -14,8 +14,8 @@ from atn_norms.ablation import create, load, run, status
 from atn_norms.ablation.grid.plan import make_plan
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store import files
-from atn_norms.ablation.store.files import Busy, StoreError
-from atn_norms.ablation.store.folder import StudyFolder, TrialFolder
+from atn_norms.ablation.store.files import Busy, Folder, StoreError
+from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.errors import SpecError
 from tests.waiting import until
 
@@ -104,27 +104,27 @@ def _writes_until_done(monkeypatch, action):
 def _kill_at(patch, fatal):
     replace, count = os.replace, [0]
 
-    def replace_or_die(source, target):
+    def replace_or_die(source, target, **folders):
         if count[0] == fatal:
             raise Killed
         count[0] += 1
-        replace(source, target)
+        replace(source, target, **folders)
 
     patch.setattr(files.os, "replace", replace_or_die)
     return count
 
 
 def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    files.write_json(path, {"old": 1})
+    folder, path = Folder(tmp_path), tmp_path / "result.json"
+    folder.write_json(path.name, {"old": 1})
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(StoreError, match=re.escape(f"cannot write {path}: No space left on device")):
-        files.write_json(path, {"new": 2})
-    assert files.read_json(path) == {"old": 1}
+        folder.write_json(path.name, {"new": 2})
+    assert folder.read_json(path.name) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays"
 
 
@@ -132,8 +132,8 @@ def test_a_write_is_made_durable_before_and_after_the_rename(tmp_path, monkeypat
     order = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda d: (order.append(os.path.isdir(f"/proc/self/fd/{d}")), fsync(d)))
-    monkeypatch.setattr(files.os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
-    files.write(tmp_path / "file", b"content")
+    monkeypatch.setattr(files.os, "replace", lambda a, b, **c: (order.append("rename"), replace(a, b, **c)))
+    Folder(tmp_path).write("file", b"content")
     assert order == [False, "rename", True], "file, rename, folder"
 
 
@@ -147,10 +147,10 @@ def test_every_byte_is_written_where_the_system_takes_a_few_at_a_time(trial, mon
 
 def test_a_file_that_is_a_folder_is_named(tmp_path):
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(StoreError, match="cannot read .*result.json: Is a directory"):
-        files.read_json(tmp_path / "result.json")
+    with pytest.raises(StoreError, match="result.json: got a folder; expected a regular file"):
+        Folder(tmp_path).read_json("result.json")
     with pytest.raises(StoreError, match="cannot write .*result.json: Is a directory"):
-        files.write_json(tmp_path / "result.json", {})
+        Folder(tmp_path).write_json("result.json", {})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
@@ -213,14 +213,15 @@ def test_damaged_times_count_as_none_and_are_noted(study, trial, content):
 @pytest.mark.parametrize("lacking", ["step", "metrics", "metrics.test", "metrics.test.mean squared error"])
 def test_a_result_that_lacks_something_is_named_and_never_left_out(study, trial, lacking):
     run(study, workers=0)
-    result = files.read_json(trial.path / "result.json")
+    result = trial.folder.read_json("result.json")
     place = result
     *parents, last = lacking.split(".")
     for key in parents:
         place = place[key]
     del place[last]
-    files.write_json(trial.path / "result.json", result)
-    with pytest.raises(StoreError, match=re.escape(f"{trial.path / 'result.json'}: damaged, it lacks")):
+    trial.folder.write_json("result.json", result)
+    path = lacking.removesuffix(".mean squared error")
+    with pytest.raises(StoreError, match=re.escape(f"result.json: damaged: {path}: required, and missing")):
         load(study)
 
 
@@ -242,11 +243,11 @@ def test_a_study_that_cannot_be_laid_down_leaves_nothing(tmp_path, monkeypatch, 
     before = sorted(tmp_path.rglob("*"))
     for writes in range(5):
 
-        def full(source, target, left=[writes]):  # noqa: B006
+        def full(source, target, left=[writes], **folders):  # noqa: B006
             left[0] -= 1
             if left[0] < 0:
                 raise error
-            os.rename(source, target)
+            os.rename(source, target, **folders)
 
         with monkeypatch.context() as patch, pytest.raises((StoreError, KeyboardInterrupt)):
             patch.setattr(files.os, "replace", full)
@@ -304,8 +305,8 @@ def test_a_checkpoint_that_cannot_be_used_costs_a_fresh_start_and_is_logged(tria
 def test_finished_is_declared_last(trial, monkeypatch):
     trial.save({"step": 1})
     seen = []
-    write = files.write
-    monkeypatch.setattr(files, "write", lambda p, c: (seen.append(sorted(os.listdir(p.parent))), write(p, c)))
+    write = Folder.write
+    monkeypatch.setattr(Folder, "write", lambda f, n, c: (seen.append(f.names()), write(f, n, c)))
     trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {"test": {"score": 1.0}}})
     assert [set(names) - {".lock"} for names in seen] == [{"checkpoint.pt", "metrics.jsonl", "trial.json"}]
     there = {path.name for path in trial.path.iterdir()} - {".lock"}
@@ -314,13 +315,15 @@ def test_finished_is_declared_last(trial, monkeypatch):
 
 
 def test_a_result_of_another_trial_is_an_error(study, trial):
-    files.write_json(trial.path / "result.json", {"trial": "other", "outcome": "finished"})
-    with pytest.raises(StoreError, match=f"not the result of trial {trial.id}"):
+    run(study, workers=0)
+    result = trial.folder.read_json("result.json")
+    trial.folder.write_json("result.json", {**result, "trial": "0" * 16})
+    with pytest.raises(StoreError, match=f"got the result of trial {'0' * 16}; expected that of {trial.id}"):
         load(study)
 
 
-def _hold(path, ready, release):
-    with TrialFolder(path).lock():
+def _hold(study, trial, ready, release):
+    with StudyFolder(study).trial(trial).lock():
         ready.set()
         release.wait(30)
 
@@ -328,7 +331,7 @@ def _hold(path, ready, release):
 def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
     context = multiprocessing.get_context("spawn")
     ready, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(trial.path, ready, release))
+    other = context.Process(target=_hold, args=(study, trial.id, ready, release))
     other.start()
     assert ready.wait(60)
     with pytest.raises(Busy, match=f"trial {trial.id} .* another process"), trial.lock():
@@ -344,11 +347,11 @@ def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
 def test_a_running_trial_is_where_its_pulse_says_and_another_where_its_curve_does(study, trial):
     assert load(study).trials[0].step == 0
     with trial.lock():
-        trial.measure({"step": 4, "train_loss": 0.5, "validation": None})
-        assert load(study).trials[0].step == 4
-        trial.tell(7)
-        assert until(lambda: load(study).trials[0].step == 7), "told with the next beat"
-    assert load(study).trials[0].step == 4, "nobody trains it: as far as the curve goes"
+        trial.measure({"step": 3, "train_loss": 0.5, "validation": None})
+        assert load(study).trials[0].step == 3
+        trial.set_step(4)
+        assert until(lambda: load(study).trials[0].step == 4), "written with the next heartbeat"
+    assert load(study).trials[0].step == 3, "nobody trains it: as far as the curve goes"
 
 
 def test_asking_who_runs_does_not_stop_a_trial_from_starting(trial):

@@ -13,7 +13,7 @@ from atn_norms import LayerSpec
 from atn_norms.ablation import StudySpec, TrainSpec, create, make_plan, override
 from atn_norms.ablation.grid import optimizers, presets, schedules
 from atn_norms.ablation.grid.overrides import placed
-from atn_norms.ablation.grid.plan import digest, identity
+from atn_norms.ablation.store.identity import digest, identity
 from atn_norms.errors import SpecError, to_spec_error
 from atn_norms.specs import parse, validate
 from atn_norms.tasks import AddingSpec

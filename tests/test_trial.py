@@ -125,9 +125,9 @@ def test_a_trial_stopped_after_every_step_equals_the_uninterrupted(tmp_path, tex
     options = variants(text)[variant]
     whole, stopped = make(tmp_path / "whole", **options), make(tmp_path / "stopped", **options)
     run_trial(whole)
-    trial = files.read_json(stopped.path / "trial.json")  # checkpoint_every is no part of the id
-    trial["train"]["checkpoint_every"] = checkpoint_every
-    files.write_json(stopped.path / "trial.json", trial)
+    trial = stopped.trial()
+    trial["train"]["checkpoint_every"] = checkpoint_every  # no part of the id
+    stopped.write_trial(trial)
     for step in range(1, 10):
         with pytest.raises(Stopped):
             run_trial(stopped, stop_at(step))
@@ -154,11 +154,11 @@ def killed_at(monkeypatch, trial, fatal):
     """Run a trial and end it before the `fatal`-th file gets its name; how many came that far."""
     replace, count = files.os.replace, [0]
 
-    def replace_or_die(source, target):
+    def replace_or_die(source, target, **folders):
         count[0] += 1
         if count[0] == fatal:
             raise KeyboardInterrupt
-        replace(source, target)
+        replace(source, target, **folders)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", replace_or_die)
@@ -330,16 +330,14 @@ def test_a_full_disk_in_the_middle_is_named_and_costs_nothing_before(tmp_path, m
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study")
     run_trial(whole)
 
-    def full(path, content):
-        if path.name == "checkpoint.pt":
-            raise StoreError(f"cannot write {path}: No space left on device")
-        files_write(path, content)
+    def full(folder, name, content):
+        if name == "checkpoint.pt":
+            raise StoreError(f"cannot write {folder.path / name}: No space left on device")
+        write(folder, name, content)
 
-    from atn_norms.ablation.store import folder
-
-    files_write = files.write
+    write = files.Folder.write
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write", full)
+        patch.setattr(files.Folder, "write", full)
         with pytest.raises(StoreError, match="checkpoint.pt: No space left on device"):
             run_trial(trial)
     run_trial(trial)

@@ -94,16 +94,17 @@ def resume(
 
 def refuse_edited(folder: Path | str) -> None:
     """Raise `SpecError` where a study's plugins or its study.yaml have changed: `resume` would ignore the change."""
-    from atn_norms.specs import parse, read
+    from atn_norms.specs import parse
 
     store = StudyFolder(folder)
-    refuse_changed_plugins(store.path, (each["trial"] for each in store.resolved()["trials"]))
-    file = store.path / "study.yaml"
-    if file.exists() and read(file)[0] != parse(store.source(), file.name)[0]:
+    resolved = store.resolved()
+    refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
+    file, text = store.path / "study.yaml", store.source()
+    if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
         raise SpecError(f"{file}: changed since it was laid down; {take} takes the change, where the study only grows")
 
 
 def status(folder: Path | str) -> dict[str, int]:
     """How many trials of a study are `done`, `diverged`, `failed`, `running` and `pending`."""
-    return load(folder).counts()
+    return load(folder, curves=False).counts()

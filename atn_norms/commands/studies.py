@@ -71,7 +71,7 @@ def status(folder: Folder, as_json: Json = False) -> None:
     from atn_norms.ablation import load
     from atn_norms.commands.progress import called
 
-    record = load(folder)
+    record = load(folder, curves=False)
     count = record.counts()
     trials = [
         {
@@ -276,9 +276,10 @@ def _report(
 ) -> None:
     from atn_norms.ablation.report import FORMATS, findings, table, write
     from atn_norms.ablation.report.sentences import verdict_line
+    from atn_norms.ablation.store.folder import StudyFolder
 
     found = findings(record, reach)
-    page, *others = write(found, out or folder / "report", reach, formats or FORMATS)
+    page, *others = write(found, out or StudyFolder(folder).report, reach, formats or FORMATS)
     results = table(found)
     if as_json:
         files = [str(path) for path in (page, *others)]

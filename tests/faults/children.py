@@ -18,8 +18,10 @@ from atn_norms.ablation import create, load, run
 from atn_norms.ablation.execution import trial
 from atn_norms.ablation.execution.environment import versions
 from atn_norms.ablation.execution.worker import attempt
-from atn_norms.ablation.store import failpoints, locks
+from atn_norms.ablation.store import locks
+from atn_norms.ablation.store.files import Folder
 from atn_norms.ablation.store.folder import StudyFolder
+from tests.faults.failing import arm
 from tests.waiting import PATIENCE, until
 
 STUDY: dict[str, Any] = {
@@ -88,7 +90,7 @@ def ended(target: Callable, *arguments: Any, fault: str | None = None) -> Outcom
 
 def _live(pipe: Any, fault: str | None, target: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    failpoints.arm(fault)
+    arm(fault)
     try:
         pipe.send((target(*arguments), ""))
     except BaseException as error:  # noqa: BLE001  whatever it is, the test wants to see it
@@ -182,5 +184,5 @@ def ready() -> Iterator[None]:
 
 def hold_and_die(path: Path) -> None:
     """Die with a lock."""
-    with locks.hold(path, "taken"):
+    with locks.hold(Folder(path), "taken"):
         os.kill(os.getpid(), signal.SIGKILL)

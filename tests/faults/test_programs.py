@@ -28,9 +28,9 @@ def ablate(place):
     """Start `atn-norms ablate` in a folder of its own; the study is at `here`."""
     (place / "study.json").write_text(json.dumps(STUDY))
 
-    def start(*arguments, **surroundings):
+    def start(*arguments, fault=None):
         command = ["atn_norms", "ablate", place / "study.json", "--out", "here", *arguments]
-        return Program(command, place, **surroundings)
+        return Program(["tests.faults.failing", fault, *command] if fault else command, place)
 
     return start
 
@@ -70,7 +70,7 @@ def test_asked_to_end_it_ends_in_order(ablate, place):
     ("moment", "number"), [("study.yaml:written", signal.SIGINT), (".lock:told#2", signal.SIGTERM)]
 )
 def test_asked_to_end_before_training(moment, number, ablate, place):
-    with ablate("--workers", "0", ATN_NORMS_FAULT=f"stop@{moment}") as program:
+    with ablate("--workers", "0", fault=f"stop@{moment}") as program:
         assert until(lambda: stands_still(program) or program.process.poll() is not None)
         program.signal(number)
         program.signal(signal.SIGCONT)

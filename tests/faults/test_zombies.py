@@ -6,7 +6,7 @@ import pytest
 
 from atn_norms.ablation import create
 from atn_norms.ablation.store import locks
-from atn_norms.ablation.store.files import Busy
+from atn_norms.ablation.store.files import Busy, Folder
 from tests.faults import children
 from tests.faults.children import STUDY, Child, ended
 from tests.faults.registry import fault
@@ -65,26 +65,26 @@ def test_a_run_that_stands_still_keeps_its_study(place, undisturbed):
 
 @fault("a machine that vanishes with a lock", "the lock is held until 2 minutes of silence, then it is free")
 def test_the_lock_of_a_vanished_machine(tmp_path, monkeypatch):
-    path = tmp_path / ".lock"
-    assert ended(children.hold_and_die, path).code == -signal.SIGKILL
-    assert not locks.is_locked(path), "the kernel here knows that this one is gone"
+    path, folder = tmp_path / ".lock", Folder(tmp_path)
+    assert ended(children.hold_and_die, tmp_path).code == -signal.SIGKILL
+    assert not locks.is_locked(folder), "the kernel here knows that this one is gone"
     path.write_text(path.read_text().replace(locks.machine(), "elsewhere"))
-    assert locks.is_locked(path)
+    assert locks.is_locked(folder)
     with pytest.raises(Busy, match=r"taken \(.*silent for \d s; gone after 120 s of silence\)"):
-        locks.hold(path, "taken", patience=0.0).__enter__()
+        locks.hold(folder, "taken", patience=0.0).__enter__()
     monkeypatch.setattr(locks, "SILENCE", 0.1)
-    assert until(lambda: not locks.is_locked(path))
-    with locks.hold(path, "taken", patience=0.0, take_over=False) as hold:
-        assert hold.orphaned and not hold.lost and locks.is_locked(path)
-    assert not locks.is_locked(path) and path.read_bytes() == b""
+    assert until(lambda: not locks.is_locked(folder))
+    with locks.hold(folder, "taken", patience=0.0, take_over=False) as hold:
+        assert hold.orphaned and not hold.lost and locks.is_locked(folder)
+    assert not locks.is_locked(folder) and path.read_bytes() == b""
 
 
 def test_a_lock_that_is_replaced_or_removed_is_lost(tmp_path, monkeypatch):
-    path = tmp_path / ".lock"
+    path, folder = tmp_path / ".lock", Folder(tmp_path)
     monkeypatch.setattr(locks, "BEAT", 60.0)
-    with locks.hold(path, "taken") as first:
+    with locks.hold(folder, "taken") as first:
         monkeypatch.setattr(locks, "SILENCE", 0.0)
-        with locks.hold(path, "taken") as second:
+        with locks.hold(folder, "taken") as second:
             assert first.lost and not second.lost and second.orphaned
             path.unlink()
             assert second.lost
@@ -92,12 +92,12 @@ def test_a_lock_that_is_replaced_or_removed_is_lost(tmp_path, monkeypatch):
 
 def test_a_holder_tells_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT", 0.01)
-    path = tmp_path / ".lock"
-    with locks.hold(path, "taken") as hold:
-        first = locks.heartbeat(path)
+    folder = Folder(tmp_path)
+    with locks.hold(folder, "taken") as hold:
+        first = locks.heartbeat(folder)
         hold.step, hold.loss = 17, 0.25
-        assert until(lambda: (said := locks.heartbeat(path)) is not None and said.step == 17)
-        said = locks.heartbeat(path)
+        assert until(lambda: (said := locks.heartbeat(folder)) is not None and said.step == 17)
+        said = locks.heartbeat(folder)
     assert first is not None and said is not None
     assert (first.holder, first.step) == (said.holder, None) and said.loss == 0.25 and said.beat > first.beat
     assert said.machine == locks.machine()

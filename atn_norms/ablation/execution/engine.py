@@ -1,4 +1,4 @@
-"""Runs the trials of a study's folder, here, in local processes or on a cluster; the store says what came of it."""
+"""Run the trials of a study's folder: here, in local processes or on a cluster. Only the store counts as done."""
 
 from __future__ import annotations
 
@@ -40,17 +40,18 @@ def run(
         raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
     check_scheduler(scheduler)
     store = StudyFolder(folder)
-    store.resolved()
-    with store.lock() as hold:
-        store.mend()
-        refuse_changed_plugins(store.path, (each["trial"] for each in store.resolved()["trials"]))
-        progress = Progress(store, hold, on_event or (lambda event: None))
+    store.refuse_no_study()  # before the lock: what is not a study's folder gets none
+    with store.lock() as lock:
+        resolved = store.resolved()
+        refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
+        store.restore(resolved)
+        progress = Progress(store, store.load(resolved), lock, on_event or (lambda event: None))
         if progress.left:
             if workers == 0 and scheduler is None:
                 _run_here(store, progress)
             else:
                 run_with_dask(store, progress, workers, scheduler)
-    return store.load()
+    return progress.record()
 
 
 def check_scheduler(address: str | None) -> None:
@@ -72,7 +73,7 @@ def _run_here(store: StudyFolder, progress: Progress) -> None:
         progress.look([])
         for trial in trials:
             folder = store.trial(trial)
-            told = attempt(folder, here, lambda step, f=folder: progress.step(f.id, step, f.loss))
-            progress.ended(trial, told)
+            outcome = attempt(folder, here, lambda step, f=folder: progress.step(f.id, step, f.loss))
+            progress.ended(trial, outcome)
         if not trials:
             time.sleep(POLL)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from atn_norms.ablation.store import locks
 from atn_norms.ablation.store.files import Busy, StoreError
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.locks import Heartbeat, Lock
-from atn_norms.ablation.store.records import TrialRecord
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
 RETRY = 2.0  # seconds until a trial that another process has is asked for again
 
@@ -48,9 +48,13 @@ OnEvent = Callable[[Event], None]
 class Progress:
     """Which trials are still to be done, and how far the others are, read from the store and told as events."""
 
-    def __init__(self, store: StudyFolder, hold: Lock, on_event: OnEvent) -> None:
+    def __init__(self, store: StudyFolder, record: StudyRecord, hold: Lock, on_event: OnEvent) -> None:
         self.store, self.hold, self.on_event = store, hold, on_event
-        self.trials = {trial.id: trial for trial in store.load().trials}
+        self._record = record
+        self._entries = {
+            trial.id: {"id": trial.id, "points": trial.points, "trial": trial.trial} for trial in record.trials
+        }
+        self.trials = {trial.id: trial for trial in record.trials}
         self.waiting = [trial.id for trial in self.trials.values() if trial.status not in ("done", "diverged")]
         self.over = len(self.trials) - len(self.waiting)
         self.blocked: dict[str, float] = {}  # trials that other processes have, and when to ask again
@@ -59,6 +63,10 @@ class Progress:
         self._heard: dict[str, tuple[Heartbeat | None, float]] = {}
         self._survived: dict[str, int] = {}
         self._busy: set[str] = set()
+
+    def record(self) -> StudyRecord:
+        """Return the study as it is now: the trials of this run read again, the others as they were."""
+        return replace(self._record, trials=tuple(self.trials.values()))
 
     @property
     def left(self) -> bool:
@@ -91,7 +99,7 @@ class Progress:
     def look(self, running: list[str]) -> None:
         """Read from the store how far the trials are that other processes train."""
         if self.hold.lost:
-            raise Busy(f"{self.store.path}: another run has taken this study over, for this one was silent too long")
+            raise Busy(self.hold.describe_loss())
         for trial in (*running, *self.blocked):
             said = self.store.trial(trial).heartbeat()
             if said is not None and said != self._heard[trial][0]:
@@ -148,19 +156,18 @@ class Progress:
 
     def _failed(self, trial: str, trouble: str) -> None:
         folder = self.store.trial(trial)
-        record = folder.record(self.trials[trial].points)
-        if record.error is None or trouble:
+        if trouble or folder.status(None) != "failed":
             try:
                 with folder.lock():
                     folder.fail(trouble or "ended without a result", "")
             except Busy as error:
                 self._wait_for(trial, str(error))
                 return
-            record = folder.record(record.points)
-        self._end("failed", trial, (record.error or {}).get("error", trouble))
+        self._end("failed", trial, folder.error()["error"])
 
     def _end(self, kind: Any, trial: str, message: str = "") -> None:
         self.over += 1
+        self.trials[trial] = self.store.load_trial(self._entries[trial], self._record.tasks)
         self._tell(kind, trial, message)
 
     def _tell(self, kind: Any, trial: str, message: str = "") -> None:

@@ -20,7 +20,8 @@ from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
-from atn_norms.ablation.store.folder import TrialFolder
+from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.errors import short_repr
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.io import to_bytes
 from atn_norms.normalizers import BatchNorm, Normalizer
@@ -35,6 +36,10 @@ OnStep = Callable[[int], None]
 
 class Diverged(Exception):
     """A loss or score is not finite: an outcome of the trial, not a fault."""
+
+
+class BadState(Exception):
+    """A state cannot be restored: it is not one of this trial."""
 
 
 class Trainer:
@@ -212,14 +217,54 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rate.restore(state["rate"])
-        self.step, self.carry = state["step"], state["carry"]
-        self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
-        self.watch.best, self.watch.since, self.kept = state["best"], state["since"], state["kept"]
-        torch.set_rng_state(state["random"])
+        """Set a `state`.
+
+        Errors: `BadState` where the state is not one of this trial; the trainer is then of no further use.
+        """
+        try:
+            _check_state(state, self)
+            self.model.load_state_dict(state["model"])
+            groups = [_options(group) for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(state["optimizer"])
+            if [_options(group) for group in self.optimizer.param_groups] != groups:
+                raise BadState("optimizer: got other options; expected those of the trial")
+            self.rate.restore(state["rate"])
+            self.step, self.carry = state["step"], state["carry"]
+            self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
+            self.watch.best, self.watch.since, self.kept = state["best"], state["since"], state["kept"]
+            torch.set_rng_state(state["random"])
+        except BadState:
+            raise
+        except Exception as error:  # torch raises many kinds for a foreign state
+            raise BadState(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+
+
+def _check_state(state: dict[str, Any], trainer: Trainer) -> None:
+    """Raise `BadState` unless a state has exactly the parts that `state` writes, within their bounds."""
+    here = trainer.state()
+    if state.keys() != here.keys():
+        names = ", ".join(sorted(map(str, state.keys() ^ here.keys())))
+        raise BadState(f"got other parts than expected: {names}")
+    steps = trainer.train["steps"]
+    for name, value, most in (("step", state["step"], steps), ("count", state["count"], steps)):
+        if type(value) is not int or not 0 <= value <= most:
+            raise BadState(f"{name}: got {short_repr(value)}; expected 0 to {most}")
+    numbers = [state["summed"], *([] if state["first"] is None else [state["first"]])]
+    watches = [(state["best"], state["since"]), (state["rate"]["best"], state["rate"]["since"])]
+    is_number = all(type(each) is float and math.isfinite(each) for each in (*numbers, state["rate"]["scale"]))
+    is_watch = all(
+        type(best) is float and best == best and type(since) is int and since >= 0 for best, since in watches
+    )
+    if not (is_number and is_watch):
+        raise BadState("got a loss, score or rate that is not a number; expected finite ones")
+    if state["kept"] is not None:
+        shapes = {name: each.shape for name, each in here["model"].items()}
+        if {name: each.shape for name, each in state["kept"].items()} != shapes:
+            raise BadState("kept: got other weights than the model's; expected the same names and shapes")
 
 
 def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict[str, str] | None = None) -> str:
@@ -248,11 +293,11 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
             "process": os.getpid(),
             "versions": versions or {},
         }
-        folder.note(run)
+        folder.write_run(run)
 
         def note_time() -> None:
             run["seconds"] = round(before + time.monotonic() - started, 3)
-            folder.note(run)
+            folder.write_run(run)
 
         with isolated(), warnings.catch_warnings():
             warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
@@ -268,22 +313,29 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
 def _train(
     folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None, on_saved: Callable[[], None]
 ) -> dict[str, Any]:
-    trainer = Trainer(trial)
-    checkpoint = folder.restore()
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
+    trainer, is_resumed = _resumed(folder, trial)
     folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     due = time.monotonic() + MOST_LOST
     try:
         while not trainer.finished:
-            line = trainer.advance()
+            try:
+                line = trainer.advance()
+            except Diverged:
+                raise
+            except Exception as error:
+                if not is_resumed:
+                    raise
+                folder.reject_checkpoint(f"the first step after it raised {type(error).__name__}: {error}")
+                trainer, is_resumed = Trainer(trial), False
+                continue
+            is_resumed = False
             if line is not None:
                 folder.measure(line)
             now = time.monotonic()
             if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished or now >= due:
                 folder.save(trainer.state())
-                on_saved()  # what it took to get here is not taken again, whatever becomes of this attempt
+                on_saved()  # the time up to here is not spent again, whatever becomes of this attempt
                 due = time.monotonic() + max(MOST_LOST, SAVING * (time.monotonic() - now))
             if on_step is not None:
                 on_step(trainer.step)
@@ -296,6 +348,19 @@ def _train(
         folder.log(f"diverged at step {trainer.step}: {reason}")
         result |= {"outcome": "diverged", "metrics": {}, "reason": str(reason)}
     return result | {"step": trainer.step}
+
+
+def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> tuple[Trainer, bool]:
+    """Return the trainer at its last checkpoint, and whether there was one that could be used."""
+    trainer, state = Trainer(trial), folder.restore()
+    if state is None:
+        return trainer, False
+    try:
+        trainer.restore(state)
+    except BadState as error:
+        folder.reject_checkpoint(str(error))
+        return Trainer(trial), False
+    return trainer, True
 
 
 def keeps_model(train: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from atn_norms.ablation.execution.environment import differences, versions
 from atn_norms.ablation.execution.trial import run_trial
 from atn_norms.ablation.store.files import Busy, StoreError
-from atn_norms.ablation.store.folder import StudyFolder, TrialFolder
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError
 
 LOOK = 1.0  # seconds between looks whether the study is still wanted
@@ -44,7 +45,7 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
     """
 
     def step(number: int) -> None:
-        folder.tell(number)
+        folder.set_step(number)
         on_step(number)
 
     try:
@@ -65,7 +66,7 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
 
 def _unless_lost(folder: TrialFolder, told: dict[str, str]) -> dict[str, str]:
     """What to tell; an attempt at a trial that is another's by now tells nothing of it."""
-    return {"busy": f"trial {folder.id} in {folder.path} was taken over by another process"} if folder.lost else told
+    return {"busy": f"trial {folder.id}: {folder.lost}"} if folder.lost else told
 
 
 def _failed(folder: TrialFolder, error: str, trace: str) -> dict[str, str]:

@@ -15,8 +15,9 @@ from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
-from atn_norms.ablation.store.identity import digest, identity
+from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import Endpoint, TaskFacts
+from atn_norms.ablation.store.schema import study_key
 from atn_norms.errors import short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import _physical_memory
@@ -53,8 +54,7 @@ class Plan:
     @property
     def key(self) -> str:
         """What makes a study this study: its trials, where they stand in the grid, and the baseline."""
-        trials = [{"id": trial.id, "points": trial.points} for trial in self.trials]
-        return digest({"axes": self.axes, "baseline": self.baseline, "trials": trials})
+        return study_key(self.axes, self.baseline, [asdict(trial) for trial in self.trials])
 
     def lacks(self, resolved: Mapping[str, Any]) -> int:
         """How many trials of a study that was laid down (`resolved`) this one lacks; 0: it may take its place."""

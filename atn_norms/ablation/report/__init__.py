@@ -8,8 +8,7 @@ from pathlib import Path
 from atn_norms.ablation.report.archive import is_report, read
 from atn_norms.ablation.report.findings import Findings, findings
 from atn_norms.ablation.report.tables import Table, table
-from atn_norms.ablation.store.files import make_folder
-from atn_norms.ablation.store.files import write as put
+from atn_norms.ablation.store.files import Folder
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.errors import SpecError, did_you_mean, short_repr
 
@@ -20,7 +19,7 @@ FORMATS = ("svg", "png", "md", "tex")
 
 def write(
     record: StudyRecord | Findings,
-    folder: Path | str,
+    folder: Folder | Path | str,
     reach: Mapping[str, float] | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
@@ -60,8 +59,9 @@ def write(
     content["study.json"] = archive.study_json(found.record).encode()
     written = {"md": tables.markdown, "tex": tables.latex}
     content |= {f"tables.{ending}": make(found).encode() for ending, make in written.items() if ending in formats}
-    folder = Path(folder)
-    make_folder(folder)
+    place = folder if isinstance(folder, Folder) else Folder(folder)
+    place.make()
+    place.remove_leftovers()
     for name, data in content.items():
-        put(folder / name, data)
-    return [folder / name for name in content]
+        place.write(name, data)
+    return [place.path / name for name in content]

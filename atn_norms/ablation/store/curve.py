@@ -1,94 +1,185 @@
-"""A trial's learning curve on disk: lines that are only ever added, cut back to what a checkpoint counted."""
+"""The learning curve of a trial on disk: lines that are only appended, and cut back to what a checkpoint counted."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from pathlib import Path
 from typing import Any
 
 from atn_norms.ablation.store.failpoints import failpoint
-from atn_norms.ablation.store.files import StoreError, canonical, named, read_lines, write, write_all
+from atn_norms.ablation.store.files import (
+    Folder,
+    StoreError,
+    canonical,
+    chunks,
+    named,
+    parse_object,
+    refuse_size,
+    write_all,
+)
+from atn_norms.ablation.store.schema import MOST_STEPS, Mark, check
+
+NAME = "metrics.jsonl"
+MOST_BYTES = 2**28  # of a curve that is read as a whole: 256 MiB
+TAIL = 2**16  # bytes at the end of a curve among which its last line is looked for
 
 
 class Curve:
     """The file `metrics.jsonl`, one line a point.
 
-    An attempt keeps the file open that it began with. So a process that was taken for gone, and wakes up when another has
-    taken its trial over, adds its lines to a file that nobody reads any more.
-    """  # noqa: E501
+    An attempt keeps the file open that it started with. So a process that was considered gone, and continues after
+    another process has taken over its trial, appends to a file that is no longer in the folder.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: Any = None
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.path = folder, folder.path / NAME
+        self._descriptor: int | None = None
+        self._size, self._hash = 0, hashlib.sha256()  # of what this process knows to be in the open file
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line; `StoreError` names one that is damaged."""
-        lines = read_lines(self.path)
+        """Read every whole line; an unfinished last one, which is being written or was stopped, does not count.
+
+        Errors: `StoreError` naming a line that is damaged, or a file of over 256 MiB.
+        """
+        if not self.folder.has(NAME):
+            return []
+        lines = self.folder.read(NAME, MOST_BYTES).split(b"\n")[:-1]
+        points: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
-            if not (isinstance(line.get("step"), int) and line.keys() >= {"train_loss", "validation"}):
-                raise StoreError(f"{self.path}:{number}: damaged, a line needs step, train_loss and validation")
-        return lines
+            before = points[-1]["step"] if points else 0
+            points.append(_parse_point(line, f"{self.path}:{number}", before))
+        return points
+
+    def last(self) -> dict[str, Any] | None:
+        """Read the last whole line from the end of the file, however long that is; None where there is none."""
+        if not self.folder.has(NAME):
+            return None
+        with named("read", self.path):
+            descriptor = self.folder.open(NAME)
+            try:
+                size = os.fstat(descriptor).st_size
+                tail = os.pread(descriptor, min(TAIL, size), max(0, size - TAIL))
+            finally:
+                os.close(descriptor)
+        lines = tail.split(b"\n")[:-1]
+        if size > TAIL and len(lines) < 2:
+            raise StoreError(
+                f"{self.path}: damaged: the last line has over {TAIL} bytes; expected a point of the curve"
+            )
+        return _parse_point(lines[-1], f"{self.path}: last line", 0) if lines else None
 
     def add(self, line: dict[str, Any]) -> None:
-        """Add a line; it is durable only after `mark`."""
+        """Append a line; it is durable only after `mark`."""
         with named("write", self.path):
-            failpoint(f"{self.path.name}:add")
-            write_all(self._opened().fileno(), f"{canonical(line)}\n".encode())
-            failpoint(f"{self.path.name}:added")
+            failpoint(f"{NAME}:add")
+            content = f"{canonical(line)}\n".encode()
+            write_all(self._opened(), content)
+            self._size += len(content)
+            self._hash.update(content)
+            failpoint(f"{NAME}:added")
 
     def mark(self) -> dict[str, Any]:
-        """Make what is there durable, and return its size in bytes and its SHA-256."""
+        """Make the file durable, and return its size in bytes and its SHA-256."""
         with named("write", self.path):
-            file = self._opened()
-            failpoint(f"{self.path.name}:sync")
-            os.fsync(file.fileno())
-            failpoint(f"{self.path.name}:marked")
-            return _marked(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
+            descriptor = self._opened()
+            failpoint(f"{NAME}:sync")
+            os.fsync(descriptor)
+            failpoint(f"{NAME}:marked")
+            if (size := os.fstat(descriptor).st_size) != self._size:  # a line was refused halfway
+                self._count(descriptor, size)
+            return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
     def cut(self, mark: dict[str, Any] | None, elsewhere: bool) -> bool:
-        """Go back to a mark, or to nothing; False (and nothing kept) where the file no longer holds what was marked.
+        """Cut the file back to a mark, or to nothing; return False, and keep nothing, where it does not begin with it.
 
-        With `elsewhere` in a new file, since somebody may still write to the one that is there.
+        With `elsewhere` the result is a new file, since another process may still write to the present one.
         """
         self.close()
         with named("read", self.path):
-            content = self.path.read_bytes() if self.path.exists() else b""
-        kept = content[: mark["bytes"]] if mark else b""
-        whole = mark is None or _marked(kept) == mark
-        kept = kept if whole else b""
+            descriptor = self._opened()
+            size = mark["bytes"] if mark else 0
+            self._count(descriptor, size)
+            is_whole = mark is None or mark == {"bytes": self._size, "sha256": self._hash.hexdigest()}
+            kept = size if is_whole else 0
         if elsewhere:
-            write(self.path, kept)
+            refuse_size(self.path, kept, MOST_BYTES)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            content = b"".join(chunks(descriptor, kept))
+            self.close()
+            self.folder.write(NAME, content)
         with named("write", self.path):
-            file = self._opened()
-            failpoint(f"{self.path.name}:cut")
-            file.truncate(len(kept))
-            failpoint(f"{self.path.name}:shortened")
-        return whole
+            descriptor = self._opened()
+            failpoint(f"{NAME}:cut")
+            os.ftruncate(descriptor, kept)
+            failpoint(f"{NAME}:shortened")
+            self._count(descriptor, kept)
+        return is_whole
 
-    def check(self, mark: Any) -> None:
-        """Refuse a file that is not, byte for byte, what was marked."""
-        with named("read", self.path):
-            content = self.path.read_bytes() if self.path.exists() else b""
-        if _marked(content) != mark:
-            there = f"{len(content)} bytes" if self.path.exists() else "missing"
-            wanted = f"{mark['bytes']} bytes" if isinstance(mark, dict) and "bytes" in mark else "something else"
+    def check(self, mark: dict[str, Any], whole: bool = True) -> None:
+        """Raise `StoreError` unless the file has the size of a mark and, with `whole`, its content."""
+        there = self.folder.has(NAME)
+        size, digest = 0, hashlib.sha256()
+        if there:
+            with named("read", self.path):
+                descriptor = self.folder.open(NAME)
+                try:
+                    size = os.fstat(descriptor).st_size
+                    if whole and size == mark["bytes"]:
+                        for chunk in chunks(descriptor, size):
+                            digest.update(chunk)
+                finally:
+                    os.close(descriptor)
+        if size != mark["bytes"] or (whole and digest.hexdigest() != mark["sha256"]):
             raise StoreError(
-                f"{self.path}: damaged, not the curve of the result beside it ({there}, {wanted} expected); "
-                "remove result.json to train the trial again"
+                f"{self.path}: damaged: got {f'{size} bytes' if there else 'no file'}; expected the {mark['bytes']} "
+                "bytes that result.json counted; remove result.json to train the trial again"
             )
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
-    def _opened(self) -> Any:
-        if self._file is None:
-            self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  held for the whole attempt
-        return self._file
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = self.folder.open(NAME, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+            self._count(self._descriptor, os.fstat(self._descriptor).st_size)
+        return self._descriptor
+
+    def _count(self, descriptor: int, size: int) -> None:
+        """Compute size and hash of the first bytes of the open file."""
+        self._size, self._hash = 0, hashlib.sha256()
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        for chunk in chunks(descriptor, size):
+            self._size += len(chunk)
+            self._hash.update(chunk)
 
 
-def _marked(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def is_mark(value: Any) -> bool:
+    """Check whether a value has the form of `Curve.mark`."""
+    try:
+        check(Mark, value, "")
+    except StoreError:
+        return False
+    return True
+
+
+def _parse_point(line: bytes, place: str, before: int) -> dict[str, Any]:
+    """Parse one line: a step after the one before, and two numbers, each None where it was not measured."""
+    point = parse_object(line, place)
+    step = point.get("step")
+    if type(step) is not int or not before < step <= MOST_STEPS:
+        raise StoreError(f"{place}: damaged: step: expected a number of steps above {before}")
+    for name in ("train_loss", "validation"):
+        if name not in point or not (point[name] is None or _is_finite(point[name])):
+            raise StoreError(f"{place}: damaged: {name}: expected a finite number or null")
+    return point
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False

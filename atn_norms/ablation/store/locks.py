@@ -1,10 +1,10 @@
-"""Locks that die with their holder, and the holder's pulse: that it lives, and how far it is.
+"""Locks that end with their holder, and the holder's heartbeat: that it lives, and how far it is.
 
 A lock is a file held by `flock`, which the kernel drops with the process. Where the holder is on another machine, the
-kernel here may not know, and a machine may vanish or stand still while it holds one. So the holder writes a line into the
-file every second, and one that has been silent for `SILENCE` seconds counts as gone: whoever wants the lock puts a new file
-in its place. Should the old holder wake up, its own file is no longer the one at the path, and it lets go.
-"""  # noqa: E501
+kernel here may not know, and a machine may vanish or stand still while it holds a lock. So the holder writes a line
+into the file every second, and one without a new line for `SILENCE` seconds counts as gone: a process that wants the
+lock puts a new file in its place. Should the old holder continue, its file is no longer in the folder, and it stops.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from atn_norms.ablation.store.failpoints import failpoint
-from atn_norms.ablation.store.files import Busy, named, temporary
+from atn_norms.ablation.store.files import Busy, Folder, StoreError, named, parse_json, temporary
+from atn_norms.ablation.store.schema import Heartbeat, check
 from atn_norms.errors import SpecError, short_repr
 
+NAME = ".lock"
 BEAT = 1.0  # seconds between two lines
 ROOM = 512  # bytes of a line, filled up with spaces so that a shorter one leaves nothing of a longer one
 
@@ -34,75 +35,68 @@ def _seconds(variable: str, default: float) -> float:
     with suppress(ValueError):
         if not text or 0 < float(text) < float("inf"):
             return float(text or default)
-    raise SpecError(f"{variable}: must be a number of seconds above 0, got {short_repr(text)}")
+    raise SpecError(f"{variable}: got {short_repr(text)}; expected a number of seconds above 0")
 
 
 SILENCE = _seconds("ATN_NORMS_SILENCE", 120.0)
 
 
-@dataclass(frozen=True)
-class Heartbeat:
-    """What the holder of a lock said last.
-
-    | field | meaning |
-    |---|---|
-    | `holder` | host, process and a random word: another one for each time a lock is taken |
-    | `machine` | which running kernel the holder is on; there its `flock` can be trusted |
-    | `beat` | counts the seconds |
-    | `step`, `loss` | training steps taken and the last training loss, None before the first |
-    """
-
-    holder: str
-    machine: str
-    beat: int
-    step: int | None = None
-    loss: float | None = None
-
-
 class Lock:
-    """A lock that this process holds; `step` and `loss` are told with the next beat."""
+    """A lock that this process holds; `step` and `loss` are written with the next heartbeat."""
 
-    def __init__(self, path: Path, descriptor: int, orphaned: bool) -> None:
-        self.path, self.descriptor = path, descriptor
-        self.orphaned = orphaned  # the holder before never said that it let go, and may still be about
-        self.holder = f"{platform.node()[:64]}/{os.getpid()}/{secrets.token_hex(4)}"
+    def __init__(self, folder: Folder, descriptor: int, orphaned: bool) -> None:
+        self.folder, self.path, self.descriptor = folder, folder.path / NAME, descriptor
+        self.orphaned = orphaned  # the holder before did not release it, and may still be at work
+        host = "".join(each for each in platform.node()[:64] if each.isprintable() and each != "/")
+        self.holder = f"{host}/{os.getpid()}/{secrets.token_hex(4)}"
         self.beat = 0
         self.step: int | None = None
         self.loss: float | None = None
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"pulse of {path}", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name=f"heartbeat of {self.path}", daemon=True)
 
     @property
     def lost(self) -> bool:
-        """Whether another process has put its own lock in the place of this one."""
+        """Whether the file of this lock is no longer the one in the folder."""
+        return not _is_same(self.folder, self.descriptor)
+
+    def describe_loss(self) -> str:
+        """Return why the lock is lost, in a sentence."""
+        folder = self.folder.path
         try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+            os.getcwd()
         except FileNotFoundError:
-            return True
+            if not folder.is_absolute():
+                return f"{folder}: the working directory was removed while the study ran"
+        if not folder.is_dir():
+            return f"{folder}: the folder was renamed or removed while the study ran; resume it where it is now"
+        if not self.folder.has(NAME):
+            return f"{self.path}: the lock was removed while the study ran"
+        return f"{folder}: taken over by another process, since this one wrote no heartbeat for {SILENCE:.0f} s"
 
     def start(self) -> None:
-        """Say for the first time who holds the lock, and go on in a thread; where it cannot, no empty file stays."""
+        """Write the first heartbeat, and continue in a thread; where it cannot be written, no empty file stays."""
         try:
-            failpoint(f"{self.path.name}:taken")
-            self._tell()
+            failpoint(f"{NAME}:taken")
+            self._write()
         except OSError:
             if os.fstat(self.descriptor).st_size == 0 and not self.lost:
-                self.path.unlink()
+                self.folder.remove(NAME)
             raise
-        failpoint(f"{self.path.name}:told")
+        failpoint(f"{NAME}:told")
         self._thread.start()
 
     def end(self) -> None:
-        """Say that the lock is about to be free: whoever works for its holder may stop."""
+        """Empty the file, which announces a release in good order: processes that work for this one may stop."""
         self._released.set()
         if self._thread.ident is not None:
             self._thread.join()
         with suppress(OSError):  # an empty file only spares others the wait for silence
             os.ftruncate(self.descriptor, 0)
-            failpoint(f"{self.path.name}:ended")
+            failpoint(f"{NAME}:ended")
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         try:
             self.end()
         finally:
@@ -111,62 +105,93 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             self.beat += 1
-            with suppress(OSError):  # such as a full disk: a line that is not written is a beat missed, no more
-                self._tell()
+            with suppress(OSError):  # such as a full disk: a line that is not written is a heartbeat missed, no more
+                self._write()
 
-    def _tell(self) -> None:
-        said = {"holder": self.holder, "machine": machine(), "beat": self.beat, "step": self.step, "loss": self.loss}
-        os.pwrite(self.descriptor, json.dumps(said).encode().ljust(ROOM - 1) + b"\n", 0)
+    def _write(self) -> None:
+        line = {"holder": self.holder, "machine": machine(), "beat": self.beat, "step": self.step, "loss": self.loss}
+        os.pwrite(self.descriptor, json.dumps(line).encode().ljust(ROOM - 1) + b"\n", 0)
 
 
 @cache
 def machine() -> str:
-    """The running kernel, by its own random name; the host's name where there is none."""
+    """Return the running kernel's own random name; the host's name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return platform.node()
+        return platform.node()[:256]
 
 
-def heartbeat(path: Path) -> Heartbeat | None:
-    """What the holder of a lock said last; None where it let go, or there never was one."""
+def heartbeat(folder: Folder) -> Heartbeat | None:
+    """Return the last heartbeat of a folder's lock; None where it was released, or is being written, or is damaged."""
     try:
-        said = json.loads(path.read_bytes() or b"null")
-        return None if said is None else Heartbeat(**said)
-    except (OSError, ValueError, TypeError):  # not there, or just being written
+        descriptor = folder.open(NAME)
+    except OSError:
+        return None
+    try:
+        return _heartbeat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _heartbeat(descriptor: int) -> Heartbeat | None:
+    try:
+        value = parse_json(os.pread(descriptor, ROOM, 0) or b"null", NAME)
+        return None if value is None else check(Heartbeat, value, NAME)
+    except OSError:
         return None
 
 
-def staleness(path: Path) -> float:
-    """The seconds since the holder of a lock said something, by the clock of the file system, which all share."""
-    said, probe = path.stat().st_mtime, temporary(path)
+def staleness(folder: Folder) -> float:
+    """Return the seconds since the last heartbeat, by the clock of the file system, which all machines share.
+
+    A time in the future, which only a clock set back can leave, is set to the present: a living holder does so itself
+    within a second, and after a dead one the lock is free `SILENCE` seconds later.
+    """
+    descriptor = folder.open(NAME)
     try:
-        probe.touch(exist_ok=False)
-        now = probe.stat().st_mtime
-        probe.unlink()
+        written, now = os.fstat(descriptor).st_mtime, _file_system_time(folder)
+        if written > now + BEAT:
+            with suppress(OSError):  # only looking, in a folder that cannot be written
+                os.utime(descriptor)
+        return max(0.0, now - written)
+    finally:
+        os.close(descriptor)
+
+
+def _file_system_time(folder: Folder) -> float:
+    probe = temporary(NAME)
+    try:
+        with folder.opened() as opened:
+            descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=opened)
+            try:
+                return os.fstat(descriptor).st_mtime
+            finally:
+                os.close(descriptor)
+                os.unlink(probe, dir_fd=opened)
     except OSError:  # only looking, in a folder that cannot be written
-        now = time.time()
-    return now - said
+        return time.time()
 
 
 @contextmanager
-def hold(path: Path, busy: str, *, patience: float = 1.0, take_over: bool = True) -> Iterator[Lock]:
-    """Hold a lock while inside.
+def hold(folder: Folder, busy: str, *, patience: float = 1.0, take_over: bool = True) -> Iterator[Lock]:
+    """Hold the lock of a folder while inside.
 
     | symbol | meaning | unit |
     |---|---|---|
-    | `busy` | what to say when another process holds it | |
-    | `patience` | how long to try: a `held` that only asks may be in the way for an instant | seconds |
-    | `take_over` | whether a silent holder on this machine loses it, too; one elsewhere always does | |
+    | `busy` | the error's text when another process holds it | |
+    | `patience` | how long to try: an `is_locked` elsewhere may hold it for an instant | seconds |
+    | `take_over` | whether a silent holder on this machine loses it, too; one on another machine always does | |
 
     Errors: `Busy` where a living process holds it; `StoreError` where the file cannot be written.
     """
+    path = folder.path / NAME
     deadline = time.monotonic() + patience
     with named("lock", path):
-        failpoint(f"{path.name}:begin")
-        while (mine := _take(path, take_over)) is None:
+        failpoint(f"{NAME}:begin")
+        while (mine := _take(folder, take_over)) is None:
             if time.monotonic() >= deadline:
-                raise Busy(busy + whose(path, take_over))
+                raise Busy(busy + describe_holder(folder, take_over))
             time.sleep(0.02)
     try:
         with named("write", path):
@@ -176,67 +201,82 @@ def hold(path: Path, busy: str, *, patience: float = 1.0, take_over: bool = True
         mine.release()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether some process holds a lock, as far as this machine and its pulse say."""
+def is_locked(folder: Folder) -> bool:
+    """Check whether some process holds a folder's lock, as far as this machine and the heartbeat show.
+
+    Errors: `StoreError` where the lock is a link, a pipe or otherwise no regular file.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = folder.open(NAME)
+    except StoreError:
+        raise
     except OSError:
         return False
     try:
-        said = heartbeat(path)
-        if said is not None and said.machine != machine():
-            return staleness(path) < SILENCE
+        last = _heartbeat(descriptor)
+        if last is not None and last.machine != machine():
+            return staleness(folder) < SILENCE
         return not _try(descriptor, fcntl.LOCK_SH)
+    except FileNotFoundError:  # removed since it was opened
+        return False
     finally:
         os.close(descriptor)
 
 
-def _take(path: Path, take_over: bool) -> Lock | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _take(folder: Folder, take_over: bool) -> Lock | None:
+    descriptor = folder.open(NAME, os.O_RDWR | os.O_CREAT)
     try:
-        said = heartbeat(path)
+        last = _heartbeat(descriptor)
         if _try(descriptor, fcntl.LOCK_EX):
-            same = os.path.samestat(os.stat(path), os.fstat(descriptor))  # or it was replaced since it was opened
-            if same and (said is None or said.machine == machine()):
-                mine, descriptor = Lock(path, descriptor, orphaned=said is not None), -1
-                return mine
-            if not same:
+            if not _is_same(folder, descriptor):  # replaced since it was opened
                 return None
-        may = said is not None and (take_over or said.machine != machine())
-        return _replace(path) if may and staleness(path) >= SILENCE else None
-    except FileNotFoundError:  # somebody is just replacing it
+            if last is None or last.machine == machine():
+                mine, descriptor = Lock(folder, descriptor, orphaned=last is not None), -1
+                return mine
+        may = last is not None and (take_over or last.machine != machine())
+        return _replace(folder) if may and staleness(folder) >= SILENCE else None
+    except FileNotFoundError:  # another process is just replacing it
         return None
     finally:
         if descriptor >= 0:
             os.close(descriptor)
 
 
-def _replace(path: Path) -> Lock:
-    """Put a new file, held from its first moment, where a silent holder's is."""
-    new = temporary(path)
-    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+def _is_same(folder: Folder, descriptor: int) -> bool:
     try:
-        _try(descriptor, fcntl.LOCK_EX)
-        os.replace(new, path)
-    except BaseException:
-        os.close(descriptor)
-        new.unlink(missing_ok=True)
-        raise
-    return Lock(path, descriptor, orphaned=True)
+        return os.path.samestat(folder.stat(NAME), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
-def whose(path: Path, take_over: bool) -> str:
-    """Who holds a lock, in brackets, and when it counts as gone, where it ever does; empty where nobody says."""
-    said = heartbeat(path)
-    if said is None:
+def _replace(folder: Folder) -> Lock:
+    """Put a new file, held from its first moment, in the place of a silent holder's."""
+    new = temporary(NAME)
+    with folder.opened() as opened:
+        descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=opened)
+        try:
+            _try(descriptor, fcntl.LOCK_EX)
+            os.replace(new, NAME, src_dir_fd=opened, dst_dir_fd=opened)
+        except BaseException:
+            os.close(descriptor)
+            with suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=opened)
+            raise
+    return Lock(folder, descriptor, orphaned=True)
+
+
+def describe_holder(folder: Folder, take_over: bool) -> str:
+    """Return who holds a lock, in brackets, and when it counts as gone, where it ever does; empty where unknown."""
+    last = heartbeat(folder)
+    if last is None:
         return ""
-    host, process, _ = said.holder.rsplit("/", 2)
-    told = f"process {process} on {host}"
+    host, process, _ = last.holder.rsplit("/", 2)
+    text = f"process {process} on {host}"
     with suppress(OSError):
-        told += f", silent for {max(0.0, staleness(path)):.0f} s"
-    if take_over or said.machine != machine():
-        told += f"; gone after {SILENCE:.0f} s of silence"
-    return f" ({told})"
+        text += f", silent for {staleness(folder):.0f} s"
+    if take_over or last.machine != machine():
+        text += f"; gone after {SILENCE:.0f} s of silence"
+    return f" ({text})"
 
 
 def _try(descriptor: int, kind: int) -> bool:

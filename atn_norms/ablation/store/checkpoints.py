@@ -1,0 +1,59 @@
+"""Checkpoints as bytes: a zip archive as torch writes it, signed with its SHA-256 and bound to one trial."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from typing import Any
+
+from atn_norms.ablation.store.curve import is_mark
+from atn_norms.ablation.store.files import StoreError
+
+_DIGEST = 64  # characters of a signature
+
+
+def pack(trial: str, state: dict[str, Any], mark: dict[str, Any]) -> bytes:
+    """Write a state, the id of its trial, and the mark of the learning curve that belongs to it."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"trial": trial, "state": state, "metrics": mark}, buffer)
+    return sign(buffer.getvalue())
+
+
+def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a state and the mark of its learning curve; no code in the file is run.
+
+    Errors: `StoreError` naming what is wrong: damaged, of another trial, or not a checkpoint.
+    """
+    import torch
+
+    end = _DIGEST + 2
+    if sign(content[:-end] + b"\0\0") != content:
+        raise StoreError("damaged: its SHA-256 does not match its content")
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a foreign archive
+        raise StoreError(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state"), dict):
+        raise StoreError("got no state; expected one")
+    if checkpoint.get("trial") != trial:
+        raise StoreError(f"got a checkpoint of trial {str(checkpoint.get('trial'))[:40]!r}; expected one of {trial!r}")
+    if not is_mark(checkpoint.get("metrics")):
+        raise StoreError("got no mark of a learning curve; expected one")
+    return checkpoint["state"], checkpoint["metrics"]
+
+
+def sign(archive: bytes) -> bytes:
+    """Put the SHA-256 of a zip archive into its comment: torch itself checks no sums when it reads one."""
+    digest = hashlib.sha256(archive[:-2]).hexdigest().encode()
+    return archive[:-2] + len(digest).to_bytes(2, "little") + digest
+
+
+def most_bytes() -> int:
+    """Return the size of the largest checkpoint that is read: half of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 2**33

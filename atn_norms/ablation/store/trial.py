@@ -1,0 +1,253 @@
+"""The files of one trial: atomic, durable, and changed only by the holder of its lock.
+
+trial.json  metrics.jsonl  checkpoint.pt  model.safetensors  result.json  run.json  error.json  log.txt  .lock
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from atn_norms.ablation.store import checkpoints
+from atn_norms.ablation.store.curve import Curve
+from atn_norms.ablation.store.files import Busy, Folder, StoreError
+from atn_norms.ablation.store.identity import DIGITS
+from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
+from atn_norms.ablation.store.records import Status, TrialRecord
+from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
+from atn_norms.errors import brief, short_repr
+
+MODEL = "model.safetensors"
+REJECTED = "checkpoint.rejected.pt"
+MOST_TRACEBACK = 2**20  # characters of a traceback that are kept
+
+
+class TrialFolder:
+    """The files of one trial; whoever changes them holds `lock()`.
+
+    Errors: `StoreError` where the folder's name is no id.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.path, self.id = folder, folder.path, folder.path.name
+        if not re.fullmatch(ID, self.id):
+            raise StoreError(
+                f"{folder.path.parent}: trial: got {short_repr(self.id)}; expected {DIGITS} hexadecimal digits"
+            )
+        self._curve = Curve(folder)
+        self._lock: Lock | None = None
+        self.lost = ""  # why the trial was no longer this process's when `lock` ended; empty where it was
+        self.loss: float | None = None  # the last that was measured
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this trial; `Busy` while another process trains it, and later if another has taken it over."""
+        busy = f"trial {self.id} in {self.path} is being trained by another process"
+        with hold(self.folder, busy) as self._lock:
+            self.lost = ""
+            try:
+                yield
+            finally:
+                self.lost = self._lock.describe_loss() if self._lock.lost else ""
+                self._lock = None
+                self._curve.close()
+
+    def _refuse_lost(self) -> None:
+        """Raise `Busy` before anything is changed that another process has taken over."""
+        if self._lock is not None and self._lock.lost:
+            raise Busy(f"trial {self.id}: {self._lock.describe_loss()}")
+
+    def set_step(self, step: int) -> None:
+        """Show other processes how far the training is, with the next heartbeat."""
+        if self._lock is not None:
+            self._lock.step, self._lock.loss = step, self.loss
+
+    def heartbeat(self) -> Heartbeat | None:
+        """Return the last heartbeat of the process that trains this, or of the one that was killed at it."""
+        return heartbeat(self.folder)
+
+    def trial(self) -> dict[str, Any]:
+        """Read the trial itself, everything its result depends on; its content must match the id, which is its hash."""
+        place, cure = str(self.path / "trial.json"), "remove it and run the study again, which restores it"
+        trial = self.folder.read_json("trial.json")
+        check_trial(trial, self.id, place, cure)
+        return trial
+
+    def has_trial(self) -> bool:
+        """Check whether `trial.json` is there."""
+        return self.folder.has("trial.json")
+
+    def write_trial(self, trial: dict[str, Any]) -> None:
+        """Write `trial.json`, and the folder where it is missing."""
+        self.folder.make()
+        self.folder.write_json("trial.json", trial)
+
+    def has_result(self) -> bool:
+        """Check whether the trial is done."""
+        return self.folder.has("result.json")
+
+    def result(self, whole: bool = True) -> dict[str, Any] | None:
+        """Read the result, None until the trial is done; a damaged one is an error, never silently made again.
+
+        Without `whole` the learning curve that belongs to it is compared by its size only.
+        """
+        if not self.has_result():
+            return None
+        result = self.folder.read_json("result.json")
+        check_result(result, self.id, str(self.path / "result.json"))
+        self._curve.check(result["curve"], whole)
+        return result
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Declare the trial done: what belongs to it becomes durable first, `result.json` last."""
+        mark = self._curve.mark()
+        self._refuse_lost()
+        self.folder.write_json("result.json", {**result, "curve": mark})
+        self.clear()
+
+    def keep_model(self, content: bytes) -> None:
+        """Write `model.safetensors`, which belongs to the trial once `result.json` is there."""
+        self._refuse_lost()
+        self.folder.write(MODEL, content)
+
+    def clear(self) -> None:
+        """Remove what a finished trial no longer needs."""
+        for name in ("checkpoint.pt", REJECTED, "error.json"):
+            if self.folder.has(name):
+                self.folder.remove(name)
+        self.folder.remove_leftovers()
+
+    def fail(self, error: str, trace: str) -> None:
+        """Record why the last attempt failed."""
+        self._refuse_lost()
+        self.folder.write_json("error.json", {"error": error, "traceback": brief(trace, MOST_TRACEBACK)})
+        self.log(f"failed: {error}")
+
+    def error(self) -> dict[str, Any]:
+        """Read why the last attempt failed."""
+        error = self.folder.read_json("error.json")
+        check(StoredError, error, str(self.path / "error.json"), "remove it")
+        return error
+
+    def run(self) -> dict[str, Any]:
+        """Read attempts, seconds, host: what differs from run to run; empty before the first attempt.
+
+        Only times are lost with a damaged file, so it counts as empty, and the next attempt records that in the log.
+        """
+        try:
+            run = self.folder.read_json("run.json") if self.folder.has("run.json") else {}
+            check(StoredRun, run, str(self.path / "run.json"))
+        except StoreError:
+            return {}
+        return run
+
+    def write_run(self, run: dict[str, Any]) -> None:
+        """Write `run.json`."""
+        self._refuse_lost()
+        self.folder.write_json("run.json", run)
+
+    def measure(self, line: dict[str, Any]) -> None:
+        """Append a line to the learning curve."""
+        self._refuse_lost()
+        self._curve.add(line)
+        self.loss = line["train_loss"]
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Read the learning curve so far."""
+        return self._curve.read()
+
+    def log(self, text: str) -> None:
+        """Append a line, with the time, to `log.txt`."""
+        self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Checkpoint `state`: tensors, numbers, text, and tuples, lists and mappings of them."""
+        content = checkpoints.pack(self.id, state, self._curve.mark())
+        self._refuse_lost()
+        self.folder.write("checkpoint.pt", content)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Read the last checkpoint and cut the learning curve back to it; None, and an empty curve, to start over.
+
+        A checkpoint only saves time: one that is damaged, of another trial or of another curve is set aside.
+        """
+        state, mark, problem = None, None, ""
+        if self.folder.has("checkpoint.pt"):
+            try:
+                content = self.folder.read("checkpoint.pt", checkpoints.most_bytes())
+                state, mark = checkpoints.unpack(self.id, content)
+            except StoreError as error:
+                problem = str(error)
+        self._refuse_lost()
+        elsewhere = self._lock is not None and self._lock.orphaned
+        if not self._curve.cut(mark, elsewhere) and not problem:
+            problem = "metrics.jsonl is not the curve that it was saved with"
+        if problem:
+            self.reject_checkpoint(problem)
+            return None
+        return state
+
+    def reject_checkpoint(self, problem: str) -> None:
+        """Set a checkpoint aside that cannot be used, record why, and empty the learning curve."""
+        self._refuse_lost()
+        if self.folder.has("checkpoint.pt"):
+            self.folder.rename("checkpoint.pt", REJECTED)
+        self.log(f"checkpoint.pt cannot be used and is now {REJECTED}: {problem}; starting over")
+        self._curve.cut(None, self._lock is not None and self._lock.orphaned)
+        self.loss = None
+
+    def tidy(self) -> None:
+        """Remove what the last attempt left behind, half a write or an error; only the holder of the lock may."""
+        self._refuse_lost()
+        if self.folder.has("error.json"):
+            self.folder.remove("error.json")
+        self.folder.remove_leftovers()
+
+    def status(self, result: dict[str, Any] | None) -> Status:
+        """Return the trial's status, given its result."""
+        if result is not None:
+            return "done" if result["outcome"] == "finished" else "diverged"
+        if is_locked(self.folder):
+            return "running"
+        return "failed" if self.folder.has("error.json") else "pending"
+
+    def record(
+        self, points: tuple[dict[str, str], ...], planned: dict[str, Any] | None = None, curves: bool = True
+    ) -> TrialRecord:
+        """Read all of these files; `planned` replaces a `trial.json` that is lost.
+
+        Without `curves` the learning curve is not read, only its last line.
+        """
+        trial = planned if planned is not None and not self.has_trial() else self.trial()
+        result = self.result(whole=curves)
+        self._refuse_too_long(result, trial)
+        status, curve = self.status(result), self.curve() if curves else []
+        return TrialRecord(
+            id=self.id,
+            trial=trial,
+            points=points,
+            seed=trial["seed"],
+            status=status,
+            result=result,
+            curve=curve,
+            run=self.run() or None,
+            error=self.error() if status == "failed" else None,
+            step=result["step"] if result is not None else self._reached(status, trial["train"]["steps"]),
+            folder=self.path,
+        )
+
+    def _refuse_too_long(self, result: dict[str, Any] | None, trial: dict[str, Any]) -> None:
+        steps = trial["train"]["steps"]
+        if result is not None and result["step"] > steps:
+            raise StoreError(
+                f"{self.path / 'result.json'}: damaged: step: got {result['step']}; expected at most {steps}, the "
+                "trial's steps; remove it to train the trial again"
+            )
+
+    def _reached(self, status: Status, steps: int) -> int:
+        last = self.heartbeat() if status == "running" else None
+        point = self._curve.last()
+        return min(steps, max(point["step"] if point else 0, (last.step or 0) if last is not None else 0))
