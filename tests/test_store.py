@@ -221,7 +221,7 @@ def test_a_result_that_lacks_something_is_named_and_never_left_out(study, trial,
     del place[last]
     trial.folder.write_json("result.json", result)
     path = lacking.removesuffix(".mean squared error")
-    with pytest.raises(StoreError, match=re.escape(f"result.json: damaged: {path}: required, and missing")):
+    with pytest.raises(StoreError, match=re.escape(f"result.json: damaged: {path}: got nothing; expected a value")):
         load(study)
 
 

@@ -228,7 +228,7 @@ def _refuse_other_metrics(folder: TrialFolder, result: dict[str, Any], metrics: 
     for metric in metrics:
         if metric not in result["metrics"]["test"]:
             raise StoreError(
-                f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}: required, and missing; remove it to "
+                f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}: got nothing; expected a value; remove it to "
                 "train the trial again"
             )
 

@@ -197,4 +197,4 @@ def check_result(result: dict[str, Any], trial: str, place: str) -> None:
     if result["trial"] != trial:
         raise StoreError(f"{place}: got the result of trial {result['trial']}; expected that of {trial}; {cure}")
     if result["outcome"] == "finished" and not result["metrics"].get("test"):
-        raise StoreError(f"{place}: damaged: metrics.test: required, and missing; {cure}")
+        raise StoreError(f"{place}: damaged: metrics.test: got nothing; expected a value; {cure}")
