@@ -227,10 +227,8 @@ class StudyFolder:
 def _refuse_other_metrics(folder: TrialFolder, result: dict[str, Any], metrics: Sequence[str]) -> None:
     for metric in metrics:
         if metric not in result["metrics"]["test"]:
-            raise StoreError(
-                f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}: got nothing; expected a value; remove it to "
-                "train the trial again"
-            )
+            place = f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}"
+            raise StoreError(f"{place}: got nothing; expected a value; remove it to train the trial again")
 
 
 def load(folder: Path | str, curves: bool = True) -> StudyRecord:
