@@ -1,5 +1,6 @@
 """One trial: deterministic, stopped and resumed bit for bit, its divergence an outcome."""
 
+import contextlib
 import io
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from atn_norms.ablation import TrainSpec, create, load
-from atn_norms.ablation.execution.trial import Diverged, Trainer, run_trial
+from atn_norms.ablation.execution.trial import Diverged, Trainer, isolated, run_trial
 from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.store import files
 from atn_norms.ablation.store.files import Busy, StoreError
@@ -355,3 +356,72 @@ def test_the_learning_rate_follows_the_length_of_the_segment(tmp_path, text):
         rates.append(group["lr"] / trainer.rate.full[0])
         assert rates[-1] == pytest.approx(length / 12)
     assert len(set(rates)) > 2
+
+
+def flushes_denormals():
+    return (torch.tensor(5e-324, dtype=torch.float64) * 1).item() == 0
+
+
+@contextlib.contextmanager
+def restoring(read, write):
+    before = read()
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def onednn(enabled):
+    torch.backends.mkldnn.set_flags(enabled)
+
+
+# A change of torch's global state, how to read it, and how to write it back.
+CHANGES = {
+    "default type": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (lambda: torch.set_default_device("meta"), torch.get_default_device, torch.set_default_device),
+    "threads": (lambda: torch.set_num_threads(2), torch.get_num_threads, torch.set_num_threads),
+    "matmul precision": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "deterministic algorithms": (
+        lambda: torch.use_deterministic_algorithms(True),
+        torch.get_deterministic_debug_mode,
+        torch.set_deterministic_debug_mode,
+    ),
+    "gradient mode": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled, torch.set_grad_enabled),
+    "anomaly detection": (
+        lambda: torch.autograd.set_detect_anomaly(True),
+        torch.is_anomaly_enabled,
+        torch.autograd.set_detect_anomaly,
+    ),
+    "oneDNN": (lambda: onednn(False), lambda: torch.backends.mkldnn.enabled, onednn),
+    "autocast": (
+        lambda: torch.set_autocast_enabled("cpu", True),
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda enabled: torch.set_autocast_enabled("cpu", enabled),
+    ),
+    "denormal numbers": (lambda: torch.set_flush_denormal(True), flushes_denormals, torch.set_flush_denormal),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_trial_does_not_depend_on_torchs_global_state_and_keeps_it(change, tmp_path):
+    set_global, read, write = CHANGES[change]
+    results = []
+    for name in ("plain", "changed"):
+        trial = make(tmp_path / name, steps=2)
+        with restoring(read, write):
+            if name == "changed":
+                set_global()
+            before = read()
+            run_trial(trial)
+            assert read() == before
+        results.append(outputs(trial))
+    assert results[0] == results[1]
+
+
+def test_a_trial_runs_in_inference_mode():
+    with torch.inference_mode(), isolated():
+        assert torch.nn.Linear(2, 2)(torch.ones(2)).sum().requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -378,13 +379,47 @@ def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Give torch's global generator and number of threads back as they were."""
+    """Run with the global state of a fresh torch, and restore afterwards the state that was there.
+
+    Covers the generator, default type and device, threads, gradient, inference and autocast modes, anomaly detection,
+    deterministic algorithms, matmul precision, oneDNN and denormal numbers. A trial depends on all of these.
+    """
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":  # the context slows every call of torch
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        for read, write, value in _GLOBALS:
+            stack.callback(write, read())
+            write(value)
+        yield
+
+
+def _uses_onednn() -> bool:
+    return torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+
+
+def _use_onednn(enabled: bool) -> None:
+    torch.backends.mkldnn.set_flags(enabled)  # type: ignore[attr-defined]
+
+
+def _flushes_denormals() -> bool:
+    return (torch.tensor(5e-324, dtype=torch.float64) * 1).item() == 0
+
+
+# How to read a global setting of torch, how to write it, and its value in a fresh process.
+_GLOBALS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
+    (_uses_onednn, _use_onednn, True),
+    (_flushes_denormals, torch.set_flush_denormal, False),
+)
 
 
 def _finite(value: float | Tensor, what: str) -> float:
