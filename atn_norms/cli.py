@@ -13,6 +13,15 @@ import typer
 from atn_norms.commands import bench, check, doctor, files, models, new_plugin, studies
 from atn_norms.commands import list as list_command
 from atn_norms.commands.console import example
+from atn_norms.commands.output import (
+    emit,
+    escape_controls,
+    escaped_logging,
+    reported_exit,
+    reserved,
+    separate_stdout,
+    tolerate_encodings,
+)
 from atn_norms.commands.signals import ignore
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -51,7 +60,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
 }
 
 for _name, (_command, _short, _examples) in COMMANDS.items():
-    app.command(_name, short_help=_short, epilog=example(*_examples))(_command)
+    app.command(_name, short_help=_short, epilog=example(*_examples))(reserved(_command))
 
 
 @app.callback(invoke_without_command=True, epilog=example("atn-norms init", "atn-norms ablate study.yaml"))
@@ -64,9 +73,9 @@ def about(
     if version:
         from atn_norms import __version__
 
-        print(f"atn-norms {__version__}")
+        emit(f"atn-norms {__version__}")
     elif context.invoked_subcommand is None:
-        print(context.get_help())
+        emit(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,41 +85,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atn-norms 0.1.0
     0
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = given[: given.index("--")] if "--" in given else given
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
-    given = [word for word in options if word != "--debug"] + given[len(options) :]
+    words = [word for word in options if word != "--debug"] + words[len(options) :]
+    tolerate_encodings()
     try:
         command = typer.main.get_command(app)
-        with command.make_context("atn-norms", given) as context:
+        with escaped_logging(), command.make_context("atn-norms", words) as context:
             command.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except typer.Exit as done:
         return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _say("stopped", 130)
+        return _fail("stopped", 130)
     except BrokenPipeError:
-        # The reader has seen enough; what is still buffered must not raise again when Python closes the stream.
+        # The reader is gone; the rest of the buffer must not raise again when Python closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001  a plugin may raise anything, and a user wants a sentence
         if debug:
-            traceback.print_exc()
-        return _say(_sentence(error), 2)
+            emit(traceback.format_exc(), end="", error=True)
+        return _fail(_sentence(error), 2)
 
 
 def program() -> int:
-    """`main` for a process of its own: a second Ctrl-C no longer disturbs the end of what was asked to end."""
-    code = main()
+    """Run `main` as a whole process, with standard output for results alone; later signals are ignored."""
+    separate_stdout()
+    with reported_exit():
+        code = main()
     if code > 128:
         ignore()
     return code
 
 
-def _say(message: str, code: int) -> int:
-    for line in message.splitlines():
-        print(f"atn-norms: {line}", file=sys.stderr)
+def _fail(message: str, code: int) -> int:
+    for line in escape_controls(message).split("\n"):
+        emit(f"atn-norms: {line}", error=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""From a file or a mapping to a validated specification, and from that to a layer; errors say file, line and column."""
+"""Read specifications from files and mappings, validate them and build layers; errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from atn_norms.errors import Problem, SpecError, dotted, nearest_file, short_repr, to_spec_error, unknown
+from atn_norms.files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,11 @@ Where = Callable[[tuple[Any, ...]], str]
 Position = tuple[int, int]  # line and column, from 1
 Locate = Callable[[tuple[Any, ...]], Position | None]
 Model = TypeVar("Model", bound=BaseModel)
-MOST_VALUES = 100_000  # of a YAML text, each counted as often as aliases repeat it
+LARGEST = 1_000_000  # bytes of a file
+MOST_VALUES = 100_000  # of a file, each counted as often as aliases repeat it
+MOST_WRITTEN = 10_000  # values of a YAML text: ruamel.yaml reads about as many in a second
 DEEPEST = 100  # levels: all that walks through data may do so recursively
+MOST_DIGITS = 50  # of an integer, so that arithmetic on options does not overflow
 
 
 def build(
@@ -63,7 +67,7 @@ def build(
     spec = validate(LayerSpec, data, where)
     try:
         return spec.build(device=device, dtype=dtype)
-    except ValueError as error:  # what only building can find out, such as a size too large, belongs to the file too
+    except ValueError as error:  # found only while building, such as a size too large
         problems = error.problems if isinstance(error, SpecError) else [Problem(detail=str(error))]
         raise SpecError.of(replace(problem, position=os.fspath(source)) for problem in problems) from error
 
@@ -79,18 +83,53 @@ def validate(model_class: type[Model], data: Any, where: Where | None = None) ->
     ...
     atn_norms.errors.SpecError: blur.yaml:1:1: size: got '3'; expected an integer
     """
+    _refuse_impossible(data, where)
     try:
         return model_class.model_validate(data)
     except ValidationError as error:
-        raise to_spec_error(error, where, data) from None  # pydantic's own rendering would only say it twice
-    except (OverflowError, RecursionError) as error:  # what a check of ours cannot reckon with
-        position = where(()) if where is not None else ""
-        detail = "nested too deeply" if isinstance(error, RecursionError) else f"a number is too large: {error}"
-        raise SpecError(position=position, detail=detail) from None
+        raise to_spec_error(error, where, data) from None  # pydantic's own text would repeat it
+
+
+def _refuse_impossible(data: Any, where: Where | None) -> None:
+    problem = _impossible(data)
+    if problem is not None:
+        position = where(problem.path) if where is not None else ""
+        raise SpecError.of([replace(problem, position=position)])
+
+
+def _impossible(data: Any) -> Problem | None:
+    """Find the first value that no option can have; None where there is none."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), data)]
+    count = 0
+    while waiting:
+        path, value = waiting.pop()
+        count += len(value) if isinstance(value, Mapping | list | tuple) else 0
+        if count > MOST_VALUES:
+            return Problem((), f"more than {MOST_VALUES} values", f"at most {MOST_VALUES}")
+        if len(path) > DEEPEST:
+            return Problem(path[:DEEPEST], "a value nested too deeply", f"at most {DEEPEST} levels")
+        if isinstance(value, Mapping):
+            waiting += [((*path, key), each) for key, each in reversed(list(value.items()))]
+            waiting += [(path, key) for key in value if isinstance(key, str)]
+        elif isinstance(value, list | tuple):
+            waiting += [((*path, index), each) for index, each in reversed(list(enumerate(value)))]
+        elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+            return Problem(path, f"an integer of more than {MOST_DIGITS} digits", f"at most {MOST_DIGITS} digits")
+        elif isinstance(value, str) and not _is_unicode(value):
+            return Problem(path, f"{value[:40]!a}", "text without lone surrogates")
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def schema(model_class: type[BaseModel]) -> dict[str, Any]:
-    """Give the JSON schema of a model of options, every registered kind included.
+    """Return the JSON schema of a model of options, every registered kind included.
 
     >>> from atn_norms.registry import Options
     >>> class Blur(Options):
@@ -103,7 +142,7 @@ def schema(model_class: type[BaseModel]) -> dict[str, Any]:
 
 
 def _without_examples(schema: Any) -> Any:
-    """Leave out of every description the examples that end a docstring: an editor shows it as it is."""
+    """Remove from every description the examples at the end of a docstring: editors show descriptions unchanged."""
     if isinstance(schema, list):
         return [_without_examples(each) for each in schema]
     if not isinstance(schema, dict):
@@ -115,12 +154,13 @@ def _without_examples(schema: Any) -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
-    """Read a YAML, JSON or TOML file: its mapping, and a function from a path in it to `file:line:column`.
+    """Read a YAML, JSON or TOML file; return its mapping, and a function from a path in it to `file:line:column`.
 
-    The place is the key's or the item's; for what is missing, that of the nearest thing around it. A TOML file
-    gives its name alone. Keys given twice, non-finite JSON numbers and anything but a mapping at the top are refused.
+    The place is that of the key or the item. The place of a missing key is that of the mapping that should have it. For
+    TOML it is the file's name.
 
-    Errors: `SpecError`.
+    Errors: `SpecError` for a file that is not regular or has more than 1,000,000 bytes, for duplicate keys, numbers
+    that are too large, JSON numbers that are not finite, more than 100 levels, and where the top level is no mapping.
     """
     file = Path(path)
     reader = _reader(file)
@@ -128,7 +168,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
-    """Read a text as `read` reads a file of this name.
+    """Read a text as `read` reads a file with this name.
 
     >>> parse("norm: {kind: layer}", "example.yaml")[0]
     {'norm': {'kind': 'layer'}}
@@ -137,16 +177,18 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
 
 
 def value(text: str, place: str) -> Any:
-    """Read a text as one YAML value, guarded as a file is; `place` is what errors start with.
+    """Read a text as one YAML value, with the checks of `read`; errors start with `place`.
 
     >>> value("[none, layer]", "--set axes.norm")
     ['none', 'layer']
     """
-    return _guarded(lambda: _read_yaml(text)[0], lambda position: place)
+    data = _guarded(lambda: _read_yaml(text)[0], lambda position: place)
+    _refuse_impossible(data, lambda path: place)
+    return data
 
 
 def to_yaml(value: Any) -> str:
-    """Write a value as YAML text, mappings in their own order.
+    """Write a value as YAML text; mappings keep their order.
 
     >>> print(to_yaml({"norm": {"kind": "layer"}, "window": None}), end="")
     norm: {kind: layer}
@@ -174,24 +216,30 @@ def _reader(file: Path) -> Callable[[str], tuple[Any, Locate]]:
 def _parsed(text: str, file: Path, reader: Callable[[str], tuple[Any, Locate]]) -> tuple[dict[str, Any], Where]:
     data, locate = _guarded(lambda: reader(text), lambda position: _place(file, position))
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
-        raise SpecError(position=str(file), got=found, expected="a mapping (key: value)")
-    return data, lambda place: _place(file, locate(place))
+        contents = "nothing" if data is None else type(data).__name__
+        raise SpecError(position=str(file), got=contents, expected="a mapping (key: value)")
+
+    def where(path: tuple[Any, ...]) -> str:
+        return _place(file, locate(path))
+
+    _refuse_impossible(data, where)
+    return data, where
 
 
-def _guarded(reading: Callable[[], Any], place: Callable[[Position | None], str]) -> Any:
+def _guarded(read: Callable[[], Any], place: Callable[[Position | None], str]) -> Any:
     try:
-        return reading()
+        return read()
     except _Misplaced as error:
         raise SpecError(position=place(error.position), detail=str(error)) from None
     except RecursionError:
-        raise SpecError(position=place(None), detail="nested too deeply") from None
-    except ValueError as error:  # such as an integer of thousands of digits, which Python refuses to read
+        detail = f"nested too deeply; expected at most {DEEPEST} levels"
+        raise SpecError(position=place(None), detail=detail) from None
+    except ValueError as error:
         raise SpecError(position=place(None), detail=str(error)) from None
 
 
 class _Misplaced(Exception):
-    """A fault in a text, and its position."""
+    """An error in a text, and its position."""
 
     def __init__(self, message: str, position: Position | None) -> None:
         self.position = position
@@ -204,7 +252,7 @@ def _place(file: Path, position: Position | None) -> str:
 
 def _text(file: Path) -> str:
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, LARGEST)
     except FileNotFoundError:
         near = nearest_file(file)
         raise SpecError(position=str(file), got="no such file", expected="a file", nearest=near) from None
@@ -228,41 +276,85 @@ def _position(text: str, index: int) -> Position:
 
 
 def _read_yaml(text: str) -> tuple[Any, Locate]:
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError
     from ruamel.yaml.reader import ReaderError
 
-    yaml = YAML(typ="safe", pure=True)
+    yaml = _yaml()
     try:
         node = yaml.compose(text)
         if node is not None:
-            _count(node, (), {})  # before anything is made of them: a merge (<<) repeats what it names too
+            _count(node, (), {})  # before any value is constructed: a merge (<<) repeats its mapping too
         data = None if node is None else yaml.constructor.construct_document(node)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = " ".join(str(error.problem or error.context).split())
-        said = f"{error.context}, {said}" if said.startswith("but ") else said
-        if twice := re.match(r'found duplicate key "(.*?)" with value ', said):
-            said = f"key {short_repr(twice[1])} is given twice"
-        raise _Misplaced(said, mark and (mark.line + 1, mark.column + 1)) from None
+        message = " ".join(str(error.problem or error.context).split())
+        message = f"{error.context}, {message}" if message.startswith("but ") else message
+        if twice := re.match(r'found duplicate key "(.*?)" with value ', message):
+            message = f"got the key {short_repr(twice[1])} twice; expected it once"
+        raise _Misplaced(message, mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
-        raise _Misplaced(f"a character that YAML does not allow: {error.character!r}", None) from None
+        position = _position(text, error.position) if isinstance(error.position, int) else None
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        raise _Misplaced(f"got the character {character!a}; YAML does not allow it", position) from None
     return data, lambda path: _yaml_position(node, path)
 
 
+def _yaml() -> Any:
+    """Return a reader of YAML whose limits hold while it reads, and whose every error has a position."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.composer import Composer
+    from ruamel.yaml.constructor import SafeConstructor
+    from ruamel.yaml.error import YAMLError
+
+    class Limited(Composer):
+        count = level = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.count += 1
+            self.level += 1
+            mark = self.parser.peek_event().start_mark
+            position = mark.line + 1, mark.column + 1
+            if self.count > MOST_WRITTEN:
+                message = f"got more than {MOST_WRITTEN} values in one text; expected at most {MOST_WRITTEN}"
+                raise _Misplaced(message, position)
+            if self.level > DEEPEST + 1:
+                raise _Misplaced(f"nested too deeply; expected at most {DEEPEST} levels", position)
+            node = super().compose_node(parent, index)
+            self.level -= 1
+            return node
+
+    class Located(SafeConstructor):
+        def construct_non_recursive_object(self, node: Any, tag: Any = None) -> Any:
+            try:
+                return super().construct_non_recursive_object(node, tag)
+            except (YAMLError, _Misplaced):
+                raise
+            except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+                kind = str(node.tag).rpartition(":")[2]
+                message = f"got {short_repr(node.value)}; expected a valid {kind}"
+                reason = f" ({error})" if type(error) is ValueError and kind == "timestamp" else ""
+                position = node.start_mark.line + 1, node.start_mark.column + 1
+                raise _Misplaced(message + reason, position) from None
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer, yaml.Constructor = Limited, Located
+    return yaml
+
+
 def _count(node: Any, above: tuple[int, ...], counted: dict[int, int]) -> int:
-    """How many values a node stands for, aliases written out; endless, far too many or too deep is refused."""
+    """Count the values of a node with all aliases written out; refuse endless, too many and too deep ones."""
     position = node.start_mark.line + 1, node.start_mark.column + 1
     if id(node) in above:
-        raise _Misplaced("an alias (*name) stands inside what it names", position)
+        raise _Misplaced("got an alias (*name) inside the value that it names; expected a finite value", position)
     if len(above) >= DEEPEST and node.id != "scalar":
-        raise _Misplaced(f"nested too deeply; allowed: {DEEPEST} levels", position)
+        raise _Misplaced(f"nested too deeply; expected at most {DEEPEST} levels", position)
     if id(node) not in counted:
         parts = [part for pair in node.value for part in pair] if node.id == "mapping" else node.value
         below = (*above, id(node))
         total = 1 if node.id == "scalar" else 1 + sum(_count(part, below, counted) for part in parts)
         if total > MOST_VALUES:
-            raise _Misplaced(f"{total} values, with every alias (*name) written out; at most {MOST_VALUES}", position)
+            message = f"got {total} values with every alias (*name) written out; expected at most {MOST_VALUES}"
+            raise _Misplaced(message, position)
         counted[id(node)] = total
     return counted[id(node)]
 
@@ -281,17 +373,30 @@ def _yaml_below(node: Any, step: Any) -> tuple[Any, Any] | None:
     if node.id == "sequence" and isinstance(step, int) and step < len(node.value):
         return node.value[step].start_mark, node.value[step]
     if node.id == "mapping":
-        for key, value in node.value:  # construction has put the entries of a merge (<<) among the others
+        for key, value in node.value:  # construction has added the entries of a merge (<<)
             if key.value == str(step):
                 return key.start_mark, value
     return None
 
 
 def _read_json(text: str) -> tuple[Any, Locate]:
+    def integer(digits: str) -> int:
+        if len(digits) > MOST_DIGITS + 1:
+            message = f"got an integer of {len(digits.lstrip('-'))} digits; expected at most {MOST_DIGITS} digits"
+            raise _Misplaced(message, _position(text, text.index(digits)))
+        return int(digits)
+
+    def refuse_constant(name: str) -> None:
+        word = re.search(rf"(?<![\w\"]){re.escape(name)}", text)
+        raise _Misplaced(f"got {name}; expected a finite number", word and _position(text, word.start()))
+
     try:
-        data = json.loads(text, parse_constant=_refuse_constant)
+        data = json.loads(text, parse_constant=refuse_constant, parse_int=integer)
     except json.JSONDecodeError as error:
         raise _Misplaced(error.msg[:1].lower() + error.msg[1:], (error.lineno, error.colno)) from None
+    except RecursionError:
+        _json_starts(text)  # raises with the position
+        raise
     starts = _json_starts(text)
 
     def locate(path: tuple[Any, ...]) -> Position:
@@ -302,15 +407,11 @@ def _read_json(text: str) -> tuple[Any, Locate]:
     return data, locate
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that JSON allows")
-
-
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,"\s]+')
 
 
 def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
-    """Find where each key and each item of a valid JSON text starts; a key given twice is refused."""
+    """Find where each key and each item of a JSON text starts; refuse duplicate keys."""
     starts: dict[tuple[Any, ...], int] = {}
     path: list[Any] = []  # the step into each open container: an index, or a key, or None before the first key
     expects_key = False
@@ -325,14 +426,16 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
         elif expects_key:
             path[-1] = json.loads(kind)
             if tuple(path) in starts:
-                raise _Misplaced(f"key {short_repr(dotted(path))} is given twice", _position(text, token.start()))
+                message = f"got the key {short_repr(dotted(path))} twice; expected it once"
+                raise _Misplaced(message, _position(text, token.start()))
             starts[tuple(path)] = token.start()
             expects_key = False
         elif kind != ":":
             starts.setdefault(tuple(path), token.start())
             if kind in "{[":
                 if len(path) >= DEEPEST:
-                    raise _Misplaced(f"nested too deeply; allowed: {DEEPEST} levels", _position(text, token.start()))
+                    message = f"nested too deeply; expected at most {DEEPEST} levels"
+                    raise _Misplaced(message, _position(text, token.start()))
                 expects_key = kind == "{"
                 path.append(None if expects_key else 0)
     return starts
@@ -342,7 +445,13 @@ def _read_toml(text: str) -> tuple[Any, Locate]:
     try:
         return tomllib.loads(text), lambda path: None
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
-        said = str(error)[: found.start()] if found else str(error)
-        position = (int(found[1]), int(found[2])) if found else None
-        raise _Misplaced(said[:1].lower() + said[1:], position) from None
+        match = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
+        message = str(error)[: match.start()] if match else str(error)
+        position = (int(match[1]), int(match[2])) if match else None
+        raise _Misplaced(message[:1].lower() + message[1:], position) from None
+    except ValueError:  # Python refuses to read an integer of thousands of digits
+        digits = re.search(rf"\d[\d_]{{{MOST_DIGITS},}}", text)
+        if digits is None:
+            raise
+        message = f"got an integer of {len(digits[0].replace('_', ''))} digits; expected at most {MOST_DIGITS} digits"
+        raise _Misplaced(message, _position(text, digits.start())) from None

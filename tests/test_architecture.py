@@ -14,7 +14,7 @@ PACKAGE = ROOT / "atn_norms"
 # A part may import the parts of the rows above it, and itself; never its neighbours in a row, never below.
 ROWS = [
     {"deprecation"},
-    {"pytree", "errors", "trees", "problems"},
+    {"drawing", "files", "pytree", "errors", "trees", "problems"},
     {"statistics", "registry"},
     {"windows", "normalizers"},
     {"assorted_time"},

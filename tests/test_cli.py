@@ -158,8 +158,13 @@ BAD = [
     (["ablate", "study.yaml", "--set", "axes="], "--set axes: axes: got None; expected a mapping"),
     (["ablate", "study.yaml", "--set", "name=a/b"], "name: must be 1 to 80 letters, digits, blanks and . _ - with"),
     (["ablate", "study.yaml", "--set", "train.batch_size=9999999"], "of a training set of 40; expected 1 to 40"),
-    (["ablate", "study.yaml", "--set", "task={kind: charlm, text: /dev/zero}"], "/dev/zero, a special file"),
+    (["ablate", "study.yaml", "--set", "task={kind: charlm, text: /dev/zero}"], "/dev/zero (a special file)"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: ~no-such-user/x}"], "expected a readable file"),
+    (["ablate", "study.yaml", "--set", 'task={kind: charlm, text: "a\\0b"}'], "embedded null byte"),
+    (
+        ["ablate", "study.yaml", "--set", "train.steps=1" + "0" * 400],
+        "--set train.steps: not a YAML value: got an integer of more",
+    ),
     (["ablate", "."], ". is a folder, not a study's file; a study in it goes on with atn-norms resume"),
     (["init", "quick", "study.yaml/other.yaml"], "study.yaml/other.schema.json: cannot be written: Not a directory"),
     (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
@@ -512,3 +517,142 @@ def test_a_closed_pipe_is_no_error():
     error = listing.stderr.read()
     assert listing.wait(PATIENCE) == 0
     assert error == ""
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_no_control_character_reaches_the_terminal(capsys, folder, monkeypatch):
+    """From options, keys, labels, names and paths, on a terminal and in a pipe."""
+    evil = f"e{ESCAPE}"
+    Path(f"{evil}.yaml").write_text(f'"{evil.encode("unicode_escape").decode()}": 1\n', encoding="utf-8")
+    Path("evil.json").write_text(json.dumps({evil: 1}), encoding="utf-8")
+    Path("d").mkdir()
+    monkeypatch.setattr("atn_norms.commands.console.on_terminal", lambda: True)
+    for arguments in (
+        [evil],
+        ["show", f"{evil}.yaml"],
+        ["show", "evil.json"],
+        ["show", "evil.json", "--debug"],
+        ["list", evil],
+        ["check", evil],
+        ["check", "layer", "--set", f"{evil}=1"],
+        ["ablate", evil],
+        ["ablate", "study.yaml", "--set", f"{evil}=1"],
+        ["ablate", "study.yaml", "--set", f"axes.norm=[{json.dumps(evil)}]"],
+        ["status", evil],
+        ["new-plugin", evil],
+    ):
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert "owned" in captured.err
+        assert not set(captured.err + captured.out) & set(ESCAPE) - set("]0;owned[2J31m"), arguments
+    assert main(["init", f"d/{evil}.yaml"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_cannot_show_every_character_gets_replacements(encoding, folder):
+    small = ["--workers", "0", "--set", "axes={norm: [none, layer]}", "--set", "name=\N{GREEK SMALL LETTER ALPHA} x"]
+    run = program("ablate", "study.yaml", *small, "--out", "here", PYTHONIOENCODING=encoding)
+    out, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 0, error
+    assert "\\u03b1 x" in out and "report: here/report/report.html" in out
+    run = program("status", "here", "--json", PYTHONIOENCODING=encoding)
+    out, error = run.communicate(timeout=PATIENCE)
+    assert json.loads(out)["name"] == "\N{GREEK SMALL LETTER ALPHA} x", error
+
+
+def test_a_minus_sign_that_cannot_be_shown_is_a_hyphen():
+    code = "from atn_norms.commands import output; output.tolerate_encodings(); print('\N{MINUS SIGN}1 \N{BULLET}')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stdout == "-1 \\u2022\n"
+
+
+def test_a_backend_of_matplotlib_that_is_not_installed_is_not_used(folder):
+    small = ["--workers", "0", "--set", "axes={norm: [none, layer]}"]
+    for arguments in (["ablate", "study.yaml", *small, "--out", "here"], ["report", "here"]):
+        run = program(*arguments, MPLBACKEND="module://no_such_backend")
+        _, error = run.communicate(timeout=PATIENCE)
+        assert run.returncode == 0, error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["list", "studies"], ["schema"], ["init", "new.yaml"], ["ablate", "study.yaml", "--dry-run"]],
+)
+def test_docstrings_are_never_needed(arguments, folder):
+    run = subprocess.run(
+        [sys.executable, "-OO", "-m", "atn_norms", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 0, run.stderr
+
+
+NOISY = """
+import os, subprocess, sys
+from typing import Literal
+import atn_norms as an
+print("printed while imported")
+os.write(1, b"written while imported\\n")
+subprocess.run(["echo", "from a child"])
+
+class NoisySpec(an.NormSpec):
+    kind: Literal["noisy"] = "noisy"
+
+    def build(self, features):
+        print("printed while built")
+        return an.RMSNorm(features)
+
+@an.hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(NoisySpec)
+"""
+
+
+def installed(module: str, source: str, folder: Path) -> str:
+    """The PYTHONPATH with a plugin in it."""
+    site = folder / "site"
+    metadata = site / f"{module}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / f"{module}.py").write_text(source)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[atn_norms]\n{module} = {module}\n")
+    return os.pathsep.join([str(site), str(ROOT)])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_a_plugin_prints_goes_to_standard_error(workers, folder):
+    path = installed("noisy", NOISY, folder)
+    axes = ["--set", "axes={norm: [noisy]}", "--workers", workers]
+    for arguments in (["list", "--json"], ["ablate", "study.yaml", *axes, "--out", "here", "--json"]):
+        run = program(*arguments, PYTHONPATH=path)
+        out, error = run.communicate(timeout=PATIENCE)
+        assert run.returncode == 0, error
+        json.loads(out)
+        assert {"printed while imported", "written while imported", "from a child"} <= set(error.splitlines())
+    assert "printed while built" in error
+
+
+EXITS = """
+import os
+os._exit(0)
+"""
+
+
+def test_a_plugin_that_ends_the_process_is_reported(folder):
+    run = program("list", PYTHONPATH=installed("exits", EXITS, folder))
+    out, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2 and out == ""
+    assert "atn-norms: stopped by a call of os._exit(0) (" in error and "exits.py:3, in <module>)" in error

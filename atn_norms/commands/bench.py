@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
+from atn_norms.commands.output import emit
 from atn_norms.errors import SpecError
 
 if TYPE_CHECKING:
@@ -108,10 +109,13 @@ def bench(
     if csv is not None:
         csv.write_text(found.to_csv(), encoding="utf-8")
     if picture is not None:
+        from atn_norms.drawing import import_matplotlib
+
+        import_matplotlib()
         from atn_norms.bench.picture import draw
 
         files = draw(found, picture)
-        typer.echo(f"picture: {', '.join(map(str, files))}", err=True)
+        emit(f"picture: {', '.join(map(str, files))}", error=True)
     if found.failed:
         raise typer.Exit(1)
 
@@ -126,10 +130,10 @@ def _check_device(device: str | None, check: bool, tiny: bool, out: Path) -> Non
 
     def show(finding: Finding) -> None:
         value = "" if finding.value is None else f" {finding.value:.3g}"
-        print(f"{finding.status}: {label(finding)}{value} {finding.note}".rstrip(), flush=True)
+        emit(f"{finding.status}: {label(finding)}{value} {finding.note}".rstrip())
 
     results = run(Plan(device, **(TINY if tiny else {})), out, show)
-    print(f"{out / 'device.md'}: {len(results.findings)} findings, {len(results.failed)} failed")
+    emit(f"{out / 'device.md'}: {len(results.findings)} findings, {len(results.failed)} failed")
     if results.failed:
         raise typer.Exit(1)
 
@@ -143,19 +147,17 @@ def _print_case(result: CaseResult) -> None:
         rows.append((row.runner, row.window, *times, memory, _ratio(row.memory_ratio), note))
     print_table(str(result.case), _COLUMNS, rows)
     before, after = ("unknown" if load is None else f"{load:.1f}" for load in result.load)
-    print(f"noise: torch.nn's median is {_ratio(result.noise)} times its best; load average {before}, then {after}\n")
+    emit(f"noise: torch.nn's median is {_ratio(result.noise)} times its best; load average {before}, then {after}\n")
 
 
 def _print_machine(found: Bench) -> None:
     machine = found.machine
-    print(
-        f"machine: {machine['processor']}, {machine['usable_cores']} of {machine['cores']} cores, {machine['system']}"
-    )
-    print(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {machine['native_kernels']}")
-    print(f"malloc: {found.malloc}")
+    emit(f"machine: {machine['processor']}, {machine['usable_cores']} of {machine['cores']} cores, {machine['system']}")
+    emit(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {machine['native_kernels']}")
+    emit(f"malloc: {found.malloc}")
     if found.failed:
         who = ", ".join(dict.fromkeys(row.label for row in found.failed))
-        print(f"no figures, for the reasons above: {who}")
+        emit(f"no figures, for the reasons above: {who}")
 
 
 def _time(seconds: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.output import emit
 from atn_norms.errors import did_you_mean, short_repr, unknown
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
             rows.append(("", "", f"smallest example: {result.example}"))
     print_table(f"{family} {kind!r}: {len(results)} laws", ("law", "status", "why"), rows)
     counts = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
-    print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
+    emit("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 
 def _family(kind: str, family: str | None) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from atn_norms.commands.output import CONTROLS, emit, encodes_unicode, escape_controls, results
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin is in order.")]
@@ -26,25 +27,27 @@ def example(*lines: str) -> str:
 
 
 def on_terminal() -> bool:
-    """Whether standard output is a terminal."""
-    return sys.stdout.isatty()
+    """Return whether results go to a terminal."""
+    return results().isatty()
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON; NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=not encodes_unicode(), allow_nan=False)
+    emit(CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table: drawn on a terminal, aligned text with the same words elsewhere."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    title = escape_controls(title)
+    cells = [["" if cell is None else escape_controls(str(cell)) for cell in row] for row in rows]
     if on_terminal():
         _draw(title, columns, cells)
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    print(title)
+    emit(title)
     for row in [columns, *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -55,7 +58,7 @@ def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Column, Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(file=results())
     table = Table(
         title=Text(title),
         title_justify="left",

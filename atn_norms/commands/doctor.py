@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from atn_norms.commands.console import Json, Strict, print_json, print_table
+from atn_norms.commands.output import emit
 
 EXTRAS = {
     "ablation": {
@@ -45,7 +46,7 @@ def doctor(as_json: Json = False, strict: Strict = False) -> None:
     else:
         rows = [(c.status, c.subject, c.finding, c.advice) for c in checks]
         print_table("atn-norms doctor", ("", "what", "found", "what to do"), rows)
-        print("\nsomething is broken: see `failed` above" if failed else "\neverything needed works")
+        emit("\nsomething is broken: see `failed` above" if failed else "\neverything needed works")
     if failed:
         raise typer.Exit(1)
 

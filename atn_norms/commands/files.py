@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from atn_norms.commands.output import emit
 from atn_norms.errors import unknown
 
 MODELINE = "# yaml-language-server: $schema={schema}\n"
@@ -44,7 +45,7 @@ def init(
     text = MODELINE.format(schema=beside.name) + content
     write_new(beside, schema_text("study"), force)
     write_new(file, text, force)
-    print(f"wrote {file} and {beside}\nnext: edit {file}, then run `{shlex.join(['atn-norms', 'ablate', str(file)])}`")
+    emit(f"wrote {file} and {beside}\nnext: edit {file}, then run `{shlex.join(['atn-norms', 'ablate', str(file)])}`")
 
 
 def schema_text(what: str) -> str:

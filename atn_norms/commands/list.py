@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 import typer
 
 from atn_norms.commands.console import Json, Strict, at_home, print_json, print_table
+from atn_norms.commands.output import emit
 from atn_norms.errors import unknown
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def list_kinds(
         ]
         print_table(plural, ("kind", "from", "options", "what it is"), list(_unfolded(rows)))
         for kind, entries in registry.conflicts(family).items():
-            print(disputed(family, kind, entries))
-        print()
+            emit(disputed(family, kind, entries))
+        emit()
     if studies:
         print_table(STUDIES, ("name", "what it is"), [tuple(each.values()) for each in studies])
 
@@ -103,10 +104,10 @@ def schema(
 
     text = schema_text(what)
     if out is None:
-        print(text, end="")
+        emit(text, end="")
     else:
         write_new(out, text, force=True)
-        print(f"wrote {out}")
+        emit(f"wrote {out}")
 
 
 def summary(spec: type[Options]) -> str:

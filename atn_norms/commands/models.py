@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
+from atn_norms.commands.output import emit
 
 if TYPE_CHECKING:
     from atn_norms.layers import Recurrent
@@ -26,12 +27,12 @@ def show(
         return
     sites = [(s["site"], s["features"], _named(s["norm"]), _named(s["window"])) for s in facts["sites"]]
     print_table(f"sites of the {facts['spec']['cell']['kind']}", ("site", "features", "norm", "window"), sites)
-    print()
+    emit()
     rows = [(p["name"], " x ".join(map(str, p["shape"])), p["count"]) for p in facts["parameters"]]
     print_table("parameters", ("name", "shape", "count"), [*rows, ("all", "", facts["parameter_count"])])
     state = facts["state"]
-    print(f"\nstate of one sequence: {state['numbers']} numbers, {state['bytes']} bytes")
-    print(f"\n{facts['explanation']}")
+    emit(f"\nstate of one sequence: {state['numbers']} numbers, {state['bytes']} bytes")
+    emit(f"\n{facts['explanation']}")
 
 
 def describe(layer: Recurrent) -> dict[str, Any]:

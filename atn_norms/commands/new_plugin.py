@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from atn_norms.commands.console import at_home
+from atn_norms.commands.output import emit
 from atn_norms.errors import short_repr, unknown
 
 LONGEST = 24  # characters of a name, so that no line that holds it grows too long
@@ -65,8 +66,8 @@ def new_plugin(
     _refuse_name(name, kind)
     folder = Path(f"atn-norms-{name.replace('_', '-')}") if out is None else out
     written = write_whole(folder, contents(name, kind))
-    print(f"wrote {folder}: {', '.join(written)}")
-    print(f'next: cd {folder}, pip install -e ".[test]", pytest, atn-norms check {name}')
+    emit(f"wrote {folder}: {', '.join(written)}")
+    emit(f'next: cd {folder}, pip install -e ".[test]", pytest, atn-norms check {name}')
 
 
 def contents(name: str, family: str) -> dict[str, str]:

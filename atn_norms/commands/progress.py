@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.commands.console import on_terminal
+from atn_norms.commands.output import emit, escape_controls, results
 from atn_norms.commands.signals import stopping
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ BROAD = 100  # columns of a terminal with room for bars
 def called(point: dict[str, str]) -> str:
     """Name a trial by its point: `adding norm=layer window=25 seed=0`."""
     rest = {name: value for name, value in point.items() if name != "task"}
-    return " ".join([point.get("task", ""), *(f"{name}={value}" for name, value in rest.items())]).strip()
+    words = [point.get("task", ""), *(f"{name}={value}" for name, value in rest.items())]
+    return escape_controls(" ".join(words).strip())
 
 
 def duration(seconds: float) -> str:
@@ -100,7 +102,7 @@ def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterat
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console = Console(file=results())
     # Drawn on its own clock, so that the time goes on between events and a burst of them costs one drawing.
     with Live(console=console, get_renderable=lambda: _drawn(progress, console), refresh_per_second=4, transient=True):
 
@@ -129,7 +131,7 @@ class _Lines:
 
     def _say(self, line: str) -> None:
         self.said = time.monotonic()
-        print(line, flush=True)
+        emit(line)
 
 
 def _running(progress: Progress) -> str:
@@ -146,7 +148,7 @@ def _loss(event: Event, before: str = "") -> str:
 def _ended(event: Event, progress: Progress) -> str:
     seconds = duration(time.monotonic() - progress.started[event.trial])
     width = len(str(event.total))
-    why = f": {event.message}" if event.message else ""
+    why = f": {escape_controls(event.message)}" if event.message else ""
     return f"[{event.finished:>{width}}/{event.total}] {event.kind:8} {called(event.point)}  {seconds}{why}"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
+from atn_norms.commands.output import emit
 from atn_norms.commands.signals import exit_code, handle
 from atn_norms.errors import short_repr
 
@@ -100,9 +101,9 @@ def status(folder: Folder, as_json: Json = False) -> None:
         for t in trials
     ]
     print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "why"), rows)
-    print("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
+    emit("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
     if count["pending"] or count["failed"]:
-        print(f"to go on: {shlex.join(['atn-norms', 'resume', str(folder)])}")
+        emit(f"to go on: {shlex.join(['atn-norms', 'resume', str(folder)])}")
 
 
 def report(
@@ -202,7 +203,7 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
         _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if failed:
-        typer.echo(f"{len(failed)} trials failed; see {shlex.join(['atn-norms', 'status', str(folder)])}", err=True)
+        emit(f"{len(failed)} trials failed; see {shlex.join(['atn-norms', 'status', str(folder)])}", error=True)
         raise typer.Exit(1)
 
 
@@ -219,7 +220,7 @@ def _going_on(command: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as end:
-            typer.echo(f"\nstopped; what is finished is kept. To go on: {command}", err=True)
+            emit(f"\nstopped; what is finished is kept. To go on: {command}", error=True)
             raise typer.Exit(exit_code(end)) from None
 
 
@@ -232,19 +233,19 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
     axes = " x ".join([f"{name} {{{', '.join(labels)}}}" for name, labels in record.axes.items()])
     seeds = len({trial.seed for trial in record.trials})
     grid = [", ".join(record.tasks), axes or "one point", plural(seeds, "seed"), plural(total, "trial")]
-    print(f"study {record.name!r}: {'; '.join(grid)}")
+    emit(f"study {record.name!r}: {'; '.join(grid)}")
     for note in [note for facts in record.tasks.values() for note in facts.notes]:
-        print(f"data: {note}")
-    print(f"folder: {folder}")
+        emit(f"data: {note}")
+    emit(f"folder: {folder}")
     if not left:
-        print("every trial is done already")
+        emit("every trial is done already")
         return
     where = f"on {scheduler}" if scheduler else f"in {workers} processes" if workers else "in this process"
-    print(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on", flush=True)
+    emit(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on")
     seconds = None if scheduler else estimate(record, max(1, workers))
     if seconds is not None:
         started = " once the processes are up" if workers else ""
-        print(f"this may take about {duration(max(1.0, seconds))}{started}, going by a few timed steps", flush=True)
+        emit(f"this may take about {duration(max(1.0, seconds))}{started}, going by a few timed steps")
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
@@ -263,7 +264,7 @@ def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
     print_table(f"study {plan.name!r}: {len(rows)} trials", ("trial", "seed", "steps", "points"), rows)
     if seconds is not None:
         each = f"{at_a_time} at a time" if at_a_time != 1 else "one after another"
-        print(f"\n{len(rows)} trials, {each}: about {duration(max(1.0, seconds))}, going by a few timed steps")
+        emit(f"\n{len(rows)} trials, {each}: about {duration(max(1.0, seconds))}, going by a few timed steps")
 
 
 def _report(
@@ -286,7 +287,7 @@ def _report(
         print_json({"name": record.name, "folder": str(folder), "results": results.records, "report": files})
         return
     print_table(results.title, results.headers, results.rows)
-    print()
+    emit()
     for task in found.tasks:
-        print(f"{task.task}: {verdict_line(found, task)}")
-    print(f"\nreport: {page}")
+        emit(f"{task.task}: {verdict_line(found, task)}")
+    emit(f"\nreport: {page}")

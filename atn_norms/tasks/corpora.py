@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from atn_norms.errors import SpecError, nearest_file
+from atn_norms.errors import SpecError, nearest_file, short_repr
+from atn_norms.files import read_regular
 
 Unit = Literal["characters", "words"]
+LARGEST = 2**30  # bytes of a text
 PARTS = ("train", "valid", "test")
 # Characters stand one by one, with spaces between, in the first; the second is prepared for words.
 # A word: one ideograph or Hiragana sign, for these scripts put no spaces; or a run of other letters, marks and digits.
@@ -94,11 +96,11 @@ def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
 
 def _decoded(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file():
-            raise SpecError("text", f"{path}, a special file", "a file or a folder")
-        text = path.read_bytes().decode("utf-8-sig")  # which drops a byte order mark
+        text = read_regular(path, LARGEST).decode("utf-8-sig")  # which drops a byte order mark
         return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise SpecError("text", f"{path} ({error.strerror})", "a readable file", nearest_file(path)) from error
     except UnicodeDecodeError as error:
         raise SpecError("text", f"{path}, not UTF-8 at byte {error.start}", "a UTF-8 file") from error
+    except ValueError as error:  # the names of files contain no zero character
+        raise SpecError("text", f"{short_repr(str(path))} ({error})", "a readable file") from error

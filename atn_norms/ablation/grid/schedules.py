@@ -178,7 +178,7 @@ class Rate:
 def _schema() -> dict[str, Any]:
     models = [kind.model_json_schema() for kind in KINDS.values()]
     for model in models:
-        model["description"] = model["description"].split("\n")[0]
+        model["description"] = model.get("description", "").split("\n")[0]  # absent under python -OO
     return {"anyOf": [{"enum": list(KINDS)}, *models]}
 
 

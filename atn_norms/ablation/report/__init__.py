@@ -10,6 +10,7 @@ from atn_norms.ablation.report.findings import Findings, findings
 from atn_norms.ablation.report.tables import Table, table
 from atn_norms.ablation.store.files import Folder
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.drawing import import_matplotlib
 from atn_norms.errors import SpecError, did_you_mean, short_repr
 
 __all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "table", "write"]
@@ -39,6 +40,7 @@ def write(
     Errors: `SpecError` for a level of a task that the study does not have, or an unknown format; `StoreError` naming
     the file that cannot be written.
     """
+    import_matplotlib()
     from atn_norms.ablation.report import archive, csv_export, html, tables
     from atn_norms.specs import to_yaml
 

@@ -1,0 +1,150 @@
+"""Standard output reserved for the results of a command, in any encoding, without terminal control sequences."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, TypeVar
+
+# C0 but for tab and line feed, DEL, C1, line and paragraph separators, and marks that reorder the text around them.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+PLAIN = {"\N{MINUS SIGN}": "-", "━": "=", "╌": "-", "─": "-", "…": "...", "\N{MULTIPLICATION SIGN}": "x"}
+ENCODING_ERRORS = "atn_norms.plain"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Results:
+    """The stream that results go to; None outside a command: `sys.stdout`."""
+
+    stream: TextIO | None = None
+
+
+def escape_controls(text: str) -> str:
+    r"""Write control characters as Python does, so that no terminal obeys them; tabs and line feeds stay.
+
+    >>> print(escape_controls("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def results() -> TextIO:
+    """Return the stream for the results of a command."""
+    return _Results.stream or sys.stdout or sys.stderr
+
+
+def emit(text: str = "", *, end: str = "\n", error: bool = False) -> None:
+    """Print a text to the results, or to standard error, and flush it."""
+    stream = sys.stderr if error else results()
+    if stream is not None:
+        print(escape_controls(text), end=end, file=stream, flush=True)
+
+
+def encodes_unicode() -> bool:
+    """Return whether the results may contain any character."""
+    encoding = getattr(results(), "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name.startswith("utf")
+
+
+def reserved(command: Command) -> Command:
+    """Reserve standard output for the command: what others print meanwhile, such as plugins, goes to standard error."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        before = _Results.stream
+        _Results.stream = sys.stdout
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return command(*arguments, **options)
+        finally:
+            _Results.stream = before
+
+    return run  # type: ignore[return-value]
+
+
+def tolerate_encodings() -> None:
+    """Replace characters that a stream cannot encode: signs by their ASCII form, all others by escapes."""
+    codecs.register_error(ENCODING_ERRORS, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=ENCODING_ERRORS)  # type: ignore[union-attr]
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(PLAIN.get(each) or each.encode("unicode_escape").decode() for each in characters), error.end
+
+
+def separate_stdout() -> None:
+    """Move standard output to another file descriptor, and let descriptor 1 be standard error.
+
+    Compiled code and child processes, such as the workers of a study, write to descriptor 1 whatever `sys.stdout` is.
+    """
+    try:
+        descriptor = os.dup(1)
+    except OSError:  # it is closed
+        return
+    encoding, errors, line_buffering = sys.stdout.encoding, sys.stdout.errors, sys.stdout.line_buffering
+    sys.stdout.flush()
+    try:
+        os.dup2(2, 1)
+    except OSError:  # standard error is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = open(  # noqa: SIM115  it stays open as long as the process
+        descriptor, "w", encoding=encoding, errors=errors, buffering=1 if line_buffering else -1
+    )
+
+
+@contextlib.contextmanager
+def escaped_logging() -> Iterator[None]:
+    """Escape control characters in warnings that no logging handler of the application takes."""
+    handler = logging.lastResort
+    if handler is None:
+        yield
+        return
+    before = handler.formatter
+    handler.setFormatter(_Escaped())
+    try:
+        yield
+    finally:
+        handler.setFormatter(before)
+
+
+class _Escaped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
+@contextlib.contextmanager
+def reported_exit() -> Iterator[None]:
+    """Report a call of `os._exit` in this process, such as a plugin's, which would end it without a word.
+
+    The exit code is at least 2. Processes forked from this one exit as usual.
+    """
+    exit_now, process = os._exit, os.getpid()
+
+    def report_and_exit(status: int) -> None:
+        if os.getpid() != process:
+            exit_now(status)
+        caller = traceback.extract_stack()[-2]
+        place = f"{caller.filename}:{caller.lineno}, in {caller.name}"
+        with contextlib.suppress(Exception):
+            emit(
+                f"atn-norms: stopped by a call of os._exit({status}) ({place}); the command did not finish", error=True
+            )
+        exit_now(status or 2)
+
+    os._exit = report_and_exit  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = exit_now
