@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("stopped", 130)
     except BrokenPipeError:
         # The reader is gone; the rest of the buffer must not raise again when Python closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001  a plugin may raise anything, and a user wants a sentence
         if debug:
