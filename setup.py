@@ -1,4 +1,4 @@
-"""The compiled half of the package: optional C kernels. Everything else about the build is in pyproject.toml."""
+"""Build of the optional C kernels; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from setuptools.errors import CompileError, LinkError
 
 KERNEL = Path("atn_norms", "backends", "native", "kernel")
 
-# No -ffast-math, which drops NaN and reorders sums; no -march=native, since the processor is looked at when they run.
+# No -ffast-math, which drops NaN and reorders sums; no -march=native, since the kernels choose at run time.
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
 THREADS = (["-fopenmp"], ["-fopenmp-simd"], ["-Wno-unknown-pragmas"])  # the first that the compiler takes
 
 
 class BuildKernels(build_ext):
-    """Compiles with OpenMP, else with its vector loops alone, else without; where nothing works the build goes on."""
+    """Compile with OpenMP, else with its vector loops only, else without; if all fail, install without kernels."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Try each way in turn; the last failure is the one that is told."""
+        """Try each set of flags in turn; report the last failure."""
         *ways, last = THREADS
         for way in ways:
             try:
@@ -31,7 +31,7 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
 
-# Nothing of Python is in them (they are called through ctypes), so that one file serves every version.
+# The kernels do not use the Python API (ctypes calls them), so one file serves every version.
 kernels = Extension(
     "atn_norms.backends.native._kernels",
     sources=sorted(str(path) for path in KERNEL.glob("*.c")),

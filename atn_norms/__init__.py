@@ -1,4 +1,4 @@
-"""Normalization that remembers: any normalizer pooled over any time window inside LSTM, GRU and vanilla RNN cells."""
+"""Time-windowed normalization for recurrent networks: any normalizer over any window in LSTM, GRU and RNN cells."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that a command line's help imports no torch."""
+    """Import a public name on first access, so that the command line's help does not import torch."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -15,7 +15,7 @@ Weights = Mapping[str, Any]
 
 
 def weight_of(window: Window, age: Tensor) -> Tensor:
-    """How much a step counts that lies `age` living steps in the past."""
+    """Return the weight of a step by its age in unmasked steps."""
     if window[0] == "sliding":
         return (age < window[1]).double()
     return torch.ones_like(age) if window[0] == "cumulative" else 0.5 ** (age / window[1])

@@ -46,7 +46,7 @@ def study(
     seeds: int = 6,
     baseline: Mapping[str, str] | None = None,
 ) -> StudyRecord:
-    """A complete study in which `score(norm, window, seed)` says every test metric; no norm has a single point."""
+    """A complete study whose test metrics are `score(norm, window, seed)`; no norm has a single point."""
     tasks = {"adding": TaskFacts(METRIC, {"guessing one": 1 / 6})} if tasks is None else tasks
     trials = [
         trial(norm, group, seed, score(norm, group[0], seed), task, facts.metric)
@@ -72,7 +72,7 @@ def score(norm: str, window: str, seed: int) -> float:
 
 
 def learned(final: float, start: float, seed: int, steps: int, every: int) -> list[dict]:
-    """A learning curve that leaves its plateau at a step of its own and ends at `final`, a little rough on the way."""
+    """Return a learning curve with noise that leaves its plateau at a step and ends at `final`."""
     turn, curve = steps * (0.35 + 0.04 * (seed % 5)), []
     for step in range(every, steps + 1, every):
         fade = 1 / (1 + math.exp(12 * (step - turn) / steps)) * (1 if step < steps else 0)
@@ -94,7 +94,7 @@ def grid(
     name: str = "by hand",
     steps: int = 1000,
 ) -> StudyRecord:
-    """A complete study over any axes, with curves; `score(labels, seed)` says what each trial ends at."""
+    """A complete study over any axes, with curves; each trial ends at `score(labels, seed)`."""
     facts = TaskFacts(METRIC, {"always 1": 1 / 6}) if facts is None else facts
     start = next(iter(facts.baselines.values()), 1.0)
     groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}

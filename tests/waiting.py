@@ -7,7 +7,7 @@ PATIENCE = 240.0  # seconds: far beyond what anything here takes, so that only w
 
 
 def until(condition: Callable[[], object], limit: float = PATIENCE) -> bool:
-    """Whether a condition comes true within the limit (seconds)."""
+    """Wait until a condition is true; False after the limit (seconds)."""
     deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline:

@@ -46,7 +46,7 @@ def made(pair, backend, training=True, dtype=None):
 
 
 def both(pair, training=True):
-    """What either backend gives, and its populations afterwards."""
+    """Return a backend's results and its populations afterwards."""
     results = []
     for backend in ("native", "reference"):
         layer = made(pair, backend, training)

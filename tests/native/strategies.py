@@ -92,7 +92,7 @@ class Pair:
         return torch.randint(-1, self.steps + 2, (self.batch,), generator=source).clamp(0, self.steps)
 
     def state(self, dtype: torch.dtype | None = None) -> Any:
-        """What `before` steps, no two rows alike, leave behind in the reference; the same numbers in every `dtype`."""
+        """Return the reference's state after `before` steps with distinct rows; the same numbers in every `dtype`."""
         if self.before is None:
             return None
         layer = self.layer("reference")
@@ -110,7 +110,7 @@ class Pair:
 
 
 def open_state(state: Any) -> tuple[Any, list[Tensor]]:
-    """The state with everything that has a gradient made a leaf of its own, and those leaves."""
+    """Return the state with every differentiable tensor as a leaf, and these leaves."""
     opened: list[Tensor] = []
 
     def fresh(leaf: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def test_compiled_without_a_graph_break(cell, norm):
 
 @pytest.mark.parametrize("window", ["1", "4", "100", "cumulative", "exponential"])
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_reads_what_nobody_wrote(window, training, poisoned):
+def test_no_kernel_reads_unwritten_memory(window, training, poisoned):
     for cell, ragged, before, inputs in (("lstm", True, 2, 66), ("gru", False, None, 3), ("tanh", True, None, 3)):
         pair = a_pair(cell, "batch", window, 37, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
         layer = made(pair, "native", training)

@@ -13,7 +13,7 @@ from tests.native.strategies import CELLS, Pair, functional, needs_kernels, outc
 pytestmark = needs_kernels
 
 EPS = torch.finfo(torch.float32).eps
-ULPS = 4 * EPS  # what is asked of normalization and gates, at max(1, |y|), given identical pre-activations
+ULPS = 4 * EPS  # limit for normalization and gates, at max(1, |y|), for identical pre-activations
 WIDTH = 21
 
 
@@ -32,7 +32,7 @@ def both(pair, xs, state=None, dtype=torch.float32, prepare=None):
 
 
 def summed_in_float(dtype, width):
-    """Whether the kernels sum a row of so many features in float32: one of at least two of their vectors."""
+    """Return True where the kernels sum a row of that many features in float32: at least two vectors."""
     kernels = library.load()
     assert isinstance(kernels, library.Library)
     numbers = {"baseline": 4, "AVX2": 8, "AVX-512": 16}[kernels.level()]

@@ -1,4 +1,4 @@
-"""The way around the dispatcher: nobody who listens is passed by, and nothing that changes is missed."""
+"""The eager path around the dispatcher: every mode, tracer and profiler still sees the operators."""
 
 import copy
 import pickle
@@ -40,12 +40,12 @@ class Asked(TorchFunctionMode):
 
 
 class Own(torch.Tensor):
-    """A tensor of a class of its own."""
+    """A subclass of Tensor."""
 
 
 @pytest.fixture
 def operators(monkeypatch):
-    """How often each operator was called."""
+    """Count the calls of each operator."""
     calls = {"forward": 0, "backward": 0}
 
     def counted(name: str) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ LISTENERS = {
 
 
 @pytest.mark.parametrize("who", LISTENERS)
-def test_who_listens_hears_the_operators(operators, who):
+def test_every_observer_sees_the_operators(operators, who):
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     quiet, _ = layer.unroll(xs, state)
@@ -91,7 +91,7 @@ def test_who_listens_hears_the_operators(operators, who):
     compare(ys, quiet, tolerance=0)
 
 
-def test_a_function_mode_hears_the_operator(operators):
+def test_a_function_mode_sees_the_operator(operators):
     """On the way back it is off: torch turns it off while it handles `backward` itself."""
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
@@ -119,7 +119,7 @@ def test_function_transforms_call_no_operator(operators):
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, behind a bit that says to negate what lies in memory."""
+    """The same numbers behind torch's negation bit."""
     seen = torch._neg_view(-tensor)
     assert seen.is_neg() and seen.is_contiguous()
     return seen
@@ -136,7 +136,7 @@ def test_numbers_that_are_not_in_memory_are_brought_there():
     compare(layer.unroll(nothing, state), layer.unroll(torch.zeros_like(xs), state), tolerance=0)
 
 
-def test_a_tensor_of_a_class_of_its_own_meets_the_operator(operators):
+def test_a_tensor_subclass_uses_the_operator(operators):
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     ys, _ = layer.unroll(xs.as_subclass(Own), state)

@@ -1,4 +1,4 @@
-"""Kernels that end their process are found out by `doctor` in a process of their own."""
+"""`doctor` finds kernels that end their process, in a separate process."""
 
 import ctypes
 import json
@@ -53,7 +53,7 @@ def kernels(monkeypatch, tmp_path):
     ],
     ids=["illegal instruction at load", "exit at load", "illegal instruction at work"],
 )
-def test_doctor_outlives_them_and_says_what_to_do(source, fate, kernels, capsys):
+def test_doctor_survives_them_and_prints_the_cure(source, fate, kernels, capsys):
     path = kernels(source)
     assert main(["doctor", "--json"]) == 1
     checks = {check["subject"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
@@ -74,7 +74,7 @@ def test_what_hangs_is_given_up(kernels, monkeypatch):
     assert native.survives() == "a trial of them did not come back in 2 s"
 
 
-def test_what_merely_cannot_be_loaded_is_told_by_its_own_reason(kernels):
+def test_kernels_that_cannot_be_loaded_have_their_reason(kernels):
     kernels("int nothing;")
     assert native.survives() is None
     assert "atn_norms_forward" in str(native.unavailable())

@@ -1,4 +1,4 @@
-"""Who asks for a gradient, of what, laid out how in memory; and gradients of gradients."""
+"""Gradients by result, source and memory layout; and gradients of gradients."""
 
 import itertools
 
@@ -40,9 +40,9 @@ def test_every_subset_of_requires_grad(wanted, window):
                 tensor.requires_grad_(name in wanted)
         ys, after = layer.unroll(xs, state)
         assert ys.requires_grad == bool(wanted)
-        asked = [tensor for name in wanted for tensor in groups[name]]
+        sources = [tensor for name in wanted for tensor in groups[name]]
         ends = [ys, *(leaf for leaf in leaves(after) if leaf.is_floating_point())]
-        found = torch.autograd.grad(functional(ends), asked) if asked else ()
+        found = torch.autograd.grad(functional(ends), sources) if sources else ()
         results.append((ys, leaves(after), found))
     (ys, after, found), (ys_expected, after_expected, expected) = results
     compare(ys, ys_expected, tolerance=EXACT)
@@ -53,7 +53,7 @@ def test_every_subset_of_requires_grad(wanted, window):
 @pytest.mark.parametrize("window", ["1", "4", "cumulative", "exponential"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradients_from_each_result_alone(cell, window):
-    """Outputs, last hidden states, and every statement of a window, one at a time: the others ask nothing."""
+    """Outputs, last hidden states and every statistic of a window, one at a time; the other gradients are absent."""
     pair = Pair(cell, window=window, batch=3, steps=5, ragged=True, before=2, seed=5)
     runs = []
     for backend in ("native", "reference"):
@@ -104,8 +104,8 @@ def test_any_layout_in_memory(cell, layout):
             Unrolled(layer), {"layer." + k: v for k, v in laid.items()}, (xs, (((carried, norms),),))
         )
         h = after[0][0][0][0]
-        asked = shaped(pair.draw(*ys.shape)), torch.ones(()).double().expand(h.shape)
-        found = torch.autograd.grad([ys, h], [base, *owned.values()], asked)
+        grads = shaped(pair.draw(*ys.shape)), torch.ones(()).double().expand(h.shape)
+        found = torch.autograd.grad([ys, h], [base, *owned.values()], grads)
         results.append((ys, found))
     (ys, found), (expected, gradients) = results
     compare(ys, expected, tolerance=EXACT)

@@ -23,8 +23,8 @@ class GroupNorm(an.Normalizer):
 
     def measure(self, x: Tensor) -> Any:
         parts = x.unflatten(-1, (self.groups, -1)).double()
-        said = an.Moments.of(parts) if self.centred else an.Average.of(parts.square())
-        return type(said)(*(leaf.squeeze(-1) for leaf in said))
+        statistic = an.Moments.of(parts) if self.centred else an.Average.of(parts.square())
+        return type(statistic)(*(leaf.squeeze(-1) for leaf in statistic))
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         parts, (*mean, spread) = x.unflatten(-1, (self.groups, -1)), (leaf.unsqueeze(-1) for leaf in pooled)

@@ -1,4 +1,4 @@
-"""Statements of weight 0 that a given state holds are not there, whatever they say, in values and in gradients."""
+"""Statistics of weight 0 in an initial state are masked in values and in gradients."""
 
 import pytest
 import torch

@@ -137,7 +137,7 @@ def test_python_threads_may_call_at_once(two_threads):
 
 
 def run_script(body: str) -> str:
-    """What a fresh interpreter prints that runs `body`."""
+    """Run `body` in a fresh interpreter and return its output."""
     code = f"from tests.native.test_library import *\n{body}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
@@ -145,7 +145,7 @@ def run_script(body: str) -> str:
     return done.stdout
 
 
-# Small enough that torch shares none of its own work out: in a child of a process with threads that waits for ever.
+# Small enough that torch uses one thread: after a fork its thread pool would wait for ever.
 FORKED = """
 import multiprocessing, os, signal
 torch.set_num_threads(2)
@@ -174,7 +174,7 @@ for target in (child, grandchild):
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start(); process.join()
     print("process", process.exitcode)
-child()  # and the parent goes on with both
+child()  # and the parent continues with both
 print("parent")
 """
 
@@ -208,16 +208,16 @@ except KeyboardInterrupt:
     assert time.monotonic() > fired[0] + 0.1, "nothing was running any more"
     print("delivered")
 compare(results(layer), results(layer), tolerance=0)
-print("goes on")
+print("continues")
 """
 
 
 @needs_kernels
 def test_ctrl_c_while_the_kernels_run_is_delivered_afterwards():
-    assert run_script(INTERRUPTED).splitlines() == ["delivered", "goes on"]
+    assert run_script(INTERRUPTED).splitlines() == ["delivered", "continues"]
 
 
-def test_without_kernels_the_reference_runs_and_one_warning_says_so(elsewhere, capsys):
+def test_without_kernels_the_reference_runs_with_one_warning(elsewhere, capsys):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for window in (1, 5):
@@ -242,7 +242,7 @@ def test_no_warning_where_kernels_would_not_help(elsewhere):
         an.LSTM(2, 3, norm="layer", proj_size=2)
 
 
-def test_doctor_says_that_kernels_are_missing_and_what_to_do(elsewhere, capsys):
+def test_doctor_reports_missing_kernels_and_the_cure(elsewhere, capsys):
     main(["doctor", "--json"])
     checks = {check["subject"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["native kernels"]["status"] == "missing"  # not "failed": they are optional

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schema, fakes, compilation; and memory that nobody has written."""
+"""The operators in torch: schema, fakes, compilation, and unwritten memory."""
 
 import os
 import subprocess
@@ -37,11 +37,11 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def check(self, operators, differentiable=True):
-        """These operators were called, in this order, and each keeps what it promises torch; the first, gradients."""
+        """Check that these operators were called in this order and pass opcheck; the first with gradients."""
         assert [func.overloadpacket for func, _ in self.calls] == operators
         for func, args in self.calls:
-            asked = differentiable and func.overloadpacket is operators[0]
-            found = torch.library.opcheck(func, tuple(_fresh(arg, asked) for arg in args))
+            with_gradients = differentiable and func.overloadpacket is operators[0]
+            found = torch.library.opcheck(func, tuple(_fresh(arg, with_gradients) for arg in args))
             assert set(found.values()) == {"SUCCESS"}, found
 
 
@@ -88,7 +88,7 @@ def test_compiled_without_a_graph_break(cell, both):
         hidden = tuple(h.detach() for h in last) if cell == "lstm" else last.detach()
 
 
-def test_a_compiled_stream_goes_on_from_its_state():
+def test_a_compiled_stream_continues_from_its_state():
     torch._dynamo.reset()
     pair = Pair("lstm", batch=2, steps=8, dtype=torch.float32)
     layer, state = pair.layer("native"), None
@@ -120,7 +120,7 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("window", ["1", "4", "100", "cumulative", "exponential"])
 @pytest.mark.parametrize("norm", [name for name in NORMS if name != "c"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_reads_what_nobody_wrote(cell, norm, window, poisoned):
+def test_no_kernel_reads_unwritten_memory(cell, norm, window, poisoned):
     for ragged, before, inputs in ((False, None, 3), (True, 2, 66)):
         pair = Pair(cell, norm, window, 17, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
         given = pair.xs(), pair.state(), pair.lengths()

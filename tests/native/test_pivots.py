@@ -23,7 +23,7 @@ def instructions(request):
 
 
 def judged(norm, xs):
-    """Outputs within the ulps that are asked of normalization, and statements that are good for them."""
+    """Outputs within the limit in ulps, and statistics that are accurate enough for them."""
     steps, batch, width = xs.shape
     assert summed_in_float(torch.float32, width)
     options = {"norm": {"sites": {"ih": norm}}}

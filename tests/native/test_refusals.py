@@ -1,4 +1,4 @@
-"""What the native backend does not run, in its own words; and that `auto` takes it wherever it does."""
+"""Cases that the native backend does not support, and that `auto` selects it for all others."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -102,7 +102,7 @@ def changed_gate(layer: Any) -> Any:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_says_why(case):
+def test_an_unsupported_case_has_a_reason(case):
     make, sentence = REFUSED[case]
     layer = make()
     assert f"  native: refuses: {sentence}" in an.explain(layer).splitlines()
@@ -113,7 +113,7 @@ def test_a_refusal_says_why(case):
     assert choose("auto", layer.cell, weights).name in ("reference", "torch")
 
 
-def test_a_layer_that_is_asked_for_it_is_refused_when_it_is_made():
+def test_an_unsupported_layer_fails_when_it_is_built():
     with pytest.raises(ValueError, match=r"'native' cannot run this layer: it has no projection \(proj_size\)"):
         an.LSTM(2, 3, norm="layer", proj_size=1, backend="native")
 
@@ -128,7 +128,7 @@ def test_batch_statistics_are_run_or_refused_with_a_reason():
 
 def test_a_subclass_of_a_cell_is_refused():
     class Other(GRUEquations):
-        """Equations of its own."""
+        """A cell outside the built-in ones."""
 
     layer = an.GRU(2, 3, norm="layer")
     weights = layer._weights("_l0")

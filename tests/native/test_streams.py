@@ -1,4 +1,4 @@
-"""Cut anywhere, on either backend: whoever computed a segment, the next one goes on from its state."""
+"""A sequence cut anywhere continues from its state on either backend."""
 
 from dataclasses import replace
 

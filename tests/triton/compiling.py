@@ -66,11 +66,11 @@ def compile_all(pair: Pair, wanted: set[str]) -> None:
 
     call.LAUNCH = launch
     results, kept = call.forward(plan, arguments, True)
-    asked = [torch.zeros_like(leaf) if pair.before is not None else None for leaf in results[3:]]
-    call.backward(plan, arguments, (results[0], h0, c0, asked), results[0], kept, True)
+    grads = [torch.zeros_like(leaf) if pair.before is not None else None for leaf in results[3:]]
+    call.backward(plan, arguments, (results[0], h0, c0, grads), results[0], kept, True)
 
 
 if __name__ == "__main__":
-    driver.set_active(Absent())  # pyright: ignore[reportArgumentType]  no driver, but all that compiling asks of one
+    driver.set_active(Absent())  # pyright: ignore[reportArgumentType]  no driver, only the attributes that compiling reads
     for name in sys.argv[1:]:
         compile_all(*VARIANTS[name])

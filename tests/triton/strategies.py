@@ -36,7 +36,7 @@ def made(pair: Pair, backend: str = "triton", dtype: torch.dtype | None = None) 
 
 
 def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Tensor | None = None, retain: bool = False) -> Outcome:
-    """What a layer gives on its device, on the CPU."""
+    """Return a layer's results, moved to the CPU."""
     device = next(layer.parameters()).device.type
     found = strategies.outcome(layer, *(moved(tree, device) for tree in (xs, state, lengths)), retain=retain)
     return Outcome(found.ys.cpu(), [leaf.cpu() for leaf in found.state], [g.cpu() for g in found.gradients])

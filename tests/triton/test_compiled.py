@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100, which need not be there; in a process of its own, without the interpreter."""
+"""Every kernel compiles for an H100 without a device, in a fresh process without the interpreter."""
 
 import os
 import subprocess

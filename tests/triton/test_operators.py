@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schema, fakes, compilation, second gradients; memory that nobody has written."""
+"""The operators in torch: schema, fakes, compilation, second gradients, and unwritten memory."""
 
 import pytest
 import torch
@@ -105,8 +105,8 @@ def test_any_layout_in_memory(layout):
         carried = tuple(c[:1].expand(c.shape) for c in carried)
         ys, after = layer.unroll(LAYOUTS[layout](base), (((carried, norms),),))
         h = after[0][0][0][0]
-        asked = LAYOUTS[layout](moved(pair.draw(*ys.shape), place(backend))), torch.ones_like(h)[:1].expand(h.shape)
-        found = torch.autograd.grad([ys, h], [base, *layer.parameters()], asked)
+        grads = LAYOUTS[layout](moved(pair.draw(*ys.shape), place(backend))), torch.ones_like(h)[:1].expand(h.shape)
+        found = torch.autograd.grad([ys, h], [base, *layer.parameters()], grads)
         results.append((ys.cpu(), [g.cpu() for g in found]))
     (ys, found), (expected, gradients) = results
     compare(ys, expected, tolerance=EXACT)
@@ -114,7 +114,7 @@ def test_any_layout_in_memory(layout):
 
 
 def test_poison_changes_nothing(mode, request):
-    """What is allocated without content is written before anybody reads it."""
+    """Allocated memory is written before it is read."""
     clean = [outcome(made(pair), pair.xs(), pair.state(), pair.lengths()) for pair in PAIRS]
     request.getfixturevalue("poisoned")
     for pair, expected in zip(PAIRS, clean, strict=True):

@@ -1,4 +1,4 @@
-"""What the Triton backend does not run, in its own words; and that nobody meets it who does not ask for it."""
+"""Cases that the Triton backend does not support, their reasons, and that `auto` never imports Triton."""
 
 import importlib.metadata
 import subprocess
@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def refused(layer: Any) -> str:
-    """The reason, from whoever is asked."""
+    """The reason is the same from every entry point."""
     with pytest.raises(ValueError, match="'triton' cannot run this layer") as caught:
         choose("triton", layer.cell, layer._weights("_l0"))
     reason = str(caught.value).removeprefix("backend: 'triton' cannot run this layer: ")
@@ -60,7 +60,7 @@ def refused(layer: Any) -> str:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_says_why(case):
+def test_an_unsupported_case_has_a_reason(case):
     make, sentence = REFUSED[case]
     assert refused(make()) == sentence
 
@@ -78,7 +78,7 @@ def test_a_layer_on_the_cpu_is_refused_when_it_is_made(monkeypatch):
 
 @pytest.fixture
 def looked_for_anew():
-    """What is found of Triton is found for this test only."""
+    """Detect Triton for this test only."""
     available._unavailable.cache_clear()
     yield
     available._unavailable.cache_clear()
@@ -126,7 +126,7 @@ def test_auto_never_takes_it():
 
 
 def alone(script: str) -> None:
-    """Run in a process of its own, without the interpreter."""
+    """Run in a fresh process, without the interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", "import os; os.environ.pop('TRITON_INTERPRET', None)\n" + script],
         cwd=Path(__file__).parents[2],
@@ -148,21 +148,21 @@ assert "triton: refuses: it runs on a GPU, and the layer is on cpu" in an.explai
 
 WATCHED = """
 import builtins
-asking, imported = set(), builtins.__import__
+importers, imported = set(), builtins.__import__
 
 def watching(name, names=None, *rest):
     if name.partition(".")[0] == "triton":
-        asking.add((names or {}).get("__name__"))
+        importers.add((names or {}).get("__name__"))
     return imported(name, names, *rest)
 
 builtins.__import__ = watching
 """
 
 
-def test_nobody_imports_triton_who_does_not_ask_for_it():
+def test_triton_is_imported_only_by_its_backend():
     """torch's compiler does for itself."""
-    nobody = "assert not [name for name in asking if name.startswith('atn_norms')], asking\n"
-    alone(WATCHED + PLAIN + nobody + "assert 'atn_norms.backends.triton.call' not in sys.modules")
+    none = "assert not [name for name in importers if name.startswith('atn_norms')], importers\n"
+    alone(WATCHED + PLAIN + none + "assert 'atn_norms.backends.triton.call' not in sys.modules")
 
 
 def test_everything_else_works_where_triton_does_not():

@@ -1,4 +1,4 @@
-"""Cut anywhere, on any backend: whoever computed a segment, the next one goes on from its state."""
+"""A sequence cut anywhere continues from its state on any backend."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_a_state_keeps_its_type_and_shape(window):
     [("4", 2, None), ("4", 5, 1), ("100", 3, 97), ("cumulative", 0, None), ("exponential", 0, None)],
 )
 def test_what_is_hidden_is_not_read(window, before, hidden):
-    """Statements of weight 0 are not there, whatever they say, in values and in gradients."""
+    """Statistics of weight 0 are masked in values and in gradients."""
     pair, results = Pair("gru", "layer", window, batch=4, steps=7, before=before, seed=2), []
     for backend, what in (("triton", 0.0), ("triton", float("nan")), ("reference", float("inf"))):
         found = outcome(made(pair, backend), pair.xs(), hiding(pair, hidden, what))

@@ -154,7 +154,7 @@ SOME = ("gru", "exponential")
     ("cell", "window"), [pytest.param(*case, marks=[] if case == SOME else pytest.mark.deep) for case in RESULTS]
 )
 def test_gradients_from_each_result_alone(cell, window, mode):
-    """Outputs, last hidden states, and every statement of a window, one at a time: the others ask nothing."""
+    """Outputs, last hidden states and every statistic of a window, one at a time; the other gradients are absent."""
     pair = Pair(cell, window=window, batch=3, steps=5, ragged=True, before=2, seed=5)
     runs = []
     for backend in ("triton", "reference"):

@@ -1,4 +1,4 @@
-"""Whether there is a Triton to compile the kernels, found without importing it."""
+"""Detection of Triton, without importing it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ OLDEST = "3.6"  # of Triton: tuples of pointers with named fields
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, as `TRITON_INTERPRET=1` asks for; very slow, for tests."""
+    """Return True where `TRITON_INTERPRET=1` selects Triton's interpreter instead of a GPU; very slow, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes", "y")
 
 
 @torch.compiler.assume_constant_result  # a compiler need not follow how a package is found
 def unavailable() -> str | None:
-    """In one sentence why the kernels cannot be compiled, or None where they can."""
+    """Return the reason why the kernels cannot be compiled, or None."""
     return _unavailable()
 
 
 def installed() -> str | None:
-    """The version of Triton; None where it says none, as one built in place, or under another name."""
+    """Return the version of Triton; None where it has none, as a build in place."""
     try:
         return version("triton")
     except PackageNotFoundError:

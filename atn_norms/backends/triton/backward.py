@@ -106,7 +106,7 @@ def recurrent_backward(
     C_DECAY: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
-    """Back through steps `last - 1` to `first`; what is asked of h and c is carried in `dh` and `dc`.
+    """Backward through steps `last - 1` to `first`; `dh` and `dc` carry the gradients of h and c.
 
     Without `PRODUCT` a launch leaves in `dh` what comes past the product, and the caller adds what comes through it.
     """

@@ -1,4 +1,4 @@
-"""One call of the kernels: room, launches, and what is cheaper said in PyTorch than in a kernel."""
+"""One call of the kernels: allocation, launches, and the parts that are simpler in PyTorch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def room(
 
 
 class _Call:
-    """What both directions share."""
+    """State that both directions share."""
 
     def __init__(self, plan: Plan, arguments: Sequence[Any], kept: Sequence[Tensor]) -> None:
         single, affine, states, self.lengths = arguments[:7], iter(arguments[7]), iter(arguments[9]), arguments[10]
@@ -167,15 +167,20 @@ def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tens
 
 
 def backward(
-    plan: Plan, arguments: Sequence[Any], asked: tuple[Any, ...], ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
+    plan: Plan,
+    arguments: Sequence[Any],
+    grad_outputs: tuple[Any, ...],
+    ys: Tensor,
+    kept: Sequence[Tensor],
+    wants_xs: bool,
 ) -> list[Tensor]:
     """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves."""
-    dys, dhn, dcn, dnext = asked
+    dys, dhn, dcn, dnext = grad_outputs
     call = _Call(plan, arguments, kept)
     wide, hidden, steps, batch = plan.gates * call.hidden, call.hidden, call.steps, call.batch
     leaves, passed = iter(dnext), {}
     extras = {
-        name: site.asked([next(leaves) for _ in range(1 + site.plan.leaves)], call.lengths)
+        name: site.state_grads([next(leaves) for _ in range(1 + site.plan.leaves)], call.lengths)
         for name, site in call.sites.items()
     }
     has_extra = any(extra is not None for extra, _ in extras.values())
@@ -257,7 +262,7 @@ def _affine(call: _Call, site: SiteCall, a: Tensor, d: Tensor) -> list[Tensor]:
 
 
 def _tf32_allowed() -> bool:
-    """What torch's own products may do, by the name its versions have for it."""
+    """Return torch's precision setting for products, under the name of its version."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
@@ -271,7 +276,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def _ceiling(number: int, of: int) -> int:
-    """How many blocks of a size hold a number."""
+    """Return the number of blocks of a size that hold `number` entries."""
     return -(-number // of)
 
 

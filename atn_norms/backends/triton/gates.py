@@ -24,7 +24,7 @@ class Tensors(NamedTuple):
     | `h0`, `c0` | initial state | `[B, H]` |
     | `output`, `cells` | h and c after each step | `[T, B, H]` |
     | `lengths` | live steps of each row | `[B]` |
-    | `doutput`, `dh`, `dc` | asked of the output; of h and c, carried back | `[T, B, H]`, `[B, H]` |
+    | `doutput`, `dh`, `dc` | gradients of the output, and of h and c, carried back | `[T, B, H]`, `[B, H]` |
     | `dprojected`, `drecurrent` | of what the norms at the two products made | `[T, B, N]` |
     | `dproduct`, `dcell` | of the product; of what the norm of c made | `[T, B, N]`, `[T, B, H]` |
     """

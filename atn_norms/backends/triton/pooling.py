@@ -1,4 +1,4 @@
-"""What the kernels do with statements: make them of rows, pool them over windows, and send gradients back to them.
+"""Statistics in the kernels: computed from rows, pooled over windows, and their gradients.
 
 Statements are in float64, one lane a row. A statement has a mean and a variance; that of a root mean square has the
 mean 0 and the mean square for its variance. Whatever the window, a step costs the same: sliding windows are cut in two
@@ -31,9 +31,9 @@ class Site(NamedTuple):
     | `total`, `pooled_mean`, `pooled_var` | of the window that ends at a step | `[T, B]` |
     | `ends` | weight, mean and variance from a place to the end of its chunk | `[3, P + T, B]` |
     | `running` | the same, from the beginning of the chunk, or of all there was | `[3, B]` |
-    | `slopes` | what a window asks of its statements, three sums | `[3, T, B]` |
+    | `slopes` | gradients of a window's statistics, three sums | `[3, T, B]` |
     | `later`, `carried` | the same from a place to its chunk's end, and carried along | `[3, T, B]`, `[3, B]` |
-    | `extra` | gradients asked of the statements, or of what is pooled at a row's last step | `[2, T, B]` |
+    | `extra` | gradients of the statistics, or of the pooled statistic at a row's last step | `[2, T, B]` |
     | `steps`, `past` | k of a sliding window; P | |
     """
 
@@ -235,7 +235,7 @@ def asked(
     DECAY: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
-    """Note what a step asks of its window, and sum what the windows that hold the step ask of its statement.
+    """Record the gradient of a step's window, and sum the gradients of the windows that contain the step.
 
     With alpha = 2 dL/dv / m, beta = dL/dmu / m and m the total weight of a window, these are the sums over those
     windows of alpha, of beta and of alpha mu; in the end the slope A and the constant C in

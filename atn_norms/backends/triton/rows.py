@@ -48,7 +48,7 @@ def ask_rows(
     d, a, site, asks, many, features,
     ROWS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """What every row asks of its pooled mean and variance, `asks` `[2, many]`, from the gradients `d` of its result."""
+    """Gradients `asks` `[2, many]` of the pooled mean and variance of every row, from the gradients `d` of its rows."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDE)
     there = rows < many
@@ -75,7 +75,7 @@ def sum_steps(
     site, asks, lengths, steps, batch,
     LANES: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, DECAY: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """What all windows ask of the statements of a block of rows: slope and constant, in the place of `asks`."""
+    """Gradients of the statistics of a block of rows from all windows: slope and constant, written over `asks`."""
     rows = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = rows < batch
     length = tl.full([LANES], 0, tl.int64) + steps

@@ -51,7 +51,7 @@ class SiteCall:
         self.ahead["running"] = running
 
     def turn(self, extra: Tensor | None) -> None:
-        """Room for what is asked on the way back."""
+        """Allocate the gradients of the backward pass."""
         lines = (3, self.steps, self.batch)
         self.back = {
             "slopes": self.kept.new_empty(lines),
@@ -100,8 +100,8 @@ class SiteCall:
         lengths = self.kept.new_full((self.batch,), self.steps, dtype=torch.int64) if lengths is None else lengths
         return lengths + torch.arange(self.plan.prefix, device=lengths.device).unsqueeze(1)
 
-    def asked(self, dnext: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
-        """What gradients of the new state ask of the steps' statements `[2, T, B]`, and of the old state's leaves."""
+    def state_grads(self, dnext: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of the steps' statistics `[2, T, B]` and of the old state's leaves, from those of the new state."""
         passed = [torch.zeros_like(state) for state in self.states]
         places = [1, 2] if self.plan.centred else [2]
         asks = [None if leaf is None else leaf.reshape(self.batch, -1).t() for leaf in dnext[1:]]
@@ -125,7 +125,7 @@ class SiteCall:
         return extra, passed
 
     def before(self, passed: list[Tensor]) -> list[Tensor]:
-        """Gradients of the given state's leaves: what the windows ask of them beside what passed them by."""
+        """Gradients of the initial state's leaves, through the windows and past them."""
         if not self.states or not self.plan.prefix:
             return passed
         alpha, beta, level = self.back["slopes"]
