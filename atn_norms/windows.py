@@ -141,7 +141,7 @@ class Sliding(Window[S]):
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
         if self.steps == 1:
             return now, state
-        weights, leaves = state
+        weights, leaves = state = _constant_weights(state)
         weights = torch.cat([weights, weight.unsqueeze(1)], 1)
         leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(leaves, now, strict=True))
         pooled = type(now)(*leaves).pool(weights, 1)
@@ -150,6 +150,7 @@ class Sliding(Window[S]):
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
         if self.steps == 1:
             return steps, state
+        state = _constant_weights(state)
         row = torch.arange(weights.shape[1], device=weights.device)
         mask = weights > 0
         # A window counts live steps, so bring each row's live steps together before cutting windows out of it.
@@ -181,6 +182,12 @@ class SlidingSpec(WindowSpec):
 
     def build(self) -> Sliding[Any]:
         return Sliding(self.steps)
+
+
+def _constant_weights(state: Tree) -> Tree:
+    """Detach the weights of a state: they count samples, and no backend has a gradient for them."""
+    weights, leaves = state
+    return weights.detach(), leaves
 
 
 def _nothing(now: Statistic) -> Tree:
@@ -222,7 +229,7 @@ class Cumulative(Window[S]):
         return _one(now)
 
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        total, past = state
+        total, past = state = _constant_weights(state)
         pooled = _merge(now, weight, total, past)
         return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
 
@@ -280,7 +287,7 @@ class Exponential(Window[S]):
         return _one(now)
 
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        total, past = state
+        total, past = state = _constant_weights(state)
         remembered = total * 2.0 ** (-1.0 / self.half_life)
         pooled = _merge(now, weight, remembered, past)
         return pooled, where_mask(weight > 0, (remembered + weight, tuple(pooled)), state)

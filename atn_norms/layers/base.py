@@ -15,19 +15,22 @@ from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure
 from atn_norms.normalizers.batch import synchronized
+from atn_norms.windows import Window
 
 
 class CellHost(nn.Module):
     """Registers `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, ... and `norm_<site>`, each with a suffix per cell.
 
-    The norm's module is the Normalizer itself; cell and windows are plain values.
+    The norm's module is the Normalizer itself. Cell and windows are plain values; a window that is a module is
+    registered as `window_<site>` with the same suffix.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
         self.cell: Cell = spec.equations()
-        self._windows = {site: spec.window_at(site).build() for site in self.cell.sites}
+        windows = {site: spec.window_at(site).build() for site in self.cell.sites}
+        self._windows = {site: window for site, window in windows.items() if not isinstance(window, nn.Module)}
         self._suffixes: list[str] = []
         self._tensors = tuple(self.cell.shapes(1, spec.bias))
         self._sites = tuple(self.cell.sites)
@@ -54,8 +57,9 @@ class CellHost(nn.Module):
                 for name in self.cell.shapes(1, self.bias):
                     self._initialize(name, getattr(self, name + suffix))
             for suffix in self._suffixes:
-                for norm in self._normalizers(suffix).values():
-                    for module in norm.modules():
+                modules = [self._modules.get(f"{kind}_{site}{suffix}") for site in self._sites for kind in OWNED]
+                for owner in filter(None, modules):
+                    for module in owner.modules():
                         if callable(reset := getattr(module, "reset_parameters", None)):
                             reset()
                 if self.spec.forget_bias is not None:
@@ -78,6 +82,9 @@ class CellHost(nn.Module):
                 norm = self.spec.normalizer(self.cell, site)
                 if norm is not None:
                     self.add_module(f"norm_{site}{suffix}", norm.to(**factory))
+                    if site not in self._windows:
+                        window: Any = self.spec.window_at(site).build()
+                        self.add_module(f"window_{site}{suffix}", window.to(**factory))
         if given is None:
             self.reset_parameters()
 
@@ -85,10 +92,15 @@ class CellHost(nn.Module):
         names = {site: f"norm_{site}{suffix}" for site in self._sites}
         return {site: self._modules[name] for site, name in names.items() if name in self._modules}  # type: ignore[misc]
 
+    def _window(self, site: str, suffix: str) -> Window[Any]:
+        plain = self._windows.get(site)
+        return self._modules[f"window_{site}{suffix}"] if plain is None else plain  # type: ignore[return-value]
+
     def _weights(self, suffix: str) -> CellWeights:
         """Gather the weights and norms of a cell for one call; parameters and modules may be replaced between calls."""
         norms = {
-            site: SiteNorm(normalizer, self._windows[site]) for site, normalizer in self._normalizers(suffix).items()
+            site: SiteNorm(normalizer, self._window(site, suffix))
+            for site, normalizer in self._normalizers(suffix).items()
         }
         own, tensors = self._parameters, {}
         for name in self._tensors:
@@ -169,6 +181,7 @@ class CellHost(nn.Module):
         return f"{type(self).__name__}({self._described()})"
 
 
+OWNED = ("norm", "window")  # what a layer registers for each site of each cell
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -101,7 +102,7 @@ class BatchNorm(Normalizer, _OfTorch):
         self.register_buffer("running_mean", torch.empty(*steps, features))
         self.register_buffer("running_var", torch.empty(*steps, features))
         self.register_buffer("num_batches_tracked", torch.empty(steps, dtype=torch.int64))
-        self._records: list[tuple[CountedMoments, Tensor]] | None = None
+        self._records: dict[int, list[tuple[CountedMoments, Tensor]]] = {}  # by thread, while it scans
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,17 +158,23 @@ class BatchNorm(Normalizer, _OfTorch):
         if self.training:
             with torch.no_grad():
                 record = CountedMoments(*(leaf.detach() for leaf in pooled)), step
-                if self._records is None:
+                records = self._records.get(_thread())
+                if records is None:
                     self._update([record])
                 else:
-                    self._records.append(record)
+                    records.append(record)
             return pooled
         mean, var = promoted(self.running_mean), promoted(self.running_var)
         if self.max_steps is not None:
-            last = ((self.num_batches_tracked > 0).sum() - 1).clamp(min=0)
-            place = torch.minimum(step.clamp(min=0), last)
+            place = self._recorded()[step.clamp(0, self.max_steps - 1)]
             mean, var = mean[place], var[place]
         return Moments(mean.expand(pooled.mean.shape), var.expand(pooled.var.shape))
+
+    def _recorded(self) -> Tensor:
+        """For each step, return the last recorded step up to it, or else the first recorded one `[max_steps]`."""
+        recorded = self.num_batches_tracked > 0
+        last = torch.where(recorded, torch.arange(len(recorded), device=recorded.device), -1).cummax(0).values
+        return torch.where(last < 0, recorded.to(torch.uint8).argmax(), last)
 
     def batch_moments(self) -> BatchMoments | None:
         if self.synchronizes:
@@ -176,32 +183,39 @@ class BatchNorm(Normalizer, _OfTorch):
 
     @contextmanager
     def scanning(self) -> Iterator[None]:
-        if self._records is not None:  # an outer scan commits
+        thread = _thread()
+        if thread in self._records:  # an outer scan commits
             yield
             return
-        self._records = []
+        self._records[thread] = []
         try:
             yield
             with torch.no_grad():
-                self._update(self._records)
+                self._update(self._records[thread])
         finally:
-            self._records = None
+            del self._records[thread]
 
     def _update(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
-        """Average the recorded steps of each slot of the population, and move the slot towards that average."""
+        """Move each slot of the population towards the average of its recorded steps, weighted by their samples."""
         if not records:
             return
+        with _exclusive():
+            self._move(records)
+
+    def _move(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
         step = _joined([step.flatten() for _, step in records])
         mean, var, count = (
             _joined([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves])
             for leaves in zip(*(pooled for pooled, _ in records), strict=True)
         )
-        unbiased = torch.where(count > 1, count / (count - 1), 1.0).squeeze(1)
-        mask = step >= 0
+        count = count.squeeze(1)
+        unbiased = torch.where(count > 1, count / (count - 1), 1.0)
+        mask = (step >= 0) & (count >= 2)  # one sample has no variance
         slots = 1 if self.max_steps is None else self.max_steps
         slot = torch.zeros_like(step) if self.max_steps is None else step
         member = mask & (slot == torch.arange(slots, device=step.device).unsqueeze(1))  # [slots, recorded steps]
-        share = member.to(mean.dtype) / member.sum(1, keepdim=True).clamp(min=1)
+        share = member * torch.where(mask, count, 0.0)
+        share = share / share.sum(1, keepdim=True).clamp(min=1)
         touched = member.any(1)
         tracked = self.num_batches_tracked.reshape(slots) + touched
         updates = tracked.clamp(min=1).to(mean.dtype)
@@ -269,6 +283,22 @@ def synchronized(old: nn.Module | None, new: nn.Module | None) -> nn.Module | No
         return new
     old.sync, old.process_group = True, new.process_group
     return old
+
+
+_UPDATES = threading.Lock()  # a population is read, moved and written back
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+@contextmanager
+def _exclusive() -> Iterator[None]:
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with _UPDATES:
+        yield
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

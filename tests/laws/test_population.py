@@ -1,5 +1,6 @@
 """Batch statistics: what training records, what evaluation uses, and that evaluation mixes no rows."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import atn_norms as an
+from atn_norms.statistics import CountedMoments
 from tests import oracle
 from tests.compare import compare
 from tests.laws.strategies import (
@@ -30,20 +32,23 @@ EXACT = 1e-10
 counted = st.one_of(st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 100])), st.just(("cumulative",)))
 
 
-def statistics(site: oracle.Site) -> tuple[Tensor, Tensor]:
-    """Per living step: the pooled mean, and the pooled variance unbiased over the window's count."""
-    living = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.any()]
-    means = [mean.flatten() for mean, _, _ in living]
-    variances = [(var * total / (total - 1)).flatten() for _, var, total in living]
-    return torch.stack(means), torch.stack(variances)
+def statistics(site: oracle.Site) -> tuple[Tensor, Tensor, Tensor]:
+    """Per step of at least two samples: the pooled mean, the pooled unbiased variance, and the samples."""
+    steps = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.any()]
+    steps = [(mean, var, float(total.max())) for mean, var, total in steps if total.max() >= 2]
+    means = [mean.flatten() for mean, _, _ in steps]
+    variances = [(var * total / (total - 1)).flatten() for _, var, total in steps]
+    totals = torch.tensor([[total] for _, _, total in steps], dtype=torch.float64)
+    return torch.stack(means), torch.stack(variances), totals
 
 
 def expected(site: oracle.Site, momentum: float = 0.1) -> dict[str, Tensor]:
-    """Shared statistics after one scan from a fresh start: one update, with the mean over living steps."""
-    means, variances = statistics(site)
+    """Shared statistics after one scan from a fresh start: one update, with the mean over the samples of all steps."""
+    means, variances, totals = statistics(site)
+    share = totals / totals.sum()
     return {
-        "running_mean": momentum * means.mean(0),
-        "running_var": (1 - momentum) + momentum * variances.mean(0),
+        "running_mean": momentum * (share * means).sum(0),
+        "running_var": (1 - momentum) + momentum * (share * variances).sum(0),
         "num_batches_tracked": torch.tensor(1),
     }
 
@@ -80,7 +85,7 @@ def test_a_population_per_step_up_to_a_last_one(case: Case, slots):
     xs, site = case.xs(), case.site(norm)
     oracle.run(site, xs)
     norm.scan(xs)
-    means, variances = statistics(site)
+    means, variances, _ = statistics(site)
     seen = min(slots, case.steps)
     fresh_mean = torch.zeros(slots, case.features, dtype=torch.float64)
     fresh_var = torch.ones(slots, case.features, dtype=torch.float64)
@@ -161,13 +166,68 @@ def test_the_reverse_direction_records_from_each_row_s_own_end(cell, seed, kind,
 
 
 def test_a_packed_batch_counts_its_living_rows_alone():
-    """Three rows of lengths 4, 4, 1: from the second step on, the statistics are of two rows."""
+    """Three rows of lengths 4, 4, 1: from the second step on, the statistics are of two rows, and weigh 2 to 3."""
     layer: Any = an.RNN(2, 3, norm="batch", window=1, dtype=torch.float64)
     xs = sequence("normal", 0, (4, 3, 2))
     layer(pack_padded_sequence(xs, torch.tensor([4, 4, 1])))
     a = xs @ layer.weight_ih_l0.T + layer.bias_ih_l0
     means = torch.stack([a[0].mean(0), *a[1:, :2].mean(1)])
-    compare(layer.norm_ih_l0.running_mean, 0.1 * means.mean(0).detach(), tolerance=1e-12)
+    share = torch.tensor([[3.0], [2.0], [2.0], [2.0]], dtype=torch.float64) / 9
+    compare(layer.norm_ih_l0.running_mean, 0.1 * (share * means).sum(0).detach(), tolerance=1e-12)
+
+
+RAGGED = {"one long row": [100, 2], "eight rows": [60] + [20] * 7}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
+def test_ragged_rows_do_not_shrink_the_population(lengths, packed, backend):
+    """Steps with one row have no variance: each step weighs by its rows, and those of one row are not recorded."""
+    layer: Any = an.RNN(1, 2, norm={"kind": "batch", "momentum": 1.0}, dtype=torch.float64, backend=backend)
+    xs, rows = sequence("normal", 0, (max(lengths), len(lengths), 1)), torch.tensor(lengths)
+    a = xs @ layer.weight_ih_l0.T + layer.bias_ih_l0
+    if packed:
+        layer(pack_padded_sequence(xs, rows))
+    else:
+        layer.unroll(xs, lengths=rows)
+    shared = int(rows.sort().values[-2])  # steps at which two rows and more are live, all rows here
+    expected = a[:shared].var(1, correction=1).mean(0)
+    compare(layer.norm_ih_l0.running_var, expected.detach(), tolerance=1e-12)
+    compare(layer.norm_ih_l0.running_mean, a[:shared].mean((0, 1)).detach(), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_step_of_one_row_keeps_its_own_population_untouched(backend):
+    norm = {"kind": "batch", "max_steps": 6, "momentum": 1.0}
+    layer: Any = an.RNN(1, 2, norm=norm, dtype=torch.float64, backend=backend)
+    layer.unroll(sequence("normal", 0, (6, 2, 1)), lengths=[6, 2])
+    recorded = layer.norm_ih_l0
+    assert recorded.num_batches_tracked.tolist() == [1, 1, 0, 0, 0, 0]
+    assert torch.equal(recorded.running_var[2:], torch.ones(4, 2, dtype=torch.float64))
+    assert recorded.running_var[:2].min() > 0
+
+
+def test_a_step_without_records_uses_the_last_recorded_one():
+    norm = an.BatchNorm(1, max_steps=5).eval()
+    norm.num_batches_tracked.copy_(torch.tensor([0, 2, 0, 1, 0]))
+    norm.running_mean.copy_(torch.arange(5.0).unsqueeze(1))
+    nothing = torch.zeros(7, 1, 1, dtype=torch.float64)
+    step = torch.tensor([-1, 0, 1, 2, 3, 4, 9]).unsqueeze(1)
+    population = norm.population(CountedMoments(nothing, nothing, nothing), step)
+    assert population.mean.flatten().tolist() == [1, 1, 1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("backend", "kind"), [("native", 1), ("native", 3), ("reference", 1), ("reference", 3)])
+def test_threads_train_one_layer(backend, kind):
+    """Every call of every thread is one update of every population."""
+    layer: Any = an.GRU(2, 3, norm="batch", window=kind, backend=backend)
+    threads, calls = 8, 12
+    with ThreadPoolExecutor(threads) as pool:
+        started = [pool.submit(lambda n: layer(torch.randn(n, 4, 2)), 3 + n % 5) for n in range(threads * calls)]
+        assert all(future.exception() is None for future in started)
+    for name in ("ih", "hh"):
+        assert getattr(layer, f"norm_{name}_l0").num_batches_tracked == threads * calls
 
 
 @pytest.mark.parametrize("slots", [None, 6])

@@ -8,9 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
-from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernels, open_state, outcome, pairs
+from tests.native.strategies import (
+    CELLS,
+    EXACT,
+    WINDOWS,
+    Pair,
+    functional,
+    needs_kernels,
+    open_state,
+    outcome,
+    pairs,
+)
 
 pytestmark = needs_kernels
 
@@ -174,3 +185,20 @@ def test_weights_that_depend_on_the_input_differentiate_twice():
     (once, twice), (expected, expected_twice) = results
     compare(once, expected, tolerance=EXACT, scale=level(expected))
     compare(twice, expected_twice, tolerance=EXACT, scale=level(expected_twice))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("window", ["4", "exponential"])
+def test_weights_of_a_state_have_no_gradient_in_any_backend(norm, window):
+    """They count samples; a gradient into them would be 0 in one backend and a number in another."""
+    xs = torch.randn(4, 3, 2, dtype=torch.float64)
+    for backend in ("native", "reference"):
+        layer = an.LSTM(2, 3, norm=norm, window=WINDOWS[window], backend=backend, dtype=torch.float64)
+        _, state = layer.unroll(xs)
+        (carried, ((index, (weights, leaves)), *others)) = state[0][0]
+        weights = weights.detach().clone().requires_grad_()
+        opened = (((carried, ((index, (weights, leaves)), *others)),),)
+        ys, after = layer.unroll(xs, opened)
+        (found,) = torch.autograd.grad(ys.sum(), [weights], allow_unused=True)
+        assert found is None
+        assert not after[0][0][1][0][1][0].requires_grad

@@ -42,7 +42,7 @@ class Batch:
                 leaves += [torch.zeros(shape, dtype=DOUBLE) for shape in site.shapes(1)]
             else:
                 weights, (mean, var, _) = memory[1]
-                leaves += [weights.double(), mean.double(), var.double()]
+                leaves += [weights.detach().double(), mean.double(), var.double()]
         return leaves
 
     def populations(self, weights: CellWeights) -> list[Tensor]:
@@ -79,7 +79,7 @@ class Batch:
         else:
             total = weights.reshape(1, *[1] * len(site.leaf)).expand(counts.shape)
             counts = torch.where(self._live > 0, total, counts)
-        return (0 if memory is None else memory[0]) + self._live, (weights, (mean, var, counts))
+        return (0 if memory is None else memory[0]) + self._live, (weights.detach(), (mean, var, counts))
 
     def _index(self, place: int) -> Tensor:
         """The index of every step since the site's state was fresh, -1 where no row is alive."""

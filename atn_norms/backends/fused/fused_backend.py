@@ -96,7 +96,7 @@ def _rebuilt(site: SitePlan, tensors: list[Tensor]) -> Tree:
         sizes = [math.prod(shape) // site.parts for shape in shapes]
         pieces = zip(parts.split(sizes, -1), shapes, strict=True)
         leaves = [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
-    return weights, tuple(leaves)
+    return weights.detach(), tuple(leaves)  # they count samples: no backend has a gradient for them
 
 
 def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
@@ -109,7 +109,7 @@ def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
         rows = (*weights.shape, site.parts) if site.parts > 1 else weights.shape
         pairs = zip(leaves, shapes, strict=True)
         leaves = (torch.cat([leaf.reshape(*rows, math.prod(shape) // site.parts) for leaf, shape in pairs], -1),)
-    return [weights, *leaves]
+    return [weights.detach(), *leaves]
 
 
 def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor] | None:
@@ -127,8 +127,12 @@ def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) 
             return None
         if len(window) != (2 if site.leaves else 0) or (site.leaves and not isinstance(window[1], tuple)):
             return None
-        leaves += (window[0], *window[1]) if site.leaves else ()
-    return leaves if False not in [isinstance(leaf, Tensor) for leaf in leaves] else None
+        if site.leaves:
+            weights, statistic = window
+            if False in [isinstance(leaf, Tensor) for leaf in (weights, *statistic)]:
+                return None
+            leaves += (weights.detach(), *statistic)
+    return leaves
 
 
 def _checked_leaves(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor]:
