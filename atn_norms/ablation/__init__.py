@@ -10,7 +10,10 @@ from typing import Any
 
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
 from atn_norms.ablation.execution.environment import environment
+from atn_norms.ablation.execution.function import Trial
+from atn_norms.ablation.function_study import ablate
 from atn_norms.ablation.grid import presets
+from atn_norms.ablation.grid.functions import refuse_changed_functions
 from atn_norms.ablation.grid.overrides import override
 from atn_norms.ablation.grid.plan import Plan, make_plan
 from atn_norms.ablation.grid.sources import refuse_changed_plugins
@@ -31,7 +34,9 @@ __all__ = [
     "StudySpec",
     "TaskFacts",
     "TrainSpec",
+    "Trial",
     "TrialRecord",
+    "ablate",
     "create",
     "load",
     "make_plan",
@@ -99,6 +104,7 @@ def refuse_edited(folder: Path | str) -> None:
     store = StudyFolder(folder)
     resolved = store.resolved()
     refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
+    refuse_changed_functions(store.path, (each["trial"] for each in resolved["trials"]))
     file, text = store.path / "study.yaml", store.source()
     if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atn_norms.ablation.execution.trial import Trainer, isolated
+from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import StudyRecord
 
@@ -26,6 +27,8 @@ def duration_of(trials: Sequence[dict[str, Any]], workers: int) -> float | None:
     One trial of each task, size and kind of norm takes a few training steps and a validation; the others are taken to
     be like these. `workers` is how many run at a time, as far as there are trials and cores.
     """
+    if any(is_function(trial["task"]) for trial in trials):
+        return None  # a function's trials cannot be tried out for a few steps
     timed: dict[str, tuple[float, float]] = {}
     began = time.monotonic()
     with isolated():

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.ablation.execution.function import Diverged, OnStep, run_function
 from atn_norms.ablation.grid import optimizers
+from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
@@ -32,11 +34,6 @@ from atn_norms.tasks import Model, Split, generator
 
 MOST_LOST = 60.0  # seconds of training that a kill may cost, however far apart checkpoints are in steps
 SAVING = 20.0  # the seconds from one such checkpoint to the next, at least, for each that it took to write
-OnStep = Callable[[int], None]
-
-
-class Diverged(Exception):
-    """A loss or score is not finite: an outcome of the trial, not a fault."""
 
 
 class BadState(Exception):
@@ -302,7 +299,8 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
 
         with isolated(), warnings.catch_warnings():
             warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
-            result = _train(folder, trial, on_step, note_time)
+            train = run_function if is_function(trial["task"]) else _train
+            result = train(folder, trial, on_step, note_time)
         note_time()
         folder.finish(result)
         folder.log(

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from atn_norms import errors
 from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec
+from atn_norms.ablation.grid.resolve import layer_of
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
@@ -70,6 +72,20 @@ class Plan:
         changes = {describe_changes(before, after) for before, after in theirs if after is not None}
         return "; ".join(sorted(filter(None, changes)))
 
+    def changed_data(self, resolved: Mapping[str, Any]) -> str:
+        """Describe which data and code differ from those of a stored study (`resolved`) in otherwise equal trials."""
+        mine = {_without_data(trial.trial): trial.trial for trial in self.trials}
+        pairs = [(each["trial"], mine.get(_without_data(each["trial"]))) for each in resolved["trials"]]
+        return "; ".join(
+            dict.fromkeys(
+                f"task.{option} ({there['task'].get(option)}) has changed"
+                for there, here in pairs
+                if here is not None
+                for option, content in there["data"].items()
+                if here["data"].get(option) != content
+            )
+        )
+
     def resolved(self) -> dict[str, Any]:
         """What `study.resolved.json` holds."""
         return {
@@ -88,6 +104,10 @@ class Plan:
 
 def _without_plugins(trial: dict[str, Any]) -> str:
     return identity({name: value for name, value in trial.items() if name != "plugins"})
+
+
+def _without_data(trial: dict[str, Any]) -> str:
+    return identity({**trial, "data": {}})
 
 
 def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
@@ -148,7 +168,25 @@ def _blamed(problem: errors.Problem, task: TaskSpec) -> Problem:
     return Problem(("task", *path), text) if path and path[0] in type(task).model_fields else Problem(("task",), text)
 
 
+def _function_trial(point: Point, task: FunctionSpec) -> tuple[dict[str, Any], TaskFacts]:
+    """The trial of a function: `model` holds its arguments, and its metric is known once it has returned one."""
+    train = point.train.model_dump(mode="json", include={*TRAINING})
+    trial = {
+        "version": VERSION,
+        "model": point.model,
+        "task": task.model_dump(mode="json"),
+        "train": train,
+        "seed": 0,
+        "data": task.data(),
+    }
+    if plugins := plugin_sources(layer_of(trial["model"])):
+        trial["plugins"] = plugins
+    return trial, TaskFacts(task.metric or "", {}, task.goal, reported="reported loss")
+
+
 def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple[dict[str, Any], TaskFacts]:
+    if isinstance(point.task, FunctionSpec):
+        return _function_trial(point, point.task)
     options = point.task.model_dump(mode="json")
     which = canonical([options, point.train.batch_size])
     if which not in built:

@@ -9,15 +9,18 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, problems_of
+from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, check_arguments, is_function, placed_in, shorthand
 from atn_norms.ablation.grid.training import TrainSpec
-from atn_norms.errors import did_you_mean, one_of
+from atn_norms.errors import SpecError, did_you_mean, one_of
 from atn_norms.layers import LayerSpec
+from atn_norms.layers.spec import make_layer_spec
 from atn_norms.registry import KindField, Options
 from atn_norms.tasks import TaskSpec
 
 SECTIONS = ("model", "task", "train")
 THE_TASKS = {"input_size": "comes from the task", "batch_first": "a task feeds time first"}  # not a study's to say
-TASK: TypeAdapter[TaskSpec] = TypeAdapter(Annotated[TaskSpec, KindField("task")])
+AnyTask = Annotated[TaskSpec, KindField("task", shorthand, FunctionSpec.model_json_schema())]
+TASK: TypeAdapter[TaskSpec] = TypeAdapter(AnyTask)
 
 
 def axis_path(name: str) -> tuple[str, ...]:
@@ -72,6 +75,8 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     for name in sorted(axes, key=lambda each: len(axis_path(each))):  # norm before norm.eps
         if not name.startswith("train."):
             _put(data, axis_path(name), axes[name])
+    if is_function(data["task"]):
+        return _resolve_function(data, axes)
     model = data["model"]
     if not has_norm(model.get("norm")):
         model.pop("window", None)
@@ -92,6 +97,56 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if not problems and (reason := parts["task"].unsupported_reason(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts
+
+
+def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+    """The sections of a point whose task is a function: `model` holds the arguments it is called with."""
+    varied = {path[1] for path in map(axis_path, axes) if path[0] == "model"}
+    problems = [
+        Problem(("model", name), "got an option; expected none: a python task has arguments, under task.arguments")
+        for name in data["model"]
+        if name not in varied
+    ]
+    try:
+        task = FunctionSpec.model_validate(dict(data["task"]))
+    except ValidationError as error:
+        return problems + [p._replace(path=("task", *p.path)) for p in problems_of(error, data["task"])], {}
+    arguments = {**task.arguments, **{name: data["model"][name] for name in data["model"] if name in varied}}
+    if "norm" in arguments and not has_norm(arguments["norm"]) and "window" in arguments:
+        arguments["window"] = 1  # without a norm a window means nothing
+    problems += check_arguments(task, arguments)
+    problems += _norm_problems(arguments)
+    for name in sorted(axes):
+        if name.startswith("train."):
+            _put(data, axis_path(name), axes[name])
+    problems += [
+        Problem(("train", name), f"got an option that a python task does not use; expected {', '.join(TRAINING)}")
+        for name in data["train"]
+        if name not in TRAINING
+    ]
+    try:
+        train = TrainSpec.model_validate({"steps": 1, **data["train"]})
+    except ValidationError as error:
+        return problems + [p._replace(path=("train", *p.path)) for p in problems_of(error, data["train"])], {}
+    return problems, {"model": arguments, "task": task.model_copy(update={"arguments": {}}), "train": train}
+
+
+def _norm_problems(arguments: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with arguments named `norm` and `window`, read as those of a layer."""
+    named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
+    if not has_norm(named.get("norm")):
+        named.pop("window", None)
+    try:
+        layer_of(named)
+    except SpecError as error:
+        return placed_in("model", error)
+    return []
+
+
+def layer_of(arguments: Mapping[str, Any]) -> LayerSpec:
+    """A layer with the `norm` and the `window` among some arguments; its sizes are made up."""
+    named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
+    return make_layer_spec(cell="lstm", input_size=1, hidden_size=1680, **named)
 
 
 def _without_the_tasks(problem: Problem) -> Problem:

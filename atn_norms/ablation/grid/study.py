@@ -24,14 +24,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
-from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, axis_name, axis_path, place, plain, resolve
+from atn_norms.ablation.grid.functions import is_function
+from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, place, plain, resolve
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
-from atn_norms.registry import KindField, Options
-from atn_norms.tasks import TaskSpec
+from atn_norms.registry import Options
 
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")
@@ -42,7 +42,7 @@ class _Sections(Options):
     """What the sections hold once they are resolved."""
 
     model: LayerSpec
-    task: Annotated[TaskSpec, KindField("task")]
+    task: AnyTask
     train: TrainSpec
 
 
@@ -73,8 +73,8 @@ class Point(NamedTuple):
     """A point of the grid for one task: what each section says there, how it is called, and where the file says it."""
 
     labels: dict[str, str]
-    model: LayerSpec
-    task: TaskSpec
+    model: Any
+    task: Any
     train: TrainSpec
     placed: Callable[[Problem], Problem]
 
@@ -385,7 +385,13 @@ def label(value: Any) -> str:
     return canonical(plain(value))
 
 
+def _kind(task: Any) -> str:
+    if is_function(task):
+        return str(task.get("function", "train"))
+    return str(task.get("kind")) if isinstance(task, Mapping) else str(task)
+
+
 def _task_labels(tasks: list[Any]) -> list[str]:
-    """The kind of each task; its options too where a kind comes twice."""
-    kinds = [str(task.get("kind")) if isinstance(task, Mapping) else str(task) for task in tasks]
+    """The kind of each task, or the function's name; its options too where a kind appears twice."""
+    kinds = [_kind(task) for task in tasks]
     return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]

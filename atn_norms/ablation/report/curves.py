@@ -48,7 +48,7 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
     layout = Layout.of(record)
     trials = [trial for row in comparison.rows for trial in row.point.trials]
     measure = "validation" if any(_line(trial, "validation")[0] for trial in trials) else "train_loss"
-    what = f"validation {facts.metric}" if measure == "validation" else "training loss"
+    what = f"validation {facts.metric}" if measure == "validation" else facts.reported
     guides = _guides(facts, level) if measure == "validation" else []
     panels = _panels(record, comparison, layout)
     keys = _keys(record, trials, layout, guides, any(panel.behind for panel in panels))

@@ -137,6 +137,7 @@ def printable(record: StudyRecord) -> StudyRecord:
             facts.goal,
             notes=_clean(facts.notes),
             spread=facts.spread,
+            reported=facts.reported,
         )
         for task, facts in record.tasks.items()
     }

@@ -167,6 +167,11 @@ class StudyFolder:
                 f"{self.path} holds this study with other plugins: {changes}; install what it was made with, or "
                 "choose another folder"
             )
+        if changes := plan.changed_data(there):
+            raise SpecError(
+                f"{self.path} holds this study with other data or code: {changes}, so it is another study; "
+                "choose another folder for it"
+            )
         raise SpecError(
             f"{self.path} holds another study ({there['name']!r}, key {there['key']}), of which this one "
             f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"
@@ -204,6 +209,7 @@ class StudyFolder:
         environment = self.folder.read_json("environment.json")
         check(StoredEnvironment, environment, str(self.path / "environment.json"))
         tasks = {label: TaskFacts(**facts) for label, facts in resolved["tasks"].items()}
+        trials = tuple(self.load_trial(entry, tasks, curves) for entry in resolved["trials"])
         return StudyRecord(
             name=resolved["name"],
             study=resolved["study"],
@@ -211,7 +217,7 @@ class StudyFolder:
             axes=resolved["axes"],
             tasks=tasks,
             baseline=resolved["baseline"],
-            trials=tuple(self.load_trial(entry, tasks, curves) for entry in resolved["trials"]),
+            trials=trials,
             tune=resolved.get("tune", {}),
         )
 
@@ -226,7 +232,7 @@ class StudyFolder:
 
 def _refuse_other_metrics(folder: TrialFolder, result: dict[str, Any], metrics: Sequence[str]) -> None:
     for metric in metrics:
-        if metric not in result["metrics"]["test"]:
+        if metric and metric not in result["metrics"]["test"]:
             place = f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}"
             raise StoreError(f"{place}: got nothing; expected a value; remove it to train the trial again")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ class TaskFacts:
     | `goal`      | `min` where smaller is better, such as a loss; `max` where larger is     |
     | `notes`     | sentences about the data that were read                                  |
     | `spread`    | `multiplicative` where scores are compared as logarithms                 |
+    | `reported`  | what the curve of `train_loss` shows                                     |
     """
 
     metric: str
@@ -35,6 +36,7 @@ class TaskFacts:
     goal: Goal = "min"
     notes: Sequence[str] = ()
     spread: Spread = "additive"
+    reported: str = "training loss"
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,12 @@ class TrialRecord:
             kept = self.trial.get("train", {}).get("keep_model")
             why = "train.keep_model is none" if kept == "none" else f"the trial is {self.status}"
             raise SpecError(f"{path}: no model was saved ({why})")
-        if model is None and not constructs(path):
+        if model is None and self.trial["task"].get("kind") != "python" and not constructs(path):
             model = self._fresh()
         return load(path, model)
 
-    def _fresh(self) -> nn.Module | None:
-        """An untrained model of this trial, built by its task; None for a function."""
+    def _fresh(self) -> nn.Module:
+        """An untrained model of this trial, built by its task."""
         from atn_norms.ablation.execution.trial import Trainer, isolated
 
         with isolated():
@@ -144,6 +146,11 @@ class StudyRecord:
     def endpoint(self, task: str) -> Endpoint:
         """The primary endpoint of a task."""
         return Endpoint.of(self.study, task)
+
+    def __post_init__(self) -> None:
+        """Name the metric of a function, which is known once it has returned one."""
+        named = {label: _with_metric(facts, label, self.trials) for label, facts in self.tasks.items()}
+        object.__setattr__(self, "tasks", named)
 
     def best(self, **labels: Any) -> TrialRecord:
         """Return the finished trial with the best validation score among those with the given labels of axes.
@@ -181,6 +188,18 @@ class StudyRecord:
     def counts(self) -> dict[str, int]:
         """How many trials are `done`, `diverged`, `failed`, `running` and `pending`."""
         return {status: self.count(status) for status in ("done", "diverged", "failed", "running", "pending")}
+
+
+def _with_metric(facts: TaskFacts, label: str, trials: Sequence[TrialRecord]) -> TaskFacts:
+    """Name the metric of a function, which is known once it has returned one: the first of the first trial."""
+    if facts.metric:
+        return facts
+    returned = (
+        trial.result["metrics"]["test"]
+        for trial in trials
+        if trial.status == "done" and trial.result and trial.points[0].get("task") == label
+    )
+    return replace(facts, metric=next(iter(next(returned, {"": 0.0}))))
 
 
 def _label(value: Any) -> str:

@@ -1,0 +1,396 @@
+"""One trial of a function of the user: called with its arguments, watched, and its result put into the store."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import io
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from atn_norms.ablation.grid.functions import FunctionSpec, load_function
+from atn_norms.ablation.grid.schedules import Improvement
+from atn_norms.ablation.store.files import Folder, StoreError
+from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.errors import SpecError, did_you_mean, short_repr
+from atn_norms.layers.io import to_bytes
+
+MOST_LINES = 1000  # of a function's output in a trial's log
+GRACE = 2.0  # seconds for a process that a function left behind to end
+
+OnStep = Callable[[int], None]
+
+
+class Diverged(Exception):
+    """A loss or score is not finite, or has exploded: an outcome of the trial, not a fault."""
+
+
+class Checkpoint:
+    """What a function saves in the middle of a trial, to continue there after an interruption."""
+
+    def __init__(self, folder: TrialFolder, trial: Trial, on_saved: Callable[[], None]) -> None:
+        self._folder, self._trial, self._on_saved = folder, trial, on_saved
+        self._stored = folder.restore()  # also cuts the curve back to what the checkpoint knew
+        if self._stored is not None and self._stored.keys() != {"state", "random", "watch"}:
+            folder.reject_checkpoint("got other parts than a function's checkpoint has")
+            self._stored = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save `state`, a mapping of tensors, numbers, text, lists, tuples and mappings of them, such as state dicts.
+
+        The random states of torch, Python and NumPy are saved with it.
+        """
+        self._folder.save({"state": state, "random": _random_state(), "watch": self._trial._watched()})
+        self._on_saved()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the last saved state, with the random states as they were then; None at the beginning of a trial."""
+        if self._stored is None:
+            return None
+        _restore_random_state(self._stored["random"])
+        self._trial._continue(self._stored["watch"])
+        return self._stored["state"]
+
+
+class Trial:
+    """A trial, as the function of a study sees it.
+
+    | attribute | meaning |
+    |---|---|
+    | `seed` | the trial's seed; torch, Python and NumPy are seeded with it already |
+    | `folder` | a folder of the trial for files of the function's own |
+    | `checkpoint` | `save(state)` and `load()`, to continue after an interruption |
+    | `should_stop` | whether `patience` reports in a row brought no improvement |
+    """
+
+    def __init__(
+        self, folder: TrialFolder, trial: dict[str, Any], on_step: OnStep, on_saved: Callable[[], None]
+    ) -> None:
+        self.seed: int = trial["seed"]
+        self._folder, self._train, self._on_step = folder, trial["train"], on_step
+        self._task: dict[str, Any] = trial["task"]
+        self._first: float | None = None
+        self._step = 0
+        self._watch = Improvement()
+        self._end: BaseException | None = None  # ends the trial, also where the function catches every exception
+        self.checkpoint = Checkpoint(folder, self, on_saved)
+
+    @property
+    def folder(self) -> Path:
+        """A folder of the trial for files of the function's own, created at the first use."""
+        files = self._folder.folder.folder("files")
+        files.make()
+        return files.path
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether as many reports in a row as the study's `patience` brought no improvement."""
+        patience = self._train.get("patience")
+        return patience is not None and self._watch.since >= patience
+
+    def report(self, step: int, value: Any) -> None:
+        """Report a loss at a training step: a point of the curve, and a sign of life.
+
+        A loss that is not finite, or `explosion` times the first one, ends the trial as diverged. Where the study says
+        `reports: metric`, the value is the metric instead of a loss.
+
+        Errors: `TypeError` for what is no number, `ValueError` for a step that does not follow the last one.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < max(1, self._step + 1):
+            raise ValueError(f"step: got {short_repr(step)}; expected an integer of at least {self._step + 1}")
+        number = _number(value)
+        if number is None:
+            raise TypeError(f"value: got {type(value).__name__} {short_repr(value)}; expected a number")
+        self._refuse_divergence(number)
+        self._step = step
+        metric = self._task["reports"] == "metric"
+        self._watch.see(-number if metric and self._task["goal"] == "max" else number)
+        self._folder.measure({"step": step, "train_loss": number, "validation": number if metric else None})
+        try:
+            self._on_step(min(step, self._train["steps"]))
+        except BaseException as end:
+            self._end = end
+            raise
+
+    def keep(self, model: nn.Module) -> None:
+        """Save a model with the trial, for `ablation.load(DIR).best().model()`; the last one kept counts."""
+        self._folder.keep_model(to_bytes(model))
+
+    def _refuse_divergence(self, number: float) -> None:
+        most, name = self._train["explosion"], self._task["reports"]
+        self._first = number if self._first is None else self._first
+        if not math.isfinite(number):
+            self._end = Diverged(f"the reported {name} is {number}")
+        elif name == "loss" and most is not None and number > most * abs(self._first) > 0:
+            self._end = Diverged(f"the reported loss is {number:.3g}, over {most:g} times what it was at first")
+        if self._end is not None:
+            raise self._end
+
+    def _watched(self) -> dict[str, Any]:
+        return {"step": self._step, "first": self._first, "best": self._watch.best, "since": self._watch.since}
+
+    def _continue(self, watched: dict[str, Any]) -> None:
+        self._step, self._first = watched["step"], watched["first"]
+        self._watch.best, self._watch.since = watched["best"], watched["since"]
+
+
+def run_function(
+    folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None, on_saved: Callable[[], None]
+) -> dict[str, Any]:
+    """Call the function of a trial and return the result to store.
+
+    Errors: `SpecError` where the file has changed, cannot be loaded, or the function returns no number or ends the
+    process; whatever the function raises.
+    """
+    task = FunctionSpec.model_validate(trial["task"])
+    for option, content in trial["data"].items():
+        if task.data()[option] != content:
+            raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+    torch.set_num_threads(trial["train"]["threads"])
+    result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
+    with _contained(folder, task.function):
+        function = load_function(task)
+        handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
+        _seed(trial["seed"])
+        try:
+            returned = _called(function, task.function, trial["model"], handle)
+            result["metrics"] = {"test": _metrics(task, returned)}
+            _refuse_other_metrics(folder, task, result["metrics"]["test"])
+            if handle.should_stop:
+                result["reason"] = f"no better report in {handle._watch.since} looks"
+        except Diverged as reason:
+            folder.log(f"diverged at step {handle._step}: {reason}")
+            result |= {"outcome": "diverged", "reason": str(reason)}
+    return result | {"step": min(handle._step, trial["train"]["steps"])}
+
+
+def _called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any], trial: Trial) -> Any:
+    provided = {"seed": trial.seed, "trial": trial}
+    takes = inspect.signature(function).parameters
+    every = any(each.kind == each.VAR_KEYWORD for each in takes.values())
+    provided = {key: value for key, value in provided.items() if every or key in takes}
+    try:
+        returned = function(**arguments, **provided)
+    except SystemExit as error:
+        raise SpecError(
+            f"{name}: called sys.exit({error.code if error.code is not None else ''}); "
+            "expected it to return its metrics, or to raise an exception"
+        ) from None
+    if trial._end is not None:  # the function caught what was to end it
+        raise trial._end
+    return returned
+
+
+def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
+    """The returned metrics, the compared one first."""
+    named = {task.metric or "score": returned} if _number(returned) is not None else returned
+    shape = "expected a number, or a mapping of metric to number such as {'test accuracy': 0.9}"
+    if not isinstance(named, Mapping) or not named:
+        raise SpecError(f"{task.function}: got {type(returned).__name__} {short_repr(returned)}; {shape}")
+    numbers = {}
+    for name, value in named.items():
+        number = _number(value)
+        if number is None or not isinstance(name, str):
+            raise SpecError(f"{task.function}: got {short_repr(value)} for {short_repr(name)}; {shape}")
+        numbers[name] = number
+    if task.metric is not None and task.metric not in numbers:
+        near = did_you_mean(task.metric, numbers)
+        raise SpecError(f"{task.function}: got metrics {', '.join(numbers)}; expected {task.metric!r} among them{near}")
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise Diverged(f"the returned {name} is {number}")
+    first = task.metric or next(iter(numbers))
+    return {first: numbers[first]} | numbers
+
+
+def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapping[str, float]) -> None:
+    """Refuse another first metric than that of the trials that have finished: it could not be compared with theirs."""
+    mine = next(iter(metrics))
+    for other in folder.path.parent.glob("*/result.json"):
+        with suppress(StoreError):
+            done = TrialFolder(Folder(other.parent)).result(whole=False)
+            theirs = done["metrics"].get("test") if done else None
+            if theirs and task.metric is None and next(iter(theirs)) != mine:
+                raise SpecError(
+                    f"{task.function}: got {mine!r} as its first metric; expected {next(iter(theirs))!r}, as in trial "
+                    f"{other.parent.name}"
+                )
+
+
+def _number(value: Any) -> float | None:
+    """A value as a number; None for what is none. A tensor or an array of one element is one."""
+    if isinstance(value, bool | str | bytes) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    if "numpy" in sys.modules:
+        name, keys, *others = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [name, keys.tolist(), *others]
+    return state
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "numpy" in state:
+        import numpy
+
+        numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+
+
+@contextmanager
+def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
+    """Put what a function prints into the log, and undo what it leaves behind: processes and global settings."""
+
+    def note(text: str) -> None:
+        folder.log(f"{name}: {text}")
+
+    log = _Log(folder)
+    before, children = _settings(), _children()
+    process: Any = multiprocessing.current_process()
+    daemon = process._config.get("daemon")
+    process._config["daemon"] = False  # a Dask worker is one, and may then start no processes to load data
+    try:
+        with redirect_stdout(log), redirect_stderr(log):
+            yield
+    finally:
+        process._config["daemon"] = daemon
+        log.close()
+        for each in _end_processes(children):
+            note(f"left a process running ({each}); it was ended")
+        for setting in _restore_settings(before):
+            note(f"changed {setting}; restored")
+
+
+class _Log(io.TextIOBase):
+    """Standard output as lines of a trial's log, the first thousand of them."""
+
+    def __init__(self, folder: TrialFolder) -> None:
+        self._folder, self._line, self._count = folder, "", 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._put(line)
+        return len(text)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._put(self._line)
+        super().close()
+
+    def _put(self, line: str) -> None:
+        line = line.rpartition("\r")[2].rstrip()  # of a progress bar, what it last looked like
+        if not line:
+            return
+        self._count += 1
+        if self._count <= MOST_LINES:
+            self._folder.log(f"printed: {line}")
+        elif self._count == MOST_LINES + 1:
+            self._folder.log(f"printed more than {MOST_LINES} lines; the others are dropped")
+
+
+def _children() -> set[int]:
+    """The processes that this one has started, without the helpers of Python's multiprocessing."""
+    found: set[int] = set()
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            found |= set(map(int, tasks.read_text().split()))
+    found |= {each.pid for each in multiprocessing.active_children() if each.pid is not None}
+    return {each for each in found if "resource_tracker" not in _command(each) and "forkserver" not in _command(each)}
+
+
+def _command(process: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ").strip()
+    return ""
+
+
+def _end_processes(before: set[int]) -> list[str]:
+    """End the processes that were started since, and describe them."""
+    gc.collect()  # what loads data in processes ends them when it is collected
+    left = sorted(_children() - before)
+    described = [f"{each}: {short_repr(_command(each))}" for each in left]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for each in left:
+            with suppress(ProcessLookupError):
+                os.kill(each, number)
+        deadline = time.monotonic() + GRACE
+        while left and time.monotonic() < deadline:
+            left = [each for each in left if not _ended(each)]
+            time.sleep(0.02 if left else 0)
+    return described
+
+
+def _ended(process: int) -> bool:
+    with suppress(ChildProcessError):
+        return os.waitpid(process, os.WNOHANG)[0] == process
+    return not Path(f"/proc/{process}").exists()
+
+
+def _settings() -> dict[str, Any]:
+    """Global settings that a function may change without meaning to change other trials."""
+    return {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "whether torch records gradients": torch.is_grad_enabled(),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch's anomaly detection": torch.is_anomaly_enabled(),
+        "torch's float32 matmul precision": torch.get_float32_matmul_precision(),
+        "the working directory": os.getcwd(),
+        "the environment variables": dict(os.environ),
+    }
+
+
+def _restore_settings(before: dict[str, Any]) -> list[str]:
+    """Put global settings back, and name those that had changed."""
+    put: dict[str, Callable[[Any], Any]] = {
+        "torch's default dtype": torch.set_default_dtype,
+        "torch's default device": lambda device: torch.set_default_device(None if device.type == "cpu" else device),
+        "whether torch records gradients": lambda on: torch.set_grad_enabled(on),
+        "torch's deterministic algorithms": torch.use_deterministic_algorithms,
+        "torch's anomaly detection": torch.autograd.set_detect_anomaly,
+        "torch's float32 matmul precision": torch.set_float32_matmul_precision,
+        "the working directory": os.chdir,
+        "the environment variables": _put_environment,
+    }
+    now = _settings()
+    changed = [name for name in before if now[name] != before[name]]
+    for name in changed:
+        put[name](before[name])
+    return changed
+
+
+def _put_environment(before: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(before)

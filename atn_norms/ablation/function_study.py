@@ -1,0 +1,108 @@
+"""Study a function: vary its arguments, over seeds, with everything that studies have."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from atn_norms.ablation.execution.engine import Event, OnEvent, run
+from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
+from atn_norms.ablation.store.records import StudyRecord
+
+
+def ablate(
+    function: Callable[..., Any],
+    *,
+    axes: Mapping[str, Sequence[Any]],
+    seeds: int | Sequence[int] = 5,
+    goal: Literal["min", "max"] = "min",
+    metric: str | None = None,
+    out: Path | str | None = None,
+    name: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    files: Sequence[Path | str] = (),
+    baseline: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    patience: int | None = None,
+    reports: Literal["loss", "metric"] = "loss",
+    threads: int = 1,
+    workers: int = 2,
+    scheduler: str | None = None,
+    on_event: OnEvent | None = None,
+) -> StudyRecord:
+    """Call a function at every point of a grid for every seed, compare what it returns, and write the report.
+
+    `function(**point, seed=seed, trial=trial)` returns `{metric: value}` or a number. It takes `seed` and `trial` only
+    if it names them. `trial` is a `Trial`. It must be defined at the top level of a file, since worker processes load
+    that file. Everything random starts from `seed` already. The same call continues an interrupted study.
+
+    | argument | meaning |
+    |---|---|
+    | `axes` | argument of the function -> the values to compare |
+    | `seeds` | how many, or which |
+    | `goal` | `max` where a larger metric is better |
+    | `metric` | the returned metric to compare; the first by default |
+    | `out` | the study's folder; `studies/NAME-KEY` by default |
+    | `name` | the study's name; that of the function's file by default |
+    | `arguments` | arguments that every call gets |
+    | `files` | other files and folders that the result depends on; a changed one makes another study |
+    | `baseline` | axis -> value to compare the others with |
+    | `steps` | training steps of a trial, for the progress line |
+    | `patience` | reports without improvement after which `trial.should_stop` is true |
+    | `reports` | whether `trial.report` gets losses, or values of the `metric` |
+    | `threads` | threads of torch per trial |
+    | `workers`, `scheduler` | as in `run` |
+    | `on_event` | called with each `Event`; by default a line is printed for each trial that ends |
+
+    Errors: `SpecError` for a function that worker processes cannot load, for arguments that it does not take, for a
+    bad point, and for a folder that holds another study. A trial that fails is recorded and the others continue.
+    """
+    refuse_nested_start()
+    from atn_norms.ablation import create
+    from atn_norms.ablation.report import write
+
+    task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
+    task |= {"files": [str(each) for each in files], **task_of(function)}
+    train: dict[str, Any] = {"patience": patience, "threads": threads} | ({"steps": steps} if steps else {})
+    study = {
+        "name": name or Path(task["file"]).stem,
+        "task": task,
+        "train": train,
+        "axes": {axis: list(values) for axis, values in axes.items()},
+        "seeds": seeds if isinstance(seeds, int) else list(seeds),
+        "baseline": dict(baseline or {}),
+    }
+    folder = create(study, out)
+    with _main_not_run_again():
+        record = run(folder, workers=workers, scheduler=scheduler, on_event=on_event or _print)
+    page = write(record, folder / "report")[0]
+    if on_event is None:
+        print(f"report: {page}")
+    return record
+
+
+def _print(event: Event) -> None:
+    if event.kind in ("done", "diverged", "failed", "busy"):
+        point = ", ".join(f"{name}={label}" for name, label in event.point.items() if name != "task")
+        why = f": {event.message}" if event.message else ""
+        print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}", flush=True)
+
+
+@contextmanager
+def _main_not_run_again() -> Iterator[None]:
+    """Let worker processes start without the script that starts them: they load the function's file by themselves.
+
+    Python's multiprocessing runs the main file again in each new process, which a script without a
+    `if __name__ == "__main__":` does not survive.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    vars(main).pop("__file__", None)
+    vars(main)["__spec__"] = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)

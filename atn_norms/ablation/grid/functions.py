@@ -1,0 +1,304 @@
+"""The task kind `python`: a function of the user as the thing that a study varies."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from atn_norms.ablation.grid.errors import Problem
+from atn_norms.ablation.grid.sources import hash_files
+from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file
+from atn_norms.registry import Options
+
+KIND = "python"
+PROVIDED = ("seed", "trial")  # arguments that a study passes by itself, to a function that takes them
+TRAINING = ("steps", "patience", "explosion", "threads")  # the options of `train` that a function's trials use
+ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
+
+_loading = False  # whether a function's file is being executed, so that the study it starts is not started again
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
+class FunctionSpec(Options):
+    """Options of a study over a function: `function(**arguments, seed=..., trial=...)` returns the metrics of a trial.
+
+    | option | meaning |
+    |---|---|
+    | `file` | the Python file that defines the function, relative to where the program runs |
+    | `function` | its name, at the top level of the file |
+    | `arguments` | arguments that every trial gets; an axis of the study is an argument too |
+    | `metric` | the returned metric that is compared; None: the first that the function returns |
+    | `goal` | `min` where a smaller metric is better, `max` where a larger one is |
+    | `reports` | what `trial.report` gets: a `loss` (smaller is better), or values of the `metric` |
+    | `files` | other files and folders the result depends on; a change of one makes another study |
+    """
+
+    family: ClassVar[str | None] = "task"
+    recommended: ClassVar[Mapping[str, Any]] = {}
+    kind: Literal["python"] = KIND
+    file: Annotated[str, AfterValidator(_absolute)]
+    function: str = "train"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    metric: str | None = None
+    goal: Literal["min", "max"] = "min"
+    reports: Literal["loss", "metric"] = "loss"
+    files: tuple[Annotated[str, AfterValidator(_absolute)], ...] = ()
+
+    def data(self) -> dict[str, str]:
+        """Content hashes: of the file with the local modules it imports, and of the other files.
+
+        Errors: `SpecError` naming a file that cannot be read.
+        """
+        named = {name: hash_files(_existing(Path(name))) for name in self.files}
+        return {"file": hash_code(Path(self.file))} | (
+            {"files": hashlib.sha256("\n".join(named.values()).encode()).hexdigest()[:16]} if named else {}
+        )
+
+    def unsupported_reason(self, layer: Any) -> str | None:
+        """Any value of an axis is the function's own business; norms and windows are checked as they are named."""
+        return None
+
+
+def shorthand(value: Any) -> Any:
+    """The options of a python task where a mapping names that kind; anything else as it is."""
+    return FunctionSpec.model_validate(dict(value)) if is_function(value) else value
+
+
+def is_function(task: Any) -> bool:
+    """Whether a task, as written in a file or in a trial, is a function."""
+    return task == KIND or isinstance(task, FunctionSpec) or (isinstance(task, Mapping) and task.get("kind") == KIND)
+
+
+def hash_code(file: Path) -> str:
+    """Compute a hash of a Python file and of the modules beside it that it imports.
+
+    The block under `if __name__ == "__main__":` and statements that call `ablate` do not count: they start studies and
+    change no result.
+
+    Errors: `SpecError` for a file that cannot be read or is not Python.
+    """
+    total = hashlib.sha256()
+    for each in sorted(_local_files(file, set())):
+        total.update(f"{each.relative_to(file.parent)}\0{_counted(each)}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong between a function's signature and the arguments that a study gives it; runs no code."""
+    try:
+        definition = _definition(task)
+    except SpecError as error:
+        yield from placed_in("task", error)
+        return
+    names = [each.arg for each in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs)]
+    optional = len(definition.args.defaults)
+    positional = len(definition.args.posonlyargs) + len(definition.args.args)
+    required = names[: positional - optional]
+    required += [
+        each.arg
+        for each, default in zip(definition.args.kwonlyargs, definition.args.kw_defaults, strict=True)
+        if default is None
+    ]
+    where = f"{task.function} in {Path(task.file).name}"
+    for name in given:
+        if name in PROVIDED:
+            yield Problem(("model", name), f"got an argument that the study sets itself; expected others: {where}")
+        elif name not in names and definition.args.kwarg is None:
+            near = did_you_mean(name, names)
+            yield Problem(
+                ("model", name), f"got no argument of {where}; expected {', '.join(names) or 'no argument'}{near}"
+            )
+    for name in required:
+        if name not in given and name not in PROVIDED:
+            yield Problem(
+                ("task", "arguments"), f"got no value for {name}, which {where} needs; expected an axis or one"
+            )
+
+
+def placed_in(section: str, error: SpecError) -> list[Problem]:
+    """The problems of an error at their places in a section of the study."""
+    return [Problem((section, *each.path), message(replace(each, path=()))) for each in error.problems]
+
+
+def load_function(task: FunctionSpec) -> Callable[..., Any]:
+    """Execute a function's file, up to the statement that would start the study again, and return the function.
+
+    Errors: `SpecError` for a file that raises, and for a function that is not there.
+    """
+    global _loading
+    file = Path(task.file)
+    _loading = True
+    try:
+        module = _executed(file)
+    except Exception as error:
+        frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
+        line = f":{frames[-1].lineno}" if frames else ""
+        raise SpecError(f"{file}{line}: cannot be loaded: {type(error).__name__}: {error}") from error
+    except SystemExit as error:
+        raise SpecError(
+            f"{file}: called sys.exit({error.code}) while it was loaded; guard that with __main__"
+        ) from None
+    finally:
+        _loading = False
+    function = module.get(task.function)
+    if not callable(function):
+        names = [name for name, value in module.items() if inspect.isfunction(value)]
+        raise SpecError(f"{file}: got no function {task.function!r}{did_you_mean(task.function, names)}")
+    return function
+
+
+def task_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The file and the name of a function, as options of a python task.
+
+    Errors: `SpecError` for a function that worker processes could not load: one without a file, or inside another.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if not inspect.isfunction(function) or "<" in name or "." in name:
+        raise SpecError(f"function: got {name}; expected a function defined by def at the top level of a file")
+    file = inspect.getsourcefile(function)
+    if file is None or not Path(file).is_file():
+        raise SpecError(
+            f"function: got {name}, defined at a prompt or in a notebook; expected one in a file, which worker "
+            "processes can load. In a notebook, write its cell to a file with %%writefile"
+        )
+    return {"kind": KIND, "file": file, "function": name}
+
+
+def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `SpecError` where the code or the files of a study's functions are not those it was made with."""
+    changes: dict[str, None] = {}
+    here: dict[str, dict[str, str]] = {}
+    for trial in trials:
+        if is_function(trial["task"]):
+            task = FunctionSpec.model_validate(trial["task"])
+            data = here.setdefault(repr((task.file, task.files)), task.data())
+            for option, content in trial["data"].items():
+                if data[option] != content:
+                    what = task.file if option == "file" else ", ".join(task.files)
+                    changes[f"task.{option}: {what} has changed since the study was made"] = None
+    if changes:
+        raise SpecError(f"{folder}: {'; '.join(changes)}; put it back, or make a new study in another folder")
+
+
+class AlreadyStarted(BaseException):
+    """Ends the execution of a file at the statement that starts the study, when a worker loads the function."""
+
+
+def refuse_nested_start() -> None:
+    """End the execution of a function's file here if that file is being loaded by a study."""
+    if _loading:
+        raise AlreadyStarted
+
+
+def _executed(file: Path) -> dict[str, Any]:
+    name, folder = _module_name(file)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    if "." in name:  # a module of a package, which may import relatively
+        return vars(importlib.import_module(name))
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    there = sys.modules.get(name)
+    if there is None or getattr(there, "__file__", None) == str(file):
+        sys.modules[name] = module  # so that what the function makes can be pickled, by a loader of data say
+    with suppress(AlreadyStarted):
+        spec.loader.exec_module(module)
+    return vars(module)
+
+
+def _module_name(file: Path) -> tuple[str, Path]:
+    """The importable name of a file, with its packages, and the folder to import it from."""
+    names, folder = [file.stem], file.parent
+    while (folder / "__init__.py").exists():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(names), folder
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise SpecError(
+            "files", got=f"{path}, which does not exist", expected="a file or a folder", nearest=nearest_file(path)
+        )
+    return path
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        got = f"{file}, which does not exist"
+        raise SpecError("file", got=got, expected="a Python file", nearest=nearest_file(file)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError("file", got=f"{file}, which cannot be read ({error})", expected="a Python file") from None
+
+
+def _tree(file: Path) -> ast.Module:
+    try:
+        return ast.parse(_text(file))
+    except (SyntaxError, ValueError) as error:
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise SpecError("file", got=f"{file}{line}, which is not Python ({error})", expected="a Python file") from None
+
+
+def _definition(task: FunctionSpec) -> ast.FunctionDef:
+    found = [each for each in _tree(Path(task.file)).body if isinstance(each, ast.FunctionDef)]
+    for each in found:
+        if each.name == task.function:
+            return each
+    names = [each.name for each in found]
+    expected = f"a function that {Path(task.file).name} defines at its top level: {', '.join(names) or 'it has none'}"
+    raise SpecError("function", got=repr(task.function), expected=expected, nearest=nearest(task.function, names))
+
+
+def _counted(file: Path) -> str:
+    """The text of a file without the statements that only start studies."""
+    lines = _text(file).splitlines()
+    for node in _tree(file).body:
+        if _starts_a_study(node):
+            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                lines[number] = ""
+    return "\n".join(lines).rstrip()
+
+
+def _starts_a_study(node: ast.stmt) -> bool:
+    if isinstance(node, ast.If):
+        names = {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}
+        return "__name__" in names and not node.orelse
+    if isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call):
+        called = node.value.func
+        return ENTRY in (getattr(called, "attr", None), getattr(called, "id", None))
+    return False
+
+
+def _local_files(file: Path, seen: set[Path]) -> set[Path]:
+    """A file with all modules beside it that it imports, directly or not."""
+    if file in seen:
+        return seen
+    seen.add(file)
+    for node in ast.walk(_tree(file)):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module or ''}.{each.name}".lstrip(".") for each in node.names)]
+        for name in filter(None, names):
+            for path in (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"):
+                if (module := file.parent / path).is_file():
+                    _local_files(module, seen)
+    return seen

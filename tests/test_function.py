@@ -1,0 +1,345 @@
+"""Studies of functions: the same engine and store, and every way in which a function may misbehave."""
+
+import re
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from atn_norms import ablation
+from atn_norms.ablation.grid.functions import hash_code, task_of
+from atn_norms.ablation.store.folder import StudyFolder
+from atn_norms.cli import main
+from atn_norms.errors import SpecError
+
+GOOD = """
+import torch
+
+def train(norm, window, seed, trial):
+    for step in range(1, 4):
+        trial.report(step, 1.0 / step)
+    return {"accuracy": 0.5 + 0.1 * (norm == "layer") + 0.01 * window + float(torch.rand(())) / 1000}
+"""
+
+
+def written(folder, body, name="mine.py"):
+    path = folder / name
+    path.write_text(textwrap.dedent(body))
+    return path
+
+
+def study(path, **options):
+    task = {"kind": "python", "file": str(path), "goal": "max"} | options.pop("task", {})
+    return {"task": task, "axes": {"norm": ["none", "layer"], "window": [1, 3]}, "seeds": 2} | options
+
+
+def trials(folder, path, **options):
+    return ablation.run(ablation.create(study(path, **options), folder), workers=0).trials
+
+
+def only(tmp_path, body, **options):
+    """The one trial of a study of a function without arguments."""
+    (trial,) = trials(tmp_path / "study", written(tmp_path, body), axes={}, seeds=1, **options)
+    return trial
+
+
+def log(trial):
+    return (trial.folder / "log.txt").read_text()
+
+
+def test_points_without_a_norm_are_one_trial_and_the_report_is_written(tmp_path):
+    record = ablation.run(ablation.create(study(written(tmp_path, GOOD)), tmp_path / "study"), workers=0)
+    assert record.counts()["done"] == len(record.trials) == 6  # none, layer at 1, layer at 3; two seeds
+    assert record.tasks["train"].metric == "accuracy"
+    best = record.best()
+    assert best.points[0]["norm"] == "layer" and [line["step"] for line in best.curve] == [1, 2, 3]
+
+
+def test_the_same_trial_gives_the_same_number(tmp_path):
+    path = written(tmp_path, GOOD)
+    first, again = (trials(tmp_path / name, path) for name in ("a", "b"))
+    assert [t.result["metrics"] for t in first] == [t.result["metrics"] for t in again]
+
+
+def test_a_script_without_a_guard_runs_in_processes_and_continues(tmp_path):
+    body = GOOD + (
+        "\nfrom atn_norms import ablation\n"
+        "ablation.ablate(train, axes={'norm': ['none', 'layer'], 'window': [1]}, seeds=1, goal='max', out='study')\n"
+    )
+    path = written(tmp_path, body)
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "[2/2] done" in done.stdout and "report: study/report/report.html" in done.stdout
+    path.write_text(body.replace("seeds=1", "seeds=2"))  # only the call has changed: the same study, grown
+    record = ablation.load(tmp_path / "study")
+    folder = ablation.create(
+        {**record.study, "seeds": 2, "name": "mine"} | {"task": {**record.study["task"], "file": str(path)}},
+        tmp_path / "study",
+    )
+    counts = ablation.load(folder).counts()
+    assert counts["done"] == 2 and counts["pending"] == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def train(): pass", "train: got NoneType None; expected a number, or a mapping of metric to number"),
+        ("def train(): return {}", r"train: got dict \{\}; expected a number"),
+        ("def train(): return {'loss': 'low'}", "train: got 'low' for 'loss'; expected a number"),
+        ("def train(): return True", "train: got bool True; expected a number"),
+        ("import sys\ndef train(): sys.exit(3)", r"train: called sys\.exit\(3\); expected it to return its metrics"),
+        ("def train(): raise RuntimeError('out of cheese')", "RuntimeError: out of cheese"),
+        ("def train(trial): trial.report(0, 1.0)", r"step: got 0; expected an integer of at least 1"),
+        ("def train(trial): trial.report(1, 'low')", "value: got str 'low'; expected a number"),
+        (
+            "def train(): return 1\nraise ValueError('at import')",
+            r"mine\.py:2: cannot be loaded: ValueError: at import",
+        ),
+        ("def train(): return 1\ndel train", "got no function 'train'"),
+    ],
+)
+def test_a_function_that_fails_is_one_failed_trial_with_one_message(tmp_path, body, message):
+    trial = only(tmp_path, body)
+    assert trial.status == "failed"
+    assert re.search(message, trial.error["error"])
+
+
+def test_other_trials_continue_after_a_failure(tmp_path):
+    body = "def train(norm, seed):\n    assert norm == 'none'\n    return 1.0 + seed\n"
+    found = trials(tmp_path / "study", written(tmp_path, body), axes={"norm": ["layer", "none"]})
+    assert [t.status for t in found] == ["failed", "done", "failed", "done"]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("def train(trial): trial.report(1, float('nan'))", "the reported loss is nan"),
+        (
+            "def train(trial):\n    trial.report(1, 1.0)\n    trial.report(2, 1e9)",
+            r"the reported loss is 1e\+09, over 1000",
+        ),
+        ("def train(): return float('inf')", "the returned score is inf"),
+        ("def train(trial):\n    try: trial.report(1, float('nan'))\n    except Exception: return 1", "loss is nan"),
+    ],
+)
+def test_divergence_is_an_outcome(tmp_path, body, reason):
+    trial = only(tmp_path, body)
+    assert trial.status == "diverged"
+    assert re.search(reason, trial.result["reason"])
+
+
+def test_prints_go_to_the_log(tmp_path, capfd):
+    body = """
+    import sys
+    def train():
+        print("one", "two")
+        print("three", file=sys.stderr, end="")
+        for i in range(2000): print(i)
+        return 1
+    """
+    text = log(only(tmp_path, body))
+    assert "printed: one two\n" in text and "printed more than 1000 lines" in text and "printed: 1500" not in text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_processes_left_behind_are_ended(tmp_path):
+    body = """
+    import subprocess
+    def train():
+        train.process = subprocess.Popen(["sleep", "60"])
+        return 1
+    """
+    started = time.monotonic()
+    trial = only(tmp_path, body)
+    assert trial.status == "done" and time.monotonic() - started < 30
+    assert "left a process running (" in log(trial) and "sleep 60" in log(trial)
+
+
+def test_global_settings_are_restored(tmp_path):
+    body = """
+    import os, torch
+    def train():
+        torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(2)
+        torch.use_deterministic_algorithms(True); os.chdir("/"); os.environ["LEFT"] = "behind"
+        return 1
+    """
+    before = torch.get_rng_state()
+    text = log(only(tmp_path, body))
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled() and torch.get_num_threads() == 1
+    assert not torch.are_deterministic_algorithms_enabled() and torch.equal(torch.get_rng_state(), before)
+    for setting in ("default dtype", "records gradients", "deterministic", "working directory", "environment"):
+        assert setting in text
+
+
+def test_patience_stops_and_says_so(tmp_path):
+    body = """
+    def train(trial):
+        for step in range(1, 100):
+            trial.report(step, 1.0)
+            if trial.should_stop: break
+        return step
+    """
+    trial = only(tmp_path, body, train={"patience": 3})
+    assert trial.result["metrics"]["test"] == {"score": 4.0}
+    assert trial.result["reason"] == "no better report in 3 looks"
+
+
+@pytest.mark.parametrize(("goal", "stops"), [("max", 13), ("min", 4)])
+def test_patience_goes_by_the_goal_where_the_metric_is_reported(tmp_path, goal, stops):
+    body = """
+    def train(trial):
+        for step in range(1, 100):
+            trial.report(step, min(step, 10) / 10)
+            if trial.should_stop: break
+        return step
+    """
+    trial = only(tmp_path, body, train={"patience": 3}, task={"reports": "metric", "goal": goal})
+    assert trial.result["metrics"]["test"] == {"score": float(stops)}
+    assert trial.curve[0]["validation"] == 0.1
+
+
+RESUMED = """
+import random, os, torch, numpy
+def train(trial, stop):
+    state = trial.checkpoint.load()
+    step, drawn = (state["step"], state["drawn"]) if state else (0, [])
+    while step < 6:
+        step += 1
+        drawn.append(float(torch.rand(())) + random.random() + numpy.random.rand())
+        trial.report(step, 1.0 + drawn[-1])
+        if step % 2 == 0:
+            trial.checkpoint.save({"step": step, "drawn": drawn})
+        if step == 3 and not os.path.exists(stop):
+            open(stop, "w").close()
+            raise RuntimeError("interrupted")
+    return sum(drawn)
+"""
+
+
+def test_a_resumed_function_gives_what_the_uninterrupted_gives(tmp_path):
+    path = written(tmp_path, RESUMED)
+    outputs = []
+    for name in ("whole", "stopped"):
+        stop = tmp_path / f"{name}.txt"
+        if name == "whole":
+            stop.touch()
+        given = {"axes": {}, "seeds": 1, "task": {"arguments": {"stop": str(stop)}}}
+        (trial,) = trials(tmp_path / name, path, **given)
+        if name == "stopped":
+            assert trial.status == "failed" and "interrupted" in trial.error["error"]
+            (trial,) = ablation.run(tmp_path / name, workers=0).trials
+            assert trial.run["attempts"] == 2
+        outputs.append((trial.result["metrics"], trial.curve))
+    assert outputs[0] == outputs[1] and len(outputs[0][1]) == 6
+
+
+def test_kept_models_are_loaded_with_their_trial(tmp_path):
+    pytest.importorskip("safetensors")
+    body = """
+    import atn_norms as an
+    def train(trial):
+        trial.keep(an.GRU(2, 3, norm="rms", window=4))
+        return 1
+    """
+    trial = only(tmp_path, body)
+    assert repr(trial.model()) == "GRU(2, 3, norm=rms, window=4)"
+
+
+def test_other_metrics_than_before_fail(tmp_path):
+    body = "def train(seed): return {'a': 1} if seed == 0 else {'b': 1}"
+    first, second = trials(tmp_path / "study", written(tmp_path, body), axes={})
+    assert first.status == "done" and "got 'b' as its first metric; expected 'a'" in second.error["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": {"function": "tarin"}}, r"task\.function: got 'tarin'; expected a function .*'train'"),
+        ({"task": {"file": "/nowhere/mine.py"}}, "got /nowhere/mine.py, which does not exist; expected a"),
+        ({"task": {"arguments": {"rate": 1}}}, r"got no argument of train in mine\.py; expected norm, window"),
+        ({"axes": {"norm": ["none"]}}, "got no value for window, which train in mine.py needs"),
+        ({"axes": {"norm": ["laier"], "window": [1]}}, r"axes\.norm\[0\]: got unknown normalizer .laier.*layer"),
+        ({"axes": {"norm": ["layer"], "window": [0]}}, r"axes\.window"),
+        ({"axes": {"norm": ["none"], "window": [1], "seed": [1]}}, "seed"),
+        ({"train": {"optimizer": "adam"}}, r"train\.optimizer: got an option that a python task does not use"),
+        ({"model": {"cell": "lstm"}}, r"model\.cell: got an option; expected none: a python task has arguments"),
+    ],
+)
+def test_bad_points_are_refused_before_anything_runs(tmp_path, change, message):
+    task = change.pop("task", {})
+    with pytest.raises(SpecError, match=message):
+        ablation.create(study(written(tmp_path, GOOD), task=task, **change), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_changed_code_is_another_study(tmp_path):
+    path = written(tmp_path, GOOD)
+    folder = ablation.create(study(path), tmp_path / "study")
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(SpecError, match=r"other data or code: task\.file \(.*mine\.py\) has changed"):
+        ablation.create(study(path), folder)
+    with pytest.raises(SpecError, match=r"task\.file: .*mine\.py has changed since the study was made"):
+        ablation.resume(folder, workers=0)
+
+
+def test_files_named_besides_count_by_content(tmp_path):
+    path, data = written(tmp_path, GOOD), tmp_path / "data.csv"
+    data.write_text("1")
+    before = ablation.make_plan(ablation.StudySpec.model_validate(study(path, task={"files": [str(data)]}))).key
+    data.write_text("2")
+    after = ablation.make_plan(ablation.StudySpec.model_validate(study(path, task={"files": [str(data)]}))).key
+    assert before != after
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("x = 1", "x = 2", False),
+        ("if __name__ == '__main__':\n    a()", "if __name__ == '__main__':\n    b()", True),
+        ("ablation.ablate(train, seeds=1)", "ablation.ablate(train, seeds=2)", True),
+        ("record = ablate(train, seeds=1)", "record = ablate(train, seeds=2)", True),
+        ("if x:\n    a()", "if x:\n    b()", False),
+    ],
+)
+def test_what_only_starts_studies_does_not_count(tmp_path, before, after, same):
+    path = written(tmp_path, before)
+    first = hash_code(path)
+    path.write_text(after)
+    assert (hash_code(path) == first) == same
+
+
+def test_a_local_module_that_is_imported_counts(tmp_path):
+    path, helper = written(tmp_path, "import helper"), written(tmp_path, "import deeper", "helper.py")
+    written(tmp_path, "x = 1", "deeper.py")
+    first = hash_code(path)
+    written(tmp_path, "x = 2", "deeper.py")
+    assert hash_code(path) != first and helper.exists()
+
+
+@pytest.mark.parametrize("bad", [lambda: 1, len, print, str.upper, GOOD])
+def test_functions_that_workers_cannot_load_are_refused(bad):
+    with pytest.raises(SpecError, match="expected a function defined by def at the top level of a file"):
+        task_of(bad)
+
+
+def test_a_function_at_a_prompt_is_refused():
+    scope = {}
+    exec("def train(): return 1", scope)
+    with pytest.raises(SpecError, match="defined at a prompt or in a notebook"):
+        task_of(scope["train"])
+
+
+def test_the_command_line_runs_a_study_file_of_a_function(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, GOOD, "my_task.py")
+    (tmp_path / "study.yaml").write_text(
+        "name: mine\ntask: {kind: python, file: my_task.py, function: train, goal: max}\n"
+        "axes: {norm: [none, layer], window: [1]}\nseeds: 2\n"
+    )
+    assert main(["ablate", "study.yaml", "--workers", "0", "--out", "study"]) == 0
+    printed = capsys.readouterr()
+    assert "4 trials" in printed.out and "accuracy" in printed.out and (tmp_path / "study/report/report.html").exists()
+    assert main(["status", "study"]) == 0 and StudyFolder("study").load().counts()["done"] == 4
