@@ -154,15 +154,33 @@ PUBLISHED = sorted(path.parent.name for path in RESULTS.glob("*/report.html"))
 
 
 @pytest.mark.parametrize("study", PUBLISHED)
-def test_a_published_report_is_whole_and_the_page_shows_its_own_table(study):
+def test_a_published_report_is_whole_and_linked(study):
     page = (RESULTS / "index.md").read_text(encoding="utf-8")
     links = set(re.findall(r'href="([^"#:]+)"', (RESULTS / study / "report.html").read_text(encoding="utf-8")))
-    assert {"results.csv", "tables.md"} <= links
-    assert not [link for link in links if not (RESULTS / study / link).is_file()]
-    told = (RESULTS / study / "tables.md").read_text(encoding="utf-8")
-    table = next(part for part in told.split("\n\n") if part.startswith("| "))
-    assert table.strip() in page
+    assert {"results.csv", "points.csv", "curves.csv", "study.yaml"} <= links
+    assert {path.name for path in (RESULTS / study).iterdir()} == links | {"report.html", "study.json"}
     assert f"({study}/report.html)" in page
+
+
+def test_the_page_of_results_shows_the_tables_of_the_reports():
+    page = (RESULTS / "index.md").read_text(encoding="utf-8")
+    tables = runpy.run_path(str(RESULTS / "summary.py"))["main"]().split("\n\n")
+    assert len(tables) == 2
+    for table in tables:
+        assert table.strip() in page
+
+
+def test_a_published_report_is_rebuilt_byte_for_byte_from_its_own_files(tmp_path):
+    from atn_norms.ablation import report
+
+    study = RESULTS / "charlm-short"
+    for path in report.write(report.read(study), tmp_path, formats=()):
+        assert path.read_bytes() == (study / path.name).read_bytes(), path.name
+
+
+def test_the_published_reports_are_small_enough_to_keep_beside_the_code():
+    files = [path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 3_000_000
 
 
 def test_the_figure_is_what_its_script_draws(tmp_path):
