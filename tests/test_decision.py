@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_scores_with_a_multiplicative_spread_are_compared_as_logarithms():
     (row,) = [each for each in found.rows if each.against]
     assert row.against is not None and row.against.effect_interval is not None
     logs = np.log(values["layer"]) - np.log(values["none"])
-    agreed = stats.ttest_1samp(logs, 0)
+    agreed: Any = stats.ttest_1samp(logs, 0)
     low, high = np.exp(agreed.confidence_interval())
     assert row.point.mean == pytest.approx(stats.gmean(values["layer"]))
     assert row.against.effect == pytest.approx(math.exp(logs.mean()))
@@ -199,7 +200,7 @@ def test_a_value_that_diverges_is_not_chosen_and_an_unfinished_seed_does_not_dec
 
 def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
     options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "seeds": 2}
-    plan = make_plan(StudySpec(**options, axes={"norm": ["none", "layer"]}, tune={"train.optimizer.lr": [0.001, 0.01]}))
+    plan = make_plan(StudySpec(**options, axes={"norm": ("none", "layer")}, tune={"train.optimizer.lr": (0.001, 0.01)}))
     assert plan.axes == {"norm": ["none", "layer"]}
     assert plan.resolved()["tune"] == plan.tune == {"train.optimizer.lr": ["0.001", "0.01"]}
     assert len(plan.trials) == 8

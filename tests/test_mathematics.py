@@ -195,6 +195,7 @@ def test_the_gradients_of_a_sites_weight_and_bias_are_sums_over_steps(name, k):
     a = (x @ weight.T + bias).requires_grad_()
     NORMS[name](a, k).backward(upstream)
     assert a.grad is not None
+    assert leaves[0].grad is not None and leaves[1].grad is not None
     assert apart(leaves[0].grad, torch.einsum("tbi,tbj->ij", a.grad, x)) < 1e2 * EXACT  # sums of 42 products
     assert apart(leaves[1].grad, a.grad.sum((0, 1))) < 1e2 * EXACT
 

@@ -144,7 +144,7 @@ def test_segments_of_varying_length_cover_each_epoch_and_scale_the_learning_rate
     task, length = spec.build(0), 1799 // 6
     sizes, starts, position = [], [], 0
     for step in range(60):
-        inputs, _, fresh = task.batch(step, 6)
+        inputs, _, fresh, *_ = task.batch(step, 6)
         position = 0 if fresh else position
         compare(inputs[:, 1], task.train[length + position : length + position + len(inputs)], tolerance=0)
         assert task.rate(step, 6) == len(inputs) / 40
@@ -169,8 +169,9 @@ def test_an_embedding_starts_within_its_bound_and_a_tied_read_out_with_it(text):
     task = CharLMSpec(text=text, embedding=5, embedding_init=0.1).build(0)
     model = small_model(task)
     task.share(model)
-    assert 0.05 < float(model.encoder.weight.detach().abs().max()) <= 0.1
-    assert model.readout.weight is model.encoder.weight
+    weight = model.encoder.get_parameter("weight")
+    assert 0.05 < float(weight.detach().abs().max()) <= 0.1
+    assert model.readout.get_parameter("weight") is weight
 
 
 def test_options_at_their_defaults_leave_the_identity_of_older_trials_alone(text):

@@ -156,6 +156,10 @@ class Recurrent(CellHost):
         A sequence cut anywhere and continued gives the uncut result, and a padded row gives the result of the row
         alone. `state` comes from `unroll` or `initial`; `detach` it to truncate back-propagation.
 
+        The windows in `state` hold statistics of the weights that computed them. After a step of the optimizer, carried
+        windows make the output depend on the scale of the weights, which fresh windows do not (docs/mathematics.md).
+        `initial(batch, hidden(state))` keeps the hidden state and starts fresh windows.
+
         Errors: `ValueError` for a carried state of a bidirectional layer (the reverse direction starts at the end of
         the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
         """

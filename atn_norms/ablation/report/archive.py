@@ -27,7 +27,7 @@ def study_json(record: StudyRecord) -> str:
             "points": list(trial.points),
             "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
             **({"data": trial.trial["data"]} if trial.trial.get("data") else {}),
-            **({"versions": trial.run["versions"]} if (trial.run or {}).get("versions") else {}),
+            **({"versions": versions} if (versions := (trial.run or {}).get("versions")) else {}),
         }
         for trial in record.trials
     ]
