@@ -213,7 +213,7 @@ def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
     [
         ({"endpoint": "tial"}, "got 'tial'; expected final, tail, steps, .*'tail'"),
         ({"endpoint": {"addin": "tail"}}, "no task of this study; tasks: adding.*'adding'"),
-        ({"endpoint": {"measure": "tail", "validations": 0}}, "must be greater than or equal to 1, got 0"),
+        ({"endpoint": {"measure": "tail", "validations": 0}}, "got 0; expected at least 1"),
         ({"endpoint": 3}, "got 3; expected final, tail, steps"),
         ({"endpoint": "steps"}, "got steps for adding; expected a level for it in reach"),
         ({"margin": 0}, "got 0; expected a number above 0"),
