@@ -20,6 +20,7 @@ import pluggy
 from atn_norms import __version__
 from atn_norms.errors import did_you_mean, one_of
 from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, registry
+from atn_norms.round_trip import unstorable_options
 
 PROJECT = "atn_norms"  # of pluggy, and the group of entry points
 OWN = "atn-norms"
@@ -283,12 +284,15 @@ def _register(plugin: Any, source: Source, into: Registry) -> None:
 
 
 def _refuse_indescribable(claimed: dict[str, type[Options]]) -> None:
-    """Refuse options without a JSON schema: every list of kinds and every schema would fail with them."""
+    """Refuse options without a JSON schema, or that JSON cannot hold: lists of kinds or every trial would fail."""
     for kind, spec in claimed.items():
         try:
             spec.model_json_schema()
         except Exception as error:
             raise PluginError(f"the options of {kind} have no JSON schema: {_said(error)}") from error
+        problems = [str(problem) for problem in unstorable_options(spec)]
+        if problems:
+            raise PluginError(f"a study cannot store the options of {kind}: {'; '.join(problems)}")
 
 
 def _refuse_misspelt(plugin: Any) -> None:

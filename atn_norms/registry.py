@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -59,22 +60,46 @@ FAMILIES = ("normalizer", "window", "cell", "task")
 
 
 def _list_to_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    is_list = isinstance(value, Sequence) and not isinstance(value, tuple | str | bytes | bytearray)
+    return tuple(value) if is_list else value
+
+
+def _to_dict(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
+
+
+def to_int(value: Any) -> Any:
+    """Convert an integer of another library, such as numpy's, to Python's; return anything else unchanged."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
+def _to_float(value: object) -> object:
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
+
+
+# Types of a core schema, and what converts equivalent values before strict validation.
+_CONVERSIONS: dict[str, Callable[[object], object]] = {
+    "tuple": _list_to_tuple,
+    "dict": _to_dict,
+    "int": to_int,
+    "float": _to_float,
+}
 
 
 def _relax(schema: Any) -> Any:
-    """Let every tuple of a core schema take a list; all else stays as strict as it is."""
+    """Let a core schema take lists for tuples, any mapping for a dict, and numpy's numbers for Python's."""
     if isinstance(schema, list):
         return [_relax(item) for item in schema]
     if isinstance(schema, tuple):  # choices of a union come as (schema, label)
         return tuple(_relax(item) for item in schema)
     if not isinstance(schema, dict):
         return schema
-    if schema.get("type") == "function-before" and schema["function"].get("function") is _list_to_tuple:
+    if schema.get("type") == "function-before" and schema["function"].get("function") in _CONVERSIONS.values():
         return schema  # of an options model inside this one, relaxed when that one was built
     relaxed = {key: value if key in ("metadata", "serialization") else _relax(value) for key, value in schema.items()}
-    if relaxed.get("type") == "tuple":
-        return core_schema.no_info_before_validator_function(_list_to_tuple, relaxed)  # type: ignore[arg-type]
+    conversion = _CONVERSIONS.get(relaxed.get("type", ""))
+    if conversion is not None:
+        return core_schema.no_info_before_validator_function(conversion, relaxed)  # type: ignore[arg-type]
     return relaxed
 
 
@@ -112,6 +137,7 @@ class Options(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _name_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        data = _to_dict(data)
         known = list(cls.model_fields)
         unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
         if not unknown:
@@ -351,6 +377,7 @@ class KindField:
 
     def resolve(self, value: Any, nullable: bool = False) -> Options | None:
         """Turn a value into a spec of the family; errors are pydantic's, located below the field."""
+        value = to_int(_to_dict(value))
         if self._accepts(value, nullable):
             return value
         if self.shorthand is not None:

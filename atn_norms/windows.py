@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.pytree import Leaf, Tree, layout, where_mask
-from atn_norms.registry import Options
+from atn_norms.registry import Options, to_int
 from atn_norms.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -124,6 +124,7 @@ class Sliding(Window[S]):
     steps: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", to_int(self.steps))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
             raise TypeError(f"steps: {self.steps!r} is {type(self.steps).__name__}; allowed: an integer of at least 1")
         if self.steps < 1:

@@ -16,7 +16,7 @@ ROWS = [
     {"deprecation"},
     {"drawing", "files", "pytree", "errors", "trees", "problems"},
     {"statistics", "registry"},
-    {"windows", "normalizers"},
+    {"windows", "normalizers", "round_trip"},
     {"assorted_time"},
     {"cells"},
     {"backends"},

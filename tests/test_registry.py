@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from abc import abstractmethod
+from collections import UserDict, UserList
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
+import atn_norms
 from atn_norms.registry import KindField, Options, Problem, Registry, Source, SpecError, dotted, nearest, to_spec_error
 
 own = Registry()
@@ -375,3 +377,34 @@ def test_importing_the_registry_loads_no_torch_and_no_plugin():
     code = "import sys, atn_norms.registry; print('torch' in sys.modules, 'pluggy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+class Numbers(Options):
+    count: int = 1
+    rate: float = 1.0
+    sizes: tuple[int, ...] = ()
+    named: dict[str, int] = {}
+
+
+def test_numbers_of_numpy_and_other_mappings_are_numbers_and_mappings():
+    numpy = pytest.importorskip("numpy")
+    options = Numbers.model_validate(
+        UserDict(count=numpy.int64(3), rate=numpy.float32(0.5), sizes=UserList([numpy.int8(2)]), named=UserDict(a=1))
+    )
+    assert options == Numbers(count=3, rate=0.5, sizes=(2,), named={"a": 1})
+    assert [type(each) for each in (options.count, options.rate, options.sizes[0])] == [int, float, int]
+    for wrong in (numpy.bool_(True), numpy.float64(3.0), True, "3"):
+        with pytest.raises(ValueError, match="count"):
+            Numbers(count=wrong)
+    assert Numbers.model_json_schema()["properties"]["count"] == {"default": 1, "title": "Count", "type": "integer"}
+
+
+def test_a_layer_takes_numbers_of_numpy_and_any_mapping():
+    numpy = pytest.importorskip("numpy")
+    two, three, five = numpy.int64(2), numpy.int32(3), numpy.int16(5)
+    mapping = UserDict(cell="gru", input_size=two, hidden_size=three, norm=UserDict(kind="layer"), window=five)
+    layer = atn_norms.build(mapping)
+    assert layer.spec == atn_norms.GRU(2, 3, norm="layer", window=5).spec
+    assert atn_norms.GRU(two, three, norm="layer", window=five).spec == layer.spec
+    assert atn_norms.Sliding(five) == atn_norms.Sliding(5) and type(atn_norms.Sliding(five).steps) is int
+    assert atn_norms.LayerNorm(three).weight.shape == (3,)

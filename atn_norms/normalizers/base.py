@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
-from atn_norms.registry import Options
+from atn_norms.registry import Options, to_int
 from atn_norms.statistics import NoStatistic, Statistic
 
 if TYPE_CHECKING:
@@ -262,7 +262,8 @@ def apply_norm(normalizer: Normalizer, x: Tensor, pooled: Any) -> Tensor:
 
 
 def checked_features(features: int) -> int:
-    """`features` as it is; `TypeError` or `ValueError` if it is no positive integer."""
+    """Return `features` as an `int`; `TypeError` or `ValueError` if it is no positive integer."""
+    features = to_int(features)
     if isinstance(features, bool) or not isinstance(features, int):
         raise TypeError(f"features: {features!r} is {type(features).__name__}; allowed: an integer of at least 1")
     if features < 1:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
 from atn_norms.pytree import expand_mask
+from atn_norms.registry import to_int
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 
@@ -90,6 +91,7 @@ class BatchNorm(Normalizer, _OfTorch):
         self.features, self.eps = checked_features(features), checked_eps(eps)
         if momentum is not None and not (_is_number(momentum) and 0 < momentum <= 1):
             raise ValueError(f"momentum: {momentum}; allowed: a number in (0, 1], or None for the mean of all updates")
+        max_steps = to_int(max_steps)
         if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
             raise ValueError(f"max_steps: {max_steps}; allowed: an integer of at least 1, or None for one population")
         if not (_is_number(initial_gain) and abs(initial_gain) <= LARGEST):

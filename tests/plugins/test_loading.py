@@ -230,3 +230,75 @@ def test_the_hook_is_what_the_documentation_says():
     hooks = {name: inspect.signature(hook) for name, hook in vars(plugins.Hooks).items() if name.startswith("atn_")}
     assert [str(name) for name in hooks] == ["atn_norms_register"]
     assert list(hooks["atn_norms_register"].parameters) == ["self", "registry"]
+
+
+HAS = """
+import datetime, enum, pathlib
+from typing import Any, Literal, Optional
+from pydantic import BeforeValidator, Field, PlainSerializer
+from typing_extensions import Annotated
+from atn_norms.normalizers import NormSpec, RMSNorm
+from atn_norms.plugins import hookimpl
+
+class Mode(enum.Enum):
+    A = "a"
+
+class StrMode(str, enum.Enum):
+    A = "a"
+
+class OddSpec(NormSpec):
+    kind: Literal["odd"] = "odd"
+    OPTION
+
+    def build(self, features):
+        return RMSNorm(features)
+
+@hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(OddSpec)
+"""
+
+UNSTORABLE = {
+    "mode: Mode = Mode.A": "mode: got an Enum",
+    "mode: StrMode = StrMode.A": "mode: got an Enum",
+    "mode: Optional[Mode] = None": "mode: got an Enum",
+    "mode: Literal[Mode.A] = Mode.A": "mode: got the literal <Mode.A",
+    "mask: pathlib.Path": "mask: got an instance of a Python class",
+    "day: datetime.date = datetime.date(2026, 1, 2)": "day: got a date",
+    "days: tuple[datetime.datetime, ...] = ()": "days: got a datetime",
+    "ages: frozenset[int] = frozenset()": "ages: got a frozenset",
+    "ages: dict[int, float] = {}": "ages: got a mapping with keys of type int",
+    "ages: dict[str, set[int]] = {}": "ages: got a set",
+    "data: bytes = b''": "data: got a bytes",
+    "p: float = Field(2.0, alias='power')": "p: got an alias",
+    "p: float = Field(2.0, exclude=True)": "p: got a field excluded from dumps",
+    "p: Any = (1, 2)": "p: got [1, 2] after JSON; expected (1, 2)",
+    "p: Any = complex(1)": "p: got '1+0j' after JSON; expected (1+0j)",
+    "p: float = 'x'": "p: got 'x'; expected a number",
+}
+
+
+@pytest.mark.parametrize("option", UNSTORABLE)
+def test_options_that_a_study_cannot_store_are_refused_when_the_plugin_loads(option, site):
+    site.install("odd", HAS.replace("OPTION", option))
+    _, records = site.load()
+    reason = records["odd"].reason
+    assert f"a study cannot store the options of normalizer:odd: {UNSTORABLE[option]}" in reason
+    assert records["odd"].status == "failed"
+
+
+STORABLE = [
+    "mode: Literal['a', 1, None] = 'a'",
+    "mode: Annotated[Mode, BeforeValidator(Mode), PlainSerializer(lambda mode: mode.value)] = Mode.A",
+    "sizes: tuple[tuple[int, ...], ...] = ((1,),)",
+    "named: dict[str, list[float]] = {'a': [1.0]}",
+    "inner: Optional[NormSpec] = None",
+    "p: float = Field(ge=1)",
+]
+
+
+@pytest.mark.parametrize("option", STORABLE)
+def test_options_that_a_study_can_store_load(option, site):
+    site.install("odd", HAS.replace("OPTION", option))
+    _, records = site.load()
+    assert (records["odd"].status, records["odd"].reason) == ("loaded", "")

@@ -62,6 +62,18 @@ class StatesADictionary(Uses):
 
 
 @wrong("a_statement_is_a_tuple_of_tensors")
+class PoolsToAnotherType(Uses):
+    """Pools its own moments to those of the package: a window would have to state another type from step to step."""
+
+    class Said(NamedTuple):
+        mean: Tensor
+        var: Tensor
+
+        def pool(self, weights: Tensor, dim: int) -> an.Moments:
+            return an.Moments(self.mean, self.var).pool(weights, dim)
+
+
+@wrong("a_statement_is_a_tuple_of_tensors")
 class AsksForMoreThanItsTensors(Uses):
     """A statement that cannot be made of its tensors again, since it wants to be told what they are of."""
 
