@@ -67,7 +67,7 @@ BROKEN = {
     ),
     "misspelt-and-unmarked": (
         "def atn_norms_regster(registry):\n    0",
-        "has a function 'atn_norms_regster' that lacks `@atn_norms.hookimpl`, so it does nothing; .*nearest",
+        "has a function 'atn_norms_regster' that lacks `@atn_norms.hookimpl`, so it does nothing; .*did you mean",
     ),
     "unmarked": ("def atn_norms_register(registry):\n    0", "'atn_norms_register' that lacks `@atn_norms.hookimpl`"),
     "unmarked-beside-a-good-one": (
