@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -35,8 +36,14 @@ def renamed_module(old: str, new: str, names: Mapping[str, str]) -> Callable[[st
     return look_up
 
 
+WALKERS = ("inspect", "pydoc", "torch")  # modules that read every attribute of an object
+
+
 class RenamedAttribute:
-    """A class attribute under its old name: reading it warns and returns the value of the new name."""
+    """A class attribute under its old name: reading it warns and returns the value of the new name.
+
+    Code that reads every attribute there is, such as `inspect.getmembers` and `torch.jit`, causes no warning.
+    """
 
     def __init__(self, new: str) -> None:
         self.new = new
@@ -45,7 +52,9 @@ class RenamedAttribute:
         self.old = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        warn_renamed(f"{owner.__name__}.{self.old}", self.new)
+        reader = sys._getframe(1).f_globals.get("__name__", "")
+        if reader.partition(".")[0] not in WALKERS:
+            warn_renamed(f"{owner.__name__}.{self.old}", self.new)
         return getattr(owner if instance is None else instance, self.new)
 
 

@@ -1,6 +1,7 @@
 """Old public names work for one minor version, and each use warns with the replacement."""
 
 import importlib
+import inspect
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import atn_norms as an
 from atn_norms import pytree
+from atn_norms.testing import check_normalizer
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,23 @@ def test_current_names_do_not_warn(recwarn):
     pytree.where_mask(torch.tensor([True]), (torch.ones(1),), (torch.zeros(1),))
     assert an.LayerNorm(3).permutation_equivariant and an.Sliding(2).uniform_weights
     assert not [warning for warning in recwarn if warning.category is DeprecationWarning]
+
+
+def test_reading_every_attribute_does_not_warn(recwarn):
+    class Traced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = an.LayerNorm(3)
+
+        def forward(self, x):
+            return self.norm.normalize(x, self.norm.measure(x))
+
+    inspect.getmembers(an.LayerNorm(3))
+    inspect.getmembers(an.Sliding(2))
+    torch.jit.trace(Traced(), torch.zeros(2, 3))
+    assert not [str(warning.message) for warning in recwarn if "is deprecated; use " in str(warning.message)]
+
+
+def test_the_conformance_suite_uses_no_old_name(recwarn):
+    check_normalizer("rms")
+    assert not [str(warning.message) for warning in recwarn if "is deprecated; use " in str(warning.message)]

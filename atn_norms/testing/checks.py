@@ -95,7 +95,7 @@ def family_of(plugin: Any) -> str:
     family = getattr(plugin, "family", None)
     if family in SUBJECTS:
         return str(family)
-    if callable(getattr(plugin, "refuses", None)) and callable(getattr(plugin, "run", None)):
+    if callable(getattr(plugin, "unsupported_reason", None)) and callable(getattr(plugin, "run", None)):
         return "backend"
     raise TypeError(f"{plugin!r:.80}; allowed: a spec of a {', a '.join(SUBJECTS)}, or a backend")
 

@@ -134,7 +134,7 @@ class NormalizerSubject(SpecSubject):
             self.broken = f"build takes no number of features from 1 to {MOST_FEATURES}: {refusal}"
             return
         self.declared = spec.build(self.sizes[0])
-        self.couples: bool = bool(self.declares("couples_batch"))
+        self.couples: bool = bool(self.declares("uses_batch_statistics"))
         self.axes = {
             "seed": SEEDS,
             "steps": (1, 2, 3, 4, 5),
@@ -224,7 +224,8 @@ class WindowSubject(SpecSubject):
             self.broken = f"build() returns {type(built).__name__}; allowed: a Window"
 
     def make(self, case: Case) -> Window[Any]:
-        return self.spec.build()
+        window = self.spec.build()
+        return window.double() if isinstance(window, nn.Module) else window  # type: ignore[return-value]
 
     def inputs(self, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
         mean = noise(case.seed + seed, case.steps, case.batch, 1)
@@ -257,7 +258,7 @@ class WindowSubject(SpecSubject):
 
     def answer(self, spec: WindowSpec) -> Any:
         case = Case({"seed": 0, "steps": 8, "batch": 2, "statistic": Moments})
-        return self.run(spec.build(), self.inputs(case))
+        return self.run(WindowSubject(spec).make(case), self.inputs(case))
 
     def built(self, spec: WindowSpec) -> Any:
         return spec.build()

@@ -1,11 +1,18 @@
 """Windows over time: the textbook form, causality, forgetting, and every way of cutting one sequence."""
 
+import copy
+import functools
+from typing import Any, Literal
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import atn_norms as an
+from atn_norms.pytree import where_mask
+from atn_norms.testing import check_window
 from tests import oracle
 from tests.compare import compare
 from tests.laws.strategies import KINDS, Case, cases, leaves, lengths, level, seeds, sequence, window
@@ -286,3 +293,58 @@ def test_a_window_is_a_positive_number_of_steps(wrong):
 def test_a_half_life_is_positive_and_finite(wrong):
     with pytest.raises((TypeError, ValueError)):
         an.Exponential(wrong)
+
+
+class Learned(nn.Module, an.Window):
+    """Every live step, each weighted `factor` times the next one; the factor is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.level)
+
+    def initial(self, now: Any) -> Any:
+        return an.Cumulative().initial(now)
+
+    def push(self, now: Any, weight: torch.Tensor, state: Any) -> Any:
+        factor = torch.sigmoid(self.level).to(weight)
+        total, past = state[0] * factor, state[1]
+        both = type(now)(*(torch.stack(pair, 1) for pair in zip(past, now, strict=True)))
+        pooled = both.pool(torch.stack([total, weight], 1), 1)
+        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
+
+
+class LearnedSpec(an.WindowSpec):
+    kind: Literal["learned"] = "learned"
+
+    def build(self) -> an.Window:
+        return Learned()
+
+
+def test_a_window_that_is_a_module_belongs_to_its_layer():
+    """It is in parameters() and state_dict(), once for each site of each cell, is trained, saved, moved and copied."""
+    make = functools.partial(an.LSTM, 2, 3, num_layers=2, norm="layer", window=LearnedSpec(), backend="auto")
+    layer = make()
+    names = {f"window_{site}_l{n}.level" for site in ("ih", "hh", "c") for n in (0, 1)}
+    assert names <= set(layer.state_dict()) and names <= {name for name, _ in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    xs = torch.randn(6, 4, 2)
+    layer(xs)[0].square().sum().backward()
+    optimizer.step()
+    levels = {name: parameter for name, parameter in layer.named_parameters() if name in names}
+    assert all(float(level.detach()) != 0 for level in levels.values())
+    other = make()
+    other.load_state_dict(layer.state_dict())
+    compare(other(xs), layer(xs), tolerance=0)
+    compare(copy.deepcopy(layer)(xs), layer(xs), tolerance=0)
+    assert layer.double().window_ih_l0.level.dtype == torch.float64
+    layer.reset_parameters()
+    assert all(float(level.detach()) == 0 for level in levels.values())
+
+
+def test_the_conformance_suite_accepts_a_window_with_parameters():
+    failed = [result for result in check_window(LearnedSpec()) if result.status == "failed"]
+    assert not failed, failed

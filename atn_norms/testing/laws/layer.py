@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,3 +110,32 @@ def _everything(layer, xs: torch.Tensor, case: Case) -> list[torch.Tensor]:
     loss = torch.stack([(each * noise(case.seed + 8, *each.shape)).sum() for each in outs]).sum()
     gradients = torch.autograd.grad(loss, [xs, *layer.parameters()], allow_unused=True)
     return [*(each.detach() for each in outs), *(torch.zeros(()) if g is None else g for g in gradients)]
+
+
+@law("layer")
+def trainable_tensors_are_parameters(subject: LayerSubject, case: Case) -> None:
+    """Every tensor that outputs depend on and that requires a gradient is in `parameters()` of the layer.
+
+    Optimizers, checkpoints and `to` know parameters only. A tensor kept elsewhere receives gradients, yet it is never
+    trained and never saved. A window with parameters is an `nn.Module`, which the layer registers.
+    """
+    layer, (xs,) = subject.layer(case, backend="reference"), subject.inputs(case)
+    ys, state = layer.unroll(xs)
+    known = {id(parameter) for parameter in layer.parameters()}
+    hidden = [leaf for leaf in _graph_leaves([ys, *tree_leaves(state)]) if id(leaf) not in known]
+    shapes = [list(leaf.shape) for leaf in hidden]
+    demand(not hidden, f"outputs depend on trainable tensors of shapes {shapes} that are not in parameters()")
+
+
+def _graph_leaves(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that a backward pass from `tensors` would accumulate gradients into."""
+    stack = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    yield from (tensor for tensor in tensors if tensor.requires_grad and tensor.grad_fn is None)
+    seen = set(stack)
+    while stack:
+        node: Any = stack.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        below = [each for each, _ in node.next_functions if each is not None and each not in seen]
+        seen.update(below)
+        stack += below

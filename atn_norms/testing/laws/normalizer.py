@@ -124,9 +124,9 @@ def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
         other = xs.clone()
         other[:, 1] += 3 * noise(case.seed + 1, case.steps, case.features)
         mine, theirs = (AssortedTime(normalizer, case.window).scan(x)[0][:, 0] for x in (other, xs))
-        if subject.couples and (training or not subject.declares("differs_in_evaluation")):
+        if subject.couples and (training or not subject.declares("train_eval_differ")):
             seen = float((mine - theirs).detach().abs().max())
-            demand(seen > SEEN, "couples_batch is declared, and another row of the batch is not seen")
+            demand(seen > SEEN, "uses_batch_statistics is declared, and another row of the batch is not seen")
         else:
             compare(mine, theirs, tolerance=0, what="a row beside another one")
 
@@ -141,9 +141,9 @@ def evaluation_differs_only_as_declared(subject: NormalizerSubject, case: Case) 
     norm, (xs,) = subject.make(case), subject.inputs(case)
     training, _ = norm.train().scan(xs)
     evaluation, _ = norm.eval().scan(xs)
-    if subject.declares("differs_in_evaluation"):
+    if subject.declares("train_eval_differ"):
         seen = float((training - evaluation).detach().abs().max())
-        demand(seen > SEEN, "differs_in_evaluation is declared, and evaluation computes what training does")
+        demand(seen > SEEN, "train_eval_differ is declared, and evaluation computes what training does")
     else:
         compare(evaluation, training, tolerance=0, what="evaluation against training")
 
@@ -178,7 +178,7 @@ def shift_invariance_holds(subject: NormalizerSubject, case: Case) -> None:
         compare(norm.scan(xs + level)[0], expected, tolerance=1e-6, what=f"the sequence plus {level:g}")
 
 
-@law("normalizer", unless=_unless_declared("order_free"))
+@law("normalizer", unless=_unless_declared("permutation_equivariant"))
 def feature_order_does_not_matter(subject: NormalizerSubject, case: Case) -> None:
     """Declared `permutation_equivariant`, permuting the features permutes the output, gain and shift apart.
 

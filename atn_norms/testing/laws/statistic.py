@@ -121,8 +121,8 @@ def pooling_works_along_any_axis(subject: NormalizerSubject, case: Case) -> None
 def _no_union(subject: NormalizerSubject) -> str | None:
     if subject.declares("stateless"):
         return without_statistic(subject)
-    if not subject.declares("order_free"):
-        return "order_free is not declared"
+    if not subject.declares("permutation_equivariant"):
+        return "permutation_equivariant is not declared"
     if subject.couples:
         return "a row's own statement is not about its features together"
     return None if _doubles(subject) else "no number of features and its double are both taken"

@@ -288,3 +288,21 @@ class GrowsItsMemory(Three):
         weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
         leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
         return type(now)(*(leaf[:, -3:] for leaf in leaves)).pool(weights[:, -3:], 1), (weights, leaves)
+
+
+@wrong("trainable_tensors_are_parameters")
+class HidesItsParameter(Three):
+    """Weights steps by a trainable tensor in a plain attribute: it receives gradients, and no optimizer knows it."""
+
+    def __init__(self) -> None:
+        self.level = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        weights = torch.cat([state[0] * torch.sigmoid(self.level).to(state[0]), weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        pooled = type(now)(*leaves).pool(weights, 1)
+        _, state = super().push(now, weight, state)
+        return pooled, state
+
+    def weight_at(self, age: Tensor) -> Any:
+        return None
