@@ -169,6 +169,13 @@ def test_every_sequence_of_a_split_is_scored_once(folder, cut, monkeypatch):
         }
 
 
+def test_a_class_that_neither_occurs_nor_is_predicted_has_no_f1_score(folder):
+    task = SequencesSpec(path=str(folder)).build(0)
+    predicted, targets = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0])
+    expected = f1_score(targets, predicted, average="macro")
+    assert task._classes(predicted, targets) == {"accuracy": 0.75, "macro F1": pytest.approx(expected)}
+
+
 @pytest.mark.parametrize(("metric", "score"), [("accuracy", 4 / 9), ("macro F1", 2 * 4 / (2 * 4 + 5) / 3)])
 def test_the_majority_class_is_the_baseline(folder, metric, score):
     task = SequencesSpec(path=str(folder), metric=metric).build(0)

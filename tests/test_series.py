@@ -161,7 +161,7 @@ def test_missing_values_are_masked_and_reported(tmp_path):
     assert task._cut(torch.tensor([1])).targets[0, :, 0].tolist()[0] == [0, 0], "row 5 is neither value nor error"
     anchored = task._cut(torch.tensor([2])).targets[0, 0, 0, 0]
     compare(anchored, (task.targets[6] - task.targets[4])[0].float(), tolerance=1e-6)
-    gradient = torch.zeros(1, 2, 1, requires_grad=True)
+    gradient = torch.ones(1, 2, 1, requires_grad=True)
     costs = task.loss(Fixed(gradient), task._cut(torch.tensor([0])), None)[0]
     assert torch.autograd.grad(costs, gradient)[0].flatten().tolist()[1] == 0, "row 5 has no gradient"
     assert targets[..., 1].tolist() == [[[1], [1]]]
