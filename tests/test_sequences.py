@@ -243,6 +243,17 @@ def test_what_is_read_is_hashed(folder):
     assert SequencesSpec(path=str(folder.parent / "moved")).data()["path"] == kept
 
 
+def test_labels_and_splits_of_an_index_are_hashed(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.npy", values(number))
+    hashes = set()
+    for label, part in (("a", "test"), ("b", "test"), ("a", "train")):
+        rows = [("0.npy", "a", "train"), ("1.npy", "b", "validation"), ("2.npy", label, part)]
+        path = index(tmp_path, rows, ("file", "label", "part"))
+        hashes.add(SequencesSpec(path=path, split_column="part").data()["path"])
+    assert len(hashes) == 3
+
+
 def test_the_content_of_a_folder_is_reported(folder):
     assert SequencesSpec(path=str(folder)).build(0).notes == (
         "data: 60 sequences (42 train, 9 validation, 9 test) of 3 to 9 steps and 2 features",

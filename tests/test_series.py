@@ -1,5 +1,6 @@
 """Time series from files: what a window holds, what it never sees, how it is scored, and which files are refused."""
 
+import html
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import atn_norms as an
+from atn_norms.cli import main
 from atn_norms.errors import SpecError
 from atn_norms.tasks import Model, SeriesSpec
 from atn_norms.tasks.series import filled
@@ -245,6 +247,51 @@ def test_rounding_of_a_time_is_no_irregular_step(tmp_path):
     assert spec(tmp_path, columns(time=times)).build(0).notes[1:] == ()
     times[20:] = [f"{0.0125 * row:.4f}" for row in range(21, 41)]
     assert "1 of 39 steps differ from the median, 0.0125" in spec(tmp_path, columns(time=times)).build(0).notes[1]
+
+
+STUDY = """
+task:
+  kind: series
+  file: load.csv
+  targets: [load]
+  context: 4
+  horizon: 2
+model: {cell: gru, hidden_size: 4}
+train: {steps: 4, batch_size: 5}
+axes: {norm: [layer]}
+"""
+
+
+def test_a_study_names_the_line_of_the_option_and_the_line_of_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    write(tmp_path, columns(load=[*columns()["load"][:-1], "x"]))
+    assert main(["ablate", "study.yaml", "--workers", "0", "--out", "here"]) == 2
+    file = tmp_path / "load.csv"
+    message = f"study.yaml:4:3: task.file: {file}:41: column 'load': got 'x'; expected a number"
+    assert capsys.readouterr().err == f"atn-norms: {message}\n" and not (tmp_path / "here").exists()
+
+
+def test_a_study_reports_what_it_read_and_refuses_a_changed_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    made = columns()
+    made["load"][3] = None
+    write(tmp_path, made)
+    notes = [
+        "load.csv: 40 rows (28 train, 6 validation, 6 test)",
+        "column 'load': 1 of 40 values are missing and masked (first at load.csv:5)",
+    ]
+    assert main(["ablate", "study.yaml", "--workers", "0", "--out", "here"]) == 0
+    assert "".join(f"data: {note}\n" for note in notes) in capsys.readouterr().out
+    assert f"Data: {'; '.join(notes)}." in html.unescape((tmp_path / "here/report/report.html").read_text())
+    write(tmp_path, columns())
+    assert main(["ablate", "study.yaml", "--workers", "0", "--out", "here"]) == 2
+    for result in (tmp_path / "here/trials").glob("*/result.json"):
+        result.unlink()
+    capsys.readouterr()
+    assert main(["resume", "here", "--workers", "0"]) != 0
+    assert "task.file: its content has changed since the study was made" in "".join(capsys.readouterr())
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):
