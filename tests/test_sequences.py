@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 import atn_norms as an
-from atn_norms.errors import SpecError, beside
+from atn_norms.errors import SpecError
 from atn_norms.tasks import Model, SequencesSpec
 from tests.compare import compare
 
@@ -276,46 +276,50 @@ NUMBERS = "numbers of shape [steps] or [steps, features], not empty"
 
 def test_a_folder_that_cannot_be_used_is_refused(folder):
     root = folder.parent
-    refused(root / "dta", f"path: cannot read ROOT/dta: No such file or directory{beside(root / 'dta')}", root)
+    refused(
+        root / "dta",
+        "path: got ROOT/dta (No such file or directory); expected a readable file; did you mean 'data'?",
+        root,
+    )
     refused(
         folder,
-        "path: ROOT/data: got a folder with mode regress; expected an index file with a number for each sequence",
+        "ROOT/data: path: got a folder with mode regress; expected an index file with a number for each sequence",
         root,
         mode="regress",
     )
     refused(
         folder,
-        "split_column: ROOT/data: got 'x' with a folder; expected no column, or an index file",
+        "ROOT/data: split_column: got 'x' with a folder; expected no column, or an index file",
         root,
         split_column="x",
     )
     (folder / "a" / "notes.txt").write_text("x")
-    refused(folder, f"path: ROOT/data/a/notes.txt: got the ending '.txt'; expected {ENDINGS}", root)
+    refused(folder, f"ROOT/data/a/notes.txt: path: got the ending '.txt'; expected {ENDINGS}", root)
     (folder / "a" / "notes.txt").rename(folder / "notes.txt")
     expected = "a folder for each class, or an index file as `path`"
-    refused(folder, f"path: ROOT/data/notes.txt: got a file; expected {expected}", root)
+    refused(folder, f"ROOT/data/notes.txt: path: got a file; expected {expected}", root)
     (folder / "notes.txt").unlink()
     (folder / "a" / "deeper").mkdir()
-    refused(folder, f"path: ROOT/data/a/deeper: got a folder; expected {ENDINGS}", root)
+    refused(folder, f"ROOT/data/a/deeper: path: got a folder; expected {ENDINGS}", root)
     (root / "empty").mkdir()
-    refused(root / "empty", f"path: ROOT/empty: got no sequences; expected {ENDINGS}", root)
+    refused(root / "empty", f"ROOT/empty: path: got no sequences; expected {ENDINGS}", root)
     (root / "splits" / "train").mkdir(parents=True)
     (root / "splits" / "test").mkdir()
     (root / "splits" / "vlidation").mkdir()
     refused(
         root / "splits",
-        "path: ROOT/splits/vlidation: got a folder beside train and test; expected validation, or none; "
+        "ROOT/splits/vlidation: path: got a folder beside train and test; expected validation, or none; "
         "did you mean 'validation'?",
         root,
     )
 
 
 ARRAYS = [
-    (np.zeros((3, 3)), "path: ROOT/a/01.csv: got 2 features; expected 3, as in ROOT/a/00.npy"),
-    (np.zeros((0, 2)), f"path: ROOT/a/00.npy: got float64 of shape [0, 2]; expected {NUMBERS}"),
-    (np.zeros((1, 2, 3)), f"path: ROOT/a/00.npy: got float64 of shape [1, 2, 3]; expected {NUMBERS}"),
-    (np.array(["x"]), f"path: ROOT/a/00.npy: got <U1 of shape [1]; expected {NUMBERS}"),
-    (np.array([[1.0, np.inf]]), "path: ROOT/a/00.npy: row 1: got inf; expected finite numbers"),
+    (np.zeros((3, 3)), "ROOT/a/01.csv: path: got 2 features; expected 3, as in ROOT/a/00.npy"),
+    (np.zeros((0, 2)), f"ROOT/a/00.npy: path: got float64 of shape [0, 2]; expected {NUMBERS}"),
+    (np.zeros((1, 2, 3)), f"ROOT/a/00.npy: path: got float64 of shape [1, 2, 3]; expected {NUMBERS}"),
+    (np.array(["x"]), f"ROOT/a/00.npy: path: got <U1 of shape [1]; expected {NUMBERS}"),
+    (np.array([[1.0, np.inf]]), "ROOT/a/00.npy: row 1: path: got inf; expected finite numbers"),
 ]
 
 
@@ -327,10 +331,10 @@ def test_an_array_that_does_not_fit_is_refused(folder, array, message):
 
 def test_a_pickle_in_an_array_is_not_loaded(folder):
     np.save(folder / "a" / "00.npy", np.array([{"x": 1}], dtype=object))
-    with pytest.raises(SpecError, match=r"00.npy: got unreadable content \(.*allow_pickle.*\); expected an .npy file"):
+    with pytest.raises(SpecError, match=r"00.npy: path: got unreadable content \(.*allow_pickle.*\); expected an .npy"):
         SequencesSpec(path=str(folder)).build(0)
     (folder / "a" / "00.npy").write_bytes(b"no array")
-    with pytest.raises(SpecError, match=r"00.npy: got unreadable content \(.*\); expected an .npy file"):
+    with pytest.raises(SpecError, match=r"00.npy: path: got unreadable content \(.*\); expected an .npy file"):
         SequencesSpec(path=str(folder)).build(0)
 
 
@@ -343,17 +347,17 @@ def test_columns_are_required_by_name(tmp_path):
     (tmp_path / "data" / "b" / "03.csv").write_text("x0,x1,x2\n1,2,3\n")
     refused(
         spec,
-        "path: ROOT/data/b/03.csv: got the column 'x2'; expected the columns of the first table, x0, x1",
+        "ROOT/data/b/03.csv: path: got the column 'x2'; expected the columns of the first table, x0, x1",
         tmp_path,
     )
     SequencesSpec(path=str(tmp_path / "data"), columns=("x1", "x0")).build(0)
     (tmp_path / "data" / "b" / "03.csv").write_text("x0,x1\n1,2\n3,x\n")
-    refused(spec, "path: ROOT/data/b/03.csv:3: column 'x1': got 'x'; expected a number", tmp_path)
+    refused(spec, "ROOT/data/b/03.csv:3: path: got 'x' in column 'x1'; expected a number", tmp_path)
     write(tmp_path / "data" / "b" / "03.npy", values(1))
     (tmp_path / "data" / "b" / "03.csv").unlink()
     refused(
         SequencesSpec(path=str(tmp_path / "data"), columns=("x0", "x1")),
-        "columns: ROOT/data/b/03.npy: got an array, which has no names; expected CSV or Parquet files, or no `columns`",
+        "ROOT/data/b/03.npy: columns: got an array, which has no names; expected CSV or Parquet files, or no `columns`",
         tmp_path,
     )
 
@@ -365,7 +369,7 @@ def test_a_class_that_training_lacks_is_refused(tmp_path):
         rows.append((f"{number}.npy", "up" if number % 2 else "down", ("train", "validation", "test")[number // 4]))
     rows[9] = ("9.npy", "upp", "test")
     message = (
-        "path: ROOT/index.csv:11: got the label 'upp' in test, which no training sequence has; "
+        "ROOT/index.csv:11: path: got the label 'upp' in test, which no training sequence has; "
         "expected one of down, up; did you mean 'up'?"
     )
     refused(index(tmp_path, rows, ("file", "label", "split")), message, tmp_path, split_column="split")
@@ -373,7 +377,7 @@ def test_a_class_that_training_lacks_is_refused(tmp_path):
         part = "train" if number < 8 else "test"
         write(tmp_path / "data" / part / ("c" if number == 11 else "ab"[number % 2]) / f"{number}.npy", values(number))
     message = (
-        "path: ROOT/data/test/c/11.npy: got the label 'c' in test, which no training sequence has; expected one of a, b"
+        "ROOT/data/test/c/11.npy: path: got the label 'c' in test, which no training sequence has; expected one of a, b"
     )
     refused(tmp_path / "data", message, tmp_path)
 
@@ -383,26 +387,26 @@ def test_a_split_or_a_class_too_few_is_refused(tmp_path):
         write(tmp_path / "pairs" / "ab"[number % 2] / f"{number}.npy", values(number))
         write(tmp_path / "alone" / "a" / f"{number}.npy", values(number))
     cure = "at least one; a class is divided where it has three, or name the splits in the files"
-    refused(tmp_path / "pairs", f"path: ROOT/pairs: got no sequences for validation among 4; expected {cure}", tmp_path)
+    refused(tmp_path / "pairs", f"ROOT/pairs: path: got no sequences for validation among 4; expected {cure}", tmp_path)
     refused(
-        tmp_path / "alone", "path: ROOT/alone: got the class 'a' alone in training; expected at least two", tmp_path
+        tmp_path / "alone", "ROOT/alone: path: got the class 'a' alone in training; expected at least two", tmp_path
     )
 
 
-BAD_ROW = "ROOT/index.csv:3: column"
-NO_FILE = "'1.npx', and no such file; expected a file relative to ROOT; did you mean '1.npy'?"
-NO_SPLIT = "'tst'; expected one of train, validation, test; did you mean 'test'?"
+BAD_ROW = "ROOT/index.csv:3: path: got"
+NO_FILE = "'1.npx' in column 'file', and no such file; expected a file relative to ROOT; did you mean '1.npy'?"
+NO_SPLIT = "'tst' in column 'label'; expected one of train, validation, test; did you mean 'test'?"
 INDEXES = [
-    ([("0.npy", "a"), ("1.npx", "b")], {}, f"{BAD_ROW} 'file': got {NO_FILE}"),
+    ([("0.npy", "a"), ("1.npx", "b")], {}, f"{BAD_ROW} {NO_FILE}"),
     (
         [("0.npy", "a"), ("0.npy", "b")],
         {},
-        f"{BAD_ROW} 'file': got '0.npy' again, after ROOT/index.csv:2; expected each file once",
+        f"{BAD_ROW} '0.npy' in column 'file' again, after ROOT/index.csv:2; expected each file once",
     ),
-    ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} 'label': got no value; expected a value"),
-    ([("0.npy", "1"), ("1.npy", "")], {"mode": "regress"}, f"{BAD_ROW} 'label': got no value; expected a number"),
-    ([("0.npy", "1"), ("1.npy", "x")], {"mode": "regress"}, f"{BAD_ROW} 'label': got 'x'; expected a number"),
-    ([("0.npy", "train"), ("1.npy", "tst")], {"split_column": "label"}, f"{BAD_ROW} 'label': got {NO_SPLIT}"),
+    ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} no value in column 'label'; expected a value"),
+    ([("0.npy", "1"), ("1.npy", "")], {"mode": "regress"}, f"{BAD_ROW} no value in column 'label'; expected a number"),
+    ([("0.npy", "1"), ("1.npy", "x")], {"mode": "regress"}, f"{BAD_ROW} 'x' in column 'label'; expected a number"),
+    ([("0.npy", "train"), ("1.npy", "tst")], {"split_column": "label"}, f"{BAD_ROW} {NO_SPLIT}"),
 ]
 
 
@@ -410,7 +414,7 @@ INDEXES = [
 def test_an_index_that_cannot_be_used_is_refused(tmp_path, rows, options, message):
     for number in range(2):
         write(tmp_path / f"{number}.npy", values(number))
-    refused(index(tmp_path, rows), f"path: {message}", tmp_path, **options)
+    refused(index(tmp_path, rows), message, tmp_path, **options)
 
 
 def test_a_column_that_the_index_lacks_is_refused(tmp_path):
@@ -423,7 +427,7 @@ def test_numbers_that_are_all_equal_are_refused(tmp_path):
     for number in range(9):
         write(tmp_path / f"{number}.npy", values(number))
     path = index(tmp_path, [(f"{number}.npy", "2.5") for number in range(9)])
-    message = "label_column: ROOT/index.csv: got only 2.5 for 7 training sequences; expected numbers that differ"
+    message = "ROOT/index.csv: label_column: got only 2.5 for 7 training sequences; expected numbers that differ"
     refused(path, message, tmp_path, mode="regress")
 
 

@@ -192,7 +192,7 @@ def test_windows_without_a_value_to_predict_are_left_out(tmp_path):
     assert sorted({*range(23)} - {*task.starts["train"].tolist()}) == [6, 7]
     made["load"][34:] = [None] * 6
     with pytest.raises(
-        SpecError, match=r"targets: .*load.csv: got no value in the 6 rows for test; expected at least one"
+        SpecError, match=r"load.csv: targets: got no value in the 6 rows for test; expected at least one"
     ):
         spec(tmp_path, made).build(0)
 
@@ -268,7 +268,7 @@ def test_a_study_names_the_line_of_the_option_and_the_line_of_the_file(tmp_path,
     write(tmp_path, columns(load=[*columns()["load"][:-1], "x"]))
     assert main(["ablate", "study.yaml", "--workers", "0", "--out", "here"]) == 2
     file = tmp_path / "load.csv"
-    message = f"study.yaml:4:3: task.file: {file}:41: column 'load': got 'x'; expected a number"
+    message = f"study.yaml:4:3: task.file: {file}:41: got 'x' in column 'load'; expected a number"
     assert capsys.readouterr().err == f"atn-norms: {message}\n" and not (tmp_path / "here").exists()
 
 
@@ -321,46 +321,46 @@ FAULTS = [
     (
         {"time": swapped(TIMES, 7, 8)},
         {},
-        "time: FILE:10: column 'time': got '7', before '8' of the row before; "
+        "FILE:10: time: got '7' in column 'time', after '8' in the row before; "
         "expected times that increase from row to row",
     ),
     (
         {"time": [*TIMES[:9], "8", *TIMES[10:]]},
         {},
-        "time: FILE:11: column 'time': got '8' again; expected times that increase from row to row",
+        "FILE:11: time: got '8' in column 'time' again; expected times that increase from row to row",
     ),
-    ({"load": [*["1.5"] * 39, "x"]}, {}, "file: FILE:41: column 'load': got 'x'; expected a number"),
+    ({"load": [*["1.5"] * 39, "x"]}, {}, "FILE:41: file: got 'x' in column 'load'; expected a number"),
     (
         {"load": [2.0] * ROWS},
         {},
-        "targets: FILE: column 'load': got only 2 in 28 training rows; expected values that differ",
+        "FILE: targets: got only 2 in the 28 training rows of column 'load'; expected values that differ",
     ),
     (
         {"load": MISSING},
         {},
-        "targets: FILE: column 'load': got no value in 28 training rows; expected values that differ",
+        "FILE: targets: got no value in the 28 training rows of column 'load'; expected values that differ",
     ),
     (
         {"heat": MISSING},
         {"covariates": ["heat"]},
-        "covariates: FILE: column 'heat': got no value in 28 training rows; expected at least one value",
+        "FILE: covariates: got no value in the 28 training rows of column 'heat'; expected at least one value",
     ),
     (
         {},
         {"context": 27},
-        "file: FILE: got 40 rows, 28 of them for train; "
+        "FILE: file: got 40 rows, 28 of them for train; "
         "expected at least 29 for train, the context of 27 and the horizon of 2",
     ),
     (
         {},
         {"horizon": 7},
-        "file: FILE: got 40 rows, 6 of them for validation; expected at least 7 for validation, the horizon of 7",
+        "FILE: file: got 40 rows, 6 of them for validation; expected at least 7 for validation, the horizon of 7",
     ),
     ({}, {"season": 28}, "season: got 28; expected less than the 28 training rows"),
     (
         {"load": [float(row % 4) for row in range(ROWS)]},
         {"season": 4, "metric": "MASE"},
-        "metric: column 'load': got no change over 4 steps in the training rows; "
+        "metric: got no change of column 'load' over 4 steps in the training rows; "
         "expected a change, which MASE divides by; or another metric",
     ),
 ]

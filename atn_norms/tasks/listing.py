@@ -86,7 +86,7 @@ def _in_index(path: Path, spec: SequencesSpec) -> list[Item]:
         numbers = table.numbers(spec.label_column)
         if numbers.isnan().any():
             row = int(numbers.isnan().nonzero()[0])
-            raise fault("path", f"{table.place(row)}: column {spec.label_column!r}", "no value", "a number")
+            raise fault("path", table.place(row), f"no value in column {spec.label_column!r}", "a number")
         labels = [repr(number) for number in numbers.tolist()]
     parts: list[str | None] = [None] * table.rows
     if spec.split_column is not None:
@@ -95,16 +95,16 @@ def _in_index(path: Path, spec: SequencesSpec) -> list[Item]:
     items, seen = [], {}
     for row, (name, label, part) in enumerate(zip(files, labels, parts, strict=True)):
         if part is not None and part not in PARTS:
-            place = f"{table.place(row)}: column {spec.split_column!r}"
-            raise fault("path", place, repr(part), f"one of {', '.join(PARTS)}", PARTS, part)
-        place = f"{table.place(row)}: column {spec.file_column!r}"
+            got = f"{part!r} in column {spec.split_column!r}"
+            raise fault("path", table.place(row), got, f"one of {', '.join(PARTS)}", PARTS, part)
+        place, cell = table.place(row), f"{name!r} in column {spec.file_column!r}"
         if name in seen:
-            raise fault("path", place, f"{name!r} again, after {table.place(seen[name])}", "each file once")
+            raise fault("path", place, f"{cell} again, after {table.place(seen[name])}", "each file once")
         file = path.parent / name
         if not file.is_file():
             near = [each.name for each in file.parent.iterdir()] if file.parent.is_dir() else []
             raise fault(
-                "path", place, f"{name!r}, and no such file", f"a file relative to {path.parent}", near, file.name
+                "path", place, f"{cell}, and no such file", f"a file relative to {path.parent}", near, file.name
             )
         seen[name] = row
         items.append(Item(name, file, label, part, table.place(row)))

@@ -236,9 +236,10 @@ class Series(Task):
                 known = values[train.start : train.stop, (*spec.targets, *spec.covariates).index(column)]
                 known = known[~known.isnan()]
                 if not len(known) or (several and known.min() == known.max()):
-                    got = f"{f'only {known[0].item():g}' if len(known) else 'no value'} in {len(train)} training rows"
+                    value = f"only {known[0].item():g}" if len(known) else "no value"
+                    got = f"{value} in the {len(train)} training rows of column {column!r}"
                     expected = "values that differ" if several else "at least one value"
-                    raise fault(option, f"{spec.file}: column {column!r}", got, expected)
+                    raise fault(option, spec.file, got, expected)
         if spec.season is not None and spec.season >= len(train):
             raise fault("season", "", str(spec.season), f"less than the {len(train)} training rows")
 
@@ -263,8 +264,8 @@ class Series(Task):
         changes = (train[season:] - train[:-season]).abs().nanmean(0).nan_to_num(0.0)
         for column, change in zip(self.spec.targets, changes.tolist(), strict=True):
             if self.metric == "MASE" and change == 0:
-                got = f"no change over {season} step{'s'[: season > 1]} in the training rows"
-                raise fault("metric", f"column {column!r}", got, "a change, which MASE divides by; or another metric")
+                got = f"no change of column {column!r} over {season} step{'s'[: season > 1]} in the training rows"
+                raise fault("metric", "", got, "a change, which MASE divides by; or another metric")
         return changes
 
     def _windows(self, part: str) -> Tensor:
@@ -339,9 +340,9 @@ def _checked_times(table: Table, column: str | None, pattern: str | None) -> Ite
     wrong = (steps <= 0).nonzero()
     if len(wrong):
         row = int(wrong[0]) + 1
-        got, before = table.text(column, row), table.text(column, row - 1)
-        got += " again" if steps[row - 1] == 0 else f", before {before} of the row before"
-        raise fault("time", f"{table.place(row)}: column {column!r}", got, "times that increase from row to row")
+        got, before = f"{table.text(column, row)} in column {column!r}", table.text(column, row - 1)
+        got += " again" if steps[row - 1] == 0 else f", after {before} in the row before"
+        raise fault("time", table.place(row), got, "times that increase from row to row")
     if not len(steps):
         return
     usual = steps.double().median()

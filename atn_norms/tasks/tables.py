@@ -29,7 +29,7 @@ def absolute(path: str) -> str:
 def fault(
     option: str, place: object, got: str, expected: str, choices: Iterable[str] = (), word: str = ""
 ) -> SpecError:
-    """Build an error, `option: place: got X; expected Y; did you mean Z?`, where Z is the choice nearest to `word`.
+    """Build an error, `place: option: got X; expected Y; did you mean Z?`, where Z is the choice nearest to `word`.
 
     >>> print(fault("targets", "", "'laod'", "a column of load.csv", ["load", "time"], "laod"))
     targets: got 'laod'; expected a column of load.csv; did you mean 'load'?
@@ -187,7 +187,7 @@ class Table:
     def _refused(self, column: str, row: int, values: Any, expected: str) -> SpecError:
         value = values[row].as_py()
         got = "no value" if value is None else short_repr(value)
-        return fault(self.option, f"{self.place(row)}: column {column!r}", got, expected)
+        return fault(self.option, self.place(row), f"{got} in column {column!r}", expected)
 
 
 def read(data: bytes, path: Path, option: str, delimiter: str = ",", missing: Iterable[str] = ()) -> Table:
@@ -275,10 +275,8 @@ def _header(data: bytes, path: Path, option: str, delimiter: str) -> tuple[list[
         raise fault(option, path, "an empty file", "a first line with the names of the columns")
     other = next((sign for sign in ";\t|," if sign != delimiter and sign in header[0]), None)
     if len(header) == 1 and other is not None:
-        got = f"one column {short_repr(header[0])}"
-        raise SpecError(
-            f"{option}: {path}:1: got {got} with delimiter {delimiter!r}; did you mean delimiter {other!r}?"
-        )
+        got = f"one column {short_repr(header[0])} with delimiter {delimiter!r}"
+        raise fault(option, f"{path}:1", got, "another delimiter", [other], other)
     return [name.strip() for name in header], empty
 
 
