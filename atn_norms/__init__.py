@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from atn_norms.layers import norm_parameters as norm_parameters
     from atn_norms.layers import replace as replace
     from atn_norms.layers import save as save
+    from atn_norms.layers import with_backend as with_backend
     from atn_norms.normalizers import BatchNorm as BatchNorm
     from atn_norms.normalizers import LayerNorm as LayerNorm
     from atn_norms.normalizers import Normalizer as Normalizer
@@ -49,7 +51,7 @@ _HOME = {
     "cells": ("Cell", "CellSpec"),
     "layers": (
         *("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent"),
-        *("explain", "load", "load_weights", "norm_parameters", "replace", "save"),
+        *("explain", "load", "load_weights", "norm_parameters", "replace", "save", "with_backend"),
     ),
     "normalizers": ("BatchNorm", "LayerNorm", "NormSpec", "Normalizer", "RMSNorm"),
     "plugins": ("hookimpl",),
@@ -77,3 +79,22 @@ if not TYPE_CHECKING:  # type checkers would accept any name
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+OPERATORS = "atn_norms.backends.native.call"  # importing it registers the operators with torch
+
+
+class _BeforeLoading:
+    """Register the operators when a saved program is first loaded, where torch is imported after this package."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name in ("torch._export.serde.serialize", "torch._inductor.package"):
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _BeforeLoading]
+            import_module(OPERATORS)
+
+
+if "torch" in sys.modules:
+    import_module(OPERATORS)
+else:
+    sys.meta_path.insert(0, _BeforeLoading)  # type: ignore[arg-type]

@@ -244,6 +244,9 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
     if counts.shape != (batch,):
         raise ValueError(f"lengths: shape {list(counts.shape)}; {allowed}")
     outside = (counts < 0) | (counts > steps)
+    if torch.compiler.is_compiling():  # a graph cannot read a number; it asserts when it runs
+        torch._assert_async(~outside.any(), f"lengths: got a number outside the sequence; {allowed}")
+        return counts
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(f"lengths: row {row} has {int(counts[row])}; {allowed}")

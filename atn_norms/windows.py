@@ -154,8 +154,11 @@ class Sliding(Window[S]):
         state = _constant_weights(state)
         row = torch.arange(weights.shape[1], device=weights.device)
         mask = weights > 0
-        # A window counts live steps, so bring each row's live steps together before cutting windows out of it.
-        order = torch.argsort((~mask).to(torch.uint8), dim=0, stable=True)
+        # A window counts live steps, so bring each row's live steps together before cutting windows out of it. This is
+        # a stable sort by counting, which exporters know.
+        live, masked = mask.cumsum(0) - 1, mask.sum(0) + (~mask).cumsum(0) - 1
+        time = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
+        order = torch.zeros_like(time).scatter(0, torch.where(mask, live, masked), time)
         timeline = [
             torch.cat([old, leaf[order, row].transpose(0, 1)], 1)
             for old, leaf in zip((state[0], *state[1]), (weights, *steps), strict=True)

@@ -124,7 +124,8 @@ class Cell(ABC):
 
         Without `shown`, a fresh window is None, which every backend starts from too and nobody can look into.
         """
-        if isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0:
+        traced = torch.jit.is_tracing() and isinstance(batch, Tensor)
+        if not traced and (isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0):
             raise ValueError(f"batch: {batch!r}; allowed: a number of rows, 0 or more")
         like = weights["weight_hh"]
         if carried is None:

@@ -1,6 +1,6 @@
 """Layers: whole stacks of a cell with torch.nn's interface, single steps, and the options that describe them."""
 
-from atn_norms.layers.convert import load_weights, norm_parameters, replace
+from atn_norms.layers.convert import load_weights, norm_parameters, replace, with_backend
 from atn_norms.layers.io import load, save
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
@@ -24,4 +24,5 @@ __all__ = [
     "norm_parameters",
     "replace",
     "save",
+    "with_backend",
 ]

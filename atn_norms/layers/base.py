@@ -164,6 +164,12 @@ class CellHost(nn.Module):
         for place in norms[:1]:
             unexpected_keys[place] = KeyWithCure(unexpected_keys[place])
 
+    def __prepare_scriptable__(self) -> Any:
+        raise TypeError(
+            f"torch.jit.script: got a {type(self).__name__}; expected a module of plain TorchScript. "
+            "Use torch.export.export, torch.compile or torch.jit.trace"
+        )
+
     def _described(self) -> str:
         """Return sizes and the options that differ from their defaults, for `repr`."""
         parts = [str(self.input_size), str(self.hidden_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import warnings
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from atn_norms.errors import did_you_mean
-from atn_norms.layers.recurrent import Recurrent
+from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import make_layer_spec
 from atn_norms.layers.torch_api import skin_of
 from atn_norms.normalizers import Normalizer
@@ -135,6 +136,26 @@ def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
                 'optimizer.add_param_group({"params": list(atn_norms.norm_parameters(model).values())})',
                 stacklevel=3,
             )
+
+
+def with_backend(model: nn.Module, backend: str) -> nn.Module:
+    """Return a copy of a model whose layers run on one backend.
+
+    `torch.export.export(with_backend(model, "reference"), ...)` gives a program of torch's operators alone, which
+    loads and runs where this package is not installed. The number of steps is then fixed.
+
+    Errors: `ValueError` for a backend that cannot run one of the layers, with its reason.
+
+    >>> import torch, atn_norms as an
+    >>> print(an.explain(an.with_backend(an.GRU(3, 5, norm="rms"), "reference")).splitlines()[1])
+    cell _l0: backend 'reference'
+    """
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, Recurrent):
+            module.spec = make_layer_spec(**dict(module.spec) | {"backend": backend})
+            explain(module)
+    return copied
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

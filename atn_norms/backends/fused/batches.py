@@ -25,7 +25,7 @@ class Batch:
         time = torch.arange(steps)
         if lengths is None:
             self._live = torch.full((1,), steps)
-            self._counts = torch.full((steps,), float(batch), dtype=DOUBLE)
+            self._counts = torch.full((steps,), batch, dtype=DOUBLE)
         else:
             self._live = lengths.max().reshape(1)
             self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)

@@ -54,13 +54,14 @@ class Fused(ABC):
         results = None if leaves is None else self.attempt(plan, *single, affine, populations, leaves, lengths)
         if results is None:
             leaves = _checked_leaves(memories, plan, batch, xs.device) if rows is None else rows.leaves()
-            keep = torch.is_grad_enabled() and any(
+            needs_gradients = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
             )
+            keep = needs_gradients or torch.jit.is_tracing()  # a trace is checked without gradients
             results = self.operate(*single, affine, populations, leaves, lengths, plan.encode(), keep)
         ys, hn, cn, *after = results
         happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
-        following, indices, start = list(norms), {}, 0
+        following, known, start = list(norms), [], 0
         for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
             end = start + site.tensors
             if rows is not None:
@@ -68,9 +69,11 @@ class Fused(ABC):
                 start = end
                 continue
             index = None if memory is None else memory[0]
-            if id(index) not in indices:  # all sites count the same steps, mostly in one tensor
-                indices[id(index)] = happened if index is None else index + happened
-            following[PLACES[site.site]] = (indices[id(index)], _rebuilt(site, after[start:end]))
+            counted = next((after for before, after in known if before is index), None)
+            if counted is None:  # all sites count the same steps, mostly in one tensor
+                counted = happened if index is None else index + happened
+                known.append((index, counted))
+            following[PLACES[site.site]] = (counted, _rebuilt(site, after[start:end]))
             start = end
         if rows is not None:
             rows.record(weights, after[start:])

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from atn_norms.backends.fused.plan import Plan
 
@@ -123,6 +124,7 @@ class Operators:
             rest = [empty_like(tensor) for tensor in (h0, c0, *affine, *states)]
             return [dxs, *map(empty_like, (weight_ih, weight_hh)), xs.new_empty(wide), xs.new_empty(wide), *rest]
 
+        _register_flops(name)
         forward.register_autograd(self._backward, setup_context=self._setup)
         self.forward, self.backward = forward, backward
 
@@ -173,8 +175,27 @@ class Operators:
         return *found, daffine, [None] * ctx.counts[1], dstates, None, None, None
 
 
+def _register_flops(name: str) -> None:
+    """Count the products of the operators, for `FlopCounterMode` and what builds on it; other work is not counted."""
+
+    def count(xs: Sequence[int], weight_ih: Sequence[int], weight_hh: Sequence[int]) -> tuple[int, int]:
+        rows = 2 * xs[0] * xs[1]
+        return rows * weight_ih[0] * weight_ih[1], rows * weight_hh[0] * weight_hh[1]
+
+    @register_flop_formula(getattr(torch.ops.atn_norms, name))
+    def _(xs: Any, weight_ih: Any, weight_hh: Any, *_: Any, **__: Any) -> int:
+        return sum(count(xs, weight_ih, weight_hh))
+
+    @register_flop_formula(getattr(torch.ops.atn_norms, f"{name}_backward"))
+    def _(dys: Any, dhn: Any, dcn: Any, dstates: Any, xs: Any, weight_ih: Any, weight_hh: Any, *rest: Any, **_: Any):
+        inputs, recurrent = count(xs, weight_ih, weight_hh)
+        return (2 if rest[-1] else 1) * inputs + 2 * recurrent
+
+
 def transformed() -> str | None:
     """Return why no operator can run: a transform that it has no rule for is active; None if it can run."""
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no form of its operator"
     if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:  # type: ignore[attr-defined]
         return "it has no rule for torch.func transforms (grad, vmap, jvp, ...), and one is active"
     if forward_ad._current_level >= 0:

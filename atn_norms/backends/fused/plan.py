@@ -56,8 +56,9 @@ class SitePlan:
 
     def encode(self) -> str:
         """As a text: the fields in order."""
+        eps, decay = float(self.eps), float(self.decay)  # a compiler then takes them as constants
         return (
-            f"{self.site} {self.features} {self.groups} {int(self.centred)} {self.eps!r} {self.steps} {self.decay!r} "
+            f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
             f"{'-' if self.traced is None else self.traced.encode()}"
         )

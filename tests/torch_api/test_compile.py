@@ -1,0 +1,226 @@
+"""Compilers and exporters: one graph for every shape, and the numbers of an eager call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim, export
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+import atn_norms as an
+from tests.compare import compare
+from tests.torch_api.features import feature
+from tests.torch_api.test_transforms import CELLS, NORMS, every_layer, every_norm
+
+GROUP = "Compilers and exporters"
+ROOT = Path(__file__).parents[2]
+SHAPES = ((5, 2), (7, 2), (7, 3), (9, 4), (11, 20), (5, 3))
+WINDOWS: dict[str, Any] = {
+    "1": 1,
+    "3": 3,
+    "cumulative": "cumulative",
+    "exponential": {"kind": "exponential", "half_life": 2.0},
+}
+deep = pytest.mark.deep
+
+
+def batch(steps: int, rows: int) -> torch.Tensor:
+    return torch.randn(steps, rows, 3, generator=torch.Generator().manual_seed(steps + rows))
+
+
+@pytest.fixture
+def graphs():
+    """Count the graphs of a fresh compiler."""
+    torch._dynamo.reset()
+    return CompileCounter()
+
+
+class Output(nn.Module):
+    """A layer whose only result is its output."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+class Stream(Output):
+    """A layer that continues from a state."""
+
+    def forward(self, x: torch.Tensor, state: Any) -> Any:  # type: ignore[override]
+        return self.layer.unroll(x, state)
+
+
+@feature(
+    GROUP, "`torch.compile(fullgraph=True)` of a layer without a norm", "torch", "torch.nn's layers need `allow_rnn`."
+)
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "gru" else ()) for name in CELLS])
+def test_a_layer_without_a_norm_compiles(cell, graphs, runs):
+    layer, x = CELLS[cell](3, 4, 2, bidirectional=True), batch(5, 2)
+    compare(torch.compile(layer, fullgraph=True, backend=graphs)(x), layer(x), tolerance=1e-6)
+    assert graphs.frame_count == 1
+
+
+@feature(GROUP, "`torch.compile(dynamic=True)`: one graph for every length and batch", "native")
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm == "rms" else ()) for norm in NORMS])
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
+def test_one_graph_for_every_shape(cell, norm, graphs):
+    layer = CELLS[cell](3, 4, norm=norm, window=3)
+    twin = an.with_backend(layer, "native")  # batch norm counts what it sees
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for shape in SHAPES:
+        compare(compiled(batch(*shape)), twin(batch(*shape)), tolerance=1e-6)
+    assert graphs.frame_count == 1
+    compare(dict(layer.state_dict()), dict(twin.state_dict()), tolerance=1e-6)
+
+
+@feature(GROUP, "compiled `unroll` from a state: one graph for a stream", "native", "A second one without a state.")
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm != "layer" else ()) for norm in NORMS])
+def test_a_stream_has_one_graph(norm, graphs):
+    layer = an.LSTM(3, 4, norm=norm, window=3).eval()
+    step, state = torch.compile(layer.unroll, fullgraph=True, backend=graphs), layer.initial(4)
+    with torch.no_grad():
+        _, state = layer.unroll(batch(2, 4))
+        parts = []
+        for x in batch(6, 4).split(1):
+            y, state = step(x, state)
+            parts.append(y)
+        whole, _ = layer.unroll(torch.cat([batch(2, 4), batch(6, 4)]))
+    compare(torch.cat(parts), whole[2:], tolerance=1e-6)
+    assert graphs.frame_count == 1
+
+
+@feature(
+    GROUP, "compiled `unroll` with `lengths`, `fullgraph=True`", "native", "Lengths are checked when the graph runs."
+)
+def test_lengths_compile(graphs):
+    layer = an.LSTM(3, 4, norm="layer", window=3)
+    run = torch.compile(layer.unroll, fullgraph=True, backend=graphs)
+    for last in range(3):
+        lengths = torch.tensor([5, 0, last])
+        compare(run(batch(5, 3), None, lengths), layer.unroll(batch(5, 3), None, lengths), tolerance=1e-6)
+    assert graphs.frame_count == 1
+    with pytest.raises(RuntimeError, match=r"lengths: got a number outside the sequence; allowed: 3 integer"):
+        run(batch(5, 3), None, torch.tensor([5, 6, 0]))
+
+
+@feature(GROUP, "many compiled layers of one kind share a graph", "native")
+def test_ten_layers_share_a_graph(graphs):
+    for _ in range(10):
+        layer = an.LSTM(3, 4, norm="layer", window=3)
+        compare(torch.compile(layer, fullgraph=True, backend=graphs)(batch(5, 2)), layer(batch(5, 2)), tolerance=1e-6)
+    assert graphs.frame_count == 1
+
+
+@feature(
+    GROUP, "`torch.export` with dynamic length and batch", "native", "Use `Dim.DYNAMIC` or `Dim.AUTO` for the batch."
+)
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=deep)])
+@pytest.mark.parametrize("norm", ["layer", "batch", pytest.param("rms", marks=deep)])
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "gru" else ()) for name in CELLS])
+def test_an_exported_layer_takes_every_shape(cell, norm, strict):
+    layer = CELLS[cell](3, 4, norm=norm, window=3).eval()
+    program = export(layer, (batch(5, 2),), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},), strict=strict)
+    for shape in ((5, 2), (9, 7), (4, 40)):
+        compare(program.module()(batch(*shape)), layer(batch(*shape)), tolerance=1e-6)
+
+
+def run_program(path: Path, imports: str, check: str) -> None:
+    """Load a program in a fresh process and compare its output with the one beside it."""
+    script = (
+        f"import sys, {imports}\n"
+        f"program = torch.export.load({str(path)!r}).module()\n"
+        f"x, expected = torch.load({str(path.with_suffix('.pt'))!r})\n"
+        f"torch.testing.assert_close(program(x)[0], expected)\n"
+        f"assert {check}\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def save_program(layer: Any, path: Path) -> Path:
+    x = batch(5, 2)
+    torch.export.save(export(layer, (x,), dynamic_shapes=({1: Dim.DYNAMIC},)), path)
+    torch.save((x, layer(x)[0].detach()), path.with_suffix(".pt"))
+    return path
+
+
+@feature(GROUP, "`torch.export.load` after `import atn_norms`", "native")
+@deep
+@pytest.mark.parametrize("imports", ["torch, atn_norms", "atn_norms, torch"])
+def test_a_saved_program_loads_after_an_import_of_the_package(imports, tmp_path):
+    path = save_program(an.LSTM(3, 4, norm="layer", window=3), tmp_path / "layer.pt2")
+    run_program(path, imports, "'atn_norms.backends.native.call' in sys.modules")
+
+
+@feature(GROUP, '`torch.export` of `with_backend(model, "reference")`', "reference", "Loads without this package.")
+@deep
+@every_norm
+def test_a_decomposed_program_loads_without_this_package(norm, tmp_path):
+    layer = an.with_backend(an.LSTM(3, 4, norm=norm, window=3).eval(), "reference")
+    path = save_program(layer, tmp_path / "layer.pt2")
+    run_program(path, "torch", "'atn_norms' not in sys.modules")
+
+
+@feature(GROUP, "`torch.jit.trace`, TensorBoard `add_graph`", "native", "Deprecated in torch.")
+@pytest.mark.parametrize("training", [False, True])
+@every_norm
+@every_layer
+def test_a_trace_takes_every_shape(cell, norm, training, runs):
+    layer = CELLS[cell](3, 4, norm=norm, window=3).train(training and norm != "batch")
+    traced: Any = torch.jit.trace(Output(layer), batch(5, 2))
+    for shape in ((5, 2), (9, 7)):
+        compare(traced(batch(*shape)), layer(batch(*shape))[0], tolerance=1e-6)
+    assert set(runs) == {"native"}
+
+
+@feature(GROUP, "`torch.jit.script`", "refused", "Deprecated in torch; use `torch.export`.")
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_script_is_refused_with_the_alternatives(cell, norm):
+    model = nn.Sequential(CELLS[cell](3, 4, norm=norm))
+    with pytest.raises(TypeError, match=r"torch.jit.script: got a .*; expected .* Use torch.export.export"):
+        torch.jit.script(model)
+
+
+@feature(GROUP, "`FlopCounterMode`", "native", "Products alone are counted, as for torch's operators.")
+@every_norm
+@every_layer
+def test_flops_are_those_of_the_reference(cell, norm):
+    counts = {}
+    for backend in ("native", "reference"):
+        layer, x = CELLS[cell](3, 4, norm=norm, window=2, backend=backend), batch(5, 2).requires_grad_()
+        h = torch.zeros(1, 2, 4, requires_grad=True)
+        hx: Any = (h, h) if cell == "lstm" else h
+        with FlopCounterMode(display=False) as mode:
+            layer(x, hx)[0].sum().backward()
+        counts[backend] = mode.get_total_flops()
+    assert counts["native"] == counts["reference"] > 0
+
+
+@feature(GROUP, "ONNX (`torch.onnx.export`), whole sequences and streams", "reference", "The number of steps is fixed.")
+@deep
+@pytest.mark.parametrize("window", WINDOWS)
+@every_norm
+@every_layer
+def test_onnx_gives_the_same_numbers(cell, norm, window):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer = CELLS[cell](3, 4, norm=norm, window=WINDOWS[window]).eval().requires_grad_(False)
+    _, state = layer.unroll(batch(4, 2))
+    for model, arguments in ((layer, (batch(5, 2),)), (Stream(layer).eval(), (batch(1, 2), state))):
+        program: Any = torch.onnx.export(model, arguments, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+        feed = {i.name: a.numpy() for i, a in zip(session.get_inputs(), tree_flatten(arguments)[0], strict=True)}
+        found = [torch.from_numpy(output) for output in session.run(None, feed)]
+        compare(found, tree_flatten(model(*arguments))[0], tolerance=1e-5)
