@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -656,3 +657,26 @@ def test_a_plugin_that_ends_the_process_is_reported(folder):
     out, error = run.communicate(timeout=PATIENCE)
     assert run.returncode == 2 and out == ""
     assert "atn-norms: stopped by a call of os._exit(0) (" in error and "exits.py:3, in <module>)" in error
+
+
+def test_resume_with_a_setting_names_the_command_that_takes_it(capsys):
+    error = said(capsys, "resume", "a folder", "--set", "seeds=3", "--set", "train.steps=[1, 2]")
+    command = "atn-norms ablate 'a folder/study.yaml' --out 'a folder' --set seeds=3 --set 'train.steps=[1, 2]'"
+    assert error.endswith(f"To change it, where it only grows: {command}\n")
+
+
+@pytest.mark.parametrize(("file", "name"), [("My first-study.yaml", "My first-study"), ("%.yaml", "study")])
+def test_a_study_is_named_after_its_file(file, name, capsys):
+    Path("study.yaml").rename(file)
+    small = ["--set", "axes={}"]
+    assert f"study {name!r}: 1 trials" in printed(capsys, "ablate", file, "--dry-run", *small)
+    assert "study 'other': 1 trials" in printed(capsys, "ablate", file, "--dry-run", *small, "--set", "name=other")
+
+
+def test_check_says_how_to_set_a_required_option_and_expects_failures(capsys):
+    assert "steps: got nothing; expected a value. Set it with --set steps=VALUE" in said(capsys, "check", "sliding")
+    law = "options_survive_a_dump"
+    assert "--expect-failure: got 'x'; expected LAW=REASON" in said(capsys, "check", "rms", "--expect-failure", "x")
+    assert "unknown law 'x'" in said(capsys, "check", "rms", "--expect-failure", "x=because")
+    out = printed(capsys, "check", "adding", "--expect-failure", f"{law}=to see", code=1)
+    assert re.search(rf"{law} +failed +expected to fail \(to see\)", out)

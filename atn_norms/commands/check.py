@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,11 +26,18 @@ def check(
     family: Annotated[
         str | None, typer.Option(metavar="FAMILY", help="normalizer, window, cell, task or backend.")
     ] = None,
+    expected: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expect-failure", metavar="LAW=REASON", help="Require this law to fail, and say why; may be repeated."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask every law of one kind, and show what became of each; exit code 1 if one fails."""
+    """Run the conformance tests of one kind; exit code 1 if one fails."""
     from atn_norms.errors import SpecError
 
+    reasons = _reasons(expected or [])
     found = _family(kind, family)
     plugin = _plugin(found, kind, settings or [])
     try:
@@ -40,7 +47,7 @@ def check(
         need_hypothesis()
     except ModuleNotFoundError as error:
         raise SpecError(str(error)) from None
-    results = getattr(checks, f"check_{found}")(plugin)
+    results = getattr(checks, f"check_{found}")(plugin, expected_failures=reasons)
     failed = [result for result in results if result.status == "failed"]
     if as_json:
         options = {} if found == BACKEND else plugin.model_dump(mode="json")
@@ -51,6 +58,18 @@ def check(
         raise typer.Exit(1)
 
 
+def _reasons(expected: Sequence[str]) -> dict[str, str]:
+    from atn_norms.errors import SpecError, brief
+
+    reasons = {}
+    for each in expected:
+        law, equals, reason = each.partition("=")
+        if not (law.strip() and equals and reason.strip()):
+            raise SpecError(f"--expect-failure: got {brief(each)!r}; expected LAW=REASON")
+        reasons[law.strip()] = reason.strip()
+    return reasons
+
+
 def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
     rows = []
     for result in results:
@@ -58,7 +77,8 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
         if result.example:
             rows.append(("", "", f"smallest example: {result.example}"))
     print_table(f"{family} {kind!r}: {len(results)} laws", ("law", "status", "why"), rows)
-    counts = {status: sum(result.status == status for result in results) for status in ("passed", "failed", "skipped")}
+    statuses = ("passed", "failed", "expected", "skipped")
+    counts = {status: sum(result.status == status for result in results) for status in statuses}
     emit("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 
@@ -87,7 +107,7 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known
-    from atn_norms.errors import SpecError, brief, to_spec_error
+    from atn_norms.errors import SpecError, brief, dotted, to_spec_error
     from atn_norms.registry import registry
     from atn_norms.specs import value as yaml_value
 
@@ -104,4 +124,8 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     try:
         return registry.lookup(family, kind).model_validate(data)
     except ValidationError as error:
-        raise to_spec_error(error, data=data) from None
+        problems = to_spec_error(error, data=data).problems
+        raise SpecError.of(
+            replace(each, detail=f"Set it with --set {dotted(each.path)}=VALUE") if each.code == "missing" else each
+            for each in problems
+        ) from None

@@ -41,6 +41,12 @@ STARTS = {
         'layer = an.LSTM(2, 60, norm="layer", window={"kind": "$kind", "steps": 10})\n'
         "y, _ = layer(torch.randn(100, 8, 2))",
     ),
+    "cell": Start(
+        "    h' = (1 - leak) h + leak tanh(N_ih(W x + b_ih) + N_hh(U h + b_hh))",
+        "| `leak` | share of the new value, in (0, 1] | 0.5 |",
+        'options = {"cell": "$kind", "input_size": 2, "hidden_size": 60, "norm": "layer", "window": 25}\n'
+        "layer = an.build(options)\ny, _ = layer.unroll(torch.randn(100, 8, 2))",
+    ),
     "task": Start(
         "    x_t uniform in [-1, 1),   y = x_0, asked for at the last step; always answering 0 costs 1/3",
         "| `length` | steps of a sequence | 20 |",
@@ -53,7 +59,7 @@ STARTS = {
 
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The kind's name, such as pmean.")],
-    kind: Annotated[str, typer.Option(metavar="normalizer|window|task", help="What it is.")] = "normalizer",
+    kind: Annotated[str, typer.Option(metavar="normalizer|window|cell|task", help="Its family.")] = "normalizer",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.", callback=at_home)
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,14 +58,35 @@ def ablate(
         _run(create(spec, out, where=where), workers, scheduler, as_json)
 
 
-def resume(folder: Folder, workers: Workers = WORKERS, scheduler: Scheduler = None, as_json: Json = False) -> None:
+def resume(
+    folder: Folder,
+    workers: Workers = WORKERS,
+    scheduler: Scheduler = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", hidden=True)] = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
     with _going_on(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import refuse_edited
 
+        _refuse_settings(folder, settings or [])
         _need(workers, scheduler)
         refuse_edited(folder)
         _run(folder, workers, scheduler, as_json)
+
+
+def _refuse_settings(folder: Path, settings: Sequence[str]) -> None:
+    from atn_norms.errors import SpecError
+
+    if settings:
+        words = ["atn-norms", "ablate", str(folder / "study.yaml"), "--out", str(folder)]
+        command = shlex.join([*words, *(word for setting in settings for word in ("--set", setting))])
+        raise SpecError(
+            "--set",
+            "an override of the study",
+            "none, since resume continues a study unchanged",
+            detail=f"To change it, where it only grows: {command}",
+        )
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
@@ -178,8 +200,17 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
     if not presets.is_name(study) and Path(study).is_dir():
         raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
     data, where = parse(presets.text(study), f"{study}.yaml") if presets.is_name(study) else read(Path(study))
+    if not presets.is_name(study):
+        data.setdefault("name", _name_of(Path(study)))
     where = placed(data, settings, where)
     return validate(StudySpec, override(data, settings), where), where
+
+
+def _name_of(file: Path) -> str:
+    """Return the name of a study's file where it can be a study's name, and the default name otherwise."""
+    from atn_norms.ablation.grid.study import NAME, StudySpec
+
+    return file.stem if re.fullmatch(NAME, file.stem) else StudySpec.model_fields["name"].default
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:

@@ -105,7 +105,7 @@ def test_the_linter_has_nothing_to_say(tmp_path, family, name):
         (["sliding", "--kind", "window"], "NAME: there is a window 'sliding' already, of atn-norms; choose another"),
         (
             ["mine", "--kind", "windw"],
-            "--kind: got unknown 'windw'; expected one of normalizer, window, task; did you mean 'window'?",
+            "--kind: got unknown kind 'windw'; expected one of normalizer, window, cell, task; did you mean 'window'?",
         ),
     ],
 )
