@@ -290,10 +290,12 @@ def _refuse_kind(folder: int, path: Path, expected: int, error: OSError) -> None
     """Raise `StoreError` where an entry could not be opened since it is a link, a pipe, or of another kind."""
     if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
         return
-    with suppress(OSError):
+    try:
         mode = os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode
-        if stat.S_IFMT(mode) != expected:
-            raise StoreError(_wrong_kind(path, mode, expected)) from error
+    except OSError:
+        return
+    if stat.S_IFMT(mode) != expected:
+        raise StoreError(_wrong_kind(path, mode, expected)) from error
 
 
 def _wrong_kind(path: Path, mode: int, expected: int) -> str:
