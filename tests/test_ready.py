@@ -54,7 +54,7 @@ def test_paper_charlm_does_what_the_authors_code_does():
     options = {"carry": "none", "segment": 220, "segment_deviation": 5.0, "segment_halved": 0.05, "embedding_init": 0.1}
     for trial in trials:
         assert trial["task"].items() >= {**options, "evaluation_streams": 10, "embedding": 200}.items()
-        assert trial["train"].items() >= {"batch_size": 32, "clip": 3.0, "steps": 109_000}.items()
+        assert trial["train"].items() >= {"batch_size": 32, "clip_grad_norm": 3.0, "steps": 109_000}.items()
         assert trial["train"]["optimizer"].items() >= {"kind": "adam", "lr": 1e-2}.items()
 
 

@@ -31,7 +31,7 @@ THEIRS = {
         lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.25, total_iters=STEPS),
     ),
     "cosine": ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=STEPS)),
-    "step": ({"kind": "step", "every": 6, "by": 0.3}, lambda o: lr_scheduler.StepLR(o, step_size=6, gamma=0.3)),
+    "step": ({"kind": "step", "every": 6, "gamma": 0.3}, lambda o: lr_scheduler.StepLR(o, step_size=6, gamma=0.3)),
     "warm-up": (
         {"kind": "constant", "warmup": 8},
         lambda o: lr_scheduler.LinearLR(o, start_factor=1 / 8, end_factor=1.0, total_iters=7),
@@ -63,7 +63,7 @@ def test_after_the_warm_up_a_schedule_covers_the_steps_that_are_left():
 def test_a_plateau_lowers_the_rate_as_torch_s_does():
     scores = [3.0, 2.0, 2.0, 2.1, 1.9, 1.95, 1.95, 1.9, 1.9, 1.0, 1.0]
     ours, theirs = optimizer(), optimizer()
-    rate = Rate(schedules.resolve({"kind": "plateau", "patience": 2, "by": 0.5}), 99, ours)
+    rate = Rate(schedules.resolve({"kind": "plateau", "patience": 2, "gamma": 0.5}), 99, ours)
     scheduler = lr_scheduler.ReduceLROnPlateau(theirs, factor=0.5, patience=1, threshold=0.0)  # counts one less
     for step, score in enumerate(scores):
         rate.see(score)
@@ -97,7 +97,7 @@ def test_a_plateau_goes_on_from_its_state():
         ({"kind": "step", "every": 0}, "schedule.every: got 0; expected at least 1"),
         ({"kind": "linear", "final": 2.0}, "schedule.final: got 2.0; expected at most 1"),
         ({"warmup": -1}, "schedule.warmup: got -1; expected at least 0"),
-        ({"kind": "plateau", "by": 1.0}, "schedule.by: got 1.0; expected a number below 1"),
+        ({"kind": "plateau", "gamma": 1.0}, "schedule.gamma: got 1.0; expected a number below 1"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_said_where_it_is(schedule, said):

@@ -72,11 +72,11 @@ def test_points_without_a_number_are_counted():
 
 def test_what_an_axis_says_is_not_said_of_the_model_too():
     record = grid({"cell": ["lstm", "gru"], "train.optimizer.lr": ["0.1", "0.2"]}, lambda point, seed: 0.1)
-    train = {"clip": None, "steps": 5, "optimizer": {"kind": "adam", "lr": 0.1}, "schedule": {"warmup": 1}}
+    train = {"clip_grad_norm": None, "steps": 5, "optimizer": {"kind": "adam", "lr": 0.1}, "schedule": {"warmup": 1}}
     said = {"model": {"cell": "rnn", "hidden_size": 60, "norm": {"kind": "layer", "eps": 0.1}}, "train": train}
     told = dict(question(replace(record, study=said)))
     assert told["Model"] == "hidden_size 60, norm kind layer, eps 0.1"
-    assert told["Training"] == "clip null, steps 5, optimizer kind adam, schedule warmup 1"
+    assert told["Training"] == "clip_grad_norm null, steps 5, optimizer kind adam, schedule warmup 1"
     assert said["train"]["optimizer"]["lr"] == 0.1, "the record stays"
 
 

@@ -52,7 +52,7 @@ def steps_of(trainer):
 
 def test_the_rate_of_each_step_is_what_the_optimizer_is_given():
     schedule = {"kind": "linear", "warmup": 2}
-    trainer = Trainer(trial_of(study(optimizer={"kind": "sgd", "lr": 1.0}, clip=1e-3, schedule=schedule)))
+    trainer = Trainer(trial_of(study(optimizer={"kind": "sgd", "lr": 1.0}, clip_grad_norm=1e-3, schedule=schedule)))
     moved = []
     for _ in range(6):
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
@@ -100,8 +100,7 @@ def test_the_best_weights_are_kept_whichever_way_is_better(goal, best):
     while not trainer.finished:
         trainer.advance()
         weights.append({name: each.clone() for name, each in trainer.model.state_dict().items()})
-    trainer.conclude()
-    compare(trainer.model.state_dict(), weights[2 * best - 1], tolerance=0)
+    compare(trainer.kept, weights[2 * best - 1], tolerance=0)
 
 
 def test_the_last_weights_are_scored_unless_the_best_are_asked_for():
@@ -202,7 +201,7 @@ def test_a_loss_that_grows_beyond_bounds_is_divergence(tmp_path, monkeypatch, ex
         return value / value.detach() * 10 ** min(len(steps) - 1, 5), carry
 
     monkeypatch.setattr(Adding, "loss", growing)
-    folder = make(tmp_path / "study", study(explosion=explosion))
+    folder = make(tmp_path / "study", study(divergence_factor=explosion))
     assert run_trial(folder) == ("diverged" if diverges else "finished")
     result = folder.result()
     assert result is not None
@@ -288,8 +287,8 @@ def test_a_task_s_own_settings_stand_where_the_study_says_nothing():
     assert optimizer_of(train={"optimizer": {"lr": 0.5}}) == ("rmsprop", 0.5, 0.9), "an option changes one thing"
     assert optimizer_of(axes={"train.optimizer.lr": [0.25]}) == ("rmsprop", 0.25, 0.9)
     assert trial_of({**bare, "train": {"steps": 7}})["train"]["steps"] == 7
-    assert trial_of({**STUDY, "task": "charlm"})["train"]["clip"] == 3.0
-    assert trial_of({**STUDY, "task": "charlm", "train": {"clip": None}})["train"]["clip"] is None
+    assert trial_of({**STUDY, "task": "charlm"})["train"]["clip_grad_norm"] == 3.0
+    assert trial_of({**STUDY, "task": "charlm", "train": {"clip_grad_norm": None}})["train"]["clip_grad_norm"] is None
 
 
 def test_weights_that_are_shared_are_trained_as_one(tmp_path):

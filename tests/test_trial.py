@@ -22,7 +22,7 @@ from tests.compare import compare
 
 ADDING = {"kind": "adding", "length": 5, "train": 40, "validation": 10, "test": 10}
 LAYER = {"cell": "lstm", "hidden_size": 4, "norm": "layer", "window": 3, "num_layers": 2, "dropout": 0.3}
-TRAIN = {"steps": 9, "batch_size": 6, "eval_every": 4, "log_every": 2, "checkpoint_every": 3, "clip": 0.5}
+TRAIN = {"steps": 9, "batch_size": 6, "eval_every": 4, "log_every": 2, "checkpoint_every": 3, "clip_grad_norm": 0.5}
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_one_trial_is_trained_by_one_process_at_a_time(tmp_path):
 
 
 def test_divergence_is_an_outcome(tmp_path):
-    trial = make(tmp_path / "study", optimizer={"kind": "sgd", "lr": 1e30}, clip=None)
+    trial = make(tmp_path / "study", optimizer={"kind": "sgd", "lr": 1e30}, clip_grad_norm=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert run_trial(trial) == "diverged"
@@ -288,7 +288,7 @@ def test_a_score_that_is_not_finite_is_divergence(tmp_path, monkeypatch):
 
 
 def test_the_gradient_is_clipped_as_a_whole(tmp_path):
-    trial = make(tmp_path / "study", clip=1e-3, optimizer={"kind": "sgd", "lr": 1.0}).trial()
+    trial = make(tmp_path / "study", clip_grad_norm=1e-3, optimizer={"kind": "sgd", "lr": 1.0}).trial()
     trainer = Trainer(trial)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.advance()

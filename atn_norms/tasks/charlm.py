@@ -32,7 +32,7 @@ class CharLMSpec(LanguageSpec):
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 1000,
         "optimizer": {"kind": "adam", "lr": 1e-2},
-        "clip": 3.0,
+        "clip_grad_norm": 3.0,
     }
     kind: Literal["charlm"] = "charlm"
 

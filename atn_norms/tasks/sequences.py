@@ -57,7 +57,7 @@ class SequencesSpec(TaskSpec):
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 2000,
         "optimizer": {"kind": "adam", "lr": 1e-3},
-        "clip": 1.0,
+        "clip_grad_norm": 1.0,
         "keep": "best",
     }
     kind: Literal["sequences"] = "sequences"

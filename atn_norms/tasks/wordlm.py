@@ -39,7 +39,7 @@ class WordLMSpec(LanguageSpec):
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 2000,
         "optimizer": {"kind": "adam", "lr": 2e-3},
-        "clip": 1.0,
+        "clip_grad_norm": 1.0,
     }
     kind: Literal["wordlm"] = "wordlm"
     segment: int = Field(default=35, ge=1)

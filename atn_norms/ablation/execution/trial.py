@@ -71,7 +71,7 @@ class Trainer:
         self.rate = Rate(self.train["schedule"], self.train["steps"], self.optimizer)
         self.step = 0
         self.carry: Tree | None = None
-        self.first: float | None = None  # loss of the first step, by which an explosion is known
+        self.first: float | None = None  # loss of the first step, by which divergence is measured
         self.summed, self.count = 0.0, 0  # losses since the last point of the curve
         self.watch = Improvement()
         self.kept: dict[str, Any] | None = None
@@ -89,7 +89,7 @@ class Trainer:
     def advance(self) -> dict[str, Any] | None:
         """Take one training step; return a line of the learning curve when one is due.
 
-        Errors: `Diverged` where a loss or a score is not finite, or the loss has exploded.
+        Errors: `Diverged` where a loss or a score is not finite, or the loss has grown beyond `divergence_factor`.
         """
         self.model.train()
         self.rate.set(self.step, self.task.rate(self.step, self.train["batch_size"]))
@@ -97,8 +97,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, self.carry = self.task.loss(self.model, batch, self.carry)
         loss.backward()
-        if self.train["clip"] is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train["clip"])
+        if self.train["clip_grad_norm"] is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train["clip_grad_norm"])
         self.optimizer.step()
         self.step += 1
         value = _finite(loss.item(), "training loss")
@@ -112,14 +112,14 @@ class Trainer:
         if not validate and self.step % self.train["log_every"]:
             return None
         loss = self.summed / self.count
-        self._refuse_explosion(loss)
+        self._refuse_divergence(loss)
         score = self._validate() if validate else None
         self.summed, self.count = 0.0, 0
         in_metric = _finite(self.task.in_metric(loss), f"training {self.task.metric}")
         return {"step": self.step, "train_loss": in_metric, "validation": score}
 
-    def _refuse_explosion(self, loss: float) -> None:
-        most = self.train["explosion"]
+    def _refuse_divergence(self, loss: float) -> None:
+        most = self.train["divergence_factor"]
         if most is not None and self.first is not None and loss > most * abs(self.first) > 0:
             raise Diverged(f"the training loss is {loss:.3g}, over {most:g} times what it was at first")
 

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
+from atn_norms.ablation.grid.renames import rename_axis, rename_path, rename_study
 from atn_norms.ablation.grid.resolve import axis_path
-from atn_norms.errors import SpecError, brief, dotted, short_repr
+from atn_norms.errors import SpecError, brief, dotted, short_repr, to_spec_error
 from atn_norms.specs import Where
 from atn_norms.specs import value as yaml_value
 
@@ -41,12 +44,10 @@ def setting(assignment: str) -> Setting:
 
 def _path(name: str) -> Path:
     first, dot, rest = name.partition(".")
-    if (
-        first in ("axes", "baseline", "tune") and dot
-    ):  # an axis is called by its whole path; what it holds begins at a bracket
+    if first in ("axes", "baseline", "tune") and dot:  # an axis has a whole path for its name, which ends at a bracket
         axis, bracket, inside = rest.partition("[")
-        return (first, axis, *(_steps(f"0[{inside}")[1:] if bracket else ()))
-    return _steps(name)
+        return (first, rename_axis(axis), *(_steps(f"0[{inside}")[1:] if bracket else ()))
+    return rename_path(_steps(name))
 
 
 def _steps(name: str) -> Path:
@@ -63,11 +64,18 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
 
     Errors: `SpecError` naming the setting.
     """
-    data, given = deepcopy(data), [setting(assignment) for assignment in assignments]
+    data, given = _renamed(data), [setting(assignment) for assignment in assignments]
     for each in given:
         _assign(data, each)
     _refuse_the_overruled(data, given)
     return data
+
+
+def _renamed(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return rename_study(deepcopy(data))
+    except ValidationError as error:
+        raise to_spec_error(error) from None
 
 
 def placed(data: Any, assignments: Sequence[str], where: Where) -> Where:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from atn_norms import errors
 from atn_norms.ablation.grid.errors import Problem, invalid
@@ -221,10 +220,7 @@ def _has_populations(layer: LayerSpec, task: Task) -> bool:
 
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
     """The layer with the task's inputs; `SpecError` where it, with encoder and read-out, is too large to train here."""
-    try:
-        layer = LayerSpec.model_validate({**dict(model), "input_size": task.input_size})
-    except ValidationError as error:
-        raise to_spec_error(error) from None
+    layer = model.model_copy(update={"input_size": task.input_size})  # only its size depends on that: checked here
     memory, cell = _physical_memory(), layer.equations()
     if memory is None:
         return layer

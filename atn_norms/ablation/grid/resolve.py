@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, problems_of
 from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, check_arguments, is_function, placed_in, shorthand
+from atn_norms.ablation.grid.renames import rename_path, rename_train
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.errors import SpecError, did_you_mean, one_of
 from atn_norms.layers import LayerSpec
@@ -30,7 +31,7 @@ def axis_path(name: str) -> tuple[str, ...]:
     (('model', 'norm'), ('train', 'optimizer', 'lr'))
     """
     path = tuple(name.split("."))
-    return path if path[0] in SECTIONS else ("model", *path)
+    return rename_path(path if path[0] in SECTIONS else ("model", *path))
 
 
 def axis_name(name: str) -> str:
@@ -160,7 +161,8 @@ def _without_the_tasks(problem: Problem) -> Problem:
 
 def _recommended(task: TaskSpec | None, given: dict[str, Any]) -> dict[str, Any]:
     """A study's `train` over what the task recommends; an optimizer without a kind changes the task's one."""
-    recommended = plain(task.recommended) if task is not None else {}
+    recommended = rename_train(plain(task.recommended)) if task is not None else {}
+    given = rename_train(given)
     optimizer = given.get("optimizer")
     if isinstance(optimizer, Mapping) and "kind" not in optimizer and isinstance(recommended.get("optimizer"), dict):
         given = {**given, "optimizer": {**recommended["optimizer"], **optimizer}}

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.renames import rename_schedule
 from atn_norms.errors import did_you_mean, short_repr
 from atn_norms.registry import Options
 
@@ -91,26 +92,26 @@ class Cosine(Schedule):
 
 
 class Step(Schedule):
-    """Times `by` after every `every` steps.
+    """Times `gamma` after every `every` steps.
 
-    >>> [Step(every=2, by=0.5).factor(step, 6) for step in range(6)]
+    >>> [Step(every=2, gamma=0.5).factor(step, 6) for step in range(6)]
     [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     """
 
     kind: Literal["step"] = "step"
     every: int = Field(ge=1)
-    by: float = Field(default=0.1, gt=0, le=1)
+    gamma: float = Field(default=0.1, gt=0, le=1)
 
     def shape(self, step: int, steps: int) -> float:
-        return self.by ** (step // self.every)
+        return self.gamma ** (step // self.every)
 
 
 class Plateau(Schedule):
-    """Times `by` whenever `patience` validations in a row were no better than the best before them."""
+    """Times `gamma` whenever `patience` validations in a row were no better than the best before them."""
 
     kind: Literal["plateau"] = "plateau"
     patience: int = Field(default=3, ge=1)
-    by: float = Field(default=0.5, gt=0, lt=1)
+    gamma: float = Field(default=0.5, gt=0, lt=1)
 
 
 KINDS: dict[str, type[Schedule]] = {
@@ -129,6 +130,7 @@ def resolve(value: Any) -> dict[str, Any]:
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise invalid("schedule", [Problem((), f"must be a schedule's name or a mapping, got {short_repr(value)}")])
+    value = rename_schedule(value)
     kind = value.get("kind", "constant")
     if not isinstance(kind, str) or kind not in KINDS:
         known = f"expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
@@ -164,7 +166,7 @@ class Rate:
         if isinstance(self.schedule, Plateau):
             self.watch.see(score)
             if self.watch.since >= self.schedule.patience:
-                self.scale, self.watch.since = self.scale * self.schedule.by, 0
+                self.scale, self.watch.since = self.scale * self.schedule.gamma, 0
 
     def state(self) -> dict[str, float]:
         """What `restore` needs."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic_core import CoreSchema
 
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.functions import is_function
+from atn_norms.ablation.grid.renames import rename_study
 from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, place, plain, resolve
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.files import canonical
@@ -235,7 +236,7 @@ class StudySpec(Options):
     @model_validator(mode="before")
     @classmethod
     def _is_json(cls, data: Any) -> Any:
-        return _refuse_what_is_not_json(data) if isinstance(data, Mapping) else data
+        return rename_study(_refuse_what_is_not_json(data)) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
@@ -255,7 +256,7 @@ class StudySpec(Options):
         if count * seeds > MOST_POINTS:
             told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
             raise invalid("study", [Problem(("seeds",), told)])
-        problems = [each for point in self._points() if isinstance(point, list) for each in point]
+        problems = [each for point in self.resolved_points if isinstance(point, list) for each in point]
         problems += [*self._twice(), *self._baseline_problems(), *self._task_problems(), *self._level_problems()]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
@@ -287,7 +288,12 @@ class StudySpec(Options):
 
     def points(self) -> list[Point]:
         """Every point of the grid, task by task, the last axis fastest."""
-        return [point for point in self._points() if isinstance(point, Point)]
+        return [point for point in self.resolved_points if isinstance(point, Point)]
+
+    @cached_property
+    def resolved_points(self) -> list[Point | list[Problem]]:
+        """Every point of the grid, or the problems that it has; each point is validated once."""
+        return list(self._points())
 
     def axis_labels(self) -> dict[str, list[str]]:
         """What the values of each axis are called, in order."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from atn_norms.ablation.grid import optimizers, schedules
+from atn_norms.ablation.grid.errors import Problem, invalid
+from atn_norms.ablation.grid.renames import rename_train
+from atn_norms.ablation.store.schema import MOST_STEPS
 from atn_norms.registry import Options
+
+MOST_CURVE_POINTS = 1_000_000
 
 
 class TrainSpec(Options):
@@ -19,36 +24,50 @@ class TrainSpec(Options):
     | `batch_size` | sequences per step | the task's |
     | `optimizer` | a name of `torch.optim` in lower case, or a mapping with `kind` and torch's options | adam |
     | `schedule` | `constant`, `linear`, `cosine`, `step`, `plateau`, or a mapping with `kind`, `warmup` and more | constant |
-    | `clip` | largest norm of the whole gradient; None does not clip | |
+    | `clip_grad_norm` | largest norm of the whole gradient; None does not clip | |
     | `eval_every` | steps between validations | a tenth of `steps` |
     | `patience` | validations in a row without a better score after which training ends; None trains to the end | |
     | `keep` | which weights are scored at the end: the `last`, or those of the `best` validation | |
     | `keep_model` | which weights are saved as `model.safetensors`: `best`, `last` or `none`; no part of a trial's identity | those that are scored |
     | `population_batches` | training batches that renew batch norms' populations before every scoring, 0 for none | |
-    | `explosion` | a training loss so many times the first one is divergence; None: only one that is not finite | |
+    | `divergence_factor` | a training loss this many times the first one is divergence; None: only one that is not finite | |
     | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
     | `checkpoint_every` | steps a kill may cost at most; no part of a trial's identity | a tenth of `steps` |
     | `threads` | threads of torch per trial | |
     """  # noqa: E501
 
-    steps: int = Field(default=1000, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
+    batch_size: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     optimizer: Annotated[dict[str, Any], BeforeValidator(optimizers.resolve), WithJsonSchema(optimizers.SCHEMA)] = (
         Field(default_factory=lambda: optimizers.resolve("adam"))
     )
     schedule: Annotated[dict[str, Any], BeforeValidator(schedules.resolve), WithJsonSchema(schedules.SCHEMA)] = Field(
         default_factory=lambda: schedules.resolve("constant")
     )
-    clip: float | None = Field(default=None, gt=0)
-    eval_every: int | None = Field(default=None, ge=1)
-    patience: int | None = Field(default=None, ge=1)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    eval_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    patience: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     keep: Literal["last", "best"] = "last"
     keep_model: Literal["best", "last", "none"] | None = None
-    population_batches: int = Field(default=0, ge=0)
-    explosion: float | None = Field(default=1e3, gt=1)
-    log_every: int | None = Field(default=None, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    population_batches: int = Field(default=0, ge=0, le=MOST_STEPS)
+    divergence_factor: float | None = Field(default=1e3, gt=1)
+    log_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     threads: int = Field(default=1, ge=1, le=1024)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, data: Any) -> Any:
+        return rename_train(data)
+
+    @model_validator(mode="after")
+    def _refuse_too_many_points(self) -> Self:
+        for name in ("log_every", "eval_every"):
+            every = getattr(self, name)
+            if every is not None and self.steps // every > MOST_CURVE_POINTS:
+                points = f"got {every}, which makes {self.steps // every} points of the learning curve"
+                raise invalid("train", [Problem((name,), f"{points}; expected at most {MOST_CURVE_POINTS}")])
+        return self
 
     def filled(self, batch_size: int) -> dict[str, Any]:
         """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""

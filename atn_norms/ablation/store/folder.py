@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.ablation.store.files import Busy, Folder, StoreError, canonical, named
+from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, describe_holder, hold, is_locked
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
@@ -79,6 +80,8 @@ class StudyFolder:
         resolved = self.folder.read_json(RESOLVED, MOST_BYTES)
         cure = f"{shlex.join(['atn-norms', 'ablate', 'STUDY', '--out', str(self.path)])} restores it"
         check_study(resolved, str(self.path / RESOLVED), cure)
+        for entry in resolved["trials"]:
+            entry["trial"] = current_names(entry["trial"])
         return resolved
 
     def source(self) -> str | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from atn_norms.ablation.store.files import canonical
 
+# Options of training that had another name at first. An id is a hash of the first names, so a rename changes no id.
+RENAMED = {"clip": "clip_grad_norm", "explosion": "divergence_factor"}
+RENAMED_IN_SCHEDULE = {"by": "gamma"}
 NEUTRAL = ("checkpoint_every", "keep_model")  # options of training that change no number
 DIGITS = 16  # hexadecimal digits of an id: 64 bits
 
@@ -30,7 +34,30 @@ def identity(trial: dict[str, Any]) -> str:
     | `data` | a hash of the content of each data option, wherever the data is stored |
     | `train` | its options, without those that change no number: `checkpoint_every`, `keep_model` |
     | `plugins` | version and source hash of each plugin the trial uses; absent where it uses none |
+
+    An option counts under the name that it had first, so that renaming it changes no id.
     """
     task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
-    train = {name: value for name, value in trial["train"].items() if name not in NEUTRAL}
+    train = _rename(
+        trial["train"],
+        {new: old for old, new in RENAMED.items()},
+        {new: old for old, new in RENAMED_IN_SCHEDULE.items()},
+    )
+    train = {name: value for name, value in train.items() if name not in NEUTRAL}
     return digest({**trial, "task": task, "train": train})
+
+
+def current_names(trial: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored trial with the options of its training under their present names.
+
+    >>> current_names({"train": {"clip": 1.0, "schedule": {"kind": "step", "by": 0.5}}})
+    {'train': {'clip_grad_norm': 1.0, 'schedule': {'kind': 'step', 'gamma': 0.5}}}
+    """
+    return {**trial, "train": _rename(trial["train"], RENAMED, RENAMED_IN_SCHEDULE)}
+
+
+def _rename(train: Mapping[str, Any], names: Mapping[str, str], in_schedule: Mapping[str, str]) -> dict[str, Any]:
+    train = {names.get(name, name): value for name, value in train.items()}
+    if isinstance(train.get("schedule"), Mapping):
+        train["schedule"] = {in_schedule.get(name, name): value for name, value in train["schedule"].items()}
+    return train

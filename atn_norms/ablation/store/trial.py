@@ -14,7 +14,7 @@ from typing import Any
 from atn_norms.ablation.store import checkpoints
 from atn_norms.ablation.store.curve import Curve
 from atn_norms.ablation.store.files import Busy, Folder, StoreError
-from atn_norms.ablation.store.identity import DIGITS
+from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
 from atn_norms.ablation.store.records import Status, TrialRecord
 from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
@@ -74,7 +74,7 @@ class TrialFolder:
         place, cure = str(self.path / "trial.json"), "remove it and run the study again, which restores it"
         trial = self.folder.read_json("trial.json")
         check_trial(trial, self.id, place, cure)
-        return trial
+        return current_names(trial)
 
     def has_trial(self) -> bool:
         """Check whether `trial.json` is there."""
