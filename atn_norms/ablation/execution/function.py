@@ -103,10 +103,8 @@ class Trial:
     def report(self, step: int, value: Any) -> None:
         """Report a loss at a training step: a point of the curve, and a sign of life.
 
-        A loss that is not finite, or `explosion` times the first one, ends the trial as diverged. Where the study says
-        `reports: metric`, the value is the metric instead of a loss.
-
-        Errors: `TypeError` for what is no number, `ValueError` for a step that does not follow the last one.
+        A loss that is not finite, or `divergence_factor` times the first one, ends the trial as diverged. Where the
+        study says `reports: metric`, the value is the metric instead of a loss.
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < max(1, self._step + 1):
             raise ValueError(f"step: got {short_repr(step)}; expected an integer of at least {self._step + 1}")
@@ -129,7 +127,7 @@ class Trial:
         self._folder.keep_model(to_bytes(model))
 
     def _refuse_divergence(self, number: float) -> None:
-        most, name = self._train["explosion"], self._task["reports"]
+        most, name = self._train["divergence_factor"], self._task["reports"]
         self._first = number if self._first is None else self._first
         if not math.isfinite(number):
             self._end = Diverged(f"the reported {name} is {number}")

@@ -25,7 +25,7 @@ from atn_norms.registry import Options
 
 KIND = "python"
 PROVIDED = ("seed", "trial")  # arguments that a study passes by itself, to a function that takes them
-TRAINING = ("steps", "patience", "explosion", "threads")  # the options of `train` that a function's trials use
+TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
 
 _loading = False  # whether a function's file is being executed, so that the study it starts is not started again
