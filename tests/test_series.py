@@ -377,7 +377,7 @@ REGRESS = {"mode": "regress", "horizon": None}
 DISPUTES = [
     ({"targets": ["load", "load"]}, "targets: got 'load' 2 times; expected each column once"),
     ({"covariates": ["load"]}, "covariates: got 'load', which is a target; expected other columns"),
-    (REGRESS, "covariates: got none; expected at least one column with mode regress"),
+    (REGRESS, "covariates: got no covariates; expected at least one with mode regress"),
     (
         REGRESS | {"covariates": ["heat"], "horizon": 2},
         "horizon: got 2 with mode regress; expected none, or mode forec",

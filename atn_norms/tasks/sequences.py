@@ -79,9 +79,9 @@ class SequencesSpec(TaskSpec):
     def _agree(self) -> Self:
         known = CLASSES if self.mode == "classify" else NUMBERS
         if self.metric is not None and self.metric not in known:
-            raise ValueError(f"metric: got {self.metric!r} with mode {self.mode}; expected {' or '.join(known)}")
+            raise fault("metric", "", f"{self.metric!r} with mode {self.mode}", " or ".join(known))
         if self.validation + self.test >= 1:
-            raise ValueError(f"test: got {self.test} beside validation {self.validation}; expected a sum below 1")
+            raise fault("test", "", f"{self.test} beside validation {self.validation}", "a sum below 1")
         return self
 
     def build(self, seed: int) -> Sequences:

@@ -77,19 +77,17 @@ class SeriesSpec(TaskSpec):
             columns = getattr(self, option)
             for column in columns:
                 if columns.count(column) > 1:
-                    raise ValueError(
-                        f"{option}: got {column!r} {columns.count(column)} times; expected each column once"
-                    )
+                    raise fault(option, "", f"{column!r} {columns.count(column)} times", "each column once")
         if both := [column for column in self.covariates if column in self.targets]:
-            raise ValueError(f"covariates: got {both[0]!r}, which is a target; expected other columns")
+            raise fault("covariates", "", f"{both[0]!r}, which is a target", "other columns")
         if self.mode == "regress" and not self.covariates:
-            raise ValueError("covariates: got none; expected at least one column with mode regress")
+            raise fault("covariates", "", "no covariates", "at least one with mode regress")
         if self.mode == "regress" and self.horizon is not None:
-            raise ValueError(f"horizon: got {self.horizon} with mode regress; expected none, or mode forecast")
+            raise fault("horizon", "", f"{self.horizon} with mode regress", "none, or mode forecast")
         if self.time_format is not None and self.time is None:
-            raise ValueError("time_format: got a format without a column `time`; expected both or neither")
+            raise fault("time_format", "", "a format without a column `time`", "both or neither")
         if self.validation + self.test >= 1:
-            raise ValueError(f"test: got {self.test} beside validation {self.validation}; expected a sum below 1")
+            raise fault("test", "", f"{self.test} beside validation {self.validation}", "a sum below 1")
         return self
 
     @property
