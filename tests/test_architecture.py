@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,73 @@ def test_the_rules_are_seen_to_fail(source, message, tmp_path, monkeypatch):
     path.write_text(source, encoding="utf-8")
     (broken,) = broken_rules(path)
     assert message in broken
+
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
+}
+# A package's __init__ that exports names of modules which import the package.
+FACES = {"atn_norms.ablation", "atn_norms.backends.triton", "atn_norms.bench", "atn_norms.testing"}
+ORDER = {"store": 0, "grid": 1, "analysis": 1, "execution": 2, "report": 2}  # sub-packages of ablation
+UPWARD = {  # still to be removed
+    ("atn_norms.ablation.store.records", "atn_norms.ablation.grid.study"),
+    ("atn_norms.ablation.store.records", "atn_norms.ablation.execution.trial"),
+}
+
+
+def edges(names: Mapping[str, Path] = MODULES) -> dict[str, set[str]]:
+    """The modules that each module imports, late imports included."""
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for _, target in Imports(path).found:
+            while target and target not in names:
+                target = target.rpartition(".")[0]
+            if target and target != name:
+                found[name].add(target)
+    return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """The groups of modules that import each other."""
+    reached = {name: _reached(graph, name) for name in graph}
+    groups = {frozenset(other for other in below if name in reached[other]) for name, below in reached.items()}
+    return [set(group) for group in groups if group]
+
+
+def _reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    stack = [start]
+    while stack:
+        below = graph[stack.pop()] - seen
+        seen |= below
+        stack += below
+    return seen
+
+
+def test_no_circle_inside_a_part():
+    graph = {name: {each for each in targets if (name, each) not in UPWARD} for name, targets in edges().items()}
+    assert [sorted(circle) for circle in circles(graph) if not circle & FACES] == []
+
+
+def test_a_circle_is_seen():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert circles(graph) == [{"a", "b", "c"}]
+
+
+def test_the_sub_packages_of_ablation_import_one_way():
+    """store < grid < execution, and store < analysis < report."""
+    upward = set()
+    for name, targets in edges().items():
+        for target in targets:
+            mine, theirs = (_sub_package(each) for each in (name, target))
+            if mine in ORDER and theirs in ORDER and mine != theirs and ORDER[theirs] >= ORDER[mine]:
+                upward.add((name, target))
+    assert upward == UPWARD
+
+
+def _sub_package(module: str) -> str:
+    parts = module.split(".")
+    return parts[2] if parts[1:2] == ["ablation"] and len(parts) > 2 else ""
 
 
 @pytest.mark.parametrize("module", ["atn_norms", "atn_norms.registry", "atn_norms.plugins", "atn_norms.cli"])

@@ -281,8 +281,7 @@ def test_every_problem_is_told():
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said, tmp_path, monkeypatch):
-    monkeypatch.setattr("atn_norms.layers.spec._physical_memory", lambda: 10**10)
-    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 10**10, raising=False)
+    monkeypatch.setattr("atn_norms.layers.memory.physical_memory", lambda: 10**10)
     with pytest.raises(SpecError, match=said):
         create({**SMALL, "seeds": 1, **changes}, tmp_path / "study")
     assert list(tmp_path.iterdir()) == []
@@ -291,9 +290,9 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said
 def test_the_ends_of_a_model_count_like_its_middle(monkeypatch):
     task = {"kind": "charlm", "embedding": 1000}
     numbers = 4 * 3 * (1000 + 3 + 2) + 4 * len(set(text_of_python())) + 1000 * len(set(text_of_python()))
-    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 8 * numbers, raising=False)
+    monkeypatch.setattr("atn_norms.layers.memory.physical_memory", lambda: 8 * numbers)
     assert plan(task=task)
-    monkeypatch.setattr("atn_norms.ablation.grid.plan._physical_memory", lambda: 8 * numbers - 1)
+    monkeypatch.setattr("atn_norms.layers.memory.physical_memory", lambda: 8 * numbers - 1)
     with pytest.raises(SpecError, match="expected what fits this machine's"):
         plan(task=task)
 

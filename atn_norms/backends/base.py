@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -44,6 +44,17 @@ class Backend(Protocol):
         ...
 
 
+class UnsupportedBackend(ValueError):
+    """Report that a backend, chosen by name, cannot run a layer; `reason` is its sentence."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"backend: {name!r} cannot run this layer: {reason}")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.reason)
+
+
 _IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
 _BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only for whom asks for it
 
@@ -73,7 +84,7 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
         raise SpecError.of([unknown("backend", name, names, path=("backend",))])
     reason = backends[name].unsupported_reason(cell, weights)
     if reason is not None:
-        raise ValueError(f"backend: {name!r} cannot run this layer: {reason}")
+        raise UnsupportedBackend(name, reason)
     return backends[name]
 
 

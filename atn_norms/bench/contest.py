@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atn_norms.backends.base import UnsupportedBackend
 from atn_norms.bench.spec import TEXTBOOK, TORCH, Case
 from atn_norms.bench.textbook import Textbook
 from atn_norms.layers import Recurrent
@@ -81,5 +82,7 @@ def module_of(case: Case, name: str, window: int | None) -> nn.Module:
     try:
         layer = case.layer(window, "reference" if name == TEXTBOOK else name).build(dtype=dtype)
         return Textbook(layer, window) if name == TEXTBOOK else layer
+    except UnsupportedBackend as error:
+        raise Refused(error.reason) from None
     except ValueError as error:
-        raise Refused(str(error).partition("cannot run this layer: ")[2] or str(error)) from None
+        raise Refused(str(error)) from None

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from atn_norms.errors import did_you_mean
+from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import make_layer_spec
-from atn_norms.layers.torch_api import skin_of
 from atn_norms.normalizers import Normalizer
 
 _HOOKS = (
@@ -275,5 +275,5 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
         **options,
     )
     like = next(module.parameters())
-    layer = skin_of(kind).from_spec(spec, like.device, like.dtype, dict(module.named_parameters()))
+    layer = class_of(kind).from_spec(spec, like.device, like.dtype, dict(module.named_parameters()))
     return layer.train(module.training)

@@ -15,10 +15,12 @@ from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import choose, refusals
 from atn_norms.cells import CellWeights
 from atn_norms.layers.base import CellHost
+from atn_norms.layers.classes import layer_class
 from atn_norms.layers.spec import LayerSpec, make_layer_spec
 from atn_norms.pytree import Tree, describe_structure
 
 
+@layer_class()
 class Recurrent(CellHost):
     """Drives any cell over a sequence, with torch.nn's call and an explicit one.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from math import prod
 from numbers import Integral, Real
@@ -14,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
 from atn_norms.errors import SpecError, unknown
+from atn_norms.layers.classes import class_of
+from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
 from atn_norms.normalizers.base import LARGEST
 from atn_norms.registry import KindField, Options, to_spec_error
@@ -170,9 +171,7 @@ class LayerSpec(Options):
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Recurrent:
         """A fresh layer: `LSTM`, `GRU` or `RNN`, or for another cell a plain `Recurrent`."""
-        from atn_norms.layers.torch_api import skin_of
-
-        return skin_of(self.cell.kind).from_spec(self, device, dtype)
+        return class_of(self.cell.kind).from_spec(self, device, dtype)
 
     def _refuse_unknown_sites(self, cell: Cell) -> None:
         sites = list(cell.sites)
@@ -207,21 +206,14 @@ class LayerSpec(Options):
         return ("window", "sites", site) if isinstance(self.window, WindowSites) else ("window",)
 
     def _refuse_impossible_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
-        memory = _physical_memory()
         inner = self.directions * cell.output_size
         layers = [self.input_size] + [inner] * min(self.num_layers - 1, 1)
         sizes = [self.directions * sum(map(prod, cell.shapes(i, self.bias).values())) for i in layers]
         parameters = sizes[0] + (self.num_layers - 1) * sizes[-1]
         kept = sum(t.numel() for norm in norms.values() if norm for t in (*norm.parameters(), *norm.buffers()))
         parameters += self.directions * self.num_layers * kept
-        if memory is not None and 4 * parameters > memory:
-            norm = f" with norm {_kinds(self.norm)}" if kept else ""
-            raise SpecError(
-                "hidden_size",
-                f"{self.hidden_size}, with input_size {self.input_size} and num_layers {self.num_layers} "
-                f"{parameters:.3g} parameters ({4 * parameters / 2**30:.3g} GiB in float32){norm}",
-                f"what fits this machine's {memory / 2**30:.3g} GiB of memory",
-            )
+        sizes = f"{self.hidden_size} with input_size {self.input_size} and num_layers {self.num_layers}"
+        check_memory("hidden_size", sizes, parameters, note=f" with norm {_kinds(self.norm)}" if kept else "")
 
     def _refuse_homeless_forget_bias(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         if "f" not in cell.gates:
@@ -275,10 +267,3 @@ def make_layer_spec(**options: Any) -> LayerSpec:
         return LayerSpec.model_validate(options)
     except ValidationError as error:
         raise to_spec_error(error, data=options) from None
-
-
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # the system does not tell
-        return None

@@ -11,10 +11,10 @@ from torch import nn
 
 from atn_norms.errors import SpecError
 from atn_norms.layers.base import CellHost
+from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import LayerSpec
 from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
-from atn_norms.layers.torch_api import skin_of
 from atn_norms.windows import Window, WindowSpec
 
 TRUSTED = ("torch.nn.", "atn_norms.")  # packages whose classes a file may name; every other class stays unimported
@@ -59,7 +59,7 @@ def layer_of(described: dict[str, Any], **factory: Any) -> CellHost:
     """Construct a layer or cell of this package from the options in its description."""
     spec = LayerSpec.model_validate(described["layer"])
     if not described["step"]:
-        return skin_of(spec.cell.kind).from_spec(spec, **factory)
+        return class_of(spec.cell.kind).from_spec(spec, **factory)
     own = spec.cell.model_dump(exclude={"kind"})
     shared = ("input_size", "hidden_size", "bias", "norm", "window", "placement", "init", "forget_bias")
     return _STEPS[spec.cell.kind](**{name: getattr(spec, name) for name in shared}, **own, **factory)
@@ -80,7 +80,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
         raise TypeError("hooks cannot be described")
     if isinstance(module, CellHost):
         kind = module.spec.cell.kind
-        if type(module) not in (skin_of(kind), _STEPS.get(kind)):
+        if type(module) not in (class_of(kind), _STEPS.get(kind)):
             raise TypeError("a subclass may compute something else")
         return layer_options(module)
     if not class_name(module).startswith(TRUSTED):

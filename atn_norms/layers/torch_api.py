@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from atn_norms.layers.classes import layer_class
 from atn_norms.layers.recurrent import Recurrent, torch_twin
 from atn_norms.layers.spec import make_layer_spec, to_plain
 
@@ -67,6 +68,7 @@ class _Skin(Recurrent):
         return self._twin().permute_hidden(hx, permutation)
 
 
+@layer_class("lstm")
 class LSTM(_Skin):
     """A drop-in for `torch.nn.LSTM` with a norm pooled over a time window; `LSTMEquations` has the equations.
 
@@ -112,6 +114,7 @@ class LSTM(_Skin):
         )
 
 
+@layer_class("gru")
 class GRU(_Skin):
     """A drop-in for `torch.nn.GRU` with a norm pooled over a time window; `GRUEquations` has the equations.
 
@@ -150,6 +153,7 @@ class GRU(_Skin):
         )
 
 
+@layer_class("rnn")
 class RNN(_Skin):
     """A drop-in for `torch.nn.RNN` with a norm pooled over a time window; `RNNEquations` has the equations.
 
@@ -213,11 +217,3 @@ def _ours(norm: Any, window: Any, placement: Any, init: str, forget_bias: float 
     """Return the arguments that torch does not have, as options."""
     where = {} if placement is None else {"placement": placement}
     return {"norm": norm, "window": window, "init": init, "forget_bias": forget_bias, "backend": backend} | where
-
-
-_SKINS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
-
-
-def skin_of(kind: str) -> type[Recurrent]:
-    """Return the class with torch's interface for a cell kind; `Recurrent` for a cell that torch does not have."""
-    return _SKINS.get(kind, Recurrent)

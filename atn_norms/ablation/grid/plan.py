@@ -21,7 +21,7 @@ from atn_norms.ablation.store.records import Endpoint, TaskFacts
 from atn_norms.ablation.store.schema import study_key
 from atn_norms.errors import short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
-from atn_norms.layers.spec import _physical_memory
+from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer
 from atn_norms.registry import SpecError
 from atn_norms.specs import Where, to_yaml
@@ -221,9 +221,7 @@ def _has_populations(layer: LayerSpec, task: Task) -> bool:
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
     """The layer with the task's inputs; `SpecError` where it, with encoder and read-out, is too large to train here."""
     layer = model.model_copy(update={"input_size": task.input_size})  # only its size depends on that: checked here
-    memory, cell = _physical_memory(), layer.equations()
-    if memory is None:
-        return layer
+    cell = layer.equations()
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # sizes without memory
             ends = [*task.encoder().parameters(), *task.readout(layer.layer_inputs(1)).parameters()]
@@ -236,11 +234,6 @@ def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
             f"{layer.hidden_size} with the task's sizes",
             f"sizes for torch ({short_repr(str(error))})",
         ) from None
-    if 2 * 4 * numbers > memory:  # float32 weights, and a gradient for each
-        raise SpecError(
-            "model.hidden_size",
-            f"{layer.hidden_size}, with the task's sizes {numbers:.3g} parameters ({8 * numbers / 2**30:.3g} GiB in "
-            "float32 with their gradients)",
-            f"what fits this machine's {memory / 2**30:.3g} GiB of memory",
-        )
+    sizes = f"{layer.hidden_size} with the task's sizes"
+    check_memory("model.hidden_size", sizes, numbers, copies=2, note=" with their gradients")
     return layer

@@ -1,0 +1,33 @@
+"""The check that parameters fit the memory of the machine."""
+
+from __future__ import annotations
+
+import os
+
+from atn_norms.errors import SpecError
+
+FLOAT = 4  # bytes of a float32 number
+
+
+def check_memory(path: str, sizes: str, parameters: float, *, copies: int = 1, note: str = "") -> None:
+    """Raise `SpecError` where `copies` of float32 parameters exceed the memory of the machine.
+
+    | symbol | meaning | unit |
+    |---|---|---|
+    | `path`, `sizes` | the option to name, and the sizes that led to the number | |
+    | `parameters` | number of parameters | |
+    | `copies` | 1 for the parameters alone, 2 with their gradients | |
+    | `note` | what else to say of the parameters | |
+    """
+    memory, size = physical_memory(), copies * FLOAT * parameters
+    if memory is not None and size > memory:
+        got = f"{sizes}: {parameters:.3g} parameters ({size / 2**30:.3g} GiB in float32{note})"
+        raise SpecError(path, got, f"what fits this machine's {memory / 2**30:.3g} GiB of memory")
+
+
+def physical_memory() -> int | None:
+    """Return the memory of the machine in bytes, or None where the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
