@@ -1,1 +1,1 @@
-"""Studies that are killed, starved, stopped and damaged; `registry.FAULTS` is what docs/faults.md shows."""
+"""Studies that are killed, starved, stopped and damaged; `registry.FAULTS` is what docs/failure-recovery.md shows."""

@@ -71,7 +71,9 @@ def damage(folder: Path, outside: Path, dice: random.Random) -> str:
     how = dice.choice(DAMAGES)
     if (place != folder and place.is_symlink()) or _is_pipe(place / name):
         return "nothing"  # another damage is here already, and writing would go outside or wait
-    with suppress(OSError, ValueError, MemoryError):  # another damage has changed what this one needs
+    with suppress(
+        OSError, ValueError, MemoryError, TypeError, LookupError
+    ):  # another damage has changed what this one needs
         how(place, name, outside, dice)
     return f"{how.__name__} {place.relative_to(folder) / name}"
 

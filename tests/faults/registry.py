@@ -22,8 +22,8 @@ def fault(what: str, outcome: str) -> Callable:
 
 
 def table(modules: Iterable[ModuleType]) -> str:
-    """The faults of some modules as the table of docs/faults.md."""
-    lines = ["| what happens | what comes of it | test |", "|---|---|---|"]
+    """The faults of some modules as the table of docs/failure-recovery.md."""
+    lines = ["| event | outcome | test |", "|---|---|---|"]
     for module in modules:
         for name, each in vars(module).items():
             entry = getattr(each, "fault", None)

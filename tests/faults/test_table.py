@@ -1,4 +1,4 @@
-"""docs/faults.md shows exactly the faults that these tests inject."""
+"""docs/failure-recovery.md shows exactly the faults that these tests inject."""
 
 import re
 from importlib import import_module
@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 def test_the_page_shows_the_faults_that_are_injected():
     wanted = registry.table(import_module(f"tests.faults.{path.stem}") for path in sorted(HERE.glob("test_*.py")))
-    page = (HERE.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^\| what happens .*?(?=\n\n)", page, flags=re.M | re.S)
-    assert shown == wanted, f"docs/faults.md should show\n\n{wanted}\n"
+    page = (HERE.parents[1] / "docs" / "failure-recovery.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^\| event .*?(?=\n\n)", page, flags=re.M | re.S)
+    assert shown == wanted, f"docs/failure-recovery.md should show\n\n{wanted}\n"
     assert wanted.count("\n") >= 20
