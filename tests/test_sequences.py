@@ -117,6 +117,8 @@ def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder
         spread = [int(task.lengths[rows].max() - task.lengths[rows].min()) for rows in epoch]
         assert sum(spread) <= int(task.lengths.max() - task.lengths.min()), "sorted, so that neighbours are alike"
     assert [rows.tolist() for rows in epochs[0]] != [rows.tolist() for rows in epochs[1]]
+    longest = [int(task.lengths[rows].max()) for rows in epochs[0]]
+    assert longest != sorted(longest), "batches of short and of long sequences take turns"
     batch = task.batch(8, 6)
     compare(tuple(batch)[:2], tuple(task._padded(epochs[1][1]))[:2], tolerance=0)
     assert SequencesSpec(path=str(folder)).build(3).batch(0, 6).targets.tolist() != task.batch(0, 6).targets.tolist()
@@ -241,6 +243,17 @@ def test_what_is_read_is_hashed(folder):
     kept = spec.data()["path"]
     folder.rename(folder.parent / "moved")
     assert SequencesSpec(path=str(folder.parent / "moved")).data()["path"] == kept
+
+
+def test_the_order_of_an_index_means_nothing(tmp_path):
+    for number in range(20):
+        write(tmp_path / f"{number}.npy", values(number))
+    rows = [(f"{number}.npy", "ab"[number % 2]) for number in range(20)]
+    one, other = (
+        SequencesSpec(path=index(tmp_path, each, name=n)) for each, n in ((rows, "i.csv"), (rows[::-1], "j.csv"))
+    )
+    assert one.data() == other.data()
+    compare(one.build(0).rows, other.build(0).rows, tolerance=0)
 
 
 def test_labels_and_splits_of_an_index_are_hashed(tmp_path):

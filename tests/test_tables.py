@@ -35,7 +35,7 @@ def test_a_parquet_file_reads_like_a_csv_file(tmp_path):
     columns = {
         "t": pa.array([1, 2], pa.timestamp("s", "UTC")),
         "n": [1, None],
-        "d": pa.array(["x", "y"]).dictionary_encode(),
+        "d": pa.array(["x ", "y"]).dictionary_encode(),
     }
     pq.write_table(pa.table(columns), tmp_path / "load.parquet")
     read_back = table(tmp_path, (tmp_path / "load.parquet").read_bytes(), "load.parquet")
