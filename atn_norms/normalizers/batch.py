@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_serializer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -249,6 +249,11 @@ class BatchNormSpec(NormSpec):
     initial_gain: float = Field(
         default=1.0, ge=-LARGEST, le=LARGEST, description="what the gain starts at (0.1 in arXiv 1603.09025)"
     )
+
+    @model_serializer(mode="wrap")
+    def _keep_ids(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Omit `sync` where it is off, so that trials from before the option keep their ids."""
+        return {name: value for name, value in handler(self).items() if name != "sync" or value}
 
     def build(self, features: int) -> BatchNorm:
         return BatchNorm(

@@ -196,3 +196,10 @@ def test_hooks_on_norms_are_called(cell, norm, placement, runs):
     handle.remove()
     layer(x)
     assert runs["native"] == 1
+
+
+def test_the_option_sync_changes_no_description_where_it_is_off():
+    """Ids of trials are hashes of descriptions."""
+    described = an.LSTM(3, 4, norm="batch").spec.model_dump()["norm"]
+    assert "sync" not in described
+    assert an.LSTM(3, 4, norm={"kind": "batch", "sync": True}).spec.model_dump()["norm"]["sync"] is True
