@@ -1,4 +1,4 @@
-"""A normalizer pooled over a time window, with its memory passed in and handed back."""
+"""A normalizer with statistics pooled over a time window; the state is passed in and returned."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from atn_norms.windows import Sliding, Window
 
 
 class OverTime:
-    """What a normalizer and a window do together; `AssortedTime` says it in full."""
+    """Shared code of `AssortedTime` and `SiteNorm`: a normalizer over a window."""
 
     normalizer: Normalizer
     window: Window[Any]
 
     def initial(self, x: Tensor) -> Tree:
-        """The state before the first step, for one step's pre-activations shaped like `x` `[B, ..., D]`."""
+        """Return the state before the first step, for pre-activations of one step shaped like `x` `[B, ..., D]`."""
         with torch.no_grad():
-            # What a statement looks like does not depend on how many rows there are.
+            # The shape of a statistic does not depend on the number of rows.
             sample = x.new_zeros((2, *x.shape[1:]))
             now, _ = self._stated(sample, self._weights(x, sample.shape[:1], None), 0)
             rows = 1 if self.normalizer.uses_batch_statistics else x.shape[0]
@@ -34,7 +34,7 @@ class OverTime:
             return x.new_zeros(rows, dtype=torch.int64), self._pooling.initial(now)
 
     def step(self, x: Tensor, state: Tree | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
-        """Normalize one step; return it with the state to pass to the next."""
+        """Normalize one step; return the result and the state for the next step."""
         self._check(x, "x", ("batch",))
         if mask is not None:
             x = masked(x, check_mask(mask, x))
@@ -49,7 +49,7 @@ class OverTime:
     def scan(
         self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tree]:
-        """Normalize T steps, time first; the same as `step` T times, and the state after the last."""
+        """Normalize T steps, time first, as `step` T times; return the results and the state after the last step."""
         self._check(xs, "xs", ("time", "batch"))
         if xs.shape[0] == 0:
             raise ValueError(f"xs: shape {list(xs.shape)}; allowed: at least one time step")
@@ -72,7 +72,7 @@ class OverTime:
         return torch.ones(shape, dtype=dtype, device=x.device) if mask is None else mask.to(dtype)
 
     def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
-        """What each row says, or, where the normalizer couples the batch (axis `batch`), what its live rows say."""
+        """Measure each row; batch statistics are pooled over the unmasked rows of axis `batch`."""
         said = self.normalizer.measure(x)
         leading = x.shape[:-1]
         if not callable(getattr(said, "pool", None)) or not all(
@@ -142,7 +142,7 @@ _NO_WINDOW = _NoWindow()
 
 @dataclass(frozen=True)
 class SiteNorm(OverTime):
-    """A normalizer of somebody else's module over a window, as a plain value: what a cell computes with."""
+    """A normalizer over a window as a plain value, for cells; the normalizer belongs to a module elsewhere."""
 
     normalizer: Normalizer
     window: Window[Any]
@@ -156,17 +156,17 @@ class AssortedTime(OverTime, nn.Module):
 
     Source: Pospisil, Zadorozhnyy, Ye, *Assorted-Time Normalization*, arXiv 2209.14439, for layer normalization and a
     sliding window; any normalizer and any window here. The gradient flows through every step of the window. Training
-    and evaluation compute the same unless the normalizer says otherwise (`BatchNorm`).
+    and evaluation compute the same, except for normalizers with running statistics (`BatchNorm`).
 
     | symbol | meaning | shape |
     |---|---|---|
     | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
     | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
-    | `mask` | which rows this step exists for | `[B]`, bool |
-    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
-    | `state` | `(step_index [N], window state)`, N = B, or 1 if the normalizer couples the batch; None starts fresh | |
+    | `mask` | True for unmasked rows | `[B]`, bool |
+    | `lengths` | steps of each row, 0 to T | `[B]`, int |
+    | `state` | `(step_index [N], window state)`, N = B, or 1 with batch statistics; None: the initial state | |
 
-    Padding may hold anything: it is never read, its outputs are 0, and it leaves the row's state untouched.
+    Padding may hold any value: it is never read, its outputs are 0, and it leaves the state of its row unchanged.
 
     Errors: `ValueError` for a window that the normalizer refuses, for T = 0, for missing axes, for features that are
     not the normalizer's, for a type that is not floating point, for lengths or `mask` that do not fit, and for a state
@@ -206,12 +206,12 @@ class AssortedTime(OverTime, nn.Module):
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with everything outside `mask` (over its leading axes) replaced by 0, NaN and gradient included."""
+    """Replace everything outside `mask` (over the leading axes) by 0, NaN and gradient included."""
     return torch.where(expand_mask(mask, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def steps_mask(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
-    """The mask `[T, B]` of live steps for `lengths` `[B]` of time-first `xs` `[T, B, ...]`.
+    """Return the mask `[T, B]` for `lengths` `[B]` of time-first `xs` `[T, B, ...]`.
 
     Errors: `ValueError` where lengths are no integers, are not one per row, or lie outside 0 to T.
     """
@@ -221,14 +221,14 @@ def steps_mask(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """`mask` if it is a bool for each row of one step's `x` `[B, ...]`; `ValueError` if not."""
+    """Return `mask` if it has one bool for each row of `x` `[B, ...]`; `ValueError` if not."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:1]:
         raise ValueError(f"mask: {_described(mask)}; allowed: a bool tensor of shape [{x.shape[0]}], one for each row")
     return mask
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """`lengths` as an int64 tensor `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
+    """Return `lengths` as int64 `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
     allowed = f"allowed: {batch} integer(s) from 0 to {steps}"
     if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):
         lengths = cast(Any, lengths).tolist()  # numpy's unsigned types have no equivalent in old versions of torch
@@ -254,7 +254,7 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
 
 
 def _described(value: Any) -> str:
-    """A value in a few words, for error messages."""
+    """Describe a value for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of type {value.dtype} and shape {list(value.shape)}"
     if isinstance(value, tuple):

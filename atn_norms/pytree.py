@@ -1,4 +1,4 @@
-"""Maps over state: a tensor, or a plain nested tuple of tensors with the batch on axis 0 of every leaf."""
+"""Functions over state: a tensor, or a nested tuple of tensors with the batch on axis 0 of every leaf."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; recursive aliases do not sur
 
 @dataclass(frozen=True)
 class Leaf:
-    """What a leaf of a state looks like: its axes after the batch, and whether it holds numbers or counts."""
+    """Layout of a leaf of a state: its axes after the batch, and whether it holds floating-point numbers or counts."""
 
     shape: tuple[int, ...]
     floating: bool = True
 
 
 def layout(tree: Tree) -> Any:
-    """The same tree with a `Leaf` in the place of every tensor."""
+    """Return the tree with a `Leaf` for every tensor."""
     if isinstance(tree, Tensor):
         return Leaf(tuple(tree.shape[1:]), tree.is_floating_point())
     return tuple(layout(branch) for branch in tree)
 
 
 def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, shared: bool = False) -> Tree:
-    """`state` if it is laid out as `wanted` (see `layout`) for `batch` rows on `device`.
+    """Return `state` if it has the layout `wanted` (see `layout`) for `batch` rows on `device`.
 
-    A `shared` state has one row; the copies of it that `reorder` made are taken once.
+    A `shared` state has one row; of the copies that `reorder` makes, the first is used.
 
-    Errors: `ValueError` with both outlines, or with the types, where it is not.
+    Errors: `ValueError` with both structures, or with the types, where it has not.
     """
     found = batch
     if shared and isinstance(state, tuple) and state and isinstance(state[0], Tensor) and state[0].numel():
@@ -52,7 +52,7 @@ def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, sh
 
 
 def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:
-    """Every leaf with what it should look like, or None where the structures differ."""
+    """Return every leaf with its expected layout, or None where the structures differ."""
     if isinstance(wanted, Leaf):
         return [(state, wanted)] if isinstance(state, Tensor) else None
     if not isinstance(state, tuple) or len(state) != len(wanted):
@@ -81,7 +81,7 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
 
 
 def tree_leaves(tree: Tree) -> Iterator[Tensor]:
-    """Every tensor of a tree, left to right."""
+    """Yield every tensor of a tree, left to right."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, tuple):
@@ -92,7 +92,7 @@ def tree_leaves(tree: Tree) -> Iterator[Tensor]:
 
 
 def describe_structure(tree: Tree) -> str:
-    """The structure of a tree in words, for error messages: shapes in nested parentheses."""
+    """Describe the structure of a tree for error messages: shapes in nested parentheses."""
     if isinstance(tree, (Tensor, Leaf)):
         return str(list(tree.shape))
     if isinstance(tree, tuple):
@@ -106,7 +106,7 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def where_mask(mask: Tensor, new: Tree, old: Tree) -> Tree:
-    """Take the new state in rows that are alive and keep the old one, value and gradient, in the others.
+    """Take the new state in unmasked rows, and keep the old one, value and gradient, in masked rows.
 
     `mask` is a mask [N] over axis 0 of every leaf.
     """
@@ -114,7 +114,7 @@ def where_mask(mask: Tensor, new: Tree, old: Tree) -> Tree:
 
 
 def detach(state: Tree) -> Tree:
-    """Cut the state out of the graph, for truncated back-propagation through time.
+    """Detach a state from the graph, for truncated back-propagation through time.
 
     >>> import torch
     >>> detach((torch.ones(1, requires_grad=True),))
@@ -126,8 +126,8 @@ def detach(state: Tree) -> Tree:
 def reorder(state: Tree, index: Tensor) -> Tree:
     """Select rows of the batch in a state, for beam search or for compacting a batch.
 
-    `index` [M] (int64) names, for each new row, the old row it continues. A leaf of one row in a state of several is
-    shared by the batch (a normalizer that couples it) and stays as it is.
+    `index` [M] (int64) holds the old row for each new row. A leaf of one row in a state of several is shared by the
+    batch (batch statistics) and stays unchanged.
 
     Errors: `IndexError` where an index lies outside the batch.
 

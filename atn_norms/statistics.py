@@ -1,4 +1,4 @@
-"""What one time step says about itself, and how several such statements merge into one."""
+"""Per-step statistics, and how a window pools several of them into one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from atn_norms.pytree import expand_mask
 
 @runtime_checkable
 class Statistic(Protocol):
-    """A named tuple of tensors that can be merged: the only thing a window needs to know of a normalizer.
+    """A named tuple of tensors with `pool`: the interface between normalizers and windows.
 
-    Leaves have shape `[..., d]`: the leading axes are those of the pre-activations `[..., D]`, the last one is what
-    the measurement left of the features (1 for a statistic over features, D for one per feature). A statistic is
+    Leaves have shape `[..., d]`: the leading axes are those of the pre-activations `[..., D]`, the last one is the
+    size of the statistic (1 for a statistic over features, D for one per feature). A statistic is
     rebuilt from its leaves as `type(s)(*leaves)`.
     """
 
@@ -28,8 +28,8 @@ class Statistic(Protocol):
         | `weights` | weight of each entry, over the leaf's axes 0 to `dim`; 0 hides an entry | `[..., n]` |
         | `dim` | the stacked axis, which the merge removes | |
 
-        Two weights of 1 are a merge of equals, weights in {0, 1} slide, decaying weights forget. An entry of weight 0
-        is hidden in value and in gradient, NaN included. If every weight is 0 the result is finite and means nothing.
+        Equal weights average, weights in {0, 1} slide, and decaying weights forget. An entry of weight 0 is masked in
+        value and in gradient, NaN included. If every weight is 0 the result is finite and undefined.
         """
         ...
 
@@ -37,12 +37,12 @@ class Statistic(Protocol):
 
 
 def promoted(x: Tensor) -> Tensor:
-    """`x` in the type statistics are computed in: float64, or float32 on a device that has no float64."""
+    """Convert `x` to the type of statistics: float64, or float32 on a device without float64."""
     return x.to(statistics_dtype(x.device))
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
-    """float64 wherever the device has it."""
+    """Return float64, or float32 on a device without float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -101,7 +101,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, dim: int = -1) -> Moments:
-        """Moments of `x` over one axis, which is kept with length 1; float64 wherever the device has it."""
+        """Moments of `x` over one axis, which is kept with length 1; float64 where the device has it."""
         x = promoted(x)
         mean = x.mean(dim, keepdim=True)
         return cls(mean, (x - mean).square().mean(dim, keepdim=True))
@@ -115,11 +115,11 @@ class Moments(NamedTuple):
 
 
 class Average(NamedTuple):
-    r"""One mean of something per step, such as the mean square: $\bar m = \sum_s w_s m_s$ with $\sum_s w_s = 1$.
+    r"""One mean per step, such as the mean square: $\bar m = \sum_s w_s m_s$ with $\sum_s w_s = 1$.
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `mean` | $m_s$, unit of what was averaged | `[..., d]` |
+    | `mean` | $m_s$, unit of the averaged values | `[..., d]` |
 
     >>> import torch
     >>> Average(torch.tensor([[1.0], [3.0]])).pool(torch.tensor([3.0, 1.0]), dim=0)
@@ -130,7 +130,7 @@ class Average(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, dim: int = -1) -> Average:
-        """Mean of `x` over one axis, which is kept with length 1; float64 wherever the device has it."""
+        """Mean of `x` over one axis, which is kept with length 1; float64 where the device has it."""
         return cls(promoted(x).mean(dim, keepdim=True))
 
     def pool(self, weights: Tensor, dim: int) -> Average:
@@ -146,7 +146,7 @@ class NoStatistic(NamedTuple):
 
 
 class CountedMoments(NamedTuple):
-    """`Moments` that also know how many samples they stand for, as an unbiased variance needs.
+    """`Moments` with the number of samples, which an unbiased variance needs.
 
     `count` `[..., 1]` is the total weight of the last merge (a single row counts 1). Where the weights of a merge are
     themselves counts, as a window's are over the steps of a coupled batch, it is the number of samples in the window.

@@ -1,4 +1,4 @@
-"""Time windows: which past steps count towards the pooled statistic, and how much."""
+"""Time windows: the weights of past steps in the pooled statistic."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from atn_norms.registry import Options, to_int
 from atn_norms.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
-AGES = 1024  # steps back of which a window is asked whether they all count alike
+AGES = 1024  # ages at which `uniform_weights` compares the declared weights
 
 
 class Window(ABC, Generic[S]):
-    """A value that says which past steps count; its memory is state, passed in and handed back.
+    """Pool the statistics of recent steps; the state is passed in and returned.
 
-    State is a plain nested tuple of tensors with the batch on axis 0 of every leaf, and holds per-step *statements*,
-    never the aggregates of some algorithm, so that two implementations of one window can take turns.
+    State is a plain nested tuple of tensors with the batch on axis 0 of every leaf. It holds per-step statistics rather
+    than the aggregates of one algorithm, so implementations of a window are interchangeable within a sequence.
+    A window is a frozen value, or an `nn.Module` where it has parameters.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `now` | the step's own statistic | leaves `[N, ...]` |
-    | `weight` | how much the step counts: 1 for a live row, 0 for padding, or a number of samples | `[N]` |
+    | `weight` | weight of the step: 1 for an unmasked row, 0 for padding, or a number of samples | `[N]` |
     | `pooled` | the statistic over the window that ends at this step, like `now` | leaves `[N, ...]` |
 
     Steps of weight 0 are masked: they leave the state of their row unchanged, and their `pooled` is undefined.
@@ -42,41 +43,41 @@ class Window(ABC, Generic[S]):
 
     @abstractmethod
     def initial(self, now: S) -> Tree:
-        """The state before the first step, for statistics shaped like `now`."""
+        """Return the state before the first step, for statistics shaped like `now`."""
 
     @abstractmethod
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        """Take one step in; return the statistic pooled over the window that ends with it, and the new state."""
+        """Add one step; return the statistic pooled over the window that ends with it, and the new state."""
 
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
-        """`push` over axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; a window may do it at once."""
+        """Apply `push` over axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; may be vectorized."""
         return scan_by_steps(self, steps, weights, state)
 
     def layout(self, now: S) -> Any:
-        """What a state looks like for statistics shaped like `now`, so that one of another kind can be refused."""
+        """Return the layout of a state for statistics shaped like `now`; a state of another layout is an error."""
         return layout(self.initial(now))
 
     def weight_at(self, age: Tensor) -> Tensor | None:
-        """Declare how much a step counts that lies `age` live steps back (0: the current one); None claims nothing.
+        """Return the weight of a step by its age in unmasked steps (0: the current step), or None.
 
-        What is declared is demanded: `pooled` is then the merge of every step so far, each with this share of its
-        weight (`atn_norms.testing`).
+        The conformance suite tests the declaration: `pooled` must then be the merge of every step so far, each with its
+        own weight times this one (`atn_norms.testing`).
         """
         return None
 
     @property
     def uniform_weights(self) -> bool:
-        """Whether it declares that all steps inside it count alike, so that a maximum, say, can be pooled too."""
+        """True if all steps in the window have equal weight, so that a maximum can be pooled too."""
         weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
         return weights is not None and bool(((weights == 0) | (weights == weights.max())).all())
 
     def spec(self) -> WindowSpec:
-        """The options that build this window, so that a layer can be described; `TypeError` if it has none."""
+        """Return the options that build this window; `TypeError` if it has none."""
         raise TypeError(f"{self!r}: {type(self).__name__} does not say which options build it; allowed: its WindowSpec")
 
 
 def scan_by_steps(window: Window[S], steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
-    """The definition of `Window.scan`: one `push` per step."""
+    """Scan with one `push` per step, the definition of `Window.scan`."""
     kind = type(steps)
     pooled = []
     for *now, weight in zip(*(leaf.unbind(0) for leaf in steps), weights.unbind(0), strict=True):
@@ -93,17 +94,17 @@ class WindowSpec(Options, ABC):
 
     @abstractmethod
     def build(self) -> Window[Any]:
-        """The window these options describe."""
+        """Build the window."""
 
 
 @dataclass(frozen=True)
 class Sliding(Window[S]):
-    r"""The last `steps` live steps, the current one included, all alike.
+    r"""Equal weights for the last `steps` unmasked steps, the current one included.
 
     $$m_t = \min(t + 1, k), \qquad W_t = \{t - m_t + 1, \dots, t\}$$
 
-    Source: Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439. With k = 1 the step stands alone; before step k the window is
-    simply shorter.
+    Source: Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439. With k = 1 only the current step is used; before step
+    k the window is shorter.
 
     | symbol | meaning | |
     |---|---|---|
@@ -154,7 +155,7 @@ class Sliding(Window[S]):
         state = _constant_weights(state)
         row = torch.arange(weights.shape[1], device=weights.device)
         mask = weights > 0
-        # A window counts live steps, so bring each row's live steps together before cutting windows out of it. This is
+        # A window counts unmasked steps: move each row's unmasked steps together before cutting windows. This is
         # a stable sort by counting, which exporters know.
         live, masked = mask.cumsum(0) - 1, mask.sum(0) + (~mask).cumsum(0) - 1
         time = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
@@ -182,7 +183,7 @@ class SlidingSpec(WindowSpec):
     """Options of `Sliding`."""
 
     kind: Literal["sliding"] = "sliding"
-    steps: int = Field(ge=1, le=1_000_000, description="k: how many steps are pooled, the current one included")
+    steps: int = Field(ge=1, le=1_000_000, description="k: number of pooled steps, the current step included")
 
     def build(self) -> Sliding[Any]:
         return Sliding(self.steps)
@@ -204,20 +205,20 @@ def _one(now: Statistic) -> Any:
 
 
 def _merge(now: S, weight: Tensor, total: Tensor, past: tuple[Tensor, ...]) -> S:
-    """Pool what is known, of weight `total`, with the current step."""
+    """Pool the past, of weight `total`, with the current step."""
     both = (torch.stack(pair, 1) for pair in zip(past, now, strict=True))
     return type(now)(*both).pool(torch.stack([total, weight], 1), 1)
 
 
 @dataclass(frozen=True)
 class Cumulative(Window[S]):
-    """Every live step since the state was fresh, all alike: a sliding window that never forgets.
+    """Equal weights for every unmasked step since the initial state.
 
     | symbol | meaning | shape |
     |---|---|---|
     | state | `(total weight, pooled leaves)` | `([N], [N, ...])` |
 
-    An `Exponential` window's state looks the same, so a state handed from one to the other is not noticed.
+    The state of an `Exponential` window has the same layout; a state passed from one to the other is not detected.
 
     >>> import torch
     >>> from atn_norms import AssortedTime, Cumulative, LayerNorm
@@ -255,12 +256,12 @@ class CumulativeSpec(WindowSpec):
 
 @dataclass(frozen=True)
 class Exponential(Window[S]):
-    r"""Every live step, each counting half as much as one `half_life` live steps younger.
+    r"""Weights that halve every `half_life` unmasked steps.
 
     $$w_s = 2^{-(t - s) / h}$$
 
     Derived: an exponentially weighted average whose weights are normalized at every step, so that the first steps are
-    not biased towards zero. The age is counted in live steps.
+    not biased towards zero. The age is counted in unmasked steps.
 
     | symbol | meaning | shape or unit |
     |---|---|---|

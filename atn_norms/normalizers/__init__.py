@@ -1,4 +1,4 @@
-"""Normalizers: what a step measures of itself, and how a pooled statement normalizes it."""
+"""Normalizers: statistics of a step, and normalization with pooled statistics."""
 
 from atn_norms.normalizers.base import (
     BatchMoments,

@@ -1,4 +1,4 @@
-"""What a normalizer is: it measures one row, and normalizes it with what a window pooled."""
+"""The base class of normalizers, and the declarations that let kernels compute them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Normalizer(nn.Module, ABC):
     | `x` | pre-activations; every leading axis is a row | `[..., D]` |
     | statistic | the statistic of one row | leaves `[..., d]` |
     | `pooled` | the same statistic over the window | leaves `[..., d]`, or 1 where rows share it |
-    | `step` | index of each live step since the state was fresh, -1 where no row is alive | `[...]`, int64 |
+    | `step` | index of each unmasked step since the initial state, -1 where all rows are masked | `[...]`, int64 |
 
     Class attributes declare properties. Declared properties are tested (`atn_norms.testing`); undeclared ones are not.
 
@@ -85,7 +85,7 @@ class Normalizer(nn.Module, ABC):
         """Normalize `x` `[..., D]` with the pooled statistic; the result may keep a wider type than `x`."""
 
     def population(self, pooled: Any, step: Tensor) -> Any:
-        """The statement to normalize with: the pooled one, unless a population's stands in for it."""
+        """Return the statistic to normalize with: `pooled`, or running statistics in evaluation."""
         return pooled
 
     def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
@@ -112,11 +112,11 @@ class Normalizer(nn.Module, ABC):
 
     @contextmanager
     def scanning(self) -> Iterator[None]:
-        """Everything `population` records inside belongs to one scan; a no-op for what keeps no records."""
+        """Commit the records of `population` as one update at the end of a scan; a no-op without records."""
         yield
 
     def unsupported_reason(self, window: Window[Any]) -> str | None:
-        """In one sentence why its statements cannot be pooled over a window, or None if they can."""
+        """Return one sentence on why its statistics cannot be pooled over a window, or None."""
         return None
 
     def feature_moments(self) -> FeatureMoments | None:
@@ -136,11 +136,11 @@ class FeatureMoments:
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `groups` | equal blocks of neighbouring features, each with a statement of its own | |
-    | `centred` | the statement is `Moments`; otherwise $\mu = 0$, and it is the `Average` of squares | |
+    | `groups` | equal blocks of neighbouring features, each with its own statistic | |
+    | `centred` | the statistic is `Moments`; otherwise $\mu = 0$, and it is the `Average` of squares | |
     | `eps` | added inside the root | |
     | `gain`, `shift` | g and b; None where there is none | `[D]` |
-    | `shape` | how one row's statement lies in its leaves; `(groups,)` unless it says otherwise | |
+    | `shape` | trailing axes of a leaf of one row's statistic; `(groups,)` by default | |
     """
 
     groups: int
@@ -218,12 +218,12 @@ def _check_affine(moments: FeatureMoments | BatchMoments, features: int) -> None
 
 
 def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:
-    """What a normalizer declares of itself, unless a subclass has changed what the declaration was made about."""
+    """Return the declaration of a normalizer, or None where a subclass overrides what it declares."""
     return normalizer.feature_moments() if _declares(normalizer, "feature_moments") else None
 
 
 def batch_moments(normalizer: Normalizer) -> BatchMoments | None:
-    """What a normalizer declares of itself, unless a subclass has changed what the declaration was made about."""
+    """Return the declaration of a normalizer, or None where a subclass overrides what it declares."""
     return normalizer.batch_moments() if _declares(normalizer, "batch_moments") else None
 
 
@@ -245,7 +245,7 @@ class NormSpec(Options, ABC):
 
     @abstractmethod
     def build(self, features: int) -> Normalizer:
-        """A fresh normalizer over `features` features; `ValueError` where these options cannot serve that many."""
+        """Build a normalizer over `features` features; `ValueError` where the options do not support the number."""
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -272,7 +272,7 @@ def checked_features(features: int) -> int:
 
 
 def checked_eps(eps: float) -> float:
-    """`eps` as it is; `ValueError` if it is negative or not finite."""
+    """Return `eps`; `ValueError` if it is negative or not finite."""
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps: {eps}; allowed: a finite number of at least 0")
     return eps

@@ -1,4 +1,4 @@
-"""Batch normalization: statistics over the rows of a batch, and populations that stand in for them."""
+"""Batch normalization: statistics over the rows of a batch, and running statistics for evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _OfTorch(_BatchNorm):
 
 
 class BatchNorm(Normalizer, _OfTorch):
-    r"""Centre and scale each feature by its mean and variance over batch and window; populations stand in later.
+    r"""Centre and scale each feature by its mean and variance over batch and window.
 
     $$y = g \odot \frac{a - \mu}{\sqrt{v + \epsilon}} + b, \qquad
     \hat\mu \leftarrow (1 - m)\,\hat\mu + m\,\mu, \qquad \hat v \leftarrow (1 - m)\,\hat v + m\,\tfrac{n}{n-1} v$$
