@@ -372,6 +372,12 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert {trial["step"] for trial in state["trials"]} == {4}
     assert "3 done" in printed(capsys, "status", "here")
 
+    small = json.loads(printed(capsys, "report", "here", "--out", "small", "--formats", "", "--json"))["report"]
+    assert {Path(path).suffix for path in small} == {".html", ".csv", ".yaml", ".json"}
+    small = json.loads(printed(capsys, "report", "small", "--formats", "svg, md", "--json"))["report"]
+    assert {Path(path).suffix for path in small} == {".html", ".csv", ".yaml", ".json", ".svg", ".md"}
+    assert main(["report", "here", "--formats", "pgn"]) == 2
+    assert "formats: got 'pgn'; expected svg, png, md, tex" in capsys.readouterr().err
     results = json.loads(printed(capsys, "report", "here", "--json"))
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])

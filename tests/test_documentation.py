@@ -23,7 +23,7 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glo
 TEXTS = PAGES | {"README": (ROOT / "README.md").read_text(encoding="utf-8")}
 PAGE_OF = {"normalizer": "normalizers", "window": "windows", "cell": "cells", "task": "tasks"}
 EXECUTED = {"python", "console"}
-SHOWN = {"text", "toml", "bash", "py", "{image}", "{toctree}", "{eval-rst}"}
+SHOWN = {"text", "toml", "yaml", "bash", "py", "{image}", "{toctree}", "{eval-rst}"}
 
 
 def test_every_hook_is_documented_with_its_exact_signature():

@@ -304,14 +304,14 @@ def _report(
     as_json: bool,
     out: Path | None = None,
     reach: dict[str, float] | None = None,
-    formats: Sequence[str] = (),
+    formats: Sequence[str] | None = None,
 ) -> None:
     from atn_norms.ablation.report import FORMATS, findings, table, write
     from atn_norms.ablation.report.sentences import verdict_line
     from atn_norms.ablation.store.folder import StudyFolder
 
     found = findings(record, reach)
-    page, *others = write(found, out or StudyFolder(folder).report, reach, formats or FORMATS)
+    page, *others = write(found, out or StudyFolder(folder).report, reach, FORMATS if formats is None else formats)
     results = table(found)
     if as_json:
         files = [str(path) for path in (page, *others)]
