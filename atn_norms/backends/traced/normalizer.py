@@ -403,12 +403,17 @@ def _summed(outputs: Sequence[Tensor], rows: int) -> list[Tensor]:
 
 
 def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference relative to the largest magnitude; infinity where one alone is not a number."""
+    """Return the largest difference relative to the magnitude of its tensor; infinity where one alone is NaN.
+
+    A tensor that is 0 but for roundings counts as a thousandth of the largest one.
+    """
+    magnitudes = [float(tensor.detach().nan_to_num().abs().max()) if tensor.numel() else 0.0 for tensor in expected]
+    least = max(1e-3 * max(magnitudes, default=0.0), 1e-30)
     worst = 0.0
-    for a, b in zip(found, expected, strict=False):
+    for a, b, magnitude in zip(found, expected, magnitudes, strict=False):
         a, b = a.detach().reshape(b.shape), b.detach()
         if not torch.equal(a.isnan(), b.isnan()):
             return float("inf")
-        scale = max(float(b.nan_to_num().abs().max()), 1e-30) if b.numel() else 1.0
-        worst = max(worst, float((a - b).nan_to_num(0.0).abs().max()) / scale if b.numel() else 0.0)
+        if b.numel():
+            worst = max(worst, float((a - b).nan_to_num(0.0).abs().max()) / max(magnitude, least))
     return worst

@@ -1,0 +1,89 @@
+"""Random normalizers in random layers: the kernels and the reference agree on values, states and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atn_norms as an
+from tests.laws.strategies import level
+from tests.native.strategies import CELLS, EXACT, Pair, agree, needs_kernels, outcome
+from tests.traced.random_norms import RandomSpec
+
+pytestmark = needs_kernels
+
+WINDOWS = st.sampled_from([1, 2, 3, 7, "cumulative", {"kind": "exponential", "half_life": 1.5}])
+DEEP, CASES_EACH = 2_500, 8  # random normalizers, and layers that each of them is in
+
+
+@st.composite
+def pairs(draw: Any, norm: int) -> Pair:
+    """One small layer of a random normalizer, whatever its structure."""
+    both, layers = draw(st.sampled_from([(False, 1)] * 6 + [(True, 1), (False, 2)]))
+    options = {
+        "norm": RandomSpec(seed=norm),
+        "window": draw(WINDOWS),
+        "num_layers": layers,
+        "bidirectional": both,
+    }
+    return Pair(
+        draw(st.sampled_from(["lstm", "gru", "tanh"])),
+        hidden=HIDDEN,
+        batch=draw(st.integers(1, 4)),
+        steps=draw(st.integers(1, 4)),
+        seed=draw(st.integers(0, 2**16)),
+        per_gate=draw(st.booleans()),
+        ragged=draw(st.booleans()),
+        before=None if both else draw(st.sampled_from([None, 2])),
+        options=options,
+    )
+
+
+HIDDEN = 4
+counted: dict[str, int] = {"cases": 0, "native": 0}
+
+
+def judge(pair: Pair) -> None:
+    """Compare one case, and count it."""
+    native = pair.layer("auto")
+    counted["cases"] += 1
+    counted["native"] += "backend 'native'" in an.explain(native)
+    inputs = pair.xs(), pair.state(), pair.lengths()
+    expected = outcome(pair.layer("reference"), *inputs)
+    # gradients that grow from step to step magnify roundings as they do themselves
+    agree(outcome(native, *inputs), expected, EXACT * level(*expected.gradients))
+
+
+@given(st.integers(0, 2**20), st.data())
+@settings(max_examples=40)
+def test_a_few_random_normalizers(norm, data):
+    judge(data.draw(pairs(norm)))
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(6000)
+def test_many_random_normalizers(record_property):
+    """At least 20,000 cases, all of them native; the count is reported."""
+    counted.update(cases=0, native=0)
+
+    @given(st.integers(0, 2**30), st.data())
+    @settings(max_examples=DEEP, database=None, deadline=None)
+    def search(norm: int, data: Any) -> None:
+        for _ in range(CASES_EACH):
+            judge(data.draw(pairs(norm)))
+
+    search()
+    record_property("cases", counted["cases"])
+    print(f"{counted['cases']} cases, {counted['native']} of them native")
+    assert counted["cases"] >= DEEP * CASES_EACH
+    assert counted["native"] == counted["cases"]
+
+
+def test_random_normalizers_are_native():
+    """The campaign compares the kernels, not the reference with itself."""
+    assert CELLS
+    norms = [an.RNN(2, HIDDEN, norm=RandomSpec(seed=seed), dtype=torch.float64) for seed in range(60)]
+    reasons = [an.explain(layer) for layer in norms if "backend 'native'" not in an.explain(layer)]
+    assert reasons == []
