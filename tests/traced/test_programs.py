@@ -14,6 +14,7 @@ from atn_norms.backends.traced.program import (
     CONSTANT,
     INPUT,
     REGISTER,
+    SMALL,
     Instruction,
     Op,
     Operand,
@@ -191,7 +192,7 @@ def test_a_program_that_differs_from_its_python_is_a_warning_with_numbers():
 # -- malformed programs
 
 GOOD = Program(
-    (Slot(INPUT, 4), Slot(REGISTER, 4), Slot(REGISTER, 2), Slot(CONSTANT, 1)),
+    (Slot(INPUT, 4), Slot(REGISTER, 4), Slot(SMALL, 2), Slot(CONSTANT, 1)),
     (
         Instruction(Op.MUL, 1, 0, 4, 1, 4, (Operand(0, 0, 1, 4), Operand(3, 0, 1, 1))),
         Instruction(Op.SUM, 2, 0, 4, 2, 2, (Operand(1, 0, 1, 4),)),

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from atn_norms.backends.traced.program import ROWS, Program
 
 INTERFACE = 4
 SITES = 3
@@ -69,6 +73,7 @@ class Library:
             ("timeline", c_int64, [c_int64] * 4),
             ("level", c_int32, [c_int32]),
             ("interface", c_int64, []),
+            ("interpret", c_int32, [c_void_p, c_int32, c_void_p, c_int64, c_void_p]),
         ):
             function = getattr(self._object, f"atn_norms_{name}")
             function.restype, function.argtypes = result, arguments
@@ -80,7 +85,20 @@ class Library:
     def run(self, direction: str, call: CallArgs, is_double: bool) -> None:
         """`forward` or `backward`; the interpreter lock is free meanwhile. `MemoryError` where there was none."""
         if getattr(self._object, f"atn_norms_{direction}")(ctypes.byref(call), int(is_double)):
-            raise MemoryError("the native backend could not have its work space")
+            raise MemoryError("out of memory for workspace")
+
+    def interpret(self, program: Program, inputs: Sequence[torch.Tensor], narrow: bool = False) -> list[torch.Tensor]:
+        """Return the outputs of a program on inputs `[R, length]`; where it runs narrow, rows are float32."""
+        rows = inputs[0].shape[0]
+        types = [torch.float32 if narrow and slot.kind in ROWS else torch.float64 for slot in program.slots]
+        given = [x.expand(rows, -1).to(kind).contiguous() for x, kind in zip(inputs, types, strict=False)]
+        lengths = [(program.slots[place].length, types[place]) for place in program.outputs]
+        outputs = [torch.empty(rows, length, dtype=kind) for length, kind in lengths]
+        words = ctypes.create_string_buffer(program.words, len(program.words))
+        addresses = [(c_void_p * len(many))(*(x.data_ptr() for x in many)) for many in (given, outputs)]
+        if self._object.atn_norms_interpret(words, int(narrow), addresses[0], rows, addresses[1]):
+            raise MemoryError("out of memory for workspace")
+        return outputs
 
     @property
     def parallel(self) -> bool:
@@ -154,14 +172,23 @@ finally:  # whatever was raised, the process lives, and the error will be met ag
 _deadly: dict[Path, str] = {}
 
 
-@torch.compiler.assume_constant_result  # a compiler need not follow how a shared object is found
+def constant_to_compilers(function: Any) -> Any:
+    """Let compilers take a function's result as a constant, as `torch.compiler.assume_constant_result` does.
+
+    That one imports the compiler, which takes a second and more.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_to_compilers
 def unavailable() -> str | None:
     """In one sentence why there are no kernels, or None where there are."""
     library = load()
     return library if isinstance(library, str) else None
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def warn_once() -> None:
     """Say, once in a process, that the reference runs what the kernels could: slowness has a reason, and a cure."""
     if not _warned:

@@ -6,6 +6,7 @@ import enum
 import types
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import PurePath
 from typing import Any
@@ -13,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.backends.traced.normalizer import TracedNorm, differences, trace
+from atn_norms.backends.native.library import Library, load
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, tensors_of, trace
+from atn_norms.backends.traced.program import Program
 from atn_norms.normalizers import Normalizer
 
 TOLERANCE = 1e-10  # of random rows of a few dozen features in float64, whose roundings add up to about 1e-14
+NARROW = 1e-6  # of an element and of the root mean square of all rows: a dozen roundings of float32
+NARROW_ROWS = 32
 MOST = 1024  # traced normalizers that are kept
 
 _kept: dict[Any, TracedNorm | str] = {}
@@ -50,11 +55,54 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         found = differences(normalizer, traced)
     worst = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if not worst:
-        return traced
+        return narrowed(normalizer, traced)
     numbers = ", ".join(f"{name} by {value:.1e}" for name, value in worst.items())
     reason = f"its native program differs from its Python ({numbers}, relative, on random rows in float64)"
     warnings.warn(f"{type(normalizer).__name__}: {reason}; the reference runs it", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
+    """Return programs of which those run in float32, in layers of float32, that were found to keep their digits there.
+
+    Tried are rows of mean 0 and rows of mean 1e4 and deviation 1e-2, from which only a difference that is exact keeps
+    digits.
+    """
+    library = load()
+    if isinstance(library, str):
+        return traced
+    with torch.no_grad():
+        exact = {name: _keeps_digits(library, normalizer, traced, name) for name in PROGRAMS}
+    return replace(traced, **{name: replace(getattr(traced, name), narrow=narrow) for name, narrow in exact.items()})
+
+
+def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, name: str) -> bool:
+    program: Program = getattr(traced, name)
+    if not program.narrowable:
+        return False
+    source = torch.Generator().manual_seed(11)
+    parameters = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors_of(normalizer)]
+    flat = torch.cat([torch.zeros(0), *parameters])
+    for mean, deviation in ((0.0, 1.0), (1e4, 1e-2)):
+        x = (mean + deviation * torch.randn(NARROW_ROWS, traced.features, generator=source)).double()
+        spread = torch.rand(NARROW_ROWS, traced.width, generator=source, dtype=torch.float64)
+        leaves = traced.measure.evaluate([x, flat.double().expand(NARROW_ROWS, -1)]) if traced.leaves else []
+        if name == "measure_back":
+            leaves = [spread.clone() for _ in leaves]
+        dy = torch.randn(NARROW_ROWS, traced.features, generator=source).double()
+        inputs = {
+            "measure": [x, flat],
+            "normalize": [x, *leaves, flat],
+            "measure_back": [x, flat, *leaves],
+            "normalize_back": [x, *leaves, flat, dy],
+        }[name]
+        inputs = [tensor.double().expand(NARROW_ROWS, -1) for tensor in inputs]
+        wide, narrow = (library.interpret(program, inputs, is_narrow) for is_narrow in (False, True))
+        for a, b in zip(narrow, wide, strict=True):
+            limit = NARROW * (b.abs() + b.square().mean().sqrt())
+            if not bool(((a.double() - b).abs() <= limit).all()):
+                return False
+    return True
 
 
 class _Unfrozen(Exception):

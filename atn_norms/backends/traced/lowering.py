@@ -27,6 +27,7 @@ from atn_norms.backends.traced.program import (
     CONSTANT,
     INPUT,
     REGISTER,
+    SMALL_INPUT,
     TORCH,
     Instruction,
     Op,
@@ -57,9 +58,9 @@ class Lowering:
 
     # -- inputs and outputs
 
-    def add_input(self, length: int) -> int:
+    def add_input(self, length: int, small: bool = False) -> int:
         """Return the slot of another input of so many elements; all inputs come before anything else."""
-        self._slots.append(Slot(INPUT, length))
+        self._slots.append(Slot(SMALL_INPUT if small else INPUT, length))
         self._inputs += 1
         return len(self._slots) - 1
 

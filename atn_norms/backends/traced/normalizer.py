@@ -224,9 +224,9 @@ class _Tracing:
         tensors = [value.clone().requires_grad_() for value in values]
         if centred:
             for tensor in tensors:
-                self._lowering.bind(tensor, self._lowering.add_input(tensor.numel()))
+                self._lowering.bind(tensor, self._lowering.add_input(tensor.numel(), small=True))
         elif tensors:
-            slot, at = self._lowering.add_input(sum(tensor.numel() for tensor in tensors)), 0
+            slot, at = self._lowering.add_input(sum(tensor.numel() for tensor in tensors), small=True), 0
             for tensor in tensors:
                 self._lowering.bind(tensor, slot, at)
                 at += tensor.numel()

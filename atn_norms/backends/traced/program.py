@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_DOUBLES = 512  # numbers of the longest register that are computed at a time
+TILE_DOUBLES = 2048  # numbers of the longest register that are computed at a time
 TILE_ROWS = 16  # rows of a block
 MOST_DOUBLES = 1 << 22  # of all registers of a row
 MOST_SLOTS = 512  # as in program.h
@@ -57,17 +57,23 @@ class Op(IntEnum):
     OR = 32
     WHERE = 33
     SUM = 34
+    DOT = 35
 
 
 UNARY = frozenset(op for op in Op if op <= Op.COS)
 BINARY = frozenset(op for op in Op if Op.ADD <= op <= Op.OR)
-ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), Op.WHERE: 3, Op.SUM: 1}
-REGISTER, CONSTANT, INPUT = 0, 1, 2
+ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), Op.WHERE: 3, Op.SUM: 1, Op.DOT: 2}
+REGISTER, CONSTANT, INPUT, SMALL, SMALL_INPUT = range(5)
+REGISTERS, INPUTS, ROWS = (REGISTER, SMALL), (INPUT, SMALL_INPUT), (REGISTER, INPUT)
+REDUCTIONS = (Op.SUM, Op.DOT)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Numbers that an instruction names: a register or an input of each row, or constants shared by all rows."""
+    """Numbers that an instruction names: a register or an input of each row, or constants shared by all rows.
+
+    Registers and inputs are of rows, or small: of statistics, which are float64 where the numbers of rows are float32.
+    """
 
     kind: int
     length: int
@@ -114,6 +120,7 @@ class Program:
     | `instructions` | in the order in which they run |
     | `outputs` | slots that hold the results |
     | `constants` | numbers of all constant slots, one slot after the other |
+    | `narrow` | in layers of float32, numbers of rows are float32 too; otherwise everything is float64 |
 
     Errors: `ProgramError` for anything that would read or write outside a slot, or read what was not written.
     """
@@ -122,12 +129,15 @@ class Program:
     instructions: tuple[Instruction, ...]
     outputs: tuple[int, ...]
     constants: tuple[float, ...]
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         self._check_slots()
-        written = [torch.full((slot.length,), slot.kind != REGISTER) for slot in self.slots]
+        written = [torch.full((slot.length,), slot.kind not in REGISTERS) for slot in self.slots]
         for place, instruction in enumerate(self.instructions):
             self._check_instruction(f"instruction {place}", instruction, written)
+        if self.narrow and not self.narrowable:
+            raise ProgramError("narrow: got a program that mixes numbers of rows and of statistics; expected none")
         for output in self.outputs:
             if not (_is_size(output) and output < len(self.slots)):
                 raise ProgramError(f"outputs: got slot {output!r}; expected 0 to {len(self.slots) - 1}")
@@ -138,12 +148,12 @@ class Program:
         if len(self.slots) > MOST_SLOTS:
             raise ProgramError(f"slots: got {len(self.slots)}; expected at most {MOST_SLOTS}")
         for place, slot in enumerate(self.slots):
-            if slot.kind not in (REGISTER, CONSTANT, INPUT) or not _is_size(slot.length):
-                raise ProgramError(f"slot {place}: got {slot}; expected a kind from 0 to 2 and a length of at least 0")
-            if slot.length == 0 and slot.kind != INPUT:
+            if slot.kind not in range(5) or not _is_size(slot.length):
+                raise ProgramError(f"slot {place}: got {slot}; expected a kind from 0 to 4 and a length of at least 0")
+            if slot.length == 0 and slot.kind not in INPUTS:
                 raise ProgramError(f"slot {place}: got length 0; expected at least 1")
-        kinds = [slot.kind for slot in self.slots]
-        if INPUT in kinds[kinds.count(INPUT) :]:
+        given = [slot.kind in INPUTS for slot in self.slots]
+        if any(given[sum(given) :]):
             raise ProgramError("slots: got an input after another slot; expected all inputs first")
         if self.row_doubles > MOST_DOUBLES:
             raise ProgramError(f"slots: got {self.row_doubles} numbers a row; expected at most {MOST_DOUBLES}")
@@ -157,15 +167,15 @@ class Program:
             raise ProgramError(f"{name}: got operation {op!r}; expected an Op")
         if len(instruction.operands) != ARITY[op]:
             raise ProgramError(f"{name}: got {len(instruction.operands)} operands; expected {ARITY[op]} for {op.name}")
-        if not (_is_size(target) and target < len(self.slots)) or self.slots[target].kind != REGISTER:
+        if not (_is_size(target) and target < len(self.slots)) or self.slots[target].kind not in REGISTERS:
             raise ProgramError(f"{name}: got target {target!r}; expected a register")
         if not _is_size(count) or count < 1:
             raise ProgramError(f"{name}: got count {count!r}; expected at least 1")
         result = Operand(target, instruction.offset, instruction.repeat, instruction.length)
         self._check_operand(f"{name}, target", result)
-        if op != Op.SUM and (instruction.repeat, instruction.length) != (1, count):
+        if op not in REDUCTIONS and (instruction.repeat, instruction.length) != (1, count):
             raise ProgramError(f"{name}: got a result of {instruction.length} elements; expected {count}")
-        if op == Op.SUM and count != instruction.repeat * instruction.length * (
+        if op in REDUCTIONS and count != instruction.repeat * instruction.length * (
             count // (instruction.repeat * instruction.length)
         ):
             raise ProgramError(f"{name}: got {count} elements; expected a multiple of repeat times length")
@@ -175,7 +185,9 @@ class Program:
                 raise ProgramError(f"{name}: got slot {target} as operand and as target; expected two registers")
             if not bool(written[operand.slot][operand.offset : operand.offset + operand.length].all()):
                 raise ProgramError(f"{name}: got slot {operand.slot} as operand; expected one that was written before")
-        if op == Op.SUM and bool(written[target].any()) and not instruction.length == self.slots[target].length:
+        if op in REDUCTIONS and self.slots[target].kind != SMALL:
+            raise ProgramError(f"{name}: got a sum into a register of rows; expected a small one")
+        if op in REDUCTIONS and bool(written[target].any()) and not instruction.length == self.slots[target].length:
             raise ProgramError(f"{name}: got a sum into a part of a register; expected a whole one")
         written[target][instruction.offset : instruction.offset + instruction.length] = True
 
@@ -193,7 +205,7 @@ class Program:
     @property
     def inputs(self) -> tuple[int, ...]:
         """Elements of every input."""
-        return tuple(slot.length for slot in self.slots if slot.kind == INPUT)
+        return tuple(slot.length for slot in self.slots if slot.kind in INPUTS)
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -201,9 +213,33 @@ class Program:
         return tuple(self.slots[output].length for output in self.outputs)
 
     @property
+    def narrowable(self) -> bool:
+        """Whether numbers of rows and of statistics meet only as one number for a row, or for a part of a row."""
+        return all(map(self._meets_singly, self.instructions))
+
+    def _meets_singly(self, instruction: Instruction) -> bool:
+        of_rows = self.slots[instruction.target].kind in ROWS
+        for operand in instruction.operands:
+            slot, vector = self.slots[operand.slot], operand.repeat == 1 and operand.length > 1
+            if instruction.op in REDUCTIONS:
+                continue
+            if vector and (slot.kind in ROWS) != of_rows:
+                return False
+            shared = slot.kind == INPUT and operand.slot == self.parameters
+            if not vector and slot.kind in ROWS and not shared:
+                return False
+        return True
+
+    @property
+    def parameters(self) -> int:
+        """The slot of the parameters: the last input of rows that comes after the first, or none."""
+        places = [place for place, slot in enumerate(self.slots) if slot.kind == INPUT]
+        return places[1] if len(places) > 1 else -1
+
+    @property
     def row_doubles(self) -> int:
         """Numbers in all registers of one row."""
-        return sum(slot.length for slot in self.slots if slot.kind == REGISTER)
+        return sum(slot.length for slot in self.slots if slot.kind in REGISTERS)
 
     @property
     def tile_rows(self) -> int:
@@ -231,19 +267,20 @@ class Program:
             for i in self.instructions
         ]
         constants = [value.hex() for value in self.constants]
-        return json.dumps([slots, code, list(self.outputs), constants], separators=(",", ":"))
+        return json.dumps([slots, code, list(self.outputs), constants, int(self.narrow)], separators=(",", ":"))
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Program:
         """Return the program of a text; `ProgramError` where the text describes none."""
         try:
-            slots, code, outputs, constants = json.loads(text)
+            slots, code, outputs, constants, narrow = json.loads(text)
             return Program(
                 tuple(Slot(*slot) for slot in slots),
                 tuple(map(_instruction, code)),
                 tuple(outputs),
                 tuple(float.fromhex(value) for value in constants),
+                bool(narrow),
             )
         except (TypeError, ValueError, KeyError) as error:
             if isinstance(error, ProgramError):
@@ -255,16 +292,17 @@ class Program:
         """The program as `Program` of program.h reads it."""
         at, constant, slots = 0, 0, []
         for place, slot in enumerate(self.slots):
-            start = {REGISTER: at, CONSTANT: constant, INPUT: place}[slot.kind]
+            start = place if slot.kind in INPUTS else constant if slot.kind == CONSTANT else at
             slots += [slot.kind, start, slot.length]
-            at += slot.length if slot.kind == REGISTER else 0
+            at += slot.length if slot.kind in REGISTERS else 0
             constant += slot.length if slot.kind == CONSTANT else 0
         code = b"".join(map(_packed, self.instructions))
         sizes = len(self.instructions), len(self.slots), len(self.outputs), len(self.constants)
         body = struct.pack(f"={len(slots) + len(self.outputs)}q", *slots, *self.outputs)
         body += struct.pack(f"={len(self.constants)}d", *self.constants)
-        total = 8 + (len(code) + len(body)) // 8
-        return struct.pack("=8q", total, *sizes, self.row_doubles, self.tile_rows, len(self.inputs)) + code + body
+        total = 9 + (len(code) + len(body)) // 8
+        head = total, *sizes, self.row_doubles, self.tile_rows, len(self.inputs), int(self.narrow)
+        return struct.pack("=9q", *head) + code + body
 
     def evaluate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run the program in PyTorch, differentiably: inputs `[R, length]` each, outputs `[R, length]` each."""
@@ -342,9 +380,9 @@ def evaluate(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     values: list[Tensor] = []
     constant = 0
     for place, slot in enumerate(program.slots):
-        if slot.kind == INPUT:
+        if slot.kind in INPUTS:
             values.append(inputs[place].to(like.dtype).expand(rows, slot.length))
-        elif slot.kind == REGISTER:
+        elif slot.kind in REGISTERS:
             values.append(like.new_zeros(rows, slot.length))
         else:
             own = program.constants[constant : constant + slot.length]
@@ -355,9 +393,10 @@ def evaluate(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
             values[o.slot][:, _places(o.offset, o.repeat, o.length, instruction.count)] for o in instruction.operands
         ]
         target = _places(instruction.offset, instruction.repeat, instruction.length, instruction.count)
-        if instruction.op == Op.SUM:
+        if instruction.op in REDUCTIONS:
             zeros = like.new_zeros(rows, program.slots[instruction.target].length)
-            values[instruction.target] = zeros.index_add(1, target, operands[0])
+            terms = operands[0] if instruction.op == Op.SUM else operands[0] * operands[1]
+            values[instruction.target] = zeros.index_add(1, target, terms)
         elif instruction.length == program.slots[instruction.target].length:
             values[instruction.target] = TORCH[instruction.op](*operands)
         else:

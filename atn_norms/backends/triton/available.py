@@ -7,8 +7,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-import torch
 from packaging.version import Version
+
+from atn_norms.backends.native.library import constant_to_compilers
 
 OLDEST = "3.6"  # of Triton: tuples of pointers with named fields
 
@@ -18,7 +19,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "yes", "y")
 
 
-@torch.compiler.assume_constant_result  # a compiler need not follow how a package is found
+@constant_to_compilers
 def unavailable() -> str | None:
     """Return the reason why the kernels cannot be compiled, or None."""
     return _unavailable()

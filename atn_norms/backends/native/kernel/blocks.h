@@ -75,8 +75,8 @@ int atn_norms_run_avx2(const Work *work, int backward, int is_double);
 int atn_norms_run_avx512(const Work *work, int backward, int is_double);
 
 /* Run a program on at most a tile of rows. */
-void atn_norms_interpret_base(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
-void atn_norms_interpret_avx2(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
-void atn_norms_interpret_avx512(const Program *program, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_base(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx2(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx512(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
 
 #endif

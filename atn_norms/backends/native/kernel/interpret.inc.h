@@ -1,7 +1,10 @@
-/* The interpreter of programs, for one instruction set: elementary functions of vectors of doubles, and one loop per operation.
+/* The interpreter of programs, for one instruction set: elementary functions of vectors, one loop per operation (operations.inc.h),
+   and the choice of the loop.
 
-   A program runs on a tile of rows at a time, few enough for its registers to stay in the nearest cache. Register r of a row of
-   `length` numbers follows that of the row before it, so that most operations are one loop over all rows of the tile. */
+   A program runs on a tile of rows at a time, few enough for its registers to stay in the nearest cache. A register of a row follows
+   that of the row before it, so that an operation is one loop over all rows of the tile.
+
+   A program that was found exact enough may run narrow: numbers of rows are float then, and those of statistics stay double. */
 
 #define NUM(name) GLUE(name, _program_, LEVEL)
 #define WIDTH ((long)(VECTOR_BYTES / sizeof(double)))
@@ -172,9 +175,8 @@ NUM_INLINE NUM(vec) NUM(signs)(NUM(vec) x) {
 }
 
 NUM_INLINE NUM(vec) NUM(rounded)(NUM(vec) x) {
-    NUM(vec) y = x;
-    EACH_NUMBER((double)(float)x[i]);
-    return y;
+    typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
+    return __builtin_convertvector(__builtin_convertvector(x, half), NUM(vec));
 }
 
 /* The larger; NaN where one is NaN. */
@@ -199,185 +201,335 @@ LIBM(libm_sin, sin)
 LIBM(libm_cos, cos)
 #undef LIBM
 
-/* Operands of one run of n numbers: contiguous, or one number for all (bit k of `same` for operand k). */
-typedef struct { double *out; const double *a, *b, *c; long n; int same; } NUM(Run);
+#define ELEMENT double
+#define IN_DOUBLE 1
+#define OPS(name) NUM(name)
+#include "operations.inc.h"
+#undef ELEMENT
+#undef IN_DOUBLE
+#undef OPS
 
-#define LOOP(A, B, expression)                                              \
-    for (long i = 0; i < n; i += WIDTH) {                                    \
-        const long left = n - i;                                             \
-        const NUM(vec) a = A, b = B;                                         \
-        (void)b;                                                             \
-        NUM(store)(run.out + i, (expression), left);                         \
-    }
-#define VECTOR(p) NUM(load)(run.p + i, left)
-#define NUMBER(p) NUM(all)(*run.p)
-#define UNARY(op, expression)                                                \
-    case op:                                                                 \
-        if (run.same & 1) LOOP(NUMBER(a), a, expression)                     \
-        else LOOP(VECTOR(a), a, expression)                                  \
-        break;
-#define BINARY(op, expression)                                               \
-    case op:                                                                 \
-        if ((run.same & 3) == 0) LOOP(VECTOR(a), VECTOR(b), expression)      \
-        else if ((run.same & 3) == 1) LOOP(NUMBER(a), VECTOR(b), expression) \
-        else if ((run.same & 3) == 2) LOOP(VECTOR(a), NUMBER(b), expression) \
-        else LOOP(NUMBER(a), NUMBER(b), expression)                          \
-        break;
-#define TRUTH(comparison) NUM(truth)((NUM(whole))(comparison))
+/* The same elementary functions of vectors of floats. */
 
-static void NUM(loop)(int32_t op, NUM(Run) run) {
-    const long n = run.n;
-    switch (op) {
-        UNARY(OP_COPY, a)
-        UNARY(OP_NEG, -a)
-        UNARY(OP_ABS, NUM(absolute)(a))
-        UNARY(OP_SIGN, NUM(signs)(a))
-        UNARY(OP_RECIPROCAL, 1.0 / a)
-        UNARY(OP_SQRT, NUM(root)(a))
-        UNARY(OP_RSQRT, 1.0 / NUM(root)(a))
-        UNARY(OP_EXP, NUM(exponential)(a))
-        UNARY(OP_LOG, NUM(logarithm)(a))
-        UNARY(OP_TANH, NUM(hyperbolic)(a))
-        UNARY(OP_SIGMOID, NUM(logistic)(a))
-        UNARY(OP_ROUND, NUM(rounded)(a))
-        UNARY(OP_NOT, TRUTH(a == 0.0))
-        UNARY(OP_LOG1P, NUM(libm_log1p)(a))
-        UNARY(OP_EXPM1, NUM(libm_expm1)(a))
-        UNARY(OP_ERF, NUM(libm_erf)(a))
-        UNARY(OP_SIN, NUM(libm_sin)(a))
-        UNARY(OP_COS, NUM(libm_cos)(a))
-        BINARY(OP_ADD, a + b)
-        BINARY(OP_SUB, a - b)
-        BINARY(OP_MUL, a * b)
-        BINARY(OP_DIV, a / b)
-        BINARY(OP_POW, NUM(power)(a, b))
-        BINARY(OP_MAX, NUM(larger)(a, b))
-        BINARY(OP_MIN, NUM(smaller)(a, b))
-        BINARY(OP_GT, TRUTH(a > b))
-        BINARY(OP_GE, TRUTH(a >= b))
-        BINARY(OP_LT, TRUTH(a < b))
-        BINARY(OP_LE, TRUTH(a <= b))
-        BINARY(OP_EQ, TRUTH(a == b))
-        BINARY(OP_NE, TRUTH(a != b))
-        BINARY(OP_AND, TRUTH(a != 0.0) * TRUTH(b != 0.0))
-        BINARY(OP_OR, NUM(truth)((NUM(whole))(a != 0.0) | (NUM(whole))(b != 0.0)))
-    case OP_WHERE:
-        for (long i = 0; i < n; i += WIDTH) {
-            const long left = n - i;
-            const NUM(vec) a = run.same & 1 ? NUMBER(a) : VECTOR(a), b = run.same & 2 ? NUMBER(b) : VECTOR(b);
-            const NUM(vec) c = run.same & 4 ? NUMBER(c) : VECTOR(c);
-            NUM(store)(run.out + i, NUM(choose)((NUM(whole))(a != 0.0), b, c), left);
-        }
-        break;
-    }
+#define FLT(name) GLUE(name, _narrow_, LEVEL)
+#define FLT_WIDTH ((long)(VECTOR_BYTES / sizeof(float)))
+
+typedef float FLT(vec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(float)), may_alias));
+typedef int32_t FLT(whole) __attribute__((vector_size(VECTOR_BYTES)));
+
+NUM_INLINE FLT(vec) FLT(all)(float x) {
+    FLT(vec) every = {0};
+    return every + x;
 }
 
-/* The sum of n numbers, always in the same order. */
-static double NUM(sum)(const double *from, long n) {
-    NUM(vec) first = {0}, second = {0};
-    long i = 0;
-    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
-        first += *(const NUM(vec) *)(from + i);
-        second += *(const NUM(vec) *)(from + i + WIDTH);
+NUM_INLINE FLT(vec) FLT(load)(const float *from, long n) {
+    if (n >= FLT_WIDTH) return *(const FLT(vec) *)from;
+    FLT(vec) part = FLT(all)(1.0f);
+#if VECTOR_BYTES == 64
+    return (FLT(vec))_mm512_mask_loadu_ps((__m512)part, (__mmask16)((1u << n) - 1u), from);
+#else
+    memcpy(&part, from, (size_t)n * sizeof(float));
+    return part;
+#endif
+}
+
+NUM_INLINE void FLT(store)(float *to, FLT(vec) value, long n) {
+    if (n >= FLT_WIDTH) *(FLT(vec) *)to = value;
+#if VECTOR_BYTES == 64
+    else _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1u), (__m512)value);
+#else
+    else memcpy(to, &value, (size_t)n * sizeof(float));
+#endif
+}
+
+NUM_INLINE FLT(vec) FLT(choose)(FLT(whole) mask, FLT(vec) yes, FLT(vec) no) {
+    return (FLT(vec))((mask & (FLT(whole))yes) | (~mask & (FLT(whole))no));
+}
+
+NUM_INLINE FLT(vec) FLT(truth)(FLT(whole) mask) { return (FLT(vec))(mask & (FLT(whole))FLT(all)(1.0f)); }
+
+NUM_INLINE FLT(vec) FLT(absolute)(FLT(vec) x) { return (FLT(vec))((FLT(whole))x & INT32_MAX); }
+
+NUM_INLINE int FLT(any)(FLT(whole) mask) { return NUM(any)((NUM(whole))(mask & INT32_MIN) | ((NUM(whole))(mask & INT32_MIN) << 32)); }
+
+NUM_INLINE FLT(vec) FLT(root)(FLT(vec) x) {
+#if VECTOR_BYTES == 64
+    return (FLT(vec))_mm512_sqrt_ps((__m512)x);
+#elif VECTOR_BYTES == 32
+    return (FLT(vec))_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (FLT(vec))_mm_sqrt_ps((__m128)x);
+#else
+    for (long i = 0; i < FLT_WIDTH; i++) x[i] = sqrtf(x[i]);
+    return x;
+#endif
+}
+
+#undef EACH_NUMBER
+#define EACH_NUMBER(call)                                            \
+    do {                                                             \
+        for (long i = 0; i < FLT_WIDTH; i++) y[i] = (float)(call);    \
+    } while (0)
+
+NUM_INLINE FLT(vec) FLT(near_exp)(FLT(vec) x) {
+    const FLT(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
+    const FLT(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    FLT(vec) p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r * r + r;
+    return (p + 1.0f) * (FLT(vec))(((FLT(whole))shifted + 127) << 23);
+}
+
+NUM_INLINE FLT(vec) FLT(exponential)(FLT(vec) x) {
+    if (!FLT(any)(~(FLT(whole))(FLT(absolute)(x) <= 87.0f))) return FLT(near_exp)(x);
+    FLT(vec) y = x;
+    EACH_NUMBER(exp((double)x[i]));
+    return y;
+}
+
+NUM_INLINE FLT(vec) FLT(near_log)(FLT(vec) x) {
+    const FLT(whole) bits = (FLT(whole))x, up = (bits & 0x7fffff) - 0x3504f3; /* < 0 where m < sqrt(2) */
+    const FLT(whole) half = (FLT(whole))(up >= 0) & 1, power = (bits >> 23) - 127 + half;
+    const FLT(vec) m = (FLT(vec))((bits & 0x7fffff) | ((127 - half) << 23)), n = __builtin_convertvector(power, FLT(vec));
+    const FLT(vec) d = m - 1.0f, s = d / (m + 1.0f), z = s * s;
+    FLT(vec) p = z * (2.0f / 11.0f) + 2.0f / 9.0f;
+    p = p * z + 2.0f / 7.0f;
+    p = p * z + 2.0f / 5.0f;
+    p = p * z + 2.0f / 3.0f;
+    return n * 0.693359375f + (d + (n * -2.12194440e-4f - s * (d - z * p)));
+}
+
+NUM_INLINE FLT(vec) FLT(logarithm)(FLT(vec) x) {
+    if (!FLT(any)(~((FLT(whole))(x >= 0x1p-126f) & (FLT(whole))(x <= 0x1.fffffep127f)))) return FLT(near_log)(x);
+    FLT(vec) y = x;
+    EACH_NUMBER(log((double)x[i]));
+    return y;
+}
+
+NUM_INLINE FLT(vec) FLT(power)(FLT(vec) x, FLT(vec) e) {
+    if (!FLT(any)(~((FLT(whole))(x >= 0x1p-126f) & (FLT(whole))(x <= 0x1.fffffep127f)))) {
+        const FLT(vec) product = FLT(near_log)(x) * e;
+        if (!FLT(any)(~(FLT(whole))(FLT(absolute)(product) <= 86.0f))) return FLT(near_exp)(product);
     }
-    first += second;
-    double total = 0.0;
-    for (long j = 0; j < WIDTH; j++) total += first[j];
-    for (; i < n; i++) total += from[i];
-    return total;
+    FLT(vec) y = x;
+    EACH_NUMBER(pow((double)x[i], (double)e[i]));
+    return y;
 }
 
-/* Where the elements of one operand of one instruction are. */
-typedef struct { const double *at; long apart, repeat, length; } NUM(View);
-
-/* Elements that can be taken at a time from element i on, and where they start. */
-NUM_INLINE const double *NUM(element)(NUM(View) view, long row, long i) {
-    return view.at + row * view.apart + (view.repeat == 1 && i < view.length ? i : i / view.repeat % view.length);
+NUM_INLINE FLT(vec) FLT(hyperbolic)(FLT(vec) x) {
+    const FLT(vec) size = FLT(absolute)(x);
+    const FLT(whole) small = (FLT(whole))(size < 0.3f);
+    FLT(vec) y = x;
+    if (FLT(any)(~(FLT(whole))(size <= 40.0f))) { /* NaN included */
+        EACH_NUMBER(tanh((double)x[i]));
+        return y;
+    }
+    const FLT(vec) e = FLT(near_exp)(-2.0f * x), z = x * x;
+    FLT(vec) p = z * (62.0f / 2835.0f) - 17.0f / 315.0f;
+    p = p * z + 2.0f / 15.0f;
+    p = p * z - 1.0f / 3.0f;
+    return FLT(choose)(small, x + x * (z * p), (1.0f - e) / (1.0f + e));
 }
 
+NUM_INLINE FLT(vec) FLT(logistic)(FLT(vec) x) { return 1.0f / (1.0f + FLT(exponential)(-x)); }
+
+NUM_INLINE FLT(vec) FLT(signs)(FLT(vec) x) {
+    const FLT(vec) sign = FLT(truth)((FLT(whole))(x > 0.0f)) - FLT(truth)((FLT(whole))(x < 0.0f));
+    return FLT(choose)((FLT(whole))(x == x), sign, x);
+}
+
+NUM_INLINE FLT(vec) FLT(rounded)(FLT(vec) x) { return x; }
+
+NUM_INLINE FLT(vec) FLT(larger)(FLT(vec) a, FLT(vec) b) {
+    return FLT(choose)((FLT(whole))(a > b) | (FLT(whole))(a != a), a, b);
+}
+
+NUM_INLINE FLT(vec) FLT(smaller)(FLT(vec) a, FLT(vec) b) {
+    return FLT(choose)((FLT(whole))(a < b) | (FLT(whole))(a != a), a, b);
+}
+
+#define LIBM(name, function)                    \
+    NUM_INLINE FLT(vec) FLT(name)(FLT(vec) x) { \
+        FLT(vec) y = x;                         \
+        EACH_NUMBER(function((double)x[i]));    \
+        return y;                               \
+    }
+LIBM(libm_log1p, log1p)
+LIBM(libm_expm1, expm1)
+LIBM(libm_erf, erf)
+LIBM(libm_sin, sin)
+LIBM(libm_cos, cos)
+#undef LIBM
+#undef EACH_NUMBER
+
+#define ELEMENT float
+#define IN_DOUBLE 0
+#define OPS(name) FLT(name)
+#include "operations.inc.h"
+#undef ELEMENT
+#undef IN_DOUBLE
+#undef OPS
+
+/* Where the elements of one operand of one instruction are: numbers of rows, which are float in a narrow program, or doubles. */
+typedef struct { const void *at; long apart, repeat, length; int is_float; } NUM(View);
+
+NUM_INLINE long NUM(place)(NUM(View) view, long row, long i) {
+    return row * view.apart + (view.repeat == 1 && i < view.length ? i : i / view.repeat % view.length);
+}
+
+NUM_INLINE double NUM(number)(NUM(View) view, long row, long i) {
+    const long at = NUM(place)(view, row, i);
+    return view.is_float ? (double)((const float *)view.at)[at] : ((const double *)view.at)[at];
+}
+
+/* Elements that can be taken at a time from element i on. */
 NUM_INLINE long NUM(stretch)(NUM(View) view, long i) {
     if (view.length == 1) return LONG_MAX;
     return view.repeat > 1 ? view.repeat - i % view.repeat : view.length - i % view.length;
 }
 
-static void NUM(add_up)(const Instruction *code, double *target, long length, NUM(View) view, long rows) {
+static void NUM(add_up)(const Instruction *code, double *target, long length, const NUM(View) *view, long rows) {
     const long count = code->count, inner = code->repeat, outer = count / code->length;
+    const int dot = code->op == OP_DOT;
+    int whole = inner == outer;
+    for (int k = 0; k <= dot; k++) whole &= view[k].repeat == 1 && view[k].length == count && view[k].is_float == view[0].is_float;
     for (long r = 0; r < rows; r++) {
         double *to = target + r * length + code->offset;
-        if (view.repeat == 1 && view.length == count && inner == outer) {
-            for (long k = 0; k < code->length; k++) to[k] = NUM(sum)(view.at + r * view.apart + k * inner, inner);
+        if (whole) {
+            for (long k = 0; k < code->length; k++) {
+                const long a = r * view[0].apart + k * inner, b = r * view[dot].apart + k * inner;
+                if (view[0].is_float) to[k] = FLT(sum)(dot, (const float *)view[0].at + a, (const float *)view[dot].at + b, inner);
+                else to[k] = NUM(sum)(dot, (const double *)view[0].at + a, (const double *)view[dot].at + b, inner);
+            }
             continue;
         }
         for (long k = 0; k < code->length; k++) to[k] = 0.0;
-        for (long i = 0; i < count; i++) to[i / inner % code->length] += *NUM(element)(view, r, i);
+        for (long i = 0; i < count; i++) to[i / inner % code->length] += NUM(number)(view[0], r, i) * (dot ? NUM(number)(view[1], r, i) : 1.0);
     }
 }
 
-static void NUM(execute)(const Instruction *code, double *target, long length, const NUM(View) *view, int operands, long rows) {
-    const long count = code->count;
-    if (code->op == OP_SUM) {
-        NUM(add_up)(code, target, length, view[0], rows);
+/* One loop of an operation on blocks of n elements. */
+typedef struct {
+    void *out;
+    long out_apart;
+    const void *vector[3];
+    const double *number[3];
+    long apart[3], n, blocks;
+    double spare[3];
+} NUM(Blocks);
+
+NUM_INLINE void NUM(loop_of)(int is_float, int32_t op, const NUM(Blocks) *blocks) {
+    if (is_float) {
+        FLT(Run) run = {.out = blocks->out, .out_apart = blocks->out_apart, .n = blocks->n, .blocks = blocks->blocks};
+        for (int k = 0; k < 3; k++) { run.vector[k] = blocks->vector[k]; run.number[k] = blocks->number[k]; run.apart[k] = blocks->apart[k]; }
+        FLT(loop)(op, run);
+    } else {
+        NUM(Run) run = {.out = blocks->out, .out_apart = blocks->out_apart, .n = blocks->n, .blocks = blocks->blocks};
+        for (int k = 0; k < 3; k++) { run.vector[k] = blocks->vector[k]; run.number[k] = blocks->number[k]; run.apart[k] = blocks->apart[k]; }
+        NUM(loop)(op, run);
+    }
+}
+
+/* Let operand k of a loop be one number for each block, `apart` doubles from one to the next. */
+NUM_INLINE void NUM(one_number)(NUM(Blocks) *blocks, int k, NUM(View) view, long at, long apart) {
+    blocks->vector[k] = NULL;
+    blocks->apart[k] = apart;
+    if (!view.is_float) {
+        blocks->number[k] = (const double *)view.at + at;
         return;
     }
-    NUM(Run) run = {target + code->offset, view[0].at, view[1].at, view[2].at, rows * count, 0};
-    /* One run over all rows, where every operand is one number or lies as the result does. */
-    int joined = rows == 1 || (length == count && code->offset == 0);
-    for (int k = 0; k < operands; k++) {
-        const int same = view[k].length == 1 && (view[k].apart == 0 || rows == 1);
-        const int whole = view[k].repeat == 1 && view[k].length == count && (view[k].apart == count || rows == 1);
-        joined &= same || whole;
-        run.same |= same && !(whole && count == 1 && rows == 1) ? 1 << k : 0;
+    blocks->spare[k] = (double)((const float *)view.at)[at]; /* a parameter, the same for all rows */
+    blocks->number[k] = &blocks->spare[k];
+    blocks->apart[k] = 0;
+}
+
+static void NUM(execute)(const Instruction *code, void *target, int is_float, long length, const NUM(View) *view, int operands, long rows) {
+    const long count = code->count, size = is_float ? (long)sizeof(float) : (long)sizeof(double);
+    if (code->op == OP_SUM || code->op == OP_DOT) {
+        NUM(add_up)(code, target, length, view, rows);
+        return;
     }
-    if (joined) {
-        NUM(loop)(code->op, run);
+    NUM(Blocks) blocks = {.out = (char *)target + code->offset * size};
+    /* Operands are vectors as long as the result, or one number for each row, or for each of so many parts of a row. */
+    int regular = 1, flat = rows == 1 || (length == count && code->offset == 0);
+    long parts = 1;
+    for (int k = 0; k < operands; k++) {
+        const int vector = view[k].repeat == 1 && view[k].length == count && (count > 1 || (!view[k].is_float && !is_float));
+        const int single = view[k].length == 1, each = view[k].repeat > 1 && view[k].repeat * view[k].length == count;
+        if (!vector && each && view[k].length > 1) {
+            regular &= parts == 1 || parts == view[k].length;
+            parts = view[k].length;
+        }
+        regular &= vector || single || each;
+        regular &= !(single || each) || vector || !view[k].is_float || view[k].apart == 0 || rows == 1;
+        flat &= vector ? view[k].apart == count || rows == 1 : single && (view[k].apart == 0 || rows == 1);
+    }
+    if (regular && (flat || parts == 1)) {
+        blocks.n = flat ? rows * count : count;
+        blocks.blocks = flat ? 1 : rows;
+        blocks.out_apart = length;
+        for (int k = 0; k < operands; k++) {
+            if (view[k].repeat == 1 && view[k].length == count && (count > 1 || (!view[k].is_float && !is_float))) {
+                blocks.vector[k] = view[k].at;
+                blocks.apart[k] = view[k].apart;
+            } else NUM(one_number)(&blocks, k, view[k], 0, view[k].apart);
+        }
+        NUM(loop_of)(is_float, code->op, &blocks);
         return;
     }
     for (long r = 0; r < rows; r++)
-        for (long i = 0; i < count; i += run.n) {
-            const double *at[3] = {NULL, NULL, NULL};
-            run.n = count - i;
-            run.same = 0;
+        for (long i = 0; i < count; i += blocks.n) {
+            blocks.n = count - i;
+            blocks.blocks = 1;
             for (int k = 0; k < operands; k++) {
                 const long stretch = NUM(stretch)(view[k], i);
-                at[k] = NUM(element)(view[k], r, i);
-                if (stretch < run.n) run.n = stretch;
-                run.same |= view[k].length == 1 || view[k].repeat > 1 ? 1 << k : 0;
+                if (stretch < blocks.n) blocks.n = stretch;
             }
-            run.out = target + r * length + code->offset + i;
-            run.a = at[0];
-            run.b = at[1];
-            run.c = at[2];
-            NUM(loop)(code->op, run);
+            if (regular && i == 0) { /* all parts of a row at once */
+                blocks.n = count / parts;
+                blocks.blocks = parts;
+            }
+            for (int k = 0; k < operands; k++) {
+                const long at = NUM(place)(view[k], r, i);
+                const int vector = view[k].repeat == 1 && view[k].length > 1;
+                blocks.apart[k] = vector ? blocks.n : view[k].length > 1;
+                if (vector) {
+                    blocks.number[k] = NULL;
+                    blocks.vector[k] = (const char *)view[k].at + at * (view[k].is_float ? (long)sizeof(float) : (long)sizeof(double));
+                } else NUM(one_number)(&blocks, k, view[k], at, blocks.apart[k]);
+            }
+            blocks.out = (char *)target + (r * length + code->offset + i) * size;
+            blocks.out_apart = blocks.n;
+            NUM(loop_of)(is_float, code->op, &blocks);
+            if (blocks.blocks > 1) break;
         }
 }
 
-/* Run a program on at most `tile_rows` rows. `room` holds tile_rows * row_doubles numbers; `output` becomes where the outputs
-   are, row after row. */
-static void NUM(interpret)(const Program *program, const Input *input, long rows, double *room, Input *output) {
+/* Run a program on at most `tile_rows` rows, narrow or not. `room` holds tile_rows * row_doubles numbers; `output` becomes where
+   the outputs are, row after row. */
+static void NUM(interpret)(const Program *program, int narrow, const Input *input, long rows, double *room, Input *output) {
     const Instruction *code = program_code(program);
     const Slot *slot = program_slots(program);
     Input place[MOST_SLOTS];
     for (int64_t s = 0; s < program->slots; s++) {
-        if (slot[s].kind == SLOT_INPUT) place[s] = input[slot[s].at];
+        if (slot[s].kind == SLOT_INPUT || slot[s].kind == SLOT_SMALL_INPUT) place[s] = input[slot[s].at];
         else if (slot[s].kind == SLOT_CONSTANT) place[s] = (Input){program_constants(program) + slot[s].at, 0};
         else place[s] = (Input){room + program->tile_rows * slot[s].at, slot[s].length};
     }
     for (int64_t i = 0; i < program->instructions; i++, code++) {
-        const int operands = code->op == OP_WHERE ? 3 : code->op >= OP_ADD && code->op <= OP_OR ? 2 : 1;
+        const int operands = code->op == OP_WHERE ? 3 : (code->op >= OP_ADD && code->op <= OP_OR) || code->op == OP_DOT ? 2 : 1;
         NUM(View) view[3] = {{0}};
         for (int k = 0; k < operands; k++) {
             const Operand *from = code->from + k;
-            view[k] = (NUM(View)){place[from->slot].at + from->offset, place[from->slot].apart, from->repeat, from->length};
+            const int is_float = narrow && is_row_slot(slot + from->slot);
+            const char *at = (const char *)place[from->slot].at + from->offset * (is_float ? (long)sizeof(float) : (long)sizeof(double));
+            view[k] = (NUM(View)){at, place[from->slot].apart, from->repeat, from->length, is_float};
         }
-        NUM(execute)(code, (double *)place[code->target].at, slot[code->target].length, view, operands, rows);
+        const int is_float = narrow && is_row_slot(slot + code->target);
+        NUM(execute)(code, (void *)place[code->target].at, is_float, slot[code->target].length, view, operands, rows);
     }
     for (int64_t o = 0; o < program->outputs; o++) output[o] = place[program_outputs(program)[o]];
 }
-
-#undef EACH_NUMBER
-#undef LOOP
-#undef VECTOR
-#undef NUMBER
-#undef UNARY
-#undef BINARY
-#undef TRUTH

@@ -34,6 +34,6 @@ int GLUE(atn_norms_, run_, LEVEL)(const Work *work, int backward, int is_double)
     return is_double ? GLUE(run, _f64_, LEVEL)(work, backward) : GLUE(run, _f32_, LEVEL)(work, backward);
 }
 
-void GLUE(atn_norms_, interpret_, LEVEL)(const Program *program, const Input *input, int64_t rows, double *room, Input *output) {
-    RUN_PROGRAM(program, input, rows, room, output);
+void GLUE(atn_norms_, interpret_, LEVEL)(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output) {
+    RUN_PROGRAM(program, narrow, input, rows, room, output);
 }

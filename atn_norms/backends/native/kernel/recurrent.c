@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -68,13 +69,13 @@ static int run_level(const Work *work, int backward, int32_t is_double) {
     return atn_norms_run_base(work, backward, is_double);
 }
 
-static void interpret_level(const Program *program, const Input *input, int64_t rows, double *room, Input *output) {
+static void interpret_level(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output) {
 #if defined(__x86_64__) && defined(__GNUC__)
     const int32_t level = atn_norms_level(-1);
-    if (level == 2) { atn_norms_interpret_avx512(program, input, rows, room, output); return; }
-    if (level == 1) { atn_norms_interpret_avx2(program, input, rows, room, output); return; }
+    if (level == 2) { atn_norms_interpret_avx512(program, narrow, input, rows, room, output); return; }
+    if (level == 1) { atn_norms_interpret_avx2(program, narrow, input, rows, room, output); return; }
 #endif
-    atn_norms_interpret_base(program, input, rows, room, output);
+    atn_norms_interpret_base(program, narrow, input, rows, room, output);
 }
 
 static int run(const Call *call, int backward, int32_t is_double) {
@@ -95,23 +96,26 @@ int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0,
 
 int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
 
-/* Run one program on rows of its inputs, each one after the other in memory; outputs likewise. 1 where there is no memory. */
-int32_t atn_norms_interpret(const int64_t *words, const double *const *inputs, int64_t rows, double *const *outputs) {
+/* Run one program on rows of its inputs, each one after the other in memory; outputs likewise. Where it runs narrow, rows are float
+   and statistics double. 1 where there is no memory. */
+int32_t atn_norms_interpret(const int64_t *words, int32_t narrow, const void *const *inputs, int64_t rows, void *const *outputs) {
     const Program *program = (const Program *)words;
+    const Slot *slot = program_slots(program);
     double *room = atn_norms_memory((size_t)(program->tile_rows * program->row_doubles) * sizeof(double));
     Input input[MOST_SLOTS], output[MOST_SLOTS];
     if (!room) return 1;
     for (int64_t row = 0; row < rows; row += program->tile_rows) {
         const int64_t count = rows - row < program->tile_rows ? rows - row : program->tile_rows;
         for (int64_t i = 0; i < program->inputs; i++) {
-            const int64_t length = program_slots(program)[i].length;
-            input[i] = (Input){inputs[i] + row * length, length};
+            const int64_t size = narrow && is_row_slot(slot + i) ? sizeof(float) : sizeof(double);
+            input[i] = (Input){(const char *)inputs[i] + row * slot[i].length * size, slot[i].length};
         }
-        interpret_level(program, input, count, room, output);
+        interpret_level(program, narrow, input, count, room, output);
         for (int64_t o = 0; o < program->outputs; o++) {
-            const int64_t length = program_slots(program)[program_outputs(program)[o]].length;
+            const int64_t length = slot[program_outputs(program)[o]].length;
+            const int64_t size = narrow && is_float_output(program, o) ? sizeof(float) : sizeof(double);
             for (int64_t r = 0; r < count; r++)
-                for (int64_t i = 0; i < length; i++) outputs[o][(row + r) * length + i] = output[o].at[r * output[o].apart + i];
+                memcpy((char *)outputs[o] + (row + r) * length * size, (const char *)output[o].at + r * output[o].apart * size, (size_t)(length * size));
         }
     }
     free(room);

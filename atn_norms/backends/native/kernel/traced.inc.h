@@ -9,20 +9,17 @@ INLINE long FN(next_live)(const Work *work, long t, long first, long row, long r
     return row;
 }
 
+/* Whether a program runs narrow. */
+INLINE int FN(narrow)(const Program *program) { return !IS_DOUBLE && program->narrow; }
+
 /* Rows of REAL as an input: themselves, or converted into a room. */
-INLINE Input FN(as_input)(const REAL *rows, long apart, long count, long width, double **room) {
-#if IS_DOUBLE
-    (void)count;
-    (void)width;
-    (void)room;
-    return (Input){rows, apart};
-#else
+INLINE Input FN(as_input)(const Program *program, const REAL *rows, long apart, long count, long width, double **room) {
+    if (IS_DOUBLE || FN(narrow)(program)) return (Input){rows, apart};
     double *to = *room;
     for (long r = 0; r < count; r++)
         for (long i = 0; i < width; i++) to[r * width + i] = (double)rows[r * apart + i];
     *room += count * width;
     return (Input){to, width};
-#endif
 }
 
 /* What runs a program of a site at step t, for one part of `count` rows from row r of the block on. */
@@ -38,7 +35,11 @@ INLINE const Program *FN(program)(const SiteBuffers *site, int which) {
     return program;
 }
 
-INLINE Input FN(parameters)(const FN(Tile) *tile) { return (Input){tile->site->parameter + tile->part * tile->site->parameters, 0}; }
+INLINE Input FN(parameters)(const FN(Tile) *tile, const Program *program) {
+    const long before = tile->part * tile->site->parameters;
+    if (FN(narrow)(program)) return (Input){(const REAL *)tile->site->gain + before, 0};
+    return (Input){tile->site->parameter + before, 0};
+}
 
 /* Numbers of one part in an array over lanes, at lane `ahead` of the tile's step. */
 INLINE double *FN(lanes)(const FN(Tile) *tile, double *of, long ahead) {
@@ -59,33 +60,47 @@ INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, do
     return 2;
 }
 
+/* Number i of row r of an output, which may be float. */
+#define OUTPUT(type) ((const type *)output.at)[r * output.apart + i]
+
 /* An output as numbers of one part over lanes, put there or added. */
-INLINE void FN(into_lanes)(const FN(Tile) *tile, Input output, double *of, long ahead, const int add) {
+INLINE void FN(into_lanes)(const FN(Tile) *tile, Input output, int is_float, double *of, long ahead, const int add) {
     const SiteBuffers *site = tile->site;
     double *to = FN(lanes)(tile, of, ahead);
     const long width = site->groups / site->parts;
     for (long r = 0; r < tile->count; r++)
         for (long i = 0; i < width; i++) {
-            const double value = output.at[r * output.apart + i];
+            const double value = is_float ? (double)OUTPUT(float) : OUTPUT(double);
             to[r * site->groups + i] = add ? to[r * site->groups + i] + value : value;
         }
 }
 
-INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, REAL *to, long apart, long width, const int add) {
-    for (long r = 0; r < tile->count; r++, to += apart)
-        for (long i = 0; i < width; i++) {
-            const REAL value = (REAL)output.at[r * output.apart + i];
-            to[i] = add ? to[i] + value : value;
-        }
+INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, int is_float, REAL *to, long apart, long width, const int add) {
+    for (long r = 0; r < tile->count; r++, to += apart) {
+        if (is_float && add)
+            for (long i = 0; i < width; i++) to[i] += (REAL)OUTPUT(float);
+        else if (is_float)
+            for (long i = 0; i < width; i++) to[i] = (REAL)OUTPUT(float);
+        else if (add)
+            for (long i = 0; i < width; i++) to[i] += (REAL)OUTPUT(double);
+        else
+            for (long i = 0; i < width; i++) to[i] = (REAL)OUTPUT(double);
+    }
 }
 
 /* Add gradients of the parameters, over the rows of a tile. */
-INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output) {
+INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output, int is_float) {
     const long many = tile->site->parameters;
     double *to = tile->site->dgain + tile->part * many;
-    for (long r = 0; r < tile->count; r++)
-        for (long i = 0; i < many; i++) to[i] += output.at[r * output.apart + i];
+    for (long r = 0; r < tile->count; r++) {
+        if (is_float)
+            for (long i = 0; i < many; i++) to[i] += (double)OUTPUT(float);
+        else
+            for (long i = 0; i < many; i++) to[i] += OUTPUT(double);
+    }
 }
+
+#undef OUTPUT
 
 #define EACH_TILE(program, rows)                                                                                   \
     for (long r_ = 0, end_; (r_ = FN(next_live)(work, t, first, r_, rows, &end_)) < (rows); r_ = end_)             \
@@ -102,10 +117,10 @@ static void FN(traced_measure)(const Work *work, const SiteBuffers *site, long t
     memset(site->mean + at, 0, (size_t)site->lanes * sizeof(double));
     memset(site->var + at, 0, (size_t)site->lanes * sizeof(double));
     EACH_TILE(program, rows) {
-        Input output[2], input[2] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile)};
-        RUN_PROGRAM(program, input, tile.count, tile.room, output);
-        if (site->centred) FN(into_lanes)(&tile, output[0], site->mean, ahead, 0);
-        FN(into_lanes)(&tile, output[site->centred], site->var, ahead, 0);
+        Input output[2], input[2] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, program)};
+        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
+        if (site->centred) FN(into_lanes)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), site->mean, ahead, 0);
+        FN(into_lanes)(&tile, output[site->centred], FN(narrow)(program) && is_float_output(program, site->centred), site->var, ahead, 0);
     }
 }
 
@@ -117,10 +132,10 @@ static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long
     for (long r = 0; r < rows && work->call->lengths; r++)
         if (!FN(alive)(work, t, first + r)) FN(copy)(out + r * ldo, x + r * ldx, site->features);
     EACH_TILE(program, rows) {
-        Input output[1], input[4] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
-        input[1 + FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0)] = FN(parameters)(&tile);
-        RUN_PROGRAM(program, input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], out + tile.r * ldo + tile.part * width, ldo, width, 0);
+        Input output[1], input[4] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        input[1 + FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0)] = FN(parameters)(&tile, program);
+        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), out + tile.r * ldo + tile.part * width, ldo, width, 0);
     }
 }
 
@@ -131,25 +146,25 @@ static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, l
     const Program *program = FN(program)(site, NORMALIZE_BACK);
     EACH_TILE(program, rows) {
         REAL *to = dx + tile.r * ldd + tile.part * width;
-        Input output[4], input[5] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        Input output[4], input[5] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
         const long leaves = FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0);
-        input[1 + leaves] = FN(parameters)(&tile);
-        input[2 + leaves] = FN(as_input)(to, ldd, tile.count, width, &tile.room);
-        RUN_PROGRAM(program, input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], to, ldd, width, 0);
-        if (leaves == 2) FN(into_lanes)(&tile, output[1], site->dmu, 0, 1);
-        if (leaves) FN(into_lanes)(&tile, output[leaves], site->dv, 0, 1);
-        if (program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves]);
+        input[1 + leaves] = FN(parameters)(&tile, program);
+        input[2 + leaves] = FN(as_input)(program, to, ldd, tile.count, width, &tile.room);
+        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), to, ldd, width, 0);
+        if (leaves == 2) FN(into_lanes)(&tile, output[1], FN(narrow)(program) && is_float_output(program, 1), site->dmu, 0, 1);
+        if (leaves) FN(into_lanes)(&tile, output[leaves], FN(narrow)(program) && is_float_output(program, leaves), site->dv, 0, 1);
+        if (program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves], FN(narrow)(program) && is_float_output(program, 1 + leaves));
     }
     if (site->groups == 0) return;
     FN(unpool)(site, work->steps, t);
     program = FN(program)(site, MEASURE_BACK);
     EACH_TILE(program, rows) {
-        Input output[2], input[4] = {FN(as_input)(x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile)};
+        Input output[2], input[4] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, program)};
         FN(lane_inputs)(&tile, input + 2, site->dmean, site->dvar, site->prefix);
-        RUN_PROGRAM(program, input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], dx + tile.r * ldd + tile.part * width, ldd, width, 1);
-        if (program->outputs > 1) FN(into_parameters)(&tile, output[1]);
+        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), dx + tile.r * ldd + tile.part * width, ldd, width, 1);
+        if (program->outputs > 1) FN(into_parameters)(&tile, output[1], FN(narrow)(program) && is_float_output(program, 1));
     }
 }
 

@@ -1,0 +1,182 @@
+"""The kernels' interpreter against PyTorch: every operation, every layout of operands, in float64 and narrow."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import atn_norms as an
+from atn_norms.backends.native.library import Library, load
+from atn_norms.backends.traced.cache import traced_norm
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of
+from atn_norms.backends.traced.program import (
+    ARITY,
+    BINARY,
+    CONSTANT,
+    INPUT,
+    REDUCTIONS,
+    REGISTER,
+    SMALL,
+    TORCH,
+    UNARY,
+    Instruction,
+    Op,
+    Operand,
+    Program,
+    Slot,
+)
+from tests.compare import compare
+from tests.native.strategies import needs_kernels
+from tests.traced.gallery import EVERY, Scaled, built
+
+pytestmark = needs_kernels
+
+# Relative errors in units of the last place: one or two of exp, log and libm; y log x of x^y; a few of tanh.
+ULPS = {Op.POW: 700.0, Op.TANH: 6.0, Op.SIGMOID: 4.0}
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
+def library(request) -> Any:
+    found = load()
+    assert isinstance(found, Library)
+    found.level(request.param)
+    yield found
+    found.level(2)
+
+
+def elementwise(op: Op, count: int) -> Program:
+    """A program of one operation on whole rows."""
+    operands = tuple(Operand(place, 0, 1, count) for place in range(ARITY[op]))
+    slots = (*[Slot(INPUT, count)] * ARITY[op], Slot(REGISTER, count))
+    return Program(slots, (Instruction(op, ARITY[op], 0, count, 1, count, operands),), (ARITY[op],), ())
+
+
+def numbers(seed: int, rows: int, count: int) -> Tensor:
+    """Numbers of every magnitude that functions treat differently."""
+    source = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rows, count, generator=source, dtype=torch.float64)
+    scales = torch.tensor([1e-3, 0.1, 1.0, 3.0, 30.0], dtype=torch.float64)
+    return normal * scales[torch.randint(0, 5, (rows, 1), generator=source)]
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float64", "narrow"])
+@pytest.mark.parametrize("op", [op for op in Op if op not in REDUCTIONS], ids=lambda op: op.name)
+def test_every_operation_is_torchs(library, op, narrow):
+    program = elementwise(op, 37)
+    inputs = [numbers(place, 19, 37) for place in range(ARITY[op])]
+    if op in (Op.LOG, Op.SQRT, Op.RSQRT, Op.POW, Op.LOG1P):
+        inputs[0] = inputs[0].abs() + 1e-3
+    if op == Op.POW:
+        inputs[1] = inputs[1].clamp(-8, 8)
+    if narrow:
+        inputs = [tensor.float().double() for tensor in inputs]
+    (found,) = library.interpret(program, inputs, narrow)
+    expected = TORCH[op](*inputs)
+    if narrow:
+        within = expected.abs() < 1e38
+        found, expected = torch.where(within, found.double(), 0.0), torch.where(within, expected, 0.0)
+    unit = 2.0**-23 if narrow else 2.0**-52
+    error = ((found - expected).abs() / (expected.abs() * unit).clamp(min=unit * 1e-3)).nan_to_num(0.0)
+    assert float(error.max()) <= ULPS.get(op, 2.5)
+
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    5e-324,
+    1e-310,
+    1e308,
+    -1e308,
+    800.0,
+    -800.0,
+]
+
+
+@pytest.mark.parametrize("op", sorted(UNARY | BINARY), ids=lambda op: op.name)
+def test_zeros_infinities_and_nan_are_torchs(library, op):
+    pairs = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * 2)
+    inputs = [pairs[:, place : place + 1] for place in range(ARITY[op])]
+    (found,) = library.interpret(elementwise(op, 1), inputs)
+    expected = TORCH[op](*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-300, equal_nan=True)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 70), st.data())
+def test_operands_may_repeat_and_be_parts(seed, rows, parts, data):
+    """Vectors, one number for a row, one for a part of a row, cycles and slices give what evaluation gives."""
+    library = load()
+    assert isinstance(library, Library)
+    inner = data.draw(st.integers(1, 9))
+    count = parts * inner
+    views = [
+        Operand(0, 0, 1, count),
+        Operand(1, data.draw(st.integers(0, 2)), 1, 1),
+        Operand(2, 0, inner, parts),
+        Operand(2, 0, 1, parts),
+        Operand(3, data.draw(st.integers(0, 2)), 1, 1),
+        Operand(0, count - parts, inner, parts),
+    ]
+    first, second = data.draw(st.sampled_from(views)), data.draw(st.sampled_from(views))
+    slots = (*(Slot(INPUT, size) for size in (count, 3, parts)), Slot(CONSTANT, 3), Slot(REGISTER, count + 2))
+    start = data.draw(st.integers(0, 2))
+    code = [Instruction(Op.COPY, 4, 0, count + 2, 1, count + 2, (Operand(3, 1, 1, 1),))]
+    code.append(Instruction(Op.SUB, 4, start, count, 1, count, (first, second)))
+    program = Program(slots, tuple(code), (4,), (1.5, -2.0, 0.25))
+    inputs = [numbers(seed + place, rows, slots[place].length) for place in range(3)]
+    compare(library.interpret(program, inputs)[0], program.evaluate(inputs)[0], tolerance=0.0)
+
+
+@given(
+    st.integers(0, 2**20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 70), st.sampled_from([Op.SUM, Op.DOT])
+)
+def test_sums_over_rows_and_groups(seed, rows, groups, width, op):
+    library = load()
+    assert isinstance(library, Library)
+    count = groups * width
+    operands = tuple(Operand(place, 0, 1, count) for place in range(ARITY[op]))
+    for repeat in (width, 1):
+        slots = (*[Slot(INPUT, count)] * ARITY[op], Slot(SMALL, groups))
+        program = Program(slots, (Instruction(op, ARITY[op], 0, count, repeat, groups, operands),), (ARITY[op],), ())
+        inputs = [numbers(seed + place, rows, count) for place in range(ARITY[op])]
+        bound = 1e-15 * count * float(torch.stack([x.abs().max() for x in inputs]).prod())
+        compare(library.interpret(program, inputs)[0], program.evaluate(inputs)[0], tolerance=bound)
+
+
+@pytest.mark.parametrize("features", [3, 60, 600])
+@pytest.mark.parametrize("name", EVERY)
+def test_programs_of_normalizers(library, name, features):
+    norm = built(name, features)
+    traced = traced_norm(norm, features)
+    assert isinstance(traced, TracedNorm), traced
+    flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors_of(norm)])
+    for name in PROGRAMS:
+        program: Program = getattr(traced, name)
+        inputs = [numbers(place, 21, size).abs() + 0.1 for place, size in enumerate(program.inputs)]
+        inputs[program.parameters] = flat.expand(21, -1)
+        for found, expected in zip(library.interpret(program, inputs), program.evaluate(inputs), strict=True):
+            assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)) <= 1e-12
+
+
+class Cancelling(Scaled):
+    """A variance as a difference of large numbers, which float32 cannot hold."""
+
+    def measure(self, x: Any) -> Any:
+        wide = x.double()
+        return an.Average(wide.square().mean(-1, keepdim=True) - wide.mean(-1, keepdim=True).square())
+
+
+def test_only_programs_that_keep_their_digits_run_narrow():
+    cancelling, centred = traced_norm(Cancelling(240), 240), traced_norm(built("SoftClipped", 240), 240)
+    assert isinstance(cancelling, TracedNorm)
+    assert isinstance(centred, TracedNorm)
+    assert not cancelling.measure.narrow
+    assert centred.measure.narrow
+    assert centred.normalize.narrow
