@@ -38,9 +38,18 @@ class Backend(Protocol):
         ...
 
     def run(
-        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+        self,
+        cell: Cell,
+        weights: CellWeights,
+        xs: Tensor,
+        state: Tree,
+        lengths: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
-        """Outputs of all steps, and the state after each row's last."""
+        """Return the outputs of all steps, and the state after each row's last step.
+
+        Without `keep_state` the caller reads the carried tensors only, and a backend need not build the norms' states.
+        """
         ...
 
 

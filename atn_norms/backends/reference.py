@@ -20,7 +20,13 @@ class Reference:
         return None
 
     def run(
-        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+        self,
+        cell: Cell,
+        weights: CellWeights,
+        xs: Tensor,
+        state: Tree,
+        lengths: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
         mask = [None] * xs.shape[0] if lengths is None else steps_mask(lengths, xs).unbind(0)
         ys = []

@@ -23,7 +23,13 @@ class TorchNN:
         return None
 
     def run(
-        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+        self,
+        cell: Cell,
+        weights: CellWeights,
+        xs: Tensor,
+        state: Tree,
+        lengths: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
         carried, norms = state
         if lengths is None:

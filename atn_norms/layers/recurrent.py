@@ -146,7 +146,7 @@ class Recurrent(CellHost):
         xs = self._time_first(given)
         if xs.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), None)
+        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), None, keep_state=False)
         last = self.hidden(state)
         return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
 
@@ -220,12 +220,14 @@ class Recurrent(CellHost):
         h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
         return (h, *others) if others else h
 
-    def _run(self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None) -> tuple[Tensor, Tree]:
+    def _run(
+        self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
+    ) -> tuple[Tensor, Tree]:
         """Run every layer in turn, time first; under autocast in the type of the layer."""
         kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths)
+                return self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths, keep_state)
         rest = iter(cells)
         after = []
         for layer, before in enumerate(state):
@@ -234,7 +236,7 @@ class Recurrent(CellHost):
                 weights = next(rest)
                 backend = choose(self.spec.backend, self.cell, weights)
                 inputs = reversed_in_time(xs, lengths) if backward else xs
-                ys, cell_state = backend.run(self.cell, weights, inputs, cell_state, lengths)
+                ys, cell_state = backend.run(self.cell, weights, inputs, cell_state, lengths, keep_state)
                 outputs.append(reversed_in_time(ys, lengths) if backward else ys)
                 states.append(cell_state)
             xs = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]

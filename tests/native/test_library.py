@@ -238,7 +238,6 @@ def test_no_warning_where_kernels_would_not_help(elsewhere):
         warnings.simplefilter("error", RuntimeWarning)
         an.LSTM(2, 3, norm=None)
         an.LSTM(2, 3, norm="layer", backend="reference")
-        an.LSTM(2, 3, norm="layer", dtype=torch.bfloat16)
         an.LSTM(2, 3, norm="layer", proj_size=2)
 
 

@@ -86,8 +86,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no norm": (lambda: an.RNN(2, 3), "it runs normed cells only"),
     "half precision": (
-        lambda: an.LSTM(2, 3, norm="layer", dtype=torch.bfloat16),
-        "it runs float32 and float64, and the layer is torch.bfloat16",
+        lambda: an.LSTM(2, 3, norm="batch", dtype=torch.bfloat16),
+        "it runs norms over the batch in float32 and float64, and the layer is torch.bfloat16",
     ),
     "another device": (
         lambda: an.LSTM(2, 3, norm="layer", device="meta"),
@@ -174,7 +174,7 @@ def test_auto_takes_it_per_gate_and_in_another_type_after_a_move():
     layer = an.LSTM(2, 3, norm=RMS_SHIFTED, placement={"gates": "per_gate"})
     assert "backend 'native'" in an.explain(layer)
     layer.to(torch.float16)
-    assert "backend 'reference'" in an.explain(layer)
+    assert "backend 'native'" in an.explain(layer)
     layer.to(torch.float64)
     assert "backend 'native'" in an.explain(layer)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
-from atn_norms.backends.fused.plan import PLACES, Plan, SitePlan, planned
+from atn_norms.backends.fused.plan import HALF, PLACES, Plan, SitePlan, planned
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.pytree import Leaf, Tree, checked_state
@@ -30,7 +32,13 @@ class Fused(ABC):
         """Call the operator."""
 
     def run(
-        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
+        self,
+        cell: Cell,
+        weights: CellWeights,
+        xs: Tensor,
+        state: Tree,
+        lengths: Tensor | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
         steps, batch, _ = xs.shape
         asked, found = weights.asked.pop(self.name, (None, ""))
@@ -45,9 +53,18 @@ class Fused(ABC):
         if lengths is not None:
             lengths = lengths.to(xs.device)
             xs = torch.where((torch.arange(steps, device=xs.device).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
+        whole = plan
+        watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if all(memory is None for memory in memories) and not plan.coupled and not watched:
+            plan = shortened(plan, steps)
         affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
         single = [xs, *[weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")], h0, c0]
+        dtype = weights["weight_hh"].dtype
+        if dtype in HALF:  # computed in float32, and rounded once at the end
+            single = [None if tensor is None else tensor.float() for tensor in single]
+            affine = [tensor.float() for tensor in affine]
+            xs = single[0]
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
         leaves = _opened(memories, plan, batch, xs.device) if rows is None else rows.leaves()
@@ -59,10 +76,13 @@ class Fused(ABC):
             )
             keep = needs_gradients or torch.jit.is_tracing()  # a trace is checked without gradients
             results = self.operate(*single, affine, populations, leaves, lengths, plan.encode(), keep)
-        ys, hn, cn, *after = results
+        ys, hn, cn, *after = [*(result.to(dtype) for result in results[:3]), *results[3:]]
+        carried = (hn, cn) if plan.is_lstm else (hn,)
+        if not keep_state and rows is None:
+            return ys, (carried, tuple(() for _ in norms))
         happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
         following, known, start = list(norms), [], 0
-        for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
+        for place, (memory, site) in enumerate(zip(memories, whole.sites, strict=True)):
             end = start + site.tensors
             if rows is not None:
                 following[PLACES[site.site]] = rows.following(place, after[start:end])
@@ -73,11 +93,28 @@ class Fused(ABC):
             if counted is None:  # all sites count the same steps, mostly in one tensor
                 counted = happened if index is None else index + happened
                 known.append((index, counted))
-            following[PLACES[site.site]] = (counted, _rebuilt(site, after[start:end]))
+            tensors = [_lengthened(site, tensor) for tensor in after[start:end]]
+            following[PLACES[site.site]] = (counted, _rebuilt(site, tensors))
             start = end
         if rows is not None:
             rows.record(weights, after[start:])
-        return ys, ((hn, cn) if plan.is_lstm else (hn,), tuple(following))
+        return ys, (carried, tuple(following))
+
+
+@lru_cache(maxsize=256)
+def shortened(plan: Plan, steps: int) -> Plan:
+    """Return a plan whose windows are no longer than a whole sequence of so many steps with a fresh state needs."""
+    if all(site.steps <= steps + 1 for site in plan.sites):
+        return plan
+    return Plan(plan.cell, tuple(replace(site, steps=min(site.steps, steps + 1)) for site in plan.sites))
+
+
+def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:
+    """Return a state tensor of a sliding window with empty steps before those that a shortened plan has."""
+    if not site.steps or tensor.shape[1] == site.prefix:
+        return tensor
+    empty = tensor.new_zeros((tensor.shape[0], site.prefix - tensor.shape[1], *tensor.shape[2:]))
+    return torch.cat([empty, tensor], 1)
 
 
 def _split_leaves(site: SitePlan) -> list[tuple[int, ...]]:

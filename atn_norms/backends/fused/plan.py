@@ -25,6 +25,7 @@ from atn_norms.normalizers.base import has_hooks
 from atn_norms.windows import Cumulative, Exponential, Sliding, Window
 
 DOUBLE = torch.float64
+HALF = (torch.bfloat16, torch.float16)  # types of layers that are computed in float32
 MOST_GROUPS = 64  # lanes of a block live on the kernel's stack
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # of a cell, in the kernels
 PLACES = {"ih": 0, "hh": 1, "c": 2}  # of a site in a cell of the default placement, and in the kernels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.fused_backend import Fused
 from atn_norms.backends.fused.operators import transformed
-from atn_norms.backends.fused.plan import Plan, planned
+from atn_norms.backends.fused.plan import HALF, Plan, planned
 from atn_norms.backends.native.library import unavailable
 from atn_norms.cells import Cell, CellWeights
 
@@ -23,13 +23,15 @@ class Native(Fused):
         like = weights["weight_hh"]
         if like.device.type != "cpu":
             return f"it runs on the CPU, and the layer is on {like.device.type}"
-        if like.dtype not in (torch.float32, torch.float64):
-            return f"it runs float32 and float64, and the layer is {like.dtype}"
+        if like.dtype not in (torch.float32, torch.float64, *HALF):
+            return f"it runs float64, float32, bfloat16 and float16, and the layer is {like.dtype}"
         if (reason := transformed()) is not None:
             return reason
         found = planned(cell, weights)
         if isinstance(found, str):  # the case first: compiling would not help it
             return found
+        if found[0].coupled and like.dtype in HALF:
+            return f"it runs norms over the batch in float32 and float64, and the layer is {like.dtype}"
         weights.asked[self.name] = cell, found
         return unavailable()
 

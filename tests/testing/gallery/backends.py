@@ -43,7 +43,9 @@ class CachesByShape(Reference):
 
     seen: ClassVar[dict[Any, Any]] = {}
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         key = (xs.shape, cell, lengths is None, len(weights.norms), float(weights["weight_hh"].detach().sum()))
         fresh = super().run(cell, weights, xs, state, lengths)
         known = self.seen.get(key)
@@ -55,7 +57,9 @@ class CachesByShape(Reference):
 class WritesIntoTheInitialState(Reference):
     """Uses the initial state's memory for the running one."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         ys, after = super().run(cell, weights, xs, state, lengths)
         with torch.no_grad():
             for old, new in zip(state[0], after[0], strict=True):
@@ -67,7 +71,9 @@ class WritesIntoTheInitialState(Reference):
 class TakesAnotherGateOrder(Reference):
     """Takes the gates in the order i, g, f, o."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         if cell.gates == ("i", "f", "g", "o"):
             turned = dict(weights.tensors)
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
@@ -81,7 +87,9 @@ class TakesAnotherGateOrder(Reference):
 class DropsTheType(Reference):
     """Computes and returns in float32."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         ys, state = super().run(cell, weights, xs, state, lengths)
         return ys.float(), state
 
@@ -90,7 +98,9 @@ class DropsTheType(Reference):
 class HandsBackTheStateBeforeLast(Reference):
     """Stops one step short with the final state."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         ys, after = super().run(cell, weights, xs, state, lengths)
         before = super().run(cell, weights, xs[:-1], state)[1] if len(xs) > 1 and lengths is None else after
         return ys, (before[0], after[1])
@@ -100,7 +110,9 @@ class HandsBackTheStateBeforeLast(Reference):
 class IgnoresLengths(Reference):
     """Runs every row to the end."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         return super().run(cell, weights, torch.nan_to_num(xs), state, None)
 
 
@@ -108,7 +120,9 @@ class IgnoresLengths(Reference):
 class LosesTheFinalGradient(Reference):
     """Has no gradient into the final state."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         ys, after = super().run(cell, weights, xs, state, lengths)
         return ys, (tuple(c.detach() + 0 * ys.sum() for c in after[0]), after[1])
 
@@ -117,7 +131,9 @@ class LosesTheFinalGradient(Reference):
 class TruncatesTheGradient(Reference):
     """Cuts the gradient in the middle of the sequence, to save memory."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         if lengths is not None or len(xs) < 2:
             return super().run(cell, weights, xs, state, lengths)
         half = len(xs) // 2
@@ -130,6 +146,8 @@ class TruncatesTheGradient(Reference):
 class HandsBackFreshWindows(Reference):
     """Keeps the windows to itself and hands back fresh ones."""
 
-    def run(self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
+    def run(
+        self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
+    ) -> Any:
         ys, (carried, norms) = super().run(cell, weights, xs, state, lengths)
         return ys, (carried, tree_map(torch.zeros_like, norms))

@@ -170,8 +170,7 @@ NUM_INLINE NUM(vec) NUM(hyperbolic)(NUM(vec) x) {
 NUM_INLINE NUM(vec) NUM(logistic)(NUM(vec) x) { return 1.0 / (1.0 + NUM(exponential)(-x)); }
 
 NUM_INLINE NUM(vec) NUM(signs)(NUM(vec) x) {
-    const NUM(vec) sign = NUM(truth)((NUM(whole))(x > 0.0)) - NUM(truth)((NUM(whole))(x < 0.0));
-    return NUM(choose)((NUM(whole))(x == x), sign, x);
+    return NUM(truth)((NUM(whole))(x > 0.0)) - NUM(truth)((NUM(whole))(x < 0.0)); /* of NaN: 0, as torch has it */
 }
 
 NUM_INLINE NUM(vec) NUM(rounded)(NUM(vec) x) {
@@ -337,8 +336,7 @@ NUM_INLINE FLT(vec) FLT(hyperbolic)(FLT(vec) x) {
 NUM_INLINE FLT(vec) FLT(logistic)(FLT(vec) x) { return 1.0f / (1.0f + FLT(exponential)(-x)); }
 
 NUM_INLINE FLT(vec) FLT(signs)(FLT(vec) x) {
-    const FLT(vec) sign = FLT(truth)((FLT(whole))(x > 0.0f)) - FLT(truth)((FLT(whole))(x < 0.0f));
-    return FLT(choose)((FLT(whole))(x == x), sign, x);
+    return FLT(truth)((FLT(whole))(x > 0.0f)) - FLT(truth)((FLT(whole))(x < 0.0f)); /* of NaN: 0, as torch has it */
 }
 
 NUM_INLINE FLT(vec) FLT(rounded)(FLT(vec) x) { return x; }
