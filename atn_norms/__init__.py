@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from atn_norms.layers import LSTMCell as LSTMCell
     from atn_norms.layers import Recurrent as Recurrent
     from atn_norms.layers import RNNCell as RNNCell
+    from atn_norms.layers import StreamingStep as StreamingStep
     from atn_norms.layers import explain as explain
     from atn_norms.layers import load as load
     from atn_norms.layers import load_weights as load_weights
@@ -50,7 +51,7 @@ _HOME = {
     "assorted_time": ("AssortedTime",),
     "cells": ("Cell", "CellSpec"),
     "layers": (
-        *("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent"),
+        *("GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "LayerSpec", "RNNCell", "Recurrent", "StreamingStep"),
         *("explain", "load", "load_weights", "norm_parameters", "replace", "save", "with_backend"),
     ),
     "normalizers": ("BatchNorm", "LayerNorm", "NormSpec", "Normalizer", "RMSNorm"),

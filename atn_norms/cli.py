@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atn_norms.commands import bench, check, doctor, files, models, new_plugin, studies
+from atn_norms.commands import bench, check, doctor, export, files, models, new_plugin, studies
 from atn_norms.commands import list as list_command
 from atn_norms.commands.console import example
 from atn_norms.commands.output import (
@@ -49,6 +49,14 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
         ("atn-norms check layer", "atn-norms check sliding --set steps=25"),
     ),
     "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
+    "export": (
+        export.export,
+        "Export a saved model to ONNX or torch.export.",
+        (
+            "atn-norms export model.safetensors --streaming",
+            "atn-norms export model.safetensors --format pt2 --length 50",
+        ),
+    ),
     "schema": (list_command.schema, "Print a JSON schema.", ("atn-norms schema model --out model.schema.json",)),
     "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml", "atn-norms init paper-adding")),
     "bench": (

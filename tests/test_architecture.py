@@ -52,6 +52,7 @@ LIBRARIES = {
     "pyarrow": {"tasks"},
     "regex": {"tasks"},
     "safetensors": {"layers"},
+    "onnxruntime": {"layers"},
     "triton": {"backends"},
     "hypothesis": {"testing"},
     "pytest": {"testing"},

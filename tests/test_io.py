@@ -45,6 +45,7 @@ def test_layer_round_trip(tmp_path):
     "model",
     [
         an.GRUCell(2, 4, norm="layer", window=3),
+        nn.Sequential(nn.Identity(), an.GRU(2, 3)),
         an.RNN(2, 4, nonlinearity="relu", norm={"sites": {"hh": "layer"}}, window={"sites": {"hh": 3}}),
         nn.Sequential(nn.Conv1d(2, 3, 5, padding=2, bias=False), nn.ReLU(), an.GRU(3, 4, norm="batch", window=2)),
         nn.ModuleDict({"a": an.AssortedTime(an.LayerNorm(4), an.Exponential(3.0)), "b": nn.Dropout(0.3)}),

@@ -44,6 +44,7 @@ def score(trial, split):
 
 def test_the_saved_model_scores_what_the_trial_scored(finished):
     for trial in finished.trials:
+        assert io.constructs(trial.folder / "model.safetensors"), "neither the task nor its data is needed"
         assert scored_again(trial) == (trial.result or {})["metrics"]["test"], trial.points
 
 

@@ -1,6 +1,7 @@
 """Layers: whole stacks of a cell with torch.nn's interface, single steps, and the options that describe them."""
 
 from atn_norms.layers.convert import load_weights, norm_parameters, replace, with_backend
+from atn_norms.layers.export import StreamingStep
 from atn_norms.layers.io import load, save
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
@@ -17,6 +18,7 @@ __all__ = [
     "NormSites",
     "RNNCell",
     "Recurrent",
+    "StreamingStep",
     "WindowSites",
     "explain",
     "load",

@@ -274,7 +274,7 @@ def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None
                 stacklevel=3,
             )
     if missing:
-        raise SpecError(missing)
+        raise SpecError.of(missing)
 
 
 def _own_version() -> str:

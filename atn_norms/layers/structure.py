@@ -91,7 +91,7 @@ def _described(module: nn.Module) -> dict[str, Any]:
     arguments = {}
     for name, parameter in inspect.signature(type(module)).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError("the constructor's arguments are not named")
+            continue  # `nn.Identity` takes and ignores any; where they matter, the check of `describe` finds out
         if name not in ("device", "dtype") and not name.startswith("_") and hasattr(module, name):
             arguments[name] = _stored(name, getattr(module, name))
     return {"class": class_name(module), "arguments": arguments}

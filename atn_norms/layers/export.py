@@ -1,0 +1,289 @@
+"""Export a model to files that run without this package, whole or frame by frame."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atn_norms.errors import SpecError, one_of
+from atn_norms.layers.convert import with_backend
+from atn_norms.layers.recurrent import Recurrent
+from atn_norms.pytree import Tree, tree_leaves
+
+Format = Literal["onnx", "pt2", "aoti"]
+FORMATS: tuple[Format, ...] = ("onnx", "pt2", "aoti")
+SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".aoti.pt2"}
+TOLERANCE = 1e-6  # relative to the largest element: float32 rounds at 6e-8, and an exporter may reorder sums
+FRAMES = 12  # that an exported step is checked on, one after another
+TIMED = 200  # frames that are timed
+
+
+class StreamingStep(nn.Module):
+    """One frame and explicit state in, one output and the next state out: fixed shapes, no loop, nothing hidden.
+
+    | symbol | meaning | shape |
+    |---|---|---|
+    | `frame` | one time step of the input | `[B, D]`, or what `before` takes without its time axis |
+    | `state` | leaves of the state, in the order of `pytree.tree_leaves`; all zeros at the beginning | axis 0: B or 1 |
+    | output | the layer's output for this frame, through `after` | `[B, R]` |
+
+    The outputs equal those of `unroll` on the whole sequence. `before` and `after` are modules around the layer,
+    such as an embedding and a read-out.
+
+    Errors: `SpecError` for a bidirectional layer, and for a layer whose fresh state is not all zeros.
+
+    >>> import torch, atn_norms as an
+    >>> step = an.StreamingStep(an.LSTM(3, 8, norm="layer", window=5))
+    >>> y, *state = step(torch.randn(1, 3), *step.initial())
+    >>> y.shape
+    torch.Size([1, 8])
+    """
+
+    def __init__(
+        self,
+        layer: Recurrent,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        batch: int = 1,
+    ) -> None:
+        super().__init__()
+        if not isinstance(layer, Recurrent):
+            raise TypeError(f"layer: got {type(layer).__name__}; expected a layer of atn_norms")
+        if layer.bidirectional:
+            got = "a bidirectional layer, whose reverse direction starts at the end of the sequence"
+            raise SpecError("layer", got=got, expected="a layer of one direction")
+        plain = portable(
+            nn.ModuleDict({"layer": layer, "before": before or nn.Identity(), "after": after or nn.Identity()})
+        )
+        self.layer: Any = plain.get_submodule("layer")
+        self.before, self.after = plain.get_submodule("before"), plain.get_submodule("after")
+        with torch.no_grad():
+            self._state = self.layer.initial(batch)
+        if any(bool(leaf.any()) for leaf in tree_leaves(self._state)):
+            raise SpecError(
+                "window", got="a fresh state that is not all zeros", expected="zeros, which any program can make"
+            )
+
+    def initial(self) -> list[Tensor]:
+        """The leaves of a fresh state."""
+        return [torch.zeros_like(leaf) for leaf in tree_leaves(self._state)]
+
+    def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        leaves, after = iter(state), []
+        y = self.before(frame.unsqueeze(0))
+        for suffix, (before,) in zip(self.layer._suffixes, self._state, strict=True):
+            weights = self.layer._weights(suffix)
+            us, cell_state = self.layer.cell.project(weights, y, _filled(before, leaves))
+            y, cell_state = self.layer.cell.step(weights, us[0], cell_state)
+            y = y.unsqueeze(0)
+            after.append(cell_state)
+        return self.after(y).squeeze(0), *tree_leaves(tuple(after))
+
+
+class WholeSequence(nn.Module):
+    """A model over sequences of one fixed length, from a fresh state: input to output, without the state after it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = portable(model)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        y = self.model(sequence)
+        return y[0] if isinstance(y, tuple) else y
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and how it compares with the module it was made from."""
+
+    path: Path
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: tuple[str, ...]
+    difference: float | None
+    microseconds: float | None
+    note: str = ""
+
+
+def portable(model: nn.Module) -> nn.Module:
+    """Copy a model, in evaluation mode, with its layers on the reference backend, which uses plain torch operations."""
+    return with_backend(model, "reference").eval().requires_grad_(False)
+
+
+def export(
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    path: Path | str,
+    format: Format = "onnx",
+    *,
+    names: Sequence[str] = (),
+) -> Exported:
+    """Export a `StreamingStep` or a `WholeSequence` to a file, run the file, and compare.
+
+    | format | runs with |
+    |---|---|
+    | `onnx` | onnxruntime, and whatever reads ONNX |
+    | `pt2` | torch alone: `torch.export.load(path).module()` |
+    | `aoti` | torch alone, compiled for this machine: `torch._inductor.aoti_load_package(path)` |
+
+    Errors: `SpecError` for an unknown format, where a tool is missing, where torch cannot export the module, and where
+    the file computes something else.
+    """
+    path = Path(path)
+    if format not in FORMATS:
+        raise SpecError("format", got=repr(format), expected=one_of(FORMATS))
+    written, run, note = _WRITERS[format](module, tuple(inputs), path, list(names))
+    difference = None if run is None else _difference(module, run, inputs)
+    allowed = _tolerance(module)
+    if difference is not None and difference > allowed:
+        path.unlink(missing_ok=True)
+        raise SpecError(
+            f"{path}: the exported model differs from the module by {difference:.2g}; expected at most {allowed:.2g}"
+        )
+    shapes = {
+        name: (str(each.dtype).removeprefix("torch."), tuple(each.shape))
+        for name, each in zip(names, inputs, strict=True)
+    }
+    return Exported(path, shapes, written, difference, None if run is None else _microseconds(run, inputs), note)
+
+
+Run = Callable[..., Sequence[Tensor]]
+Written = tuple[tuple[str, ...], Run | None, str]
+
+
+def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, inputs, strict=False)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SpecError(f"torch.export cannot trace the model: {type(error).__name__}: {first}") from error
+
+
+def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
+    _need("onnx", "onnxscript")
+    outputs = ["output", *(f"{name}_next" for name in names[1:])]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                _exported(module, inputs), inputs, dynamo=True, input_names=names, output_names=outputs, verbose=False
+            )
+        except SpecError:
+            raise
+        except Exception as error:
+            reason = str(error).partition("No ONNX function found for ")[2].partition(".")[0]
+            raise SpecError(f"ONNX has no form of the model's operations: {reason or type(error).__name__}") from error
+    assert program is not None
+    program.save(str(path), external_data=False)
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return tuple(outputs), None, "not checked: onnxruntime is not installed"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(each) for each in session.run(None, given)]
+
+    return tuple(outputs), run, ""
+
+
+def _write_pt2(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
+    program = _exported(module, inputs)
+    foreign = sorted({str(n.target) for n in program.graph.nodes if str(n.target).startswith("atn_norms")})
+    if foreign:
+        raise SpecError(f"{path}: the traced model calls {', '.join(foreign)}, which only this package has")
+    torch.export.save(program, str(path))
+    return ("output", *(f"{name}_next" for name in names[1:])), _tuple(torch.export.load(str(path)).module()), ""
+
+
+def _write_aoti(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    try:
+        with torch.no_grad():
+            aoti_compile_and_package(_exported(module, inputs), package_path=str(path))
+    except SpecError:
+        raise
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SpecError(f"AOTInductor cannot compile the model (is a C++ compiler installed?): {first}") from error
+    return ("output", *(f"{name}_next" for name in names[1:])), _tuple(aoti_load_package(str(path))), ""
+
+
+_WRITERS: dict[str, Callable[[nn.Module, tuple[Tensor, ...], Path, list[str]], Written]] = {
+    "onnx": _write_onnx,
+    "pt2": _write_pt2,
+    "aoti": _write_aoti,
+}
+
+
+def _need(*modules: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [each for each in modules if find_spec(each) is None]
+    if missing:
+        raise SpecError(f"{' and '.join(missing)}: not installed; run pip install 'atn-norms[export]'")
+
+
+def _tuple(run: Callable[..., Any]) -> Run:
+    def called(*tensors: Tensor) -> Sequence[Tensor]:
+        returned = run(*tensors)
+        return returned if isinstance(returned, tuple | list) else (returned,)
+
+    return called
+
+
+def _difference(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> float:
+    """The largest difference between an exported model and its module; of a step, over several frames and states."""
+    mine, worst = list(inputs), 0.0
+    random = torch.Generator().manual_seed(0)
+    for _ in range(FRAMES if len(inputs) > 1 else 1):
+        with torch.no_grad():
+            expected = _tuple(module)(*mine)
+        got = run(*mine)
+        pairs = zip(expected, got, strict=True)
+        worst = max(worst, *(_relative(a, b) for a, b in pairs))
+        frame = inputs[0]
+        frame = torch.randn(frame.shape, generator=random, dtype=frame.dtype) if frame.is_floating_point() else frame
+        mine = [frame, *expected[1:]]
+    return worst
+
+
+def _relative(expected: Tensor, got: Tensor) -> float:
+    """The largest difference, relative to the largest element where that is above 1."""
+    if not expected.numel():
+        return 0.0
+    return float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
+
+
+def _tolerance(module: nn.Module) -> float:
+    """What may differ where sums are taken in another order: rounding grows like the root of the number of terms."""
+    terms = max((each.shape[-1] for each in module.parameters() if each.ndim > 1), default=1)
+    return max(TOLERANCE, torch.finfo(torch.float32).eps * terms**0.5)
+
+
+def _microseconds(run: Run, inputs: Sequence[Tensor]) -> float:
+    """The time of a call, the best of five rounds."""
+    times, calls = [], TIMED if len(inputs) > 1 else 3
+    run(*inputs)
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(calls):
+            run(*inputs)
+        times.append((time.perf_counter() - started) / calls)
+    return min(times) * 1e6
+
+
+def _filled(tree: Tree, leaves: Iterator[Tensor]) -> Tree:
+    """A tree of the same structure with other leaves."""
+    return next(leaves) if isinstance(tree, Tensor) else tuple(_filled(branch, leaves) for branch in tree)
