@@ -54,7 +54,7 @@ def more_kinds():
 def test_every_law_has_a_line_and_a_right_kind_exits_with_0(capsys):
     assert main(["check", "cumulative"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("window 'cumulative': 18 laws\n")
+    assert said.startswith("window 'cumulative': 19 laws\n")
     for law in LAWS.values():
         if {"window", "layer"} & set(law.applies_to):
             assert f"\n{law.name} " in said
@@ -89,7 +89,7 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
     assert "'layer' is the kind of a normalizer and of a window; say which with --family" in capsys.readouterr().err
     assert main(["check", "layer", "--family", "window", "--set", "steps=0"]) == 1
     said = capsys.readouterr().out
-    assert said.startswith("window 'layer': 18 laws\n")
+    assert said.startswith("window 'layer': 19 laws\n")
     assert "build() raises ValueError: steps: 0; allowed: an integer of at least 1" in said
     assert said.endswith("1 failed, 17 skipped\n")
 
