@@ -1,4 +1,4 @@
-"""What a cell is trained on: the protocol every task follows, and the built-in tasks."""
+"""Tasks: the protocol that every task follows, and the built-in tasks."""
 
 from atn_norms.tasks.adding import Adding, AddingSpec
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator

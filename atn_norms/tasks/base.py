@@ -1,4 +1,4 @@
-"""The protocol of a task: what it feeds a cell, what it asks of it, and how it scores the answer."""
+"""The protocol of a task: inputs and targets, the loss, and the score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Split = Literal["validation", "test"]
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A random generator of its own for each purpose of one seed, so that no draw shifts another.
+    """A separate random generator for each purpose of one seed, so that no draw shifts another.
 
     | symbol | meaning |
     |---|---|
@@ -41,7 +41,7 @@ def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Batch(NamedTuple):
-    """What one training step sees: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh.
+    """The data of one training step: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh.
 
     `lengths` [B] are the steps of each sequence where they differ; the inputs beyond are padding.
     """
@@ -80,7 +80,7 @@ class Task(ABC):
     | symbol | meaning |
     |---|---|
     | `input_size` | features the encoder hands to the layer at each step |
-    | `batch_size` | sequences per training step where the study says nothing |
+    | `batch_size` | sequences per training step unless the study names a number |
     | `metric` | name and unit of the score |
     | `goal` | `"min"` where a smaller score is better, such as a loss; `"max"` where a larger one is |
     | `spread` | `"multiplicative"` where scores of different seeds differ by factors and are compared as logarithms; otherwise `"additive"` |
@@ -89,7 +89,7 @@ class Task(ABC):
     | `notes` | sentences about the data that were read, such as where values are missing |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
-    whenever it is asked, which is what lets a killed trial resume bit for bit.
+    at every call, so that a killed trial resumes bit for bit.
     """  # noqa: E501
 
     input_size: int
@@ -102,7 +102,7 @@ class Task(ABC):
     notes: tuple[str, ...] = ()
 
     def in_metric(self, loss: float) -> float:
-        """What a mean training loss is in units of the metric, for the training curve."""
+        """Convert a mean training loss to units of the metric, for the training curve."""
         return loss * self.metric_per_loss
 
     @abstractmethod
@@ -114,7 +114,7 @@ class Task(ABC):
         """A fresh module from the layer's outputs to predictions, drawn from torch's global generator."""
 
     def share(self, model: Model) -> None:
-        """Let parts of a fresh model share their weights; none do unless a task says so."""
+        """Share weights between parts of a fresh model; the default shares none."""
         return
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Task(ABC):
 class TaskSpec(Options, ABC):
     """Options of a task: a frozen model with a `kind`, which builds the task for a seed.
 
-    `recommended` holds options of a study's `train` section that stand where the study says nothing.
+    `recommended` holds options of a study's `train` section that apply unless the study names them.
     """
 
     family: ClassVar[str | None] = "task"
@@ -157,5 +157,5 @@ class TaskSpec(Options, ABC):
         return {}
 
     def unsupported_reason(self, layer: Any) -> str | None:
-        """Why this task cannot train a layer (a `LayerSpec`), in one sentence; None when it can."""
+        """The reason why this task cannot train a layer (a `LayerSpec`), in one sentence; None where it can."""
         return None

@@ -19,7 +19,7 @@ class CharLMSpec(LanguageSpec):
     | `embedding` | size of a character's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | characters |
     | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
-    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, windows start anew; or `none` | |
+    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, with fresh windows; or `none` | |
     | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
     | `evaluation_streams` | parallel streams that a split is read in | |
     | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |

@@ -15,7 +15,7 @@ class CopyingSpec(RecallSpec):
 
     | option | meaning | unit |
     |---|---|---|
-    | `recall` | how many symbols are shown and asked for | symbols |
+    | `recall` | symbols that are shown and recalled | symbols |
     | `alphabet` | how many different symbols there are | symbols |
     | `length` | how long the silence between them lasts | steps |
     | `validation`, `test` | size of each split, drawn from the seed | sequences |

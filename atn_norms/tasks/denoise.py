@@ -16,7 +16,7 @@ class DenoiseSpec(RecallSpec):
 
     | option | meaning | unit |
     |---|---|---|
-    | `recall` | how many symbols are shown and asked for | symbols |
+    | `recall` | symbols that are shown and recalled | symbols |
     | `alphabet` | how many different symbols there are | symbols |
     | `length` | T; symbols stand in the first T + `recall` - 1 steps, of T + 2 `recall` in all | steps |
     | `validation`, `test` | size of each split, drawn from the seed | sequences |
@@ -38,8 +38,8 @@ class Denoise(Recall):
     r"""`recall` symbols at random different steps of T' = `length` + `recall` - 1, a marker, and `recall` blanks.
 
     At the defaults a sequence has 120 steps and no memory costs 10 ln 9 / 120 = 0.1831; see `Recall` for the loss.
-    The symbols' steps are drawn without replacement, so that there are always `recall` of them, and they are asked for
-    in the order in which they stand (Jing et al., arXiv 1706.02761). The authors of arXiv 2209.14439 released no
+    The symbols' steps are drawn without replacement, so that there are always `recall` of them. The targets keep
+    their order (Jing et al., arXiv 1706.02761). The authors of arXiv 2209.14439 released no
     setting; their NC-GRU study uses T = 200 and 400 and draws the steps with replacement.
     """
 

@@ -1,4 +1,4 @@
-"""What language models share: streams of tokens walked along in segments, scored on every token of a split."""
+"""The common part of language models: streams of tokens walked along in segments, scored on every token of a split."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Language(Task):
 
     @abstractmethod
     def known(self, corpus: Corpus) -> list[str]:
-        """The tokens that the model tells apart, the first of which stands for any other."""
+        """The vocabulary; its first token replaces every token outside it."""
 
     @abstractmethod
     def score(self, nats: float) -> float:
@@ -181,7 +181,7 @@ class Language(Task):
         return {self.metric: self.score(nats.item() / count)}
 
     def baselines_of(self, frequencies: str) -> dict[str, float]:
-        """What guessing evenly scores on the test split, and guessing by the training split's `frequencies`."""
+        """Scores on the test split of a uniform guess, and of a guess by the `frequencies` of the training split."""
         size = len(self.vocabulary)
         return {
             "uniform": self.score(math.log(size)),

@@ -1,4 +1,4 @@
-"""What copying and denoising share: read symbols, wait for a marker, and write the symbols down in order."""
+"""The common part of copying and denoising: read symbols, wait for a marker, and write the symbols down in order."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Recall(Task):
     y_t = \begin{cases} 0 & t \le T - r \\ \text{symbol } t - (T - r) & \text{else} \end{cases}$$
 
     Symbols are 1 to `alphabet`; 0 is the blank, and the largest number the marker. Outputs are the blank and the
-    symbols. Whoever knows the task but remembers nothing writes blanks for certain and then guesses, which costs
-    `recall` ln(`alphabet`) / T (derived). The second score is the share of the symbols that are written down wrong.
+    symbols. A predictor that knows the task and remembers nothing writes blanks with certainty and then guesses. Its
+    cost is `recall` ln(`alphabet`) / T (derived). The second score is the share of wrong symbols.
 
     Training data are fresh at every step; the splits are drawn from the seed.
     """
@@ -67,7 +67,7 @@ class Recall(Task):
 
     @abstractmethod
     def plan(self) -> Layout:
-        """How long a sequence is, and how much of it comes before the marker."""
+        """The length of a sequence, and its part before the marker."""
 
     @abstractmethod
     def places(self, count: int, random: torch.Generator) -> Tensor:

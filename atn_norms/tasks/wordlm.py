@@ -21,11 +21,11 @@ class WordLMSpec(LanguageSpec):
     | option | meaning | unit |
     |---|---|---|
     | `text` | a UTF-8 file (relative to where the program runs), or a folder with `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`; None: Python's own language reference | path |
-    | `vocabulary` | how many words are told apart, the most frequent of the training split; all others are one, `<unk>` | words |
+    | `vocabulary` | size of the vocabulary: the most frequent words of the training split; any other word is `<unk>` | words |
     | `embedding` | size of a word's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | words |
     | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
-    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, windows start anew; or `none` | |
+    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, with fresh windows; or `none` | |
     | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
     | `evaluation_streams` | parallel streams that a split is read in | |
     | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |

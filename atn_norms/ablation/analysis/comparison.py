@@ -83,7 +83,7 @@ def is_number(value: object) -> bool:
 def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
     """The trial's metric on a split in the end; infinity at the bad end where it diverged; None without an outcome.
 
-    A trial that ended with a metric that is no number, or beyond 1e30, diverged too, whatever its status says.
+    A trial whose final metric is not a number, or is beyond 1e30, counts as diverged, whatever its status.
     """
     worst = math.inf if facts.goal == "min" else -math.inf
     if trial.status == "diverged":
@@ -267,7 +267,7 @@ class Difference:
 
     @property
     def ahead(self) -> bool:
-        """Whether the point is better than its reference on average."""
+        """True where the point is better than its reference on average."""
         return (self.mean < 0) == (self.measure.goal == "min") and self.mean != 0
 
     @property
@@ -308,7 +308,7 @@ class Comparison:
 
     @property
     def has_reference(self) -> bool:
-        """Whether any row is compared with another."""
+        """True where any row is compared with another."""
         return any(row.against for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""How soon a trial learns: the step at which its validation metric first reaches a level, the same for every point."""
+"""Steps until the validation metric of a trial first reaches a level, which is the same for every point."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from atn_norms.ablation.analysis.comparison import Measure, compare_task, in_log
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.errors import SpecError, did_you_mean
 
-WAY = 0.75  # of the way from the best trivial predictor to the best point lies the level nobody named
+WAY = 0.75  # of the way from the best trivial predictor to the best point lies the default level
 
 
 @dataclass(frozen=True)
 class Level:
-    """What "reached" means for one task.
+    """The level that the trials of one task have to reach.
 
     | field   | meaning                                                                                     |
     |---------|---------------------------------------------------------------------------------------------|
     | `value` | of the validation metric; None where there is none to reach                                 |
     | `limit` | steps that are looked at: what the shortest-trained trial of the task was given             |
-    | `given` | whether the study, or whoever asked, named it                                               |
+    | `given` | whether the study, or the caller, named it                                                   |
     | `why`   | where the value comes from, or why there is none, as the end of a sentence                  |
     """
 
@@ -83,7 +83,7 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
 
     A trial that ended without reaching it, diverged or not, counts as `limit` in a mean: that is the mean of the steps,
     out of the first `limit`, before the level was reached (a restricted mean, as of survival times), and is defined
-    whoever never gets there. A trial that still trains, or failed, has no outcome: counting the early ones flatters.
+    where trials never reach it. A trial that still trains, or failed, has no outcome: counting the early ones flatters.
     """
     if to.value is None:
         raise ValueError(f"task {task} has no level to reach: {to.why}")

@@ -20,7 +20,7 @@ _NUMBERS = ("seconds", "attempts")
 
 
 def study_json(record: StudyRecord) -> str:
-    """What a report needs besides the two CSV files: the study, its tasks and environment, and each trial's points."""
+    """The contents of `study.json`: the study, its tasks and environment, and the points of each trial."""
     trials = [
         {
             "id": trial.id,

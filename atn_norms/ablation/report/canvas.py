@@ -27,7 +27,7 @@ RULE = "#d5d9de"
 PAPER = "#fefefe"
 EDGE = 0.06  # inches of paper left of a headline
 ALERT = "#b0500c"
-# Okabe and Ito's palette without its yellow, which is too faint on white; told apart with any common colour vision.
+# Okabe and Ito's palette without its yellow, which is too faint on white; distinct with any common colour vision.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (4, 1.4)), (0, (1.2, 1.2)))
 
@@ -62,9 +62,9 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """A context in which figures are drawn and saved in the report's style, whatever the user's matplotlibrc says."""
+    """A context in which figures are drawn and saved in the report's style, whatever the user's matplotlibrc."""
     plain: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
-    del plain["backend"]  # it belongs to whoever else draws in this process
+    del plain["backend"]  # other code in this process may draw
     plain.update(_STYLE)
     return matplotlib.rc_context(plain)
 
@@ -111,7 +111,7 @@ def save(figure: Figure, name: str, title: str, text: str) -> Picture:
 
 
 def _accessible(svg: str, name: str, title: str, text: str) -> str:
-    """Prefix every id with the picture's name, so several share a page, and say what the picture shows."""
+    """Prefix every id with the picture's name, so several share a page, and add a title and a description."""
     svg = _in_tags(svg, r'(\bid="|url\(#|href="#)', lambda match: f"{match[0]}{name}-")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
@@ -150,7 +150,7 @@ def headline(figure: Figure, text: str) -> None:
 
 
 def logarithmic(values: Sequence[float], goal: Goal) -> bool:
-    """Whether an axis over these values reads better by ratios: losses, all positive, tenfold apart or more."""
+    """Return whether an axis over these values is logarithmic: losses, all positive, tenfold apart or more."""
     return goal == "min" and bool(values) and min(values) > 1 / EXPLODED and max(values) >= 10 * min(values)
 
 

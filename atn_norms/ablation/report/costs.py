@@ -1,4 +1,4 @@
-"""What a study cost: the time of its trials, point by point, and where they ran."""
+"""The cost of a study: the time of its trials, point by point, and where they ran."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def machines(record: StudyRecord) -> list[tuple[str, str]]:
 
 
 def seconds(trial: TrialRecord) -> float | None:
-    """What a trial took, all attempts together; None where it has not been noted."""
+    """The seconds of a trial, all attempts together; None where it has not been noted."""
     value = (trial.run or {}).get("seconds")
     return float(value) if isinstance(value, int | float) else None
 
 
 def duration(spent: float) -> str:
-    """Seconds as people say them.
+    """Seconds in readable units.
 
     >>> duration(4.25), duration(272), duration(7322)
     ('4.2 s', '4 min 32 s', '2 h 2 min')

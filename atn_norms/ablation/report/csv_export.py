@@ -124,7 +124,7 @@ def task_of(trial: TrialRecord) -> str:
 
 
 def reason(record: StudyRecord, trial: TrialRecord) -> str:
-    """Why a trial has no result, or ended before its last step, in one line; else empty."""
+    """The reason why a trial has no result or ended early, in one line; otherwise empty."""
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
     if outcome(record, trial) == "diverged":
@@ -148,7 +148,7 @@ def _metric(trial: TrialRecord, split: str, metric: str) -> Any:
 
 
 def _metrics(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
-    """What a result holds beside the task's own metric."""
+    """The numbers of a result other than the metric of the task."""
     task = task_of(trial)
     own = record.tasks[task].metric if task in record.tasks else ""
     return {

@@ -99,7 +99,7 @@ class _Guide(NamedTuple):
 
 
 def _guides(facts: TaskFacts, level: float | None) -> list[_Guide]:
-    """What the curves are to be seen against."""
+    """The horizontal lines: the best trivial predictor and the level."""
     choose = min if facts.goal == "min" else max
     trivial = choose(facts.baselines.items(), key=lambda item: item[1], default=None)
     guides = [_Guide(*trivial, _TRIVIAL)] if trivial else []
@@ -127,7 +127,7 @@ class _Panel(NamedTuple):
 
 
 def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list[_Panel]:
-    """The points of each panel and the baselines behind them; what is drawn behind others needs no panel of its own."""
+    """The points of each panel and the baselines behind them; what is drawn behind others needs no other panel."""
     panels = []
     downs = record.axes[layout.down] if layout.down else [""]
     acrosses = record.axes[layout.across] if layout.across else [""]
@@ -147,7 +147,7 @@ def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list
 
 
 def _beside(keys: list[Line2D], width: float) -> int:
-    """How many keys fit beside each other: a legend's columns, filled downwards, are as wide as their longest label."""
+    """The number of keys in a row: columns of a legend, filled downwards, are as wide as their longest label."""
     words = [len(str(key.get_label())) for key in keys]
 
     def needed(columns: int) -> float:

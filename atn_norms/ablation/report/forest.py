@@ -174,9 +174,9 @@ def _note(decision: Decision) -> str:
 
 
 def _describe(record: StudyRecord, task: TaskFindings) -> str:
-    told = [
+    rows = [
         f"{name(record, row.point)}: {change(decision.difference)}, {plural(decision.difference.pairs, 'pair')}, "
         f"adjusted p {chances(decision.p)}, {verdict(decision)}"
         for row, decision in task.decided()
     ]
-    return "; ".join(told)
+    return "; ".join(rows)

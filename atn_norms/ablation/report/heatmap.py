@@ -1,4 +1,4 @@
-"""The heat map: every cell of the grid with its mean, coloured by the difference that the study asks about."""
+"""The heat map: every cell of the grid with its mean, coloured by the difference to the baseline of the study."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _BIG, _SMALL = 12, 7.6  # points
 
 @dataclass(frozen=True)
 class Shade:
-    """From a row to its colour; the key to it, from a place in 0..1 to a colour, with its two ends; both in words."""
+    """From a row to its colour; the key to it, from a place in 0..1 to a colour, with its two ends; both described."""
 
     colour: Callable[[Row], str | None]
     key: Callable[[float], str]
@@ -118,7 +118,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
 
 
 def _ends(lower: str, higher: str, sign: int) -> tuple[str, str]:
-    """What the ends of the key are called, the better one first."""
+    """The labels of the ends of the key, the better one first."""
     return (lower, higher) if sign > 0 else (higher, lower)
 
 
@@ -289,8 +289,8 @@ def _key(figure: Figure, shading: Shade, about: str) -> None:
 
 
 def _describe(record: StudyRecord, comparison: Comparison) -> str:
-    told = [f"{name(record, row.point)}: {_told(row)}" for row in comparison.rows]
-    return "; ".join(told)
+    parts = [f"{name(record, row.point)}: {_told(row)}" for row in comparison.rows]
+    return "; ".join(parts)
 
 
 def _told(row: Row) -> str:

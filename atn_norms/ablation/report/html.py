@@ -119,7 +119,7 @@ _STEPS = "As above, for the steps it took; a cell with “≥” holds seeds tha
 
 
 def _reach(task: TaskFindings) -> str:
-    """What reaching means for this task, in words."""
+    """The level of this task and the counting of its steps, as text."""
     to, choose = task.level, min if task.facts.goal == "min" else max
     if to.value is None:
         return f"No level is set whose first reaching could be timed: {to.why}. Name one with “reach” in the study."
@@ -128,7 +128,7 @@ def _reach(task: TaskFindings) -> str:
         label, trivial = choose(task.facts.baselines.items(), key=lambda item: item[1])
         origin = (
             f"The level, {number(to.value)}, is {to.why} from the best trivial predictor ({label}, {number(trivial)}) "
-            "to the best mean validation of a point at its end; nobody named one beforehand: “reach” in the study does."
+            "to the best mean validation of a point at its end; the study names none; its option “reach” does."
         )
     return (
         f"{origin} A trial reaches it at the first validation that is there, so these steps are as coarse as the "
@@ -203,13 +203,13 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
 def _step(record: StudyRecord, trial: TrialRecord) -> str:
     """The last step, of how many where it ended early, and the one whose weights were scored where that is another."""
     last = (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING)
-    scored, asked = scored_step(record, trial), trial.trial["train"]["steps"]
-    early = f" of {asked}: {reason(record, trial)}" if trial.status == "done" and last < asked else ""
+    scored, steps = scored_step(record, trial), trial.trial["train"]["steps"]
+    early = f" of {steps}: {reason(record, trial)}" if trial.status == "done" and last < steps else ""
     return f"{last}{early}" if scored in (None, last) else f"{last}{early}, scored {scored}"
 
 
 def _data(record: StudyRecord) -> list[tuple[str, str]]:
-    """What the trials read, by content: the same files make the same trials."""
+    """The data that the trials read, by content: the same files make the same trials."""
     found = {(task_of(t), option): str(h) for t in record.trials for option, h in (t.trial.get("data") or {}).items()}
     return [(f"{task} {option}", content) for (task, option), content in found.items()]
 

@@ -1,4 +1,4 @@
-"""How a report names things: numbers, points of the grid, files; and which axes span its pictures."""
+"""Names in a report: numbers, points of the grid, files; and which axes span its pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEAST = 12  # signs that a word keeps while others can be cut
 def number(value: float | None, lost: str = "diverged") -> str:
     """Three significant digits below one, four above, whole numbers whole, a power of ten outside everyday sizes.
 
-    An infinite one is a seed without a number, and says why instead: `lost`.
+    An infinite number is a seed without a number, and gives `lost`.
 
     >>> [number(x) for x in (0.01234, 2.5, 137.26, 1234.5678, 200.0, 2.5e-7, float("inf"))]
     ['0.0123', '2.500', '137.3', '1235', '200', '2.50e-07', 'diverged']
@@ -195,7 +195,7 @@ def labels(record: StudyRecord, point: Point) -> dict[str, str]:
 
 
 def name(record: StudyRecord, point: Point) -> str:
-    """A point in words: `layer, window 25`."""
+    """A point as text: `layer, window 25`."""
     return ", ".join(_words(record, point))
 
 
@@ -206,7 +206,7 @@ def _words(record: StudyRecord, point: Point) -> list[str]:
 
 
 def short_names(record: StudyRecord, points: Sequence[Point], width: int) -> list[str]:
-    """Points in words, cut to a width as far as they stay apart: the longest words of each first."""
+    """Points as text, cut to a width as far as they stay apart: the longest words of each first."""
     words = [_words(record, point) for point in points]
     wanted = len({", ".join(each) for each in words})
     while True:
@@ -243,7 +243,7 @@ def called_baseline(record: StudyRecord) -> str:
 
 
 def factor(record: StudyRecord) -> str:
-    """The option that the study asks about: the axes of its baseline, such as `Window`."""
+    """The option that the study compares: the axes of its baseline, such as `Window`."""
     words = listed([leaf(axis) for axis in record.baseline]) or "points"
     return words[0].upper() + words[1:]
 
@@ -256,7 +256,7 @@ def never(point: Point) -> str:
 
 
 def unfinished(point: Point) -> str:
-    """What became of the seeds without a value: `1 diverged, 2 pending`; empty when all finished."""
+    """The status of the seeds without a value: `1 diverged, 2 pending`; empty when all finished."""
     counts = point.counts
     return ", ".join(f"{counts[what]} {what}" for what in ("diverged", "failed", "running", "pending") if counts[what])
 
@@ -302,7 +302,7 @@ class Layout:
 
 
 def title(facet: dict[str, str]) -> str:
-    """A facet in words, empty for the only one."""
+    """A facet as text, empty for the only one."""
     return ", ".join(f"{leaf(axis)} {label}" for axis, label in facet.items())
 
 

@@ -1,4 +1,4 @@
-"""The verdict and the answer in words, made from the statistics."""
+"""The verdict and the answer as sentences, made from the statistics."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def strip(record: StudyRecord, comparison: Comparison, file: str, what: str, gui
         if limit is not None and any(row.point.lost for row in rows):
             note = f"Dot: a seed. Open triangle: never within {number(limit)} steps, counted as these. Bar: mean."
         if beyond:
-            told = ", ".join(f"{shortened(label, 44)}: {number(value)}" for label, value in beyond.items())
-            note += f" Off the axis: {told}."
+            parts = ", ".join(f"{shortened(label, 44)}: {number(value)}" for label, value in beyond.items())
+            note += f" Off the axis: {parts}."
         write(figure, EDGE, 0.16, note, fontsize=8, color=MUTED)
         return save(figure, file, heading, _describe(record, comparison))
 
@@ -136,9 +136,9 @@ def _room(values: list[float], value: float, goal: Goal) -> float:
 
 
 def _describe(record: StudyRecord, comparison: Comparison) -> str:
-    told = []
+    parts = []
     for row in comparison.rows:
         values = ", ".join(map(number, row.point.values)) or "none finished"
         missing = ", ".join(filter(None, (never(row.point), unfinished(row.point))))
-        told.append(f"{name(record, row.point)}: {values}" + (f" ({missing})" if missing else ""))
-    return f"{plural(len(told), 'point')}. " + "; ".join(told)
+        parts.append(f"{name(record, row.point)}: {values}" + (f" ({missing})" if missing else ""))
+    return f"{plural(len(parts), 'point')}. " + "; ".join(parts)

@@ -108,7 +108,7 @@ def speed_table(record: StudyRecord, task: TaskFindings) -> Table | None:
 
 
 def speed_words(task: TaskFindings) -> str:
-    """The level in words: `steps to a validation mean squared error of 0.0456`."""
+    """The level as text: `steps to a validation mean squared error of 0.0456`."""
     return f"steps to a validation {task.facts.metric} of {number(task.level.value)}"
 
 
