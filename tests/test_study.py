@@ -541,3 +541,15 @@ def test_a_folder_is_loaded_once_by_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(StudyFolder, "load", lambda *a, **k: count.append(1) or load(*a, **k))
     assert run(folder, workers=0).count("done") == 2
     assert len(count) == 1
+
+
+@pytest.mark.parametrize("norm", ["none", None])
+def test_a_window_without_a_norm_is_refused_as_in_a_layer(norm):
+    """Unless norms or windows vary: then the points without a norm have no window."""
+    study = {"model": {"cell": "gru", "hidden_size": 3, "norm": norm, "window": 5}, "task": "adding", "seeds": 1}
+    with pytest.raises(ValueError, match=r"a 'sliding' window without a norm"):
+        StudySpec.model_validate(study)
+    for change in ({"window": 1}, {"norm": "layer"}):
+        StudySpec.model_validate({**study, "model": {**study["model"], **change}})
+    varied = StudySpec.model_validate({**study, "axes": {"norm": ["none", "layer"]}})
+    assert ["window" in each.trial["model"] for each in make_plan(varied).trials] == [False, True]

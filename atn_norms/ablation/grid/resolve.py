@@ -79,8 +79,9 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if is_function(data["task"]):
         return _resolve_function(data, axes)
     model = data["model"]
-    if not has_norm(model.get("norm")):
-        model.pop("window", None)
+    varied = {axis_path(name)[:2] for name in axes} & {("model", "norm"), ("model", "window")}
+    if varied and not has_norm(model.get("norm")):
+        model.pop("window", None)  # without an axis of norms or windows it is an error, as in a layer
     for option, why in THE_TASKS.items():
         if model.get(option, False) is not False:
             problems.append(Problem(("model", option), f"{why}; leave it out"))
