@@ -1,4 +1,4 @@
-"""The command line: parses, calls the library, prints; what goes wrong is one sentence and exit code 2."""
+"""The command line: parse arguments, call the library, print; an error is one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -33,22 +33,26 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
         "Train and compare every point of a study.",
         ("atn-norms ablate", "atn-norms ablate study.yaml --set train.steps=500 --set seeds=5 --workers 4"),
     ),
-    "resume": (studies.resume, "Go on with a study.", ("atn-norms resume studies/my-study",)),
-    "status": (studies.status, "Say how far a study is.", ("atn-norms status studies/my-study",)),
-    "report": (studies.report, "Make a study's report anew.", ("atn-norms report studies/my-study",)),
+    "resume": (studies.resume, "Resume a study.", ("atn-norms resume studies/my-study",)),
+    "status": (studies.status, "Show the progress of a study.", ("atn-norms status studies/my-study",)),
+    "report": (studies.report, "Rebuild the report of a study.", ("atn-norms report studies/my-study",)),
     "list": (list_command.list_kinds, "List usable kinds and their options.", ("atn-norms list normalizers windows",)),
-    "plugins": (list_command.plugins, "Show the plugins.", ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",)),
+    "plugins": (
+        list_command.plugins,
+        "List plugins and their status.",
+        ("ATN_NORMS_DISABLE_PLUGINS=pmean atn-norms plugins",),
+    ),
     "new-plugin": (
         new_plugin.new_plugin,
-        "Write a plugin to start from.",
+        "Write a new plugin.",
         ("atn-norms new-plugin pmean", "atn-norms new-plugin blocks --kind window --out ../blocks"),
     ),
     "check": (
         check.check,
-        "Ask every law of one kind.",
+        "Run the conformance tests of one kind.",
         ("atn-norms check layer", "atn-norms check sliding --set steps=25"),
     ),
-    "show": (models.show, "Show what a model file builds.", ("atn-norms show model.yaml",)),
+    "show": (models.show, "Validate and describe a model file.", ("atn-norms show model.yaml",)),
     "export": (
         export.export,
         "Export a saved model to ONNX or torch.export.",
@@ -61,10 +65,10 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "init": (files.init, "Write a commented study file.", ("atn-norms init study.yaml", "atn-norms init paper-adding")),
     "bench": (
         bench.bench,
-        "Speed and memory, side by side.",
+        "Compare speed and memory.",
         ("atn-norms bench", "atn-norms bench --cells gru,rnn --size 10,68,128,120 --windows 1,100 --threads 2"),
     ),
-    "doctor": (doctor.doctor, "Check what works here.", ("atn-norms doctor",)),
+    "doctor": (doctor.doctor, "Check the environment.", ("atn-norms doctor",)),
 }
 
 for _name, (_command, _short, _examples) in COMMANDS.items():
@@ -75,9 +79,9 @@ for _name, (_command, _short, _examples) in COMMANDS.items():
 def about(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed at any place.")] = False,
 ) -> None:
-    """Recurrent layers whose normalization remembers, and studies that compare them."""
+    """Time-windowed normalization for recurrent networks, and ablation studies."""
     if version:
         from atn_norms import __version__
 

@@ -1,4 +1,4 @@
-"""Ask every law of one kind."""
+"""Run the conformance tests of one kind."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
 
 
 def _family(kind: str, family: str | None) -> str:
-    """The family that has the kind; `SpecError` for none, and for several where none is named."""
+    """Return the family of the kind; `SpecError` for none, or for several where `family` is None."""
     from atn_norms.backends.base import known
     from atn_norms.errors import SpecError
     from atn_norms.registry import FAMILIES, registry
@@ -103,7 +103,7 @@ def _family(kind: str, family: str | None) -> str:
 
 
 def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
-    """A backend, or the spec of a kind with these options."""
+    """Return a backend, or the spec of a kind with these options."""
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known

@@ -1,4 +1,4 @@
-"""What every command prints with: tables for people (drawn on a terminal, plain in a pipe) and JSON for programs."""
+"""Print tables (drawn on a terminal, plain text in a pipe) and JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every
 
 
 def at_home(path: Path | None) -> Path | None:
-    """The path with a leading ~ as the home folder, which no shell has put in for `--out=~/x`."""
+    """Expand a leading ~ to the home folder, which shells do not expand in `--out=~/x`."""
     return None if path is None else Path(os.path.expanduser(path))
 
 

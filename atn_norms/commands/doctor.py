@@ -1,4 +1,4 @@
-"""What works here, what does not, and what to do about it."""
+"""Check the environment, and advise how to fix it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: `status` is `"ok"`, `"missing"` (optional) or `"failed"`; `advice` is what to do."""
+    """One part of the environment: `status` is `"ok"`, `"missing"` (optional) or `"failed"`; `advice` is what to do."""
 
     subject: str
     status: str
@@ -94,7 +94,7 @@ def _backends() -> list[Check]:
 
 
 def _kernels() -> Check:
-    """The compiled part of the native backend: there or why not, and what it makes of this machine."""
+    """Check the compiled kernels of the native backend."""
     from atn_norms.backends.native.library import found, load, survives
 
     again = "and install atn-norms again: `pip install --force-reinstall --no-deps --no-cache-dir .` in its folder"
@@ -113,7 +113,7 @@ def _kernels() -> Check:
 
 
 def _gpu() -> Check:
-    """What the Triton backend needs: there or why not."""
+    """Check the requirements of the Triton backend."""
     import torch
 
     from atn_norms.backends.triton.available import installed, unavailable
@@ -159,12 +159,12 @@ def _plugins(strict: bool) -> list[Check]:
         source = " ".join(part for part in (record.distribution, record.version) if part)
         told = f"of {source}: {record.reason}" if source else record.reason
         if record.status == "failed":
-            checks.append(Check(subject, "failed", told, f"mend or uninstall it, or block it with {DISABLE}"))
+            checks.append(Check(subject, "failed", told, f"fix or uninstall it, or block it with {DISABLE}"))
         elif record.disputed:
             checks.append(Check(subject, "failed", told, f"uninstall one, or block one with {DISABLE}"))
         elif record.faulty:
             finding = f"loaded from {source}, but {record.reason}"
-            advice = f"have it import late what is slow, or block it with {DISABLE}"
+            advice = f"move its slow imports into functions, or block it with {DISABLE}"
             checks.append(Check(subject, "failed" if strict else "ok", finding, advice))
         else:
             found = record.reason or f"{len(record.kinds)} kinds from {source} in {record.seconds:.1f} s"

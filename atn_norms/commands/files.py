@@ -1,4 +1,4 @@
-"""Files to begin with: a commented study, and the schema that lets an editor complete and check it."""
+"""Write a commented study file, and the schema with which an editor completes and checks it."""
 
 from __future__ import annotations
 

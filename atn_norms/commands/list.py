@@ -1,4 +1,4 @@
-"""What there is to use: the kinds with their options, the plugins they come from, and the schema of it all."""
+"""List kinds with their options, plugins, and JSON schemas."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _ready_made() -> list[dict[str, str]]:
 
 
 def plugins(as_json: Json = False, strict: Strict = False) -> None:
-    """Show every plugin: loaded, blocked or failed, and why."""
+    """List every plugin: loaded, blocked or failed, with the reason."""
     from atn_norms.plugins import report
 
     records = report()
@@ -111,7 +111,7 @@ def schema(
 
 
 def summary(spec: type[Options]) -> str:
-    """Take the first sentence about what the options build, else about the options."""
+    """Return the first sentence of the docstring of the built class, or else of the options."""
     try:
         built = get_type_hints(spec.build)["return"]  # type: ignore[attr-defined]
     except (AttributeError, KeyError, NameError, TypeError):  # a plugin need not annotate

@@ -1,4 +1,4 @@
-"""Look into one layer: what a model file builds."""
+"""Describe the layer that a model file builds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show(
 
 
 def describe(layer: Recurrent) -> dict[str, Any]:
-    """Say of a layer what it is made of: options, sites, parameters, and the state one sequence carries."""
+    """Describe a layer: options, sites, parameters, and the state of one sequence."""
     from atn_norms.layers import explain
     from atn_norms.pytree import tree_leaves
 

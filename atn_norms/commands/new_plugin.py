@@ -1,4 +1,4 @@
-"""A plugin to start from: a whole distribution that installs, passes its checks and its linter as it is written."""
+"""Write a new plugin: a distribution that installs and passes its tests and its linter unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
 
 
 class Start(NamedTuple):
-    """What a README says of the thing to start from."""
+    """Parts of the README of a new plugin."""
 
     equation: str
     options: str
@@ -64,7 +64,7 @@ def new_plugin(
         Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.", callback=at_home)
     ] = None,
 ) -> None:
-    """Write a plugin that works: a distribution with one kind, its tests, its README, for you to change."""
+    """Write a working plugin to change: a distribution with one kind, its tests and a README."""
     from atn_norms.errors import SpecError
 
     if kind not in STARTS:
@@ -77,7 +77,7 @@ def new_plugin(
 
 
 def contents(name: str, family: str) -> dict[str, str]:
-    """The files of a new plugin: path -> text."""
+    """Return the files of a new plugin: path -> text."""
     from atn_norms import __version__
 
     module = "atn_norms_" + name.replace("-", "_")
@@ -108,7 +108,7 @@ def contents(name: str, family: str) -> dict[str, str]:
 
 
 def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
-    """Write a folder that is not there yet, whole or not at all; its files in order."""
+    """Write a new folder as a whole or not at all; return its files in order."""
     from atn_norms.errors import SpecError
 
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):

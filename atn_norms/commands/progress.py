@@ -1,4 +1,4 @@
-"""A run as it goes: a live table on a terminal; elsewhere a line for each trial that ends, and one a minute."""
+"""Show the progress of a run: a live table on a terminal; otherwise a line per finished trial and one per minute."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def called(point: dict[str, str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time to go by: `40 s`, `7 min`, `2 h 05 min`.
+    """Write a duration: `40 s`, `7 min`, `2 h 05 min`.
 
     >>> duration(3.2), duration(400), duration(7500)
     ('3 s', '7 min', '2 h 05 min')
@@ -43,7 +43,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """What the events so far say: who is at work, what ended how, how much is left.
+    """State of a run from its events: running trials, outcomes, remaining steps.
 
     The time left is the time spent so far, scaled from the training steps taken in this run to those that remain.
     """
@@ -58,7 +58,7 @@ class Progress:
         self.finished, self.total = finished, total
 
     def see(self, event: Event) -> None:
-        """Take in an event."""
+        """Update the state with an event."""
         before = self.running.get(event.trial)
         self.started.setdefault(event.trial, time.monotonic())
         self.finished, self.total = event.finished, event.total
@@ -76,7 +76,7 @@ class Progress:
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
     def left(self) -> str:
-        """The time that is left, in words; empty while too little has been seen, and when nothing is left."""
+        """Return the estimated remaining time in words; empty while unknown, and at the end."""
         spent = time.monotonic() - self.began
         if self.taken < 1 or spent < FEW or self.finished == self.total:
             return ""
@@ -94,7 +94,7 @@ class Progress:
 
 @contextmanager
 def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
-    """Show a run of `total` trials while it goes on; the callback takes its events."""
+    """Show the progress of a run of `total` trials; the callback takes its events."""
     progress = Progress(steps_to_do, finished, total)
     if not on_terminal():
         yield _Lines(progress)

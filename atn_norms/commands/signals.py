@@ -1,4 +1,4 @@
-"""Being asked to end: by Ctrl-C, by `kill`, by a batch system, or by a terminal that goes away."""
+"""Handle signals that end the program: Ctrl-C, `kill`, a batch system, a closed terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-PATIENCE = 15.0  # seconds to put things in order, in which no further signal is heard
+PATIENCE = 15.0  # seconds to clean up, in which further signals are ignored
 
 
 class Ended(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: the same as Ctrl-C to whoever has something to put in order first."""
+    """SIGTERM or SIGHUP, raised like Ctrl-C so that cleanup code runs."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -30,13 +30,13 @@ def exit_code(end: KeyboardInterrupt) -> int:
 
 
 class _Asked:
-    """When the end was asked for; None: it was not."""
+    """Time of the first signal; None before it."""
 
     at: float | None = None
 
 
 def stopping() -> bool:
-    """Whether the end was asked for, and what is inside `heard` is being put in order."""
+    """Return whether a signal arrived and the code inside `handle` is cleaning up."""
     return _Asked.at is not None
 
 
@@ -44,11 +44,11 @@ def stopping() -> bool:
 def handle() -> Iterator[None]:
     """Raise `KeyboardInterrupt`, or `Ended` where SIGTERM or SIGHUP would end the process on the spot, inside.
 
-    Those that come while things are put in order are not heard: an impatient second Ctrl-C would only leave a mess.
-    One that comes after `PATIENCE` seconds is, in case it hangs, or the first was lost where exceptions are swallowed.
+    Further signals are ignored during cleanup, which an impatient second Ctrl-C would break. After `PATIENCE` seconds a
+    signal raises again, in case the cleanup hangs or the first exception was swallowed.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may say so
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         usual.clear()
     mine = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
     for number in mine:
@@ -63,7 +63,7 @@ def handle() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """Hear no signal any more: all is in order, and only the interpreter's own end is left."""
+    """Ignore all signals from now on: only the shutdown of the interpreter is left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

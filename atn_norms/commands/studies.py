@@ -38,14 +38,15 @@ def ablate(
     workers: Workers = WORKERS,
     scheduler: Scheduler = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; by default studies/NAME-KEY.", callback=at_home)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the study; by default studies/NAME-KEY.", callback=at_home),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the trials, and say how long they may take.")
+        bool, typer.Option("--dry-run", help="Only list the trials and estimate their duration.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train every point of a study, compare, and write the report; the same study goes on where it stopped."""
+    """Train every point of a study, compare them and write the report; the same command resumes a stopped study."""
     with _going_on("the same command"):
         from atn_norms.ablation import create, make_plan
 
@@ -65,7 +66,7 @@ def resume(
     settings: Annotated[list[str] | None, typer.Option("--set", hidden=True)] = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with a study where it stopped; failed trials are tried again, finished ones never."""
+    """Resume a study; failed trials run again, finished ones do not."""
     with _going_on(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import refuse_edited
 
@@ -90,7 +91,7 @@ def _refuse_settings(folder: Path, settings: Sequence[str]) -> None:
 
 
 def status(folder: Folder, as_json: Json = False) -> None:
-    """Say how far a study is, trial by trial."""
+    """Show the progress of a study, trial by trial."""
     from atn_norms.ablation import load
     from atn_norms.commands.progress import called
 
