@@ -552,4 +552,4 @@ def test_a_window_without_a_norm_is_refused_as_in_a_layer(norm):
     for change in ({"window": 1}, {"norm": "layer"}):
         StudySpec.model_validate({**study, "model": {**study["model"], **change}})
     varied = StudySpec.model_validate({**study, "axes": {"norm": ["none", "layer"]}})
-    assert [each.trial["model"]["window"] for each in make_plan(varied).trials] == [None, 5]
+    assert [each.trial["model"]["window"]["steps"] for each in make_plan(varied).trials] == [1, 5]
