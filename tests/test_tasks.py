@@ -251,7 +251,7 @@ def test_texts_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(SpecError, match=said) as caught:
             CharLMSpec(text=str(path)).data()
         assert str(path) in str(caught.value)
-    with pytest.raises(SpecError, match="9 characters; at least 100"):
+    with pytest.raises(SpecError, match="with 9 characters; expected at least 100"):
         CharLMSpec(text=str(short)).build(0)
 
 
