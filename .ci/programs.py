@@ -57,6 +57,7 @@ class Classifier(nn.Module):
 
 
 def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return six batches of sequences and classes."""
     torch.manual_seed(0)
     return [(torch.randn(5, 4, 3), torch.randint(2, (4,))) for _ in range(6)]
 
@@ -112,6 +113,7 @@ PROGRAMS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
+    """Run every program that is installed."""
     torch.set_num_threads(1)
     for package, program in PROGRAMS.items():
         if importlib.util.find_spec(package) is None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import atn_norms as an
+from atn_norms.layers.recurrent import _cast_carried
 from tests.compare import compare
 from tests.torch_api.features import feature
 from tests.torch_api.test_transforms import CELLS, every_layer, every_norm
@@ -68,7 +69,7 @@ def test_autocast_takes_packed_sequences_and_streams(cell, half, runs):
     assert inner.dtype == half and set(runs) == {"native"}
     exact, _ = layer(nn.utils.rnn.pack_padded_sequence(inner.float(), torch.tensor([5, 3])))
     compare(y.data, exact.data, tolerance=0)
-    expected, _ = layer.unroll(inner[2:].float(), an.layers.recurrent._cast_carried(state, torch.float32))
+    expected, _ = layer.unroll(inner[2:].float(), _cast_carried(state, torch.float32))
     compare(more, expected, tolerance=0)
 
 
@@ -124,8 +125,8 @@ def test_a_scaled_step_is_a_plain_step(cell, norm, runs):
 @feature(
     GROUP,
     'layers in bfloat16 and float16, `init="paper"` included',
-    "reference",
-    "The kernels run float32 and float64.",
+    "native",
+    "Statistics stay in float64.",
 )
 @every_half
 @every_layer
@@ -135,4 +136,4 @@ def test_the_paper_s_initialization_in_half_precision(cell, half, runs):
     # each of 3 products of 8 bits (bfloat16) or 11 bits, summed over at most 16 rows
     compare(w.T @ w, torch.eye(3), tolerance=16 * torch.finfo(half).eps)
     assert layer(torch.randn(5, 2, 3).to(half))[0].dtype == half
-    assert set(runs) == {"reference"}
+    assert set(runs) == {"native"}
