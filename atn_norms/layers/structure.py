@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,27 +33,28 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     """
     try:
         described = _described(module)
+        layers = iter([each for each in module.modules() if isinstance(each, CellHost)])
         with torch.random.fork_rng(devices=[]):
-            same = _outline(construct(described)) == _outline(module)
+            same = _outline(construct(described, layers)) == _outline(module)
     except Exception:  # noqa: BLE001  a constructor may raise anything; the caller then provides the module
         return None
     return described if same else None
 
 
-def construct(described: dict[str, Any]) -> nn.Module:
-    """Construct a module from its description, with fresh parameters.
+def construct(described: dict[str, Any], layers: Iterator[CellHost] | None = None) -> nn.Module:
+    """Construct a module from its description, with fresh parameters; `layers` replace those of this package.
 
     Errors: `SpecError` for a class outside `torch.nn` and this package, and for options that do not fit.
     """
     if "layer" in described:
-        return layer_of(described)
+        return layer_of(described) if layers is None else next(layers)
     cls = _class(described["class"])
     if "children" in described:
         module = cls()
         for name, child in described["children"].items():
-            module.add_module(name, construct(child))
+            module.add_module(name, construct(child, layers))
         return module
-    return cls(**{name: _value(value) for name, value in described["arguments"].items()})
+    return cls(**{name: _value(value, layers) for name, value in described["arguments"].items()})
 
 
 def layer_of(described: dict[str, Any], **factory: Any) -> CellHost:
@@ -111,10 +113,10 @@ def _stored(name: str, value: Any) -> Any:
     raise TypeError(f"{name} is a {type(value).__name__}")
 
 
-def _value(stored: Any) -> Any:
+def _value(stored: Any, layers: Iterator[CellHost] | None) -> Any:
     if isinstance(stored, dict):
-        return construct(stored["module"]) if "module" in stored else _window(stored["window"])
-    return tuple(map(_value, stored)) if isinstance(stored, list) else stored
+        return construct(stored["module"], layers) if "module" in stored else _window(stored["window"])
+    return tuple(_value(each, layers) for each in stored) if isinstance(stored, list) else stored
 
 
 def _window(stored: Any) -> Window[Any]:
