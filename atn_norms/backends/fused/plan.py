@@ -154,7 +154,7 @@ class SitePlan:
             blocks = (batch + 15) // 16
             many = (batch + blocks - 1) // blocks
         lanes = (many * self.groups + 7) // 8 * 8
-        return blocks * lanes * (3 * self.prefix + 6 * steps)
+        return max(blocks * lanes * (3 * self.prefix + 6 * steps), 8)  # not even an empty timeline is NULL
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what is remembered of a plan must be found fast
