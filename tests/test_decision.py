@@ -212,15 +212,15 @@ def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
     ("options", "message"),
     [
         ({"endpoint": "tial"}, "got 'tial'; expected final, tail, steps, .*'tail'"),
-        ({"endpoint": {"addin": "tail"}}, "no task of this study; tasks: adding.*'adding'"),
+        ({"endpoint": {"addin": "tail"}}, "got no task of this study; expected one of adding.*'adding'"),
         ({"endpoint": {"measure": "tail", "validations": 0}}, "got 0; expected at least 1"),
         ({"endpoint": 3}, "got 3; expected final, tail, steps"),
         ({"endpoint": "steps"}, "got steps for adding; expected a level for it in reach"),
         ({"margin": 0}, "got 0; expected a number above 0"),
         ({"margin": {"adding": "wide"}}, "got 'wide'; expected a number above 0"),
         ({"margin": 0.5}, "margin: got 0.5; expected a ratio above 1"),
-        ({"axes": {"norm": ["none"]}, "tune": {"model.norm": ["layer"]}}, "this option is an axis already"),
-        ({"tune": {"norm": []}}, "an axis needs at least one value"),
+        ({"axes": {"norm": ["none"]}, "tune": {"model.norm": ["layer"]}}, "got an option that is an axis already"),
+        ({"tune": {"norm": []}}, "got no values; expected at least one"),
     ],
 )
 def test_an_analysis_that_cannot_be_is_refused_with_its_place(options, message):

@@ -72,7 +72,7 @@ def test_every_file_of_the_folder_is_a_study():
 
 
 def test_an_unknown_study_is_named_with_what_there_is():
-    with pytest.raises(SpecError, match=r"unknown study 'paper-coping'; a file, or one of: charlm, .*'paper-copying'"):
+    with pytest.raises(SpecError, match=r"got unknown study 'paper-coping'; expected a file or one of charlm, .*'paper-copying'"):
         presets.text("paper-coping")
 
 
@@ -101,4 +101,4 @@ def test_a_ready_made_study_is_written_out_to_be_edited(tmp_path, monkeypatch, c
     assert (tmp_path / "other.yaml").read_text().endswith(presets.text("quick"))
     assert main(["init", "charlm", "other.yaml"]) == 2 and "already there" in capsys.readouterr().err
     assert main(["init", "charml"]) == 2
-    assert "unknown study 'charml'" in capsys.readouterr().err
+    assert "got unknown study 'charml'" in capsys.readouterr().err

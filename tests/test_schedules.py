@@ -91,7 +91,7 @@ def test_a_plateau_goes_on_from_its_state():
         ("cosin", "schedule: got unknown schedule 'cosin'; expected one of constant, linear, cosine, step, plateau; did you mean 'cos"),  # noqa: E501
         ({"kind": "plato"}, "unknown schedule 'plato'"),
         ({"kind": 3}, "unknown schedule 3"),
-        (["cosine"], "schedule: must be a schedule's name or a mapping, got ['cosine']"),
+        (["cosine"], "schedule: got ['cosine']; expected a schedule's name or a mapping"),
         ({"kind": "cosine", "warmpu": 3}, "schedule.warmpu: got an unknown key; expected one of kind, warmup, final; did you mean 'warm"),  # noqa: E501
         ({"kind": "step"}, "schedule.every: got nothing; expected a value"),
         ({"kind": "step", "every": 0}, "schedule.every: got 0; expected at least 1"),

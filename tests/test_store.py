@@ -206,7 +206,7 @@ def test_damaged_times_count_as_none_and_are_noted(study, trial, content):
     (trial.path / "run.json").write_bytes(content)
     assert load(study).trials[0].run is None
     assert run(study, workers=0).count("done") == 2
-    assert "run.json is damaged; attempts and seconds are counted anew" in (trial.path / "log.txt").read_text()
+    assert "run.json is damaged; attempts and seconds are counted from 0" in (trial.path / "log.txt").read_text()
     assert load(study).trials[0].run["attempts"] == 1  # type: ignore[index]
 
 

@@ -323,7 +323,7 @@ def test_a_text_that_changed_since_the_study_was_made_is_refused(tmp_path, text)
 
 def test_a_trial_of_another_version_is_refused(tmp_path):
     trial = make(tmp_path / "study").trial()
-    with pytest.raises(SpecError, match="trial of version 7, and this program knows version 2"):
+    with pytest.raises(SpecError, match="version: got 7; expected 2"):
         Trainer({**trial, "version": 7})
 
 

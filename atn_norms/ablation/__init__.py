@@ -50,14 +50,14 @@ __all__ = [
 
 
 def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, *, where: Where | None = None) -> Path:
-    """Lay a study down in a folder, ready to `run`, and return the folder; one that holds this study is left as it is.
+    """Write a study to a folder, ready to `run`, and return the folder; a folder that holds this study is not changed.
 
-    A folder whose study has grown, by more seeds or axes or another baseline, takes what is new and keeps what is done.
-    `out` is by default `studies/NAME-KEY`, where the key is a hash of the study; or the folder there of the same name
-    whose study this one is, or has grown from. `where`, from `specs.read`, places what a task refuses in its file.
+    A study that has grown by seeds, values, axes or another baseline is extended; finished trials are kept. `out` is by
+    default `studies/NAME-KEY`, where the key is a hash of the study. A folder in `studies` that holds this study, or a
+    smaller one that it extends, is used instead. `where`, from `specs.read`, adds file positions to errors.
 
-    Errors: `SpecError` where the folder holds another study or anything else, or a task cannot read its data;
-    `StoreError` where it cannot be written.
+    Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
+    `StoreError` where the folder cannot be written.
     """
     from pydantic import ValidationError
 
@@ -72,11 +72,11 @@ def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, 
 
 
 def _home(plan: Plan) -> Path:
-    """Where a study belongs that was given no folder: where it, or what it has grown from, is already."""
+    """Return the default folder of a study: the one that holds it or the study it extends, else a new one."""
     name = plan.name.replace(" ", "-")
     same, smaller = [], []
     for folder in sorted(Path("studies").glob(f"{name}-{'[0-9a-f]' * 8}")):
-        with suppress(StoreError, KeyError, TypeError):  # a damaged folder, or one half made, is no place to grow in
+        with suppress(StoreError, KeyError, TypeError):  # a damaged or incomplete folder is not extended
             there = StudyFolder(folder).resolved()
             if there["key"] == plan.key:
                 same.append(folder)
@@ -89,9 +89,9 @@ def _home(plan: Plan) -> Path:
 def resume(
     folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
 ) -> StudyRecord:
-    """Go on with a study where it stopped, as it was laid down.
+    """Resume a study, unchanged.
 
-    Errors: as `run`; `SpecError` where the folder's study.yaml says something else by now.
+    Errors: as `run`; `SpecError` where the folder's study.yaml has changed.
     """
     refuse_edited(folder)
     return run(folder, workers=workers, scheduler=scheduler, on_event=on_event)
@@ -108,9 +108,9 @@ def refuse_edited(folder: Path | str) -> None:
     file, text = store.path / "study.yaml", store.source()
     if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
-        raise SpecError(f"{file}: changed since it was laid down; {take} takes the change, where the study only grows")
+        raise SpecError(f"{file}: changed since the study was created. To extend the study: {take}")
 
 
 def status(folder: Path | str) -> dict[str, int]:
-    """How many trials of a study are `done`, `diverged`, `failed`, `running` and `pending`."""
+    """Count the trials of a study that are `done`, `diverged`, `failed`, `running` and `pending`."""
     return load(folder, curves=False).counts()

@@ -33,23 +33,23 @@ def ablate(
     scheduler: str | None = None,
     on_event: OnEvent | None = None,
 ) -> StudyRecord:
-    """Call a function at every point of a grid for every seed, compare what it returns, and write the report.
+    """Call a function at every point of a grid for every seed, compare the returned metrics, and write the report.
 
     `function(**point, seed=seed, trial=trial)` returns `{metric: value}` or a number. It takes `seed` and `trial` only
     if it names them. `trial` is a `Trial`. It must be defined at the top level of a file, since worker processes load
-    that file. Everything random starts from `seed` already. The same call continues an interrupted study.
+    that file. torch, Python and NumPy are seeded with `seed`. The same call resumes an interrupted study.
 
     | argument | meaning |
     |---|---|
     | `axes` | argument of the function -> the values to compare |
-    | `seeds` | how many, or which |
+    | `seeds` | the number of seeds, or a list of seeds |
     | `goal` | `max` where a larger metric is better |
     | `metric` | the returned metric to compare; the first by default |
     | `out` | the study's folder; `studies/NAME-KEY` by default |
-    | `name` | the study's name; that of the function's file by default |
-    | `arguments` | arguments that every call gets |
-    | `files` | other files and folders that the result depends on; a changed one makes another study |
-    | `baseline` | axis -> value to compare the others with |
+    | `name` | the study's name; the name of the function's file by default |
+    | `arguments` | arguments of every call |
+    | `files` | other files and folders that the result depends on; a changed file makes another study |
+    | `baseline` | axis -> value that the other values are compared with |
     | `steps` | training steps of a trial, for the progress line |
     | `patience` | reports without improvement after which `trial.should_stop` is true |
     | `reports` | whether `trial.report` gets losses, or values of the `metric` |
@@ -93,10 +93,10 @@ def _print(event: Event) -> None:
 
 @contextmanager
 def _main_not_run_again() -> Iterator[None]:
-    """Let worker processes start without the script that starts them: they load the function's file by themselves.
+    """Start worker processes without running the main file again: they load the function's file instead.
 
-    Python's multiprocessing runs the main file again in each new process, which a script without a
-    `if __name__ == "__main__":` does not survive.
+    Python's multiprocessing runs the main file again in each new process. A script without
+    `if __name__ == "__main__":` would start the study again there.
     """
     main = sys.modules["__main__"]
     hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}

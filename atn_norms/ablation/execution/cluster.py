@@ -1,4 +1,4 @@
-"""Trials on the workers of a Dask cluster, local processes or a scheduler's; nothing is believed but the store."""
+"""Run trials on the workers of a Dask cluster: local processes, or those of a scheduler."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ log = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between looks at the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
-DESERTED = 600.0  # seconds to wait for another one when the last has gone
+DESERTED = 600.0  # seconds to wait for a worker after the last one has left
 PATIENCE = 30.0  # seconds for the scheduler to answer
 ENCRYPTED = ("tls://", "wss://", "inproc://")  # inproc: within this process
 STARTS = 3  # attempts to start the local processes
-PING = 10.0  # seconds for a worker to answer, of which nothing has been heard for long
+PING = 10.0  # seconds for a silent worker to answer
 
 
 def run_with_dask(store: StudyFolder, progress: Progress, workers: int, scheduler: str | None) -> None:
-    """Train what is left to do on `workers` local processes, or on those of a scheduler."""
+    """Train the remaining trials on `workers` local processes, or on the workers of a scheduler."""
     local = min(workers, len(progress.waiting))
     with _client(local, scheduler, progress.threads(), store.path) as client:
         from distributed.comm import CommClosedError
 
-        hands = Dispatcher(client, store, progress)
+        dispatcher = Dispatcher(client, store, progress)
         try:
-            while progress.left or hands.running:
-                hands.give()
-                hands.wait()
-                progress.look(list(hands.running.values()))
-                hands.collect()
-                hands.drop_silent()
-        except (CancelledError, CommClosedError) as error:  # nothing else cancels what is running here
+            while progress.left or dispatcher.running:
+                dispatcher.submit()
+                dispatcher.wait()
+                progress.look(list(dispatcher.running.values()))
+                dispatcher.collect()
+                dispatcher.drop_silent()
+        except (CancelledError, CommClosedError) as error:  # nothing else cancels these futures
             raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept") from error
         finally:
-            progress.hold.end()  # which stops the workers within a second, wherever they are
+            progress.hold.end()  # stops the workers of every machine within a second
             if client.status == "running":
-                client.cancel(list(hands.running))
+                client.cancel(list(dispatcher.running))
 
 
 class Dispatcher:
-    """The trials that the workers of a cluster have in hand."""
+    """Submit trials to the workers of a cluster and collect their outcomes."""
 
     def __init__(self, client: Any, store: StudyFolder, progress: Progress) -> None:
         self.client, self.store, self.progress = client, store, progress
@@ -63,9 +63,9 @@ class Dispatcher:
         self.running: dict[Any, str] = {}
         self.patience, self.manned = WORKERLESS, time.monotonic()
 
-    def give(self) -> None:
-        """Hand out trials, one to a worker: one that kills its worker is then the only suspect."""
-        workers = len(self._ask(self.client.scheduler.ncores))
+    def submit(self) -> None:
+        """Submit one trial per idle worker, so that a worker's death points to a single trial."""
+        workers = len(self._call(self.client.scheduler.ncores))
         if workers:
             self.patience, self.manned = DESERTED, time.monotonic()
         elif time.monotonic() - self.manned > self.patience:
@@ -77,7 +77,7 @@ class Dispatcher:
             self.running[self.client.submit(work, job, key=f"{trial}-{time.time_ns()}", pure=False)] = trial
 
     def wait(self) -> None:
-        """Until a trial ends, but no longer than it takes until the next look."""
+        """Wait until a trial ends, at most `POLL` seconds."""
         from distributed import wait
 
         if not self.running:
@@ -87,52 +87,52 @@ class Dispatcher:
             wait(list(self.running), timeout=POLL, return_when="FIRST_COMPLETED")
 
     def collect(self) -> None:
-        """See what came of the attempts that are over."""
+        """Record the outcomes of the attempts that have ended."""
         for future in [future for future in self.running if future.done()]:
-            self.progress.ended(self.running.pop(future), _told(future))
+            self.progress.ended(self.running.pop(future), _outcome(future))
 
     def drop_silent(self) -> None:
-        """Give the trial of a worker that stands still, or has vanished without a word, to another one."""
+        """Retire every worker that has hung or vanished, and train its trial again on another worker."""
         for future, trial in list(self.running.items()):
             if not self.progress.silent(trial):
                 continue
             address = self._worker(future.key)
-            if address is None or self._answers(address):  # the trial is only waiting for its turn
-                self.progress.heard(trial)
+            if address is None or self._answers(address):  # the trial is queued, or its worker is alive
+                self.progress.reset_silence(trial)
                 continue
             del self.running[future]
             self.client.cancel([future])
-            self._ask(self.client.scheduler.retire_workers, workers=[address], close_workers=True, remove=True)
-            self.progress.again(trial)
+            self._call(self.client.scheduler.retire_workers, workers=[address], close_workers=True, remove=True)
+            self.progress.requeue(trial)
 
     def _worker(self, key: str) -> str | None:
-        processing = self._ask(self.client.scheduler.processing, workers=None)
+        processing = self._call(self.client.scheduler.processing, workers=None)
         return next((address for address, keys in processing.items() if key in keys), None)
 
     def _answers(self, address: str) -> bool:
         try:
-            ask = self.client.scheduler.broadcast
-            self.client.sync(ask, msg={"op": "identity"}, workers=[address], callback_timeout=PING)
+            broadcast = self.client.scheduler.broadcast
+            self.client.sync(broadcast, msg={"op": "identity"}, workers=[address], callback_timeout=PING)
         except (TimeoutError, OSError):
             return False
         return True
 
-    def _ask(self, question: Callable[..., Any], **arguments: Any) -> Any:
+    def _call(self, function: Callable[..., Any], **arguments: Any) -> Any:
         try:
-            return self.client.sync(question, **arguments, callback_timeout=PATIENCE)
+            return self.client.sync(function, **arguments, callback_timeout=PATIENCE)
         except TimeoutError as error:
             raise SpecError(
                 f"the Dask scheduler has not answered for {PATIENCE:.0f} s; what is finished is kept"
             ) from error
 
 
-def _told(future: Any) -> dict[str, str]:
-    """What the worker said about an attempt, or what Dask says in its place."""
+def _outcome(future: Any) -> dict[str, str]:
+    """Return the outcome that the worker reports, or the error that Dask raises for it."""
     try:
         return json.loads(future.result())
     except CancelledError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever Dask raises, this trial failed and the others go on
+    except Exception as error:  # noqa: BLE001 - Dask raises any type; only this trial fails
         if type(error).__name__ == "KilledWorker":
             return {"died": "its worker process died twice while training it (out of memory, or a crash)"}
         return {"trouble": f"its worker could not train it: {line(error)}"}
@@ -140,27 +140,27 @@ def _told(future: Any) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Let Ctrl-C and the like come only at the end, and start processes inside that never see a Ctrl-C.
+    """Delay Ctrl-C and other ending signals until the end; processes started inside block Ctrl-C.
 
-    A terminal sends it to all of them, and it is this process that stops the others, and in order.
+    A terminal sends Ctrl-C to every process of a job. Only this process handles it, and stops the others in order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    delayed: list[int] = []
     before = {
-        each: signal.signal(each, lambda number, frame: came.append(number))
+        each: signal.signal(each, lambda number, frame: delayed.append(number))
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if callable(signal.getsignal(each))
     }
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which threads and processes inherit
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # threads and processes inherit this mask
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for each, handler in before.items():
             signal.signal(each, handler)
-    for each in came[:1]:
+    for each in delayed[:1]:
         signal.raise_signal(each)
 
 
@@ -179,7 +179,7 @@ def _client(workers: int, scheduler: str | None, threads: int, folder: Path) -> 
     settings: dict[str, Any] = {
         "distributed.scheduler.allowed-failures": 1,
         "distributed.scheduler.worker-ttl": None,
-        "distributed.deploy.lost-worker-timeout": "1 day",  # by default one that takes 15 s to start again never may
+        "distributed.deploy.lost-worker-timeout": "1 day",  # the default of 15 s is too short for a restart
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
@@ -189,7 +189,7 @@ def _client(workers: int, scheduler: str | None, threads: int, folder: Path) -> 
     }
     with config.set(settings), contextlib.ExitStack() as stack:
         if scheduler is None:
-            resource_tracker.ensure_running()  # it unblocks signals when it starts, so it must not start inside
+            resource_tracker.ensure_running()  # it unblocks signals when it starts, so it starts before they wait
             with _signals_wait():
                 cluster = stack.enter_context(_started(workers, folder))
             yield stack.enter_context(Client(cluster))
@@ -200,14 +200,14 @@ def _client(workers: int, scheduler: str | None, threads: int, folder: Path) -> 
                     "Start it with TLS and use tls://host:port",
                     scheduler,
                 )
-            client_log = logging.getLogger("distributed.client")  # its tracebacks tell no more than our sentence does
+            client_log = logging.getLogger("distributed.client")  # its tracebacks repeat our error
             stack.callback(client_log.setLevel, client_log.level)
             client_log.setLevel(logging.CRITICAL)
             yield stack.enter_context(_connected(scheduler))
 
 
 def _started(workers: int, folder: Path) -> Any:
-    """Start the local processes; try again where one of them ends while it starts."""
+    """Start the local processes; retry where a process ends while it starts."""
     from atn_norms.ablation.execution.local_cluster import local_cluster
 
     for attempt in range(STARTS):

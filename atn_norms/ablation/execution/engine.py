@@ -1,4 +1,4 @@
-"""Run the trials of a study's folder: here, in local processes or on a cluster. Only the store counts as done."""
+"""Run the trials of a study's folder: in this process, in local processes or on a cluster."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = ["Event", "OnEvent", "check_scheduler", "run"]
 def run(
     folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
 ) -> StudyRecord:
-    """Train every trial of a study that is not done, failed ones again, and return what the folder then says.
+    """Train every trial that is not done, retry failed trials, and return the record of the study.
 
     | symbol | meaning |
     |---|---|
     | `workers` | local processes; 0 trains in this process, without Dask |
-    | `scheduler` | address of a running Dask scheduler, in place of local processes; its workers share the folder |
+    | `scheduler` | address of a running Dask scheduler, instead of local processes; its workers must share the folder |
     | `on_event` | called in this thread with each `Event` |
 
-    A trial that raises, or kills its worker, becomes a failed trial and the others go on. One that another process is
-    still training, such as a worker that outlived its run, is waited for. `KeyboardInterrupt` stops the workers and
-    passes on; run again to continue.
+    A trial that raises, or kills its worker, is recorded as failed, and the others continue. A trial that another
+    process still trains, such as a worker that outlived its run, is awaited. `KeyboardInterrupt` stops the workers and
+    is raised again; run again to continue.
 
-    Errors: `SpecError` for a bad argument, where Dask is missing or its scheduler out of reach; `StoreError` where the
-    folder cannot be used (`Busy`: another run is at it).
+    Errors: `SpecError` for a bad argument, where Dask is not installed, or where its scheduler cannot be reached;
+    `StoreError` where the folder cannot be used (`Busy`: another process runs this study).
     """
     if workers < 0:
-        raise SpecError(f"workers: must be 0 (in this process) or more, got {workers}")
+        raise SpecError(f"workers: got {workers}; expected at least 0 (0 trains in this process)")
     check_scheduler(scheduler)
     store = StudyFolder(folder)
-    store.refuse_no_study()  # before the lock: what is not a study's folder gets none
+    store.refuse_no_study()  # before the lock, which writes a file
     with store.lock() as lock:
         resolved = store.resolved()
         refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
@@ -55,7 +55,7 @@ def run(
 
 
 def check_scheduler(address: str | None) -> None:
-    """Refuse what cannot be a Dask scheduler's address.
+    """Raise `SpecError` for an invalid address of a Dask scheduler.
 
     >>> check_scheduler("tcp://10.0.0.1:8786")
     """
@@ -63,7 +63,7 @@ def check_scheduler(address: str | None) -> None:
         return
     if re.fullmatch(r"(?:(?:tcp|tls|ws|wss|ucx)://)?\[[0-9a-fA-F:.]+\]:\d{1,5}/?", address):  # IPv6
         return
-    raise SpecError(f"scheduler: {short_repr(address)} is no address of a Dask scheduler; allowed: tcp://host:port")
+    raise SpecError(f"scheduler: got {short_repr(address)}; expected an address such as tcp://host:port")
 
 
 def _run_here(store: StudyFolder, progress: Progress) -> None:

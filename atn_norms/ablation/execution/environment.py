@@ -1,4 +1,4 @@
-"""What a study ran on: versions that must agree between the processes of a run, and facts worth keeping."""
+"""Describe the machine of a run, and compare the versions of its processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def versions() -> dict[str, str]:
-    """The versions that numbers depend on: this package, torch, and every loaded plugin's distribution."""
+    """Return the versions that results depend on: this package, torch, and every loaded plugin's distribution."""
     import torch
 
     from atn_norms.plugins import report
@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Everything of interest about this machine, for `environment.json`."""
+    """Return the content of `environment.json`: date, versions and machine."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
@@ -34,9 +34,9 @@ def environment() -> dict[str, Any]:
 
 
 def differences(wanted: dict[str, str], here: dict[str, str]) -> str:
-    """What is missing here of the versions that are wanted, in words; empty when nothing is.
+    """Describe which of the `wanted` versions differ here; empty where none does.
 
-    What is here beside them, such as a plugin that was installed while a study ran, changes no number.
+    Other distributions, such as a plugin that was installed while a study ran, change no result and are not compared.
 
     >>> differences({"torch": "2.13.0"}, {"torch": "2.12.1", "extra": "1"})
     'torch 2.12.1 instead of 2.13.0'

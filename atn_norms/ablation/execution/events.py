@@ -1,4 +1,4 @@
-"""What happens to the trials of a run: what is left to do, and what the store says became of the rest, as events."""
+"""Track the trials of a run: which are waiting, and what the store records for the others; report changes as events."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.locks import Heartbeat, Lock
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
-RETRY = 2.0  # seconds until a trial that another process has is asked for again
+RETRY = 2.0  # seconds until a trial that another process trains is tried again
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something happened to a trial.
+    """A change of a trial's state.
 
     | field | meaning |
     |---|---|
-    | `kind` | `started`, `step` (further on), `done`, `diverged`, `failed`, or `busy` (another process has it; it is waited for) |
+    | `kind` | `started`, `step` (progress), `done`, `diverged`, `failed`, or `busy` (another process trains it; the run waits) |
     | `trial` | its id |
-    | `point` | the first grid point it answers, and its seed: what to call it |
-    | `step`, `steps` | training steps taken, and in all |
-    | `finished`, `total` | trials of the study that are over (done, diverged or failed), and all of them |
-    | `message` | why it failed or is busy, one line |
-    | `loss` | the last point of its training curve, None before the first |
+    | `point` | the trial's first grid point and its seed, to display |
+    | `step`, `steps` | training steps taken, and in total |
+    | `finished`, `total` | number of trials that have ended (done, diverged or failed), and of all trials |
+    | `message` | the reason of a failure or of waiting, in one line |
+    | `loss` | the last training loss of the curve; None before the first |
     """  # noqa: E501
 
     kind: Literal["started", "step", "done", "diverged", "failed", "busy"]
@@ -46,7 +46,7 @@ OnEvent = Callable[[Event], None]
 
 
 class Progress:
-    """Which trials are still to be done, and how far the others are, read from the store and told as events."""
+    """Keep the queue of waiting trials and read the progress of the others from the store; report it as events."""
 
     def __init__(self, store: StudyFolder, record: StudyRecord, hold: Lock, on_event: OnEvent) -> None:
         self.store, self.hold, self.on_event = store, hold, on_event
@@ -57,33 +57,33 @@ class Progress:
         self.trials = {trial.id: trial for trial in record.trials}
         self.waiting = [trial.id for trial in self.trials.values() if trial.status not in ("done", "diverged")]
         self.over = len(self.trials) - len(self.waiting)
-        self.blocked: dict[str, float] = {}  # trials that other processes have, and when to ask again
+        self.blocked: dict[str, float] = {}  # trials that other processes train -> time of the next attempt
         self.steps: dict[str, int] = {}
         self._losses: dict[str, float | None] = {}
-        self._heard: dict[str, tuple[Heartbeat | None, float]] = {}
+        self._beats: dict[str, tuple[Heartbeat | None, float]] = {}
         self._survived: dict[str, int] = {}
         self._busy: set[str] = set()
 
     def record(self) -> StudyRecord:
-        """Return the study as it is now: the trials of this run read again, the others as they were."""
+        """Return the study as it is now: the trials of this run are read again, the others are not."""
         return replace(self._record, trials=tuple(self.trials.values()))
 
     @property
     def left(self) -> bool:
-        """Whether any trial is still to be started."""
+        """True while any trial waits to be started."""
         return bool(self.waiting or self.blocked)
 
     def threads(self) -> int:
-        """The most threads that a trial asks for."""
+        """Return the largest `threads` option of the waiting trials."""
         return max(self.trials[trial].trial["train"]["threads"] for trial in self.waiting)
 
     def due(self, most: int) -> list[str]:
-        """Take up to so many trials off the list, to be started now."""
+        """Remove up to `most` trials from the queue and return them, to be started now."""
         now = time.monotonic()
         ready = [*self.waiting, *(trial for trial, again in self.blocked.items() if again <= now)][: max(0, most)]
         self.waiting = [trial for trial in self.waiting if trial not in ready]
         for trial in ready:
-            self._heard[trial] = (None, now)
+            self._beats[trial] = (None, now)
             if self.blocked.pop(trial, None) is None:
                 self.steps.setdefault(trial, 0)
                 self._losses.setdefault(trial, None)
@@ -91,59 +91,59 @@ class Progress:
         return ready
 
     def step(self, trial: str, step: int, loss: float | None) -> None:
-        """A trial is at this step."""
+        """Record the step and the loss of a trial."""
         if step > self.steps[trial]:
             self.steps[trial], self._losses[trial] = step, loss
             self._tell("step", trial)
 
     def look(self, running: list[str]) -> None:
-        """Read from the store how far the trials are that other processes train."""
+        """Read the progress of the trials of other processes from the store."""
         if self.hold.lost:
             raise Busy(self.hold.describe_loss())
         for trial in (*running, *self.blocked):
-            said = self.store.trial(trial).heartbeat()
-            if said is not None and said != self._heard[trial][0]:
-                self._heard[trial] = (said, time.monotonic())
-                self.step(trial, said.step or 0, said.loss)
+            beat = self.store.trial(trial).heartbeat()
+            if beat is not None and beat != self._beats[trial][0]:
+                self._beats[trial] = (beat, time.monotonic())
+                self.step(trial, beat.step or 0, beat.loss)
 
     def silent(self, trial: str) -> bool:
-        """Whether nothing has been heard of a running trial for too long."""
-        return time.monotonic() - self._heard[trial][1] >= locks.SILENCE
+        """Check whether a running trial has had no new heartbeat for `SILENCE` seconds."""
+        return time.monotonic() - self._beats[trial][1] >= locks.SILENCE
 
-    def heard(self, trial: str) -> None:
-        """Something else says that a trial is in living hands."""
-        self._heard[trial] = (self._heard[trial][0], time.monotonic())
+    def reset_silence(self, trial: str) -> None:
+        """Count the silence of a trial from now: its worker is known to be alive."""
+        self._beats[trial] = (self._beats[trial][0], time.monotonic())
 
-    def ended(self, trial: str, told: dict[str, str]) -> None:
-        """An attempt is over: read from the store what came of it; `told` counts only where the store says nothing.
+    def ended(self, trial: str, outcome: dict[str, str]) -> None:
+        """Record the end of an attempt: the stored result, or `outcome` where the store holds no result.
 
-        | key of `told` | meaning |
+        | key of `outcome` | meaning |
         |---|---|
-        | `unusable` | the store cannot be used, which ends the run |
-        | `busy` | another process has the trial: ask again later |
-        | `died` | its worker died, again: a failure unless the training came further than when that was said before |
-        | `trouble` | anything else that went wrong outside the trial itself |
+        | `unusable` | the store cannot be used; the run ends |
+        | `busy` | another process trains the trial; it is tried again later |
+        | `died` | the worker died again; a failure unless the training has progressed since the last death |
+        | `trouble` | another error outside the trial |
         """
-        if "unusable" in told:
-            raise StoreError(told["unusable"])
-        folder, trouble = self.store.trial(trial), told.get("died") or told.get("trouble", "")
+        if "unusable" in outcome:
+            raise StoreError(outcome["unusable"])
+        folder, trouble = self.store.trial(trial), outcome.get("died") or outcome.get("trouble", "")
         result = folder.result()
         if result is not None:
             self.steps[trial] = result["step"]
             self._end("diverged" if result["outcome"] == "diverged" else "done", trial)
-        elif "busy" in told:
-            self._wait_for(trial, told["busy"])
-        elif "died" in told and self._came_further(trial):
+        elif "busy" in outcome:
+            self._wait_for(trial, outcome["busy"])
+        elif "died" in outcome and self._has_progressed(trial):
             self.waiting.append(trial)
         else:
             self._failed(trial, trouble)
 
-    def again(self, trial: str) -> None:
-        """An attempt is given up, and the trial wants another one before all others."""
+    def requeue(self, trial: str) -> None:
+        """Put a trial whose attempt was abandoned at the front of the queue."""
         self.waiting.insert(0, trial)
 
-    def _came_further(self, trial: str) -> bool:
-        """Workers may be taken away for no fault of a trial's: then it got somewhere in between."""
+    def _has_progressed(self, trial: str) -> bool:
+        """Check whether a trial has taken steps since its worker's last death, which is then not the trial's fault."""
         before, self._survived[trial] = self._survived.get(trial, 0), self.steps[trial]
         return self.steps[trial] > before
 

@@ -1,4 +1,4 @@
-"""One trial of a function of the user: called with its arguments, watched, and its result put into the store."""
+"""Run one trial of a user's function: call it with its arguments, record its reports and store its result."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError, did_you_mean, short_repr
 from atn_norms.layers.io import to_bytes
 
-MOST_LINES = 1000  # of a function's output in a trial's log
-GRACE = 2.0  # seconds for a process that a function left behind to end
+MOST_LINES = 1000  # lines of a function's output in a trial's log
+GRACE = 2.0  # seconds for a process that a function left running to end
 
 OnStep = Callable[[int], None]
 
 
 class Diverged(Exception):
-    """A loss or score is not finite, or has exploded: an outcome of the trial, not a fault."""
+    """A loss or score is not finite, or has grown too much: an outcome of the trial, not a failure."""
 
 
 class Checkpoint:
-    """What a function saves in the middle of a trial, to continue there after an interruption."""
+    """Save the state of a function during a trial, and load it after an interruption."""
 
     def __init__(self, folder: TrialFolder, trial: Trial, on_saved: Callable[[], None]) -> None:
         self._folder, self._trial, self._on_saved = folder, trial, on_saved
-        self._stored = folder.restore()  # also cuts the curve back to what the checkpoint knew
+        self._stored = folder.restore()  # also truncates the curve to the step of the checkpoint
         if self._stored is not None and self._stored.keys() != {"state", "random", "watch"}:
             folder.reject_checkpoint("got other parts than a function's checkpoint has")
             self._stored = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Save `state`, a mapping of tensors, numbers, text, lists, tuples and mappings of them, such as state dicts.
+        """Save `state`: a mapping of tensors, numbers, text, and lists, tuples and mappings of these.
 
         The random states of torch, Python and NumPy are saved with it.
         """
@@ -56,7 +56,7 @@ class Checkpoint:
         self._on_saved()
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last saved state, with the random states as they were then; None at the beginning of a trial."""
+        """Return the last saved state and restore its random states; None at the beginning of a trial."""
         if self._stored is None:
             return None
         _restore_random_state(self._stored["random"])
@@ -65,14 +65,14 @@ class Checkpoint:
 
 
 class Trial:
-    """A trial, as the function of a study sees it.
+    """The argument `trial` of a study's function.
 
     | attribute | meaning |
     |---|---|
     | `seed` | the trial's seed; torch, Python and NumPy are seeded with it already |
-    | `folder` | a folder of the trial for files of the function's own |
+    | `folder` | a folder of the trial for the function's files |
     | `checkpoint` | `save(state)` and `load()`, to continue after an interruption |
-    | `should_stop` | whether `patience` reports in a row brought no improvement |
+    | `should_stop` | true after `patience` consecutive reports without improvement |
     """
 
     def __init__(
@@ -89,22 +89,22 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """A folder of the trial for files of the function's own, created at the first use."""
+        """A folder of the trial for the function's files, created at the first access."""
         files = self._folder.folder.folder("files")
         files.make()
         return files.path
 
     @property
     def should_stop(self) -> bool:
-        """Whether as many reports in a row as the study's `patience` brought no improvement."""
+        """True after `patience` consecutive reports without improvement."""
         patience = self._train.get("patience")
         return patience is not None and self._watch.since >= patience
 
     def report(self, step: int, value: Any) -> None:
-        """Report a loss at a training step: a point of the curve, and a sign of life.
+        """Record a loss at a training step: a point of the learning curve, and a heartbeat.
 
-        A loss that is not finite, or `divergence_factor` times the first one, ends the trial as diverged. Where the
-        study says `reports: metric`, the value is the metric instead of a loss.
+        A loss that is not finite, or over `divergence_factor` times the first loss, ends the trial as diverged. With
+        the option `reports: metric`, the value is the metric instead of a loss.
         """
         if isinstance(step, bool) or not isinstance(step, int) or step < max(1, self._step + 1):
             raise ValueError(f"step: got {short_repr(step)}; expected an integer of at least {self._step + 1}")
@@ -123,7 +123,7 @@ class Trial:
             raise
 
     def keep(self, model: nn.Module) -> None:
-        """Save a model with the trial, for `ablation.load(DIR).best().model()`; the last one kept counts."""
+        """Save a model with the trial, for `ablation.load(DIR).best().model()`; a later call replaces it."""
         self._folder.keep_model(to_bytes(model))
 
     def _refuse_divergence(self, number: float) -> None:
@@ -149,9 +149,9 @@ def run_function(
 ) -> dict[str, Any]:
     """Call the function of a trial and return the result to store.
 
-    Errors: `SpecError` where the file has changed, cannot be loaded, or the function returns no number or ends the
-    process; whatever the function raises.
-    """
+    Errors: `SpecError` where the file has changed or cannot be loaded, and where the function returns no number or calls
+    `sys.exit`; every exception of the function.
+    """  # noqa: E501
     task = FunctionSpec.model_validate(trial["task"])
     for option, content in trial["data"].items():
         if task.data()[option] != content:
@@ -186,13 +186,13 @@ def _called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any
             f"{name}: called sys.exit({error.code if error.code is not None else ''}); "
             "expected it to return its metrics, or to raise an exception"
         ) from None
-    if trial._end is not None:  # the function caught what was to end it
+    if trial._end is not None:  # the function caught the exception that ends it
         raise trial._end
     return returned
 
 
 def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
-    """The returned metrics, the compared one first."""
+    """Return the metrics as numbers, the compared metric first."""
     named = {task.metric or "score": returned} if _number(returned) is not None else returned
     shape = "expected a number, or a mapping of metric to number such as {'test accuracy': 0.9}"
     if not isinstance(named, Mapping) or not named:
@@ -214,7 +214,7 @@ def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
 
 
 def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapping[str, float]) -> None:
-    """Refuse another first metric than that of the trials that have finished: it could not be compared with theirs."""
+    """Raise `SpecError` where finished trials have another first metric: the trials could not be compared."""
     mine = next(iter(metrics))
     for other in folder.path.parent.glob("*/result.json"):
         with suppress(StoreError):
@@ -228,7 +228,7 @@ def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapp
 
 
 def _number(value: Any) -> float | None:
-    """A value as a number; None for what is none. A tensor or an array of one element is one."""
+    """Convert a value, or a tensor or array of one element, to a float; None where it is no number."""
     if isinstance(value, bool | str | bytes) or value is None:
         return None
     try:
@@ -265,7 +265,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
-    """Put what a function prints into the log, and undo what it leaves behind: processes and global settings."""
+    """Write a function's output to the log; afterwards end its processes and restore global settings."""
 
     def note(text: str) -> None:
         folder.log(f"{name}: {text}")
@@ -274,7 +274,7 @@ def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
     before, children = _settings(), _children()
     process: Any = multiprocessing.current_process()
     daemon = process._config.get("daemon")
-    process._config["daemon"] = False  # a Dask worker is one, and may then start no processes to load data
+    process._config["daemon"] = False  # a Dask worker is a daemon, which may not start processes to load data
     try:
         with redirect_stdout(log), redirect_stderr(log):
             yield
@@ -288,7 +288,7 @@ def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
 
 
 class _Log(io.TextIOBase):
-    """Standard output as lines of a trial's log, the first thousand of them."""
+    """Standard output as lines of a trial's log, at most `MOST_LINES`."""
 
     def __init__(self, folder: TrialFolder) -> None:
         self._folder, self._line, self._count = folder, "", 0
@@ -308,7 +308,7 @@ class _Log(io.TextIOBase):
         super().close()
 
     def _put(self, line: str) -> None:
-        line = line.rpartition("\r")[2].rstrip()  # of a progress bar, what it last looked like
+        line = line.rpartition("\r")[2].rstrip()  # the final state of a progress bar
         if not line:
             return
         self._count += 1
@@ -319,13 +319,13 @@ class _Log(io.TextIOBase):
 
 
 def _children() -> set[int]:
-    """The processes that this one has started, without the helpers of Python's multiprocessing."""
-    found: set[int] = set()
+    """Return the ids of this process's children, without the helpers of Python's multiprocessing."""
+    ids: set[int] = set()
     for tasks in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
-            found |= set(map(int, tasks.read_text().split()))
-    found |= {each.pid for each in multiprocessing.active_children() if each.pid is not None}
-    return {each for each in found if "resource_tracker" not in _command(each) and "forkserver" not in _command(each)}
+            ids |= set(map(int, tasks.read_text().split()))
+    ids |= {each.pid for each in multiprocessing.active_children() if each.pid is not None}
+    return {each for each in ids if "resource_tracker" not in _command(each) and "forkserver" not in _command(each)}
 
 
 def _command(process: int) -> str:
@@ -335,8 +335,8 @@ def _command(process: int) -> str:
 
 
 def _end_processes(before: set[int]) -> list[str]:
-    """End the processes that were started since, and describe them."""
-    gc.collect()  # what loads data in processes ends them when it is collected
+    """End the child processes that are not in `before`, and describe them."""
+    gc.collect()  # a data loader ends its processes when it is collected
     left = sorted(_children() - before)
     described = [f"{each}: {short_repr(_command(each))}" for each in left]
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -357,7 +357,7 @@ def _ended(process: int) -> bool:
 
 
 def _settings() -> dict[str, Any]:
-    """Global settings that a function may change without meaning to change other trials."""
+    """Return the global settings that a function may change, which would change other trials."""
     return {
         "torch's default dtype": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
@@ -371,8 +371,8 @@ def _settings() -> dict[str, Any]:
 
 
 def _restore_settings(before: dict[str, Any]) -> list[str]:
-    """Put global settings back, and name those that had changed."""
-    put: dict[str, Callable[[Any], Any]] = {
+    """Restore global settings, and return the names of those that had changed."""
+    setters: dict[str, Callable[[Any], Any]] = {
         "torch's default dtype": torch.set_default_dtype,
         "torch's default device": lambda device: torch.set_default_device(None if device.type == "cpu" else device),
         "whether torch records gradients": lambda on: torch.set_grad_enabled(on),
@@ -385,7 +385,7 @@ def _restore_settings(before: dict[str, Any]) -> list[str]:
     now = _settings()
     changed = [name for name in before if now[name] != before[name]]
     for name in changed:
-        put[name](before[name])
+        setters[name](before[name])
     return changed
 
 

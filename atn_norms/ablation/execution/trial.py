@@ -1,4 +1,4 @@
-"""One trial: trained from its JSON alone, deterministic, and resumed bit for bit from its checkpoint."""
+"""Train one trial from its JSON alone: deterministic, and resumed from its checkpoint with identical bits."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
 from atn_norms.tasks import Model, Split, generator
 
-MOST_LOST = 60.0  # seconds of training that a kill may cost, however far apart checkpoints are in steps
-SAVING = 20.0  # the seconds from one such checkpoint to the next, at least, for each that it took to write
+MOST_LOST = 60.0  # seconds of training that a kill may cost, for any `checkpoint_every`
+SAVING = 20.0  # least time between such checkpoints, as a multiple of the time to write one
 
 
 class BadState(Exception):
-    """A state cannot be restored: it is not one of this trial."""
+    """A state cannot be restored: it belongs to another trial."""
 
 
 class Trainer:
-    """A trial in memory: `advance` takes one training step, `state` and `restore` stop and go on bit for bit.
+    """A trial in memory: `advance` takes one training step; `restore` continues from a `state` with identical bits.
 
-    Equal trials start from equal weights whatever their normalizers: the initial weights are drawn from the seed in the
-    order encoder, layer, read-out, and a normalizer draws nothing. torch's global generator belongs to the trainer while
-    it works; wrap it in `isolated` where others need theirs.
-    """  # noqa: E501
+    Trials of equal seed and sizes start from equal weights, with any normalizer. The initial weights are drawn from the
+    seed in the order encoder, layer, read-out, and a normalizer draws nothing. The trainer uses torch's global
+    generator; wrap it in `isolated` to keep the generator's state.
+    """
 
     def __init__(self, trial: dict[str, Any]) -> None:
         if trial["version"] != VERSION:
-            raise SpecError(f"trial of version {trial['version']}, and this program knows version {VERSION}")
+            raise SpecError(
+                f"version: got {trial['version']}; expected {VERSION}, since this program cannot train others"
+            )
         self.train, seed = trial["train"], trial["seed"]
         spec = TASK.validate_python(trial["task"])
         for option, content in trial["data"].items():
@@ -78,16 +80,16 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether every training step has been taken, or patience has run out."""
+        """True where every training step has been taken, or `patience` has run out."""
         return self.step >= self.train["steps"] or self.stopped
 
     @property
     def stopped(self) -> bool:
-        """Whether validation has not become better for as long as there is patience."""
+        """True after `patience` consecutive validations without improvement."""
         return self.train["patience"] is not None and self.watch.since >= self.train["patience"]
 
     def advance(self) -> dict[str, Any] | None:
-        """Take one training step; return a line of the learning curve when one is due.
+        """Take one training step; return a point of the learning curve every `log_every` and `eval_every` steps.
 
         Errors: `Diverged` where a loss or a score is not finite, or the loss has grown beyond `divergence_factor`.
         """
@@ -142,7 +144,7 @@ class Trainer:
             return {split: self._score(split) for split in ("validation", "test")}
 
     def saved(self) -> bytes | None:
-        """The content of `model.safetensors`: the weights of `keep_model`, with populations as they were scored."""
+        """Return the content of `model.safetensors`: the weights of `keep_model`, with their populations."""
         if (which := keeps_model(self.train)) == "none":
             return None
         with self._weights(which), self._renewed_populations():
@@ -150,7 +152,7 @@ class Trainer:
 
     @contextmanager
     def _weights(self, which: str) -> Iterator[None]:
-        """Put the weights of the best validation into the model where `which` is `best`, and the last ones back."""
+        """Load the weights of the best validation where `which` is `best`, and afterwards the last weights."""
         if which != "best" or self.kept is None:
             yield
             return
@@ -169,10 +171,10 @@ class Trainer:
 
     @contextmanager
     def _renewed_populations(self) -> Iterator[None]:
-        """Populations as these weights give them on the first training batches; afterwards as training left them.
+        """Compute the populations of these weights on the first training batches; afterwards restore the earlier ones.
 
-        A `BatchNorm` begins anew and averages all these batches alike; any other norm that differs in evaluation takes
-        them in as it does in training.
+        A `BatchNorm` starts from an empty population and averages these batches with equal weights. Any other norm with
+        `train_eval_differ` updates its population as in training.
         """
         count = self.train.get("population_batches", 0)
         norms = [each for each in self.model.modules() if isinstance(each, Normalizer) and each.train_eval_differ]
@@ -198,7 +200,7 @@ class Trainer:
                 buffer.copy_(old)
 
     def state(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
+        """Return everything that the next step depends on."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -215,9 +217,9 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set a `state`.
+        """Load a `state`.
 
-        Errors: `BadState` where the state is not one of this trial; the trainer is then of no further use.
+        Errors: `BadState` where the state belongs to another trial; the trainer cannot be used afterwards.
         """
         try:
             _check_state(state, self)
@@ -233,7 +235,7 @@ class Trainer:
             torch.set_rng_state(state["random"])
         except BadState:
             raise
-        except Exception as error:  # torch raises many kinds for a foreign state
+        except Exception as error:  # torch raises exceptions of many types for a state of another model
             raise BadState(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -268,9 +270,11 @@ def _check_state(state: dict[str, Any], trainer: Trainer) -> None:
 def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict[str, str] | None = None) -> str:
     """Train the trial of a folder to its end, from its checkpoint if it has one; return the outcome.
 
-    `on_step` is called with the number of steps taken after each of them; whatever it raises ends the attempt there.
-    A trial that is done already is left alone. Errors: `Busy` while another process trains it; `StoreError` and
-    `SpecError` naming the file or option; whatever a plugin raises.
+    `on_step` is called after each step with the number of steps taken; an exception that it raises ends the attempt.
+    A trial that is done already is not changed.
+
+    Errors: `Busy` while another process trains it; `StoreError` and `SpecError` naming the file or option; every
+    exception of a plugin.
     """
     with folder.lock():
         folder.tidy()
@@ -280,7 +284,7 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
         trial = folder.trial()
         run = folder.run()
         if not run and (folder.path / "run.json").exists():
-            folder.log("run.json is damaged; attempts and seconds are counted anew")
+            folder.log("run.json is damaged; attempts and seconds are counted from 0")
         before = run.get("seconds", 0.0)
         started = time.monotonic()
         run |= {
@@ -334,7 +338,7 @@ def _train(
             now = time.monotonic()
             if trainer.step % trial["train"]["checkpoint_every"] == 0 or trainer.finished or now >= due:
                 folder.save(trainer.state())
-                on_saved()  # the time up to here is not spent again, whatever becomes of this attempt
+                on_saved()  # the time up to here is not spent again, however this attempt ends
                 due = time.monotonic() + max(MOST_LOST, SAVING * (time.monotonic() - now))
             if on_step is not None:
                 on_step(trainer.step)
@@ -350,7 +354,7 @@ def _train(
 
 
 def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> tuple[Trainer, bool]:
-    """Return the trainer at its last checkpoint, and whether there was one that could be used."""
+    """Return the trainer at its last checkpoint, and whether a checkpoint was restored."""
     trainer, state = Trainer(trial), folder.restore()
     if state is None:
         return trainer, False
@@ -363,12 +367,12 @@ def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> tuple[Trainer, bool]
 
 
 def keeps_model(train: dict[str, Any]) -> str:
-    """Which weights a trial saves: `best`, `last` or `none`; those that are scored where the study names none."""
+    """Return which weights a trial saves: `best`, `last` or `none`; by default the scored ones (`keep`)."""
     return train.get("keep_model") or train["keep"]
 
 
 def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:
-    """The model to save; None, with a line in the log, where safetensors is missing and the study names no choice."""
+    """Return the model to save; None, with a log line, where safetensors is missing and `keep_model` is not set."""
     if trainer.train.get("keep_model") is None and find_spec("safetensors") is None:
         folder.log("no model is saved: safetensors is not installed (pip install 'atn-norms[ablation]')")
         return None
@@ -377,10 +381,10 @@ def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Run with the global state of a fresh torch, and restore afterwards the state that was there.
+    """Run with the global state of a fresh torch, and restore the earlier state afterwards.
 
-    Covers the generator, default type and device, threads, gradient, inference and autocast modes, anomaly detection,
-    deterministic algorithms, matmul precision, oneDNN and denormal numbers. A trial depends on all of these.
+    This covers the generator, default type and device, threads, gradient, inference and autocast modes, anomaly
+    detection, deterministic algorithms, matmul precision, oneDNN and denormal numbers. A trial depends on all of these.
     """
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
@@ -410,7 +414,7 @@ def _flushes_denormals() -> bool:
     return (torch.tensor(5e-324, dtype=torch.float64) * 1).item() == 0
 
 
-# How to read a global setting of torch, how to write it, and its value in a fresh process.
+# Reader and writer of a global setting of torch, and its value in a fresh process.
 _GLOBALS: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),

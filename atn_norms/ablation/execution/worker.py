@@ -1,4 +1,4 @@
-"""One attempt at a trial, in whatever process this is: asked for in JSON, its outcome put into the store."""
+"""One attempt at a trial in a worker process: read the job as JSON, and write the outcome into the store."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError
 
-LOOK = 1.0  # seconds between looks whether the study is still wanted
+LOOK = 1.0  # seconds between checks whether the run was stopped
 
 
 def work(job: str) -> str:
-    """Train one trial for the run that asks: `job` holds `folder`, `trial` and the `versions` there, as JSON.
+    """Train one trial of a run: `job` is JSON with `folder`, `trial` and the `versions` of the run.
 
-    Return what `attempt` says, as JSON. Where the run was stopped the training stops too, so that nobody's cluster is left
-    working for nothing; where the run has vanished it goes on, for the next run will want the result.
-    """  # noqa: E501
-    asked = json.loads(job)
-    store = StudyFolder(asked["folder"])
+    Return the outcome of `attempt` as JSON. The training stops where the run was stopped. It continues where the run
+    was killed, since the next run needs the result.
+    """
+    request = json.loads(job)
+    store = StudyFolder(request["folder"])
     looked = time.monotonic()
 
     def stop_when_unwanted(step: int) -> None:
@@ -32,17 +32,17 @@ def work(job: str) -> str:
         if time.monotonic() - looked >= LOOK:
             looked = time.monotonic()
             if not store.wanted():
-                raise Busy(f"the run that asked for trial {asked['trial']} was stopped")
+                raise Busy(f"the run of trial {request['trial']} was stopped")
 
-    return json.dumps(attempt(store.trial(asked["trial"]), asked["versions"], stop_when_unwanted))
+    return json.dumps(attempt(store.trial(request["trial"]), request["versions"], stop_when_unwanted))
 
 
 def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int], None]) -> dict[str, str]:
-    """Train a trial to its end, or note in its folder why that failed.
+    """Train a trial to its end, or record its failure in its folder.
 
-    Return `{}`, `busy` where another process has the trial, or `unusable` with the reason why the store cannot be used,
-    which ends the run.
-    """
+    Return `{}`, `busy` with a reason where another process trains the trial, or `unusable` with a reason where the store
+    cannot be used, which ends the run.
+    """  # noqa: E501
 
     def step(number: int) -> None:
         folder.set_step(number)
@@ -50,7 +50,7 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
 
     try:
         if not folder.path.is_dir():
-            raise StoreError(f"{folder.path} is not there: workers must share the study's folder")
+            raise StoreError(f"{folder.path}: got no folder; expected the study's folder, which workers must share")
         here = versions()
         if missing := differences(wanted, here):
             raise SpecError(f"this worker has {missing}; install the same versions everywhere")
@@ -59,14 +59,14 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
         return {"busy": str(error)}
     except StoreError as error:
         return _unless_lost(folder, {"unusable": str(error)})
-    except Exception as error:  # noqa: BLE001 - a trial may fail in any way, and the others go on
+    except Exception as error:  # noqa: BLE001 - a trial may raise any exception; the others continue
         return _unless_lost(folder, {}) or _failed(folder, line(error), traceback.format_exc())
     return {}
 
 
-def _unless_lost(folder: TrialFolder, told: dict[str, str]) -> dict[str, str]:
-    """What to tell; an attempt at a trial that is another's by now tells nothing of it."""
-    return {"busy": f"trial {folder.id}: {folder.lost}"} if folder.lost else told
+def _unless_lost(folder: TrialFolder, outcome: dict[str, str]) -> dict[str, str]:
+    """Return `outcome`, or `busy` where another process has taken the trial over."""
+    return {"busy": f"trial {folder.id}: {folder.lost}"} if folder.lost else outcome
 
 
 def _failed(folder: TrialFolder, error: str, trace: str) -> dict[str, str]:
@@ -81,6 +81,6 @@ def _failed(folder: TrialFolder, error: str, trace: str) -> dict[str, str]:
 
 
 def line(error: BaseException) -> str:
-    """An error as one line."""
+    """Return an error as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

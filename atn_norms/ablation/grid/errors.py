@@ -1,4 +1,4 @@
-"""Problems of a study at the place in its file where they are, in the form pydantic passes on."""
+"""Locate the problems of a study in its file, as errors of pydantic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atn_norms import errors
 
 
 class Problem(NamedTuple):
-    """What is wrong at a path; `type` is pydantic's name for it."""
+    """A problem at a path; `type` is pydantic's name for it."""
 
     path: tuple[str | int, ...]
     message: str
@@ -21,7 +21,7 @@ class Problem(NamedTuple):
 
 
 def problems_of(error: ValidationError, data: Any = None) -> list[Problem]:
-    """The problems a pydantic error tells; `data` is what was validated."""
+    """Return the problems of a pydantic error; `data` is the validated value."""
     return [
         Problem(problem.path, errors.message(replace(problem, path=())), problem.code)
         for problem in errors.problems_of(error, data)
@@ -29,7 +29,7 @@ def problems_of(error: ValidationError, data: Any = None) -> list[Problem]:
 
 
 def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:
-    """One error that tells all problems; raised inside a validator, pydantic puts the outer path before each."""
+    """Make one error of all problems; where a validator raises it, pydantic prepends the outer path to each."""
     details = [
         InitErrorDetails(
             type=errors.pydantic_error(errors.Problem(detail=problem.message, code=problem.type)),

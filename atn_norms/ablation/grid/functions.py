@@ -1,4 +1,4 @@
-"""The task kind `python`: a function of the user as the thing that a study varies."""
+"""The task kind `python`: a study that varies the arguments of a user's function."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_
 from atn_norms.registry import Options
 
 KIND = "python"
-PROVIDED = ("seed", "trial")  # arguments that a study passes by itself, to a function that takes them
+PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
 
-_loading = False  # whether a function's file is being executed, so that the study it starts is not started again
+_loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
 
 def _absolute(path: str) -> str:
@@ -36,17 +36,17 @@ def _absolute(path: str) -> str:
 
 
 class FunctionSpec(Options):
-    """Options of a study over a function: `function(**arguments, seed=..., trial=...)` returns the metrics of a trial.
+    """Options of a study of a function: `function(**arguments, seed=..., trial=...)` returns the metrics of a trial.
 
     | option | meaning |
     |---|---|
     | `file` | the Python file that defines the function, relative to where the program runs |
     | `function` | its name, at the top level of the file |
-    | `arguments` | arguments that every trial gets; an axis of the study is an argument too |
+    | `arguments` | arguments of every trial; an axis of the study is an argument too |
     | `metric` | the returned metric that is compared; None: the first that the function returns |
     | `goal` | `min` where a smaller metric is better, `max` where a larger one is |
-    | `reports` | what `trial.report` gets: a `loss` (smaller is better), or values of the `metric` |
-    | `files` | other files and folders the result depends on; a change of one makes another study |
+    | `reports` | the values of `trial.report`: a `loss` (smaller is better), or the `metric` |
+    | `files` | other files and folders that the result depends on; a changed file makes another study |
     """
 
     family: ClassVar[str | None] = "task"
@@ -61,7 +61,7 @@ class FunctionSpec(Options):
     files: tuple[Annotated[str, AfterValidator(_absolute)], ...] = ()
 
     def data(self) -> dict[str, str]:
-        """Content hashes: of the file with the local modules it imports, and of the other files.
+        """Compute content hashes: of the file with the local modules it imports, and of the other files.
 
         Errors: `SpecError` naming a file that cannot be read.
         """
@@ -71,24 +71,24 @@ class FunctionSpec(Options):
         )
 
     def unsupported_reason(self, layer: Any) -> str | None:
-        """Any value of an axis is the function's own business; norms and windows are checked as they are named."""
+        """Return None: a function accepts any layer; arguments named `norm` and `window` are checked elsewhere."""
         return None
 
 
 def shorthand(value: Any) -> Any:
-    """The options of a python task where a mapping names that kind; anything else as it is."""
+    """Return the options of a python task where a mapping names that kind, and any other value unchanged."""
     return FunctionSpec.model_validate(dict(value)) if is_function(value) else value
 
 
 def is_function(task: Any) -> bool:
-    """Whether a task, as written in a file or in a trial, is a function."""
+    """Check whether a task, as written in a file or in a trial, is a function."""
     return task == KIND or isinstance(task, FunctionSpec) or (isinstance(task, Mapping) and task.get("kind") == KIND)
 
 
 def hash_code(file: Path) -> str:
-    """Compute a hash of a Python file and of the modules beside it that it imports.
+    """Compute a hash of a Python file and of the modules in its folder that it imports.
 
-    The block under `if __name__ == "__main__":` and statements that call `ablate` do not count: they start studies and
+    The block under `if __name__ == "__main__":` and statements that call `ablate` are left out: they start studies and
     change no result.
 
     Errors: `SpecError` for a file that cannot be read or is not Python.
@@ -100,7 +100,7 @@ def hash_code(file: Path) -> str:
 
 
 def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong between a function's signature and the arguments that a study gives it; runs no code."""
+    """Yield the problems of a study's arguments with a function's signature, without running its code."""
     try:
         definition = _definition(task)
     except SpecError as error:
@@ -118,7 +118,7 @@ def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Pr
     where = f"{task.function} in {Path(task.file).name}"
     for name in given:
         if name in PROVIDED:
-            yield Problem(("model", name), f"got an argument that the study sets itself; expected others: {where}")
+            yield Problem(("model", name), f"got an argument that the study sets; expected others: {where}")
         elif name not in names and definition.args.kwarg is None:
             near = did_you_mean(name, names)
             yield Problem(
@@ -127,12 +127,12 @@ def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Pr
     for name in required:
         if name not in given and name not in PROVIDED:
             yield Problem(
-                ("task", "arguments"), f"got no value for {name}, which {where} needs; expected an axis or one"
+                ("task", "arguments"), f"got no value for {name}, which {where} needs; expected an axis or a value"
             )
 
 
 def placed_in(section: str, error: SpecError) -> list[Problem]:
-    """The problems of an error at their places in a section of the study."""
+    """Return the problems of an error, located in a section of the study."""
     return [Problem((section, *each.path), message(replace(each, path=()))) for each in error.problems]
 
 
@@ -164,7 +164,7 @@ def load_function(task: FunctionSpec) -> Callable[..., Any]:
 
 
 def task_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The file and the name of a function, as options of a python task.
+    """Return the file and the name of a function, as options of a python task.
 
     Errors: `SpecError` for a function that worker processes could not load: one without a file, or inside another.
     """
@@ -181,7 +181,7 @@ def task_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `SpecError` where the code or the files of a study's functions are not those it was made with."""
+    """Raise `SpecError` where the code or the files of a study's functions have changed since it was created."""
     changes: dict[str, None] = {}
     here: dict[str, dict[str, str]] = {}
     for trial in trials:
@@ -197,11 +197,11 @@ def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) 
 
 
 class AlreadyStarted(BaseException):
-    """Ends the execution of a file at the statement that starts the study, when a worker loads the function."""
+    """Ends the execution of a file at its call of `ablate` while a worker loads the function."""
 
 
 def refuse_nested_start() -> None:
-    """End the execution of a function's file here if that file is being loaded by a study."""
+    """Raise `AlreadyStarted` where a study is loading the file that calls this."""
     if _loading:
         raise AlreadyStarted
 
@@ -217,14 +217,14 @@ def _executed(file: Path) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     there = sys.modules.get(name)
     if there is None or getattr(there, "__file__", None) == str(file):
-        sys.modules[name] = module  # so that what the function makes can be pickled, by a loader of data say
+        sys.modules[name] = module  # so that the function's objects can be pickled, such as by a data loader
     with suppress(AlreadyStarted):
         spec.loader.exec_module(module)
     return vars(module)
 
 
 def _module_name(file: Path) -> tuple[str, Path]:
-    """The importable name of a file, with its packages, and the folder to import it from."""
+    """Return the importable name of a file, with its packages, and the folder to import it from."""
     names, folder = [file.stem], file.parent
     while (folder / "__init__.py").exists():
         names.insert(0, folder.name)
@@ -259,17 +259,17 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _definition(task: FunctionSpec) -> ast.FunctionDef:
-    found = [each for each in _tree(Path(task.file)).body if isinstance(each, ast.FunctionDef)]
-    for each in found:
+    functions = [each for each in _tree(Path(task.file)).body if isinstance(each, ast.FunctionDef)]
+    for each in functions:
         if each.name == task.function:
             return each
-    names = [each.name for each in found]
+    names = [each.name for each in functions]
     expected = f"a function that {Path(task.file).name} defines at its top level: {', '.join(names) or 'it has none'}"
     raise SpecError("function", got=repr(task.function), expected=expected, nearest=nearest(task.function, names))
 
 
 def _counted(file: Path) -> str:
-    """The text of a file without the statements that only start studies."""
+    """Return the text of a file without the statements that only start studies."""
     lines = _text(file).splitlines()
     for node in _tree(file).body:
         if _starts_a_study(node):
@@ -289,7 +289,7 @@ def _starts_a_study(node: ast.stmt) -> bool:
 
 
 def _local_files(file: Path, seen: set[Path]) -> set[Path]:
-    """A file with all modules beside it that it imports, directly or not."""
+    """Return a file and all modules in its folder that it imports, directly or indirectly."""
     if file in seen:
         return seen
     seen.add(file)

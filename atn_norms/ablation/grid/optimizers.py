@@ -1,4 +1,4 @@
-"""Optimizers by name from `torch.optim`, their options checked and filled in from torch's own signatures."""
+"""Optimizers of `torch.optim` by name; their options are checked and filled in from torch's signatures."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.errors import did_you_mean, short_repr
 
-# A dense model of vectors and matrices, stepped without a closure: what these three ask for, a trial does not have.
+# They need a closure, sparse gradients or matrices only; trials have dense vectors and matrices and no closure.
 _UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
-# What other libraries call an option.
+# Names of options in other libraries.
 _ELSEWHERE = {"learning_rate": "lr", "beta": "betas", "epsilon": "eps", "decay": "weight_decay"}
-# How torch computes an update, not which update: outside the trial's identity.
+# Options that do not change the result of an update: not part of a trial's identity.
 _EXECUTION = {"params", "foreach", "capturable", "differentiable", "fused"}
 
 
 def kinds() -> dict[str, type[torch.optim.Optimizer]]:
-    """The usable optimizers by lower-case name.
+    """Return the usable optimizers by lower-case name.
 
     >>> "adam" in kinds(), "lbfgs" in kinds()
     (True, False)
     """
-    found = vars(torch.optim).items()
-    classes = {name: each for name, each in found if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)}
+    entries = vars(torch.optim).items()
+    classes = {n: each for n, each in entries if isinstance(each, type) and issubclass(each, torch.optim.Optimizer)}
     return {name.lower(): each for name, each in sorted(classes.items(), key=_lower) if name not in _UNUSABLE}
 
 
 def defaults(kind: str) -> dict[str, Any]:
-    """Every option of an optimizer with torch's default, numbers as floats."""
+    """Return every option of an optimizer with torch's default, numbers as floats."""
     parameters = inspect.signature(kinds()[kind].__init__).parameters
     return {
         name: _plain(parameter.default)
@@ -41,10 +41,10 @@ def defaults(kind: str) -> dict[str, Any]:
 
 
 def resolve(value: Any) -> dict[str, Any]:
-    """Fill in an optimizer given by name or as a mapping with `kind` (adam where there is none).
+    """Fill in the options of an optimizer given by name, or as a mapping with `kind` (by default adam).
 
-    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value
-    unlike torch's default, or one that torch refuses.
+    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value of
+    another type than torch's default, and a value that torch rejects.
 
     >>> resolve({"kind": "sgd", "lr": 0.1})["momentum"]
     0.0
@@ -57,7 +57,7 @@ def resolve(value: Any) -> dict[str, Any]:
     """
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise invalid("optimizer", [Problem((), f"must be an optimizer's name or a mapping, got {short_repr(value)}")])
+        raise invalid("optimizer", [Problem((), f"got {short_repr(value)}; expected an optimizer's name or a mapping")])
     kind = value.get("kind", "adam")
     if not isinstance(kind, str) or kind not in kinds():
         known = f"expected one of {', '.join(kinds())}{did_you_mean(kind, kinds())}"
@@ -72,7 +72,7 @@ def resolve(value: Any) -> dict[str, Any]:
             problems.append(Problem((name,), f"got an unknown option of {kind!r}; {known}"))
         elif not _alike(given, options[name]):
             problems.append(
-                Problem((name,), f"must be like torch's default {options[name]!r}, got {short_repr(given)}")
+                Problem((name,), f"got {short_repr(given)}; expected a value like torch's default {options[name]!r}")
             )
         else:
             options[name] = _plain(given)
@@ -81,14 +81,14 @@ def resolve(value: Any) -> dict[str, Any]:
         try:
             make(resolved, [torch.nn.Parameter(torch.zeros(1))])
         except (ValueError, TypeError) as error:
-            problems = [Problem((), f"torch refuses it: {error}")]
+            problems = [Problem((), f"torch rejects the options: {error}")]
     if problems:
         raise invalid("optimizer", problems)
     return resolved
 
 
 def make(resolved: Mapping[str, Any], parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `resolve` described, over some parameters."""
+    """Make an optimizer of some parameters from the options that `resolve` returned."""
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in resolved.items() if name != "kind"}
     optimizer: Any = kinds()[resolved["kind"]]
     return optimizer(parameters, **options)

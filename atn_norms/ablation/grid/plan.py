@@ -1,4 +1,4 @@
-"""From a study to its trials: every default filled in, each with an identity of its own."""
+"""Resolve a study into its trials: every default is filled in, and each trial has an id."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from atn_norms.registry import SpecError
 from atn_norms.specs import Where, to_yaml
 from atn_norms.tasks import Task, TaskSpec
 
-VERSION = 2  # of a trial's meaning: raised when the same options come to mean other numbers
+VERSION = 2  # of a trial's meaning: raised when the same options give other results
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """A trial to be done, and the grid points it answers."""
+    """A trial and the grid points that it belongs to."""
 
     id: str
     trial: dict[str, Any]
@@ -41,7 +41,7 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study as the list of its trials, seed by seed so that an early look sees all of the grid."""
+    """A study as the list of its trials, ordered by seed, so that an early report covers the whole grid."""
 
     name: str
     source: str
@@ -54,11 +54,11 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """What makes a study this study: its trials, where they stand in the grid, and the baseline."""
+        """A hash of the study: its trials, their grid points, and the baseline."""
         return study_key(self.axes, self.baseline, [asdict(trial) for trial in self.trials])
 
     def lacks(self, resolved: Mapping[str, Any]) -> int:
-        """How many trials of a study that was laid down (`resolved`) this one lacks; 0: it may take its place."""
+        """Count the trials of a stored study (`resolved`) that this study lacks; 0: this study extends it."""
         mine = {trial.id for trial in self.trials}
         return sum(trial["id"] not in mine for trial in resolved["trials"])
 
@@ -86,7 +86,7 @@ class Plan:
         )
 
     def resolved(self) -> dict[str, Any]:
-        """What `study.resolved.json` holds."""
+        """Return the content of `study.resolved.json`."""
         return {
             "version": VERSION,
             "key": self.key,
@@ -110,10 +110,10 @@ def _without_data(trial: dict[str, Any]) -> str:
 
 
 def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
-    """Resolve a study into trials; points that mean the same are one trial.
+    """Resolve a study into trials; points with equal options are one trial.
 
-    Errors: `SpecError` naming a file that a task cannot read, or a size the task does not allow; `where` (from
-    `specs.read`) places it in the study's file.
+    Errors: `SpecError` naming a file that a task cannot read, or a size that the task does not allow; `where` (from
+    `specs.read`) adds the position in the study's file.
     """
     facts: dict[str, TaskFacts] = {}
     resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
@@ -122,8 +122,8 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
         try:
             trial, metric = _trial(point, built)
         except SpecError as error:
-            found = [point.placed(_blamed(each, point.task)) for each in error.problems]
-            raise to_spec_error(invalid("study", found), where) from error
+            problems = [point.placed(_task_problem(each, point.task)) for each in error.problems]
+            raise to_spec_error(invalid("study", problems), where) from error
         facts.setdefault(point.labels["task"], metric)
         resolved.append((point.labels, trial))
     _check_margins(study, facts, where)
@@ -147,7 +147,7 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
 
 
 def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Where | None) -> None:
-    """Refuse a margin of at most 1 where it is a ratio."""
+    """Raise `SpecError` for a margin of at most 1 where it is a ratio."""
     for name, facts in tasks.items():
         endpoint = Endpoint.of(study.model_dump(), name)
         is_ratio = facts.spread == "multiplicative" and endpoint.measure != "steps"
@@ -158,8 +158,8 @@ def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Wher
             raise to_spec_error(invalid("study", [problem]), where)
 
 
-def _blamed(problem: errors.Problem, task: TaskSpec) -> Problem:
-    """Place what a task refuses: at an option of the model, of the training or of the task, else at the task."""
+def _task_problem(problem: errors.Problem, task: TaskSpec) -> Problem:
+    """Locate a task's problem at an option of the model, of the training or of the task, else at the task."""
     path, head = problem.path, problem.path[:1]
     text = errors.message(replace(problem, path=()))
     if head in (("model",), ("train",)):
@@ -168,7 +168,7 @@ def _blamed(problem: errors.Problem, task: TaskSpec) -> Problem:
 
 
 def _function_trial(point: Point, task: FunctionSpec) -> tuple[dict[str, Any], TaskFacts]:
-    """The trial of a function: `model` holds its arguments, and its metric is known once it has returned one."""
+    """Make the trial of a function: `model` holds its arguments; its metric is known once it has returned."""
     train = point.train.model_dump(mode="json", include={*TRAINING})
     trial = {
         "version": VERSION,
@@ -190,13 +190,13 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
     which = canonical([options, point.train.batch_size])
     if which not in built:
         task, data = point.task.build(0), point.task.data()
-        task.batch(0, point.train.filled(task.batch_size)["batch_size"])  # a task refuses here what it cannot batch
+        task.batch(0, point.train.filled(task.batch_size)["batch_size"])  # raises for an impossible batch size
         built[which] = task, data
     task, data = built[which]
     layer = _fitted(point.model, task)
     train = point.train.filled(task.batch_size)
     if "population_batches" in train and not _has_populations(layer, task):
-        del train["population_batches"]  # means as little there as a window without a norm
+        del train["population_batches"]  # without populations it changes nothing
     trial = {
         "version": VERSION,
         "model": layer.model_dump(mode="json"),
@@ -212,20 +212,22 @@ def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple
 
 
 def _has_populations(layer: LayerSpec, task: Task) -> bool:
-    """Whether any norm of a model computes something else in evaluation, from what training recorded."""
+    """Check whether any norm of a model uses populations that training recorded."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         parts = [layer.build(), task.encoder(), task.readout(layer.layer_inputs(1))]
     return any(isinstance(m, Normalizer) and m.train_eval_differ for part in parts for m in part.modules())
 
 
 def _fitted(model: LayerSpec, task: Task) -> LayerSpec:
-    """The layer with the task's inputs; `SpecError` where it, with encoder and read-out, is too large to train here."""
-    layer = model.model_copy(update={"input_size": task.input_size})  # only its size depends on that: checked here
+    """Return the layer with the task's input size; `SpecError` where the whole model does not fit into memory."""
+    layer = model.model_copy(update={"input_size": task.input_size})  # changes only the size, which is checked here
     cell = layer.equations()
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # sizes without memory
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # shapes without memory
             ends = [*task.encoder().parameters(), *task.readout(layer.layer_inputs(1)).parameters()]
-        shapes = [cell.shapes(layer.layer_inputs(i), layer.bias) for i in (0, 1)]  # all layers but the first are alike
+        shapes = [
+            cell.shapes(layer.layer_inputs(i), layer.bias) for i in (0, 1)
+        ]  # all layers but the first have equal shapes
         first, other = (layer.directions * sum(map(math.prod, each.values())) for each in shapes)
         numbers = first + (layer.num_layers - 1) * other + sum(parameter.numel() for parameter in ends)
     except (RuntimeError, OverflowError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Ready-made studies: files of this package that run by their name, and that `init` writes out for editing."""
+"""Ready-made studies: files of this package that run by name, and that `init` copies for editing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT = "quick"
 
 
 def names() -> list[str]:
-    """The ready-made studies.
+    """Return the names of the ready-made studies.
 
     >>> names()[:4]
     ['charlm', 'paper-adding', 'paper-charlm', 'paper-copying']
@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def is_name(word: str) -> bool:
-    """Whether a word means a ready-made study and not a file: a study's file has a suffix, or it could not be read.
+    """Check whether a word names a ready-made study; a file has a suffix or a slash.
 
     >>> is_name("quick"), is_name("quick.yaml"), is_name("some/folder")
     (True, False, False)
@@ -30,7 +30,7 @@ def is_name(word: str) -> bool:
 
 
 def summary(name: str) -> str:
-    """What a ready-made study is, in the words that its file begins with.
+    """Return the summary of a ready-made study: the comment at the start of its file.
 
     >>> summary("quick")
     'A first look, in a minute or two: four normalizers, three windows, a toy and a text, two seeds.'
@@ -40,10 +40,11 @@ def summary(name: str) -> str:
 
 
 def text(name: str) -> str:
-    """The file of a ready-made study, as YAML text with comments; `SpecError` where there is none of this name."""
+    """Return the file of a ready-made study, as YAML text with comments; `SpecError` for an unknown name."""
     known = names()
     if name not in known:
         raise SpecError(
-            f"unknown study {short_repr(name)}; a file, or one of: {', '.join(known)}{did_you_mean(name, known)}"
+            f"got unknown study {short_repr(name)}; expected a file or one of {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
         )
     return (resources.files("atn_norms.ablation.grid") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Accept options of a study under the names they had before, with a `DeprecationWarning`."""
+"""Accept options of a study under their earlier names, with a `DeprecationWarning`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One point of a grid: the axes' values put into the sections, and each section validated."""
+"""Resolve one point of a grid: put the axes' values into the sections, and validate each section."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from atn_norms.registry import KindField, Options
 from atn_norms.tasks import TaskSpec
 
 SECTIONS = ("model", "task", "train")
-THE_TASKS = {"input_size": "comes from the task", "batch_first": "a task feeds time first"}  # not a study's to say
+THE_TASKS = {
+    "input_size": "comes from the task",
+    "batch_first": "a task feeds time first",
+}  # the task sets these options
 AnyTask = Annotated[TaskSpec, KindField("task", shorthand, FunctionSpec.model_json_schema())]
 TASK: TypeAdapter[TaskSpec] = TypeAdapter(AnyTask)
 
 
 def axis_path(name: str) -> tuple[str, ...]:
-    """The path of an axis from the top of the study.
+    """Return the path of an axis from the top of the study.
 
     >>> axis_path("norm"), axis_path("train.optimizer.lr")
     (('model', 'norm'), ('train', 'optimizer', 'lr'))
@@ -35,7 +38,7 @@ def axis_path(name: str) -> tuple[str, ...]:
 
 
 def axis_name(name: str) -> str:
-    """What an axis is called; `model.` goes without saying.
+    """Return the name of an axis, without `model.`.
 
     >>> axis_name("model.norm"), axis_name("train.optimizer.lr")
     ('norm', 'train.optimizer.lr')
@@ -44,7 +47,7 @@ def axis_name(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value with every options model in it as the mapping it stands for."""
+    """Return a value with every options model in it as a mapping."""
     if isinstance(value, Options):
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
@@ -53,7 +56,7 @@ def plain(value: Any) -> Any:
 
 
 def has_norm(norm: Any) -> bool:
-    """Whether a layer's `norm`, as written in a file, is one at any site."""
+    """Check whether a layer's `norm`, as written in a file, normalizes at any site."""
     if isinstance(norm, Mapping) and "sites" in norm:
         sites = norm["sites"]
         return any(map(has_norm, sites.values())) if isinstance(sites, Mapping) else True
@@ -61,7 +64,7 @@ def has_norm(norm: Any) -> bool:
 
 
 def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
-    """Put the axes' values into the sections and validate each; problems are at paths from the section on."""
+    """Put the axes' values into the sections and validate each; paths of problems begin with the section."""
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
 
@@ -102,7 +105,7 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
 
 
 def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
-    """The sections of a point whose task is a function: `model` holds the arguments it is called with."""
+    """Resolve a point whose task is a function: `model` holds the arguments of the call."""
     varied = {path[1] for path in map(axis_path, axes) if path[0] == "model"}
     problems = [
         Problem(("model", name), "got an option; expected none: a python task has arguments, under task.arguments")
@@ -115,7 +118,7 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
         return problems + [p._replace(path=("task", *p.path)) for p in problems_of(error, data["task"])], {}
     arguments = {**task.arguments, **{name: data["model"][name] for name in data["model"] if name in varied}}
     if "norm" in arguments and not has_norm(arguments["norm"]) and "window" in arguments:
-        arguments["window"] = 1  # without a norm a window means nothing
+        arguments["window"] = 1  # without a norm a window changes nothing
     problems += check_arguments(task, arguments)
     problems += _norm_problems(arguments)
     for name in sorted(axes):
@@ -134,7 +137,7 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
 
 
 def _norm_problems(arguments: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with arguments named `norm` and `window`, read as those of a layer."""
+    """Return the problems of arguments named `norm` and `window`, validated as options of a layer."""
     named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
     if not has_norm(named.get("norm")):
         named.pop("window", None)
@@ -146,13 +149,13 @@ def _norm_problems(arguments: Mapping[str, Any]) -> list[Problem]:
 
 
 def layer_of(arguments: Mapping[str, Any]) -> LayerSpec:
-    """A layer with the `norm` and the `window` among some arguments; its sizes are made up."""
+    """Make a layer with the `norm` and the `window` of some arguments; its sizes are arbitrary."""
     named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
     return make_layer_spec(cell="lstm", input_size=1, hidden_size=1680, **named)
 
 
 def _without_the_tasks(problem: Problem) -> Problem:
-    """An unknown key of a model told without the options that a study's model has not."""
+    """Reword the problem of an unknown key of the model, without the options that the task sets."""
     if problem.type != "unknown_key" or len(problem.path) != 2 or problem.path[0] != "model":
         return problem
     known = [name for name in LayerSpec.model_fields if name not in THE_TASKS]
@@ -161,7 +164,7 @@ def _without_the_tasks(problem: Problem) -> Problem:
 
 
 def _recommended(task: TaskSpec | None, given: dict[str, Any]) -> dict[str, Any]:
-    """A study's `train` over what the task recommends; an optimizer without a kind changes the task's one."""
+    """Return a study's `train` over the task's recommendations; an optimizer without a kind changes the task's."""
     recommended = rename_train(plain(task.recommended)) if task is not None else {}
     given = rename_train(given)
     optimizer = given.get("optimizer")
@@ -175,10 +178,10 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     place: Any = data
     for key in parents:
         inner = place.get(key) if isinstance(place, dict) else None
-        if isinstance(inner, str) and inner != "none":  # a kind with default options, now about to get one
+        if isinstance(inner, str) and inner != "none":  # a kind as a mapping, to hold an option
             inner = place[key] = {"kind": inner}
         elif key == "norm" and not has_norm(inner):
-            return  # an option of the norm, where there is none, means as little as a window
+            return  # an option of an absent norm changes nothing
         elif not isinstance(inner, dict):
             inner = place[key] = {}
         place = inner
@@ -186,13 +189,13 @@ def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def place(problem: Problem, axes: Mapping[tuple[Any, ...], tuple[Any, ...]], task: tuple[Any, ...]) -> Problem:
-    """Move a problem from the resolved sections to where the file says it: on an axis, or in a section."""
+    """Move a problem from the resolved sections to its place in the file: an axis or a section."""
     path = problem.path
     for length in range(len(path), 0, -1):
-        found = axes.get(path[:length])
-        if found is not None:
-            return problem._replace(path=(*found, *path[length:]))
+        at_axis = axes.get(path[:length])
+        if at_axis is not None:
+            return problem._replace(path=(*at_axis, *path[length:]))
     within = [place for axis, place in axes.items() if len(path) > 1 and axis[: len(path)] == path]
-    if len(within) == 1:  # such as torch's refusal of an optimizer whose only varied option is its rate
+    if len(within) == 1:  # such as torch's error for an optimizer of which only the rate varies
         return problem._replace(path=within[0])
     return problem._replace(path=(*task, *path[1:]) if path[:1] == ("task",) else path)

@@ -1,4 +1,4 @@
-"""Schedules: what the learning rate of each step is, as a factor of the optimizer's own."""
+"""Schedules: the learning rate of each step, as a factor of the optimizer's rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atn_norms.registry import Options
 
 
 class Improvement:
-    """Watches a score of which smaller is better: the best so far, and how many looks ago that was.
+    """Track the best of a series of scores (smaller is better), and the number of scores since.
 
     >>> watch = Improvement()
     >>> [watch.see(score) for score in (3.0, 2.0, 2.0, 2.5)], watch.best, watch.since
@@ -27,7 +27,7 @@ class Improvement:
         self.best, self.since = math.inf, 0
 
     def see(self, score: float) -> bool:
-        """Whether a score is better than all before it."""
+        """Record a score, and return whether it is better than all before it."""
         better = score < self.best
         self.best, self.since = (score, 0) if better else (self.best, self.since + 1)
         return better
@@ -47,24 +47,24 @@ class Schedule(Options):
     warmup: int = Field(default=0, ge=0)
 
     def factor(self, step: int, steps: int) -> float:
-        """The factor of one step, counted from 0, of `steps`."""
+        """Compute the factor of one step, counted from 0, of `steps`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return self.shape(step - self.warmup, max(1, steps - self.warmup))
 
     def shape(self, step: int, steps: int) -> float:
-        """The factor of a step after the warm-up."""
+        """Compute the factor of a step after the warm-up."""
         return 1.0
 
 
 class Constant(Schedule):
-    """The full rate throughout."""
+    """The full rate at every step."""
 
     kind: Literal["constant"] = "constant"
 
 
 class Linear(Schedule):
-    """Down in a straight line to `final` of the full rate.
+    """A linear decrease to `final` times the full rate.
 
     >>> [Linear(final=0.5).factor(step, 4) for step in range(5)]
     [1.0, 0.875, 0.75, 0.625, 0.5]
@@ -78,7 +78,7 @@ class Linear(Schedule):
 
 
 class Cosine(Schedule):
-    """Down along half a cosine to `final` of the full rate (Loshchilov, Hutter, arXiv 1608.03983, one period).
+    """A decrease along half a cosine to `final` times the full rate (Loshchilov, Hutter, arXiv 1608.03983, one period).
 
     >>> [round(Cosine(warmup=2).factor(step, 6), 3) for step in range(7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
@@ -92,7 +92,7 @@ class Cosine(Schedule):
 
 
 class Step(Schedule):
-    """Times `gamma` after every `every` steps.
+    """A multiplication by `gamma` after every `every` steps.
 
     >>> [Step(every=2, gamma=0.5).factor(step, 6) for step in range(6)]
     [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
@@ -107,7 +107,7 @@ class Step(Schedule):
 
 
 class Plateau(Schedule):
-    """Times `gamma` whenever `patience` validations in a row were no better than the best before them."""
+    """A multiplication by `gamma` after `patience` consecutive validations without improvement."""
 
     kind: Literal["plateau"] = "plateau"
     patience: int = Field(default=3, ge=1)
@@ -120,7 +120,7 @@ KINDS: dict[str, type[Schedule]] = {
 
 
 def resolve(value: Any) -> dict[str, Any]:
-    """Fill in a schedule given by name or as a mapping with `kind` (constant where there is none).
+    """Fill in the options of a schedule given by name, or as a mapping with `kind` (by default constant).
 
     Errors: `pydantic.ValidationError` (a `ValueError`), located at the option.
 
@@ -129,7 +129,7 @@ def resolve(value: Any) -> dict[str, Any]:
     """
     value = {"kind": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping):
-        raise invalid("schedule", [Problem((), f"must be a schedule's name or a mapping, got {short_repr(value)}")])
+        raise invalid("schedule", [Problem((), f"got {short_repr(value)}; expected a schedule's name or a mapping")])
     value = rename_schedule(value)
     kind = value.get("kind", "constant")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -139,7 +139,7 @@ def resolve(value: Any) -> dict[str, Any]:
 
 
 class Rate:
-    """Sets an optimizer's learning rates by a schedule; `state` and `restore` go with the optimizer's own.
+    """Set an optimizer's learning rates by a schedule; `state` and `restore` complement those of the optimizer.
 
     >>> parameter = torch.nn.Parameter(torch.zeros(1))
     >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
@@ -155,25 +155,25 @@ class Rate:
         self.scale, self.watch = 1.0, Improvement()
 
     def set(self, step: int, scale: float = 1.0) -> float:
-        """Set the rates of step `step`, counted from 0, times the task's own `scale`; return their factor."""
+        """Set the rates of step `step`, counted from 0, times the task's `scale`; return their factor."""
         factor = self.schedule.factor(step, self.steps) * self.scale * scale
         for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
             group["lr"] = full * factor
         return factor
 
     def see(self, score: float) -> None:
-        """Take note of a validation score."""
+        """Record a validation score."""
         if isinstance(self.schedule, Plateau):
             self.watch.see(score)
             if self.watch.since >= self.schedule.patience:
                 self.scale, self.watch.since = self.scale * self.schedule.gamma, 0
 
     def state(self) -> dict[str, float]:
-        """What `restore` needs."""
+        """Return the state for `restore`."""
         return {"scale": self.scale, "best": self.watch.best, "since": self.watch.since}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go back to a `state`."""
+        """Load a `state`."""
         self.scale, self.watch.best, self.watch.since = state["scale"], state["best"], state["since"]
 
 

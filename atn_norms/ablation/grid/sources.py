@@ -1,4 +1,4 @@
-"""Hash the source code that a trial runs: plugins, and functions of the user."""
+"""Hash the source code that a trial runs: plugins, and the user's functions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def hash_files(path: Path) -> str:
 
 
 def hash_source(thing: Callable[..., Any] | type) -> str:
-    """Compute a hash of the file that defines a function or a class; of its own text where no file does.
+    """Compute a hash of the file that defines a function or a class, or of its source text where no file does.
 
     Errors: `SpecError` where there is no source, such as for a built-in function or one made by `exec`.
 
@@ -73,9 +73,9 @@ def hash_source(thing: Callable[..., Any] | type) -> str:
 def plugin_sources(*specs: Any) -> Sources:
     """Return the version and the source hash of every plugin whose kinds some options use, by distribution.
 
-    A distribution counts as the packages that its kinds are defined in. A kind that a program registers itself counts
-    as a distribution named like its module; one that no file defines, such as one of a notebook, has the
-    source `"unknown"`: a change of it is not noticed.
+    The hash of a distribution covers the packages that define its kinds. A kind that a program registers itself belongs
+    to a distribution named like its module. A kind that no file defines, such as in a notebook, has the source
+    `"unknown"`, and a change of it is not detected.
 
     >>> from atn_norms.layers import LayerSpec
     >>> plugin_sources(LayerSpec(cell="lstm", input_size=2, hidden_size=3, norm="layer"))
@@ -87,7 +87,7 @@ def plugin_sources(*specs: Any) -> Sources:
 
 
 def installed_sources(distributions: Iterable[str]) -> Sources:
-    """Return the version and the source hash of each of some distributions that registered kinds here."""
+    """Return the version and the source hash of those of some distributions that registered kinds here."""
     entries, wanted = _entries().values(), set(distributions)
     return _sources([each for each in entries if each.distribution in wanted], entries)
 
@@ -110,7 +110,7 @@ def describe_changes(recorded: Mapping[str, Mapping[str, str]], here: Mapping[st
 
 
 def refuse_changed_plugins(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
-    """Raise `SpecError` where a plugin that a study's trials record is not the one that is installed."""
+    """Raise `SpecError` where an installed plugin differs from the one that a study's trials record."""
     recorded = [trial.get("plugins", {}) for trial in trials]
     here = installed_sources(name for plugins in recorded for name in plugins)
     changes = {
@@ -162,16 +162,16 @@ def _sources(used: Iterable[Entry], entries: Iterable[Entry]) -> Sources:
     return sources
 
 
-@cache  # by class: what was imported runs on when its file changes, and a module imported again makes new classes
+@cache  # by class: an imported module keeps running when its file changes, and a second import makes new classes
 def _hash_package(spec: type[Options]) -> str:
     """Compute a hash of the regular package, or the module, that defines a class."""
     if getattr(sys.modules.get(spec.__module__), spec.__qualname__.partition(".")[0], None) is None:
         return UNKNOWN
     names = spec.__module__.split(".")
-    for length in range(1, len(names) + 1):  # the first of them that has a file: a namespace package has none
-        found = _location(".".join(names[:length]))
-        if found is not None:
-            return hash_files(found)
+    for length in range(1, len(names) + 1):  # the outermost package with a file; a namespace package has no file
+        location = _location(".".join(names[:length]))
+        if location is not None:
+            return hash_files(location)
     return UNKNOWN
 
 

@@ -1,4 +1,4 @@
-"""A study file as a value: a base configuration, axes, tasks and seeds, every point of the grid checked on reading."""
+"""A study file as a value: a base configuration, axes, tasks and seeds; every point of the grid is validated."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from atn_norms.registry import Options
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")
 NAME = r"[^\W_][\w .-]{0,79}"
+IS_AXIS = "got an option that is an axis already; expected each option once"
 
 
 class _Sections(Options):
-    """What the sections hold once they are resolved."""
+    """The sections of a resolved point."""
 
     model: LayerSpec
     task: AnyTask
@@ -49,7 +50,7 @@ class _Sections(Options):
 
 @dataclass(frozen=True)
 class _Shown:
-    """Show a section in the JSON schema as the options it holds; what is required there, an axis may give instead."""
+    """Show a section in the JSON schema as its options; none is required, since an axis may set it."""
 
     section: Literal["model", "task", "train"]
 
@@ -71,7 +72,7 @@ class EndpointSpec(Options):
 
 
 class Point(NamedTuple):
-    """A point of the grid for one task: what each section says there, how it is called, and where the file says it."""
+    """A point of the grid for one task: its sections, its labels, and a function that locates its problems."""
 
     labels: dict[str, str]
     model: Any
@@ -81,14 +82,14 @@ class Point(NamedTuple):
 
 
 def _at_a_value(problem: Problem) -> bool:
-    """Whether a problem is that of one value of an axis."""
+    """Check whether a problem concerns one value of an axis."""
     return len(problem.path) == 3 and problem.path[0] in ("axes", "tune")
 
 
 def _name(name: str) -> str:
     if not re.fullmatch(NAME, name):
         raise ValueError(
-            f"must be 1 to 80 letters, digits, blanks and . _ - with a letter or digit first, got {short_repr(name)}"
+            f"got {short_repr(name)}; expected 1 to 80 letters, digits, blanks and . _ - with a letter or digit first"
         )
     return name
 
@@ -112,42 +113,41 @@ def _one_endpoint(endpoint: Any, path: tuple[str, ...]) -> str | dict[str, Any]:
     try:
         return EndpointSpec.model_validate(endpoint).model_dump(mode="json")
     except ValidationError as error:
-        found = [each._replace(path=(*path, *each.path)) for each in problems_of(error, endpoint)]
-        raise invalid("endpoint", found) from None
+        problems = [each._replace(path=(*path, *each.path)) for each in problems_of(error, endpoint)]
+        raise invalid("endpoint", problems) from None
 
 
 def _margins(margin: Any) -> Any:
-    """Refuse a margin that is not a positive number."""
+    """Raise an error for a margin that is not a positive number."""
     margins = margin if isinstance(margin, Mapping) else {None: margin}
     wrong = {n: v for n, v in margins.items() if not isinstance(v, int | float) or isinstance(v, bool) or v <= 0}
     if margin is not None and wrong:
-        found = [
-            (() if n is None else (n,), f"got {short_repr(v)}; expected a number above 0") for n, v in wrong.items()
+        problems = [
+            Problem(() if n is None else (n,), f"got {short_repr(v)}; expected a number above 0")
+            for n, v in wrong.items()
         ]
-        raise invalid("margin", [Problem(*each) for each in found])
+        raise invalid("margin", problems)
     return margin
 
 
 def _levels(reach: Any) -> Any:
-    """Refuse a level that is no number at its own place; of the union, pydantic could only tell the whole."""
+    """Raise an error at each level that is no number; pydantic would list every member of the union."""
     levels = reach if isinstance(reach, Mapping) else {None: reach}
     wrong = {n: each for n, each in levels.items() if not isinstance(each, int | float) or isinstance(each, bool)}
     if reach is not None and wrong:
-        allowed = "must be a number, got {}; allowed: one number, or for each task TASK: number".format
-        raise invalid(
-            "reach", [Problem(() if n is None else (n,), allowed(short_repr(each))) for n, each in wrong.items()]
-        )
+        got = "got {}; expected a number, or a mapping of task to number".format
+        raise invalid("reach", [Problem(() if n is None else (n,), got(short_repr(each))) for n, each in wrong.items()])
     return reach
 
 
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
     if isinstance(seeds, int):
         if seeds < 1:
-            raise ValueError(f"at least one seed is needed, got {short_repr(seeds)}")
+            raise ValueError(f"got {short_repr(seeds)}; expected at least one seed")
         if seeds > MOST_POINTS:
-            raise ValueError(f"at most {MOST_POINTS} are possible, got {short_repr(seeds)}")
+            raise ValueError(f"got {short_repr(seeds)}; expected at most {MOST_POINTS}")
     elif not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"must be different numbers, none below 0, got {short_repr(list(seeds))}")
+        raise ValueError(f"got {short_repr(list(seeds))}; expected different numbers of at least 0")
     return seeds
 
 
@@ -159,23 +159,23 @@ def _refuse_what_is_not_json(data: Any) -> Any:
 
 
 def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
-    """Whatever in a study cannot be written as JSON, and so not be kept: dates, sets, .nan, keys that are no text."""
+    """Yield every part of a study that cannot be written as JSON: dates, sets, .nan, keys that are no text."""
     if isinstance(value, Mapping):
         for name, each in value.items():
             if isinstance(name, str):
                 yield from _not_json(each, (*path, name))
             else:
-                yield Problem(path, f"a key must be text, got {short_repr(name)}")
+                yield Problem(path, f"got the key {short_repr(name)}; expected text")
     elif isinstance(value, list | tuple):
         for i, each in enumerate(value):
             yield from _not_json(each, (*path, i))
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(path, f"got {value}; expected a finite number")
     elif isinstance(value, str) and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        yield Problem(path, f"must be text, and this has half a character in it: {short_repr(value)}")
+        yield Problem(path, f"got {short_repr(value)}, which has half a character; expected text")
     elif not isinstance(value, str | bool | int | float | Options | None):
-        allowed = "allowed: text, numbers, true, false, null, lists and mappings"
-        yield Problem(path, f"{type(value).__name__} {short_repr(value)} is not possible here; {allowed}")
+        expected = "expected text, numbers, true, false, null, lists and mappings"
+        yield Problem(path, f"got {type(value).__name__} {short_repr(value)}; {expected}")
 
 
 def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -183,18 +183,18 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     for name, values in axes.items():
         labels = [label(value) for value in values]
         if not values:
-            problems.append(Problem((name,), "an axis needs at least one value"))
+            problems.append(Problem((name,), "got no values; expected at least one"))
         for each in dict.fromkeys(labels):
             places = [i for i, other in enumerate(labels) if other == each]
             if len(places) > 1:
                 times = "twice" if len(places) == 2 else f"{len(places)} times"
-                problems.append(Problem((name, places[1]), f"{brief(each)} is there {times}"))
+                problems.append(Problem((name, places[1]), f"got {brief(each)} {times}; expected different values"))
         if name in (*SECTIONS, "tasks", "seeds", "seed"):
             problems.append(
-                Problem((name,), f"an axis is an option, such as norm or train.steps; {name} has its own section")
+                Problem((name,), f"got {name}; expected an option such as norm or train.steps; {name} has a section")
             )
     paths = [axis_path(name) for name in axes]
-    problems += [Problem((n,), "this option is an axis already") for i, n in enumerate(axes) if paths[i] in paths[:i]]
+    problems += [Problem((n,), IS_AXIS) for i, n in enumerate(axes) if paths[i] in paths[:i]]
     if problems:
         raise invalid("axes", problems)
     return axes
@@ -203,17 +203,17 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
 class StudySpec(Options):
     """A study: `model` (a layer without `input_size`), `task` or `tasks`, `train`, `axes`, `seeds`, `baseline`.
 
-    An axis names an option by its path (`norm`, which is short for `model.norm`; `train.optimizer.lr`; `task.length`) and
-    lists its values. A window where there is no norm means nothing and is dropped. `seeds` is a list or a count.
-    `baseline` names a value for some axes; the others' points are compared with it. `reach` is a level of the validation
-    metric whose first reaching the report times: a number, or one for each task; it changes no trial.
+    An axis names an option by its path and lists its values: `norm` (short for `model.norm`), `train.optimizer.lr`,
+    `task.length`. A window without a norm changes nothing and is dropped. `seeds` is a list or a count. `baseline` names
+    a value of some axes; the points with other values are compared with it. `reach` is a level of the validation metric:
+    the report shows the time to reach it. It is a number, or a mapping of task to number, and changes no trial.
 
-    `tune` has the form of `axes`. Every point is trained at each of these values, and the report shows it at the value
-    with the best validation. `endpoint` is the measure that decides: `final`, `tail` or `steps`, with options as a
-    mapping, or one for each task. `margin` is the largest difference that does not matter: a number, or one for each
-    task; a ratio above 1 where the task's spread is multiplicative. Neither changes a trial.
+    `tune` has the form of `axes`. Every point is trained at each of these values, and the report shows the value with
+    the best validation. `endpoint` is the measure that decides: `final`, `tail` or `steps`, or a mapping with options,
+    or a mapping of task to endpoint. `margin` is the largest difference that does not matter: a number, or a mapping of
+    task to number. It is a ratio above 1 where the task's spread is multiplicative. Neither changes a trial.
 
-    Errors: `pydantic.ValidationError` for any point of the grid that cannot be, at its place in the file.
+    Errors: `pydantic.ValidationError` for every invalid point of the grid, located in the file.
 
     >>> study = StudySpec(model={"cell": "lstm", "hidden_size": 8}, task="adding", axes={"norm": ["none", "layer"]}, seeds=2)
     >>> [point.labels for point in study.points()]
@@ -241,21 +241,23 @@ class StudySpec(Options):
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
         if (self.task is None) == (not self.tasks):
-            raise invalid("study", [Problem(("task",), "a study needs `task`, or a list of `tasks`, and not both")])
+            got = "got neither `task` nor `tasks`" if self.task is None else "got both `task` and `tasks`"
+            raise invalid("study", [Problem(("task",), f"{got}; expected one of them")])
         tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
         again = [i for i, each in enumerate(tasks) if each in tasks[:i]]
         if again:
-            told = [Problem(("tasks", i), f"{brief(label(self._task_list()[i][1]))} is there already") for i in again]
-            raise invalid("study", told)
+            names = {i: brief(label(self._task_list()[i][1])) for i in again}
+            same = [Problem(("tasks", i), f"got {name} twice; expected different tasks") for i, name in names.items()]
+            raise invalid("study", same)
         count = len(self._task_list())
         for values in (*self.axes.values(), *self.tune.values()):
             count *= len(values)
         if count > MOST_POINTS:
-            raise invalid("study", [Problem(("axes",), f"{count} points; at most {MOST_POINTS} are possible")])
+            raise invalid("study", [Problem(("axes",), f"got {count} points; expected at most {MOST_POINTS}")])
         seeds = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
         if count * seeds > MOST_POINTS:
-            told = f"{count} points with {seeds} seeds are {count * seeds} trials; at most {MOST_POINTS} are possible"
-            raise invalid("study", [Problem(("seeds",), told)])
+            got = f"got {count * seeds} trials ({count} points with {seeds} seeds); expected at most {MOST_POINTS}"
+            raise invalid("study", [Problem(("seeds",), got)])
         problems = [each for point in self.resolved_points if isinstance(point, list) for each in point]
         problems += [*self._twice(), *self._baseline_problems(), *self._task_problems(), *self._level_problems()]
         if problems:
@@ -272,39 +274,39 @@ class StudySpec(Options):
         return None if match is None else places[match]
 
     def _once_an_axis(self, problems: list[Problem]) -> list[Problem]:
-        """Each problem once, and what is wrong with every value of an axis, such as its path, at the axis itself."""
-        found = list(dict.fromkeys(problems))
-        same = Counter((each.path[1], each.message) for each in found if _at_a_value(each))
+        """Remove repeated problems; merge a problem of every value of an axis, such as its path, into one."""
+        different = list(dict.fromkeys(problems))
+        same = Counter((each.path[1], each.message) for each in different if _at_a_value(each))
 
         def merged(each: Problem) -> Problem:
             every = len(getattr(self, str(each.path[0]))[str(each.path[1])]) if _at_a_value(each) else 0
             return each._replace(path=each.path[:2]) if 1 < every == same[each.path[1], each.message] else each
 
-        return list(dict.fromkeys(map(merged, found)))
+        return list(dict.fromkeys(map(merged, different)))
 
     def seed_list(self) -> list[int]:
-        """The seeds themselves."""
+        """Return the seeds as a list."""
         return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
 
     def points(self) -> list[Point]:
-        """Every point of the grid, task by task, the last axis fastest."""
+        """Return every point of the grid, ordered by task; the last axis varies fastest."""
         return [point for point in self.resolved_points if isinstance(point, Point)]
 
     @cached_property
     def resolved_points(self) -> list[Point | list[Problem]]:
-        """Every point of the grid, or the problems that it has; each point is validated once."""
+        """Every point of the grid, or its problems; each point is validated once."""
         return list(self._points())
 
     def axis_labels(self) -> dict[str, list[str]]:
-        """What the values of each axis are called, in order."""
+        """Return the labels of the values of each axis, in order."""
         return {axis_name(name): [label(value) for value in values] for name, values in self.axes.items()}
 
     def tune_labels(self) -> dict[str, list[str]]:
-        """The labels of the values of each tuned option, in order."""
+        """Return the labels of the values of each tuned option, in order."""
         return {axis_name(name): [label(value) for value in values] for name, values in self.tune.items()}
 
     def baseline_labels(self) -> dict[str, str]:
-        """The baseline as labels: the file's, else window 1, else no norm, else the first value of the first axis."""
+        """Return the baseline as labels; by default window 1, else no norm, else the first value of the first axis."""
         labels = self.axis_labels()
         if self.baseline:
             return {axis_name(name): label(value) for name, value in self.baseline.items()}
@@ -315,24 +317,24 @@ class StudySpec(Options):
         return {name: values[0] for name, values in list(labels.items())[:1]}
 
     def _twice(self) -> Iterator[Problem]:
-        """Options that are an axis and tuned."""
+        """Yield a problem for each option that is both an axis and tuned."""
         axes = {axis_path(name) for name in self.axes}
         for name in self.tune:
             if axis_path(name) in axes:
-                yield Problem(("tune", name), "this option is an axis already")
+                yield Problem(("tune", name), IS_AXIS)
 
     def _task_problems(self) -> Iterator[Problem]:
-        """Entries of per-task options for a task that the study does not have."""
+        """Yield a problem for each entry of a per-task option that names no task of the study."""
         labels = _task_labels([task for _, task in self._task_list()])
         for option in ("reach", "endpoint", "margin"):
             named = getattr(self, option)
             for name in named if isinstance(named, dict) and "measure" not in named else ():
                 if name not in labels:
-                    told = f"no task of this study; tasks: {', '.join(labels)}{did_you_mean(name, labels)}"
-                    yield Problem((option, name), told)
+                    got = f"got no task of this study; expected one of {', '.join(labels)}{did_you_mean(name, labels)}"
+                    yield Problem((option, name), got)
 
     def _level_problems(self) -> Iterator[Problem]:
-        """Tasks whose endpoint is `steps` and for which `reach` names no level."""
+        """Yield a problem for each task whose endpoint is `steps` and that has no level in `reach`."""
         for name in _task_labels([task for _, task in self._task_list()]):
             level = self.reach.get(name) if isinstance(self.reach, dict) else self.reach
             if level is None and Endpoint.of({"endpoint": self.endpoint}, name).measure == "steps":
@@ -344,12 +346,13 @@ class StudySpec(Options):
         for name, value in self.baseline.items():
             axis = axis_name(name)
             if axis not in labels:
-                told = f"no axis of this study; axes: {', '.join(labels) or 'none'}{did_you_mean(axis, labels)}"
-                problems.append(Problem(("baseline", name), told))
+                expected = f"expected one of {', '.join(labels)}" if labels else "expected none, since it has no axes"
+                got = f"got no axis of this study; {expected}{did_you_mean(axis, labels)}"
+                problems.append(Problem(("baseline", name), got))
             elif label(value) not in labels[axis]:
                 known, near = ", ".join(labels[axis]), did_you_mean(label(value), labels[axis])
-                told = f"{brief(label(value))} is not on this axis; it has {known}{near}"
-                problems.append(Problem(("baseline", name), told))
+                got = f"got {brief(label(value))}; expected a value of this axis: {known}{near}"
+                problems.append(Problem(("baseline", name), got))
         return problems
 
     def _task_list(self) -> list[tuple[tuple[str | int, ...], Any]]:
@@ -376,7 +379,7 @@ class StudySpec(Options):
 
 
 def label(value: Any) -> str:
-    """What a value of an axis is called.
+    """Return the label of a value of an axis.
 
     >>> label(None), label(25), label(1e9), label({"kind": "layer", "eps": 0.001})
     ('none', '25', '1e+09', 'layer(eps=0.001)')
@@ -398,6 +401,6 @@ def _kind(task: Any) -> str:
 
 
 def _task_labels(tasks: list[Any]) -> list[str]:
-    """The kind of each task, or the function's name; its options too where a kind appears twice."""
+    """Label each task by its kind or its function's name, with its options where a kind appears twice."""
     kinds = [_kind(task) for task in tasks]
     return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]

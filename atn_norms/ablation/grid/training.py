@@ -1,4 +1,4 @@
-"""How a trial is trained, as options."""
+"""Options of the training of a trial."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_CURVE_POINTS = 1_000_000
 
 
 class TrainSpec(Options):
-    """How a trial is trained; None is filled in from the task or the number of steps.
+    """Options of the training of a trial; None is filled in from the task or the number of steps.
 
     | option | meaning | unit, default |
     |---|---|---|
@@ -24,15 +24,15 @@ class TrainSpec(Options):
     | `batch_size` | sequences per step | the task's |
     | `optimizer` | a name of `torch.optim` in lower case, or a mapping with `kind` and torch's options | adam |
     | `schedule` | `constant`, `linear`, `cosine`, `step`, `plateau`, or a mapping with `kind`, `warmup` and more | constant |
-    | `clip_grad_norm` | largest norm of the whole gradient; None does not clip | |
+    | `clip_grad_norm` | largest norm of the whole gradient; None: no clipping | |
     | `eval_every` | steps between validations | a tenth of `steps` |
-    | `patience` | validations in a row without a better score after which training ends; None trains to the end | |
-    | `keep` | which weights are scored at the end: the `last`, or those of the `best` validation | |
-    | `keep_model` | which weights are saved as `model.safetensors`: `best`, `last` or `none`; no part of a trial's identity | those that are scored |
-    | `population_batches` | training batches that renew batch norms' populations before every scoring, 0 for none | |
-    | `divergence_factor` | a training loss this many times the first one is divergence; None: only one that is not finite | |
+    | `patience` | consecutive validations without improvement after which training ends; None: train to the end | |
+    | `keep` | the weights that are scored at the end: the `last`, or those of the `best` validation | |
+    | `keep_model` | the weights that are saved as `model.safetensors`: `best`, `last` or `none`; not part of a trial's identity | as `keep` |
+    | `population_batches` | training batches from which populations are computed before every scoring; 0: none | |
+    | `divergence_factor` | a training loss over this many times the first loss is divergence; None: only a loss that is not finite | |
     | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
-    | `checkpoint_every` | steps a kill may cost at most; no part of a trial's identity | a tenth of `steps` |
+    | `checkpoint_every` | steps between checkpoints; not part of a trial's identity | a tenth of `steps` |
     | `threads` | threads of torch per trial | |
     """  # noqa: E501
 
@@ -70,10 +70,10 @@ class TrainSpec(Options):
         return self
 
     def filled(self, batch_size: int) -> dict[str, Any]:
-        """Every option as JSON, with nothing left to fill in; `batch_size` is the task's."""
+        """Return every option as JSON, all filled in; `batch_size` is the task's default."""
         tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)
         given = self.model_dump(mode="json")
-        if not self.population_batches:  # came late: where it is off, trials are the ones they were without it
+        if not self.population_batches:  # a later option: without it, trials keep their earlier ids
             del given["population_batches"]
         if self.keep_model is None:
             del given["keep_model"]
