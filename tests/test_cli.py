@@ -166,7 +166,10 @@ BAD = [
     ),
     (["ablate", "study.yaml", "--set", "axes.norm=layer"], "--set axes.norm: axes.norm: got 'layer'; expected a list"),
     (["ablate", "study.yaml", "--set", "axes="], "--set axes: axes: got None; expected a mapping"),
-    (["ablate", "study.yaml", "--set", "name=a/b"], "name: must be 1 to 80 letters, digits, blanks and . _ - with"),
+    (
+        ["ablate", "study.yaml", "--set", "name=a/b"],
+        "name: got 'a/b'; expected 1 to 80 letters, digits, blanks and . _ - with",
+    ),
     (["ablate", "study.yaml", "--set", "train.batch_size=9999999"], "of a training set of 40; expected 1 to 40"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: /dev/zero}"], "/dev/zero (a special file)"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: ~no-such-user/x}"], "expected a readable file"),

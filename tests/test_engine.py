@@ -157,7 +157,7 @@ def test_without_dask_one_line_says_what_to_install(study, monkeypatch):
 
 
 def test_arguments_that_cannot_be(study, tmp_path):
-    with pytest.raises(SpecError, match="workers: must be 0"):
+    with pytest.raises(SpecError, match="workers: got -1; expected at least 0"):
         run(study, workers=-1)
     with pytest.raises(StoreError, match="nowhere: no such folder"):
         run(tmp_path / "nowhere")

@@ -43,8 +43,8 @@ def defaults(kind: str) -> dict[str, Any]:
 def resolve(value: Any) -> dict[str, Any]:
     """Fill in the options of an optimizer given by name, or as a mapping with `kind` (by default adam).
 
-    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value of
-    another type than torch's default, and a value that torch rejects.
+    Errors: `pydantic.ValidationError` (a `ValueError`), located at the option, for an unknown kind or option, a value
+    of another type than torch's default, and a value that torch rejects.
 
     >>> resolve({"kind": "sgd", "lr": 0.1})["momentum"]
     0.0
