@@ -1,1 +1,1 @@
-"""Studies that are killed, starved, stopped and damaged; `registry.FAULTS` is what docs/failure-recovery.md shows."""
+"""Fault injection: kill, stop, damage and starve studies. docs/failure-recovery.md lists these faults."""

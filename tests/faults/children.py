@@ -1,4 +1,4 @@
-"""Processes that do a study's work and may die of it: forked in milliseconds from one that has torch loaded already."""
+"""Child processes that run a study and may be killed; forked from a server process that has imported torch."""
 
 import contextlib
 import multiprocessing
@@ -35,10 +35,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: `code` is negative for a signal; `said` is what it returned, or the error as text."""
+    """Exit of a child: `code` is negative for a signal, `result` the return value, `error` the exception as text."""
 
     code: int | None
-    said: Any
+    result: Any
     error: str
 
 
@@ -53,21 +53,21 @@ class Child:
         there.close()
 
     def outcome(self) -> Outcome:
-        """Wait for the end."""
-        told: tuple[Any, str] = (None, "")
+        """Wait until the child ends, and return its outcome."""
+        result: tuple[Any, str] = (None, "")
         with contextlib.suppress(EOFError):
             if self._pipe.poll(PATIENCE):
-                told = self._pipe.recv()
+                result = self._pipe.recv()
         self.process.join(PATIENCE)
         assert self.process.exitcode is not None, "hangs"
-        return Outcome(self.process.exitcode, *told)
+        return Outcome(self.process.exitcode, *result)
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
     def stopped(self) -> bool:
-        """Whether a SIGSTOP has arrived."""
+        """Return True once the process is stopped by SIGSTOP."""
         status = Path(f"/proc/{self.process.pid}/stat").read_text()
         return status.rpartition(")")[2].split()[0] == "T"
 
@@ -93,31 +93,31 @@ def _live(pipe: Any, fault: str | None, target: Callable, arguments: tuple) -> N
     arm(fault)
     try:
         pipe.send((target(*arguments), ""))
-    except BaseException as error:  # noqa: BLE001  whatever it is, the test wants to see it
+    except BaseException as error:  # noqa: BLE001  the test inspects every exception
         pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
 def whole(folder: Path, study: dict[str, Any] = STUDY) -> dict[str, int]:
-    """Lay a study down, or find it, and train all of it: what `atn-norms ablate` does, in one process."""
+    """Create or open a study and train all its trials in one process, like `atn-norms ablate`."""
     record = run(create(study, folder), workers=0)
     return {status: record.count(status) for status in ("done", "failed", "running", "pending")}
 
 
 def failing(folder: Path) -> dict[str, int]:
-    """As `whole`, but every trial raises in its third step."""
+    """Run `whole`, where every trial raises in its third step."""
     advance = trial.Trainer.advance
 
-    def sometimes(trainer: trial.Trainer) -> Any:
+    def fail_at_third_step(trainer: trial.Trainer) -> Any:
         if trainer.step == 2:
             raise ArithmeticError("no third step")
         return advance(trainer)
 
-    trial.Trainer.advance = sometimes  # type: ignore[method-assign]  this process is gone soon
+    trial.Trainer.advance = fail_at_third_step  # type: ignore[method-assign]  the process ends soon
     return whole(folder)
 
 
 def dying_at(folder: Path, step: int) -> None:
-    """As `whole`, but killed after this step."""
+    """Run a study, and kill the process after this step."""
 
     def die(event: Any) -> None:
         if event.kind == "step" and event.step >= step:
@@ -127,15 +127,15 @@ def dying_at(folder: Path, step: int) -> None:
 
 
 def starved(folder: Path, most: int) -> dict[str, int]:
-    """As `whole`, where no file may grow beyond so many bytes."""
+    """Run `whole`, where no file may exceed `most` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     return whole(folder)
 
 
-def stranger(folder: Path) -> None:
-    """As `whole`, by somebody whom the folder does not belong to; the superuser becomes nobody first."""
+def unprivileged(folder: Path) -> None:
+    """Run `whole` as a user without permissions on the folder; root switches to uid 65534 first."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as other:
-        whole(Path(other) / "study")  # all that is loaded late is loaded by those who may
+        whole(Path(other) / "study")  # import late-loaded modules while they are readable
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(65534)
@@ -143,19 +143,19 @@ def stranger(folder: Path) -> None:
     run(folder, workers=0) if folder.exists() else whole(folder)
 
 
-def impatient(silence: float, target: Callable, *arguments: Any) -> Any:
-    """Do something in a process that takes others for gone after so many seconds."""
+def with_short_silence(silence: float, target: Callable, *arguments: Any) -> Any:
+    """Call `target` in a process that considers locks stale after `silence` seconds."""
     locks.SILENCE = silence
     return target(*arguments)
 
 
 def one_trial(folder: Path, identity: str) -> dict[str, str]:
-    """Train one trial as a worker does that no run holds back."""
+    """Train one trial like a worker process."""
     return attempt(StudyFolder(folder).trial(identity), versions(), lambda step: None)
 
 
 def truth(folder: Path) -> dict[str, bytes]:
-    """What must be the same however often a study was killed: everything but times, logs and where it ran."""
+    """Return the files that a kill must not change: all but times, logs and the environment."""
     free = {"run.json", "log.txt", ".lock", "environment.json"}
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in free)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -167,7 +167,7 @@ def identities(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def ready() -> Iterator[None]:
-    """Start the process that children are forked from, with all loaded that they need."""
+    """Start the fork server with all modules preloaded."""
     root = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, before]))
@@ -183,6 +183,6 @@ def ready() -> Iterator[None]:
 
 
 def hold_and_die(path: Path) -> None:
-    """Die with a lock."""
+    """Kill this process while it holds a lock."""
     with locks.hold(Folder(path), "taken"):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the campaigns share: the process that children are forked from, and a study that nothing happened to."""
+"""Fixtures for fault injection: the fork server, and the files of an uninterrupted study."""
 
 import os
 import tempfile
@@ -17,16 +17,16 @@ def _children():
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The files of a study that was left alone."""
+    """Files of a study that ran without a fault."""
     folder = tmp_path_factory.mktemp("undisturbed") / "study"
-    told = children.ended(children.whole, folder)
-    assert told.said == {"done": 1, "failed": 0, "running": 0, "pending": 0}, told
+    outcome = children.ended(children.whole, folder)
+    assert outcome.result == {"done": 1, "failed": 0, "running": 0, "pending": 0}, outcome
     return children.truth(folder)
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder on a file system in memory where there is one: a kill is a kill, and waiting for a disk takes long."""
+    """Temporary folder, in memory where possible: waiting for a disk would slow the tests."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path

@@ -1,4 +1,4 @@
-"""Inject a failure at a named point of the store; as a program: `python -m tests.faults.failing FAULT MODULE ...`."""
+"""Inject a failure at a named point of the store. Usage: `python -m tests.faults.failing FAULT MODULE ...`."""
 
 import errno
 import os
@@ -14,21 +14,21 @@ from atn_norms.ablation.store import failpoints
 def arm(fault: str | None) -> None:
     """Install a fault in this process, `ACTION@POINT` or `ACTION@POINT#TIME`; None removes it.
 
-    | action | effect the first time (or the `TIME`-th) that the point is passed |
+    | action | effect at the first (or `TIME`-th) pass of the point |
     |---|---|
-    | `kill` | the process is gone at once, as by `kill -9` or a loss of power |
-    | `stop` | it stands still until it receives SIGCONT |
-    | `ENOSPC`, `EACCES`, ... | the system refuses with this error |
-    | `trace` | none, but every point is appended to the file that `POINT` names |
+    | `kill` | the process ends at once, as by `kill -9` or a power failure |
+    | `stop` | the process stops until it receives SIGCONT |
+    | `ENOSPC`, `EACCES`, ... | the system call fails with this error |
+    | `trace` | append every point to the file that `POINT` names |
     """
     failpoints.install(_hook(fault) if fault else None)
 
 
 def _hook(fault: str) -> Callable[[str], None]:
-    action, _, rest = fault.partition("@")
+    action, _, target = fault.partition("@")
     if action == "trace":
-        return lambda name: _append(rest, name)
-    match = re.fullmatch(r"([^#]+?)(?:#(\d+))?", rest)
+        return lambda name: _append(target, name)
+    match = re.fullmatch(r"([^#]+?)(?:#(\d+))?", target)
     assert match and (action in ("kill", "stop") or hasattr(errno, action)), fault
     wanted, left = match[1], int(match[2] or 1)
 

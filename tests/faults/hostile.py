@@ -1,4 +1,4 @@
-"""Generate damaged and hostile folders of studies: files of other kinds, links out, odd values, swapped contents."""
+"""Generate damaged study folders: other file types, links to the outside, unusual values, swapped contents."""
 
 import json
 import os
@@ -47,12 +47,12 @@ class Interrupt(BaseException):
 
 
 def finished(folder: Path) -> None:
-    """Make a study whose trials are done."""
+    """Create a study whose trials are done."""
     run(create(STUDY, folder), workers=0)
 
 
 def unfinished(folder: Path) -> None:
-    """Make a study whose first trial is done and whose second one was interrupted after a checkpoint."""
+    """Create a study: the first trial is done, the second was interrupted after a checkpoint."""
 
     def interrupt(event: Any) -> None:
         if event.finished == 1 and event.kind == "step" and event.step == 3:
@@ -63,19 +63,19 @@ def unfinished(folder: Path) -> None:
 
 
 def damage(folder: Path, outside: Path, dice: random.Random) -> str:
-    """Damage one thing in a folder, and return what was done."""
+    """Apply one random damage to a folder, and return its description."""
     trials = folder / "trials"
     is_whole = trials.is_dir() and not trials.is_symlink()
     place = dice.choice([folder, *(sorted(each for each in trials.iterdir() if each.is_dir()) if is_whole else ())])
     name = dice.choice(OF_STUDY if place == folder else OF_TRIAL)
-    how = dice.choice(DAMAGES)
+    damage_file = dice.choice(DAMAGES)
     if (place != folder and place.is_symlink()) or _is_pipe(place / name):
-        return "nothing"  # another damage is here already, and writing would go outside or wait
+        return "nothing"  # an earlier damage is here: writing would leave the folder or block
     with suppress(
         OSError, ValueError, MemoryError, TypeError, LookupError
-    ):  # another damage has changed what this one needs
-        how(place, name, outside, dice)
-    return f"{how.__name__} {place.relative_to(folder) / name}"
+    ):  # an earlier damage removed what this one needs
+        damage_file(place, name, outside, dice)
+    return f"{damage_file.__name__} {place.relative_to(folder) / name}"
 
 
 def _is_pipe(path: Path) -> bool:
@@ -99,7 +99,7 @@ def replace_text(place: Path, name: str, outside: Path, dice: random.Random) -> 
 
 
 def set_value(place: Path, name: str, outside: Path, dice: random.Random) -> None:
-    """Put an odd value somewhere into a JSON file."""
+    """Set a random entry of a JSON file to an unusual value."""
     with suppress(ValueError):
         data = json.loads((place / name).read_bytes())
         inner = data
@@ -113,7 +113,7 @@ def set_value(place: Path, name: str, outside: Path, dice: random.Random) -> Non
 
 
 def swap(place: Path, name: str, outside: Path, dice: random.Random) -> None:
-    """Exchange a file of two trials."""
+    """Swap a file between two trials."""
     first, second = sorted((place if (place / "trials").is_dir() else place.parents[1]).joinpath("trials").iterdir())
     name = dice.choice(OF_TRIAL)
     if (first / name).is_file() and (second / name).is_file():
@@ -144,7 +144,7 @@ def link_device(place: Path, name: str, outside: Path, dice: random.Random) -> N
 
 
 def link_folder(place: Path, name: str, outside: Path, dice: random.Random) -> None:
-    """Move a trial, all trials or the report out, and leave a link."""
+    """Replace a trial, all trials or the report by a link to a folder outside."""
     root = place if (place / "trials").is_dir() else place.parents[1]
     target = dice.choice([root / "trials", root / "report", *(root / "trials").iterdir()])
     _clear(target).symlink_to(outside / "folder")
@@ -157,7 +157,7 @@ def make_pipe(place: Path, name: str, outside: Path, dice: random.Random) -> Non
 def make_socket(place: Path, name: str, outside: Path, dice: random.Random) -> None:
     here = os.getcwd()
     path = _clear(place / name)
-    os.chdir(path.parent)  # the name of a socket is short
+    os.chdir(path.parent)  # socket paths have a length limit
     try:
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(name)
@@ -173,7 +173,7 @@ def make_folder(place: Path, name: str, outside: Path, dice: random.Random) -> N
 
 def make_huge(place: Path, name: str, outside: Path, dice: random.Random) -> None:
     with open(_clear(place / name), "wb") as file:
-        file.truncate(dice.choice([2**31, 2**40]))  # without taking room
+        file.truncate(dice.choice([2**31, 2**40]))  # sparse: takes no disk space
 
 
 def from_the_future(place: Path, name: str, outside: Path, dice: random.Random) -> None:
@@ -185,7 +185,7 @@ def from_the_future(place: Path, name: str, outside: Path, dice: random.Random) 
 
 
 def rename_trial(place: Path, name: str, outside: Path, dice: random.Random) -> None:
-    """Give a trial another id in the resolved study."""
+    """Change the id of a trial in the resolved study."""
     root = place if (place / "trials").is_dir() else place.parents[1]
     data = json.loads((root / "study.resolved.json").read_bytes())
     odd = [str(outside / "made"), "../../made", "..", ".", "", "0" * 16, "a/b", "\0", 3, None]

@@ -1,4 +1,4 @@
-"""Programs that run beside the test, each in a session of its own, and what is left of them."""
+"""Subprocesses that run during a test, each in a separate session that is killed at the end."""
 
 import contextlib
 import os
@@ -14,38 +14,38 @@ ROOT = Path(__file__).parents[2]
 
 
 class Program:
-    """`python -m ...`, with all its output in a file; what is left of it is killed at the end of a `with`."""
+    """Subprocess `python -m ...` with its output in a file; leaving the context kills its session."""
 
-    def __init__(self, arguments: Sequence[str | Path], folder: Path, **surroundings: str) -> None:
+    def __init__(self, arguments: Sequence[str | Path], folder: Path, **environment: str) -> None:
         folder.mkdir(exist_ok=True)
-        self.said = folder / "said.txt"
+        self.log = folder / "output.txt"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with open(self.said, "w") as output:
+        with open(self.log, "w") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *map(str, arguments)],
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **surroundings},
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # jobs in the background of a shell would ignore Ctrl-C
+                start_new_session=True,  # background jobs of a shell ignore Ctrl-C
             )
 
     def output(self) -> str:
-        return self.said.read_text()
+        return self.log.read_text()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def everybody(self, number: int) -> None:
-        """Send a signal to the program and all it started, as a terminal does."""
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the whole process group, as a terminal does."""
         os.killpg(self.process.pid, number)
 
     def ends(self) -> int:
         return self.process.wait(PATIENCE)
 
     def members(self) -> list[int]:
-        """The processes of its session that are still there."""
+        """Return the running processes of the session."""
         return [pid for pid, session, state in _processes() if session == self.process.pid and state != "Z"]
 
     def __enter__(self) -> "Program":

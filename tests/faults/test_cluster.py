@@ -1,4 +1,4 @@
-"""A scheduler and workers that stand for several machines, some of which die, stand still, or come later."""
+"""A scheduler and workers that simulate several machines; some are killed, stopped, or join later."""
 
 import json
 import signal
@@ -18,17 +18,17 @@ from tests.waiting import PATIENCE, until
 
 STUDY = {
     **children.STUDY,
-    "model": {"cell": "rnn", "hidden_size": 3, "backend": "reference"},  # slow enough to be killed at it
+    "model": {"cell": "rnn", "hidden_size": 3, "backend": "reference"},  # slow enough to be killed while training
     "train": {**children.STUDY["train"], "steps": 800, "log_every": 80, "eval_every": 400, "checkpoint_every": 80},
     "axes": {"norm": ["none", "layer"]},
     "seeds": 2,
 }
-QUIET = "6"  # seconds of silence after which a machine counts as gone here
-TRAINS = "atn_norms.ablation.execution.trial"  # imported before a worker starts: it may take more than `QUIET` seconds
+QUIET = "6"  # seconds without a heartbeat after which a machine is considered lost
+TRAINS = "atn_norms.ablation.execution.trial"  # imported before a worker starts: may take over `QUIET` seconds
 
 
 class Machines:
-    """Processes with folders of their own that only share the study's; `with` ends them all."""
+    """Processes with separate folders that share only the study; leaving the context ends them."""
 
     def __init__(self, place):
         self.place, self.programs = place, {}
@@ -76,28 +76,28 @@ def truth(tmp_path_factory):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def with_short_silence(monkeypatch):
     monkeypatch.setattr(locks, "SILENCE", float(QUIET))
     monkeypatch.setattr(cluster, "PING", 4.0)
     monkeypatch.setattr(events, "RETRY", 0.5)
 
 
 def trained_by(folder):
-    """Which processes have begun a trial."""
+    """Return the processes that have started a trial."""
     return {trial.run["process"] for trial in load(folder).trials if trial.run}
 
 
 @fault(
-    "a cluster at work: one worker machine killed, one stopped (SIGSTOP) until the study is done, two new ones",
-    "the trials of both go on elsewhere from their checkpoints; the stopped one lets go when it wakes; identical",
+    "a training cluster: one worker machine killed, one stopped (SIGSTOP) until the study is done, two added",
+    "other workers continue both trials from checkpoints; the stopped one drops its trial when it wakes; identical",
 )
 @pytest.mark.deep
-def test_machines_come_and_go(machines, place, truth, impatient):
+def test_machines_leave_and_join(machines, place, truth, with_short_silence):
     folder = create(STUDY, place / "study")
     dies, stops = machines.worker("dies"), machines.worker("stops")
-    told = []
+    events = []
     with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(run, folder, scheduler=machines.address, on_event=told.append)
+        done = thread.submit(run, folder, scheduler=machines.address, on_event=events.append)
         assert until(lambda: {dies.process.pid, stops.process.pid} <= trained_by(folder) or done.done())
         dies.signal(signal.SIGKILL)
         stops.signal(signal.SIGSTOP)
@@ -106,16 +106,16 @@ def test_machines_come_and_go(machines, place, truth, impatient):
         record = done.result(PATIENCE)
     stops.signal(signal.SIGCONT)
     assert record.count("done") == 4, [trial.error for trial in record.trials]
-    assert len([event for event in told if event.kind == "done"]) == 4
+    assert len([event for event in events if event.kind == "done"]) == 4
     assert any((trial.run or {}).get("attempts", 0) > 1 for trial in record.trials)
     assert until(lambda: stops.process.poll() is not None), "a worker that its scheduler has dropped ends"
     run(folder, workers=0)
     assert children.truth(folder) == truth
 
 
-@fault("every worker of a cluster gone", "waits for new ones, at most 10 minutes, then says so; what is done is kept")
+@fault("all workers of a cluster lost", "waits up to 10 minutes for new workers, then raises; finished trials are kept")
 @pytest.mark.deep
-def test_a_deserted_cluster(machines, place, truth, impatient, monkeypatch):
+def test_a_cluster_without_workers(machines, place, truth, with_short_silence, monkeypatch):
     monkeypatch.setattr(cluster, "DESERTED", 5.0)
     folder = create(STUDY, place / "study")
     worker = machines.worker("one")
@@ -129,10 +129,10 @@ def test_a_deserted_cluster(machines, place, truth, impatient, monkeypatch):
     assert children.truth(folder) == truth
 
 
-@fault("the scheduler killed, or stopped", "an error in one sentence; resumed, identical")
+@fault("the scheduler killed, or stopped", "one error message; resumed, identical")
 @pytest.mark.deep
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_scheduler_lost(number, machines, place, truth, impatient, monkeypatch):
+def test_a_lost_scheduler(number, machines, place, truth, with_short_silence, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 3.0)
     folder = create(STUDY, place / "study")
     worker = machines.worker("one")
@@ -143,16 +143,16 @@ def test_a_scheduler_lost(number, machines, place, truth, impatient, monkeypatch
         with pytest.raises(SpecError, match="what is finished is kept"):
             done.result(PATIENCE)
     machines.scheduler.signal(signal.SIGCONT)
-    assert ended(children.impatient, 3.0, children.whole, folder, STUDY).error == ""
+    assert ended(children.with_short_silence, 3.0, children.whole, folder, STUDY).error == ""
     assert children.truth(folder) == truth
 
 
 @fault(
     "the run killed while a cluster trains for it",
-    "the workers finish what they have in hand; resumed, that is waited for and seen; identical",
+    "the workers finish their current trials; a resumed run waits for these results; identical",
 )
 @pytest.mark.deep
-def test_a_run_killed_while_a_cluster_works_for_it(machines, place, truth):
+def test_a_run_killed_while_a_cluster_trains(machines, place, truth):
     folder = create(STUDY, place / "study")
     worker = machines.worker("one")
     driver = Program(["atn_norms", "resume", folder, "--scheduler", machines.address], place / "work" / "driver")
@@ -160,24 +160,24 @@ def test_a_run_killed_while_a_cluster_works_for_it(machines, place, truth):
     assert until(lambda: worker.process.pid in trained_by(folder) or driver.process.poll() is not None)
     driver.signal(signal.SIGKILL)
     driver.ends()
-    told = []
-    record = run(folder, scheduler=machines.address, on_event=told.append)
+    events = []
+    record = run(folder, scheduler=machines.address, on_event=events.append)
     assert record.count("done") == 4
     assert children.truth(folder) == truth
 
 
 @fault(
     "Ctrl-C to a run while a cluster trains for it",
-    "the workers stop within seconds and are free for others; resumed, identical",
+    "the workers stop within seconds and accept other work; resumed, identical",
 )
 @pytest.mark.deep
-def test_a_run_interrupted_while_a_cluster_works_for_it(machines, place, truth):
+def test_a_run_interrupted_while_a_cluster_trains(machines, place, truth):
     folder = create(STUDY, place / "study")
     worker = machines.worker("one")
     driver = Program(["atn_norms", "resume", folder, "--scheduler", machines.address], place / "work" / "driver")
     machines.programs["driver"] = driver
     assert until(lambda: worker.process.pid in trained_by(folder) or driver.process.poll() is not None)
-    driver.everybody(signal.SIGINT)
+    driver.signal_group(signal.SIGINT)
     assert driver.ends() == 130, driver.output()
     assert f"To go on: atn-norms resume {folder}" in driver.output()
     assert until(lambda: load(folder).count("running") == 0, limit=15)

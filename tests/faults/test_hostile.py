@@ -1,4 +1,4 @@
-"""A damaged or hostile folder: one clear message, nothing outside, no hang, and no wrong result."""
+"""Damaged and hostile study folders: one clear message, no access outside, no hang, no wrong result."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from tests.faults.registry import fault
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A finished and an unfinished study, and the results of an undisturbed one."""
+    """Folders of a finished and an unfinished study."""
     place = tmp_path_factory.mktemp("bases")
     hostile.finished(place / "finished")
     hostile.unfinished(place / "unfinished")
@@ -36,8 +36,8 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """A lock of another machine is free after half a second of silence, not after two minutes."""
+def with_short_silence(monkeypatch):
+    """Free a lock of another machine after half a second without a heartbeat, instead of two minutes."""
     monkeypatch.setattr(locks, "SILENCE", 0.5)
     monkeypatch.setattr(events, "RETRY", 0.1)
     monkeypatch.setattr(engine, "POLL", 0.05)
@@ -50,7 +50,7 @@ def study(bases, tmp_path):
 
 @pytest.fixture
 def interrupted(bases, tmp_path):
-    """The unfinished trial of an interrupted study; its checkpoint is at step 3."""
+    """Return the unfinished trial of an interrupted study; its checkpoint is at step 3."""
     folder = shutil.copytree(bases / "unfinished", tmp_path / "study")
     (path,) = folder.glob("trials/*/checkpoint.pt")
     return StudyFolder(folder).trial(path.parent.name)
@@ -58,7 +58,7 @@ def interrupted(bases, tmp_path):
 
 @pytest.fixture
 def outside(tmp_path):
-    """What a study must not touch."""
+    """Folder with files that a study must not change."""
     folder = tmp_path / "outside"
     (folder / "folder").mkdir(parents=True)
     (folder / "precious.txt").write_text("years of work")
@@ -93,7 +93,7 @@ def truth(folder):
 
 
 def outcome(action, folder):
-    """Return the error of an action, empty where there is none; anything but one clear message fails."""
+    """Return the error message of an action, or an empty string; fail unless it is one clear message."""
     try:
         with within(60):
             action()
@@ -126,37 +126,37 @@ def campaign(bases, place, seeds):
         before = tree(outside)
         try:
             actions = (lambda f=folder: status(f), lambda f=folder: load(f), lambda f=folder: resume(f, workers=0))
-            told = [outcome(action, folder) for action in actions]
-            if not told[-1]:
+            messages = [outcome(action, folder) for action in actions]
+            if not messages[-1]:
                 check_scores(folder)
                 same_results = truth(folder) == wanted
                 assert same_results or any("result.json" in each or "swap" in each for each in done), "other results"
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {done}: {type(error).__name__}: {error}") from error
         assert tree(outside) == before and sorted(os.listdir(here)) == ["outside", "study"], (seed, done)
-        counts["named" if told[-1] else "continued"] += 1
+        counts["named" if messages[-1] else "continued"] += 1
         shutil.rmtree(here)
     return counts
 
 
 @fault(
-    "a folder damaged or prepared by somebody: links, pipes, devices, odd values, swapped files; 40 generated ones",
-    "one message that names the file, or the same results; nothing outside is touched, nothing hangs",
+    "a damaged or malicious folder: links, pipes, devices, unusual values, swapped files; 40 generated folders",
+    "one message that names the file, or the same results; no change outside the folder, no hang",
 )
-def test_generated_folders(bases, tmp_path, impatient):
+def test_generated_folders(bases, tmp_path, with_short_silence):
     counts = campaign(bases, tmp_path, range(40))
     assert counts["named"] >= 10 and counts["continued"] >= 5, counts
 
 
 @pytest.mark.deep
-def test_many_generated_folders(bases, tmp_path, impatient, record_property):
+def test_many_generated_folders(bases, tmp_path, with_short_silence, record_property):
     counts = campaign(bases, tmp_path, range(1000, 1600))
     print(f"\n600 generated folders: {dict(counts)}")
     record_property("folders", dict(counts))
     assert sum(counts.values()) == 600 and counts["named"] >= 100 and counts["continued"] >= 100, counts
 
 
-@fault("a checkpoint of another trial put in place", "set aside and named in the log; the trial starts over; identical")
+@fault("a checkpoint of another trial", "renamed and named in the log; the trial starts over; identical")
 @pytest.mark.parametrize("with_curve", [False, True])
 def test_a_checkpoint_of_another_trial(interrupted, bases, tmp_path, with_curve):
     other = create({**STUDY, "seeds": [7], "axes": {"norm": ["layer"]}}, tmp_path / "other")
@@ -179,8 +179,8 @@ def interrupt_at(step):
     return see
 
 
-def test_a_checkpoint_before_the_first_line_of_another_trial(interrupted, tmp_path, bases):
-    """The mark of an empty curve fits every trial, the id does not."""
+def test_a_checkpoint_of_another_trial_with_an_empty_curve(interrupted, tmp_path, bases):
+    """An empty curve matches every trial; the id does not."""
     other = create({**STUDY, "seeds": [7], "axes": {"norm": ["layer"]}}, tmp_path / "other")
     theirs = StudyFolder(other).trial(load(other).trials[0].id)
     trainer = Trainer(theirs.trial())
@@ -192,16 +192,18 @@ def test_a_checkpoint_before_the_first_line_of_another_trial(interrupted, tmp_pa
 
 
 FOREIGN = {
-    "a part missing": lambda state: state.pop("since"),
-    "a part more": lambda state: state.update(more=1),
+    "a missing entry": lambda state: state.pop("since"),
+    "an extra entry": lambda state: state.update(more=1),
     "other shapes": lambda state: state.update(model={k: torch.zeros(1) for k in state["model"]}),
     "a bad generator": lambda state: state.update(random=torch.zeros(3)),
     "far beyond the end": lambda state: state.update(step=10**9),
     "true for a step": lambda state: state.update(step=True),
     "no number": lambda state: state.update(summed=float("nan")),
     "other options": lambda state: state["optimizer"]["param_groups"][0].update(betas=(0.1, 0.1)),
-    "weights kept of another model": lambda state: state.update(kept={"x": torch.zeros(2)}),
-    "another optimizer's state": lambda state: [each.update(square_avg=torch.zeros(99)) for each in moments(state)],
+    "best weights of another model": lambda state: state.update(kept={"x": torch.zeros(2)}),
+    "the state of another optimizer": lambda state: [
+        each.update(square_avg=torch.zeros(99)) for each in moments(state)
+    ],
 }
 
 
@@ -209,7 +211,7 @@ def moments(state):
     return list(state["optimizer"]["state"].values())
 
 
-@fault("a checkpoint signed anew around a foreign state", "set aside and named in the log; identical")
+@fault("a foreign state with a valid checksum as checkpoint", "renamed and named in the log; identical")
 @pytest.mark.parametrize("change", FOREIGN)
 def test_a_checkpoint_with_a_foreign_state(interrupted, bases, change):
     state, mark = checkpoints.unpack(interrupted.id, (interrupted.path / "checkpoint.pt").read_bytes())
@@ -221,11 +223,11 @@ def test_a_checkpoint_with_a_foreign_state(interrupted, bases, change):
         "checkpoint.pt cannot be used and is now checkpoint.rejected.pt" in (interrupted.path / "log.txt").read_text()
     )
     assert truth(interrupted.path.parents[1]) == truth(bases / "finished")
-    assert not list(interrupted.path.glob("*.pt")), "a finished trial keeps none"
+    assert not list(interrupted.path.glob("*.pt")), "a finished trial keeps no checkpoint"
 
 
 @pytest.mark.parametrize("state", [[1, 2], {"state": [1]}, {"state": {}, "metrics": 0}, {"state": {}, "trial": "x"}])
-def test_a_signed_archive_that_is_no_checkpoint(interrupted, state):
+def test_a_valid_archive_that_is_not_a_checkpoint(interrupted, state):
     import io
 
     buffer = io.BytesIO()
@@ -244,7 +246,7 @@ def test_a_signed_archive_that_is_no_checkpoint(interrupted, state):
         (lambda trial: trial["train"].update(threads=100_000), "trial.json: damaged: train.threads: "),
     ],
 )
-def test_a_trial_whose_content_is_not_what_its_id_names(study, change, message):
+def test_a_trial_whose_content_does_not_match_its_id(study, change, message):
     (path, *_) = sorted(study.glob("trials/*/trial.json"))
     trial = json.loads(path.read_text())
     change(trial)
@@ -260,7 +262,7 @@ def test_a_trial_whose_content_is_not_what_its_id_names(study, change, message):
      '{"mean squared error": 1' + "0" * 400 + "}", '{"mean squared error": Infinity}', "{}", "[]",
      '{"mean squared error": ' + "1" * 5001 + "}"],
 )  # fmt: skip
-def test_a_score_that_is_no_number_is_no_result(study, metrics):
+def test_a_score_that_is_not_a_number_is_rejected(study, metrics):
     (path, *_) = sorted(study.glob("trials/*/result.json"))
     result = json.loads(path.read_text())
     result["metrics"]["test"] = "HERE"
@@ -272,7 +274,7 @@ def test_a_score_that_is_no_number_is_no_result(study, metrics):
 
 
 @pytest.mark.parametrize("step", ["5", "true", "-1", "1e3", "1" + "0" * 400])
-def test_a_step_beyond_the_trial_is_no_result(study, step):
+def test_a_step_beyond_the_trial_is_rejected(study, step):
     (path, *_) = sorted(study.glob("trials/*/result.json"))
     result = json.loads(path.read_text())
     path.write_text(json.dumps({**result, "step": "HERE"}).replace('"HERE"', step))
@@ -313,7 +315,7 @@ def test_a_linked_folder_inside_a_study_is_not_followed(study, outside, name):
 @pytest.mark.parametrize(
     "identity", ["/abs/x", "../../x", "..", ".", "", "0" * 15, "0" * 17, "A" * 16, "g" * 16, "a\n"]
 )
-def test_an_id_is_hexadecimal_digits_at_every_door(study, identity):
+def test_an_id_must_be_hexadecimal_digits(study, identity):
     with pytest.raises(StoreError, match="expected 16 hexadecimal digits"):
         StudyFolder(study).trial(identity)
     path = study / "study.resolved.json"
@@ -344,8 +346,8 @@ def test_a_file_that_is_too_large_is_not_read(study, name):
     assert f"{path}: got a file of over" in outcome(lambda: load(study), study)
 
 
-def test_a_long_curve_is_read_from_its_end(interrupted, monkeypatch):
-    """A curve of 1 GB: its beginning, which is not JSON, is not even looked at."""
+def test_only_the_end_of_a_long_curve_is_read(interrupted, monkeypatch):
+    """Read only the end of a curve of 1 GB: its first line is not JSON and must not be parsed."""
     line = b'{"step":3,"train_loss":0.5,"validation":null}\n'
     with open(interrupted.path / "metrics.jsonl", "wb") as file:
         file.truncate(10**9)
@@ -389,7 +391,7 @@ def test_a_working_directory_that_is_removed_while_a_study_runs(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_lock_from_the_future_is_held_for_the_usual_silence(tmp_path, monkeypatch):
+def test_a_lock_with_a_future_heartbeat_becomes_stale_as_usual(tmp_path, monkeypatch):
     folder = Folder(tmp_path)
     hostile.from_the_future(tmp_path, "", tmp_path, random.Random(2))
     monkeypatch.setattr(locks, "SILENCE", 0.3)
@@ -402,7 +404,7 @@ def test_a_lock_from_the_future_is_held_for_the_usual_silence(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "text", ['{"holder": "x", "machine": "m", "beat": 1}', '{"holder": 3}', "x", '{"beat": 1' + "0" * 400 + "}"]
 )
-def test_an_odd_holder_in_a_lock_is_nobody(study, text):
+def test_an_invalid_holder_of_a_lock_is_ignored(study, text):
     (study / ".lock").write_text(text)
     assert run(study, workers=0).count("done") == 2
 
@@ -434,7 +436,7 @@ def test_a_path_that_cannot_be_a_folder(tmp_path, monkeypatch, path, message):
 
 
 @pytest.mark.parametrize("text", hostile.TEXTS)
-def test_a_damaged_file_is_named_whatever_is_in_it(study, text):
+def test_an_error_names_the_damaged_file(study, text):
     for path in [study / "study.resolved.json", *list(study.glob("trials/*/trial.json"))[:1]]:
         content = path.read_bytes()
         path.write_bytes(text)

@@ -1,8 +1,9 @@
-"""Kills between steps and at random moments: weights, losses and results stay the same, bit for bit."""
+"""Kill a study between steps and at random moments: weights, losses and results are bit-identical."""
 
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ STEPS = STUDY["train"]["steps"]
 
 
 def last_state(folder):
-    """The last checkpoint of a study's only trial, which is killed when it is about to declare itself done."""
+    """Return the last checkpoint of a study's only trial, which is killed before it records its result."""
     create(STUDY, folder)
     assert ended(children.whole, folder, fault="kill@result.json:begin").code == -signal.SIGKILL
     (path,) = folder.glob("trials/*/checkpoint.pt")
@@ -35,14 +36,15 @@ def test_killed_after_every_step(every, place, undisturbed):
     compare(last_state(killed), state, tolerance=0)
     assert ended(children.whole, killed).error == ""
     ours, theirs = children.truth(killed), dict(undisturbed)
-    for files in (ours, theirs):  # which say how often to checkpoint
+    for files in (ours, theirs):  # they contain the checkpoint interval
         for name in [name for name in files if name.endswith(("trial.json", ".yaml", "resolved.json"))]:
             del files[name]
-    assert ours == theirs and len(ours) == 2
+    assert ours == theirs
+    assert {Path(name).name for name in ours} == {"metrics.jsonl", "model.safetensors", "result.json"}
 
 
 def kill_at_random(place, kills, seed):
-    """A study, killed so often at random moments, and begun anew where it was done before that."""
+    """Kill a study repeatedly at random moments; restart it where it finished before the kill."""
     dice = random.Random(seed)
     study = {**STUDY, "axes": {"norm": ["layer", "rms", "none"]}, "train": {**STUDY["train"], "steps": 60}}
     assert ended(children.whole, place / "undisturbed", study).error == ""
@@ -56,33 +58,33 @@ def kill_at_random(place, kills, seed):
         if len(list(folders[-1].glob("trials/*/result.json"))) == 3:
             folders.append(place / str(len(folders)))
     for folder in folders:
-        assert ended(children.whole, folder, study).said["done"] == 3
+        assert ended(children.whole, folder, study).result["done"] == 3
         assert children.truth(folder) == truth
 
 
-@fault("10 SIGKILLs at random moments, one after the other; 100 in the long run", "identical")
+@fault("10 SIGKILLs in sequence at random moments; 100 in the extended tests", "identical")
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.deep)])
 def test_killed_at_random(kills, place):
     kill_at_random(place, kills, seed=kills)
 
 
-@fault("two runs started on one folder at once", "one trains, the other says so and ends; identical")
+@fault("two runs started at once on one folder", "one trains, the other exits with an error; identical")
 def test_two_runs_at_once(place, undisturbed):
     for number in range(3):
         folder = place / str(number)
         with Child(children.whole, folder) as one, Child(children.whole, folder) as other:
-            told = [one.outcome(), other.outcome()]
-        refused = [each.error for each in told if each.error]
+            outcomes = [one.outcome(), other.outcome()]
+        refused = [each.error for each in outcomes if each.error]
         assert len(refused) <= 1 and all("another run is at work on this study" in each for each in refused)
         assert children.truth(folder) == undisturbed
 
 
-@fault("a run refused for another, both of which found no folder", "it removes nothing of the other's; identical")
-def test_the_one_refused_removes_nothing(place, undisturbed):
+@fault("two runs that both create the folder", "the rejected run removes no file of the other; identical")
+def test_a_rejected_run_removes_nothing(place, undisturbed):
     folder = place / "above" / "study"
     with Child(children.whole, folder, fault="stop@.lock:begin") as late:
         late.stands_still()
-        with Child(children.whole, folder, fault="stop@.lock:told") as first:
+        with Child(children.whole, folder, fault="stop@.lock:outcomes") as first:
             first.stands_still()
             late.signal(signal.SIGCONT)
             assert "another run is at work on this study" in late.outcome().error
@@ -92,13 +94,13 @@ def test_the_one_refused_removes_nothing(place, undisturbed):
     assert children.truth(folder) == undisturbed
 
 
-@fault("four processes that want the same trial", "one trains it, the others say that it is taken; identical")
-def test_one_trial_wanted_by_many(place, undisturbed):
+@fault("four processes that claim the same trial", "one trains it, the others report it as busy; identical")
+def test_one_trial_claimed_by_many(place, undisturbed):
     folder = place / "study"
     create(STUDY, folder)
     (identity,) = children.identities(folder)
     many = [Child(children.one_trial, folder, identity) for _ in range(4)]
-    told = [child.outcome().said for child in many]
-    assert all(each == {} or "is being trained by another process" in each["busy"] for each in told), told
-    assert {} in told
+    outcomes = [child.outcome().result for child in many]
+    assert all(each == {} or "is being trained by another process" in each["busy"] for each in outcomes), outcomes
+    assert {} in outcomes
     assert children.truth(folder) == undisturbed

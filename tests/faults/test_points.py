@@ -1,4 +1,4 @@
-"""Every named point of the writing: killed there, a study ends as if nothing had been."""
+"""Kill a study at every named point of its writes: the resumed study is identical."""
 
 import shutil
 import signal
@@ -16,7 +16,7 @@ WRITTEN = (
 )  # fmt: skip
 POINTS = [
     "folder:made",
-    *(f".lock:{stage}" for stage in ("begin", "taken", "told", "ended")),
+    *(f".lock:{stage}" for stage in ("begin", "taken", "written", "ended")),
     *(f"log.txt:{stage}" for stage in ("add", "added")),
     *(f"{name}:{stage}" for name in WRITTEN for stage in WRITES),
     *(f"metrics.jsonl:{stage}" for stage in ("cut", "shortened", "add", "added", "sync", "marked")),
@@ -26,8 +26,8 @@ OF_FAILURE = [f"error.json:{stage}" for stage in WRITES]
 OF_RECOVERY = [f"error.json:{stage}" for stage in ("remove", "removed")]
 
 
-def passed(target, place, folder=None):
-    """The points that a study passes, as often as it does."""
+def passes(target, place, folder=None):
+    """Return the points that a study passes, repeats included."""
     seen = place / f"{target.__name__}.txt"
     seen.unlink(missing_ok=True)
     assert ended(target, folder or place / target.__name__, fault=f"trace@{seen}").error == ""
@@ -35,9 +35,9 @@ def passed(target, place, folder=None):
 
 
 def test_the_list_is_complete(place):
-    assert set(passed(children.whole, place)) == set(POINTS)
-    assert set(passed(children.failing, place)) >= set(OF_FAILURE)
-    assert set(passed(children.whole, place, place / "failing")) >= set(OF_RECOVERY)
+    assert set(passes(children.whole, place)) == set(POINTS)
+    assert set(passes(children.failing, place)) >= set(OF_FAILURE)
+    assert set(passes(children.whole, place, place / "failing")) >= set(OF_RECOVERY)
 
 
 @fault("the process killed at any of the named points: before and after each write, fsync, rename", "identical")
@@ -45,23 +45,23 @@ def test_the_list_is_complete(place):
 def test_killed_at_a_point(point, place, undisturbed):
     folder = place / "study"
     if point in OF_RECOVERY:
-        assert ended(children.failing, folder).said["failed"] == 1
+        assert ended(children.failing, folder).result["failed"] == 1
     target = children.failing if point in OF_FAILURE else children.whole
     assert ended(target, folder, fault=f"kill@{point}").code == -signal.SIGKILL
-    told = ended(children.whole, folder)
-    assert (told.error, told.said["done"]) == ("", 1)
+    outcome = ended(children.whole, folder)
+    assert (outcome.error, outcome.result["done"]) == ("", 1)
     assert children.truth(folder) == undisturbed
 
 
 @pytest.mark.deep
 def test_killed_at_every_passing_of_every_point(place, undisturbed):
-    points = passed(children.whole, place)
+    points = passes(children.whole, place)
     assert len(points) > 60
     for number, point in enumerate(points):
         folder = place / str(number)
         time = points[: number + 1].count(point)
         assert ended(children.whole, folder / "study", fault=f"kill@{point}#{time}").code == -signal.SIGKILL
-        ended(children.whole, folder / "study", fault="kill@metrics.jsonl:shortened")  # and while it recovers
+        ended(children.whole, folder / "study", fault="kill@metrics.jsonl:shortened")  # and again during recovery
         assert ended(children.whole, folder / "study").error == ""
         assert children.truth(folder / "study") == undisturbed, (point, time)
         shutil.rmtree(folder)

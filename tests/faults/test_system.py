@@ -1,4 +1,4 @@
-"""A system that refuses: a full disk, no permission, any error at any point; and files that came back damaged."""
+"""System errors: a full disk, missing permissions, any error at any point, truncated and corrupted files."""
 
 import os
 import re
@@ -20,46 +20,46 @@ REFUSED = ["metrics.jsonl:add", "checkpoint.pt:written", "checkpoint.pt:synced",
 
 @fault(
     "the disk full: no file may grow beyond 0, 100, ... 6000 bytes (RLIMIT_FSIZE)",
-    "an error that names the file; once there is room, identical",
+    "an error that names the file; identical once there is space",
 )
 @pytest.mark.parametrize("most", SIZES)
 def test_a_full_disk(most, place, undisturbed):
     folder = place / "study"
-    told = ended(children.starved, folder, most)
-    assert re.fullmatch(rf"StoreError: cannot (write|lock) {folder}\S*: File too large", told.error), told
+    outcome = ended(children.starved, folder, most)
+    assert re.fullmatch(rf"StoreError: cannot (write|lock) {folder}\S*: File too large", outcome.error), outcome
     if most == 0:
-        assert not folder.exists(), "what could not even be locked is not left behind"
+        assert not folder.exists(), "a folder that cannot be locked is not left behind"
     if folder.exists() and (folder / "study.resolved.json").exists():
-        assert load(folder).count("failed") == 0, "nothing is blamed on a trial"
+        assert load(folder).count("failed") == 0, "no trial is recorded as failed"
     assert ended(children.whole, folder).error == ""
     assert children.truth(folder) == undisturbed
 
 
-def refused(point, error, place, truth):
+def check_system_error(point, error, place, truth):
     folder = place / "study"
-    told = ended(children.whole, folder, fault=f"{error}@{point}")
+    outcome = ended(children.whole, folder, fault=f"{error}@{point}")
     name = "Permission denied" if error == "EACCES" else "No space left on device"
-    if told.error:
-        assert re.fullmatch(rf"StoreError: cannot [a-z ]+ {folder}\S*: {name}", told.error), told
+    if outcome.error:
+        assert re.fullmatch(rf"StoreError: cannot [a-z ]+ {folder}\S*: {name}", outcome.error), outcome
     else:
-        assert point in (".lock:ended",), "the only one that may be missed"
+        assert point in (".lock:ended",), "the only point whose error may be ignored"
     assert ended(children.whole, folder).error == ""
     assert children.truth(folder) == truth
 
 
 @fault(
-    "the system refuses, no room or no permission, at any of the named points",
+    "a system error, no space or no permission, at any of the named points",
     "an error that names the file; then identical",
 )
 @pytest.mark.parametrize("point", REFUSED)
-def test_the_system_refuses_at_a_point(point, place, undisturbed):
-    refused(point, "ENOSPC", place, undisturbed)
+def test_a_system_error_at_a_point(point, place, undisturbed):
+    check_system_error(point, "ENOSPC", place, undisturbed)
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("point", POINTS)
-def test_the_system_refuses_at_any_point(point, place, undisturbed):
-    refused(point, "EACCES", place, undisturbed)
+def test_a_system_error_at_any_point(point, place, undisturbed):
+    check_system_error(point, "EACCES", place, undisturbed)
 
 
 @fault("a folder without permission to write, or to read", "an error that names the file; with permission, identical")
@@ -87,15 +87,15 @@ def test_a_folder_without_permission(where, mode, message, place, undisturbed):
         path.chmod(0o777 if path.is_dir() else 0o666)
     before = stat.S_IMODE(target.stat().st_mode)
     target.chmod(mode)
-    told = ended(children.stranger, folder)
+    outcome = ended(children.unprivileged, folder)
     target.chmod(before)
-    assert told.error == "StoreError: " + message.format(study=folder, trial=trial)
+    assert outcome.error == "StoreError: " + message.format(study=folder, trial=trial)
     assert ended(children.whole, folder).error == ""
     assert children.truth(folder) == undisturbed
 
 
 def cut_everywhere(path, step):
-    """Cut a file to every length that is shorter, and put it back in the end."""
+    """Truncate a file to every shorter length, then restore it."""
     content = path.read_bytes()
     lengths = sorted({*range(0, len(content), step), *range(max(0, len(content) - 20), len(content))})
     assert lengths
@@ -109,23 +109,23 @@ FILES = ["trial.json", "result.json", "metrics.jsonl", "run.json", "study.resolv
 
 
 def read(folder, path, before):
-    """Read a study with a damaged file, and run it: both say the same of it."""
+    """Read and run a study with a damaged file: both give the same error."""
     try:
         trials = load(folder).trials
     except StoreError as error:
-        told = str(error)
+        message = str(error)
     else:
         assert [(each.result, each.curve) for each in trials] == [(each.result, each.curve) for each in before]
         run(folder, workers=0)
         return "the same"
-    assert str(path) in told and ("damaged" in told or "another" in told), told
+    assert str(path) in message and ("damaged" in message or "another" in message), message
     with pytest.raises(StoreError, match=re.escape(str(path))):
         run(folder, workers=0)
     return "named"
 
 
 def truncated(name, folder, step):
-    """Cut a file of a finished study everywhere: it reads as before, or is named."""
+    """Truncate a file of a finished study at every byte: the study reads as before, or the error names the file."""
     ended(children.whole, folder)
     (path,) = folder.rglob(name)
     before, truth = load(folder).trials, children.truth(folder)
@@ -137,18 +137,18 @@ def truncated(name, folder, step):
 
 
 @fault(
-    "any file of a finished study cut off, at any byte",
-    "read as before where nothing that counts is lost (the last line break; times), else an error that names the file",
+    "any file of a finished study truncated at any byte",
+    "reads as before where only a line break or times are lost, else an error that names the file",
 )
 @pytest.mark.parametrize("name", FILES)
-def test_a_finished_study_with_a_file_cut_off(name, place):
+def test_a_finished_study_with_a_truncated_file(name, place):
     outcomes = truncated(name, place / "study", step=1 if name == "metrics.jsonl" else 23)
     assert outcomes == {"run.json": {"the same"}, "metrics.jsonl": {"named"}}.get(name, {"named", "the same"})
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("name", FILES)
-def test_a_finished_study_with_a_file_cut_off_at_every_byte(name, place):
+def test_a_finished_study_with_a_file_truncated_at_every_byte(name, place):
     truncated(name, place / "study", step=1)
 
 
@@ -159,8 +159,8 @@ def unfinished(folder, step=5):
     return StudyFolder(folder).trial(identity)
 
 
-def goes_on(folder, trial, name, step, truth):
-    """Cut a file of an unfinished trial everywhere: it goes on from the checkpoint, or from the start, to the same."""
+def check_truncated_and_resumed(folder, trial, name, step, truth):
+    """Truncate a file of an unfinished trial at every byte: the resumed trial is identical."""
     files = {path: path.read_bytes() for path in trial.path.iterdir()}
     starts = set()
     for length in cut_everywhere(trial.path / name, step):
@@ -176,23 +176,23 @@ def goes_on(folder, trial, name, step, truth):
 
 
 @fault(
-    "any file of an unfinished trial cut off, at any byte",
-    "identical: from the checkpoint where that and the curve are whole, else from the start",
+    "any file of an unfinished trial truncated at any byte",
+    "identical: from the checkpoint where it and the curve are complete, else from the start",
 )
 @pytest.mark.parametrize(("name", "step"), [("checkpoint.pt", 5003), ("metrics.jsonl", 83), ("run.json", 151)])
-def test_an_unfinished_trial_with_a_file_cut_off(name, step, place, undisturbed):
+def test_an_unfinished_trial_with_a_truncated_file(name, step, place, undisturbed):
     trial = unfinished(place / "study")
-    starts = goes_on(place / "study", trial, name, step, undisturbed)
+    starts = check_truncated_and_resumed(place / "study", trial, name, step, undisturbed)
     assert starts == {"checkpoint.pt": {1}, "metrics.jsonl": {1, 5}, "run.json": {5}}[name]
 
 
 @fault("a checkpoint with a byte changed", "the trial starts over")
-def test_a_checkpoint_cut_off_or_changed_at_any_byte_is_never_believed(place):
+def test_a_checkpoint_truncated_or_changed_at_any_byte_is_rejected(place):
     check_checkpoint(unfinished(place / "study"), 151)
 
 
 @pytest.mark.deep
-def test_a_checkpoint_cut_off_or_changed_at_every_byte_is_never_believed(place):
+def test_a_checkpoint_truncated_or_changed_at_every_byte_is_rejected(place):
     check_checkpoint(unfinished(place / "study"), 1)
 
 
@@ -211,7 +211,7 @@ def check_checkpoint(trial, step):
     assert "starting over" in (trial.path / "log.txt").read_text()
 
 
-@fault("a folder of the study removed while it is not running", "laid down and trained again; identical")
+@fault("a folder of the study removed while it is not running", "created and trained again; identical")
 def test_a_lost_trial(place, undisturbed):
     folder = place / "study"
     ended(children.whole, folder)

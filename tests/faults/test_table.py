@@ -1,4 +1,4 @@
-"""docs/failure-recovery.md shows exactly the faults that these tests inject."""
+"""Compare the table of docs/failure-recovery.md with the injected faults."""
 
 import re
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Processes that stand still, are taken for gone, and wake up when others have done their work."""
+"""Stopped processes: they count as lost, and wake after other processes have finished their trials."""
 
 import signal
 
@@ -14,7 +14,7 @@ from tests.faults.test_points import WRITES
 from tests.waiting import until
 
 MOMENTS = [
-    ".lock:told",
+    ".lock:written",
     *(f"{name}:{stage}" for name in ("run.json", "checkpoint.pt", "result.json") for stage in WRITES),
     *(f"metrics.jsonl:{stage}" for stage in ("cut", "shortened", "add", "added", "sync", "marked")),
     *("log.txt:add", "checkpoint.pt:remove", "checkpoint.pt:removed"),
@@ -28,46 +28,46 @@ def wake_after_another_finished(place, moment, truth):
     (identity,) = children.identities(folder)
     with Child(children.one_trial, folder, identity, fault=f"stop@{moment}") as zombie:
         zombie.stands_still()
-        busy = ended(children.one_trial, folder, identity).said["busy"]
+        busy = ended(children.one_trial, folder, identity).result["busy"]
         assert "is being trained by another process" in busy and f"(process {zombie.process.pid} on " in busy
-        assert until(lambda: ended(children.impatient, 0.3, children.one_trial, folder, identity).said == {})
+        assert until(lambda: ended(children.with_short_silence, 0.3, children.one_trial, folder, identity).result == {})
         zombie.signal(signal.SIGCONT)
-        told = zombie.outcome()
-    assert told.error == "" and (told.said == {} or "taken over" in told.said["busy"]), told
+        outcome = zombie.outcome()
+    assert outcome.error == "" and (outcome.result == {} or "taken over" in outcome.result["busy"]), outcome
     ended(children.whole, folder)
     assert children.truth(folder) == truth
-    return told.said
+    return outcome.result
 
 
-@fault("a stopped process (SIGSTOP) that wakes up when another has finished its trial", "it lets go; identical")
+@fault("a stopped process (SIGSTOP) that wakes after another finished its trial", "it drops the trial; identical")
 @pytest.mark.parametrize("moment", SOME)
-def test_a_zombie_wakes(moment, place, undisturbed):
-    told = wake_after_another_finished(place, moment, undisturbed)
-    assert "busy" in told or moment.startswith("result.json")
+def test_a_stopped_process_wakes(moment, place, undisturbed):
+    result = wake_after_another_finished(place, moment, undisturbed)
+    assert "busy" in result or moment.startswith("result.json")
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("moment", sorted(set(MOMENTS) - set(SOME)))
-def test_a_zombie_wakes_anywhere(moment, place, undisturbed):
+def test_a_process_stopped_at_any_point_wakes(moment, place, undisturbed):
     wake_after_another_finished(place, moment, undisturbed)
 
 
-@fault("a stopped run, and another one started on its folder", "refused at once; the first goes on when it wakes")
-def test_a_run_that_stands_still_keeps_its_study(place, undisturbed):
+@fault("a stopped run, and a second run on its folder", "the second is rejected; the first continues when it wakes")
+def test_a_stopped_run_keeps_its_study(place, undisturbed):
     folder = place / "study"
     with Child(children.whole, folder, fault="stop@metrics.jsonl:added#2") as run:
         run.stands_still()
         assert "another run is at work on this study" in ended(children.whole, folder).error
         run.signal(signal.SIGCONT)
-        assert run.outcome().said["done"] == 1
+        assert run.outcome().result["done"] == 1
     assert children.truth(folder) == undisturbed
 
 
-@fault("a machine that vanishes with a lock", "the lock is held until 2 minutes of silence, then it is free")
+@fault("a machine that vanishes with a lock", "the lock is free after 2 minutes without a heartbeat")
 def test_the_lock_of_a_vanished_machine(tmp_path, monkeypatch):
     path, folder = tmp_path / ".lock", Folder(tmp_path)
     assert ended(children.hold_and_die, tmp_path).code == -signal.SIGKILL
-    assert not locks.is_locked(folder), "the kernel here knows that this one is gone"
+    assert not locks.is_locked(folder), "the local kernel reports that this process has ended"
     path.write_text(path.read_text().replace(locks.machine(), "elsewhere"))
     assert locks.is_locked(folder)
     with pytest.raises(Busy, match=r"taken \(.*silent for \d s; gone after 120 s of silence\)"):
@@ -90,14 +90,15 @@ def test_a_lock_that_is_replaced_or_removed_is_lost(tmp_path, monkeypatch):
             assert second.lost
 
 
-def test_a_holder_tells_how_far_it_is(tmp_path, monkeypatch):
+def test_a_heartbeat_records_the_step_and_the_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT", 0.01)
     folder = Folder(tmp_path)
     with locks.hold(folder, "taken") as hold:
         first = locks.heartbeat(folder)
         hold.step, hold.loss = 17, 0.25
-        assert until(lambda: (said := locks.heartbeat(folder)) is not None and said.step == 17)
-        said = locks.heartbeat(folder)
-    assert first is not None and said is not None
-    assert (first.holder, first.step) == (said.holder, None) and said.loss == 0.25 and said.beat > first.beat
-    assert said.machine == locks.machine()
+        assert until(lambda: (heartbeat := locks.heartbeat(folder)) is not None and heartbeat.step == 17)
+        heartbeat = locks.heartbeat(folder)
+    assert first is not None and heartbeat is not None
+    assert (first.holder, first.step) == (heartbeat.holder, None)
+    assert heartbeat.loss == 0.25 and heartbeat.beat > first.beat
+    assert heartbeat.machine == locks.machine()

@@ -1,1 +1,1 @@
-"""Plugins: how they load, what a broken one does to the others, the bundled ones, and the kit for new ones."""
+"""Tests of plugins: loading, isolation of faults, the bundled plugins, and `new-plugin`."""

@@ -1,4 +1,4 @@
-"""The distributions in plugins/, laid out in a folder as an installer lays them out, but without running one."""
+"""Install the distributions of plugins/ into a folder without running an installer."""
 
 import shutil
 import tomllib
@@ -11,7 +11,7 @@ NAMES = sorted(path.parent.name for path in PLUGINS.glob("*/pyproject.toml"))
 
 
 def lay_out(source: Path, site: Path) -> dict:
-    """Put the modules of a distribution's source tree and its metadata into a folder; return its [project] table."""
+    """Write the modules and metadata of a distribution into a folder; return its [project] table."""
     project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for module in (source / "src").glob("*.py"):
         shutil.copy(module, site)

@@ -1,4 +1,4 @@
-"""What the tests of plugins share: a folder to install into that is on the path while a test runs."""
+"""Fixtures for plugins: a folder on the import path, and a registry that each test restores."""
 
 import sys
 
@@ -11,7 +11,7 @@ from tests.plugins.site import Site
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered():
-    """What a plugin of a test registers with the registry of this process is gone after it, whoever asks first."""
+    """Restore the process-wide registry after each test."""
     registry.load()
     before = {
         family: {kind: list(entries) for kind, entries in kinds.items()} for family, kinds in registry._claims.items()

@@ -1,6 +1,6 @@
-"""The signatures of the contract as text, from the code: what docs/contract.md must show.
+"""Signatures of the plugin contract as text, for docs/contract.md.
 
-`python -m tests.plugins.contract` writes them into the page anew.
+`python -m tests.plugins.contract` writes them into the page.
 """
 
 import inspect
@@ -42,7 +42,7 @@ BLOCK = re.compile(r"^```text\n(class (\w+)\n.*?)^```$", re.M | re.S)
 
 
 def signatures(subject: Any) -> str:
-    """A class as its public members: attributes with defaults, and methods; `*` before those that must be given."""
+    """Return the public members of a class; `*` marks the members that a subclass must define."""
     hints = vars(subject).get("__annotations__", {})
     must = getattr(subject, "__abstractmethods__", frozenset())
     lines = [f"class {subject.__name__}"]
@@ -57,14 +57,14 @@ def _attribute(subject: Any, name: str, hints: dict[str, Any]) -> str:
     if name not in hints:
         return ""
     if hasattr(subject, "_field_defaults"):  # a named tuple
-        given = subject._field_defaults.get(name, inspect.Parameter.empty)
+        default = subject._field_defaults.get(name, inspect.Parameter.empty)
     elif name in getattr(subject, "model_fields", {}):
         field = subject.model_fields[name]
-        given = inspect.Parameter.empty if field.is_required() else field.default
+        default = inspect.Parameter.empty if field.is_required() else field.default
     else:
-        given = vars(subject).get(name, inspect.Parameter.empty)
-    said = re.sub(r"^ClassVar\[(.*)\]$", r"\1", _text(hints[name]))
-    return f"{name}: {said}" + ("" if given is inspect.Parameter.empty else f" = {given!r}")
+        default = vars(subject).get(name, inspect.Parameter.empty)
+    annotation = re.sub(r"^ClassVar\[(.*)\]$", r"\1", _text(hints[name]))
+    return f"{name}: {annotation}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
 
 
 def _method(member: Any, name: str) -> str:
@@ -89,7 +89,7 @@ def _text(annotation: Any) -> str:
 
 
 def refreshed(page: str) -> str:
-    """The page with every signature as the code has it."""
+    """Return the page with the current signatures."""
     of = {subject.__name__: subject for subject in SUBJECTS}
     return BLOCK.sub(lambda block: f"```text\n{signatures(of[block[2]])}```", page)
 

@@ -1,4 +1,4 @@
-"""Every way a plugin is broken that the loader must survive: what is installed, and what is said of it."""
+"""Broken plugins that the loader must survive: the files to install, and the expected messages."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Literal
 from atn_norms.windows import Cumulative, WindowSpec
 
 class EverSpec(WindowSpec):
-    """Options of a window that never forgets."""
+    """Options of a cumulative window."""
     kind: Literal["KIND"] = "KIND"
 
     def build(self):
@@ -20,7 +20,7 @@ class EverSpec(WindowSpec):
 
 
 class Clock:
-    """A clock that a plugin moves forward, so that nothing else is slow however busy the machine is."""
+    """Fake clock that a plugin advances, so that the load of the machine does not matter."""
 
     now = 0.0
 
@@ -33,20 +33,20 @@ CLOCK = Clock()
 
 @dataclass(frozen=True)
 class Fault:
-    """What to install, and what must be said: entry point -> (status, pattern of the reason)."""
+    """Files to install, and the expected report: entry point -> (status, pattern of the reason)."""
 
     install: Callable[[Site], None]
-    said: Mapping[str, tuple[str, str]]
+    expected: Mapping[str, tuple[str, str]]
     kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def one(name: str, code: str, reason: str, metadata: str | None = None, status: str = "failed") -> Fault:
-    """A fault of one distribution with one entry point."""
+    """Return a fault of one distribution with one entry point."""
     return Fault(lambda site: site.install(name, code, metadata=metadata), {name: (status, reason)})
 
 
 def metadata(*lines: str) -> str:
-    """The text of a METADATA file."""
+    """Return the text of a METADATA file."""
     return "\n".join(["Metadata-Version: 2.1", *lines, ""])
 
 
@@ -62,10 +62,8 @@ UNREADABLE = "has entry points that do not parse"
 FAULTS = {
     "raises": one("raises", "1 / 0", "ZeroDivisionError: division by zero"),
     "exits": one("exits", "import os, sys\nsys.exit(3)", "SystemExit: 3"),
-    "raises what is no Exception": one(
-        "base", "class Stop(BaseException): ...\nraise Stop('at once')", "Stop: at once"
-    ),
-    "raises what cannot be printed": one(
+    "raises a BaseException": one("base", "class Stop(BaseException): ...\nraise Stop('at once')", "Stop: at once"),
+    "raises an exception that cannot be printed": one(
         "mute",
         "class Mute(Exception):\n    def __str__(self):\n        raise RuntimeError('no')\nraise Mute",
         "Mute: its message cannot be made",
@@ -82,7 +80,7 @@ FAULTS = {
     "registers while imported and then raises": one(
         "early", WINDOW.replace("KIND", "early") + GLOBAL + "registry.window(EverSpec)\n1 / 0", "ZeroDivisionError"
     ),
-    "claims what another claims": Fault(
+    "claims the kind of another plugin": Fault(
         _rivals,
         {
             f"rival{n}": ("loaded", r"'contested' is claimed by dist-rival\d \(.*\) and dist-rival\d \(.*unusable")
@@ -135,9 +133,9 @@ FAULTS = {
 
 
 def installed(site: Site, names: list[str]) -> dict[str, tuple[str, str]]:
-    """Install some faults; return what must be said of each entry point."""
-    said: dict[str, tuple[str, str]] = {}
+    """Install the named faults; return the expected report of each entry point."""
+    expected: dict[str, tuple[str, str]] = {}
     for name in names:
         FAULTS[name].install(site)
-        said |= FAULTS[name].said
-    return said
+        expected |= FAULTS[name].expected
+    return expected

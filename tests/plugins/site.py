@@ -1,4 +1,4 @@
-"""A folder on the path into which tests install distributions, and what they are made of."""
+"""A folder on the import path for test distributions, and the source of these distributions."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ HOOK = "from atn_norms.plugins import hookimpl\n@hookimpl\ndef atn_norms_registe
 
 
 class Site:
-    """A folder on the path into which tests install distributions."""
+    """Folder on the import path into which tests install distributions."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -59,15 +59,15 @@ class Site:
     def install(
         self, name: str, code: str, points: str | None = None, version: str = "1.0", metadata: str | None = None
     ) -> None:
-        """Put a distribution `dist-NAME` with the module `plugin_NAME` and the entry point NAME on the path.
+        """Install a distribution `dist-NAME` with the module `plugin_NAME` and the entry point NAME.
 
-        `metadata` replaces its metadata, and an empty one leaves it without.
+        `metadata` replaces its METADATA file; an empty string omits the file.
         """
         info = self.folder / f"dist_{name}-{version}.dist-info"
         info.mkdir(parents=True)
-        said = f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: {version}\n" if metadata is None else metadata
-        if said:
-            (info / "METADATA").write_text(said)
+        text = f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: {version}\n" if metadata is None else metadata
+        if text:
+            (info / "METADATA").write_text(text)
         (info / "entry_points.txt").write_text(points or f"[atn_norms]\n{name} = plugin_{name}\n")
         (self.folder / f"plugin_{name}.py").write_text(textwrap.dedent(code))
 
@@ -76,7 +76,7 @@ class Site:
         return registry, {record.name: record for record in plugins.load(registry)}
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of Python's in a fresh interpreter that finds these distributions, and this tree's package."""
+        """Run Python with arguments in a new interpreter that finds these distributions and this package."""
         path = os.pathsep.join([str(self.folder), str(ROOT)])
         return subprocess.run(
             [sys.executable, *command],

@@ -1,6 +1,6 @@
-"""The bundled plugins beside each other: they load, their READMEs run, and studies take them.
+"""Test the bundled plugins together: loading, README examples, and studies.
 
-Their own tests and the laws are CI's, which installs each of them.
+CI installs each plugin and runs its tests and the conformance tests.
 """
 
 import json
@@ -25,7 +25,7 @@ def bundled(tmp_path_factory):
     return site
 
 
-def test_each_brings_one_kind_and_nothing_is_wrong(bundled, monkeypatch):
+def test_each_registers_one_kind_without_problems(bundled, monkeypatch):
     assert sorted(FAMILY) == NAMES
     monkeypatch.syspath_prepend(bundled.folder)
     registry = Registry()
@@ -38,12 +38,12 @@ def test_each_brings_one_kind_and_nothing_is_wrong(bundled, monkeypatch):
 
 @pytest.fixture(scope="module")
 def listed(bundled):
-    told = json.loads(bundled.run("-m", "atn_norms", "list", "--json").stdout)
-    return {kind["kind"]: kind for kinds in told.values() for kind in kinds}
+    listing = json.loads(bundled.run("-m", "atn_norms", "list", "--json").stdout)
+    return {kind["kind"]: kind for kinds in listing.values() for kind in kinds}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_says_equation_source_and_options(listed, name):
+def test_the_readme_has_equation_source_and_options(listed, name):
     text = (PLUGINS / name / "README.md").read_text(encoding="utf-8")
     assert text.startswith(f"# atn-norms-{name}\n")
     assert "$$" in text
@@ -59,9 +59,9 @@ from atn_norms.backends.native.library import unavailable
 x = torch.randn(9, 3, 2, dtype=torch.float64)
 for kind, options in (("group", {"groups": 3}), ("pmean", {"p": 2.0})):
     for placement in ("joint", "per_gate"):
-        how = {"norm": {"kind": kind, **options}, "window": 4, "placement": {"gates": placement}}
-        layer = an.LSTM(2, 6, **how, dtype=torch.float64)
-        truth = an.LSTM(2, 6, **how, dtype=torch.float64, backend="reference")
+        options_of_layer = {"norm": {"kind": kind, **options}, "window": 4, "placement": {"gates": placement}}
+        layer = an.LSTM(2, 6, **options_of_layer, dtype=torch.float64)
+        truth = an.LSTM(2, 6, **options_of_layer, dtype=torch.float64, backend="reference")
         truth.load_state_dict(layer.state_dict())
         assert unavailable() or "backend 'native'" in an.explain(layer), an.explain(layer)
         torch.testing.assert_close(layer(x)[0], truth(x)[0], rtol=1e-10, atol=1e-10)
@@ -75,8 +75,8 @@ print(torch.rand(1).item())
 """
 
 
-def test_the_examples_run_in_the_kernels_where_they_can_and_loading_draws_no_random_number(bundled):
-    """In one fresh interpreter: what a seed gives does not depend on what is installed; the READMEs; the kernels."""
+def test_examples_run_and_loading_draws_no_random_number(bundled):
+    """In a new interpreter: run the READMEs and the kernels; random numbers do not depend on installed plugins."""
     examples = [
         "\n".join(re.findall(r"^```python\n(.*?)^```$", (PLUGINS / name / "README.md").read_text(), re.M | re.S))
         for name in NAMES
@@ -89,7 +89,7 @@ def test_the_examples_run_in_the_kernels_where_they_can_and_loading_draws_no_ran
     assert float(done.stdout) == torch.rand(1).item()
 
 
-def test_a_study_takes_them_and_maximizes_what_is_to_be_maximized(bundled, tmp_path):
+def test_a_study_uses_them_and_maximizes_their_score(bundled, tmp_path):
     study = tmp_path / "study.yaml"
     study.write_text(
         """
@@ -107,7 +107,7 @@ def test_a_study_takes_them_and_maximizes_what_is_to_be_maximized(bundled, tmp_p
     resolved = json.loads((tmp_path / "out" / "study.resolved.json").read_text())
     assert [facts["goal"] for facts in resolved["tasks"].values()] == ["max"]
     results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "trials").glob("*/result.json")]
-    assert len(results) == 5  # without a norm the window means nothing
+    assert len(results) == 5  # without a norm, the window is ignored
     assert all(0 <= result["metrics"]["test"]["accuracy"] <= 1 for result in results)
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["versions"]["atn-norms-digits"] == "0.1.0"

@@ -1,4 +1,4 @@
-"""The contract's page has every signature exactly as the code has it, and says which version it is of."""
+"""Compare docs/contract.md with the signatures and the version of the code."""
 
 import inspect
 
@@ -14,8 +14,8 @@ SHOWN = {name: block for block, name in BLOCK.findall(TEXT)}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_signature_is_the_codes(subject):
-    assert SHOWN[subject.__name__] == signatures(subject), "python -m tests.plugins.contract writes them anew"
+def test_every_signature_matches_the_code(subject):
+    assert SHOWN[subject.__name__] == signatures(subject), "run `python -m tests.plugins.contract` to update the page"
 
 
 def test_nothing_else_is_shown():
@@ -24,8 +24,8 @@ def test_nothing_else_is_shown():
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_member_is_explained_in_words(subject):
-    """Below its signatures: each name stands in code marks somewhere in the text."""
+def test_every_member_is_explained_in_the_text(subject):
+    """Each member name occurs in code marks in the text below the signatures."""
     words = BLOCK.sub("", TEXT)
     for line in signatures(subject).splitlines()[1:]:
         name = line.strip("* ").partition("(")[0].partition(":")[0]
@@ -33,17 +33,17 @@ def test_every_member_is_explained_in_words(subject):
         assert any(each in words for each in shown), f"{subject.__name__}.{name}"
 
 
-def test_the_version_is_the_packages():
+def test_the_version_is_that_of_the_package():
     version = ".".join(atn_norms.__version__.split(".")[:2])
     assert f"This is the contract of atn-norms {version}" in TEXT
 
 
-def test_every_family_has_its_call_and_its_base():
+def test_every_family_has_its_registration_and_base_class():
     for family in FAMILIES:
         assert f"registry.{family}(" in TEXT
 
 
-def test_a_changed_signature_would_be_noticed():
+def test_a_changed_signature_is_detected():
     changed = signatures(Hooks).replace("registry: Registry", "registrar: Registry")
     assert changed != signatures(Hooks)
     assert refreshed(TEXT.replace(signatures(Hooks), changed)) == TEXT

@@ -1,4 +1,4 @@
-"""Whatever is wrong with some plugins, the others do what they did, and each fault is told with its source."""
+"""Broken plugins do not affect other plugins, and each fault is reported with its distribution."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def install_good(site: Site) -> None:
 
 
 def abilities(registry: Registry) -> dict[str, object]:
-    """What the good plugins and the built-in kinds can do: who they are, their options, and the numbers they make."""
+    """Return the kinds, options and outputs of the intact plugins and the built-in kinds."""
     ours = {
         (family, kind): entry
         for family in FAMILIES
@@ -55,32 +55,32 @@ def forget_modules() -> None:
 
 
 def loaded(names: list[str]) -> tuple[Registry, dict[str, plugins.PluginRecord], dict[str, tuple[str, str]]]:
-    """A registry into which the good plugins and some broken ones were loaded, what became of each, and what should."""
+    """Load intact and broken plugins; return the registry, the records and the expected reports."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(plugins, "time", CLOCK)
         site = Site(Path(folder))
-        said = installed(site, names)
+        expected = installed(site, names)
         install_good(site)
         forget_modules()
         registry = Registry()
         records = plugins.examined(plugins.load(registry), registry)
-    return registry, {record.name: record for record in records}, said
+    return registry, {record.name: record for record in records}, expected
 
 
 def check(names: list[str], alone: dict[str, object]) -> None:
-    registry, records, said = loaded(names)
+    registry, records, expected = loaded(names)
     assert abilities(registry) == alone
     faulty = {name for name, record in records.items() if record.faulty}
-    found = {name: records[name] for name in said if name in records}
-    for name, (status, reason) in said.items():
-        # without a name of its own, a distribution goes by its folder
-        record = found[name]
+    records_by_name = {name: records[name] for name in expected if name in records}
+    for name, (status, reason) in expected.items():
+        # a distribution without a name is reported by its folder
+        record = records_by_name[name]
         assert record.status == status
         assert re.search(reason, record.reason), record.reason
         assert "dist-" in record.distribution or "dist_" in record.distribution
         assert status == "loaded" or not record.kinds
-    assert faulty == set(said)
+    assert faulty == set(expected)
     left = {f"{family}:{kind}" for family in FAMILIES for kind in registry.kinds(family)}
     left |= {f"{family}:{kind}" for family in FAMILIES for kind in registry.conflicts(family)}
     assert left == {kind for record in records.values() if record.status == "loaded" for kind in record.kinds}
@@ -88,7 +88,7 @@ def check(names: list[str], alone: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def alone():
-    """What can be done where nothing is broken."""
+    """Kinds, options and outputs without broken plugins."""
     registry, records, _ = loaded([])
     assert not any(record.faulty for record in records.values())
     yield abilities(registry)
@@ -98,18 +98,18 @@ def alone():
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_fault(name, alone, caplog):
     check([name], alone)
-    said = " ".join(caplog.messages)
-    failed = [plugin for plugin, (status, _) in FAULTS[name].said.items() if status == "failed"]
-    assert all(f"plugin '{plugin}' of " in said for plugin in failed)
+    log = " ".join(caplog.messages)
+    failed = [plugin for plugin, (status, _) in FAULTS[name].expected.items() if status == "failed"]
+    assert all(f"plugin '{plugin}' of " in log for plugin in failed)
 
 
 @given(names=st.lists(st.sampled_from(sorted(FAULTS)), unique=True))
-def test_no_set_of_broken_plugins_changes_what_the_others_can_do(names, alone):
+def test_broken_plugins_do_not_change_the_others(names, alone):
     check(names, alone)
 
 
-def test_what_is_registered_while_a_module_is_imported_is_taken_back_too(site):
-    """By the global registry, which a module can reach without being handed it."""
+def test_kinds_registered_during_a_failed_import_are_removed(site):
+    """Through the global registry, which a module can import."""
     installed(site, ["registers while imported and then raises"])
     install_good(site)
     code = "from atn_norms.registry import registry; print(list(registry.kinds('window')))"
@@ -119,56 +119,56 @@ def test_what_is_registered_while_a_module_is_imported_is_taken_back_too(site):
 
 @pytest.fixture(scope="module")
 def broken_site(tmp_path_factory):
-    """Everything that is broken at once, beside what is not.
+    """Site with all broken plugins and the intact ones.
 
-    Entry points that do not parse are left out: pydantic reads them too, in every process, and does not survive them.
+    Entry points that do not parse are excluded: pydantic also reads them in every process, and raises.
     """
     site = Site(tmp_path_factory.mktemp("broken"))
-    said = installed(site, [name for name in FAULTS if name not in ("takes long", UNREADABLE)])
+    expected = installed(site, [name for name in FAULTS if name not in ("takes long", UNREADABLE)])
     install_good(site)
-    return site, said
+    return site, expected
 
 
 @pytest.mark.parametrize("command", ["plugins", "doctor"])
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
-def test_the_command_line_tells_every_fault_with_its_distribution(broken_site, command, strict):
-    site, said = broken_site
+def test_the_command_line_reports_every_fault_with_its_distribution(broken_site, command, strict):
+    site, expected = broken_site
     done = site.run("-m", "atn_norms", command, "--json", *strict)
-    told = json.loads(done.stdout)
+    report = json.loads(done.stdout)
     if command == "plugins":
         assert done.returncode == (1 if strict else 0)
-        found = {record["name"]: f"{record['distribution']} {record['reason']}" for record in told}
+        records_by_name = {record["name"]: f"{record['distribution']} {record['reason']}" for record in report}
     else:
-        assert done.returncode == 1  # something is broken
-        found = {each["subject"].removeprefix("plugin "): each["finding"] for each in told["checks"]}
-    for name, (_, reason) in said.items():
-        assert re.search(rf"dist[-_].*{reason}", found[name]), found[name]
+        assert done.returncode == 1  # a plugin is broken
+        records_by_name = {each["subject"].removeprefix("plugin "): each["finding"] for each in report["checks"]}
+    for name, (_, reason) in expected.items():
+        assert re.search(rf"dist[-_].*{reason}", records_by_name[name]), records_by_name[name]
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_slow_is_told_while_it_loads_and_faulty_only_where_one_is_strict(site):
+def test_a_slow_plugin_is_reported_while_loading_and_fails_in_strict_mode(site):
     site.install("slow", "import time\ntime.sleep(3.5)\n" + GOOD["good"])
     code = (
         "import json\nfrom atn_norms import plugins\n"
         "(record,) = [each for each in plugins.report() if each.name == 'slow']\n"
-        "try:\n    plugins.report(strict=True)\nexcept plugins.PluginError as error:\n    told = str(error)\n"
+        "try:\n    plugins.report(strict=True)\nexcept plugins.PluginError as error:\n    message = str(error)\n"
         "from atn_norms.cli import main\n"
         "codes = [main(['plugins']), main(['plugins', '--strict'])]\n"
         "from atn_norms.commands.doctor import _plugins\n"
         "checks = [next(c for c in _plugins(strict) if c.subject == 'plugin slow') for strict in (False, True)]\n"
-        "print(json.dumps([record.status, record.seconds, record.reason, told, codes, [c.status for c in checks]]))"
+        "print(json.dumps([record.status, record.seconds, record.reason, message, codes, [c.status for c in checks]]))"
     )
     done = site.run("-c", code)
     assert done.returncode == 0, done.stderr
-    status, seconds, reason, told, codes, checks = json.loads(done.stdout.splitlines()[-1])
+    status, seconds, reason, message, codes, checks = json.loads(done.stdout.splitlines()[-1])
     assert (status, codes, checks) == ("loaded", [0, 1], ["ok", "failed"])
     assert 3.5 <= seconds < 30
     assert re.fullmatch(r"took \d+\.\d s to load, and every program that uses plugins waits for it", reason)
-    assert told == f"plugin 'slow' of dist-slow 1.0: {reason}"
+    assert message == f"plugin 'slow' of dist-slow 1.0: {reason}"
     assert "plugin 'slow' of dist-slow 1.0 is still loading after 2 s; ATN_NORMS_DISABLE_PLUGINS=slow" in done.stderr
 
 
-def test_strictness_is_content_where_all_is_well(site):
+def test_strict_mode_succeeds_without_faults(site):
     install_good(site)
     done = site.run("-m", "atn_norms", "plugins", "--strict", ATN_NORMS_DISABLE_PLUGINS="kind")
     assert done.returncode == 0, done.stdout

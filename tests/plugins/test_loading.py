@@ -1,4 +1,4 @@
-"""Distributions on the path: what loads, what is blocked, what fails, and what a failure leaves."""
+"""Loading of plugins: success, blocking, failure, and cleanup after a failure."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def assert_only_built_in(registry: Registry) -> None:
     assert {family: list(registry.kinds(family)) for family in BUILT_IN} == BUILT_IN
 
 
-def test_the_built_in_kinds_come_through_the_same_door(site):
+def test_built_in_kinds_are_registered_like_plugins(site):
     registry, records = site.load()
     assert_only_built_in(registry)
     known = {"normalizer": "layer", "window": "sliding", "cell": "lstm", "task": "adding"}
@@ -82,7 +82,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_plugin_is_reported_and_takes_nothing_down(site, fault, caplog):
+def test_a_broken_plugin_is_reported_without_side_effects(site, fault, caplog):
     code, reason = BROKEN[fault]
     site.install("broken", code)
     site.install("good", NORMALIZER.replace("KIND", "good"))
@@ -123,7 +123,7 @@ def test_an_object_may_be_the_plugin(site):
     assert records["held"].kinds == ("normalizer:held",), records["held"].reason
 
 
-def test_a_kind_claimed_twice_names_both_and_spoils_nothing_else(site):
+def test_a_kind_claimed_twice_names_both_distributions(site):
     site.install("one", NORMALIZER.replace("KIND", "same"))
     site.install("two", NORMALIZER.replace("KIND", "same"))
     site.install("three", NORMALIZER.replace("KIND", "layer"))
@@ -197,8 +197,8 @@ def test_a_misspelt_name_in_the_environment_is_reported(site, monkeypatch, varia
     assert any(wanted in message for message in caplog.messages)
 
 
-def test_a_strangers_normalizer_works_everywhere(site):
-    """In a fresh interpreter, by the global registry: every cell and window, spec, schema, dump, and the report."""
+def test_a_third_party_normalizer_works_everywhere(site):
+    """In a new interpreter, through the global registry: cells, windows, spec, schema, dump and report."""
     site.install("pmean", NORMALIZER.replace("KIND", "pmean"))
     site.install("bad", "1 / 0")
     code = """
@@ -224,7 +224,7 @@ def test_a_strangers_normalizer_works_everywhere(site):
     assert "plugin 'bad' of dist-bad 1.0 failed and is left out: ZeroDivisionError" in done.stderr
 
 
-def test_the_hook_is_what_the_documentation_says():
+def test_the_hook_matches_the_documentation():
     import inspect
 
     hooks = {name: inspect.signature(hook) for name, hook in vars(plugins.Hooks).items() if name.startswith("atn_")}
@@ -279,7 +279,7 @@ UNSTORABLE = {
 
 
 @pytest.mark.parametrize("option", UNSTORABLE)
-def test_options_that_a_study_cannot_store_are_refused_when_the_plugin_loads(option, site):
+def test_options_that_a_study_cannot_store_are_rejected_when_the_plugin_loads(option, site):
     site.install("odd", HAS.replace("OPTION", option))
     _, records = site.load()
     reason = records["odd"].reason

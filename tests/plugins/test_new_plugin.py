@@ -1,4 +1,4 @@
-"""`atn-norms new-plugin`: what it writes works at once, and what it cannot write it refuses in one sentence."""
+"""Test `atn-norms new-plugin`: the generated plugin works, and invalid arguments give one message."""
 
 import ast
 import importlib.util
@@ -18,12 +18,12 @@ from atn_norms.commands.new_plugin import LONGEST, NAME, STARTS, contents
 from tests.plugins.bundled import lay_out
 from tests.plugins.site import ROOT, Site
 
-LONG = "abcdefghij-abcdefghij-ab"  # as long as a name may be
+LONG = "abcdefghij-abcdefghij-ab"  # the longest allowed name
 
 
 @pytest.mark.parametrize("family", STARTS)
 @given(name=st.from_regex(NAME, fullmatch=True).filter(lambda name: len(name) <= LONGEST))
-def test_whatever_the_name_it_is_python_and_toml_and_no_line_is_too_long(family, name):
+def test_every_name_gives_valid_python_and_toml_and_short_lines(family, name):
     files = contents(name, family)
     (module,) = (path for path in files if path.startswith("src/"))
     project = tomllib.loads(files["pyproject.toml"])["project"]
@@ -48,15 +48,15 @@ def write(tmp_path, *arguments: str) -> int:
         os.chdir(here)
 
 
-def test_what_it_writes_passes_its_own_tests_at_once(tmp_path, capsys):
-    """Laid out as installed, all kinds beside each other; CI installs them, asks them every law and lints them."""
+def test_a_generated_plugin_passes_its_tests(tmp_path, capsys):
+    """All kinds together, as installed; CI installs them, runs the conformance tests and lints them."""
     site = Site(tmp_path / "site")
     site.folder.mkdir()
     for family in STARTS:
         assert write(tmp_path, f"my-{family}", "--kind", family) == 0
-        said = capsys.readouterr().out
-        assert f"wrote atn-norms-my-{family}: pyproject.toml, README.md" in said
-        assert f'cd atn-norms-my-{family}, pip install -e ".[test]", pytest, atn-norms check my-{family}' in said
+        output = capsys.readouterr().out
+        assert f"wrote atn-norms-my-{family}: pyproject.toml, README.md" in output
+        assert f'cd atn-norms-my-{family}, pip install -e ".[test]", pytest, atn-norms check my-{family}' in output
         lay_out(tmp_path / f"atn-norms-my-{family}", site.folder)
     tests = [str(tmp_path / f"atn-norms-my-{family}" / "tests") for family in STARTS]
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", "my_normalizer or not test_laws"]
@@ -73,7 +73,7 @@ def test_what_it_writes_passes_its_own_tests_at_once(tmp_path, capsys):
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["x", "my-own", LONG])
 @pytest.mark.parametrize("family", STARTS)
-def test_the_linter_has_nothing_to_say(tmp_path, family, name):
+def test_a_generated_plugin_passes_the_linter(tmp_path, family, name):
     if importlib.util.find_spec("ruff") is None:
         pytest.skip("ruff is not installed")
     assert write(tmp_path, name, "--kind", family, "--out", "plugin") == 0
@@ -109,7 +109,7 @@ def test_the_linter_has_nothing_to_say(tmp_path, family, name):
         ),
     ],
 )
-def test_names_that_cannot_be_are_refused(tmp_path, capsys, arguments, message):
+def test_invalid_names_are_rejected(tmp_path, capsys, arguments, message):
     assert write(tmp_path, *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"atn-norms: {message}")
@@ -137,13 +137,13 @@ def test_nothing_is_overwritten(tmp_path, capsys, there):
         target.mkdir()
         (target / "notes.txt").write_text("kept")
     assert write(tmp_path, "mine") == 2
-    said = "atn-norms: atn-norms-mine: already there; choose another folder with --out, or move it away\n"
-    assert capsys.readouterr().err == said
+    message = "atn-norms: atn-norms-mine: already there; choose another folder with --out, or move it away\n"
+    assert capsys.readouterr().err == message
     assert [path.name for path in tmp_path.iterdir()] == ["atn-norms-mine"]
     assert there == "a link to nowhere" or "kept" in (target if target.is_file() else target / "notes.txt").read_text()
 
 
-def test_an_empty_folder_is_taken_and_folders_above_are_made(tmp_path):
+def test_an_empty_folder_is_used_and_parent_folders_are_created(tmp_path):
     (tmp_path / "empty").mkdir()
     assert write(tmp_path, "mine", "--out", "empty") == 0
     assert write(tmp_path, "mine", "--out", "some/where/else") == 0
@@ -152,16 +152,16 @@ def test_an_empty_folder_is_taken_and_folders_above_are_made(tmp_path):
     ).read_text()
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
+def test_a_failed_write_leaves_nothing_behind(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert write(tmp_path, "mine", "--out", "file/mine") == 2
     assert capsys.readouterr().err == "atn-norms: file/mine: cannot be written: Not a directory\n"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="it asks git")
-def test_git_shows_what_it_writes_in_a_clone_and_not_what_running_it_leaves(tmp_path, capsys):
-    """A plugin that is written in a clone of this repository can be added to it, or forgotten with open eyes."""
+@pytest.mark.skipif(shutil.which("git") is None, reason="requires git")
+def test_git_lists_the_written_files_and_ignores_build_products(tmp_path, capsys):
+    """In a clone of this repository, git lists the written files and ignores build products."""
     shutil.copy(ROOT / ".gitignore", tmp_path)
     assert write(tmp_path, "mine") == 0
     left = (
@@ -176,8 +176,8 @@ def test_git_shows_what_it_writes_in_a_clone_and_not_what_running_it_leaves(tmp_
         debris.parent.mkdir(parents=True, exist_ok=True)
         debris.touch()
     written = {f"atn-norms-mine/{path}" for path in contents("mine", "normalizer")}
-    for folder, prefix in ((tmp_path, ""), (tmp_path / "atn-norms-mine", "atn-norms-mine/")):  # in a clone, and alone
+    for folder, prefix in ((tmp_path, ""), (tmp_path / "atn-norms-mine", "atn-norms-mine/")):
         subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
-        asked = ["git", "-C", str(folder), "ls-files", "--others", "--exclude-standard"]
-        shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+        command = ["git", "-C", str(folder), "ls-files", "--others", "--exclude-standard"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         assert {prefix + path for path in shown} - {".gitignore"} == written

@@ -1,4 +1,4 @@
-"""A study continues only with the plugins that its trials record: the same version and the same source."""
+"""A study resumes only with the recorded plugins: the same version and the same source."""
 
 import importlib
 import sys
@@ -24,7 +24,7 @@ PLUGIN = NORMALIZER.replace("KIND", "pmean")
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Register the plugin as a process does that starts with this version and source installed."""
+    """Register the plugin like a new process that has this version and source installed."""
     monkeypatch.syspath_prepend(tmp_path)
     without = {family: dict(kinds) for family, kinds in registry._claims.items()}
 
@@ -37,7 +37,7 @@ def install(tmp_path, monkeypatch):
             with registry.transaction(Source("p", "dist-p", version)):
                 importlib.import_module("plugin_p").atn_norms_register(registry)
 
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two sources within a second would share one
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # two sources within one second would share a bytecode file
     yield installed
     sys.modules.pop("plugin_p", None)
 
@@ -51,7 +51,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("action", [create, run, resume])
 @pytest.mark.parametrize(("version", "code", "message"), CHANGES)
-def test_a_finished_study_refuses_a_changed_plugin(install, tmp_path, version, code, message, action):
+def test_a_finished_study_rejects_a_changed_plugin(install, tmp_path, version, code, message, action):
     install("0.1.0")
     folder = create(STUDY, tmp_path / "study")
     done = run(folder, workers=0)
@@ -76,8 +76,8 @@ def test_an_unchanged_plugin_continues(install, tmp_path):
     assert resume(folder, workers=0).count("done") == 4
 
 
-def test_a_trial_that_records_no_plugin_is_refused(install, tmp_path):
-    """Such as one of a folder that was made before plugins were recorded."""
+def test_a_trial_that_records_no_plugin_is_rejected(install, tmp_path):
+    """A folder from before plugins were recorded has such trials."""
     install("0.1.0")
     (*_, last) = load(create(STUDY, tmp_path / "study")).trials
     Trainer(last.trial)

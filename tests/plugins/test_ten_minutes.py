@@ -1,4 +1,4 @@
-"""`Write a normalizer in ten minutes`, followed to the letter: every command and every file, in a fresh environment."""
+"""Run every command and file of `Write a normalizer in ten minutes` in a new environment."""
 
 import os
 import re
@@ -28,7 +28,7 @@ IGNORED = shutil.ignore_patterns(
 
 
 def script(page: str) -> str:
-    """The page's commands and files as one shell script."""
+    """Return the commands and files of the page as one shell script."""
     lines = ["set -euo pipefail"]
     for what, text in STEP.findall(page):
         if what == "run":
@@ -38,14 +38,14 @@ def script(page: str) -> str:
     return "\n".join(lines)
 
 
-def test_every_block_of_the_page_is_a_step():
-    text, found, _ = PAGE.read_text(encoding="utf-8").partition("\n(two-averages)=\n")
-    assert found  # the ten minutes are over there
+def test_every_code_block_of_the_page_is_a_step():
+    text, marker, _ = PAGE.read_text(encoding="utf-8").partition("\n(two-averages)=\n")
+    assert marker  # the tutorial ends there
     assert len(STEP.findall(text)) == text.count("```") // 2 >= 7
 
 
 def test_its_normalizer_is_its_equation(tmp_path, monkeypatch):
-    """Here in this process, and without the laws, which the long test asks."""
+    """In this process, without the conformance tests, which the long test runs."""
     files = {what.removeprefix("file: "): text for what, text in STEP.findall(PAGE.read_text(encoding="utf-8"))}
     (tmp_path / "atn_norms_geometric.py").write_text(files["src/atn_norms_geometric.py"], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,7 +58,7 @@ def test_its_normalizer_is_its_equation(tmp_path, monkeypatch):
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-def test_the_page_followed_to_the_letter(tmp_path: Path):
+def test_every_command_of_the_page_runs(tmp_path: Path):
     folder = tmp_path / "atn-norms"
     shutil.copytree(ROOT, folder, ignore=IGNORED)
     kept = {

@@ -83,7 +83,7 @@ class Lock:
             if os.fstat(self.descriptor).st_size == 0 and not self.lost:
                 self.folder.remove(NAME)
             raise
-        failpoint(f"{NAME}:told")
+        failpoint(f"{NAME}:written")
         self._thread.start()
 
     def end(self) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 SIDE, CLASSES, WHITE = 8, 10, 16.0
 TEST, VALIDATION = 360, 180  # of 1797 images
-EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
+EVALUATION_ROWS = 500  # sequences per batch; fixed, so that a score does not depend on the training batch size
 
 
 class DigitsSpec(an.TaskSpec):
-    """Options of the digits."""
+    """Options of the digits task."""
 
     kind: Literal["digits"] = "digits"
     steps: Literal[8, 64] = Field(default=8, description="8: a row of 8 pixels a step; 64: one pixel a step")
@@ -32,21 +32,21 @@ class DigitsSpec(an.TaskSpec):
 
 
 class Digits(Task):
-    r"""Name the digit of an 8 x 8 image from the layer's output at the last step: cross-entropy, judged by accuracy.
+    r"""Classify an 8 x 8 image from the layer's output at the last step: cross-entropy loss, scored by accuracy.
 
     $$\mathrm{accuracy} = \frac{1}{N} \sum_{n=1}^{N} [\, \arg\max_c p_c(x_n) = c_n \,]$$
 
     Source of the images: E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI Machine Learning
-    Repository, the test part, as it comes with scikit-learn. Reading an image as a sequence of its pixels follows Le,
-    Jaitly, Hinton, arXiv 1504.00941 (there with larger images).
+    Repository, the test part, included in scikit-learn. Reading an image as a sequence of pixels follows Le, Jaitly,
+    Hinton, arXiv 1504.00941, who use larger images.
 
     | symbol | meaning | shape |
     |---|---|---|
     | inputs | grey values from 0 to 1, by rows or by pixels | `[8, B, 8]` or `[64, B, 1]` |
     | targets | digits | `[B]`, int64 |
 
-    1257 images train, 180 validate, 360 test; the parts are the same for every seed, which moves the order of training
-    alone. Baseline: always the digit most frequent in training.
+    The splits have 1257 training, 180 validation and 360 test images, the same for every seed. The seed changes only
+    the order of training. Baseline: always predict the most frequent digit of the training split.
 
     >>> task = DigitsSpec(steps=64).build(seed=0)
     >>> task.batch(0, 20).inputs.shape
@@ -67,8 +67,8 @@ class Digits(Task):
             name: (images[rows], labels[rows])
             for name, rows in {"train": train, "validation": validation, "test": test}.items()
         }
-        favourite = self.parts["train"][1].bincount(minlength=CLASSES).argmax()
-        self.baselines = {"most frequent digit": (self.parts["test"][1] == favourite).double().mean().item()}
+        most_frequent = self.parts["train"][1].bincount(minlength=CLASSES).argmax()
+        self.baselines = {"most frequent digit": (self.parts["test"][1] == most_frequent).double().mean().item()}
 
     def encoder(self) -> nn.Module:
         return nn.Identity()
@@ -79,8 +79,8 @@ class Digits(Task):
     def batch(self, step: int, size: int) -> Batch:
         images, labels = self.parts["train"]
         if size > len(labels):
-            raise SpecError(f"train.batch_size: {size} sequences of a training set of {len(labels)}")
-        epoch, index = divmod(step, len(labels) // size)  # the odd rows of an epoch sit it out
+            raise SpecError("train.batch_size", str(size), f"1 to {len(labels)}, the training sequences")
+        epoch, index = divmod(step, len(labels) // size)  # rows that do not fill a batch are skipped
         order = torch.randperm(len(labels), generator=generator(self.seed, "digits", "order", epoch))
         rows = order[index * size : (index + 1) * size]
         return Batch(self.sequences(images[rows]), labels[rows])
@@ -98,19 +98,19 @@ class Digits(Task):
         return {self.metric: right / len(labels), "cross-entropy": nats / len(labels)}
 
     def sequences(self, images: Tensor) -> Tensor:
-        """Images `[B, 64]` as sequences, time first."""
+        """Return images `[B, 64]` as sequences `[T, B, F]`."""
         return images.unflatten(-1, (self.spec.steps, -1)).transpose(0, 1).contiguous()
 
     def scores(self, model: Model, inputs: Tensor) -> Tensor:
-        """A score for each digit, from the last step."""
+        """Return the scores of the digits, `[B, 10]`, at the last step."""
         y, _ = model.features(inputs)
         return model.readout(y[-1])
 
 
 @cache
 def pictures() -> tuple[Tensor, Tensor]:
-    """All images `[1797, 64]`, grey values from 0 to 1, and their digits `[1797]`."""
-    from sklearn.datasets import load_digits  # takes a second to import, which no other kind should wait for
+    """Return all images `[1797, 64]`, grey values from 0 to 1, and their digits `[1797]`."""
+    from sklearn.datasets import load_digits  # imported late: takes a second, which other kinds do not need
 
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32) / WHITE, torch.tensor(labels, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The laws of atn-norms, and what is this task's own: its data, its parts, and that something can learn it."""
+"""Conformance tests of the digits task, and tests of its data, splits and training."""
 
 import atn_norms as an
 import pytest
@@ -19,7 +19,7 @@ def test_it_is_installed_under_its_kind():
     assert registry.lookup("task", "digits") is DigitsSpec
 
 
-def test_every_image_is_in_one_part_and_the_parts_are_those_of_every_seed():
+def test_every_image_is_in_one_split_and_the_splits_do_not_depend_on_the_seed():
     one, two = (DigitsSpec().build(seed=seed).parts for seed in (0, 1))
     assert {name: len(labels) for name, (_, labels) in one.items()} == {"train": 1257, "validation": 180, "test": 360}
     for name in one:
@@ -46,7 +46,7 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
     assert not torch.equal(first, second)
 
 
-def test_the_most_frequent_digit_scores_what_the_baseline_says():
+def test_the_most_frequent_digit_has_the_score_of_the_baseline():
     task = DigitsSpec().build(seed=0)
     readout = task.readout(4)
     assert isinstance(readout, torch.nn.Linear)
@@ -60,7 +60,7 @@ def test_the_most_frequent_digit_scores_what_the_baseline_says():
 
 
 def test_a_layer_learns_it():
-    """A hundred steps take most of the way from 1 in 10, whatever the machine."""
+    """A hundred training steps raise the accuracy from 0.1 to over 0.8."""
     torch.manual_seed(0)
     task = DigitsSpec().build(seed=0)
     model = Model(task.encoder(), an.GRU(8, 32, norm="layer", window=4), task.readout(32))
@@ -74,6 +74,6 @@ def test_a_layer_learns_it():
         assert task.evaluate(model.eval(), "test")["accuracy"] > 0.8
 
 
-def test_more_images_than_there_are_is_a_located_error():
-    with pytest.raises(ValueError, match=r"train.batch_size: 1258 sequences of a training set of 1257"):
+def test_a_batch_larger_than_the_training_split_is_rejected():
+    with pytest.raises(ValueError, match=r"train.batch_size: got 1258; expected 1 to 1257, the training sequences"):
         DigitsSpec().build(seed=0).batch(0, 1258)

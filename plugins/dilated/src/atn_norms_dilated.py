@@ -1,4 +1,4 @@
-"""A window that takes every d-th of the past steps: a long reach for few statements."""
+"""Dilated window: pool every d-th past step, a long reach with few statistics."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,18 +12,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dilated(an.Window[Any]):
-    r"""The current step and every d-th live step before it, `steps` in all, each counting alike.
+    r"""The current step and every d-th unmasked step before it, `steps` in total, with equal weights.
 
     $$W_t = \{t,\; t - d,\; t - 2d,\; \dots,\; t - (k - 1) d\} \cap \{0, 1, \dots\}$$
 
     Source: derived, after the dilated convolutions of van den Oord et al., arXiv 1609.03499. With d = 1 it is
-    a sliding window; with a d that is the period of a signal, a step is compared with its own phase alone.
+    a sliding window. If d is the period of a signal, each step is normalized with steps of the same phase only.
 
     | symbol | meaning | |
     |---|---|---|
     | `steps` | k, in time steps | at least 1 |
     | `dilation` | d, in time steps | at least 1 |
-    | state | `(weights [N, (k-1)d], leaves [N, (k-1)d, ...])`, oldest first: a sliding window's of that reach | |
+    | state | `(weights [N, (k-1)d], leaves [N, (k-1)d, ...])`, oldest first, as in a sliding window | |
 
     >>> window, steps = Dilated(steps=2, dilation=2), torch.tensor([[[1.0]], [[2.0]], [[5.0]], [[8.0]]])
     >>> state = window.initial(an.Average(steps[0]))
@@ -37,11 +37,11 @@ class Dilated(an.Window[Any]):
     def __post_init__(self) -> None:
         for name, value in (("steps", self.steps), ("dilation", self.dilation)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r}; allowed: an integer of at least 1")
+                raise ValueError(f"{name}: got {value!r}; expected an integer of at least 1")
 
     @property
     def reach(self) -> an.Sliding[Any]:
-        """The sliding window that spans from the oldest step to the current one, and keeps the same memory."""
+        """Sliding window from the oldest pooled step to the current step; it has the same state."""
         return an.Sliding((self.steps - 1) * self.dilation + 1)
 
     def initial(self, now: Any) -> Tree:
@@ -70,8 +70,8 @@ class DilatedSpec(an.WindowSpec):
     """Options of `Dilated`."""
 
     kind: Literal["dilated"] = "dilated"
-    steps: int = Field(default=5, ge=1, le=100_000, description="k: how many steps, the current one included")
-    dilation: int = Field(default=2, ge=1, le=10_000, description="d: how far apart they lie")
+    steps: int = Field(default=5, ge=1, le=100_000, description="k: number of pooled steps, including the current step")
+    dilation: int = Field(default=2, ge=1, le=10_000, description="d: distance between pooled steps")
 
     def build(self) -> Dilated:
         return Dilated(self.steps, self.dilation)

@@ -1,4 +1,4 @@
-"""The laws of atn-norms, and what is this window's own: which steps it takes."""
+"""Conformance tests of the dilated window, and tests of the steps it pools."""
 
 import atn_norms as an
 import pytest
@@ -37,12 +37,12 @@ def test_a_dilation_of_1_is_the_sliding_window_and_its_state():
 
 
 @pytest.mark.parametrize("options", [(0, 1), (1, 0), (2.0, 1), (1, True)])
-def test_what_is_no_number_of_steps_is_refused(options):
-    with pytest.raises(ValueError, match="allowed: an integer of at least 1"):
+def test_an_invalid_number_of_steps_is_rejected(options):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
         Dilated(*options)
 
 
 @pytest.mark.parametrize("option", ["steps", "dilation"])
-def test_the_options_say_what_they_allow(option):
+def test_the_options_name_their_limits(option):
     with pytest.raises(ValueError, match=f"window.{option}: must be greater than or equal to 1, got 0"):
         an.LSTM(2, 3, norm="layer", window={"kind": "dilated", option: 0})

@@ -1,4 +1,4 @@
-"""Group normalization: a mean and variance for every block of neighbouring features."""
+"""Group normalization: separate mean and variance for each block of neighbouring features."""
 
 from typing import Literal
 
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 
 class GroupNorm(an.Normalizer):
-    r"""Centre and scale each group of neighbouring features by the group's own pooled mean and variance.
+    r"""Centre and scale each group of neighbouring features by the pooled mean and variance of the group.
 
     $$y_i = g_i \frac{a_i - \mu_{G(i)}}{\sqrt{v_{G(i)} + \epsilon}} + b_i$$
 
-    Source: Wu, He, *Group Normalization*, arXiv 1803.08494, for the channels of an image; here
-    for the pre-activations of a step, pooled over the steps of a window (derived: the groups never meet, so each is
-    layer normalization of its own features).
+    Source: Wu, He, *Group Normalization*, arXiv 1803.08494, for the channels of an image. Here it applies to the
+    pre-activations of a step, pooled over the steps of a window. Derived: groups are independent, so each group is
+    layer normalization of its features.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `weight` | gain g, starts at 1 | `[D]` |
     | `bias` | shift b, starts at 0 | `[D]` |
-    | `groups` | how many groups of D / groups features each | |
+    | `groups` | number of groups, of D / groups features each | |
     | `eps` | added to the variance, inside the root; unit of the input squared | |
 
-    Errors: `ValueError` where the features cannot be cut into that many equal groups.
+    Errors: `ValueError` if `groups` does not divide the number of features.
 
     >>> x = torch.randn(5, 2, 8, dtype=torch.float64)
     >>> y, _ = an.AssortedTime(GroupNorm(8, groups=4), window=1).scan(x)
@@ -40,14 +40,14 @@ class GroupNorm(an.Normalizer):
         super().__init__()
         if features % groups:
             possible = ", ".join(str(n) for n in range(1, features + 1) if features % n == 0)
-            raise ValueError(f"groups: {groups} of {features} features; allowed: {possible}")
+            raise ValueError(f"groups: got {groups} for {features} features; expected one of {possible}")
         self.features, self.groups, self.eps = features, groups, eps
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain 1, shift 0."""
+        """Set the gain to 1 and the shift to 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 

@@ -1,4 +1,4 @@
-"""The laws of atn-norms, and what is this normalizer's own: torch's numbers, gates, refusals, the kernels."""
+"""Conformance tests of group normalization, and tests against torch, per gate, of errors and kernels."""
 
 import atn_norms as an
 import pytest
@@ -57,10 +57,10 @@ def test_every_backend_that_runs_it_gives_the_same_numbers(placement):
     options = {"norm": {"kind": "group", "groups": 3}, "window": 4, "placement": placement, "dtype": torch.float64}
     layer, truth = an.LSTM(2, 6, **options), an.LSTM(2, 6, **options, backend="reference")
     truth.load_state_dict(layer.state_dict())
-    assert "norm GroupNorm" not in an.explain(layer)  # no backend refuses it for what it is
+    assert "norm GroupNorm" not in an.explain(layer)  # every backend supports GroupNorm
     torch.testing.assert_close(layer(xs)[0], truth(xs)[0], rtol=1e-10, atol=1e-10)
 
 
-def test_groups_that_do_not_fit_are_refused_where_the_layer_is_described():
-    with pytest.raises(ValueError, match=r"groups: 3 of 20 features; allowed: 1, 2, 4, 5, 10, 20"):
+def test_groups_that_do_not_divide_the_features_are_rejected():
+    with pytest.raises(ValueError, match=r"groups: got 3 for 20 features; expected one of 1, 2, 4, 5, 10, 20"):
         an.LSTM(2, 5, norm={"kind": "group", "groups": 3})

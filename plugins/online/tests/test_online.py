@@ -1,4 +1,4 @@
-"""The laws of atn-norms, and what is this window's own: the recursion of the paper, and a step that does not count."""
+"""Conformance tests of the online window, the paper's recursion, and the exclusion of the current step."""
 
 import atn_norms as an
 import pytest
@@ -20,7 +20,7 @@ def test_it_is_installed_under_its_kind():
 
 @pytest.mark.parametrize("decay", [0.3, 0.9, 0.999])
 def test_it_is_the_recursion_of_the_paper(decay):
-    """One feature, so that a step's own variance is 0; the factor is the paper's once the first steps have faded."""
+    """With one feature, the variance of a step is 0; the factor tends to the paper's after the first steps."""
     a = torch.randn(40, dtype=torch.float64)
     ones = torch.ones(40, 1, dtype=torch.float64)
     steps = an.Moments.of(a.reshape(40, 1, 1))
@@ -43,11 +43,11 @@ def test_a_step_does_not_count_in_its_own_normalization():
     ours = an.AssortedTime(an.LayerNorm(5, eps=0.0).double(), Online(0.8))
     (ys, _), (zs, _) = ours.scan(xs), ours.scan(other)
     torch.testing.assert_close(ys[:3], zs[:3], rtol=0, atol=0)
-    assert (zs[3] - ys[3]).abs().min() > 1  # the spike is seen in full
-    assert (zs[4] - ys[4]).abs().min() > 1e-3  # and counts from the next step on
+    assert (zs[3] - ys[3]).abs().min() > 1  # the spike is not normalized by itself
+    assert (zs[4] - ys[4]).abs().min() > 1e-3  # the spike counts from the next step
 
 
-def test_the_first_step_is_normalized_with_its_own_statement_in_each_row():
+def test_the_first_step_of_each_row_is_normalized_with_its_own_statistic():
     xs = torch.randn(4, 3, 5, dtype=torch.float64)
     ours = an.AssortedTime(an.LayerNorm(5).double(), Online(0.8))
     torch.testing.assert_close(ours.scan(xs)[0][0], torch.nn.functional.layer_norm(xs[0], (5,)), rtol=0, atol=1e-12)
@@ -57,7 +57,7 @@ def test_the_first_step_is_normalized_with_its_own_statement_in_each_row():
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, float("nan"), True, "0.5"])
-def test_what_is_no_decay_is_refused(decay):
+def test_an_invalid_decay_is_rejected(decay):
     with pytest.raises(ValueError, match="decay"):
         Online(decay)
     with pytest.raises(ValueError, match="window.decay"):

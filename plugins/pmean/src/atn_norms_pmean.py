@@ -1,4 +1,4 @@
-"""Division by a pooled power mean: RMS normalization with another exponent, up to the maximum."""
+"""Division by a pooled power mean: RMS normalization with a configurable exponent, up to the maximum."""
 
 import math
 from typing import Annotated, Any, Literal, NamedTuple
@@ -10,15 +10,15 @@ from atn_norms.statistics import promoted
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-INFINITY: Literal["inf"] = "inf"  # JSON has no infinity, so options spell it
+INFINITY: Literal["inf"] = "inf"  # JSON has no infinity, so options use a string
 
 
 class Largest(NamedTuple):
-    r"""The largest of something per step, pooled as $\max_{s : w_s > 0} m_s$: it knows no weights but none and some.
+    r"""The maximum per step, pooled as $\max_{s : w_s > 0} m_s$; a weight only includes or excludes a step.
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `top` | $m_s$, unit of what was compared, not negative | `[..., d]` |
+    | `top` | $m_s$, not negative, in the unit of the compared values | `[..., d]` |
     """
 
     top: Tensor
@@ -32,7 +32,7 @@ class Largest(NamedTuple):
 
 
 class PMean(an.Normalizer):
-    r"""Divide by the pooled power mean of the magnitudes; nothing is centred.
+    r"""Divide by the pooled power mean of the magnitudes, without centring.
 
     $$y = g \odot \frac{a}{\left(\overline{|a|^p} + \epsilon^p\right)^{1/p}}, \qquad
     p = \infty:\; y = g \odot \frac{a}{\max(\max |a|, \epsilon)}$$
@@ -44,9 +44,9 @@ class PMean(an.Normalizer):
     |---|---|---|
     | `weight` | gain g, starts at 1 | `[D]` |
     | `p` | exponent, 1 to 32; or infinity, for the largest magnitude | |
-    | `eps` | what the mean is at least; unit of the input (RMS normalization calls its square eps) | |
+    | `eps` | lower bound of the mean, in the unit of the input; the eps of RMS normalization is its square | |
 
-    Errors: an infinite p refuses windows in which steps count unequally, since a maximum cannot count one step less.
+    Errors: `ValueError` for an infinite p with a window whose weights differ, since a maximum cannot be weighted.
 
     >>> x = torch.randn(7, 2, 8, dtype=torch.float64)
     >>> y, _ = an.AssortedTime(PMean(8, p=2.0, eps=0.01), window=3).scan(x)
@@ -68,7 +68,7 @@ class PMean(an.Normalizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain 1."""
+        """Set the gain to 1."""
         nn.init.ones_(self.weight)
 
     def measure(self, x: Tensor) -> an.Average | Largest:
@@ -84,8 +84,8 @@ class PMean(an.Normalizer):
         if math.isfinite(self.p) or window.uniform_weights:
             return None
         return (
-            "a maximum (p infinite) can be pooled only where all steps of the window count alike; "
-            "allowed: a sliding or cumulative window, or a finite p"
+            "a maximum (p infinite) requires a window with uniform weights; "
+            "expected a sliding or cumulative window, or a finite p"
         )
 
     def feature_moments(self) -> FeatureMoments | None:
@@ -102,7 +102,7 @@ class PMeanSpec(an.NormSpec):
     p: Annotated[float, Field(ge=1, le=32)] | Literal["inf"] = Field(
         default=1.0, description="exponent of the mean; inf: the largest magnitude"
     )
-    eps: float = Field(default=3e-3, gt=0, description="what the mean is at least, in the unit of the input")
+    eps: float = Field(default=3e-3, gt=0, description="lower bound of the mean, in the unit of the input")
 
     @field_validator("p", mode="before")
     @classmethod

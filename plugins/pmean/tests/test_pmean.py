@@ -1,4 +1,4 @@
-"""The laws of atn-norms, and what is this normalizer's own: its exponents, infinity, and the windows it refuses."""
+"""Conformance tests of the power mean, and tests of its exponents, infinity and unsupported windows."""
 
 import math
 
@@ -47,29 +47,29 @@ def test_zeros_have_finite_gradients():
 
 
 @pytest.mark.parametrize("window", [3, "cumulative", {"sites": {"ih": 3, "hh": "cumulative"}}])
-def test_infinity_takes_windows_that_count_alike(window):
+def test_infinity_supports_windows_with_uniform_weights(window):
     layer = an.LSTM(2, 3, norm={"kind": "pmean", "p": "inf"}, window=window)
     assert layer(torch.randn(5, 2, 2))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("placement", ["joint", "per_gate"])
 @pytest.mark.parametrize("at_one_site", [False, True])
-def test_infinity_refuses_windows_that_decay_when_the_layer_is_described(at_one_site, placement):
+def test_infinity_rejects_decaying_windows_when_the_layer_is_described(at_one_site, placement):
     decaying = {"kind": "exponential", "half_life": 2.0}
     window = {"sites": {"hh": decaying}} if at_one_site else decaying
     place = "window.sites.hh" if at_one_site else "window"
-    said = rf"{place}: 'exponential' with norm pmean at site '\w+': a maximum \(p infinite\) can be pooled only where"
-    with pytest.raises(ValueError, match=said):
+    message = rf"{place}: 'exponential' with norm pmean at site '\w+': a maximum \(p infinite\) requires a window"
+    with pytest.raises(ValueError, match=message):
         an.LSTM(2, 3, norm={"kind": "pmean", "p": "inf"}, window=window, placement={"gates": placement})
     an.LSTM(2, 3, norm={"kind": "pmean", "p": 4.0}, window=window)
 
 
-def test_infinity_is_spelt_in_options():
+def test_infinity_is_a_string_in_options():
     assert PMeanSpec.model_validate({"p": math.inf}) == PMeanSpec(p="inf")
     assert PMeanSpec.model_validate_json(PMeanSpec(p="inf").model_dump_json()) == PMeanSpec(p="inf")
 
 
 @pytest.mark.parametrize("p", [0.5, 33.0, -math.inf, math.nan, "infinite", True])
-def test_other_exponents_are_refused(p):
+def test_other_exponents_are_rejected(p):
     with pytest.raises(ValueError, match=r"norm\.p|norm: "):
         an.LSTM(2, 3, norm={"kind": "pmean", "p": p})
