@@ -1,1 +1,1 @@
-"""The laws of the algebra, the cells and the layers, stated from the mathematics and drawn by hypothesis."""
+"""Property tests of statistics, windows, cells and layers, derived from the mathematics and run by hypothesis."""

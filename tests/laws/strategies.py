@@ -1,4 +1,4 @@
-"""What the laws are drawn from: seeds, shapes, windows, dtypes and regimes, never arrays."""
+"""Hypothesis strategies of the property tests: seeds, shapes, windows, dtypes and regimes, but no arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ KINDS: tuple[oracle.Window, ...] = (("sliding", 1), ("sliding", 3), ("cumulative
 
 
 def sequence(regime: str, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """One sequence [T, B, D] in float64."""
+    """Return one sequence [T, B, D] in float64."""
     steps = shape[0]
     source = torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=source, dtype=torch.float64)
@@ -32,7 +32,7 @@ def sequence(regime: str, seed: int, shape: tuple[int, ...]) -> Tensor:
         return noise
     if regime == "constant":
         return torch.full(shape, 1234.5678, dtype=torch.float64)
-    if regime == "flat":  # every row is constant over its features, another constant at every step
+    if regime == "flat":  # every row is constant over its features, with a different constant at every step
         return noise[..., :1].expand(shape).clone()
     if regime == "tiny":
         return 1e-20 * noise
@@ -52,7 +52,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def window(kind: oracle.Window) -> Any:
-    """The package's window of the oracle's name for it."""
+    """Return the package's window for the oracle's description."""
     if kind[0] == "sliding":
         return an.Sliding(int(kind[1]))
     return an.Cumulative() if kind[0] == "cumulative" else an.Exponential(kind[1])
@@ -60,7 +60,7 @@ def window(kind: oracle.Window) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """One normalizer over one window, and the sequence it is given."""
+    """One normalizer over one window, and its input sequence."""
 
     seed: int
     steps: int
@@ -80,12 +80,12 @@ class Case:
         return stirred(module, self.seed).to(self.dtype)
 
     def site(self, norm: Any) -> oracle.Site:
-        """The textbook form of `norm`, made of its gain and shift."""
+        """Return the textbook form of `norm`, with its gain and shift."""
         gain, shift = affine(norm.normalizer)
         return oracle.Site(self.base, self.window, gain, shift, self.eps)
 
     def rounding(self, site: oracle.Site) -> float:
-        """Rounding of one float64 evaluation: centring costs a factor of |x| / sqrt(v + eps), over the window."""
+        """Return the rounding of one float64 evaluation, magnified by centring: |x| / sqrt(v + eps) over the window."""
         condition = 1.0
         for t, (_, variance, _) in enumerate(site.pooled):
             seen = torch.stack(site.past[: t + 1]).detach().abs().max()
@@ -122,7 +122,7 @@ def normalizer(base: str, features: int, **options: Any) -> Any:
 
 
 def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gain and shift of a normalizer (of all its gates, side by side), in float64, with their graph."""
+    """Return the gain and shift of a normalizer in float64, concatenated over its gates, with their graph."""
     gates = getattr(module, "gates", None)
     if gates is not None:
         gains, shifts = zip(*(affine(gate) for gate in gates), strict=True)
@@ -135,7 +135,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def stirred(module: Any, seed: int) -> Any:
-    """Give gains and shifts other values than the 1 and 0 they start from."""
+    """Set gains and shifts to random values instead of the initial 1 and 0."""
     source = torch.Generator().manual_seed(seed + 1)
     for child in module.modules():
         if isinstance(child, an.Normalizer):
@@ -148,7 +148,7 @@ def stirred(module: Any, seed: int) -> Any:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One layer and the sequence it is given."""
+    """One layer and its input sequence."""
 
     seed: int
     cell: str
@@ -168,7 +168,7 @@ class LayerCase:
         return sequence("normal", self.seed + 2, (steps or self.steps, self.batch, self.inputs))
 
     def hx(self, layer: Any, seed: int = 3) -> Any:
-        """Random initial states in torch's form for one layer and direction."""
+        """Return random initial states in torch's form for one layer and direction."""
         source = torch.Generator().manual_seed(self.seed + seed)
         deep = layer.num_layers * (2 if layer.bidirectional else 1)
         sizes = (getattr(layer, "proj_size", 0) or self.hidden, self.hidden)
@@ -201,7 +201,7 @@ def layer_cases(
 
 
 def lengths(case: LayerCase | Case, zero: bool = False) -> Tensor:
-    """Ragged lengths, the two longest equal: batch statistics want two values at every step."""
+    """Draw ragged lengths whose two longest are equal: batch statistics need two values at every step."""
     source = torch.Generator().manual_seed(case.seed + 5)
     drawn = torch.randint(0 if zero else 1, case.steps + 1, (case.batch,), generator=source)
     order = drawn.argsort(descending=True)
@@ -220,9 +220,9 @@ def textbook(
     kept: dict[str, oracle.Site | None] | None = None,
     **placement: Any,
 ):
-    """The oracle's answer for one layer and direction: outputs and final states, with the layer's own parameters.
+    """Return the oracle's outputs and final states for one layer and direction, with the parameters of the layer.
 
-    `kept` receives the sites, with every statistic they pooled.
+    `kept` receives the sites with all their pooled statistics.
     """
     parts: dict[str, Any] = {
         name: getattr(layer, name + suffix, None)
@@ -254,12 +254,12 @@ def site(layer: Any, case: LayerCase, name: str, groups: int = 1) -> oracle.Site
 
 
 def leaves(state: Any) -> list[Tensor]:
-    """Every tensor of a nested state."""
+    """Return every tensor of a nested state."""
     if isinstance(state, Tensor):
         return [state]
     return [leaf for part in state for leaf in leaves(part)]
 
 
 def level(*tensors: Tensor) -> float:
-    """The largest magnitude of several tensors, at least 1: what their absolute error is measured by."""
+    """Return the largest magnitude of several tensors, at least 1, as the scale of their absolute error."""
     return max([1.0, *(float(tensor.detach().abs().max()) for tensor in tensors if tensor.numel())])

@@ -1,4 +1,4 @@
-"""A window of 1 is the normalizer it is built on, as torch computes it."""
+"""A window of 1 equals the plain normalizer, as torch computes it."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_window_one_is_torch_s_batch_norm_in_training_and_evaluation(case: Case)
     norm, xs = case.norm(), case.xs()
     theirs = torch.nn.BatchNorm1d(case.features, eps=case.eps, dtype=torch.float64)
     theirs.load_state_dict(norm.normalizer.state_dict())
-    for x in xs:  # one scan per step, so one update each, as torch has it
+    for x in xs:  # one scan per step, so one update each, as in torch
         compare(norm.scan(x[None])[0][0], theirs(x), tolerance=1e-12)
     compare(dict(norm.normalizer.state_dict()), dict(theirs.state_dict()), tolerance=1e-12)
     norm.eval()
@@ -46,7 +46,7 @@ def test_batch_statistics_of_one_step_are_torch_s_with_gradients(case: Case):
     theirs = torch.autograd.grad((expected * weight).sum(), [xs, *norm.parameters()])
     mine = torch.autograd.grad((norm.scan(xs)[0] * weight).sum(), [xs, *norm.parameters()])
     largest = level(*theirs)
-    compare(mine, theirs, tolerance=1e-10, scale=largest)  # two rows may lie close: 1 / sqrt(1e-5) per derivative
+    compare(mine, theirs, tolerance=1e-10, scale=largest)  # rows may be close: 1 / sqrt(1e-5) per derivative
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
@@ -62,7 +62,7 @@ def test_the_momentum_is_torch_s(momentum):
 
 @given(seed=seeds)
 def test_float32_agrees_with_torch_where_torch_is_accurate(seed):
-    """Torch sums 64 values in float32: its own error of about sqrt(64) 6e-8 is the tolerance's source."""
+    """Torch sums 64 values in float32; the tolerance is its error of about sqrt(64) 6e-8."""
     xs = sequence("normal", seed, (3, 4, 64)).float()
     compare(an.AssortedTime(an.LayerNorm(64)).scan(xs)[0], F.layer_norm(xs, (64,)), tolerance=2e-6)
     compare(an.AssortedTime(an.RMSNorm(64)).scan(xs)[0], F.rms_norm(xs, (64,), eps=1e-5), tolerance=2e-6)
@@ -81,7 +81,7 @@ def test_the_parameters_are_torch_s():
 
 @pytest.mark.parametrize("base", ["LayerNorm", "RMSNorm", "BatchNorm"])
 def test_eps_is_added_inside_the_root(base):
-    """At x = +-1e-3 and eps = 1e-2 the two readings differ by a factor of ten."""
+    """At x = +-1e-3 and eps = 1e-2 the two conventions differ by a factor of ten."""
     xs = torch.tensor([1e-3, -1e-3], dtype=torch.float64)
     xs = xs[None, :, None].expand(1, 2, 1) if base == "BatchNorm" else xs[None, None]
     norm = stirred(
@@ -91,7 +91,7 @@ def test_eps_is_added_inside_the_root(base):
     compare(norm.scan(xs)[0], gain * xs / (1e-6 + 1e-2) ** 0.5 + shift, tolerance=1e-15)
 
 
-def test_one_value_per_feature_is_refused_in_training_as_in_torch():
+def test_one_value_per_feature_is_rejected_in_training_as_in_torch():
     norm = an.AssortedTime(an.BatchNorm(4), window=1)
     with pytest.raises(ValueError, match=r"[Ee]xpected more than 1 value per channel"):
         norm.scan(torch.zeros(3, 1, 4))

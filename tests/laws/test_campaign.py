@@ -1,4 +1,4 @@
-"""The long searches: larger sequences, wider layers, longer windows; run with `-m deep --hypothesis-profile deep`."""
+"""Extended tests of longer sequences, wider layers and longer windows: `-m deep --hypothesis-profile deep`."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_float32(case: Case):
 
 
 @given(cases(kinds=long, steps=(2, 40), batch=(2, 6), features=(1, 8), regimes=["normal", "spike"]), seeds)
-def test_any_pattern_of_living_steps(case: Case, seed: int):
+def test_any_mask_of_steps(case: Case, seed: int):
     norm, xs = case.norm(), case.xs()
     mask = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.5
     if case.base == "batch":
@@ -56,8 +56,8 @@ def test_layers(case: LayerCase, ragged, per_gate):
 
 
 @given(seed=seeds, k=st.integers(1, 300))
-def test_long_sequences_keep_their_digits(seed, k):
-    """2,000 steps with a spike at a third: nothing accumulates, nothing of the spike stays."""
+def test_long_sequences_keep_their_accuracy(seed, k):
+    """2,000 steps with a spike after a third: no rounding accumulates and no trace of the spike remains."""
     xs = sequence("spike", seed, (2000, 2, 8)) + sequence("drifting", seed + 1, (2000, 2, 8))
     case = Case(seed, 2000, 2, 8, "layer", ("sliding", k), torch.float32, "spike")
     ys, _ = case.norm().scan(xs.float())

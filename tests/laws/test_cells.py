@@ -1,4 +1,4 @@
-"""Every cell with every normalizer over every window is the textbook form: outputs, states and all gradients."""
+"""Every cell, normalizer and window equals the textbook form in outputs, states and all gradients."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ EXACT = 1e-10
 
 
 def gradients(layer, ys, final, wanted, seed):
-    """Gradients of a random functional of everything that comes out."""
+    """Return the gradients of a random functional of all outputs and states."""
     source = torch.Generator().manual_seed(seed)
     parts = [ys, *(final if isinstance(final, tuple) else [final])]
     weights = [torch.randn(part.shape, generator=source, dtype=part.dtype) for part in parts]
@@ -54,7 +54,7 @@ def agrees(layer: Any, case: LayerCase, limit=None, groups=1, tolerance=EXACT, *
     wanted = [xs, *starts, *named.values()]
     mine = gradients(layer, ys, final, wanted, case.seed)
     theirs = gradients(layer, expected, last, wanted, case.seed)
-    # A gradient that is 0 in mathematics (a bias under batch norm) is judged against the largest one.
+    # A gradient that is mathematically 0 (a bias under batch norm) is compared at the scale of the largest gradient.
     largest = level(*theirs)
     labels = ["x", "h", "c"][: 1 + len(starts)] + list(named)
     for label, a, b in zip(labels, mine, theirs, strict=True):
@@ -75,7 +75,7 @@ def test_every_cell_with_every_norm_over_every_kind_of_window(cell, base, kind):
 
 
 @given(layer_cases(batch=(2, 4)))
-def test_ragged_layers_are_the_textbook_form_over_living_steps(case: LayerCase):
+def test_ragged_layers_are_the_textbook_form_over_unmasked_steps(case: LayerCase):
     agrees(case.layer(), case, lengths(case))
 
 
@@ -95,7 +95,7 @@ def test_statistics_gate_by_gate_are_the_textbook_form(case: LayerCase):
 
 
 @given(layer_cases(cells=["LSTM"], batch=(2, 4)))
-def test_all_placements_at_once_and_ragged(case: LayerCase):
+def test_all_placements_combined_and_ragged(case: LayerCase):
     placement = {"sum": "joint", "gates": "per_gate", "carry": "normed"}
     agrees(case.layer(placement=placement), case, lengths(case), groups=4, joint=True, normed=True)
 
@@ -111,7 +111,7 @@ def test_a_rectified_rnn_is_the_textbook_form(case: LayerCase):
 
 
 @given(layer_cases())
-def test_a_layer_without_biases_keeps_the_norms_and_their_shifts(case: LayerCase):
+def test_a_layer_without_biases_keeps_norms_and_shifts(case: LayerCase):
     layer = case.layer(bias=False)
     assert not any(name.startswith("bias_") for name, _ in layer.named_parameters())
     agrees(layer, case)
@@ -163,7 +163,7 @@ def test_the_module_of_one_step_is_a_step_of_the_layer(case: LayerCase):
 
 @given(layer_cases(bases=["layer", "rms"]))
 def test_float32_layers_stay_near_float64(case: LayerCase):
-    """Six steps of products of 4 values at 6e-8 each, magnified through a norm of few features by up to 316."""
+    """Six steps of products of 4 values at 6e-8 each, magnified up to 316 times by a norm of few features."""
     double = case.layer()
     single = case.layer().float()
     ys, _ = single(case.xs().float())
@@ -178,7 +178,7 @@ def test_float32_layers_stay_near_float64(case: LayerCase):
     seed=seeds, depth=st.integers(1, 3), kind=st.sampled_from(KINDS), base=st.sampled_from(BASES), ragged=st.booleans()
 )
 def test_stacked_layers_in_both_directions_are_single_ones_chained(cell, seed, depth, kind, base, ragged):
-    """The reverse direction runs each row from its own end, with a window of its own."""
+    """The reverse direction starts at the end of each row, with a separate window."""
     case = LayerCase(seed, cell, base, kind, steps=5, batch=3, inputs=2, hidden=3)
     layer, xs = case.layer(num_layers=depth, bidirectional=True), case.xs()
     limit = lengths(case) if ragged else torch.full((3,), 5)
@@ -203,7 +203,7 @@ def test_stacked_layers_in_both_directions_are_single_ones_chained(cell, seed, d
 
 
 def flipped(xs, limit):
-    """Each row turned about its own end."""
+    """Reverse the valid steps of each row."""
     out = torch.zeros_like(xs)
     for row, n in enumerate(limit.tolist()):
         out[:n, row] = xs[:n, row].flip(0)

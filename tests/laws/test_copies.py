@@ -1,4 +1,4 @@
-"""Copies and carried things: state dicts, pickles, deep copies, state detached, reordered, saved and moved."""
+"""Copies of layers and states: state dicts, pickles, deep copies; states detached, reordered, saved and moved."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def _saved(thing):
 @given(layer_cases(), st.integers(1, 2), st.booleans())
 def test_a_copy_of_a_layer_is_the_layer(way, case: LayerCase, depth, both):
     layer = case.layer(num_layers=depth, bidirectional=both, placement={"gates": "per_gate"})
-    layer(case.xs())  # running statistics and whatever a layer keeps must survive, too
+    layer(case.xs())  # copies must include running statistics and other buffers
     twin = COPIES[way](layer)
     assert type(twin) is type(layer)
     assert twin.spec == layer.spec
@@ -69,7 +69,7 @@ def test_a_copy_of_a_plain_layer_is_the_layer(way, cell):
 
 
 @given(layer_cases(), st.sampled_from([None, 3]))
-def test_a_state_dict_brings_everything_over(case: LayerCase, slots):
+def test_a_state_dict_transfers_everything(case: LayerCase, slots):
     norm = {"kind": case.base, **({"max_steps": slots} if case.base == "batch" else {})}
     layer, other = case.layer(norm=norm), LayerCase(**{**case.__dict__, "seed": case.seed + 1}).layer(norm=norm)
     layer(case.xs())
@@ -84,7 +84,7 @@ def test_a_state_dict_brings_everything_over(case: LayerCase, slots):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_parameters_and_state_dict_agree_and_begin_as_torch_s(cell, base):
+def test_parameters_and_state_dict_agree_and_start_like_torch_s(cell, base):
     layer = getattr(an, cell)(2, 3, 2, bidirectional=True, norm=base, window=3)
     names = [name for name, _ in layer.named_parameters()]
     buffers = [name for name, _ in layer.named_buffers()]
@@ -111,7 +111,7 @@ def test_windows_are_values(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
-def test_a_copied_assorted_time_goes_on_from_a_saved_state(base, kind):
+def test_a_copied_assorted_time_continues_from_a_saved_state(base, kind):
     norm = stirred(an.AssortedTime(normalizer(base, 4).double(), window=window(kind)), 1)
     xs = sequence("normal", 0, (7, 3, 4))
     whole, _ = norm.scan(xs)
@@ -140,7 +140,7 @@ def test_state_is_a_plain_tuple_of_tensors_with_the_batch_first(case: LayerCase)
 
 
 @given(layer_cases(steps=(2, 5)))
-def test_detaching_a_state_cuts_the_gradient_and_nothing_else(case: LayerCase):
+def test_detaching_a_state_only_cuts_the_gradient(case: LayerCase):
     layer, xs = case.layer(), case.xs().requires_grad_()
     _, state = layer.unroll(xs[:1])
     cut = an.detach(state)
@@ -174,7 +174,7 @@ def test_a_reordered_state_of_a_coupled_batch_keeps_its_shared_rows(cell):
     compare(ys, whole[-1:], tolerance=1e-10)
 
 
-def test_reordering_by_a_row_that_is_not_there_is_refused():
+def test_reordering_by_a_missing_row_is_rejected():
     _, state = an.GRU(2, 3, norm="layer", window=2).unroll(torch.randn(4, 3, 2))
     for wrong in ([3], [-1]):
         with pytest.raises(IndexError):

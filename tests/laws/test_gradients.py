@@ -1,4 +1,4 @@
-"""First and second derivatives against finite differences: every cell, normalizer and kind of window, at tiny sizes."""
+"""Compare first and second derivatives with finite differences for every cell, normalizer and window kind."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.func import functional_call
 import atn_norms as an
 from tests.laws.strategies import BASES, CELLS, KINDS, Case, LayerCase, leaves, window
 
-SMOOTH = 1e-2  # eps of the checks: finite differences need a normalizer without sharp corners, whatever its inputs
+SMOOTH = 1e-2  # eps of the checks: finite differences need a smooth normalizer
 
 
 def run(layer, names, lengths=None):
@@ -25,7 +25,7 @@ def run(layer, names, lengths=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_layer_twice(cell, base, kind):
+def test_second_derivatives_of_a_layer(cell, base, kind):
     case = LayerCase(11, cell, base, kind, steps=3, batch=3, inputs=2, hidden=3)
     layer = case.layer(norm={"kind": base, "eps": SMOOTH})
     names = [name for name, _ in layer.named_parameters()]
@@ -36,7 +36,7 @@ def test_a_layer_twice(cell, base, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("base", BASES)
-def test_a_scan_twice_and_in_every_entry(base, kind):
+def test_second_derivatives_of_a_scan_in_every_entry(base, kind):
     norm = Case(5, 4, 3, 2, base, kind, torch.float64, "normal", eps=SMOOTH).norm()
     xs = Case(5, 4, 3, 2, base, kind, torch.float64, "normal").xs().requires_grad_()
     assert gradcheck(lambda x: norm.scan(x)[0], xs)
@@ -44,7 +44,7 @@ def test_a_scan_twice_and_in_every_entry(base, kind):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_ragged_scan_twice(base):
+def test_second_derivatives_of_a_ragged_scan(base):
     norm = Case(5, 4, 3, 2, base, ("sliding", 2), torch.float64, "normal", eps=SMOOTH).norm()
     xs = Case(5, 4, 3, 2, base, ("sliding", 2), torch.float64, "normal").xs().requires_grad_()
     limit = torch.tensor([4, 1, 4])

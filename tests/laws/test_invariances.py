@@ -1,4 +1,4 @@
-"""What each normalizer over each window does not see, and what it does: every row of the table of invariances."""
+"""Invariances of each normalizer over each window: one section for each row of the table of invariances."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import BASES, CELLS, LayerCase, leaves, level, normalizer, seeds, sequence, stirred, window
 
-TINY = 1e-15  # the claims are about eps -> 0; a variance of 1e-3 then changes by 1e-12 of itself
+TINY = 1e-15  # the invariances hold for eps -> 0; a variance of 1e-3 then changes by a factor of 1e-12
 HELD = 1e-8  # float64, at most 8 steps, sums of 30 terms, over deviations of 1e-3 and more
-CHANGED = 1e-6  # far above rounding; what is claimed to change does so by far more than rounding can
+CHANGED = 1e-6  # far above rounding: an expected change is larger than this
 
 many = st.sampled_from([("sliding", 2), ("sliding", 3), ("sliding", 5), ("cumulative",), ("exponential", 2.0)])
 any_window = st.one_of(st.just(("sliding", 1)), many)
@@ -28,7 +28,7 @@ def draw(seed, *shape):
 
 
 def site(base, kind, seed):
-    """A site of a cell: inputs, weight, bias, and what they become."""
+    """Return inputs, weight and bias of a site, and the function that computes its output."""
     module = norm(base, kind, seed)
     xs, weight, bias = draw(seed, 6, 5, 3), draw(seed + 1, 6, 3), draw(seed + 2, 6)
     return xs, weight, bias, lambda w, b, x=xs: module.scan(x @ w.T + b)[0]
@@ -44,7 +44,7 @@ def changes(after, before, what):
 
 @pytest.mark.parametrize("base", BASES)
 @given(seed=seeds, kind=any_window, d=factors)
-def test_scaling_the_weights_is_not_seen_and_divides_their_gradient(base, seed, kind, d):
+def test_scaling_the_weights_has_no_effect_and_divides_their_gradient(base, seed, kind, d):
     _, weight, bias, run = site(base, kind, seed)
     before = run(weight, bias)
     compare(run(d * weight, d * bias), before, tolerance=HELD)
@@ -58,7 +58,7 @@ def test_scaling_the_weights_is_not_seen_and_divides_their_gradient(base, seed, 
 
 
 @given(seed=seeds, kind=any_window)
-def test_batch_does_not_see_a_scale_per_feature(seed, kind):
+def test_batch_is_invariant_to_a_scale_per_feature(seed, kind):
     _, weight, bias, run = site("batch", kind, seed)
     d = torch.linspace(0.5, 3.0, 6, dtype=torch.float64)
     compare(run(d[:, None] * weight, d * bias), run(weight, bias), tolerance=HELD)
@@ -66,7 +66,7 @@ def test_batch_does_not_see_a_scale_per_feature(seed, kind):
 
 @pytest.mark.parametrize("base", ["layer", "rms"])
 @given(seed=seeds, kind=any_window)
-def test_layer_and_rms_do_see_a_scale_per_feature(base, seed, kind):
+def test_layer_and_rms_change_with_a_scale_per_feature(base, seed, kind):
     _, weight, bias, run = site(base, kind, seed)
     d = torch.linspace(0.5, 3.0, 6, dtype=torch.float64)
     changes(run(d[:, None] * weight, d * bias), run(weight, bias), "a scale per feature")
@@ -80,7 +80,7 @@ def test_layer_and_rms_do_see_a_scale_per_feature(base, seed, kind):
     name=st.sampled_from(["ih", "hh"]),
     d=factors,
 )
-def test_scaling_one_site_of_a_cell_is_not_seen_by_the_layer(seed, cell, base, kind, name, d):
+def test_a_layer_is_invariant_to_the_scale_of_one_site(seed, cell, base, kind, name, d):
     case = LayerCase(seed, cell, base, kind, steps=5, batch=4, inputs=3, hidden=4)
     layer = case.layer(norm={"kind": base, "eps": TINY})
     xs, hx = case.xs(), case.hx(layer)
@@ -88,7 +88,7 @@ def test_scaling_one_site_of_a_cell_is_not_seen_by_the_layer(seed, cell, base, k
     with torch.no_grad():
         getattr(layer, f"weight_{name}_l0").mul_(d)
         getattr(layer, f"bias_{name}_l0").mul_(d)
-    # the cell's own norm, over 4 features, may magnify 100 times
+    # the norm of the cell, over 4 features, may magnify 100 times
     compare(layer(xs, hx)[0].detach(), before, tolerance=1e-6)
 
 
@@ -96,13 +96,13 @@ def test_scaling_one_site_of_a_cell_is_not_seen_by_the_layer(seed, cell, base, k
 
 
 @given(seed=seeds)
-def test_recentring_is_not_seen_by_layer_normalization_of_one_step(seed):
+def test_layer_normalization_of_one_step_is_invariant_to_recentring(seed):
     _, weight, bias, run = site("layer", ("sliding", 1), seed)
     compare(run(weight + draw(seed + 4, 3), bias), run(weight, bias), tolerance=HELD)
 
 
 @given(seed=seeds, kind=many)
-def test_recentring_is_seen_through_a_longer_window(seed, kind):
+def test_a_longer_window_changes_with_recentring(seed, kind):
     _, weight, bias, run = site("layer", kind, seed)
     before, after = run(weight, bias), run(weight + draw(seed + 4, 3), bias)
     compare(after[0], before[0], tolerance=HELD)  # at the first step the window holds one step
@@ -110,17 +110,17 @@ def test_recentring_is_seen_through_a_longer_window(seed, kind):
 
 
 @given(seed=seeds, kind=many)
-def test_recentring_is_not_seen_where_its_product_is_constant_in_time(seed, kind):
+def test_recentring_with_a_constant_product_has_no_effect(seed, kind):
     xs, weight, bias, run = site("layer", kind, seed)
     vector = draw(seed + 4, 3)
-    xs = xs - (xs @ vector)[..., None] * vector / vector.square().sum()  # nothing of x along the vector
-    xs = xs + draw(seed + 5, 1, 5, 1) * vector  # a level of its own for each row, constant in time
+    xs = xs - (xs @ vector)[..., None] * vector / vector.square().sum()  # remove the component along the vector
+    xs = xs + draw(seed + 5, 1, 5, 1) * vector  # a different level for each row, constant in time
     compare(run(weight + vector, bias, xs), run(weight, bias, xs), tolerance=HELD)
 
 
 @pytest.mark.parametrize("base", ["rms", "batch"])
 @given(seed=seeds, kind=any_window)
-def test_recentring_is_seen_by_rms_and_batch(base, seed, kind):
+def test_rms_and_batch_change_with_recentring(base, seed, kind):
     _, weight, bias, run = site(base, kind, seed)
     changes(run(weight + draw(seed + 4, 3), bias), run(weight, bias), "re-centring")
 
@@ -129,14 +129,14 @@ def test_recentring_is_seen_by_rms_and_batch(base, seed, kind):
 
 
 @given(seed=seeds, kind=any_window)
-def test_batch_does_not_see_a_shift_per_feature(seed, kind):
+def test_batch_is_invariant_to_a_shift_per_feature(seed, kind):
     _, weight, bias, run = site("batch", kind, seed)
     compare(run(weight, bias + draw(seed + 4, 6)), run(weight, bias), tolerance=HELD)
 
 
 @pytest.mark.parametrize("base", ["layer", "rms"])
 @given(seed=seeds, kind=any_window)
-def test_layer_and_rms_do_see_a_shift_per_feature(base, seed, kind):
+def test_layer_and_rms_change_with_a_shift_per_feature(base, seed, kind):
     _, weight, bias, run = site(base, kind, seed)
     changes(run(weight, bias + draw(seed + 4, 6)), run(weight, bias), "a shift per feature")
 
@@ -146,7 +146,7 @@ def test_layer_and_rms_do_see_a_shift_per_feature(base, seed, kind):
 
 @pytest.mark.parametrize("base", BASES)
 @given(seed=seeds, kind=any_window, d=factors)
-def test_scaling_the_whole_sequence_is_not_seen(base, seed, kind, d):
+def test_scaling_the_whole_sequence_has_no_effect(base, seed, kind, d):
     xs, module = draw(seed, 6, 5, 6), norm(base, kind, seed)
     compare(module.scan(d * xs)[0], module.scan(xs)[0], tolerance=HELD)
 
@@ -156,7 +156,7 @@ def test_scaling_the_whole_sequence_is_not_seen(base, seed, kind, d):
 
 @pytest.mark.parametrize("base", BASES)
 @given(seed=seeds, step=st.integers(0, 5), d=factors)
-def test_scaling_one_step_is_not_seen_by_a_window_of_one(base, seed, step, d):
+def test_a_window_of_one_is_invariant_to_the_scale_of_one_step(base, seed, step, d):
     xs, module = draw(seed, 6, 5, 6), norm(base, ("sliding", 1), seed)
     other = xs.clone()
     other[step] *= d
@@ -165,7 +165,7 @@ def test_scaling_one_step_is_not_seen_by_a_window_of_one(base, seed, step, d):
 
 @pytest.mark.parametrize("base", BASES)
 @given(seed=seeds, kind=many, step=st.integers(1, 5), d=factors)
-def test_scaling_one_step_is_seen_through_a_longer_window(base, seed, kind, step, d):
+def test_a_longer_window_changes_with_the_scale_of_one_step(base, seed, kind, step, d):
     xs, module = draw(seed, 6, 5, 6), norm(base, kind, seed)
     other = xs.clone()
     other[step] *= d
@@ -175,10 +175,10 @@ def test_scaling_one_step_is_seen_through_a_longer_window(base, seed, kind, step
 
 
 @given(seed=seeds, d=factors)
-def test_the_level_of_a_step_survives_a_longer_window_only(seed, d):
-    """The reason for the method: an input term u_t w keeps u_t relative to its recent past."""
+def test_only_a_longer_window_keeps_the_level_of_a_step(seed, d):
+    """Motivation of the method: an input term u_t w keeps u_t relative to its recent past."""
     direction = draw(seed, 6)
-    direction = direction - direction.mean()  # nothing for a one-step layer norm to tell levels by
+    direction = direction - direction.mean()  # a one-step layer norm cannot distinguish levels
     levels = torch.tensor([1.0, 1.0, 1.0 + d, 1.0], dtype=torch.float64)
     xs = levels[:, None, None] * direction
     short, long = (norm("layer", ("sliding", k), seed).scan(xs)[0] for k in (1, 3))
@@ -197,20 +197,20 @@ def test_permuting_rows_permutes_outputs_and_state(base, seed, kind):
     ys, state = module.scan(xs)
     other, turned = module.scan(xs[:, order])
     compare(other, ys[:, order], tolerance=1e-12)  # a sum over the batch in another order
-    same = state if base == "batch" else an.reorder(state, order)  # one row speaks for a coupled batch
+    same = state if base == "batch" else an.reorder(state, order)  # batch statistics share one row
     compare(leaves(turned), leaves(same), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("base", ["layer", "rms"])
 @given(seed=seeds, kind=any_window, row=st.integers(0, 4))
-def test_dropping_a_row_is_not_seen_by_the_others(base, seed, kind, row):
+def test_dropping_a_row_does_not_change_the_others(base, seed, kind, row):
     xs, module = draw(seed, 6, 5, 6), norm(base, kind, seed)
     others = [r for r in range(5) if r != row]
     compare(module.scan(xs[:, others])[0], module.scan(xs)[0][:, others], tolerance=0)
 
 
 @given(seed=seeds, kind=any_window, row=st.integers(0, 4))
-def test_dropping_a_row_is_seen_by_the_others_under_batch_statistics_in_training_only(seed, kind, row):
+def test_dropping_a_row_changes_the_others_only_under_batch_statistics_in_training(seed, kind, row):
     xs, module = draw(seed, 6, 5, 6), norm("batch", kind, seed)
     others = [r for r in range(5) if r != row]
     changes(module.scan(xs[:, others])[0], module.scan(xs)[0][:, others], "the others' statistics")
@@ -220,7 +220,7 @@ def test_dropping_a_row_is_seen_by_the_others_under_batch_statistics_in_training
 
 @pytest.mark.parametrize("base", ["layer", "rms"])
 @given(seed=seeds, kind=any_window, row=st.integers(0, 4))
-def test_rows_do_not_reach_each_other_by_gradient(base, seed, kind, row):
+def test_rows_have_independent_gradients(base, seed, kind, row):
     xs, module = draw(seed, 6, 5, 6).requires_grad_(), norm(base, kind, seed)
     (gradient,) = torch.autograd.grad(module.scan(xs)[0][:, row].square().sum(), xs)
     gradient[:, row] = 0
@@ -228,18 +228,18 @@ def test_rows_do_not_reach_each_other_by_gradient(base, seed, kind, row):
 
 
 @given(seed=seeds, kind=any_window, training=st.booleans())
-def test_rows_reach_each_other_under_batch_statistics_in_training_only(seed, kind, training):
+def test_rows_are_coupled_only_under_batch_statistics_in_training(seed, kind, training):
     xs, module = draw(seed, 6, 5, 6).requires_grad_(), norm("batch", kind, seed).train(training)
     (gradient,) = torch.autograd.grad((module.scan(xs)[0][:, 0] * draw(seed + 1, 6)).sum(), xs)
     assert bool(gradient[:, 1:].abs().max() > CHANGED) == training
 
 
-# row 8, forgetting, is in test_windows.py; the population that stands in during evaluation is in test_population.py
+# row 8, forgetting, is in test_windows.py; evaluation with population statistics is in test_population.py
 
 
 @given(seed=seeds, k=st.sampled_from([2, 3, 5]))
-def test_a_window_reaches_the_directions_that_one_step_annihilates(seed, k):
-    """Layer normalization of one step is blind to the directions 1 and x_t; a window of more steps is not."""
+def test_a_window_keeps_the_directions_that_one_step_annihilates(seed, k):
+    """Layer normalization of one step annihilates the directions 1 and x_t; a longer window does not."""
     xs = sequence("normal", seed, (6, 2, 6))
     for kind, blind in ((("sliding", 1), True), (("sliding", k), False)):
         module = norm("layer", kind, seed)

@@ -1,4 +1,4 @@
-"""What a layer starts from, what it refuses, and how it comes to stand in an existing model."""
+"""Initialization of layers, unsupported options, and replacement of torch layers in a model."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def test_gains_start_at_one_and_shifts_at_zero_whatever_the_initialization(init,
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_reset_draws_as_torch_draws(cell):
+def test_reset_draws_the_same_values_as_torch(cell):
     mine, theirs = getattr(an, cell)(3, 4, 2, norm="layer"), getattr(nn, cell)(3, 4, 2)
     torch.manual_seed(9)
     mine.reset_parameters()
@@ -49,7 +49,7 @@ def test_reset_draws_as_torch_draws(cell):
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch", {"kind": "rms", "bias": True}])
-def test_the_forget_bias_is_a_shift_behind_the_norm(norm):
+def test_the_forget_bias_is_a_shift_after_the_norm(norm):
     layer = an.LSTM(3, 4, 2, bidirectional=True, norm=norm, forget_bias=1.5)
     for n in range(2):
         for end in ("", "_reverse"):
@@ -60,8 +60,8 @@ def test_the_forget_bias_is_a_shift_behind_the_norm(norm):
             assert (getattr(layer, f"norm_hh_l{n}{end}").bias == 0).all()
 
 
-def test_the_forget_bias_opens_the_forget_gate_and_no_other():
-    """With all weights 0 the only thing left is the shift: c' = sigmoid(1.5) c + sigmoid(0) tanh(0)."""
+def test_the_forget_bias_opens_only_the_forget_gate():
+    """With all weights 0 only the shift remains: c' = sigmoid(1.5) c + sigmoid(0) tanh(0)."""
     layer = an.LSTM(3, 4, norm="layer", forget_bias=1.5, dtype=torch.float64)
     with torch.no_grad():
         for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
@@ -73,7 +73,7 @@ def test_the_forget_bias_opens_the_forget_gate_and_no_other():
 
 @pytest.mark.parametrize("gates", ["joint", "per_gate"])
 @pytest.mark.parametrize("summed", ["separate", "joint"])
-def test_the_forget_bias_finds_its_gate_in_every_placement(gates, summed):
+def test_the_forget_bias_affects_its_gate_in_every_placement(gates, summed):
     layer = an.LSTM(3, 4, norm="layer", forget_bias=2.0, placement={"gates": gates, "sum": summed}, dtype=torch.float64)
     with torch.no_grad():
         for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
@@ -92,7 +92,7 @@ def test_the_forget_bias_finds_its_gate_in_every_placement(gates, summed):
         ("RNN", {"norm": "layer"}),
     ],
 )
-def test_a_forget_bias_without_a_home_is_refused(cell, options):
+def test_a_forget_bias_without_a_shift_is_rejected(cell, options):
     with pytest.raises(ValueError, match="forget_bias"):
         getattr(an, cell)(3, 4, forget_bias=1.0, **options)
 
@@ -113,19 +113,19 @@ def test_a_forget_bias_without_a_home_is_refused(cell, options):
         {"norm": "layer", "backend": "referense"},
     ],
 )
-def test_impossible_options_are_refused_by_name(options):
+def test_unsupported_options_are_named(options):
     with pytest.raises((ValueError, TypeError)) as refused:
         an.LSTM(3, 4, **options)
     assert any(name in str(refused.value) for name in options), str(refused.value)
 
 
 @pytest.mark.parametrize("placement", [{"sum": "joint"}, {"carry": "normed"}])
-def test_a_gru_has_no_place_for_some_placements(placement):
+def test_a_gru_does_not_support_some_placements(placement):
     with pytest.raises(ValueError, match="placement"):
         an.GRU(3, 4, norm="layer", placement=placement)
 
 
-def test_a_backend_asked_for_by_name_says_why_it_refuses():
+def test_an_explicit_backend_reports_why_it_is_unsupported():
     with pytest.raises(ValueError, match="torch"):
         an.LSTM(3, 4, norm="layer", backend="torch")
     assert "reference" in an.explain(an.LSTM(3, 4, norm="layer"))
@@ -191,7 +191,7 @@ def test_replacing_a_layer_itself_returns_the_new_one(cell):
     compare({n: p for n, p in mine.state_dict().items() if "norm_" not in n}, dict(theirs.state_dict()), tolerance=0)
 
 
-def test_replacing_refuses_what_it_would_break_and_leaves_the_model_alone():
+def test_an_unsupported_replacement_leaves_the_model_unchanged():
     class Own(nn.LSTM):
         pass
 
@@ -204,7 +204,7 @@ def test_replacing_refuses_what_it_would_break_and_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_build_and_the_skin_make_the_same_layer(cell):
+def test_build_and_the_class_make_the_same_layer(cell):
     torch.manual_seed(4)
     skin = getattr(an, cell)(3, 4, 2, norm="layer", window=3)
     torch.manual_seed(4)

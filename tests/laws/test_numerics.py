@@ -1,4 +1,4 @@
-"""Digits: float32 against float64 in every regime, half precisions, and where a NaN goes."""
+"""Numerical accuracy: float32 against float64 in every regime, half precisions, and the spread of a NaN."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from tests.laws.strategies import BASES, REGIMES, Case, cases, seeds
 @pytest.mark.parametrize("k", [1, 16, 100])
 @settings(max_examples=6)
 @given(seed=seeds)
-def test_float32_keeps_its_digits(regime, base, k, seed):
-    """Required: 2e-6 of max(1, |y|). The result is rounded to float32 once, after float64 arithmetic: 6e-8 is due."""
+def test_float32_accuracy(regime, base, k, seed):
+    """The tolerance is 2e-6 of max(1, |y|). The arithmetic is float64, with one rounding to float32 (6e-8)."""
     case = Case(seed, k + 15, 3, 5, base, ("sliding", k), torch.float32, regime)
     norm, xs = case.norm(), case.xs()
     site = case.site(norm)
@@ -25,7 +25,7 @@ def test_float32_keeps_its_digits(regime, base, k, seed):
 
 
 @given(cases(dtypes=[torch.float16, torch.bfloat16], regimes=["normal", "flat", "drifting"]))
-def test_half_precisions_round_once_and_keep_their_type(case: Case):
+def test_half_precisions_round_once_and_keep_their_dtype(case: Case):
     norm, xs = case.norm(), case.xs()
     expected = oracle.run(case.site(norm), xs.double())
     ys, _ = norm.scan(xs)
@@ -47,7 +47,7 @@ def test_float32_steps_and_scans_alike(case: Case):
 @pytest.mark.parametrize("base", ["layer", "rms"])
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
 @given(seed=seeds, place=st.tuples(st.integers(0, 11), st.integers(0, 2), st.integers(0, 3)))
-def test_a_nan_poisons_its_row_for_exactly_k_steps(base, k, seed, place):
+def test_a_nan_affects_its_row_for_exactly_k_steps(base, k, seed, place):
     case = Case(seed, 12, 3, 4, base, ("sliding", k), torch.float64, "normal")
     norm, clean = case.norm(), case.xs()
     step, row, _ = place
@@ -60,7 +60,7 @@ def test_a_nan_poisons_its_row_for_exactly_k_steps(base, k, seed, place):
     assert (ys.isnan() == poisoned[..., None]).all()
     compare(ys[~poisoned], norm.scan(clean)[0][~poisoned], tolerance=0)
     (gradient,) = torch.autograd.grad(ys[~poisoned].square().sum(), xs)
-    # The windows that hold the NaN reach back this far: there 0 * NaN is due.
+    # The windows that hold the NaN reach back this far: their gradients contain 0 * NaN.
     reached = torch.zeros(12, 3, dtype=torch.bool)
     reached[max(0, step - k + 1) : step + k, row] = True
     assert torch.isfinite(gradient[~reached]).all()
@@ -68,7 +68,7 @@ def test_a_nan_poisons_its_row_for_exactly_k_steps(base, k, seed, place):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7])
 @given(seed=seeds, place=st.tuples(st.integers(0, 11), st.integers(0, 2), st.integers(0, 3)))
-def test_a_nan_under_batch_statistics_poisons_its_feature_for_exactly_k_steps(k, seed, place):
+def test_a_nan_under_batch_statistics_affects_its_feature_for_exactly_k_steps(k, seed, place):
     case = Case(seed, 12, 3, 4, "batch", ("sliding", k), torch.float64, "normal")
     norm, clean = case.norm(), case.xs()
     xs = clean.clone()
@@ -81,7 +81,7 @@ def test_a_nan_under_batch_statistics_poisons_its_feature_for_exactly_k_steps(k,
 
 
 @pytest.mark.parametrize("kind", [("cumulative",), ("exponential", 2.0)])
-def test_a_nan_stays_where_nothing_is_forgotten(kind):
+def test_a_nan_remains_in_a_cumulative_window(kind):
     case = Case(0, 6, 3, 4, "layer", kind, torch.float64, "normal")
     xs = case.xs()
     xs[2, 1, 0] = float("nan")

@@ -1,4 +1,4 @@
-"""Without a norm a layer is torch's: names, numbers, random numbers, packing, errors."""
+"""Without a norm, a layer equals torch's layer: names, outputs, random numbers, packing, errors."""
 
 from itertools import product
 
@@ -42,7 +42,7 @@ def states(cell, options, batch=None):
 
 
 def inputs(cell, options):
-    """Batched, unbatched, packed sorted and unsorted; with and without given states."""
+    """Return batched, unbatched and packed (sorted and unsorted) inputs, with and without initial states."""
     first = options["batch_first"]
     xs = torch.randn(*((3, 5, 3) if first else (5, 3, 3)), dtype=torch.float64)
     packed = [
@@ -124,7 +124,7 @@ def test_attributes_are_torch_s(cell):
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_float32_and_device_are_given_as_in_torch(cell, norm):
+def test_dtype_and_device_are_passed_as_in_torch(cell, norm):
     layer = getattr(an, cell)(3, 4, norm=norm, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
 
@@ -154,20 +154,20 @@ WRONG = {
 @pytest.mark.parametrize("norm", [None, "layer"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_shapes_and_types_are_refused_in_torch_s_words(cell, norm, name):
+def test_wrong_shapes_and_dtypes_raise_torch_s_message(cell, norm, name):
     x, *hx = WRONG[name]()
     given = [x, *(pair if cell == "LSTM" else pair[0] for pair in hx)]
-    with pytest.raises(Exception) as theirs:  # noqa: PT011 whatever torch raises is the expectation
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 any error of torch is expected
         getattr(nn, cell)(3, 4)(*given)
     with pytest.raises(Exception) as mine:  # noqa: PT011
         getattr(an, cell)(3, 4, norm=norm)(*given)
     assert type(mine.value) is type(theirs.value), f"{mine.value!r}, torch: {theirs.value!r}"
-    if norm is None or name != "states of another type":  # there torch speaks of the kernel that it happened to choose
+    if norm is None or name != "states of another type":  # torch names its kernel here
         assert str(mine.value) == str(theirs.value)
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_a_wrong_cell_state_is_refused_in_torch_s_words(norm):
+def test_a_wrong_cell_state_raises_torch_s_message(norm):
     for hx in ((h(1, 2, 4), h(1, 2, 6)), (h(1, 2, 4), h(2, 2, 4)), (h(1, 2, 4), h(1, 4))):
         with pytest.raises(RuntimeError) as theirs:
             nn.LSTM(3, 4)(h(5, 2, 3), hx)
@@ -176,8 +176,8 @@ def test_a_wrong_cell_state_is_refused_in_torch_s_words(norm):
         assert str(mine.value) == str(theirs.value)
 
 
-def test_packed_input_that_does_not_fit_is_refused():
-    """torch leaves this to its kernels; a layer with a norm says what torch says of padded input."""
+def test_packed_input_of_the_wrong_size_is_rejected():
+    """torch checks this in its kernels; a layer with a norm raises torch's message for padded input."""
     hx = (h(1, 3, 4), h(1, 3, 4))
     fits, wide = (pack_padded_sequence(h(5, 2, size), torch.tensor([5, 3])) for size in (3, 7))
     for layer in (nn.LSTM(3, 4), an.LSTM(3, 4)):
@@ -202,7 +202,7 @@ def test_packed_input_that_does_not_fit_is_refused():
         ("LSTM", (3, 4, 2, True, False, 0)),
     ],
 )
-def test_arguments_stand_in_torch_s_order(cell, positional, norm):
+def test_arguments_have_torch_s_order(cell, positional, norm):
     mine, theirs = getattr(an, cell)(*positional, norm=norm), getattr(nn, cell)(*positional)
     for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
         assert getattr(mine, name) == getattr(theirs, name), name
@@ -221,7 +221,7 @@ def test_a_batch_of_no_rows_gives_no_rows(cell, norm):
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_states_may_come_as_a_list_as_in_torch(norm):
+def test_states_may_be_a_list_as_in_torch(norm):
     layer, x = an.LSTM(3, 4, norm=norm), torch.randn(5, 2, 3)
     pair = (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
     compare(layer(x, list(pair)), layer(x, pair), tolerance=0)
@@ -243,7 +243,7 @@ def test_states_may_come_as_a_list_as_in_torch(norm):
         ("RNN", {"nonlinearity": "sine"}),
     ],
 )
-def test_wrong_options_are_refused_where_torch_refuses_them(cell, norm, options):
+def test_wrong_options_are_rejected_as_in_torch(cell, norm, options):
     arguments = {"input_size": 3, "hidden_size": 4, **options}
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         getattr(nn, cell)(**arguments)
@@ -253,7 +253,7 @@ def test_wrong_options_are_refused_where_torch_refuses_them(cell, norm, options)
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_dropout_stands_between_layers_in_training_only(cell):
+def test_dropout_applies_between_layers_in_training_only(cell):
     torch.manual_seed(0)
     layer = getattr(an, cell)(3, 4, 2, dropout=0.5, norm="layer", window=3, dtype=torch.float64)
     x = torch.randn(5, 3, 3, dtype=torch.float64)
@@ -267,7 +267,7 @@ def test_dropout_stands_between_layers_in_training_only(cell):
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_dropout_acts_on_what_one_layer_hands_to_the_next_and_on_nothing_else(cell):
+def test_dropout_acts_only_on_outputs_between_layers(cell):
     torch.manual_seed(0)
     options = {"norm": "layer", "window": 3, "dtype": torch.float64}
     stack = getattr(an, cell)(3, 4, 2, dropout=0.5, **options)

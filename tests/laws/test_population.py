@@ -1,4 +1,4 @@
-"""Batch statistics: what training records, what evaluation uses, and that evaluation mixes no rows."""
+"""Batch statistics: population statistics recorded in training and used in evaluation, with independent rows."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +33,7 @@ counted = st.one_of(st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 100]
 
 
 def statistics(site: oracle.Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Per step of at least two samples: the pooled mean, the pooled unbiased variance, and the samples."""
+    """Return pooled mean, pooled unbiased variance and number of samples of each step with two samples or more."""
     steps = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.any()]
     steps = [(mean, var, float(total.max())) for mean, var, total in steps if total.max() >= 2]
     means = [mean.flatten() for mean, _, _ in steps]
@@ -43,7 +43,7 @@ def statistics(site: oracle.Site) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected(site: oracle.Site, momentum: float = 0.1) -> dict[str, Tensor]:
-    """Shared statistics after one scan from a fresh start: one update, with the mean over the samples of all steps."""
+    """Return the shared statistics after one scan from the start: one update with the mean over all samples."""
     means, variances, totals = statistics(site)
     share = totals / totals.sum()
     return {
@@ -58,7 +58,7 @@ def buffers(module) -> dict[str, Tensor]:
 
 
 @given(cases(bases=["batch"], kinds=counted, regimes=["normal"]), st.booleans())
-def test_a_scan_is_one_update_with_the_mean_over_living_steps(case: Case, ragged):
+def test_a_scan_is_one_update_with_the_mean_over_unmasked_steps(case: Case, ragged):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case) if ragged else torch.full((case.batch,), case.steps)
     mask = torch.arange(case.steps)[:, None] < limit
@@ -104,7 +104,7 @@ def test_a_population_per_step_up_to_a_last_one(case: Case, slots):
 
 @given(cases(bases=["batch"], regimes=["normal"], steps=(2, 6)), st.integers(1, 5))
 def test_steps_are_counted_across_a_cut(case: Case, cut):
-    """A population per step belongs to the step's place in the sequence, not in the chunk."""
+    """A population per step belongs to the step's position in the sequence, not in the chunk."""
     cut = min(cut, case.steps - 1)
     whole, parts = (
         an.AssortedTime(an.BatchNorm(case.features, max_steps=4).double(), window=window(case.window)) for _ in range(2)
@@ -130,8 +130,8 @@ def test_evaluation_uses_the_population_and_changes_nothing(case: LayerCase, slo
 
 
 @given(layer_cases(bases=["batch"]), st.booleans(), st.sampled_from([None, 3]))
-def test_a_padded_row_is_that_row_alone_in_evaluation(case: LayerCase, both, slots):
-    """Both directions; the reverse one counts its steps from each row's own end."""
+def test_a_padded_row_equals_that_row_alone_in_evaluation(case: LayerCase, both, slots):
+    """In both directions; the reverse direction counts steps from the end of each row."""
     layer, xs = case.layer(bidirectional=both, norm={"kind": "batch", "max_steps": slots}), case.xs()
     for _ in range(3):
         layer(xs)
@@ -146,7 +146,7 @@ def test_a_padded_row_is_that_row_alone_in_evaluation(case: LayerCase, both, slo
 
 @pytest.mark.parametrize("cell", CELLS)
 @given(seed=seeds, kind=counted, slots=st.sampled_from([None, 4]))
-def test_the_reverse_direction_records_from_each_row_s_own_end(cell, seed, kind, slots):
+def test_the_reverse_direction_records_from_the_end_of_each_row(cell, seed, kind, slots):
     case = LayerCase(seed, cell, "batch", kind, steps=5, batch=4, inputs=2, hidden=3)
     norm = {"kind": "batch", "max_steps": slots}
     both, xs, limit = case.layer(bidirectional=True, norm=norm), case.xs(), lengths(case)
@@ -165,8 +165,8 @@ def test_the_reverse_direction_records_from_each_row_s_own_end(cell, seed, kind,
         compare(buffers(getattr(both, name + "_reverse")), buffers(module), tolerance=EXACT, what=name)
 
 
-def test_a_packed_batch_counts_its_living_rows_alone():
-    """Three rows of lengths 4, 4, 1: from the second step on, the statistics are of two rows, and weigh 2 to 3."""
+def test_a_packed_batch_counts_only_its_unmasked_rows():
+    """Three rows of lengths 4, 4, 1: after the first step, the statistics have two rows, with weight 2 instead of 3."""
     layer: Any = an.RNN(2, 3, norm="batch", window=1, dtype=torch.float64)
     xs = sequence("normal", 0, (4, 3, 2))
     layer(pack_padded_sequence(xs, torch.tensor([4, 4, 1])))
@@ -183,7 +183,7 @@ RAGGED = {"one long row": [100, 2], "eight rows": [60] + [20] * 7}
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
 def test_ragged_rows_do_not_shrink_the_population(lengths, packed, backend):
-    """Steps with one row have no variance: each step weighs by its rows, and those of one row are not recorded."""
+    """Each step is weighted by its rows. A step with one row has no variance and is not recorded."""
     layer: Any = an.RNN(1, 2, norm={"kind": "batch", "momentum": 1.0}, dtype=torch.float64, backend=backend)
     xs, rows = sequence("normal", 0, (max(lengths), len(lengths), 1)), torch.tensor(lengths)
     a = xs @ layer.weight_ih_l0.T + layer.bias_ih_l0
@@ -191,7 +191,7 @@ def test_ragged_rows_do_not_shrink_the_population(lengths, packed, backend):
         layer(pack_padded_sequence(xs, rows))
     else:
         layer.unroll(xs, lengths=rows)
-    shared = int(rows.sort().values[-2])  # steps at which two rows and more are live, all rows here
+    shared = int(rows.sort().values[-2])  # steps with two or more unmasked rows
     expected = a[:shared].var(1, correction=1).mean(0)
     compare(layer.norm_ih_l0.running_var, expected.detach(), tolerance=1e-12)
     compare(layer.norm_ih_l0.running_mean, a[:shared].mean((0, 1)).detach(), tolerance=1e-12)
@@ -233,8 +233,8 @@ def test_threads_train_one_layer(backend, kind):
 @pytest.mark.parametrize("slots", [None, 6])
 @pytest.mark.parametrize("kind", [1, 3, "cumulative"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_steps_that_no_row_lives_to_are_not_recorded(cell, kind, slots):
-    """A batch padded beyond its longest row records what it records without that padding."""
+def test_steps_without_unmasked_rows_are_not_recorded(cell, kind, slots):
+    """A batch padded beyond its longest row records the same statistics as without this padding."""
     xs = sequence("normal", 0, (6, 3, 2))
     xs[4:] = float("nan")
     layers = []

@@ -1,4 +1,4 @@
-"""Layers over sequences: cutting, padding, packing, permuting; nothing of one row or call reaches another."""
+"""Layers over sequences: cutting, padding, packing, permuting; independence of rows and calls."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_a_call_is_an_unroll_from_a_fresh_state(case: LayerCase):
 
 
 @given(layer_cases(bases=["layer", "rms"], batch=(2, 4)), depths)
-def test_a_padded_row_is_that_row_alone(case: LayerCase, depth):
+def test_a_padded_row_equals_that_row_alone(case: LayerCase, depth):
     layer, xs = case.layer(num_layers=depth), case.xs()
     limit = lengths(case, zero=True)
     mask = torch.arange(case.steps)[:, None] < limit
@@ -99,8 +99,8 @@ def test_a_length_of_zero_leaves_a_row_untouched(cell, norm, kind):
 
 
 @given(layer_cases(bases=["layer", "rms"], batch=(2, 4), steps=(2, 6)), st.integers(1, 5))
-def test_ragged_streams_are_each_row_s_own_sequence(case: LayerCase, cut):
-    """Chunks with other lengths in each row, 0 among them: every row goes on where it stopped."""
+def test_ragged_streams_keep_the_sequence_of_each_row(case: LayerCase, cut):
+    """Every row continues where it stopped, over chunks with different lengths per row, including 0."""
     cut = min(cut, case.steps - 1)
     layer, xs = case.layer(), case.xs()
     source = torch.Generator().manual_seed(case.seed)
@@ -117,7 +117,7 @@ def test_ragged_streams_are_each_row_s_own_sequence(case: LayerCase, cut):
 
 
 @given(layer_cases(bases=["layer", "rms"], batch=(2, 4)), depths, st.booleans(), st.booleans())
-def test_a_packed_row_is_that_row_alone_in_every_direction(case: LayerCase, depth, both, given_states):
+def test_a_packed_row_equals_that_row_alone_in_every_direction(case: LayerCase, depth, both, given_states):
     layer, xs = case.layer(num_layers=depth, bidirectional=both), case.xs()
     limit, hx = lengths(case), case.hx(layer) if given_states else None
     packed = pack_padded_sequence(xs, limit, enforce_sorted=False)
@@ -176,7 +176,7 @@ def test_rows_are_independent_in_value_and_gradient(case: LayerCase, depth, both
 
 
 @given(layer_cases(steps=(2, 6)), depths)
-def test_the_future_does_not_reach_the_past(case: LayerCase, depth):
+def test_outputs_do_not_depend_on_future_steps(case: LayerCase, depth):
     layer, xs = case.layer(num_layers=depth), case.xs().requires_grad_()
     ys, _ = layer(xs)
     for t in range(case.steps - 1):
@@ -225,7 +225,7 @@ def test_an_unbatched_sequence_is_a_batch_of_one(case: LayerCase, both):
     compare(leaves(last), [s[:, 0] for s in leaves(final)], tolerance=0)
 
 
-def test_a_bidirectional_layer_refuses_a_carried_state():
+def test_a_bidirectional_layer_rejects_a_carried_state():
     layer = an.LSTM(2, 3, bidirectional=True, norm="layer", window=2)
     xs = torch.randn(4, 2, 2)
     ys, state = layer.unroll(xs)
@@ -239,13 +239,13 @@ def test_a_bidirectional_layer_refuses_a_carried_state():
     [torch.tensor([4, 5]), torch.tensor([-1, 4]), torch.tensor([4]), torch.tensor([4.0, 4.0]), torch.tensor([[4, 4]])],
 )
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_lengths_that_do_not_fit_are_refused(norm, wrong):
+def test_invalid_lengths_are_rejected(norm, wrong):
     with pytest.raises(ValueError, match="lengths"):
         an.GRU(2, 3, norm=norm).unroll(torch.randn(4, 2, 2), lengths=wrong)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
-def test_no_steps_at_all_are_refused(norm):
+def test_a_sequence_without_steps_is_rejected(norm):
     layer = an.LSTM(2, 3, norm=norm, window=2)
     with pytest.raises((ValueError, RuntimeError)):
         layer(torch.zeros(0, 2, 2))
@@ -253,7 +253,7 @@ def test_no_steps_at_all_are_refused(norm):
         layer.unroll(torch.zeros(0, 2, 2))
 
 
-def test_a_state_of_another_batch_is_refused():
+def test_a_state_of_another_batch_size_is_rejected():
     layer = an.LSTM(2, 3, norm="layer", window=2)
     _, state = layer.unroll(torch.randn(4, 3, 2))
     with pytest.raises((ValueError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""A statistic pools like the values it speaks for."""
+"""Pooling statistics equals computing the statistic of the pooled values."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STATISTICS = (an.Moments, an.Average)
 @given(
     seed=seeds, rows=st.integers(1, 4), count=st.integers(1, 6), size=st.integers(1, 5), regime=st.sampled_from(REGIMES)
 )
-def test_pooling_equal_weights_is_the_statement_of_the_joined_values(seed, rows, count, size, regime):
+def test_pooling_equal_weights_is_the_statistic_of_all_values(seed, rows, count, size, regime):
     xs = sequence(regime, seed, (rows, count, size))
     pooled = an.Moments.of(xs).pool(torch.ones(rows, count, dtype=torch.float64), 1)
     mean, var = xs.mean((1, 2)), xs.var((1, 2), correction=0)
@@ -34,7 +34,7 @@ def test_pooling_equal_weights_is_the_statement_of_the_joined_values(seed, rows,
 
 
 @given(seed=seeds, rows=st.integers(1, 3), count=st.integers(1, 6), size=st.integers(1, 5))
-def test_pooling_weighs_each_statement(seed, rows, count, size):
+def test_pooling_weights_each_statistic(seed, rows, count, size):
     xs = sequence("normal", seed, (rows, count, size))
     weights = torch.rand(rows, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
     share = (weights / weights.sum(1, keepdim=True))[..., None] / size
@@ -77,7 +77,7 @@ def test_an_entry_of_weight_zero_is_hidden_in_value_and_gradient(kind, poison):
 
 
 @pytest.mark.parametrize("kind", STATISTICS)
-def test_total_weight_zero_gives_a_finite_dummy_that_nothing_reaches(kind):
+def test_total_weight_zero_gives_a_finite_value_without_gradient(kind):
     start = [leaf.clone().requires_grad_() for leaf in kind.of(sequence("normal", 0, (2, 3, 4)))]
     weights = torch.zeros(2, 3, dtype=torch.float64)
     pooled = kind(*start).pool(weights, 1)

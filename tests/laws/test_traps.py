@@ -1,4 +1,4 @@
-"""Defects that windowed normalizers are known for, one regression test each."""
+"""Regression tests of known defects of windowed normalizers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.laws.strategies import CELLS, LayerCase, layer_cases, leaves, seeds, 
 
 
 @given(layer_cases(bases=["layer", "rms"]))
-def test_no_state_leaks_from_one_sequence_into_the_next(case: LayerCase):
+def test_no_state_leaks_into_the_next_sequence(case: LayerCase):
     layer, first, second = case.layer(num_layers=2), case.xs(), sequence("offset", case.seed, case.xs().shape)
     expected = case.layer(num_layers=2)(second)
     layer(first)
@@ -26,7 +26,7 @@ def test_no_state_leaks_from_one_sequence_into_the_next(case: LayerCase):
 
 @given(layer_cases(bases=["layer", "rms"]))
 def test_every_layer_of_the_stack_starts_fresh(case: LayerCase):
-    """The second layer, too: its windows must not remember the call before."""
+    """Windows of the second layer must not keep state from the previous call either."""
     layer, xs = case.layer(num_layers=3), case.xs()
     once = layer(xs)
     compare(layer(xs), once, tolerance=0)
@@ -58,7 +58,7 @@ def test_no_axis_of_size_one_is_squeezed_away(cell, first, batch, hidden, inputs
 
 
 def kept_bytes(run) -> int:
-    """What autograd keeps of a forward pass, each storage once."""
+    """Return the bytes that autograd saves for a forward pass, each storage counted once."""
     kept = {}
 
     def pack(tensor):
@@ -74,7 +74,7 @@ def kept_bytes(run) -> int:
 
 @pytest.mark.parametrize("where", ["scan", "layer"])
 def test_memory_does_not_grow_by_stacked_pre_activations(where):
-    """A longer window may cost scalars per step and row; whole pre-activations would cost `features` times as much."""
+    """A longer window may store scalars per step and row; pre-activations would need `features` times as much."""
     steps, batch, k, scalars = 40, 2, 30, 8
 
     def growth(features):
@@ -92,12 +92,12 @@ def test_memory_does_not_grow_by_stacked_pre_activations(where):
     narrow, wide = growth(8), growth(256)
     sites = 1 if where == "scan" else 2
     assert wide <= sites * steps * batch * k * 8 * scalars
-    assert abs(wide - narrow) <= 0.25 * abs(narrow) + 4096  # what grows does not know the number of features
+    assert abs(wide - narrow) <= 0.25 * abs(narrow) + 4096  # growth must not depend on the number of features
     stacked = 4 * steps * batch * k * 256
     assert wide < stacked
 
 
-def test_the_state_holds_statements_and_no_pre_activations():
+def test_the_state_holds_statistics_and_no_pre_activations():
     def size(features):
         norm = an.AssortedTime(an.LayerNorm(features), window=25)
         _, state = norm.scan(torch.randn(40, 3, features))
@@ -117,14 +117,14 @@ def test_the_hidden_state_crosses_a_segment(cell):
     fresh, _ = layer(xs[3:])
     assert (fresh - whole[3:]).abs().max() > 1e-3
     hidden_only, _ = layer.unroll(xs[3:], layer.initial(2, layer.hidden(state)))
-    assert (hidden_only - whole[3:]).abs().max() > 1e-6  # the windows are part of what must cross
+    assert (hidden_only - whole[3:]).abs().max() > 1e-6  # the window state must cross, too
     given, _ = layer(xs[3:], layer.hidden(state))
     compare(given, hidden_only, tolerance=0)
 
 
 @given(seed=seeds, norm=st.sampled_from(["layer", "rms"]))
 def test_a_plain_normalizer_is_a_window_of_one(seed, norm):
-    """Written out with torch's own functions: no window hides in the default."""
+    """Compare with torch functions: the default has no window."""
     case = LayerCase(seed, "LSTM", norm, ("sliding", 1), steps=5, batch=3, inputs=2, hidden=4)
     layer = case.layer(window=1)
     del_window = an.LSTM(2, 4, norm=norm, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_a_plain_normalizer_is_a_window_of_one(seed, norm):
 @pytest.mark.parametrize("init", ["torch", "paper"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_same_seed_initializes_every_variant_alike(cell, init):
-    """Otherwise a comparison compares initializations."""
+    """Otherwise a study would compare initializations."""
 
     def weights(**options):
         torch.manual_seed(5)
@@ -169,7 +169,7 @@ def test_the_same_seed_initializes_every_variant_alike(cell, init):
         compare(weights(**options), plain, tolerance=0, what=str(options))
 
 
-def test_the_hidden_size_is_what_was_asked_for():
+def test_the_hidden_size_is_the_requested_size():
     layer = an.LSTM(20, 100, norm="layer", window=20)
     assert layer.hidden_size == 100
     assert layer.weight_hh_l0.shape == (400, 100)

@@ -1,4 +1,4 @@
-"""Windows over time: the textbook form, causality, forgetting, and every way of cutting one sequence."""
+"""Windows over time: the textbook form, causality, forgetting, and cutting of sequences."""
 
 import copy
 import functools
@@ -38,7 +38,7 @@ def test_every_gradient_of_a_scan_is_the_textbook_form_s(case: Case):
     theirs = torch.autograd.grad((expected * weight).sum(), wanted)
     mine = torch.autograd.grad((norm.scan(xs)[0] * weight).sum(), wanted)
     largest = level(*theirs)
-    # a gradient multiplies by 1 / sqrt(v + eps) once more than the value does: 1 / sqrt(1e-5) at the worst
+    # a gradient has one more factor 1 / sqrt(v + eps) than the value: at most 1 / sqrt(1e-5)
     compare(mine, theirs, tolerance=case.rounding(site) * 320, scale=largest)
 
 
@@ -72,7 +72,7 @@ def test_a_scan_may_be_cut_anywhere(case: Case):
 
 
 @given(cases(steps=(2, 8), regimes=["normal"]))
-def test_the_future_does_not_reach_the_past(case: Case):
+def test_outputs_do_not_depend_on_future_steps(case: Case):
     norm, xs = case.norm(), case.xs().requires_grad_()
     ys, _ = norm.scan(xs)
     for t in range(case.steps - 1):
@@ -84,7 +84,7 @@ def test_the_future_does_not_reach_the_past(case: Case):
 
 
 @given(cases(kinds=sliding, steps=(2, 10), regimes=["normal", "spike", "huge"]))
-def test_what_a_window_left_is_forgotten_in_value_and_gradient(case: Case):
+def test_steps_outside_the_window_have_no_effect_on_value_or_gradient(case: Case):
     norm, xs = case.norm(), case.xs().requires_grad_()
     k = int(case.window[1])
     ys, _ = norm.scan(xs)
@@ -97,7 +97,7 @@ def test_what_a_window_left_is_forgotten_in_value_and_gradient(case: Case):
 
 
 @given(cases(kinds=sliding, steps=(2, 8), features=(3, 6), regimes=["normal"]))
-def test_every_step_of_the_window_is_reached(case: Case):
+def test_every_step_of_the_window_has_an_effect(case: Case):
     norm, xs = case.norm(), case.xs().requires_grad_()
     k = int(case.window[1])
     ys, _ = norm.scan(xs)
@@ -109,7 +109,7 @@ def test_every_step_of_the_window_is_reached(case: Case):
 
 @pytest.mark.parametrize("kind", [("cumulative",), ("exponential", 2.0)])
 @given(seed=seeds)
-def test_a_window_without_an_end_never_forgets(kind, seed):
+def test_a_cumulative_window_keeps_all_steps(kind, seed):
     case = Case(seed, 8, 3, 4, "layer", kind, torch.float64, "normal")
     xs = case.xs().requires_grad_()
     ys, _ = case.norm().scan(xs)
@@ -159,7 +159,7 @@ def test_an_int_is_a_sliding_window_and_one_is_the_default():
 
 
 @given(cases(batch=(2, 4), steps=(1, 8)), st.booleans())
-def test_lengths_are_the_textbook_form_over_living_steps(case: Case, zero: bool):
+def test_lengths_are_the_textbook_form_over_unmasked_steps(case: Case, zero: bool):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case, zero)
     mask = torch.arange(case.steps)[:, None] < limit
@@ -171,11 +171,11 @@ def test_lengths_are_the_textbook_form_over_living_steps(case: Case, zero: bool)
 
 
 @given(cases(batch=(2, 4), steps=(2, 8), regimes=["normal", "offset"]), seeds)
-def test_a_step_that_did_not_happen_is_not_counted(case: Case, seed: int):
-    """Any pattern of living steps, each row its own: ages count living steps only."""
+def test_a_masked_step_is_not_counted(case: Case, seed: int):
+    """Use a random mask per row: ages count only unmasked steps."""
     norm, xs = case.norm(), case.xs()
     mask = torch.rand(case.steps, case.batch, generator=torch.Generator().manual_seed(seed)) < 0.6
-    if case.base == "batch":  # at least two rows, or the step is dead
+    if case.base == "batch":  # at least two rows, or the step is masked
         mask[mask.sum(1) == 1] = True
     site = case.site(norm)
     expected = oracle.run(site, xs, mask)
@@ -188,7 +188,7 @@ def test_a_step_that_did_not_happen_is_not_counted(case: Case, seed: int):
 
 
 @given(cases(batch=(2, 4), steps=(2, 8), regimes=["normal", "flat"], bases=["layer", "rms"]))
-def test_a_padded_row_is_that_row_alone(case: Case):
+def test_a_padded_row_equals_that_row_alone(case: Case):
     norm, xs = case.norm(), case.xs()
     limit = lengths(case, zero=True)
     mask = torch.arange(case.steps)[:, None] < limit
@@ -222,8 +222,8 @@ def test_a_length_of_zero_leaves_the_state_untouched(base, kind):
 
 
 @given(cases(batch=(3, 4), steps=(4, 8), regimes=["normal"]), st.integers(1, 3))
-def test_ragged_streams_are_the_textbook_form_over_living_steps(case: Case, cut: int):
-    """Two ragged chunks in a row: what a row did not see in the first does not stand between its steps."""
+def test_ragged_streams_are_the_textbook_form_over_unmasked_steps(case: Case, cut: int):
+    """Use two consecutive ragged chunks: masked steps of the first chunk do not separate the steps of a row."""
     norm, xs = case.norm(), case.xs()
     source = torch.Generator().manual_seed(case.seed + 7)
     mask = []
@@ -255,7 +255,7 @@ def test_a_window_pools_what_the_textbook_form_pools(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds)
 def test_a_window_takes_any_weights_and_its_scan_is_its_pushes(kind, seed):
-    """Weights are numbers of samples; 0 is a step that did not happen."""
+    """Weights are numbers of samples; steps of weight 0 are masked."""
     source = torch.Generator().manual_seed(seed)
     xs = sequence("normal", seed, (7, 3, 2))
     weights = torch.randint(0, 4, (7, 3), generator=source).double()
@@ -277,7 +277,7 @@ def test_a_window_takes_any_weights_and_its_scan_is_its_pushes(kind, seed):
     compare(leaves(state), leaves(final), tolerance=1e-13)
 
 
-def test_no_steps_at_all_are_refused():
+def test_a_sequence_without_steps_is_rejected():
     norm = an.AssortedTime(an.LayerNorm(3), window=2)
     with pytest.raises(ValueError, match=r"\b0\b|step|T"):
         norm.scan(torch.zeros(0, 2, 3))
@@ -296,7 +296,7 @@ def test_a_half_life_is_positive_and_finite(wrong):
 
 
 class Learned(nn.Module, an.Window):
-    """Every live step, each weighted `factor` times the next one; the factor is trained."""
+    """Window over all unmasked steps with weights that decay by a trainable `factor` per step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class LearnedSpec(an.WindowSpec):
 
 
 def test_a_window_that_is_a_module_belongs_to_its_layer():
-    """It is in parameters() and state_dict(), once for each site of each cell, is trained, saved, moved and copied."""
+    """Its parameters are in parameters() and state_dict(), once for each site, and are trained, saved and copied."""
     make = functools.partial(an.LSTM, 2, 3, num_layers=2, norm="layer", window=LearnedSpec(), backend="auto")
     layer = make()
     names = {f"window_{site}_l{n}.level" for site in ("ih", "hh", "c") for n in (0, 1)}

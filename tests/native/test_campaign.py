@@ -38,7 +38,7 @@ def test_any_structure(pair: Pair):
 
 
 @given(seeds, windows, st.sampled_from(["layer", "rms"]), st.sampled_from([1, -1]))
-def test_long_sequences_keep_their_digits(seed, window, norm, sign):
+def test_long_sequences_keep_their_accuracy(seed, window, norm, sign):
     """2,000 steps with a spike at a third: nothing accumulates, nothing of the spike stays."""
     options = {"norm": {"sites": {"ih": norm}}, "window": window}
     pair = Pair("relu", hidden=WIDTH, batch=3, steps=2000, inputs=WIDTH, dtype=torch.float32, options=options)

@@ -10,7 +10,7 @@ from atn_norms.backends.base import known
 from atn_norms.normalizers import PerGate
 from atn_norms.testing import CheckResult
 from atn_norms.testing.checks import asked
-from tests.laws.test_strangers import CentreSpec, MaxNormSpec, PairSpec, PMeanSpec
+from tests.laws.test_third_party import CentreSpec, MaxNormSpec, PairSpec, PMeanSpec
 from tests.testing.gallery.cells import Simple
 from tests.testing.gallery.entry import cell_spec, norm_spec, task_spec, window_spec
 from tests.testing.gallery.normalizers import Layer

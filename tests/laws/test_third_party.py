@@ -1,4 +1,4 @@
-"""A normalizer, a statistic and a window that the package has never seen, registered nowhere, in every cell."""
+"""Unregistered third-party normalizers, statistics and windows in every cell."""
 
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -38,7 +38,7 @@ class PMeanSpec(an.NormSpec):
 
 
 class Largest(NamedTuple):
-    """A statistic of its own: the largest magnitude."""
+    """Third-party statistic: the largest magnitude."""
 
     top: Tensor
 
@@ -63,7 +63,7 @@ class MaxNormSpec(an.NormSpec):
 
 
 class Centre(an.Normalizer):
-    """Batch normalization of another hand: what declares that it couples the batch is given the batch's statement."""
+    """Third-party batch normalization: it declares batch statistics, so it receives the statistic of the batch."""
 
     uses_batch_statistics: ClassVar[bool] = True
 
@@ -82,7 +82,7 @@ class CentreSpec(an.NormSpec):
 
 
 class Pair(an.Window):
-    """This step and the living one before it; it has no `scan` of its own."""
+    """Window of the current step and the unmasked step before it, without a custom `scan`."""
 
     def __eq__(self, other: object) -> bool:
         return type(other) is Pair
@@ -119,7 +119,7 @@ def layer(cell, seed, **options):
 @pytest.mark.parametrize("cell", CELLS)
 @settings(max_examples=10)
 @given(seed=seeds, kind=st.sampled_from(KINDS), gates=st.sampled_from(["joint", "per_gate"]))
-def test_a_stranger_that_computes_rms_is_rms_in_every_cell(cell, seed, kind, gates):
+def test_a_third_party_rms_equals_rms_in_every_cell(cell, seed, kind, gates):
     xs, limit = sequence("normal", seed, (6, 3, 2)), torch.tensor([6, 0, 4])
     options = {"window": window(kind), "placement": {"gates": gates}}
     mine = layer(cell, seed, norm=PMeanSpec(p=2.0), **options)
@@ -133,7 +133,7 @@ def test_a_stranger_that_computes_rms_is_rms_in_every_cell(cell, seed, kind, gat
 @pytest.mark.parametrize("cell", CELLS)
 @settings(max_examples=10)
 @given(seed=seeds, base=st.sampled_from(["layer", "rms", "batch"]))
-def test_a_stranger_that_pairs_steps_is_a_window_of_two_in_every_cell(cell, seed, base):
+def test_a_third_party_pair_window_equals_a_window_of_two(cell, seed, base):
     xs, limit = sequence("normal", seed, (6, 3, 2)), torch.tensor([6, 3, 6])
     y, _ = layer(cell, seed, norm=base, window=PairSpec()).unroll(xs, lengths=limit)
     expected, _ = layer(cell, seed, norm=base, window=2).unroll(xs, lengths=limit)
@@ -143,7 +143,7 @@ def test_a_stranger_that_pairs_steps_is_a_window_of_two_in_every_cell(cell, seed
 @pytest.mark.parametrize("cell", CELLS)
 @settings(max_examples=10)
 @given(seed=seeds, kind=st.sampled_from(KINDS))
-def test_a_stranger_that_couples_the_batch_is_batch_normalization_in_training(cell, seed, kind):
+def test_a_third_party_batch_norm_equals_batch_norm_in_training(cell, seed, kind):
     xs, limit = sequence("normal", seed, (6, 4, 2)), torch.tensor([6, 3, 6, 1])
     y, _ = layer(cell, seed, norm=CentreSpec(), window=window(kind)).unroll(xs, lengths=limit)
     expected, _ = layer(cell, seed, norm="batch", window=window(kind)).unroll(xs, lengths=limit)
@@ -152,7 +152,7 @@ def test_a_stranger_that_couples_the_batch_is_batch_normalization_in_training(ce
 
 @settings(max_examples=15)
 @given(seed=seeds, k=st.sampled_from([1, 2, 3]))
-def test_a_stranger_s_statistic_slides(seed, k):
+def test_a_third_party_statistic_slides(seed, k):
     xs = sequence("normal", seed, (6, 3, 2))
     norm = an.AssortedTime(MaxNorm(), window=k)
     ys, _ = norm.scan(xs)
@@ -164,7 +164,7 @@ def test_a_stranger_s_statistic_slides(seed, k):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("norm", [PMeanSpec(p=3.0), MaxNormSpec()])
 @pytest.mark.parametrize("chosen", [PairSpec(), *map(window, KINDS)])
-def test_strangers_stream_and_train(cell, norm, chosen):
+def test_third_party_layers_stream_and_train(cell, norm, chosen):
     mine, xs = layer(cell, 3, norm=norm, window=chosen), sequence("normal", 3, (6, 3, 2))
     whole, _ = mine(xs)
     start, state = mine.unroll(xs[:2])
@@ -174,7 +174,7 @@ def test_strangers_stream_and_train(cell, norm, chosen):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mine.parameters())
 
 
-def test_a_stranger_stands_in_one_step_cells_and_replaced_models():
+def test_third_party_kinds_work_in_one_step_cells_and_replaced_models():
     case = LayerCase(1, "LSTM", "layer", ("sliding", 2), 4, 2, 2, 4)
     cell = an.LSTMCell(2, 4, norm=PMeanSpec(p=1.5), window=PairSpec(), dtype=torch.float64)
     state = None
