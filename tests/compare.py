@@ -1,4 +1,4 @@
-"""The one comparison of the tests is that of the public laws: it raises with the worst element, and returns nothing."""
+"""Compare tensors like the public conformance tests: raise with the worst element, or return None."""
 
 from atn_norms.testing.comparing import compare
 

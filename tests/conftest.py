@@ -1,12 +1,12 @@
-"""Triton is imported for its interpreter where there is no GPU, before anything else can import it for one."""
+"""Import Triton in interpreter mode where there is no GPU, before any other module imports it."""
 
 import os
 from importlib.util import find_spec
 
 import torch
 
-# Triton's own library is written in its language, and made for the interpreter or for a GPU when it is first imported.
-# torch's compiler imports it, and any test may come first.
+# Triton compiles its library for the interpreter or for a GPU at its first import. torch's compiler imports Triton,
+# and the order of tests is not fixed.
 if find_spec("triton") is not None and not torch.cuda.is_available():
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"

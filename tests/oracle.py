@@ -1,6 +1,6 @@
-"""The textbook form: every pre-activation is kept, stacked and reduced again at every step. Plain torch, slow, obvious.
+"""Textbook form in plain torch: keep every pre-activation, and stack and reduce all of them at every step.
 
-Nothing here is shared with the package. A window is a tuple: `("sliding", k)`, `("cumulative",)` or
+This module shares no code with the package. A window is a tuple: `("sliding", k)`, `("cumulative",)` or
 `("exponential", half_life)`.
 """
 
@@ -22,7 +22,7 @@ def weight_of(window: Window, age: Tensor) -> Tensor:
 
 
 class Site:
-    """One normalizer over a window: y_t = gain (a_t - mu_t) / sqrt(v_t + eps) + shift, both over the stacked past."""
+    """One normalizer over a window: y_t = gain (a_t - mu_t) / sqrt(v_t + eps) + shift, over the stacked past."""
 
     def __init__(
         self, base: str, window: Window, gain: Tensor | None = None, shift: Tensor | None = None, eps=1e-5, groups=1
@@ -32,7 +32,7 @@ class Site:
         self.shift = torch.zeros((), dtype=torch.float64) if shift is None else shift
         self.past: list[Tensor] = []
         self.mask: list[Tensor] = []
-        self.pooled: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: mean, biased variance, how much was counted
+        self.pooled: list[tuple[Tensor, Tensor, Tensor]] = []  # per step: mean, biased variance, total weight
 
     def __call__(self, a: Tensor, mask: Tensor | None = None) -> Tensor:
         self.past.append(a)
@@ -54,7 +54,7 @@ class Site:
 
 
 def normalized(base: str, window: Window, xs: Tensor, mask: Tensor | None = None, **options) -> Tensor:
-    """A whole sequence `xs` [T, B, D]; steps that are not alive come out as 0."""
+    """Normalize a whole sequence `xs` [T, B, D]; masked steps are 0."""
     return run(Site(base, window, **options), xs, mask)
 
 
@@ -77,7 +77,7 @@ def lstm(w: Weights, x: Tensor, state: tuple[Tensor, Tensor], ih, hh, cell, join
 
 
 def gru(w: Weights, x: Tensor, state: tuple[Tensor], ih, hh):
-    """r, z, n with the reset gate after the matrix product, as torch.nn has it."""
+    """r, z, n with the reset gate after the matrix product, as in torch.nn."""
     (h,) = state
     xr, xz, xn = ih(_affine(x, w["weight_ih"], w["bias_ih"])).chunk(3, -1)
     hr, hz, hn = hh(_affine(h, w["weight_hh"], w["bias_hh"])).chunk(3, -1)
@@ -96,7 +96,7 @@ def rnn(w: Weights, x: Tensor, state: tuple[Tensor], ih, hh, joint=False, nonlin
 def unroll(
     step, w: Weights, xs: Tensor, state: tuple[Tensor, ...], sites: Mapping[str, Site | None], lengths=None, **placement
 ):
-    """Run `step` over xs [T, B, I]; rows past their length stand still and come out as 0."""
+    """Run `step` over xs [T, B, I]; rows past their length keep their state and return 0."""
     lengths = torch.full((xs.shape[1],), len(xs)) if lengths is None else lengths
     ys = []
     for t, x in enumerate(xs):

@@ -1,4 +1,4 @@
-"""Study records made by hand, for what reads them."""
+"""Synthetic study records for tests of analysis and reports."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ Point = dict[str, str]
 def trial(
     norm: str, windows: Sequence[str], seed: int, value: float | None, task: str = "adding", metric: str = METRIC
 ) -> TrialRecord:
-    """A finished trial of the given test metric; pending where the value is None."""
+    """Return a finished trial with the given test metric; pending if the value is None."""
     points = tuple({"task": task, "norm": norm, "window": window} for window in windows)
     identity = f"{task}-{norm}-{'-'.join(windows)}-{seed}"
     if value is None:
@@ -46,7 +46,7 @@ def study(
     seeds: int = 6,
     baseline: Mapping[str, str] | None = None,
 ) -> StudyRecord:
-    """A complete study whose test metrics are `score(norm, window, seed)`; no norm has a single point."""
+    """Return a complete study with test metrics `score(norm, window, seed)`; `none` has a single point."""
     tasks = {"adding": TaskFacts(METRIC, {"guessing one": 1 / 6})} if tasks is None else tasks
     trials = [
         trial(norm, group, seed, score(norm, group[0], seed), task, facts.metric)
@@ -67,7 +67,7 @@ def study(
 
 
 def score(norm: str, window: str, seed: int) -> float:
-    """Either norm far ahead of none, RMS ahead of layer, a longer window a little ahead."""
+    """Score both norms far better than none, RMS better than layer, and longer windows slightly better."""
     return {"none": 0.15, "layer": 0.012, "rms": 0.009}[norm] * (1 + 0.1 * seed) / (1 + 0.01 * int(window))
 
 
@@ -94,7 +94,7 @@ def grid(
     name: str = "by hand",
     steps: int = 1000,
 ) -> StudyRecord:
-    """A complete study over any axes, with curves; each trial ends at `score(labels, seed)`."""
+    """Return a complete study over any axes, with curves; each trial ends at `score(labels, seed)`."""
     facts = TaskFacts(METRIC, {"always 1": 1 / 6}) if facts is None else facts
     start = next(iter(facts.baselines.values()), 1.0)
     groups: dict[tuple[tuple[str, str], ...], list[Point]] = {}
@@ -138,8 +138,8 @@ def grid(
     )
 
 
-def said(record: StudyRecord) -> str:
-    """The verdict and answer of a study's first task, with plain spaces, and hyphens as minus signs."""
+def verdict_text(record: StudyRecord) -> str:
+    """Return the verdict and answer of a study's first task, with plain spaces, and hyphens as minus signs."""
     found = findings(record)
     task = found.tasks[0]
     words = " ".join([verdict_line(found, task), coverage(record), caution(found), *answer(found, task)])

@@ -1,4 +1,4 @@
-"""Imports point one way, heavy libraries are loaded late, and the tree names no package registry."""
+"""Import rules: one direction, late loading of heavy libraries, and no name of a package registry."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "atn_norms"
 
-# A part may import the parts of the rows above it, and itself; never its neighbours in a row, never below.
+# A part may import itself and the parts in the rows above; not its neighbours in a row, and not the rows below.
 ROWS = [
     {"deprecation"},
     {"drawing", "files", "pytree", "errors", "trees", "problems"},
@@ -29,9 +29,9 @@ ROWS = [
     {"cli", "commands", "__main__"},
 ]
 ROW = {part: number for number, row in enumerate(ROWS) for part in row}
-NEIGHBOURS = {("cli", "commands"), ("commands", "cli"), ("__main__", "cli")}  # one command line, in several files
+NEIGHBOURS = {("cli", "commands"), ("commands", "cli"), ("__main__", "cli")}  # parts of the command line
 
-# Which parts may load a library that is not the standard one. What stands nowhere below may be loaded nowhere.
+# The parts that may load each third-party library. No part may load a library that is not listed.
 LIBRARIES = {
     "torch": set(ROW) - {"errors", "registry", "plugins", "cli", "__main__"},
     "pydantic": set(ROW),
@@ -66,7 +66,7 @@ def part(path: Path) -> str:
 
 
 class Imports(ast.NodeVisitor):
-    """Every import of a file, those inside functions included; a TYPE_CHECKING block loads nothing and is left out."""
+    """Collect every import of a file, also inside functions; TYPE_CHECKING blocks are skipped."""
 
     def __init__(self, path: Path):
         self.package = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
@@ -86,7 +86,7 @@ class Imports(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         base = self.package[: len(self.package) - node.level + 1] if node.level else ()
         module = ".".join([*base, *([node.module] if node.module else [])])
-        if module == PACKAGE.name:  # `from atn_norms import layers` names the part behind the import
+        if module == PACKAGE.name:  # `from atn_norms import layers` the part is the imported name
             self.found += [(node.lineno, f"{module}.{alias.name}") for alias in node.names]
         else:
             self.found.append((node.lineno, module))
@@ -100,11 +100,11 @@ def broken_rules(path: Path) -> Iterator[str]:
         if top == PACKAGE.name:
             theirs = rest.partition(".")[0]
             if rest == "__version__":
-                continue  # the one thing that the package's face itself defines
+                continue  # the only name that the package's __init__ defines
             if theirs not in ROW:
-                yield f"{where}: import a name from the part that defines it, not from the package's lazy face"
+                yield f"{where}: import a name from the part that defines it, not from __init__"
             elif theirs != mine and ROW[theirs] >= ROW[mine] and (mine, theirs) not in NEIGHBOURS:
-                yield f"{where}: imports point from later rows to earlier ones"
+                yield f"{where}: got an import of a later row; expected one of an earlier row"
         elif top not in sys.stdlib_module_names and mine not in LIBRARIES.get(top, set()):
             yield f"{where}: this part may not load {top}"
 
@@ -118,21 +118,21 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("from atn_norms.layers import LSTM", "later rows"),
-        ("from atn_norms import layers", "later rows"),
-        ("from .layers import LSTM", "later rows"),
-        ("def late():\n    import atn_norms.cli", "later rows"),
-        ("from atn_norms.normalizers import LayerNorm", "later rows"),
-        ("from atn_norms import LSTM", "lazy face"),
+        ("from atn_norms.layers import LSTM", "later row"),
+        ("from atn_norms import layers", "later row"),
+        ("from .layers import LSTM", "later row"),
+        ("def late():\n    import atn_norms.cli", "later row"),
+        ("from atn_norms.normalizers import LayerNorm", "later row"),
+        ("from atn_norms import LSTM", "not from __init__"),
         ("import rich.table", "may not load rich"),
-        ("import somebody", "may not load somebody"),
+        ("import thirdparty", "may not load thirdparty"),
         (
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import atn_norms.cli\nelse:\n    import yaml",
             "yaml",
         ),
     ],
 )
-def test_the_rules_are_seen_to_fail(source, message, tmp_path, monkeypatch):
+def test_every_rule_can_fail(source, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "atn_norms")
     path = tmp_path / "atn_norms" / "windows.py"
     path.parent.mkdir()
@@ -144,7 +144,7 @@ def test_the_rules_are_seen_to_fail(source, message, tmp_path, monkeypatch):
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
 }
-# A package's __init__ that exports names of modules which import the package.
+# An __init__ that exports names of modules which import the package.
 FACES = {"atn_norms.ablation", "atn_norms.backends.triton", "atn_norms.bench", "atn_norms.testing"}
 ORDER = {"store": 0, "grid": 1, "analysis": 1, "execution": 2, "report": 2}  # sub-packages of ablation
 UPWARD = {  # still to be removed
@@ -154,7 +154,7 @@ UPWARD = {  # still to be removed
 
 
 def edges(names: Mapping[str, Path] = MODULES) -> dict[str, set[str]]:
-    """The modules that each module imports, late imports included."""
+    """Return the modules that each module imports, including late imports."""
     found: dict[str, set[str]] = {name: set() for name in names}
     for name, path in names.items():
         for _, target in Imports(path).found:
@@ -166,7 +166,7 @@ def edges(names: Mapping[str, Path] = MODULES) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """The groups of modules that import each other."""
+    """Return the groups of modules that import each other."""
     reached = {name: _reached(graph, name) for name in graph}
     groups = {frozenset(other for other in below if name in reached[other]) for name, below in reached.items()}
     return [set(group) for group in groups if group]
@@ -182,18 +182,18 @@ def _reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-def test_no_circle_inside_a_part():
+def test_no_import_cycle_inside_a_part():
     graph = {name: {each for each in targets if (name, each) not in UPWARD} for name, targets in edges().items()}
     assert [sorted(circle) for circle in circles(graph) if not circle & FACES] == []
 
 
-def test_a_circle_is_seen():
+def test_an_import_cycle_is_detected():
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     assert circles(graph) == [{"a", "b", "c"}]
 
 
 def test_the_sub_packages_of_ablation_import_one_way():
-    """store < grid < execution, and store < analysis < report."""
+    """The order is store < grid < execution, and store < analysis < report."""
     upward = set()
     for name, targets in edges().items():
         for target in targets:
@@ -226,7 +226,7 @@ def test_a_plain_layer_needs_no_third_party_code():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_lazy_and_there():
+def test_every_public_name_is_lazy_and_exists():
     import atn_norms
 
     assert set(atn_norms.__all__) <= set(dir(atn_norms))
@@ -235,7 +235,7 @@ def test_every_public_name_is_lazy_and_there():
         atn_norms.Layernorm  # noqa: B018
 
 
-def test_files_stay_small_enough_to_hold_in_mind():
+def test_files_are_short():
     long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     assert {name: lines for name, lines in long.items() if lines > 450} == {}
 
@@ -248,7 +248,7 @@ PASSED_OVER = {".git", ".venv", ".hypothesis", ".pytest_cache", ".ruff_cache", "
 
 
 def test_no_file_names_a_package_registry():
-    """Where packages come from is the installer's own configuration."""
+    """The source of packages is configured by the installer."""
     named = []
     for path in sorted(ROOT.rglob("*")):
         passed_over = any(piece in PASSED_OVER or piece.endswith(".egg-info") for piece in path.relative_to(ROOT).parts)

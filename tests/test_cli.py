@@ -1,4 +1,4 @@
-"""The command line: help that is quick and shows an example, one sentence and exit code 2 for bad input, studies end to end."""  # noqa: E501
+"""The command line: fast help with examples, one message and exit code 2 for bad input, complete studies."""
 
 import importlib.util
 import json
@@ -52,13 +52,13 @@ def folder(tmp_path, monkeypatch):
 
 
 def printed(capsys, *arguments: str, code: int = 0) -> str:
-    """What a command prints; its exit code is `code`."""
+    """Return the standard output of a command, whose exit code must be `code`."""
     assert main(arguments) == code
     return capsys.readouterr().out
 
 
-def said(capsys, *arguments: str, code: int = 2) -> str:
-    """What a command says on standard error; it prints nothing else."""
+def error_of(capsys, *arguments: str, code: int = 2) -> str:
+    """Return the standard error of a command, whose standard output must be empty."""
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -189,16 +189,16 @@ BAD = [
 @pytest.mark.parametrize(
     ("arguments", "message"), BAD, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, capsys, folder):
+def test_bad_input_gives_one_message_and_leaves_no_files(arguments, message, capsys, folder):
     before = sorted(folder.rglob("*"))
-    error = said(capsys, *arguments)
+    error = error_of(capsys, *arguments)
     assert message in error
     assert all(line.startswith("atn-norms: ") for line in error.splitlines())
     assert len(error.splitlines()) == 1 or arguments == ["show", "study.yaml"]
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_home_folder_is_meant_where_no_shell_put_it_in(capsys, folder, monkeypatch):
+def test_a_tilde_is_expanded_to_the_home_folder(capsys, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "home"))
     printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out=~/a study", "--set", "axes={}")
     out = printed(capsys, "status", "~/a study")
@@ -210,7 +210,7 @@ def test_a_home_folder_is_meant_where_no_shell_put_it_in(capsys, folder, monkeyp
     assert {"a schema.json", "plugin"} <= {path.name for path in (folder / "home").iterdir()}
 
 
-def test_a_study_at_work_is_refused_before_anything_is_announced(capsys, folder):
+def test_a_study_that_is_running_is_rejected_before_any_output(capsys, folder):
     create(read("study.yaml")[0], "here")
     with StudyFolder("here").lock():
         assert main(["resume", "here", "--workers", "0"]) == 2
@@ -230,7 +230,7 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     file.write_text("# a comment changes nothing\n" + file.read_text())
     printed(capsys, "resume", "here", "--workers", "0")
     file.write_text(file.read_text().replace("seeds: 1", "seeds: 2"))
-    error = said(capsys, "resume", "here", "--workers", "0")
+    error = error_of(capsys, "resume", "here", "--workers", "0")
     command = "atn-norms ablate here/study.yaml --out here"
     assert error == f"atn-norms: here/study.yaml: changed since the study was created. To extend the study: {command}\n"
     out = printed(capsys, *command.split()[1:], "--workers", "0")
@@ -247,20 +247,20 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
         ("every: 2", "every: 1"),
     ],
 )
-def test_the_command_that_an_edited_file_asks_for_takes_the_edit(edit, capsys, folder):
-    """Even one that leaves every trial as it is."""
+def test_the_suggested_command_applies_an_edited_file(edit, capsys, folder):
+    """Also an edit that leaves every trial unchanged."""
     settings = ["--set", "axes={}", "--set", "reach=0.1", "--set", "train.checkpoint_every=2", "--set", "name=study"]
     printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", *settings)
     file = folder / "here/study.yaml"
     assert edit[0] in file.read_text()
     file.write_text(file.read_text().replace(*edit))
-    assert "changed since the study was created" in said(capsys, "resume", "here", "--workers", "0")
+    assert "changed since the study was created" in error_of(capsys, "resume", "here", "--workers", "0")
     printed(capsys, "ablate", "here/study.yaml", "--out", "here", "--workers", "0")
     assert edit[1] in file.read_text()
     printed(capsys, "resume", "here", "--workers", "0")
 
 
-def test_a_ready_made_study_is_meant_where_a_folder_has_its_name(capsys, folder):
+def test_a_preset_has_precedence_over_a_folder_of_its_name(capsys, folder):
     (folder / "quick").mkdir()
     small = ["--set", "train.steps=1", "--set", "seeds=1"]
     assert "study 'quick'" in printed(capsys, "ablate", "quick", "--dry-run", *small)
@@ -284,7 +284,7 @@ def test_list_shows_kinds_sources_and_options(capsys):
     assert layer["options"]["eps"]["default"] == 1e-5
 
 
-def test_list_shows_the_ready_made_studies_where_they_are_asked_for(capsys):
+def test_list_shows_the_presets(capsys):
     out = printed(capsys, "list", "studies")
     assert "A first look" in out and "\nlstm" not in out
     data = json.loads(printed(capsys, "list", "cells", "studies", "--json"))
@@ -298,9 +298,9 @@ def test_plugins_are_reported(capsys):
     assert (built_in["name"], built_in["status"]) == ("built-in", "loaded")
 
 
-def test_show_tells_what_a_model_is_made_of(capsys):
+def test_show_prints_the_parts_of_a_model(capsys):
     out = printed(capsys, "show", "model.yaml")
-    explanation = atn_norms.explain(atn_norms.build("model.yaml"))  # the backend differs from machine to machine
+    explanation = atn_norms.explain(atn_norms.build("model.yaml"))  # the backend depends on the machine
     for word in ("norm_ih_l0.weight", "sliding(steps=5)", "state of one sequence", explanation):
         assert word in out
     facts = json.loads(printed(capsys, "show", "model.yaml", "--json"))
@@ -321,20 +321,20 @@ def test_the_schemas_show_options_of_every_kind(capsys):
     assert json.loads(Path("s.json").read_text())
 
 
-def test_init_writes_a_study_that_runs_and_overwrites_only_when_told(capsys):
+def test_init_writes_a_study_and_overwrites_only_with_force(capsys):
     printed(capsys, "init", "mine.yaml")
     first = Path("mine.yaml").read_text().splitlines()[0]
     assert first == "# yaml-language-server: $schema=mine.schema.json"
     assert "hidden_size" in Path("mine.schema.json").read_text()
     assert "40 trials" in printed(capsys, "ablate", "mine.yaml", "--dry-run")
     Path("mine.yaml").write_text("mine")
-    assert "mine.yaml and mine.schema.json: already there" in said(capsys, "init", "mine.yaml")
+    assert "mine.yaml and mine.schema.json: already there" in error_of(capsys, "init", "mine.yaml")
     assert Path("mine.yaml").read_text() == "mine"
     printed(capsys, "init", "mine.yaml", "--force")
     assert Path("mine.yaml").read_text().startswith(first)
 
 
-def test_doctor_finds_everything_and_says_what_is_broken(capsys, monkeypatch):
+def test_doctor_finds_everything_and_reports_faults(capsys, monkeypatch):
     main(["doctor", "--json"])
     checks = json.loads(capsys.readouterr().out)
     found = {check["subject"]: check["status"] for check in checks["checks"]}
@@ -391,10 +391,10 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])
     assert json.loads(printed(capsys, "resume", "here", "--workers", "0", "--json"))["results"] == results["results"]
-    assert "holds another study" in said(capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here")
+    assert "holds another study" in error_of(capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here")
 
 
-def test_status_says_why_a_trial_ended_before_its_last_step(capsys, folder):
+def test_status_reports_why_a_trial_ended_early(capsys, folder):
     early = ["train.patience=1", "train.eval_every=1", "train.optimizer={kind: sgd, lr: 0.0}", "axes={}"]
     printed(capsys, "ablate", "study.yaml", "--workers=0", "--out=here", *(f"--set={each}" for each in early))
     assert "2 of 4  adding seed=0  no better validation in 1 looks" in printed(capsys, "status", "here")
@@ -402,7 +402,7 @@ def test_status_says_why_a_trial_ended_before_its_last_step(capsys, folder):
     assert (trial["status"], trial["reason"]) == ("done", "no better validation in 1 looks")
 
 
-def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeypatch):
+def test_a_missing_extra_is_reported_before_training(capsys, folder, monkeypatch):
     real = importlib.util.find_spec
     for absent, command, cure in [
         ("matplotlib", ["report", "here"], "atn-norms[ablation]'"),
@@ -410,7 +410,7 @@ def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeyp
         ("distributed", ["resume", "here"], "or use --workers 0"),
     ]:
         monkeypatch.setattr("importlib.util.find_spec", lambda name, gone=absent: None if name == gone else real(name))
-        error = said(capsys, *command)
+        error = error_of(capsys, *command)
         assert f"{absent}: not installed, and studies need it; run pip install" in error
         assert cure in error
     assert not (folder / "studies").exists()
@@ -418,7 +418,7 @@ def test_a_missing_extra_is_said_before_anything_happens(capsys, folder, monkeyp
 
 def test_a_study_file_is_never_overwritten_by_its_own_study(capsys, folder):
     (folder / "model.yaml").unlink()
-    error = said(capsys, "ablate", "study.yaml", "--out", ".")
+    error = error_of(capsys, "ablate", "study.yaml", "--out", ".")
     assert "not empty and not a study's folder (it holds 'study.yaml')" in error
     assert [path.name for path in folder.iterdir()] == ["study.yaml"]
     assert (folder / "study.yaml").read_text() == STUDY
@@ -449,7 +449,7 @@ def atn_norms_register(registry):
 '''
 
 
-def test_a_plugin_that_raises_is_a_sentence_or_a_failed_trial(folder):
+def test_a_plugin_that_raises_gives_one_message_or_a_failed_trial(folder):
     site = folder / "site"
     (site / "fragile-1.0.dist-info").mkdir(parents=True)
     (site / "fragile-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1.0\n")
@@ -480,15 +480,15 @@ def test_a_plugin_that_raises_is_a_sentence_or_a_failed_trial(folder):
     assert "unknown normalizer 'fragile'" in blocked.communicate(timeout=PATIENCE)[1]
 
 
-def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
+def test_an_interrupted_run_prints_the_resume_command_that_works(capsys, folder):
     slow = ["--set", "train.steps=100000", "--set", "train.checkpoint_every=50", "--set", "train.eval_every=100000"]
     run = program("ablate", "study.yaml", *slow, "--workers", "0", "--out", "here")
     try:
         assert until(lambda: list(folder.glob("here/trials/*/checkpoint.pt")) or run.poll() is not None)
         assert run.poll() is None, run.communicate()
         os.killpg(run.pid, signal.SIGINT)
-        time.sleep(0.3)  # two that wait to be heard are one
-        os.killpg(run.pid, signal.SIGINT)  # as the impatient do
+        time.sleep(0.3)  # signals that are pending together are merged
+        os.killpg(run.pid, signal.SIGINT)  # a second Ctrl-C
         _, error = run.communicate(timeout=PATIENCE)
     finally:
         run.kill()
@@ -499,7 +499,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
 
 
 @pytest.mark.parametrize(
-    ("command", "stopped", "goes_on"),
+    ("command", "stopped", "resume_command"),
     [
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
         (
@@ -512,7 +512,7 @@ def test_interrupted_it_says_how_to_go_on_and_then_does(capsys, folder):
         (["report", "here"], "atn_norms.ablation.report.write", "report here"),
     ],
 )
-def test_interrupted_at_any_time_it_says_how_to_go_on(command, stopped, goes_on, capsys, monkeypatch):
+def test_a_run_interrupted_at_any_time_prints_the_resume_command(command, stopped, resume_command, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
@@ -521,8 +521,8 @@ def test_interrupted_at_any_time_it_says_how_to_go_on(command, stopped, goes_on,
         printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here")
     monkeypatch.setattr(stopped, interrupted)
     assert main([*command, *workers]) == 130
-    said = capsys.readouterr().err.strip()
-    assert said == f"stopped; what is finished is kept. To go on: atn-norms {goes_on}"
+    message = capsys.readouterr().err.strip()
+    assert message == f"stopped; what is finished is kept. To go on: atn-norms {resume_command}"
 
 
 def test_a_closed_pipe_is_no_error():
@@ -539,7 +539,7 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
 def test_no_control_character_reaches_the_terminal(capsys, folder, monkeypatch):
-    """From options, keys, labels, names and paths, on a terminal and in a pipe."""
+    """Check options, keys, labels, names and paths, on a terminal and in a pipe."""
     evil = f"e{ESCAPE}"
     Path(f"{evil}.yaml").write_text(f'"{evil.encode("unicode_escape").decode()}": 1\n', encoding="utf-8")
     Path("evil.json").write_text(json.dumps({evil: 1}), encoding="utf-8")
@@ -592,7 +592,7 @@ def test_a_minus_sign_that_cannot_be_shown_is_a_hyphen():
     assert done.stdout == "-1 \\u2022\n"
 
 
-def test_a_backend_of_matplotlib_that_is_not_installed_is_not_used(folder):
+def test_a_missing_matplotlib_backend_is_not_used(folder):
     small = ["--workers", "0", "--set", "axes={norm: [none, layer]}"]
     for arguments in (["ablate", "study.yaml", *small, "--out", "here"], ["report", "here"]):
         run = program(*arguments, MPLBACKEND="module://no_such_backend")
@@ -638,7 +638,7 @@ def atn_norms_register(registry):
 
 
 def installed(module: str, source: str, folder: Path) -> str:
-    """The PYTHONPATH with a plugin in it."""
+    """Return a PYTHONPATH that contains a plugin."""
     site = folder / "site"
     metadata = site / f"{module}-1.0.dist-info"
     metadata.mkdir(parents=True)
@@ -649,7 +649,7 @@ def installed(module: str, source: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_what_a_plugin_prints_goes_to_standard_error(workers, folder):
+def test_output_of_plugins_goes_to_standard_error(workers, folder):
     path = installed("noisy", NOISY, folder)
     axes = ["--set", "axes={norm: [noisy]}", "--workers", workers]
     for arguments in (["list", "--json"], ["ablate", "study.yaml", *axes, "--out", "here", "--json"]):
@@ -674,8 +674,8 @@ def test_a_plugin_that_ends_the_process_is_reported(folder):
     assert "atn-norms: stopped by a call of os._exit(0) (" in error and "exits.py:3, in <module>)" in error
 
 
-def test_resume_with_a_setting_names_the_command_that_takes_it(capsys):
-    error = said(capsys, "resume", "a folder", "--set", "seeds=3", "--set", "train.steps=[1, 2]")
+def test_resume_with_a_setting_names_the_ablate_command(capsys):
+    error = error_of(capsys, "resume", "a folder", "--set", "seeds=3", "--set", "train.steps=[1, 2]")
     command = "atn-norms ablate 'a folder/study.yaml' --out 'a folder' --set seeds=3 --set 'train.steps=[1, 2]'"
     assert error.endswith(f"To change it, where it only grows: {command}\n")
 
@@ -688,10 +688,10 @@ def test_a_study_is_named_after_its_file(file, name, capsys):
     assert "study 'other': 1 trials" in printed(capsys, "ablate", file, "--dry-run", *small, "--set", "name=other")
 
 
-def test_check_says_how_to_set_a_required_option_and_expects_failures(capsys):
-    assert "steps: got nothing; expected a value. Set it with --set steps=VALUE" in said(capsys, "check", "sliding")
+def test_check_names_required_options_and_accepts_expected_failures(capsys):
+    assert "steps: got nothing; expected a value. Set it with --set steps=VALUE" in error_of(capsys, "check", "sliding")
     law = "options_survive_a_dump"
-    assert "--expect-failure: got 'x'; expected LAW=REASON" in said(capsys, "check", "rms", "--expect-failure", "x")
-    assert "unknown law 'x'" in said(capsys, "check", "rms", "--expect-failure", "x=because")
+    assert "--expect-failure: got 'x'; expected LAW=REASON" in error_of(capsys, "check", "rms", "--expect-failure", "x")
+    assert "unknown law 'x'" in error_of(capsys, "check", "rms", "--expect-failure", "x=because")
     out = printed(capsys, "check", "adding", "--expect-failure", f"{law}=to see", code=1)
     assert re.search(rf"{law} +failed +expected to fail \(to see\)", out)

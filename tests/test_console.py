@@ -1,4 +1,4 @@
-"""Tables on a terminal: nothing is cut at any width, and text is never markup."""
+"""Tables on a terminal: no text is cut at any width, and text is never parsed as markup."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ def on_screen(monkeypatch, capsys, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [30, 40, 120, 200])
-def test_every_word_is_there_whole_in_a_list_and_in_a_table(monkeypatch, capsys, width):
+def test_every_word_is_complete_in_lists_and_tables(monkeypatch, capsys, width):
     lines = on_screen(monkeypatch, capsys, width)
     assert all(len(line) <= width for line in lines)
     words = {word.strip(";") for line in lines for word in line.split()}
@@ -31,7 +31,7 @@ def test_every_word_is_there_whole_in_a_list_and_in_a_table(monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("width", range(62, 130, 4))
-def test_a_word_that_fits_the_terminal_is_never_parted(monkeypatch, capsys, width):
+def test_a_word_that_fits_the_terminal_is_not_broken(monkeypatch, capsys, width):
     label, path = "window=exponential(half_life=2.5)", f"/{'long-name/' * 4}last"
     monkeypatch.setattr(console, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
@@ -41,7 +41,7 @@ def test_a_word_that_fits_the_terminal_is_never_parted(monkeypatch, capsys, widt
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_a_word_too_long_for_the_terminal_is_whole_all_the_same(monkeypatch, capsys):
+def test_a_word_longer_than_the_terminal_is_complete(monkeypatch, capsys):
     monkeypatch.setattr(console, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
     path = f"/{'another-long-name/' * 5}last"
@@ -50,7 +50,7 @@ def test_a_word_too_long_for_the_terminal_is_whole_all_the_same(monkeypatch, cap
 
 
 @pytest.mark.parametrize("width", range(45, 120, 5))
-def test_nothing_is_cut_off_in_between(monkeypatch, capsys, width):
+def test_no_text_is_cut_at_any_width(monkeypatch, capsys, width):
     text = "".join(lines := on_screen(monkeypatch, capsys, width))
     assert all(len(line) <= width for line in lines)
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
@@ -58,7 +58,7 @@ def test_nothing_is_cut_off_in_between(monkeypatch, capsys, width):
     assert not Counter("".join(wanted.split())) - Counter(text)
 
 
-def test_a_table_too_wide_is_a_list_and_leaves_out_what_is_empty(monkeypatch, capsys):
+def test_a_table_that_is_too_wide_becomes_a_list_without_empty_cells(monkeypatch, capsys):
     assert any(set(line) == {"\N{BOX DRAWINGS LIGHT HORIZONTAL}"} for line in on_screen(monkeypatch, capsys, 120))
     text = " ".join(" ".join(on_screen(monkeypatch, capsys, 40)).split())
     assert re.fullmatch(r"a study \[dim\]of mine - task adding; .*; n=1; difference .* - task charlm; .*; n=2", text)

@@ -1,4 +1,4 @@
-"""Verdicts: primary endpoints, the correction for many comparisons, equivalence, power, tuned options, logarithms."""
+"""Verdicts: primary endpoints, multiple comparisons, equivalence, power, tuned options, logarithms."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ def difference(shift: float, spread: float = 1.0, n: int = 8):
     return between([1.0 + shift + spread * each for each in NOISE[:n]], [1.0] * n)
 
 
-def test_the_correction_turns_single_claims_into_undecided_ones():
+def test_the_correction_makes_single_claims_undecided():
     clear, faint = difference(-0.2), difference(-0.025)
     assert faint.verdict == "helps", "taken alone"
     alone, corrected = decide([faint], [None])[0], decide([faint] + [difference(0.0)] * 5 + [clear], [None] * 7)
@@ -45,7 +45,7 @@ def test_a_comparison_without_pairs_counts_in_the_family():
     assert (found[1].power, found[1].needed, seeds_needed(found[1])) == (None, None, NOTHING)
 
 
-def test_a_difference_within_the_margin_is_none_even_where_it_is_not_zero():
+def test_a_difference_within_the_margin_counts_as_none():
     small = difference(-0.03, 0.5)
     assert decide([small], [None])[0].verdict == "helps"
     (found,) = decide([small], [0.06])
@@ -55,7 +55,7 @@ def test_a_difference_within_the_margin_is_none_even_where_it_is_not_zero():
     assert decide([difference(0.0, n=4)], [10.0])[0].verdict == "undecided", "four seeds carry no verdict"
 
 
-def test_a_diverged_side_forbids_the_verdict_it_would_flatter():
+def test_a_diverged_side_excludes_a_verdict_in_its_favour():
     lost = between([1.0 + each for each in NOISE] + [INF], [2.0] * 9)
     assert decide([lost], [None])[0].verdict == "undecided"
     assert decide([between([2.0] * 9, [1.0 + each for each in NOISE] + [INF])], [None])[0].verdict == "undecided"
@@ -77,7 +77,7 @@ def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference(
     assert seeds_needed(decide([difference(-sum(NOISE) / 8)], [None])[0]) == ">10000"
 
 
-def test_scores_with_a_multiplicative_spread_are_compared_as_logarithms():
+def test_multiplicative_scores_are_compared_as_logarithms():
     rng = np.random.default_rng(0)
     values = {norm: rng.lognormal(shift, 0.5, size=8) for norm, shift in (("none", -4.0), ("layer", -5.0))}
     facts = TaskFacts(METRIC, {"always 1": 1 / 6}, spread="multiplicative")
@@ -126,14 +126,14 @@ def test_the_tail_is_the_mean_of_the_last_validations():
         ({"copying": "steps"}, Endpoint("final", 5, None, False)),
     ],
 )
-def test_the_endpoint_of_a_task_is_what_the_study_names(endpoint, expected):
+def test_the_endpoint_of_a_task_is_set_by_the_study(endpoint, expected):
     assert Endpoint.of({"endpoint": endpoint}, "adding") == expected
     found = Endpoint.of({"endpoint": endpoint, "margin": {"adding": 2.0, "copying": 0.1}}, "adding")
     assert found == replace(expected, margin=2.0)
 
 
 @pytest.mark.parametrize("measure", ["final", "tail", "steps"])
-def test_the_verdicts_are_those_of_the_primary_endpoint(measure):
+def test_verdicts_use_the_primary_endpoint(measure):
     record = grid(
         {"norm": ["none", "layer"]}, lambda p, s: (0.1 if p["norm"] == "none" else 0.02) + 0.001 * s,
         baseline={"norm": "none"},
@@ -151,7 +151,7 @@ def test_the_verdicts_are_those_of_the_primary_endpoint(measure):
 
 
 def tuned(scores: dict[tuple[str, str], list[tuple[float, float]]], **more) -> StudyRecord:
-    """A study of norms whose learning rates are tuned: (norm, rate) -> (validation, test) of each seed."""
+    """Return a study of norms with tuned learning rates: (norm, rate) -> (validation, test) of each seed."""
     norms, rates = ([*dict.fromkeys(key[i] for key in scores)] for i in (0, 1))
     trials = []
     for (norm, rate), values in scores.items():
@@ -173,7 +173,7 @@ def tuned(scores: dict[tuple[str, str], list[tuple[float, float]]], **more) -> S
     )
 
 
-def test_each_point_stands_at_its_best_value_on_validation_and_is_scored_on_test():
+def test_each_point_is_tuned_on_validation_and_scored_on_test():
     record = tuned({
         ("none", "0.1"): [(0.5, 9.0), (0.5, 9.0)],
         ("none", "0.2"): [(0.9, 1.0), (0.4, 1.0)],
@@ -223,7 +223,7 @@ def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
         ({"tune": {"norm": []}}, "got no values; expected at least one"),
     ],
 )
-def test_an_analysis_that_cannot_be_is_refused_with_its_place(options, message):
+def test_an_invalid_analysis_is_rejected_with_its_path(options, message):
     with pytest.raises((ValueError, SpecError), match=message):
         make_plan(StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", **options))
 

@@ -1,4 +1,4 @@
-"""The pages keep up with the code: hooks, kinds, options, commands and public names are there, and all of it runs."""
+"""Compare the pages with the code: hooks, kinds, options, commands and public names; run the examples."""
 
 import inspect
 import json
@@ -35,12 +35,12 @@ def test_every_hook_is_documented_with_its_exact_signature():
         assert f"\ndef {name}({', '.join(arguments)}) -> None\n" in PAGES["plugins"]
 
 
-def test_every_public_name_has_its_place_in_the_reference():
+def test_every_public_name_is_in_the_reference():
     missing = [name for name in atn_norms.__all__ if not re.search(rf"atn_norms\.{name}$", PAGES["api"], flags=re.M)]
     assert not missing
 
 
-def test_every_page_is_reached_from_the_first():
+def test_every_page_is_linked_from_the_index():
     listed = re.findall(r"^[a-z-]+$", "".join(re.findall(r"```{toctree}(.*?)```", PAGES["index"], flags=re.S)), re.M)
     assert sorted(listed) == sorted(set(PAGES) - {"index"})
 
@@ -75,14 +75,14 @@ def test_every_option_of_a_file_is_on_its_page(module, name, page):
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_a_fenced_block_is_executed_or_openly_only_shown(page):
+def test_a_code_block_is_executed_or_marked_as_not_executed(page):
     fences = re.findall(r"^```(\S*)", TEXTS[page], flags=re.M)
     assert set(fences[::2]) <= EXECUTED | SHOWN
     assert set(fences[1::2]) <= {""}
 
 
 def installed(folder: Path) -> Path:
-    """The plugin of the documentation, its files written to a folder that looks like an installation of it."""
+    """Write the plugin of the documentation into a folder that looks like its installation."""
     files = dict(re.findall(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGES["plugins"], flags=re.M | re.S))
     assert set(files) == {"atn_norms_pmean.py", "pyproject.toml"}
     project = tomllib.loads(files["pyproject.toml"])["project"]
@@ -124,12 +124,12 @@ print(json.dumps({
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert set(map(tuple, told["shapes"].values())) == {(5, 4, 3)}
-    assert len(told["shapes"]) == 9
-    assert told["schema"]
-    assert told["again"]
-    assert told["plugins"] == [["pmean", "atn-norms-pmean", "0.1.0", "loaded"]]
+    output = json.loads(done.stdout)
+    assert set(map(tuple, output["shapes"].values())) == {(5, 4, 3)}
+    assert len(output["shapes"]) == 9
+    assert output["schema"]
+    assert output["again"]
+    assert output["plugins"] == [["pmean", "atn-norms-pmean", "0.1.0", "loaded"]]
 
 
 def test_every_command_is_on_its_page():
@@ -154,7 +154,7 @@ PUBLISHED = sorted(path.parent.name for path in RESULTS.glob("*/report.html"))
 
 
 @pytest.mark.parametrize("study", PUBLISHED)
-def test_a_published_report_is_whole_and_linked(study):
+def test_a_published_report_is_complete_and_linked(study):
     page = (RESULTS / "index.md").read_text(encoding="utf-8")
     links = set(re.findall(r'href="([^"#:]+)"', (RESULTS / study / "report.html").read_text(encoding="utf-8")))
     assert {"results.csv", "points.csv", "curves.csv", "study.yaml"} <= links
@@ -191,7 +191,7 @@ def test_a_published_study_still_plans_the_trials_it_published(study):
     assert {trial.id for trial in plan.trials} == {trial["id"] for trial in published}
 
 
-def test_the_published_reports_are_small_enough_to_keep_beside_the_code():
+def test_published_reports_are_small():
     files = [path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) < 3_000_000
 

@@ -1,4 +1,4 @@
-"""Being asked to end: once is enough, and what follows is done in order."""
+"""Signal handling: the first signal starts a clean shutdown, which further signals do not disturb."""
 
 import signal
 
@@ -12,7 +12,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture(autouse=True)
 def as_from_a_terminal():
-    """No signal is ignored, as under nohup, whoever started the tests."""
+    """Restore default signal handlers, which nohup or a background shell may have changed."""
     before = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS if each != signal.SIGINT}
     yield
     for each, handler in before.items():
@@ -20,9 +20,9 @@ def as_from_a_terminal():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_further_signals_do_not_disturb_what_is_put_in_order(number):
+def test_further_signals_do_not_disturb_the_shutdown(number):
     before, done = [signal.getsignal(each) for each in SIGNALS], []
-    with pytest.raises(KeyboardInterrupt) as caught, handle(), handle():  # as one command inside another
+    with pytest.raises(KeyboardInterrupt) as caught, handle(), handle():  # nested, like one command inside another
         assert not stopping()
         try:
             signal.raise_signal(number)
@@ -36,7 +36,7 @@ def test_further_signals_do_not_disturb_what_is_put_in_order(number):
     assert not stopping() and [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_one_that_comes_when_it_hangs_is_heard_again(monkeypatch):
+def test_a_later_signal_interrupts_a_shutdown_that_hangs(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     with handle():
@@ -47,7 +47,7 @@ def test_one_that_comes_when_it_hangs_is_heard_again(monkeypatch):
             now[0] += signals.PATIENCE
 
 
-def test_a_handler_of_somebody_else_stays():
+def test_a_foreign_handler_is_kept():
     mine = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: mine.append(number))
     try:

@@ -1,4 +1,4 @@
-"""The engine: here, in processes, after failures, deaths and interrupts; the store is believed and nothing else."""
+"""Run studies in this process and in worker processes: failures, crashes and interrupts, with the store as truth."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def test_a_study_runs_in_this_process_without_dask(study, monkeypatch):
     assert [(event.finished, event.total) for event in events if event.kind == "done"] == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_what_is_done_stays_done(study):
+def test_finished_trials_are_not_run_again(study):
     run(study, workers=0)
     before, events = results(study), []
     resume(study, workers=0, on_event=events.append)
@@ -63,7 +63,7 @@ def test_what_is_done_stays_done(study):
 
 
 def dask_cluster(workers) -> Any:
-    """A Dask scheduler with its workers in this process."""
+    """Start a Dask scheduler with its workers in this process."""
     from distributed import LocalCluster
 
     return LocalCluster(n_workers=workers, processes=False, dashboard_address=None)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_a_scheduler_out_of_reach_is_named(study):
 
 
 @pytest.mark.parametrize("address", ["", "nonsense", "nonsense://x", "tcp://x", "tcp://:1", "tcp://x:y", "x y:1"])
-def test_what_is_no_address_is_refused_at_once(study, address):
+def test_an_invalid_address_is_rejected_at_once(study, address):
     with pytest.raises(SpecError, match="expected an address such as tcp://host:port"):
         run(study, scheduler=address)
 
@@ -125,38 +125,38 @@ def test_what_is_no_address_is_refused_at_once(study, address):
 @pytest.mark.parametrize(
     "address", [None, "host:1", "tcp://10.0.0.1:8786", "tls://a.b:1", "tcp://[::1]:1", "inproc://1/2"]
 )
-def test_what_may_be_an_address_is_tried(address):
+def test_a_possible_address_is_tried(address):
     engine.check_scheduler(address)
 
 
-def test_a_cluster_without_workers_is_not_waited_for_for_ever(study, monkeypatch):
+def test_waiting_for_a_cluster_without_workers_has_a_limit(study, monkeypatch):
     monkeypatch.setattr(cluster, "WORKERLESS", 0.2)
     with dask_cluster(0) as empty, pytest.raises(SpecError, match="has had no worker for 0 s"):
         run(study, scheduler=empty.scheduler_address)
     assert status(study)["pending"] == 3
 
 
-def test_local_workers_add_no_noise_of_their_own_to_a_run(study, capfd):
+def test_local_workers_print_no_warnings(study, capfd):
     with contextlib.ExitStack() as stack:
         dashboards = stack.enter_context(socket.socket())
-        with contextlib.suppress(OSError):  # taken by somebody else: as well
+        with contextlib.suppress(OSError):  # another process may use the port
             dashboards.bind(("", 8787))
             dashboards.listen()
-        said = stack.enter_context(warnings.catch_warnings(record=True))
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         assert run(study, workers=1).count("done") == 3
-    assert [str(each.message) for each in said] == []
+    assert [str(each.message) for each in caught] == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_dask_one_line_says_what_to_install(study, monkeypatch):
+def test_without_dask_one_line_names_the_extra(study, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SpecError, match=r"pip install 'atn-norms\[ablation\]'") as caught:
         run(study)
     assert "\n" not in str(caught.value)
 
 
-def test_arguments_that_cannot_be(study, tmp_path):
+def test_invalid_arguments_are_rejected(study, tmp_path):
     with pytest.raises(SpecError, match="workers: got -1; expected at least 0"):
         run(study, workers=-1)
     with pytest.raises(StoreError, match="nowhere: no such folder"):
@@ -191,22 +191,22 @@ def test_an_interrupt_stops_at_once_and_a_resume_gives_the_same_bytes(study, tmp
     assert results(other) == results(study)
 
 
-def test_a_failing_trial_is_shown_and_the_others_go_on(study, monkeypatch):
+def test_a_failing_trial_is_shown_and_the_others_continue(study, monkeypatch):
     train = worker.run_trial
     second = load(study).trials[1]
 
-    def sometimes(folder, *rest):
+    def fail_once(folder, *rest):
         if folder.id == second.id:
             raise RuntimeError("the norm's own\nfault")
         return train(folder, *rest)
 
     events = []
-    monkeypatch.setattr(worker, "run_trial", sometimes)
+    monkeypatch.setattr(worker, "run_trial", fail_once)
     record = run(study, workers=0, on_event=events.append)
     assert [trial.status for trial in record.trials] == ["done", "failed", "done"]
     error = record.trials[1].error
     assert error is not None and error["error"] == "RuntimeError: the norm's own fault"
-    assert "in sometimes" in error["traceback"]
+    assert "in fail_once" in error["traceback"]
     assert [event.message for event in events if event.kind == "failed"] == ["RuntimeError: the norm's own fault"]
     monkeypatch.undo()
     record = resume(study, workers=0)
@@ -221,10 +221,10 @@ def test_a_store_that_cannot_be_written_ends_the_run(study, monkeypatch):
     monkeypatch.setattr(worker, "run_trial", full)
     with pytest.raises(StoreError, match="No space left on device"):
         run(study, workers=0)
-    assert status(study)["pending"] == 3, "nothing is blamed on a trial"
+    assert status(study)["pending"] == 3, "no trial is recorded as failed"
 
 
-def test_a_trial_that_another_process_has_is_waited_for(study, monkeypatch):
+def test_a_run_waits_for_a_trial_of_another_process(study, monkeypatch):
     monkeypatch.setattr(events, "RETRY", 0.1)
     first, seen, other = StudyFolder(study).trial(load(study).trials[0].id), [], contextlib.ExitStack()
     other.enter_context(first.lock())
@@ -241,8 +241,8 @@ def test_a_trial_that_another_process_has_is_waited_for(study, monkeypatch):
 
 def test_versions_that_differ_are_named(study):
     folder = StudyFolder(study).trial(load(study).trials[0].id)
-    told = worker.attempt(folder, {**versions(), "torch": "1.0"}, print)
-    assert told == {}
+    result = worker.attempt(folder, {**versions(), "torch": "1.0"}, print)
+    assert result == {}
     error = load(study).trials[0].error
     assert error is not None and "instead of 1.0; install the same versions everywhere" in error["error"]
     assert differences({"a": "1"}, {"a": "1"}) == ""
@@ -281,14 +281,14 @@ PROGRAM = """
 import sys
 from atn_norms.ablation import create, run
 
-def tell(event):
+def show(event):
     print(event.kind, event.trial, event.step, flush=True)
 
 if __name__ == "__main__":
     study = eval(sys.argv[2])
     folder = create(study, sys.argv[1]) if study else sys.argv[1]
     try:
-        run(folder, workers=2, on_event=tell)
+        run(folder, workers=2, on_event=show)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
 """
@@ -296,7 +296,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def program(tmp_path):
-    """Start a program that runs a study with two processes, beside an installed plugin with two bad norms."""
+    """Start a program that runs a study with two processes and an installed plugin with two faulty norms."""
     site = tmp_path / "site"
     info = site / "bad_norms-1.5.dist-info"
     info.mkdir(parents=True)
@@ -314,20 +314,20 @@ def program(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # a group of its own: an interrupt reaches its workers, as from a terminal
+            start_new_session=True,  # separate process group: an interrupt reaches its workers, as from a terminal
         )
 
     return start
 
 
 @pytest.mark.deep
-def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_path, study):
+def test_faulty_norms_fail_without_affecting_other_trials(program, tmp_path, study):
     folder = tmp_path / "bad"
     process = program(folder, {**STUDY, "axes": {"norm": ["killing", "raising", "none", "layer", "rms"]}})
-    told, _ = process.communicate(timeout=2 * PATIENCE)
-    assert process.returncode == 0, told
+    output, _ = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == 0, output
     record = load(folder)
-    assert [trial.status for trial in record.trials] == ["failed", "failed", "done", "done", "done"], told
+    assert [trial.status for trial in record.trials] == ["failed", "failed", "done", "done", "done"], output
     killing, raising, *_ = record.trials
     assert "worker process died twice" in killing.error["error"]  # type: ignore[index]
     assert raising.error["error"] == "ArithmeticError: no statistic today"  # type: ignore[index]
@@ -336,11 +336,11 @@ def test_bad_norms_fail_alone_whatever_they_do_to_their_process(program, tmp_pat
     run(study, workers=0)
     mine = results(study)
     here = {trial.id: (folder / "trials" / trial.id / "result.json").read_bytes() for trial in record.trials[2:]}
-    assert here == mine, "a process of its own gives the same bytes as this one"
+    assert here == mine, "a worker process writes the same bytes as this process"
 
 
 @pytest.mark.deep
-def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_path):
+def test_an_interrupt_stops_all_processes(program, tmp_path):
     folder = tmp_path / "study"
     process = program(folder, {**STUDY, "train": {"steps": 100_000, "batch_size": 5, "log_every": 1}})
     for line in process.stdout:
@@ -349,8 +349,8 @@ def test_an_interrupt_stops_the_processes_and_nothing_stays_behind(program, tmp_
     assert until(lambda: any(trial.run for trial in load(folder).trials))
     workers = {trial.run["process"] for trial in load(folder).trials if trial.run}
     os.killpg(process.pid, signal.SIGINT)
-    told, _ = process.communicate(timeout=PATIENCE)
-    assert "interrupted" in told and "Traceback" not in told, told
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert "interrupted" in output and "Traceback" not in output, output
     stopped = {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 3}
     assert until(lambda: status(folder) == stopped), status(folder)
     assert until(lambda: not any(map(mask, workers)))
@@ -365,7 +365,7 @@ def mask(process):
 
 
 def listening_ports(processes):
-    """The TCP ports on which these processes listen, from /proc."""
+    """Return the TCP ports on which these processes listen, from /proc."""
     inodes = set()
     for process in processes:
         for descriptor in Path(f"/proc/{process}/fd").iterdir():
@@ -419,7 +419,7 @@ def test_a_worker_killed_while_it_starts_is_started_again(study, tmp_path):
     assert (tmp_path / "killed").exists()
 
 
-def test_workers_that_never_start_are_one_sentence(study):
+def test_workers_that_never_start_give_one_message(study):
     from dask import config
 
     kill = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"

@@ -1,4 +1,4 @@
-"""A study's duration is told before it starts, and to tell it leaves no trace."""
+"""Estimate the duration of a study before it starts, without side effects."""
 
 import torch
 
@@ -22,13 +22,13 @@ def test_an_estimate_is_a_positive_time_that_grows_with_the_work(tmp_path):
     assert 0 < short < long
 
 
-def test_what_costs_differently_is_timed_apart(monkeypatch):
+def test_trials_of_different_cost_are_timed_separately(monkeypatch):
     timed = []
     monkeypatch.setattr("atn_norms.ablation.execution.estimate._timed", lambda trial: timed.append(trial) or (1.0, 1.0))
     axes = {"hidden_size": [3, 4], "norm": ["none", "batch"], "train.population_batches": [0, 9], "train.steps": [2, 3]}
     trials = make_plan(StudySpec.model_validate(STUDY | {"axes": axes})).trials
     assert duration_of([each.trial for each in trials], 1)
-    assert len(timed) == 6, "steps and seeds cost alike, and so does what is one trial"
+    assert len(timed) == 6, "seeds have the same cost, and so have points of one trial"
 
 
 def test_an_estimate_leaves_the_random_state_and_the_folder_alone(tmp_path):
@@ -40,6 +40,6 @@ def test_an_estimate_leaves_the_random_state_and_the_folder_alone(tmp_path):
     assert sorted(folder.rglob("*")) == files
 
 
-def test_nothing_left_to_do_takes_no_time_to_tell(tmp_path):
+def test_a_finished_study_is_estimated_without_timing(tmp_path):
     folder = create(STUDY | {"axes": {}}, tmp_path / "study")
     assert estimate(run(folder, workers=0), 1) is None

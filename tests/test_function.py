@@ -1,4 +1,4 @@
-"""Studies of functions: the same engine and store, and every way in which a function may misbehave."""
+"""Studies of functions: the same engine and store, and faulty functions."""
 
 import re
 import subprocess
@@ -41,7 +41,7 @@ def trials(folder, path, **options):
 
 
 def only(tmp_path, body, **options):
-    """The one trial of a study of a function without arguments."""
+    """Return the only trial of a study of a function without arguments."""
     (trial,) = trials(tmp_path / "study", written(tmp_path, body), axes={}, seeds=1, **options)
     return trial
 
@@ -73,7 +73,7 @@ def test_a_script_without_a_guard_runs_in_processes_and_continues(tmp_path):
     done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "[2/2] done" in done.stdout and "report: study/report/report.html" in done.stdout
-    path.write_text(body.replace("seeds=1", "seeds=2"))  # only the call has changed: the same study, grown
+    path.write_text(body.replace("seeds=1", "seeds=2"))  # only the call has changed: the same study with more seeds
     record = ablation.load(tmp_path / "study")
     folder = ablation.create(
         {**record.study, "seeds": 2, "name": "mine"} | {"task": {**record.study["task"], "file": str(path)}},
@@ -174,7 +174,7 @@ def test_global_settings_are_restored(tmp_path):
         assert setting in text
 
 
-def test_patience_stops_and_says_so(tmp_path):
+def test_patience_stops_a_trial_and_logs_the_reason(tmp_path):
     body = """
     def train(trial):
         for step in range(1, 100):
@@ -188,7 +188,7 @@ def test_patience_stops_and_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("goal", "stops"), [("max", 13), ("min", 4)])
-def test_patience_goes_by_the_goal_where_the_metric_is_reported(tmp_path, goal, stops):
+def test_patience_uses_the_goal_where_the_metric_is_reported(tmp_path, goal, stops):
     body = """
     def train(trial):
         for step in range(1, 100):
@@ -219,7 +219,7 @@ def train(trial, stop):
 """
 
 
-def test_a_resumed_function_gives_what_the_uninterrupted_gives(tmp_path):
+def test_a_resumed_function_equals_the_uninterrupted(tmp_path):
     path = written(tmp_path, RESUMED)
     outputs = []
     for name in ("whole", "stopped"):
@@ -248,7 +248,7 @@ def test_kept_models_are_loaded_with_their_trial(tmp_path):
     assert repr(trial.model()) == "GRU(2, 3, norm=rms, window=4)"
 
 
-def test_other_metrics_than_before_fail(tmp_path):
+def test_changed_metrics_fail(tmp_path):
     body = "def train(seed): return {'a': 1} if seed == 0 else {'b': 1}"
     first, second = trials(tmp_path / "study", written(tmp_path, body), axes={})
     assert first.status == "done" and "got 'b' as its first metric; expected 'a'" in second.error["error"]
@@ -268,7 +268,7 @@ def test_other_metrics_than_before_fail(tmp_path):
         ({"model": {"cell": "lstm"}}, r"model\.cell: got an option; expected none: a python task has arguments"),
     ],
 )
-def test_bad_points_are_refused_before_anything_runs(tmp_path, change, message):
+def test_bad_points_are_rejected_before_training(tmp_path, change, message):
     task = change.pop("task", {})
     with pytest.raises(SpecError, match=message):
         ablation.create(study(written(tmp_path, GOOD), task=task, **change), tmp_path / "study")
@@ -285,7 +285,7 @@ def test_changed_code_is_another_study(tmp_path):
         ablation.resume(folder, workers=0)
 
 
-def test_files_named_besides_count_by_content(tmp_path):
+def test_additional_files_count_by_content(tmp_path):
     path, data = written(tmp_path, GOOD), tmp_path / "data.csv"
     data.write_text("1")
     before = ablation.make_plan(ablation.StudySpec.model_validate(study(path, task={"files": [str(data)]}))).key
@@ -304,7 +304,7 @@ def test_files_named_besides_count_by_content(tmp_path):
         ("if x:\n    a()", "if x:\n    b()", False),
     ],
 )
-def test_what_only_starts_studies_does_not_count(tmp_path, before, after, same):
+def test_code_that_only_starts_studies_does_not_count(tmp_path, before, after, same):
     path = written(tmp_path, before)
     first = hash_code(path)
     path.write_text(after)
@@ -320,12 +320,12 @@ def test_a_local_module_that_is_imported_counts(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [lambda: 1, len, print, str.upper, GOOD])
-def test_functions_that_workers_cannot_load_are_refused(bad):
+def test_functions_that_workers_cannot_load_are_rejected(bad):
     with pytest.raises(SpecError, match="expected a function defined by def at the top level of a file"):
         task_of(bad)
 
 
-def test_a_function_at_a_prompt_is_refused():
+def test_a_function_at_a_prompt_is_rejected():
     scope = {}
     exec("def train(): return 1", scope)
     with pytest.raises(SpecError, match="defined at a prompt or in a notebook"):

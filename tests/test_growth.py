@@ -1,4 +1,4 @@
-"""A study grows: more seeds, more axes, another baseline, and what is done is used again."""
+"""Extend a study by seeds, axes or another baseline; finished trials are reused."""
 
 import json
 
@@ -18,7 +18,7 @@ STUDY = {
 }
 GROWN = {
     "more seeds": {"seeds": 3},
-    "a value more on an axis": {"axes": {"norm": ["none", "rms", "layer"]}},
+    "another value on an axis": {"axes": {"norm": ["none", "rms", "layer"]}},
     "another axis": {"axes": {"norm": ["none", "layer"], "window": [1, 2]}},
     "an axis that was fixed": {"axes": {"norm": ["none", "layer"], "cell": ["gru", "rnn"]}},
     "another task": {"task": None, "tasks": [STUDY["task"], {**STUDY["task"], "length": 5}]},
@@ -31,7 +31,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("how", GROWN)
-def test_what_is_done_is_used_again(tmp_path, how):
+def test_finished_trials_are_reused(tmp_path, how):
     folder = create(STUDY, tmp_path / "study")
     run(folder, workers=0)
     done, created = files(folder), (folder / "environment.json").read_bytes()
@@ -46,20 +46,20 @@ def test_what_is_done_is_used_again(tmp_path, how):
     assert files(folder).items() >= done.items()
 
 
-def test_a_study_that_lacks_a_trial_takes_nobody_s_place(tmp_path):
+def test_a_study_that_lacks_a_trial_does_not_replace_another(tmp_path):
     folder = create({**STUDY, "seeds": 2}, tmp_path / "study")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for smaller, lacking in [({}, 2), ({"seeds": [1, 2, 3]}, 2), ({"train": {"steps": 4, "batch_size": 5}}, 4)]:
-        said = f"holds another study .* lacks {lacking} trials; choose another folder"
+        message = f"holds another study .* lacks {lacking} trials; choose another folder"
         if smaller == {}:
             more = "it holds all its 2 trials and 2 more"
-            said = f"has grown beyond this study: {more}; atn-norms resume {folder} continues"
-        with pytest.raises(SpecError, match=said):
+            message = f"has grown beyond this study: {more}; atn-norms resume {folder} continues"
+        with pytest.raises(SpecError, match=message):
             create({**STUDY, **smaller}, folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_growth_that_is_killed_leaves_the_study_that_was_there(tmp_path, monkeypatch):
+def test_a_killed_extension_leaves_the_previous_study(tmp_path, monkeypatch):
     folder = create(STUDY, tmp_path / "study")
     run(folder, workers=0)
     writes = []
@@ -81,7 +81,7 @@ def test_a_growth_that_is_killed_leaves_the_study_that_was_there(tmp_path, monke
     assert load(folder).count("done") == 2 and load(folder).count("pending") == 2
 
 
-def test_a_grown_study_comes_home_where_it_began(tmp_path, monkeypatch):
+def test_an_extended_study_keeps_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small, other = create(STUDY), create({**STUDY, "train": {"steps": 5, "batch_size": 5}})
     assert small != other and small.name.startswith("growing-")

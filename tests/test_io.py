@@ -1,4 +1,4 @@
-"""Saved models: what comes back is the same module, and a file that is not whole or does not fit is refused."""
+"""Save and load models: round trips, and errors for damaged or incompatible files."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ pytest.importorskip("safetensors")
 
 
 class Tagger(nn.Module):
-    """A model of a user's own: its code is not in the file."""
+    """User-defined model whose code is not in the file."""
 
     def __init__(self, hidden=6):
         super().__init__()
@@ -79,7 +79,7 @@ def test_loading_does_not_change_the_random_generator(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_class_of_the_users_own_is_passed_to_load(tmp_path):
+def test_an_instance_of_a_user_class_is_passed_to_load(tmp_path):
     model = an.replace(Tagger(), norm="layer", window=4).eval()
     tokens = torch.randint(11, (9, 2))
     path = an.save(model, tmp_path / "m.safetensors")
@@ -99,19 +99,19 @@ def test_a_class_of_the_users_own_is_passed_to_load(tmp_path):
         (lambda: nn.Sequential(nn.Linear(1, 1)), "rnn: got nothing; expected LSTM"),
     ],
 )
-def test_a_model_that_does_not_fit_is_refused(other, message, tmp_path):
+def test_an_incompatible_model_is_rejected(other, message, tmp_path):
     path = an.save(an.replace(Tagger(), norm="layer", window=4), tmp_path / "m.safetensors")
     with pytest.raises(SpecError, match=message):
         an.load(path, other())
 
 
-def test_a_model_of_other_shapes_is_refused(tmp_path):
+def test_a_model_of_other_shapes_is_rejected(tmp_path):
     path = an.save(nn.Sequential(an.GRU(2, 3)), tmp_path / "m.safetensors")
     with pytest.raises(SpecError, match=r"1.weight: got \[2, 3\].*|1.weight: got no such tensor in the file"):
         an.load(path, nn.Sequential(nn.GRU(2, 3), nn.Linear(3, 2)))
 
 
-def test_damage_is_noticed_at_every_place(tmp_path):
+def test_damage_is_detected_at_every_byte(tmp_path):
     path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -125,7 +125,7 @@ def test_damage_is_noticed_at_every_place(tmp_path):
         an.load(path)
 
 
-def test_foreign_missing_and_newer_files_are_refused(tmp_path, monkeypatch):
+def test_foreign_missing_and_newer_files_are_rejected(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
@@ -141,7 +141,7 @@ def test_foreign_missing_and_newer_files_are_refused(tmp_path, monkeypatch):
         an.load(tmp_path / "newer.safetensors")
 
 
-def test_plugins_are_checked_in_words(tmp_path, monkeypatch):
+def test_a_plugin_mismatch_is_reported(tmp_path, monkeypatch):
     path = an.save(an.GRU(2, 3, norm="layer", window=2), tmp_path / "m.safetensors")
     read = io._read
 
@@ -214,6 +214,6 @@ def test_explain_takes_any_module(model):
     assert ("1: GRU(2, 3, norm=none)" in text) == isinstance(model, nn.Sequential)
 
 
-def test_explain_refuses_what_is_no_module():
+def test_explain_rejects_other_objects():
     with pytest.raises(TypeError, match=r"model: got int; expected a torch\.nn\.Module"):
         an.explain(3)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Kept models: a study saves the weights it scores, and gives them back without the training code."""
+"""Saved models of a study: it saves the scored weights and loads them without the training code."""
 
 from dataclasses import replace
 from typing import Any
@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 
 
 def scored_again(trial):
-    """The test score of a trial's saved model, by the trial's own task."""
+    """Return the test score of a trial's saved model on the trial's task."""
     return score(trial, "test")
 
 
@@ -42,16 +42,16 @@ def score(trial, split):
     return trainer._score(split)
 
 
-def test_the_saved_model_scores_what_the_trial_scored(finished):
+def test_the_saved_model_has_the_score_of_the_trial(finished):
     for trial in finished.trials:
         assert io.constructs(trial.folder / "model.safetensors"), "neither the task nor its data is needed"
         assert scored_again(trial) == (trial.result or {})["metrics"]["test"], trial.points
 
 
-def test_best_takes_labels_as_the_study_file_has_them(finished):
+def test_best_accepts_labels_of_the_study_file(finished):
     trial = finished.best(norm="layer", window=3)
     assert {"norm": "layer", "window": "3"}.items() <= trial.points[0].items()
-    assert finished.best(norm="none", window=1) is finished.best(norm="none", window=3)  # one trial answers both
+    assert finished.best(norm="none", window=1) is finished.best(norm="none", window=3)
     assert finished.best(seed=1).seed == 1
 
 
@@ -63,13 +63,13 @@ def test_best_takes_labels_as_the_study_file_has_them(finished):
         ({"window": 4}, "window: got 4; expected 1, 3"),
     ],
 )
-def test_best_refuses_unknown_labels(finished, labels, message):
+def test_best_rejects_unknown_labels(finished, labels, message):
     with pytest.raises(SpecError, match=message):
         finished.best(**labels)
 
 
 @pytest.mark.parametrize(("goal", "seed"), [("min", 0), ("max", 2)])
-def test_best_goes_by_validation_and_never_by_test(goal, seed):
+def test_best_uses_validation_and_never_test(goal, seed):
     record = recorded(lambda norm, window, seed: 1.0, seeds=3, tasks={"adding": TaskFacts(METRIC, {}, goal)})
     trials = []
     for trial in record.trials:
@@ -92,7 +92,7 @@ def test_best_needs_one_task_and_a_finished_trial(tmp_path):
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize("keep_model", ["last", "best", None])
-def test_keep_model_chooses_what_is_saved_and_keep_what_is_scored(tmp_path, keep, keep_model):
+def test_keep_model_selects_the_saved_and_keep_the_scored_weights(tmp_path, keep, keep_model):
     train = {"steps": 9, "batch_size": 5, "eval_every": 1, "optimizer": {"kind": "sgd", "lr": 0.4}, "keep": keep}
     record = run(create({**STUDY, "axes": {}, "seeds": 1, "train": train}, tmp_path / "plain"), workers=0)
     chosen = run(
@@ -108,7 +108,7 @@ def test_keep_model_chooses_what_is_saved_and_keep_what_is_scored(tmp_path, keep
     )
 
 
-def test_none_saves_nothing_and_says_so(tmp_path):
+def test_keep_model_none_saves_nothing_and_is_reported(tmp_path):
     study = {**STUDY, "axes": {}, "seeds": 1, "train": {**STUDY["train"], "keep_model": "none"}}
     record = run(create(study, tmp_path / "study"), workers=0)
     with pytest.raises(SpecError, match=r"model\.safetensors: no model was saved \(train\.keep_model is none\)"):
@@ -116,7 +116,7 @@ def test_none_saves_nothing_and_says_so(tmp_path):
 
 
 def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypatch):
-    monkeypatch.setattr(structure, "TRUSTED", ())  # as if encoder and read-out were a plugin's classes
+    monkeypatch.setattr(structure, "TRUSTED", ())  # as if encoder and read-out were classes of a plugin
     record = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0)
     monkeypatch.undo()
     trial = record.best()
@@ -124,7 +124,7 @@ def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypat
     assert scored_again(trial) == (trial.result or {})["metrics"]["test"]
 
 
-def test_keep_model_is_no_part_of_a_trials_identity():
+def test_keep_model_is_not_part_of_the_identity():
     options = TrainSpec(keep_model="best").filled(5)
     trial = {"version": 2, "model": {}, "task": {}, "data": {}, "seed": 0, "train": options}
     assert "keep_model" not in TrainSpec().filled(5)

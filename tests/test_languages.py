@@ -1,4 +1,4 @@
-"""Corpora and language models: what is read and hashed, which words count, what is shared, how words are scored."""
+"""Corpora and language models: reading, hashing, vocabularies, tied weights and scores."""
 
 import hashlib
 import math
@@ -79,24 +79,24 @@ def test_every_line_end_is_one_token(tmp_path, unit):
     assert len(read) == 1 and "".join(read.pop()[0]).count("\n") == 60
 
 
-def test_a_treebank_brings_its_own_splits(treebank):
+def test_a_treebank_has_its_own_splits(treebank):
     corpus = corpora.read(str(treebank), "words")
     assert [*corpus.train[:8]] == ["the", "cat", "<unk>", "\n", "a", "cat", "sat", "\n"]
     assert [*corpus.validation] == ["the", "cat", "sat", "\n"] * 3
     assert "".join(corpora.read(str(treebank), "characters").test) == PTB["test"]
 
 
-def test_the_characters_of_a_treebank_stand_between_spaces(treebank):
+def test_the_characters_of_a_treebank_are_separated_by_spaces(treebank):
     for part in ("train", "valid", "test"):
         (treebank / f"ptb.char.{part}.txt").write_text(" t h e _ c a t \n a _ c a t \n" * 9)
     assert "".join(corpora.read(str(treebank), "characters").train) == "the_cat\na_cat\n" * 9
     assert [*corpora.read(str(treebank), "words").validation[:3]] == ["the", "cat", "sat"], "words have their own files"
 
 
-def test_what_is_read_is_hashed(text, treebank):
+def test_the_content_is_hashed(text, treebank):
     read = TEXT.replace("\r\n", "\n").encode()
     assert CharLMSpec(text=text).data() == {"text": "sha256:" + hashlib.sha256(read).hexdigest()}
-    assert WordLMSpec(text=text).data() != CharLMSpec(text=text).data(), "the rule that makes words is hashed as well"
+    assert WordLMSpec(text=text).data() != CharLMSpec(text=text).data(), "the word rule is part of the hash"
     before = [WordLMSpec(text=str(treebank)).data()["text"]]
     for part in PTB:
         (treebank / f"ptb.{part}.txt").write_text(PTB[part] + "more\n")
@@ -104,28 +104,28 @@ def test_what_is_read_is_hashed(text, treebank):
     assert len(set(before)) == 4 and all(each.startswith("sha256:") and len(each) == 71 for each in before)
 
 
-def test_a_byte_order_mark_is_no_character(tmp_path, text):
+def test_a_byte_order_mark_is_not_a_character(tmp_path, text):
     marked = tmp_path / "marked.txt"
     marked.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     assert corpora.read(str(marked), "characters") == corpora.read(text, "characters")
     assert corpora.fingerprint(str(marked), "words") == corpora.fingerprint(text, "words")
 
 
-def test_a_folder_of_something_else_is_named(tmp_path, treebank):
-    with pytest.raises(SpecError, match=r"is a folder without ptb.train.txt; allowed: a UTF-8 file, or"):
+def test_a_folder_without_a_corpus_is_named(tmp_path, treebank):
+    with pytest.raises(SpecError, match=r"a folder without ptb.train.txt; expected a UTF-8 file, or"):
         WordLMSpec(text=str(tmp_path)).data()
     (treebank / "ptb.valid.txt").unlink()
     with pytest.raises(SpecError, match="cannot read .*ptb.valid.txt: No such file"):
         WordLMSpec(text=str(treebank)).build(0)
 
 
-def test_a_split_with_nothing_to_predict_is_named(treebank):
+def test_a_split_that_is_too_short_is_named(treebank):
     (treebank / "ptb.test.txt").write_text("\n")
-    with pytest.raises(SpecError, match="has 1 words to be used for test; at least 2 are needed"):
+    with pytest.raises(SpecError, match="with 1 words for test; expected at least 2"):
         WordLMSpec(text=str(treebank)).build(0)
 
 
-def test_frequent_words_are_told_apart_and_the_others_are_one(treebank):
+def test_frequent_words_are_distinct_and_others_are_unknown(treebank):
     task = WordLMSpec(text=str(treebank)).build(0)
     assert task.vocabulary == ["<unk>", "\n", "cat", "a", "sat", "the"]
     assert task.splits["test"].tolist()[:8] == [3, 0, 0, 4, 1, 5, 2, 1], "dog never occurred in training"
@@ -143,7 +143,7 @@ def test_the_baselines_of_words_are_perplexities(treebank):
 
 
 class Unigram(Model):
-    """Knows the training frequencies."""
+    """Model that predicts the training frequencies."""
 
     def __init__(self, task):
         super().__init__(nn.Identity(), None, nn.Identity())
@@ -163,7 +163,7 @@ def test_perplexity_counts_every_word_of_a_split_but_the_first_once(treebank, mo
     }
 
 
-def test_a_loss_is_told_in_the_unit_of_the_metric(text):
+def test_a_loss_is_reported_in_the_unit_of_the_metric(text):
     assert WordLMSpec(text=text).build(0).in_metric(math.log(7)) == pytest.approx(7)
     assert WordLMSpec(text=text).build(0).in_metric(1e4) == math.inf
     assert CharLMSpec(text=text).build(0).in_metric(math.log(4)) == pytest.approx(2)
@@ -176,7 +176,7 @@ def model_of(task, hidden_size):
 
 
 @pytest.mark.parametrize(("tied", "hidden_size", "shared"), [(None, 5, True), (None, 4, False), (False, 5, False)])
-def test_read_out_and_embedding_share_where_their_sizes_agree(text, tied, hidden_size, shared):
+def test_read_out_and_embedding_share_weights_of_equal_size(text, tied, hidden_size, shared):
     task = CharLMSpec(text=text, embedding=5, tied=tied).build(0)
     model = model_of(task, hidden_size)
     assert (model.encoder.weight is model.readout.weight) == shared
@@ -191,10 +191,10 @@ def test_read_out_and_embedding_share_where_their_sizes_agree(text, tied, hidden
         assert model.encoder.weight.shape != model.readout.weight.shape or tied is False
 
 
-def test_weights_that_cannot_be_shared_are_refused_with_the_reason():
+def test_weights_that_cannot_be_shared_are_rejected_with_the_reason():
     spec = CharLMSpec(embedding=5, tied=True)
-    said = spec.unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 4}))
-    assert said == "tied weights need outputs of the embedding's size 5, and the layer's have 4"
+    reason = spec.unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 4}))
+    assert reason == "tied weights need outputs of the embedding's size 5, and the layer's have 4"
     assert (
         spec.unsupported_reason(LayerSpec.model_validate({"cell": "lstm", "input_size": 5, "hidden_size": 5})) is None
     )
@@ -204,7 +204,7 @@ def test_weights_that_cannot_be_shared_are_refused_with_the_reason():
     )
 
 
-def test_words_are_walked_along_like_characters(treebank):
+def test_words_are_segmented_like_characters(treebank):
     task = WordLMSpec(text=str(treebank), segment=5).build(0)
     inputs, targets, fresh, _ = task.batch(1, 4)
     assert not fresh and inputs.shape == (5, 4)

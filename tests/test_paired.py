@@ -1,4 +1,4 @@
-"""Tests and intervals of paired differences: against scipy, and by how often they cover the truth."""
+"""Tests and intervals of paired differences: compare with scipy, and measure their coverage."""
 
 import math
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_the_seeds_needed_are_the_fewest_that_have_the_power(effect, alpha):
     assert student.power(effect, n - 1, alpha) < student.POWER <= student.power(effect, n, alpha)
 
 
-def test_no_number_of_seeds_shows_an_effect_of_nothing():
+def test_no_number_of_seeds_shows_a_zero_effect():
     assert student.needed(0.0, 0.05) is None
     assert student.needed(1e-4, 0.05) is None
 
@@ -116,7 +116,7 @@ def test_the_studentized_bootstrap_agrees_with_one_written_out():
     t = (draws.mean(1) - values.mean()) / (draws.std(1, ddof=1) / math.sqrt(20))
     error = values.std(ddof=1) / math.sqrt(20)
     low, high = values.mean() - np.quantile(t, [0.975, 0.025]) * error
-    # A quantile of 10,000 resamples lies between those of 2.5% +- 0.5% (three standard errors of a proportion).
+    # A quantile of 10,000 resamples is between those of 2.5% +- 0.5% (three standard errors of a proportion).
     lows, highs = (values.mean() - np.quantile(t, qs) * error for qs in ([0.98, 0.97], [0.03, 0.02]))
     assert lows[0] < found.interval.low < lows[1]
     assert highs[0] < found.interval.high < highs[1]
@@ -151,7 +151,7 @@ def test_neither_order_nor_sign_matters(values, random):
     assert mirrored.p == pytest.approx(one.p, abs=1e-9)
 
 
-def test_where_nothing_varies_the_interval_is_a_point():
+def test_constant_differences_give_a_point_interval():
     same = paired([-2.0] * 5)
     assert (same.interval.low, same.interval.high, same.p, same.effect) == (-2.0, -2.0, 0.0, math.inf)
     zero = paired([0.0] * 5)
@@ -168,7 +168,7 @@ SHAPES: dict[str, tuple[Draw, float]] = {
     "of log-normal scores": (lambda rng, shape: rng.lognormal(size=shape) - rng.lognormal(size=shape), 0.0),
     "of their logarithms": (lambda rng, s: np.log(rng.lognormal(size=s)) - np.log(rng.lognormal(size=s)), 0.0),
 }
-# The table of docs/report.md. Between 93 and 97% are normal and bimodal differences, and logarithms, at every n.
+# The table of docs/report.md. Normal, bimodal and logarithmic differences have 93 to 97% at every n.
 COVERED = {
     "normal": (0.95, 0.95, 0.95),
     "bimodal": (0.94, 0.94, 0.95),
@@ -181,7 +181,7 @@ DRAWS = 1500
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n", [5, 10, 20])
-def test_an_interval_covers_the_mean_as_often_as_the_page_states(shape, n):
+def test_the_coverage_of_an_interval_matches_the_page(shape, n):
     draw, centre = SHAPES[shape]
     rows = draw(np.random.default_rng(n), (DRAWS, n))
     covered = np.mean([not paired(row).interval.excludes(centre) for row in rows])
@@ -190,7 +190,7 @@ def test_an_interval_covers_the_mean_as_often_as_the_page_states(shape, n):
 
 
 @pytest.mark.parametrize("n", [5, 20])
-def test_equal_arms_are_told_apart_at_one_study_in_twenty(n):
+def test_equal_arms_differ_in_one_study_in_twenty(n):
     rng, studies, comparisons = np.random.default_rng(n), 300, 6
     claimed = sum(
         min(holm([paired(row).p for row in rng.normal(size=(comparisons, n))])) < ALPHA for _ in range(studies)

@@ -1,4 +1,4 @@
-"""A run as it goes: counted, timed, drawn on a terminal and written in a log."""
+"""Progress of a run: counts, times, the table on a terminal and the lines of a log."""
 
 import io
 import re
@@ -13,7 +13,7 @@ from atn_norms.commands.progress import Progress, live_progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands where it is put."""
+    """Fake clock that a test sets."""
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now
@@ -23,7 +23,7 @@ def event(kind, trial="a", step=0, finished=0, message="", loss=None, steps=100)
     return Event(kind, trial, {"task": "adding", "norm": trial, "seed": "0"}, step, steps, finished, 4, message, loss)
 
 
-def test_the_time_left_goes_by_the_steps_of_this_run(clock):
+def test_the_time_left_uses_the_steps_of_this_run(clock):
     progress = Progress(400)
     for each in (event("started"), event("step", step=1), event("started", "b"), event("step", "b", 60)):
         progress.see(each)
@@ -31,15 +31,15 @@ def test_the_time_left_goes_by_the_steps_of_this_run(clock):
     clock[0] += 40
     progress.see(event("step", step=80))
     progress.see(event("step", "b", 80))
-    # 80 steps here and 20 of b, whose first 60 may be an earlier run's, in 40 s: 240 more are to come
+    # 80 steps of a and 20 of b (its first 60 may be of an earlier run) in 40 s: 240 steps remain
     assert progress.left() == "about 2 min left" and progress.taken == 100 and progress.left_to_do == 240
     progress.see(event("diverged", step=80, finished=1))
-    assert progress.left_to_do == 220, "the rest of a trial that ended early is nothing to wait for"
+    assert progress.left_to_do == 220, "the remaining steps of a trial that ended early do not count"
     progress.see(event("failed", "b", step=80, finished=2, message="no"))
     assert progress.summary() == "2 of 4 trials ended, 1 diverged, 1 failed, 0 running, 40 s so far, about 80 s left"
 
 
-def test_a_trial_that_is_never_seen_running_counts_in_full(clock):
+def test_a_trial_that_was_never_running_counts_in_full(clock):
     progress = Progress(200)
     progress.see(event("started"))
     clock[0] += 10
@@ -47,7 +47,7 @@ def test_a_trial_that_is_never_seen_running_counts_in_full(clock):
     assert progress.taken == 100 and progress.left() == "about 10 s left"
 
 
-def test_the_table_shows_step_and_loss_of_what_runs(clock, monkeypatch):
+def test_the_table_shows_step_and_loss_of_running_trials(clock, monkeypatch):
     progress = Progress(400)
     progress.see(event("started"))
     progress.see(event("step", step=50, loss=0.16734))
@@ -64,7 +64,7 @@ def test_the_table_shows_step_and_loss_of_what_runs(clock, monkeypatch):
 
 
 def on_screen(progress, width, height):
-    """What a terminal of a size shows, which it must have room for."""
+    """Return the output on a terminal of a size; fail if it does not fit."""
     out = io.StringIO()
     console = Console(file=out, width=width, height=height)
     console.print(module._drawn(progress, console))
@@ -83,14 +83,14 @@ def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width,
         progress.see(event("step", f"normalizer-{number:02}(with=options)", 50, 3, loss=0.125))
     text = on_screen(progress, width, height)
     joined = re.sub(r"\s", "", text)
-    told = set(re.findall(r"normalizer-(\d\d)", joined))
+    listed = set(re.findall(r"normalizer-(\d\d)", joined))
     more = re.search(r"and (\d+) more", text)
-    assert told and len(told) + (int(more[1]) if more else 0) == 40
-    assert joined.count("50of100") == joined.count("0.125") == len(told), "steps and loss are never cut"
+    assert listed and len(listed) + (int(more[1]) if more else 0) == 40
+    assert joined.count("50of100") == joined.count("0.125") == len(listed), "steps and loss are never truncated"
     assert ("━" in text) == (width >= 100)
 
 
-def test_four_hundred_running_trials_cost_no_more_than_the_terminal_shows(clock, monkeypatch):
+def test_the_cost_of_400_trials_is_that_of_the_shown_rows(clock, monkeypatch):
     progress, drawn = Progress(4000, 0, 400), []
     for number in range(400):
         progress.see(event("started", f"t{number}"))
@@ -107,14 +107,14 @@ def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):
     assert on_screen(progress, 80, 24).splitlines()[0] == line.replace("0 running", "1 running")
 
 
-def test_a_run_that_was_asked_to_end_says_so_until_it_has(clock, monkeypatch):
+def test_a_stopping_run_shows_a_message_until_it_ends(clock, monkeypatch):
     progress = Progress(400, 0, 4)
     progress.see(event("started"))
     monkeypatch.setattr(module, "stopping", lambda: True)
     assert on_screen(progress, 80, 24).startswith("stopping; what is finished is kept\n")
 
 
-def test_when_all_is_over_nothing_is_left(clock):
+def test_the_table_is_removed_at_the_end(clock):
     progress = Progress(100, 3, 4)
     progress.see(event("started", finished=3))
     clock[0] += 40
@@ -122,7 +122,7 @@ def test_when_all_is_over_nothing_is_left(clock):
     assert progress.summary() == "4 of 4 trials ended, 0 running, 40 s so far"
 
 
-def test_in_a_log_it_is_a_line_for_each_end_and_one_a_minute(clock, monkeypatch, capsys):
+def test_a_log_has_a_line_for_each_end_and_one_per_minute(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "on_terminal", lambda: False)
     with live_progress(400) as see:
         see(event("started"))

@@ -1,4 +1,4 @@
-"""The README's two commands are what the continuous check runs: marked, single, pinned and alike."""
+"""The two commands of the README are the commands that CI runs."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def test_there_are_two_commands():
 def test_a_command_is_one_line_that_stops_at_the_first_failure(name):
     (line,) = MARKED[name].splitlines()
     steps = line.split(" && ")
-    assert steps[0] == "python3 -m venv .venv", "each command begins on a bare machine"
+    assert steps[0] == "python3 -m venv .venv", "each command starts without an environment"
     assert steps[1].startswith('.venv/bin/python -m pip install -c constraints.txt -e ".[')
     assert ";" not in line
     assert "|" not in line

@@ -1,4 +1,4 @@
-"""Ready-made studies: they are what the paper's setting says, run by name, and are written out as they are."""
+"""Presets: they have the settings of the paper, run by name, and are written out unchanged."""
 
 import json
 from importlib import resources
@@ -25,14 +25,14 @@ def planned(name):
 
 
 @pytest.mark.parametrize("name", presets.names())
-def test_a_ready_made_study_is_one_and_is_called_by_its_name(name):
+def test_a_preset_is_a_valid_study_of_its_name(name):
     plan = planned(name)
     assert plan.name == name
     if name != "plain-lstm":
         assert list(plan.axes) == ["norm", "window"] and plan.baseline == {"window": "1"}
         assert {trial.trial["model"]["init"] for trial in plan.trials} == {"paper"}
     if name != "quick":
-        assert plan.study["endpoint"] == "final" and plan.study["margin"] > 0, "what decides is declared beforehand"
+        assert plan.study["endpoint"] == "final" and plan.study["margin"] > 0, "the endpoint is declared in advance"
     assert all(trial.trial["train"]["eval_every"] * 8 <= trial.trial["train"]["steps"] for trial in plan.trials)
 
 
@@ -49,7 +49,7 @@ def test_a_paper_study_has_the_setting_of_the_paper(name):
         assert trial["train"]["optimizer"].items() >= optimizer.items()
 
 
-def test_paper_charlm_does_what_the_authors_code_does():
+def test_paper_charlm_matches_the_authors_code():
     trials = [each.trial for each in planned("paper-charlm").trials]
     options = {"carry": "none", "segment": 220, "segment_deviation": 5.0, "segment_halved": 0.05, "embedding_init": 0.1}
     for trial in trials:
@@ -58,7 +58,7 @@ def test_paper_charlm_does_what_the_authors_code_does():
         assert trial["train"]["optimizer"].items() >= {"kind": "adam", "lr": 1e-2}.items()
 
 
-def test_the_plain_lstm_is_offered_with_every_start():
+def test_the_plain_lstm_has_every_initialization():
     starts = {(t.trial["model"]["init"], t.trial["model"]["forget_bias"]) for t in planned("plain-lstm").trials}
     assert starts == {("torch", None), ("torch", 1.0), ("paper", None), ("paper", 1.0)}
 
@@ -71,12 +71,12 @@ def test_every_file_of_the_folder_is_a_study():
     assert set(PAPER) | {"quick", "paper-charlm", "plain-lstm"} == set(presets.names())
 
 
-def test_an_unknown_study_is_named_with_what_there_is():
+def test_an_unknown_study_is_named_with_the_presets():
     with pytest.raises(SpecError, match=r"got unknown study 'paper-coping'; .* one of charlm, .*'paper-copying'"):
         presets.text("paper-coping")
 
 
-def test_a_ready_made_study_runs_by_its_name(tmp_path, monkeypatch, capsys):
+def test_a_preset_runs_by_its_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = ["train.steps=2", "train.eval_every=1", "axes={norm: [none]}", "baseline={norm: none}", "seeds=1"]
     small = ["task.validation=2", "task.test=2", "train.batch_size=2", "model.hidden_size=3"]
@@ -88,7 +88,7 @@ def test_a_ready_made_study_runs_by_its_name(tmp_path, monkeypatch, capsys):
     assert "did you mean 'paper-copying'?" in capsys.readouterr().err
 
 
-def test_a_ready_made_study_is_written_out_to_be_edited(tmp_path, monkeypatch, capsys):
+def test_a_preset_is_written_out_to_be_edited(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "paper-adding"]) == 0
     written = (tmp_path / "paper-adding.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Copying and denoising: the layout of their sequences, what no memory costs, and how they are scored."""
+"""Copying and denoising: layout of sequences, the baseline without memory, and scores."""
 
 import math
 
@@ -15,7 +15,7 @@ SPECS = [CopyingSpec(), DenoiseSpec(), CopyingSpec(recall=1, length=1, alphabet=
 
 
 class Fixed(Model):
-    """Answers with what it is told, whatever it sees."""
+    """Model with fixed predictions."""
 
     def __init__(self, predictions):
         super().__init__(nn.Identity(), None, nn.Identity())
@@ -26,7 +26,7 @@ class Fixed(Model):
 
 
 def forgetful(task):
-    """Knows the task and remembers nothing: blanks for certain, then any symbol alike."""
+    """Return a model without memory: it predicts blanks with certainty, then all symbols equally."""
     spec = task.spec
     predictions = torch.full((task.layout.length, spec.alphabet + 1), -1e4)
     predictions[: -spec.recall, 0] = 0
@@ -35,13 +35,13 @@ def forgetful(task):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_symbols_are_shown_once_marked_and_asked_for_in_order(spec):
+def test_symbols_are_shown_once_and_recalled_in_order(spec):
     task = spec.build(seed=2)
     inputs, targets, fresh, _ = task.batch(5, 300)
     length, marker = task.layout.length, spec.alphabet + 1
     assert inputs.shape == targets.shape == (length, 300) and fresh
     shown = (inputs > 0) & (inputs < marker)
-    assert (shown.sum(0) == spec.recall).all(), "always as many symbols as are asked for"
+    assert (shown.sum(0) == spec.recall).all(), "`recall` symbols in every sequence"
     assert (inputs[task.layout.reading] == marker).all() and ((inputs == marker).sum(0) == 1).all()
     assert not shown[task.layout.reading :].any() and (targets[: -spec.recall] == 0).all()
     for row in range(300):
@@ -61,12 +61,12 @@ def test_the_sequences_have_the_sizes_of_the_paper():
     assert CopyingSpec.recommended["steps"] == 4000 and copying.batch_size == denoise.batch_size == 128
 
 
-def test_strewn_symbols_stand_anywhere_and_never_on_each_other():
+def test_scattered_symbols_are_at_different_random_steps():
     task = DenoiseSpec(recall=3, length=4).build(seed=0)
     places = task.places(20_000, torch.Generator().manual_seed(0))
     assert (places.diff(dim=1) > 0).all(), "in rising order, so at different steps"
     counts = torch.bincount(places.flatten(), minlength=6).double() / 20_000
-    assert (counts - 3 / 6).abs().max() < 4 * math.sqrt(0.25 / 20_000), "every step alike"
+    assert (counts - 3 / 6).abs().max() < 4 * math.sqrt(0.25 / 20_000), "all steps are equally likely"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_strewn_symbols_stand_anywhere_and_never_on_each_other():
     ],
     ids=["copying", "denoise", "small"],
 )
-def test_no_memory_costs_what_the_baseline_says(spec, cost):
+def test_a_model_without_memory_has_the_score_of_the_baseline(spec, cost):
     task = spec.build(seed=0)
     scores = task.evaluate(forgetful(task), "test")
     assert task.baselines == {"no memory": pytest.approx(cost, rel=1e-12)}
@@ -87,7 +87,7 @@ def test_no_memory_costs_what_the_baseline_says(spec, cost):
     assert scores["symbols wrong"] == pytest.approx(guessed, abs=4 * math.sqrt(guessed / (1000 * spec.recall)))
 
 
-def test_whoever_remembers_pays_nothing():
+def test_a_model_with_perfect_memory_has_loss_zero():
     task = CopyingSpec(recall=2, length=3, test=50).build(seed=0)
 
     class Perfect(Fixed):
@@ -100,7 +100,7 @@ def test_whoever_remembers_pays_nothing():
     assert task.evaluate(Perfect(torch.zeros(7, 9)), "test") == {"cross-entropy": 0.0, "symbols wrong": 0.0}
 
 
-def test_the_loss_is_what_evaluation_measures():
+def test_the_loss_is_the_metric():
     task = CopyingSpec(recall=3, length=5, validation=40).build(seed=0)
     model = Model(task.encoder(), LSTM(task.input_size, 6, norm="layer", window=3), task.readout(6)).eval()
     loss, carried = task.loss(model, task._draw(40, "validation", 0), None)
@@ -108,7 +108,7 @@ def test_the_loss_is_what_evaluation_measures():
     assert task.evaluate(model, "validation")["cross-entropy"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_split_is_scored_whole_however_many_rows_are_drawn_at_a_time(monkeypatch):
+def test_a_split_is_scored_completely_in_chunks_of_any_size(monkeypatch):
     task = CopyingSpec(recall=3, length=5, validation=7).build(seed=0)
     drawn = []
     draw = task._draw
@@ -120,7 +120,7 @@ def test_a_split_is_scored_whole_however_many_rows_are_drawn_at_a_time(monkeypat
 
 
 @pytest.mark.parametrize("spec", [CopyingSpec(length=5), DenoiseSpec(length=5)], ids=["copying", "denoise"])
-def test_data_depend_on_seed_split_and_step_alone(spec):
+def test_data_depend_only_on_seed_split_and_step(spec):
     task = spec.build(1)
     torch.rand(3)
     compare(task.batch(4, 9), spec.build(1).batch(4, 9), tolerance=0)
@@ -128,12 +128,12 @@ def test_data_depend_on_seed_split_and_step_alone(spec):
     assert not any(torch.equal(task.batch(4, 9).inputs, other.inputs) for other in others)
 
 
-def test_inputs_are_unit_vectors_in_the_type_of_the_model():
+def test_inputs_are_unit_vectors_in_the_dtype_of_the_model():
     encoder = recall.OneHot(4).double()
     compare(encoder(torch.tensor([[2, 0]])), torch.eye(4, dtype=torch.float64)[[2, 0]].unsqueeze(0), tolerance=0)
     assert encoder.state_dict() == {}
 
 
-def test_a_batch_beyond_the_machine_is_refused_before_it_is_drawn():
+def test_a_batch_that_is_too_large_is_rejected_before_it_is_drawn():
     with pytest.raises(SpecError, match="train.batch_size: 100000000 sequences of 120 steps; at most 2236962"):
         CopyingSpec().build(0).batch(0, 10**8)

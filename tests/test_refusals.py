@@ -1,4 +1,4 @@
-"""What does not fit is refused in one sentence, in every backend, before anything is computed or allocated."""
+"""Invalid arguments raise one message in every backend, before any computation or allocation."""
 
 import re
 import time
@@ -24,7 +24,7 @@ def streamed(layer, batch=2):
 
 
 def changed(state, place, value):
-    """The state of one layer with the tree at `place` (0: carried, 1: norms; which of them) replaced."""
+    """Return a layer's state with the subtree at `place` replaced (0: carried, 1: norms, then the index)."""
     ((cell,),) = state
     part, index = place
     branch = (*cell[part][:index], value, *cell[part][index + 1 :])
@@ -51,14 +51,14 @@ def one_line(error, *words):
     ],
     ids=str,
 )
-def test_a_state_of_another_window_normalizer_or_site_is_refused(backend, other):
+def test_a_state_of_another_window_normalizer_or_site_is_rejected(backend, other):
     foreign = streamed(normed(**other))
     with pytest.raises(ValueError, match="^state: .*; allowed: ") as error:
         normed(backend=backend).unroll(torch.randn(1, 2, 2), foreign)
     one_line(error)
 
 
-def test_a_state_with_norms_is_refused_where_there_is_none():
+def test_a_state_with_norms_is_rejected_where_there_is_none():
     foreign = streamed(normed())
     for backend in ("auto", "reference", "torch"):
         with pytest.raises(ValueError, match=r"^state: .* at site 'ih'; allowed: \(\), as it carries no norm"):
@@ -83,7 +83,7 @@ def test_a_state_with_norms_is_refused_where_there_is_none():
         ((1, 2), (torch.zeros((), dtype=torch.int64), (torch.zeros(2, 2), (torch.zeros(2, 2, 1),) * 2))),
     ],
 )
-def test_a_part_of_a_state_that_does_not_fit_is_refused(backend, place, value):
+def test_an_incompatible_part_of_a_state_is_rejected(backend, place, value):
     layer = normed(backend=backend)
     state = changed(streamed(layer), place, value)
     with pytest.raises(ValueError, match="^state: .*; allowed") as error:
@@ -92,7 +92,7 @@ def test_a_part_of_a_state_that_does_not_fit_is_refused(backend, place, value):
 
 
 @pytest.mark.parametrize("junk", ["abc", 3, (), ((),), (3,), ((3,),), (((), ()),), {"a": 1}, torch.zeros(2)], ids=str)
-def test_junk_for_a_state_is_refused(junk):
+def test_other_objects_as_state_are_rejected(junk):
     norm = an.AssortedTime(an.LayerNorm(4), 3)
     cell = an.LSTMCell(2, 4, norm="layer")
     for call in (
@@ -107,7 +107,7 @@ def test_junk_for_a_state_is_refused(junk):
         one_line(error)
 
 
-def test_a_cell_refuses_carried_tensors_that_would_broadcast():
+def test_a_cell_rejects_carried_tensors_that_would_broadcast():
     cell = an.LSTMCell(2, 4, norm="layer", window=3)
     (h, c), norms = cell.initial(2)
     for carried in ((h, c[:, :1]), (h[:1], c), (h,), (h, c, c), (h, c.double()), (h.long(), c)):
@@ -115,7 +115,7 @@ def test_a_cell_refuses_carried_tensors_that_would_broadcast():
             cell(torch.randn(2, 2), (carried, norms))
 
 
-def test_states_of_one_kind_pass_between_backends_and_types():
+def test_states_of_one_kind_pass_between_backends_and_dtypes():
     torch.manual_seed(0)
     reference, native = normed(backend="reference"), normed()
     native.load_state_dict(reference.state_dict())
@@ -124,12 +124,12 @@ def test_states_of_one_kind_pass_between_backends_and_types():
     assert torch.allclose(reference.unroll(x, state)[0], native.unroll(x, state)[0], atol=1e-6)
     ((cell,),) = state
     single = tuple(
-        (index, (weights.float(), tuple(leaf.float() for leaf in said))) for index, (weights, said) in cell[1]
+        (index, (weights.float(), tuple(leaf.float() for leaf in leaves))) for index, (weights, leaves) in cell[1]
     )
     assert torch.allclose(native.unroll(x, state)[0], native.unroll(x, (((cell[0], single),),))[0], atol=1e-5)
 
 
-def test_a_shared_state_that_was_reordered_is_taken_once():
+def test_a_reordered_shared_state_is_used_once():
     norm = an.AssortedTime(an.BatchNorm(4), 3)
     _, state = norm.scan(torch.randn(3, 2, 4))
     repeated = an.reorder(state, torch.tensor([0, 0, 0]))
@@ -138,7 +138,7 @@ def test_a_shared_state_that_was_reordered_is_taken_once():
 
 
 @pytest.mark.parametrize("batch", [-1, True, "a", None, 1.5])
-def test_a_number_of_rows_that_is_none_is_refused(batch):
+def test_an_invalid_number_of_rows_is_rejected(batch):
     for owner in (normed(), an.LSTMCell(2, 4, norm="layer")):
         with pytest.raises(ValueError, match="^batch: .*; allowed: a number of rows"):
             owner.initial(batch)
@@ -148,19 +148,19 @@ def test_a_number_of_rows_that_is_none_is_refused(batch):
     "hx",
     [torch.zeros(1, 2, 4), "ab", (torch.zeros(1, 2, 4), 3), (torch.zeros(2, 2, 4),) * 2, (torch.zeros(1, 2, 3),) * 2],
 )
-def test_an_initial_state_of_another_form_is_refused(hx):
+def test_an_initial_state_of_another_structure_is_rejected(hx):
     with pytest.raises(ValueError, match="^hx: .*; allowed"):
         normed().initial(2, hx)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_hx_of_another_type_is_refused(backend):
+def test_an_hx_of_another_dtype_is_rejected(backend):
     hx = (torch.zeros(1, 2, 4, dtype=torch.float64),) * 2
     with pytest.raises(RuntimeError, match="^hx: of type torch.float64; allowed: the layer's, torch.float32"):
         normed(backend=backend)(torch.randn(3, 2, 2), hx)
 
 
-def test_the_kernels_are_never_given_parameters_of_another_size():
+def test_parameters_of_another_size_never_reach_the_kernels():
     layer: Any = normed(backend="native")
     layer.norm_hh_l0.weight = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"^FeatureMoments.gain: got shape \[3\]; expected \[16\]"):
@@ -207,7 +207,7 @@ def test_a_plugin_s_build_must_return_a_normalizer():
     ],
     ids=str,
 )
-def test_impossible_sizes_are_refused_at_once(options):
+def test_impossible_sizes_are_rejected_at_once(options):
     begin = time.perf_counter()
     with pytest.raises(ValueError, match=r"num_layers|max_steps"):
         an.LSTM(**{"input_size": 2, "hidden_size": 60} | options)
@@ -224,7 +224,7 @@ def test_validation_draws_no_random_number_and_leaves_no_meta_tensor():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_types_that_are_not_floating_point_are_refused(dtype):
+def test_dtypes_that_are_not_floating_point_are_rejected(dtype):
     norm = an.AssortedTime(an.LayerNorm(4), 3)
     for call in (lambda: norm.step(torch.ones(2, 4, dtype=dtype)), lambda: norm.scan(torch.ones(3, 2, 4, dtype=dtype))):
         with pytest.raises(ValueError, match=f"^xs?: of type {dtype}; allowed: .* floating-point"):
@@ -236,7 +236,7 @@ def test_types_that_are_not_floating_point_are_refused(dtype):
 
 @pytest.mark.parametrize("kind", [an.LayerNorm, an.RMSNorm, an.BatchNorm])
 @pytest.mark.parametrize("features", [1, 5])
-def test_another_number_of_features_is_refused(kind, features):
+def test_another_number_of_features_is_rejected(kind, features):
     norm = an.AssortedTime(kind(4), 3)
     with pytest.raises(ValueError, match=rf"^x: shape \[2, {features}\]; allowed: \[batch, ..., 4\]"):
         norm.step(torch.randn(2, features))
@@ -265,7 +265,7 @@ def test_an_empty_batch_of_batch_normalization():
 
 @pytest.mark.parametrize("max_steps", [None, 5])
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_normalization_refuses_axes_it_does_not_know(max_steps, training):
+def test_batch_normalization_rejects_unknown_axes(max_steps, training):
     norm = an.AssortedTime(an.BatchNorm(4, max_steps=max_steps), 3).train(training)
     for call in (lambda: norm.scan(torch.randn(3, 2, 5, 4)), lambda: norm.step(torch.randn(2, 5, 4))):
         with pytest.raises(ValueError, match=r"^x: 1 axes between batch and features; allowed for BatchNorm"):
@@ -285,9 +285,9 @@ def test_batch_normalization_refuses_axes_it_does_not_know(max_steps, training):
         object(),
         torch.zeros(2, dtype=torch.int64, device="meta"),
     ],
-    ids=lambda lengths: re.sub(" at 0x.*", "", repr(lengths)),  # an address is another in every process
+    ids=lambda lengths: re.sub(" at 0x.*", "", repr(lengths)),  # an address differs in every process
 )
-def test_lengths_of_odd_types_are_refused(lengths):
+def test_lengths_of_wrong_types_are_rejected(lengths):
     with pytest.raises(ValueError, match="^lengths: .*allowed: 2 integer") as error:
         normed().unroll(torch.randn(3, 2, 2), lengths=lengths)
     one_line(error)
@@ -298,7 +298,7 @@ def test_lengths_of_odd_types_are_refused(lengths):
 @pytest.mark.parametrize(
     "mask", [[True, False], torch.ones(3).bool(), torch.ones(2), torch.ones(2, 1).bool(), "a"], ids=repr
 )
-def test_alive_of_another_shape_or_type_is_refused(mask):
+def test_a_mask_of_another_shape_or_dtype_is_rejected(mask):
     with pytest.raises(ValueError, match=r"^mask: .*; allowed: a bool tensor of shape \[2\]"):
         an.AssortedTime(an.LayerNorm(4), 3).step(torch.randn(2, 4), mask=mask)
 
@@ -338,7 +338,7 @@ def with_a_child():
         (with_a_child, r"got a GRU with modules or buffers inside \(head\); expected"),
     ],
 )
-def test_replace_refuses_what_it_would_drop(make, words):
+def test_replace_rejects_modules_with_parts_it_would_drop(make, words):
     model = nn.Sequential(nn.Linear(2, 2), make())
     inside = model[1]
     with pytest.raises(TypeError, match=f"^1: {words}"):
@@ -356,7 +356,7 @@ def test_replace_checks_its_arguments_without_a_layer_to_replace():
         assert an.replace(model, norm={"sites": {"c": "layer"}}) is model
 
 
-def test_numbers_beyond_float32_are_refused_with_their_place():
+def test_numbers_beyond_float32_are_rejected_with_their_path():
     with pytest.raises(ValueError, match="^forget_bias: "):
         an.LSTM(2, 4, forget_bias=1e39)
     with pytest.raises(ValueError, match=r"^norm\.initial_gain: "):

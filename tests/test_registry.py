@@ -1,4 +1,4 @@
-"""Options are strict, fields bind late, and every error says where, what, what is allowed, what is near."""
+"""Options are strict, fields bind late, and every error names path, value, choices and the nearest choice."""
 
 import subprocess
 import sys
@@ -48,7 +48,7 @@ class Last(Window):
 
 
 def steps_of(value: Any) -> Any:
-    """An integer is that many steps, as a mapping; `"all"` is a spec already."""
+    """Convert an integer into a mapping of that many steps, and `"all"` into a spec."""
     if value == "all":
         return Last(steps=10**6)
     return {"kind": "last", "steps": value} if type(value) is int else value
@@ -70,7 +70,7 @@ class Layer(Options):
     scale: float = 1.0
 
 
-def said(data: dict[Any, Any]) -> list[str]:
+def messages(data: dict[Any, Any]) -> list[str]:
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate(data)
     return [str(problem) for problem in to_spec_error(caught.value, data=data).problems]
@@ -119,21 +119,21 @@ def said(data: dict[Any, Any]) -> list[str]:
     ],
 )
 def test_an_error_names_place_value_choices_and_nearest(data, problem):
-    (only,) = said(data)
+    (only,) = messages(data)
     assert problem in only
 
 
 def test_errors_inside_a_late_bound_field_keep_their_path():
-    """pydantic splices a ValidationError raised inside a validator at the outer location; we stand on it."""
+    """pydantic places a ValidationError of a nested validator below the outer path; the package relies on it."""
     inner = {"kind": "group", "groups": 1.5, "inner": {"kind": "plain", "eps": -1.0, "shpae": []}}
-    assert said({"size": 1, "norm": inner}) == [
+    assert messages({"size": 1, "norm": inner}) == [
         "norm.groups: got 1.5; expected an integer",
         "norm.inner.shpae: got an unknown key; expected one of kind, eps, shape; did you mean 'shape'?",
         "norm.inner.eps: got -1.0; expected a number above 0",
     ]
 
 
-def test_all_problems_are_told_at_once_and_in_place():
+def test_all_problems_are_reported_together_with_their_paths():
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate({"sise": 1, "norm": 3})
     error = to_spec_error(caught.value, where=lambda path: f"file:{len(path)}")
@@ -144,7 +144,7 @@ def test_all_problems_are_told_at_once_and_in_place():
     ]
 
 
-def test_keywords_and_mappings_meet_the_same_wall():
+def test_keywords_and_mappings_are_validated_alike():
     with pytest.raises(ValidationError, match="got an unknown key; expected one of norm, size"):
         Layer(size=1, nrom="plain")  # pyright: ignore[reportCallIssue]
 
@@ -177,8 +177,8 @@ layers = st.builds(
 
 
 @given(layers)
-def test_round_trips_lose_nothing(layer):
-    """JSON and plain data give the spec back, the fields that only its own kind knows included."""
+def test_round_trips_keep_everything(layer):
+    """JSON and plain data restore the spec, including the fields of its kind."""
     assert Layer.model_validate_json(layer.model_dump_json()) == layer
     assert Layer.model_validate(layer.model_dump(mode="json")) == layer
     assert Layer.model_validate(layer.model_dump()) == layer
@@ -196,10 +196,10 @@ def test_the_forms_of_a_field_agree():
 
 
 def test_an_unregistered_spec_is_taken_as_it_is():
-    class Stranger(Norm):
-        kind: Literal["stranger"] = "stranger"
+    class Unregistered(Norm):
+        kind: Literal["unregistered"] = "unregistered"
 
-    spec = Stranger()
+    spec = Unregistered()
     assert Layer(size=1, norm=spec).norm is spec
 
 
@@ -220,7 +220,7 @@ def test_registration_after_the_class_was_built_counts():
 def test_the_schema_shows_every_kind_and_form():
     schema = Layer.model_json_schema()
     forms = schema["properties"]["norm"]["anyOf"]
-    assert {"enum": ["plain", "none"]} in forms  # group needs its option, so its bare name is no form
+    assert {"enum": ["plain", "none"]} in forms  # group has a required option, so its name alone is not a form
     assert {"type": "null"} in forms
     mappings = [form for form in forms if "allOf" in form]
     assert [form["required"] for form in mappings] == [["kind"], ["kind"]]
@@ -257,7 +257,7 @@ def test_defining_a_class_again_replaces_it():
     assert again.lookup("normalizer", "redefined").model_fields["value"].default == 2
 
 
-def test_a_transaction_that_raises_leaves_nothing():
+def test_a_transaction_that_raises_registers_nothing():
     undone = Registry()
     with pytest.raises(RuntimeError), undone.transaction(Source("a", "dist-a", "1")):
         undone.normalizer(Plain)
@@ -299,7 +299,7 @@ class Reserved(Norm):
         (Reserved, "kind 'none' must be lower-case letters"),
     ],
 )
-def test_what_cannot_be_registered_says_why(spec, message):
+def test_an_invalid_registration_is_rejected_with_the_reason(spec, message):
     with pytest.raises(TypeError, match=message):
         Registry().normalizer(spec)
 
@@ -315,7 +315,7 @@ def test_the_loader_runs_once_and_at_the_first_look_up(monkeypatch):
     calls = []
 
     def load(registry):
-        calls.append(list(registry.kinds("normalizer")))  # a look-up while loading must not load again
+        calls.append(list(registry.kinds("normalizer")))  # a look-up during loading must not load again
         registry.normalizer(Plain)
         return "loaded"
 
@@ -328,7 +328,7 @@ def test_the_loader_runs_once_and_at_the_first_look_up(monkeypatch):
     assert calls == [["group"]]
 
 
-def test_paths_read_as_a_user_writes_them():
+def test_paths_are_formatted_as_users_write_them():
     assert dotted(("axes", "norm", 0, "eps")) == "axes.norm[0].eps"
     assert dotted(()) == ""
 
@@ -342,8 +342,8 @@ def test_a_spec_error_survives_a_process_boundary():
     assert str(error) == "f.yaml:1:2: a[0]: got 1; expected 2; did you mean 'two'? Run it.\nb: no"
 
 
-def test_an_error_of_the_specification_is_a_record():
-    """Programs read fields; a problem raised inside nested validators keeps them, below the outer path."""
+def test_a_specification_error_has_fields():
+    """Programs read the fields; a problem of a nested validator keeps them, below the outer path."""
     with pytest.raises(ValidationError) as caught:
         Layer.model_validate({"size": 1, "norm": {"kind": "group", "groups": 1, "inner": {"kind": "plane"}}})
     error = to_spec_error(caught.value, where=lambda path: f"file:{len(path)}")
@@ -352,7 +352,7 @@ def test_an_error_of_the_specification_is_a_record():
     assert error.problems[0].code == "unknown_kind"
 
 
-def test_a_check_of_several_options_names_the_one_it_refuses():
+def test_a_check_of_several_options_names_the_rejected_option():
     class Range(Options):
         low: int
         high: int

@@ -33,7 +33,7 @@ from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.commands.studies import _levels
 from atn_norms.errors import SpecError
 from atn_norms.specs import read
-from tests.recorded import METRIC, grid, said, score, study
+from tests.recorded import METRIC, grid, score, study, verdict_text
 from tests.test_decision import tuned
 
 KINDS = ("forest", "heatmap", "curves", "strip", "steps-heatmap", "steps-strip")
@@ -347,7 +347,7 @@ def test_a_table_in_latex_fits_the_page_with_its_headers_in_short_lines():
 
 @pytest.mark.parametrize("seeds", [1, 2, 4])
 def test_the_answer_claims_nothing_on_few_seeds(seeds):
-    words = said(study(score, seeds=seeds))
+    words = verdict_text(study(score, seeds=seeds))
     assert "every comparison is undecided: a verdict needs at least 5 seeds" in words
     assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4")
     assert f"({seeds} seed" in words
@@ -545,7 +545,7 @@ def test_reaching_a_level_at_the_very_last_step_is_reaching_it():
 @pytest.mark.parametrize(("best", "told"), [(0.2, True), (1 / 6, True), (0.16, False)])
 def test_a_best_that_has_learnt_nothing_is_called_so(best, told):
     record = study(lambda norm, window, seed: best if norm == "layer" else 0.3)
-    assert ("no better than the trivial predictor “guessing one”, 0.167" in said(record)) == told
+    assert ("no better than the trivial predictor “guessing one”, 0.167" in verdict_text(record)) == told
 
 
 def test_the_answer_is_short_and_claims_nothing_without_an_interval():
@@ -569,7 +569,7 @@ def test_an_accuracy_is_read_the_other_way_round():
         baseline={"norm": "none"},
         facts=facts,
     )
-    words = said(record)
+    words = verdict_text(record)
     assert words.startswith("Norm: helps at 1, hurts at 1, undecided at 0 of 2 ")
     assert words.count("The highest mean test accuracy is 0.920") == 1
     assert "Norm helps at layer (+0.300 [+0.300, +0.300], adjusted p <0.001). Norm hurts at rms (-0.200" in words

@@ -1,4 +1,4 @@
-"""Schedules: what the rate of each step is, judged by torch's own where it has the same, and what is refused."""
+"""Schedules: the rate of each step, compared with torch's schedulers, and invalid options."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_schedule_gives_the_rates_that_torch_s_own_gives(name):
+def test_a_schedule_has_the_rates_of_torch(name):
     schedule, make = THEIRS[name]
     theirs = optimizer()
     scheduler, expected = make(theirs), []
@@ -73,7 +73,7 @@ def test_a_plateau_lowers_the_rate_as_torch_s_does():
     assert ours.param_groups[0]["lr"] < 0.1
 
 
-def test_a_plateau_goes_on_from_its_state():
+def test_a_plateau_continues_from_its_state():
     straight = Rate(schedules.resolve({"kind": "plateau", "patience": 2}), 99, optimizer())
     halting = Rate(schedules.resolve({"kind": "plateau", "patience": 2}), 99, optimizer())
     for score in (1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.6, 0.7):
@@ -86,7 +86,7 @@ def test_a_plateau_goes_on_from_its_state():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "said"),
+    ("schedule", "message"),
     [
         ("cosin", "schedule: got unknown schedule 'cosin'; expected one of constant, linear, cosine, step, plateau; did you mean 'cos"),  # noqa: E501
         ({"kind": "plato"}, "unknown schedule 'plato'"),
@@ -100,11 +100,11 @@ def test_a_plateau_goes_on_from_its_state():
         ({"kind": "plateau", "gamma": 1.0}, "schedule.gamma: got 1.0; expected a number below 1"),
     ],
 )  # fmt: skip
-def test_what_is_no_schedule_is_said_where_it_is(schedule, said):
+def test_an_invalid_schedule_is_rejected_with_its_path(schedule, message):
     data = {"schedule": schedule}
     with pytest.raises(ValidationError) as caught:
         TrainSpec.model_validate(data)
-    assert said in str(to_spec_error(caught.value, data=data))
+    assert message in str(to_spec_error(caught.value, data=data))
 
 
 def test_the_schema_shows_every_schedule_with_its_options():

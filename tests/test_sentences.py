@@ -7,11 +7,11 @@ from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import short_names
 from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
-from tests.recorded import grid, said, score, study
+from tests.recorded import grid, score, study, verdict_text
 
 
 def test_the_answer_begins_with_the_verdict_and_names_what_is_decided():
-    words = said(study(score))
+    words = verdict_text(study(score))
     assert words.startswith("Norm: helps at 4, hurts at 0, undecided at 0 of 4 All 30 trials finished.")
     assert re.search(r"The lowest mean test mean squared error is 0.0090 \[0.0076, 0.0104\] \(rms, ", words)
     assert re.search(r"Norm helps at layer, window 1 \(-0\.\d+ \[-0\.\d+, -0\.\d+\], adjusted p <0.001\), ", words)
@@ -19,7 +19,7 @@ def test_the_answer_begins_with_the_verdict_and_names_what_is_decided():
 
 
 def test_the_verdict_is_undecided_where_chance_explains_the_difference():
-    words = said(
+    words = verdict_text(
         study(lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer"))
     )
     assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4 ")
@@ -43,16 +43,18 @@ def test_a_verdict_uses_the_four_words_and_names_the_margin():
 
 
 def test_points_that_are_the_best_together_are_all_named():
-    told = said(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
+    told = verdict_text(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
     assert "is 0.125 [0.105, 0.145] (layer, window 1, tied with layer, window 25)" in told
-    assert "(none, the baseline, tied with 4 other points)" in said(study(lambda norm, window, seed: 0.1 + seed / 100))
+    assert "(none, the baseline, tied with 4 other points)" in verdict_text(
+        study(lambda norm, window, seed: 0.1 + seed / 100)
+    )
 
 
 def test_the_baseline_is_named_where_the_point_is():
-    told = said(study(lambda norm, window, seed: (0.2 if norm == "none" else 0.3) + 0.01 * seed))
+    told = verdict_text(study(lambda norm, window, seed: (0.2 if norm == "none" else 0.3) + 0.01 * seed))
     assert "(none, the baseline), no better than the trivial predictor" in told
-    assert ", the baseline" not in said(study(score))
-    alone = said(grid({}, lambda point, seed: 0.1 + 0.001 * seed))
+    assert ", the baseline" not in verdict_text(study(score))
+    alone = verdict_text(grid({}, lambda point, seed: 0.1 + 0.001 * seed))
     assert "the baseline" not in alone
 
 
@@ -63,7 +65,7 @@ def test_points_without_a_number_are_counted():
 
     record = study(score, windows=("1", "5", "25"))
     record = replace(record, trials=tuple(map(diverged, record.trials)))
-    told = said(record)
+    told = verdict_text(record)
     assert told.startswith("Norm: helps at 3, hurts at 0, undecided at 3 of 6 ")
     assert "Exploratory, against window 1 of the same normalizer: helps at 2, hurts at 0, undecided at 2 of 4." in told
     (task,) = findings(record).tasks

@@ -1,4 +1,4 @@
-"""Sequences from files: what is listed, divided, batched by length and scored, and which files are refused."""
+"""Sequences from files: listing, splits, batches by length, scores, and errors of invalid files."""
 
 import csv
 import math
@@ -20,12 +20,12 @@ from tests.compare import compare
 
 
 def values(number, features=2):
-    """A sequence of 3 to 9 steps that no other number has."""
+    """Return a sequence of 3 to 9 steps that is unique to its number."""
     return np.random.default_rng(number).normal(size=(3 + number % 7, features))
 
 
 def write(path, array):
-    """Write an array in the format of the path's ending."""
+    """Write an array in the format of the file extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [f"x{i}" for i in range(array.shape[1])]
     if path.suffix == ".npy":
@@ -40,7 +40,7 @@ def write(path, array):
 
 @pytest.fixture
 def folder(tmp_path):
-    """60 sequences of three classes, 30, 20 and 10, in three formats."""
+    """Write 60 sequences of three classes (30, 20 and 10) in three formats."""
     for number in range(60):
         label = "a" if number < 30 else "b" if number < 50 else "c"
         write(tmp_path / "data" / label / f"{number:02}.{('npy', 'csv', 'parquet')[number % 3]}", values(number))
@@ -54,7 +54,7 @@ def index(tmp_path, rows, header=("file", "label"), name="index.csv"):
 
 
 def numbered(tmp_path, count=30, **options):
-    """A regression: the number of a sequence is its first value times 10."""
+    """Write a regression data set: the target is the first value of a sequence times 10."""
     for number in range(count):
         write(tmp_path / "files" / f"{number:02}.npy", values(number))
     rows = [(f"files/{number:02}.npy", 10 * values(number)[0, 0]) for number in range(count)]
@@ -98,7 +98,7 @@ def test_files_of_each_format_hold_the_same_numbers(tmp_path):
     assert note == f"x1: 1 of {total} values are missing and masked (first at a/4.csv: row 2)"
 
 
-def test_scaling_knows_the_training_sequences_alone(folder):
+def test_scaling_uses_only_the_training_sequences(folder):
     task = SequencesSpec(path=str(folder)).build(0)
     train = torch.cat([task.inputs[row] for row in task.rows["train"]]).double()
     compare(train.mean(0), torch.zeros(2, dtype=torch.float64), tolerance=1e-6)
@@ -115,10 +115,10 @@ def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder
     for epoch in epochs:
         assert sorted(torch.cat(epoch).tolist()) == task.rows["train"].tolist()
         spread = [int(task.lengths[rows].max() - task.lengths[rows].min()) for rows in epoch]
-        assert sum(spread) <= int(task.lengths.max() - task.lengths.min()), "sorted, so that neighbours are alike"
+        assert sum(spread) <= int(task.lengths.max() - task.lengths.min()), "sorted by length"
     assert [rows.tolist() for rows in epochs[0]] != [rows.tolist() for rows in epochs[1]]
     longest = [int(task.lengths[rows].max()) for rows in epochs[0]]
-    assert longest != sorted(longest), "batches of short and of long sequences take turns"
+    assert longest != sorted(longest), "batches of short and long sequences alternate at random"
     batch = task.batch(8, 6)
     compare(tuple(batch)[:2], tuple(task._padded(epochs[1][1]))[:2], tolerance=0)
     assert SequencesSpec(path=str(folder)).build(3).batch(0, 6).targets.tolist() != task.batch(0, 6).targets.tolist()
@@ -140,7 +140,7 @@ def test_a_ragged_batch_predicts_what_each_sequence_predicts_alone(folder, pool,
 
 
 class Oracle(Model):
-    """Predict classes, or numbers, that the test chose for each sequence."""
+    """Predict the class or number that the test chose for each sequence."""
 
     def __init__(self, task, answers):
         super().__init__(nn.Identity(), None, nn.Identity())
@@ -205,7 +205,7 @@ def test_numbers_are_scored_in_their_unit(tmp_path, metric):
     assert task.baselines == {"training mean": pytest.approx(expected / len(rows), rel=1e-6)}
 
 
-def test_folders_of_splits_are_used_and_validation_is_drawn_where_it_lacks(tmp_path):
+def test_split_folders_are_used_and_a_missing_validation_is_drawn(tmp_path):
     for part, count in (("train", 20), ("test", 6)):
         for number in range(count):
             write(tmp_path / "data" / part / "ab"[number % 2] / f"{number}.npy", values(number + 20 * (part == "test")))
@@ -230,7 +230,7 @@ def test_an_index_names_splits(tmp_path):
     assert {part: len(rows) for part, rows in task.rows.items()} == {"train": 8, "validation": 2, "test": 2}
 
 
-def test_what_is_read_is_hashed(folder):
+def test_the_content_is_hashed(folder):
     spec = SequencesSpec(path=str(folder))
     hashes = {spec.data()["path"]}
     write(folder / "a" / "00.npy", values(99))
@@ -245,7 +245,7 @@ def test_what_is_read_is_hashed(folder):
     assert SequencesSpec(path=str(folder.parent / "moved")).data()["path"] == kept
 
 
-def test_the_order_of_an_index_means_nothing(tmp_path):
+def test_the_order_of_an_index_has_no_effect(tmp_path):
     for number in range(20):
         write(tmp_path / f"{number}.npy", values(number))
     rows = [(f"{number}.npy", "ab"[number % 2]) for number in range(20)]
@@ -287,7 +287,7 @@ ENDINGS = "files with the endings .npy, .csv, .parquet"
 NUMBERS = "numbers of shape [steps] or [steps, features], not empty"
 
 
-def test_a_folder_that_cannot_be_used_is_refused(folder):
+def test_an_invalid_folder_is_rejected(folder):
     root = folder.parent
     refused(
         root / "dta",
@@ -337,7 +337,7 @@ ARRAYS = [
 
 
 @pytest.mark.parametrize(("array", "message"), ARRAYS, ids=[message[6:60] for _, message in ARRAYS])
-def test_an_array_that_does_not_fit_is_refused(folder, array, message):
+def test_an_incompatible_array_is_rejected(folder, array, message):
     np.save(folder / "a" / "00.npy", array)
     refused(folder, message, folder)
 
@@ -375,7 +375,7 @@ def test_columns_are_required_by_name(tmp_path):
     )
 
 
-def test_a_class_that_training_lacks_is_refused(tmp_path):
+def test_a_class_missing_from_training_is_rejected(tmp_path):
     rows = []
     for number in range(12):
         write(tmp_path / f"{number}.npy", values(number))
@@ -395,7 +395,7 @@ def test_a_class_that_training_lacks_is_refused(tmp_path):
     refused(tmp_path / "data", message, tmp_path)
 
 
-def test_a_split_or_a_class_too_few_is_refused(tmp_path):
+def test_a_missing_split_or_class_is_rejected(tmp_path):
     for number in range(4):
         write(tmp_path / "pairs" / "ab"[number % 2] / f"{number}.npy", values(number))
         write(tmp_path / "alone" / "a" / f"{number}.npy", values(number))
@@ -424,19 +424,19 @@ INDEXES = [
 
 
 @pytest.mark.parametrize(("rows", "options", "message"), INDEXES, ids=[message[15:60] for *_, message in INDEXES])
-def test_an_index_that_cannot_be_used_is_refused(tmp_path, rows, options, message):
+def test_an_invalid_index_is_rejected(tmp_path, rows, options, message):
     for number in range(2):
         write(tmp_path / f"{number}.npy", values(number))
     refused(index(tmp_path, rows), message, tmp_path, **options)
 
 
-def test_a_column_that_the_index_lacks_is_refused(tmp_path):
+def test_a_missing_column_of_the_index_is_rejected(tmp_path):
     path = index(tmp_path, [("0.npy", "a")], ("file", "lable"))
     expected = "a column of ROOT/index.csv ('file', 'lable')"
     refused(path, f"label_column: got 'label'; expected {expected}; did you mean 'lable'?", tmp_path)
 
 
-def test_numbers_that_are_all_equal_are_refused(tmp_path):
+def test_constant_numbers_are_rejected(tmp_path):
     for number in range(9):
         write(tmp_path / f"{number}.npy", values(number))
     path = index(tmp_path, [(f"{number}.npy", "2.5") for number in range(9)])
@@ -444,13 +444,13 @@ def test_numbers_that_are_all_equal_are_refused(tmp_path):
     refused(path, message, tmp_path, mode="regress")
 
 
-def test_options_that_do_not_agree_are_refused():
+def test_inconsistent_options_are_rejected():
     with pytest.raises(ValidationError, match="metric: got 'MAE' with mode classify; expected accuracy or macro F1"):
         SequencesSpec(path="x", metric="MAE")
     with pytest.raises(ValidationError, match=r"test: got 0.5 beside validation 0.5; expected a sum below 1"):
         SequencesSpec(path="x", test=0.5, validation=0.5)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(folder):
+def test_a_batch_larger_than_the_training_split_is_rejected(folder):
     with pytest.raises(SpecError, match="train.batch_size: got 43; expected 1 to 42, the training sequences"):
         SequencesSpec(path=str(folder)).build(0).batch(0, 43)

@@ -1,4 +1,4 @@
-"""Time series from files: what a window holds, what it never sees, how it is scored, and which files are refused."""
+"""Time series from files: contents of windows, absence of leakage, scores, and errors of invalid files."""
 
 import html
 import math
@@ -30,7 +30,7 @@ def write(tmp_path, columns, name="load.csv"):
 
 
 def columns(**changed):
-    """40 rows: a time, a rising target, a second one, and a covariate."""
+    """Return 40 rows: a time, an increasing target, a second target, and a covariate."""
     rows = range(ROWS)
     made = {
         "time": [str(row) for row in rows],
@@ -81,7 +81,7 @@ def test_a_window_holds_standardized_columns_and_the_changes_to_predict(tmp_path
     assert (batch.targets[..., 1] == 1).all()
 
 
-def test_training_never_sees_the_later_rows(tmp_path):
+def test_training_never_uses_later_rows(tmp_path):
     made = columns()
     before = spec(tmp_path, made, covariates=["heat"]).build(0)
     for name in ("load", "heat"):
@@ -160,7 +160,7 @@ def test_missing_values_are_masked_and_reported(tmp_path):
     assert task.input_size == 4, "two columns and a mask for each"
     inputs, targets, *_ = task._cut(torch.tensor([4]))
     assert inputs[1, 0].tolist() == [0, inputs[1, 0, 1].item(), 1, 0] and inputs[3, 0, 1:].tolist() == [0, 0, 1]
-    assert task._cut(torch.tensor([1])).targets[0, :, 0].tolist()[0] == [0, 0], "row 5 is neither value nor error"
+    assert task._cut(torch.tensor([1])).targets[0, :, 0].tolist()[0] == [0, 0], "row 5 does not count"
     anchored = task._cut(torch.tensor([2])).targets[0, 0, 0, 0]
     compare(anchored, (task.targets[6] - task.targets[4])[0].float(), tolerance=1e-6)
     gradient = torch.ones(1, 2, 1, requires_grad=True)
@@ -215,8 +215,8 @@ def test_the_stride_leaves_windows_out(tmp_path):
     assert spec(tmp_path, stride=3).build(0).starts["test"].tolist() == [30, 33]
 
 
-def test_a_model_learns_what_a_covariate_announces(tmp_path):
-    """A target that repeats the covariate of the step before is forecast from it."""
+def test_a_model_learns_from_a_leading_covariate(tmp_path):
+    """Forecast a target that repeats the covariate of the previous step."""
     noise = torch.rand(400, generator=torch.Generator().manual_seed(0)).tolist()
     made = {"time": [*range(400)], "load": [0.0, *noise[:-1]], "heat": noise}
     task = spec(tmp_path, made, covariates=["heat"], horizon=1).build(0)
@@ -241,7 +241,7 @@ def test_irregular_steps_of_time_are_reported(tmp_path):
     assert task.notes[1:] == (note,)
 
 
-def test_rounding_of_a_time_is_no_irregular_step(tmp_path):
+def test_rounding_of_a_time_is_not_an_irregular_step(tmp_path):
     times = [f"{0.0125 * row:.4f}" for row in range(ROWS)]
     assert len({float(b) - float(a) for a, b in pairwise(times)}) > 1
     assert spec(tmp_path, columns(time=times)).build(0).notes[1:] == ()
@@ -262,7 +262,7 @@ axes: {norm: [layer]}
 """
 
 
-def test_a_study_names_the_line_of_the_option_and_the_line_of_the_file(tmp_path, monkeypatch, capsys):
+def test_a_study_names_the_line_of_the_option_and_of_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.yaml").write_text(STUDY)
     write(tmp_path, columns(load=[*columns()["load"][:-1], "x"]))
@@ -272,7 +272,7 @@ def test_a_study_names_the_line_of_the_option_and_the_line_of_the_file(tmp_path,
     assert capsys.readouterr().err == f"atn-norms: {message}\n" and not (tmp_path / "here").exists()
 
 
-def test_a_study_reports_what_it_read_and_refuses_a_changed_file(tmp_path, monkeypatch, capsys):
+def test_a_study_reports_its_data_and_rejects_a_changed_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.yaml").write_text(STUDY)
     made = columns()
@@ -367,7 +367,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("changed", "options", "message"), FAULTS, ids=[fault[2][:60] for fault in FAULTS])
-def test_a_file_that_cannot_be_used_is_refused(tmp_path, changed, options, message):
+def test_an_invalid_file_is_rejected(tmp_path, changed, options, message):
     with pytest.raises(SpecError) as caught:
         spec(tmp_path, columns(**changed), **options).build(0)
     assert str(caught.value).replace(str(tmp_path / "load.csv"), "FILE") == message
@@ -392,12 +392,12 @@ DISPUTES = [
 
 
 @pytest.mark.parametrize(("options", "message"), DISPUTES, ids=[message[:40] for _, message in DISPUTES])
-def test_options_that_do_not_agree_are_refused(tmp_path, options, message):
+def test_inconsistent_options_are_rejected(tmp_path, options, message):
     with pytest.raises(ValidationError, match=message):
         spec(tmp_path, **options)
 
 
-def test_a_prediction_that_is_not_finite_is_no_good_score(tmp_path):
+def test_a_prediction_that_is_not_finite_has_no_finite_score(tmp_path):
     made = columns()
     made["load"][36] = None
     task = spec(tmp_path, made).build(0)
@@ -405,6 +405,6 @@ def test_a_prediction_that_is_not_finite_is_no_good_score(tmp_path):
     assert task.loss(Constant(task, math.nan), task._cut(torch.tensor([30])), None)[0].isnan()
 
 
-def test_a_batch_larger_than_the_training_windows_is_refused(tmp_path):
+def test_a_batch_larger_than_the_training_windows_is_rejected(tmp_path):
     with pytest.raises(SpecError, match="train.batch_size: got 24; expected 1 to 23, the windows in the training rows"):
         spec(tmp_path).build(0).batch(0, 24)

@@ -1,4 +1,4 @@
-"""Files become mappings whose every part has a place, mappings become layers, and what cannot says where and why."""
+"""Read files into mappings with positions, and mappings into layers; errors have a path and a position."""
 
 import io
 import json
@@ -95,28 +95,28 @@ def complaint(text: str | bytes, name: str, folder: Path) -> str:
         ("a.txt", "a: 1\n", "a.txt: got unknown kind of file '.txt'; expected one of .yaml, .yml, .json, .toml"),
     ],
 )
-def test_a_fault_in_a_file_has_its_place(name, text, message, tmp_path):
+def test_a_fault_in_a_file_has_its_position(name, text, message, tmp_path):
     assert message in complaint(text, name, tmp_path)
 
 
 @pytest.mark.parametrize("repeat", ["[{}]", "{{<<: [{}]}}"])
-def test_aliases_that_repeat_themselves_a_billion_times_are_refused_at_once(repeat, tmp_path):
+def test_exponential_aliases_are_rejected_at_once(repeat, tmp_path):
     levels = "".join(f"l{i}: &l{i} {repeat.format(', '.join([f'*l{i - 1}'] * 9))}\n" for i in range(1, 10))
     text = "l0: &l0 {a: 1}\n" + levels
     started = time.monotonic()
-    said = complaint(text, "a.yaml", tmp_path)
+    message = complaint(text, "a.yaml", tmp_path)
     assert time.monotonic() - started < 5
-    assert "values with every alias (*name) written out; expected at most 100000" in said
+    assert "values with every alias (*name) written out; expected at most 100000" in message
 
 
-def test_a_name_that_no_file_can_have():
+def test_an_invalid_file_name_is_rejected():
     with pytest.raises(SpecError, match="expected a name that a file can have"):
         specs.build("a\0b.yaml")
 
 
 @pytest.mark.parametrize("name", ["fifo.yaml", "zero.json", "kernel.toml"])
 def test_only_regular_files_are_read(name, tmp_path):
-    """A pipe blocks, a device never ends: the test would hang or run out of memory."""
+    """Reading a pipe would block, and reading a device would exhaust the memory."""
     path = tmp_path / name
     if name == "fifo.yaml":
         os.mkfifo(path)
@@ -137,21 +137,21 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_a_file_too_large_is_refused(name, tmp_path):
+def test_a_file_that_is_too_large_is_rejected(name, tmp_path):
     text, message = TOO_LARGE[name]
     assert message in complaint(text, name, tmp_path)
 
 
-def test_a_setting_is_read_as_a_file_is():
+def test_a_setting_is_read_like_a_file():
     assert specs.value("{a: [1, none]}", "--set x") == {"a": [1, "none"]}
     for text in ("&x [*x]", "2024-13-45", "1" * 5000, "[" * 3000 + "]" * 3000, "[1", "[" * 120 + "]" * 120):
         with pytest.raises(SpecError, match="^--set x: [^\n]+$"):
             specs.value(text, "--set x")
 
 
-def test_what_several_options_come_to_is_placed_at_the_one_to_blame(tmp_path):
+def test_a_fault_of_several_options_is_placed_at_one_of_them(tmp_path):
     path = tmp_path / "model.yaml"
-    for text, said in [
+    for text, message in [
         ("cell: lstm\ninput_size: 2\nhidden_size: 3\nwindow: 5\n", "model.yaml:4:1: window: got a 'sliding' window"),
         (
             "cell: lstm\ninput_size: 2\nbackend: nativ\nhidden_size: 3\n",
@@ -165,10 +165,10 @@ def test_what_several_options_come_to_is_placed_at_the_one_to_blame(tmp_path):
         path.write_text(text)
         with pytest.raises(SpecError) as caught:
             an.build(path)
-        assert str(caught.value).replace(f"{tmp_path}/", "").startswith(said)
+        assert str(caught.value).replace(f"{tmp_path}/", "").startswith(message)
 
 
-def test_long_values_are_shortened_where_they_are_told():
+def test_long_values_are_shortened_in_messages():
     long = "x" * 5000
     for change in ({"norm": long}, {"norm": {"kind": long}}, {"hidden_size": long}, {long: 1}, {"norm": [long]}):
         with pytest.raises(SpecError) as caught:
@@ -177,7 +177,7 @@ def test_long_values_are_shortened_where_they_are_told():
 
 
 @pytest.mark.parametrize("exponent", [200, 400, 5000])
-def test_a_number_too_large_is_refused_at_its_path(exponent):
+def test_a_number_that_is_too_large_is_rejected_with_its_path(exponent):
     model = {"cell": "lstm", "input_size": 2, "hidden_size": 3, "norm": {"kind": "layer", "eps": 1.0}}
     for path, change in (("hidden_size", {"hidden_size": 10**exponent}), ("window", {"window": 10**exponent})):
         with pytest.raises(SpecError, match=path):
@@ -186,7 +186,7 @@ def test_a_number_too_large_is_refused_at_its_path(exponent):
         an.build(model | {"norm": {"kind": "layer", "eps": 10**exponent}})
 
 
-def test_a_missing_file_names_its_neighbour(tmp_path):
+def test_a_missing_file_names_the_nearest_file(tmp_path):
     (tmp_path / "study.yaml").write_text("a: 1\n")
     with pytest.raises(
         SpecError, match=r"studdy\.yaml: got no such file; expected a file; did you mean 'study\.yaml'\?"
@@ -199,12 +199,12 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
         specs.read(tmp_path / "folder.yaml")
 
 
-def test_a_byte_order_mark_is_no_content(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}")
     assert specs.read(tmp_path / "a.json")[0] == {}
 
 
-def test_numbers_and_words_mean_what_yaml_1_2_says():
+def test_numbers_and_words_follow_yaml_1_2():
     data, _ = specs.parse("rate: 1e-3\nword: none\nnothing:\nno: yes\n", "a.yaml")
     assert data == {"rate": 0.001, "word": "none", "nothing": None, "no": "yes"}
 
@@ -230,7 +230,7 @@ def text_at(text: str, place: str) -> str:
 
 
 @given(st.dictionaries(keys, values, min_size=1, max_size=3), st.sampled_from([None, 0, 2]))
-def test_every_key_of_a_json_text_is_where_it_is_said_to_be(data, indent):
+def test_every_key_of_a_json_text_has_its_position(data, indent):
     text = json.dumps(data, indent=indent)
     read, where = specs.parse(text, "a.json")
     assert read == data
@@ -238,7 +238,7 @@ def test_every_key_of_a_json_text_is_where_it_is_said_to_be(data, indent):
         value = data
         for step in path:
             value = value[step]
-        # an item of a list begins with itself, an entry of a mapping with its key
+        # the position of a list item is its value, that of a mapping entry its key
         start = json.dumps(path[-1]) if isinstance(path[-1], str) else json.dumps(value)[:1]
         assert text_at(text, where(path)).startswith(start), path
         assert where((*path, "absent", 3)) == where(path)
@@ -251,7 +251,7 @@ plain = st.recursive(
 
 
 @given(st.dictionaries(names, plain, min_size=1, max_size=3), st.sampled_from([None, False, True]))
-def test_every_key_of_a_yaml_text_is_where_it_is_said_to_be(data, flow):
+def test_every_key_of_a_yaml_text_has_its_position(data, flow):
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = flow
     out = io.StringIO()
@@ -301,12 +301,12 @@ def test_a_layer_comes_from_any_file_alike(suffix, tmp_path):
         ({"window": 0}, r"^window: got 0; expected at least 1$"),
     ],
 )
-def test_an_impossible_mapping_says_why(change, message):
+def test_an_impossible_mapping_is_rejected_with_the_reason(change, message):
     with pytest.raises(SpecError, match=message):
         specs.build(MODEL | change)
 
 
-def test_an_impossible_size_is_refused_at_once(tmp_path):
+def test_an_impossible_size_is_rejected_at_once(tmp_path):
     path = tmp_path / "huge.json"
     path.write_text(json.dumps(MODEL | {"hidden_size": 10**9}))
     started = time.monotonic()
@@ -315,14 +315,14 @@ def test_an_impossible_size_is_refused_at_once(tmp_path):
     assert time.monotonic() - started < 1
 
 
-def test_what_only_building_finds_out_names_the_file_too(tmp_path):
+def test_an_error_of_building_names_the_file(tmp_path):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(MODEL | {"backend": "torch"}))
     with pytest.raises(SpecError, match=r"model\.json: backend: 'torch' cannot run this layer"):
         specs.build(path)
 
 
-def test_build_refuses_what_is_neither_path_nor_mapping():
+def test_build_rejects_other_objects():
     with pytest.raises(TypeError, match="source: got int 3; expected a mapping, a path or a LayerSpec"):
         specs.build(3)  # pyright: ignore[reportArgumentType]
 

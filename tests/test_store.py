@@ -1,4 +1,4 @@
-"""The store: files whole or absent, locks that die with their holder, damage named."""
+"""The store: atomic files, locks that end with their holder, and errors that name damaged files."""
 
 import errno
 import json
@@ -54,14 +54,14 @@ def test_a_folder_holds_the_study_and_its_trials(study):
     assert status(study) == {"done": 0, "diverged": 0, "failed": 0, "running": 0, "pending": 2}
 
 
-def test_the_study_file_written_is_the_study_read(study):
+def test_the_written_study_file_reads_as_the_same_study(study):
     from ruamel.yaml import YAML
 
     again = StudySpec.model_validate(YAML(typ="safe").load((study / "study.yaml").read_text()))
     assert make_plan(again).key == make_plan(StudySpec.model_validate(STUDY)).key
 
 
-def test_the_same_study_comes_back_to_its_folder_and_another_is_refused(study):
+def test_the_same_study_reopens_its_folder_and_another_is_rejected(study):
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     assert create(STUDY, study) == study
     with pytest.raises(SpecError, match="holds another study .* choose another folder"):
@@ -69,7 +69,7 @@ def test_the_same_study_comes_back_to_its_folder_and_another_is_refused(study):
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
+def test_a_foreign_folder_is_rejected_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SpecError, match=r"not empty and not a study's folder \(it holds 'thesis.tex'\)"):
         create(STUDY, tmp_path)
@@ -82,7 +82,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_start_killed_at_any_write_counts_as_fresh(tmp_path, monkeypatch):
+def test_a_start_killed_at_any_write_starts_again(tmp_path, monkeypatch):
     writes = _writes_until_done(monkeypatch, lambda: create(STUDY, tmp_path / "counted"))
     assert writes >= 5
     for fatal in range(writes):
@@ -114,7 +114,7 @@ def _kill_at(patch, fatal):
     return count
 
 
-def test_a_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_write_is_atomic(tmp_path, monkeypatch):
     folder, path = Folder(tmp_path), tmp_path / "result.json"
     folder.write_json(path.name, {"old": 1})
 
@@ -202,7 +202,7 @@ def test_a_lost_trial_is_pending_and_comes_back(study, trial, lost, again):
 
 
 @pytest.mark.parametrize("content", [*CONTENTS, b'{"seconds": "x", "attempts": 3}'])
-def test_damaged_times_count_as_none_and_are_noted(study, trial, content):
+def test_damaged_times_are_reset_and_logged(study, trial, content):
     (trial.path / "run.json").write_bytes(content)
     assert load(study).trials[0].run is None
     assert run(study, workers=0).count("done") == 2
@@ -211,7 +211,7 @@ def test_damaged_times_count_as_none_and_are_noted(study, trial, content):
 
 
 @pytest.mark.parametrize("lacking", ["step", "metrics", "metrics.test", "metrics.test.mean squared error"])
-def test_a_result_that_lacks_something_is_named_and_never_left_out(study, trial, lacking):
+def test_an_incomplete_result_is_named(study, trial, lacking):
     run(study, workers=0)
     result = trial.folder.read_json("result.json")
     place = result
@@ -236,7 +236,7 @@ def test_a_damaged_line_of_the_curve_is_named(study, trial, line):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("there", [False, True])
-def test_a_study_that_cannot_be_laid_down_leaves_nothing(tmp_path, monkeypatch, error, there):
+def test_a_study_that_cannot_be_created_leaves_nothing(tmp_path, monkeypatch, error, there):
     folder = tmp_path / "studies" / "mine"
     if there:
         folder.mkdir(parents=True)
@@ -281,7 +281,7 @@ def test_the_curve_is_cut_back_to_the_checkpoint(trial):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "pickled code", "curve shorter", "curve lost"])
-def test_a_checkpoint_that_cannot_be_used_costs_a_fresh_start_and_is_logged(trial, damage):
+def test_an_unusable_checkpoint_restarts_the_trial_and_is_logged(trial, damage):
     trial.measure(LINE)
     trial.save({"step": 1})
     path, metrics = trial.path / "checkpoint.pt", trial.path / "metrics.jsonl"
@@ -302,7 +302,7 @@ def test_a_checkpoint_that_cannot_be_used_costs_a_fresh_start_and_is_logged(tria
     assert "starting over" in (trial.path / "log.txt").read_text()
 
 
-def test_finished_is_declared_last(trial, monkeypatch):
+def test_the_result_is_written_last(trial, monkeypatch):
     trial.save({"step": 1})
     seen = []
     write = Folder.write
@@ -328,7 +328,7 @@ def _hold(study, trial, ready, release):
         release.wait(30)
 
 
-def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
+def test_a_trial_is_locked_by_one_process_and_freed_by_its_end(study, trial):
     context = multiprocessing.get_context("spawn")
     ready, release = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(study, trial.id, ready, release))
@@ -344,17 +344,17 @@ def test_a_trial_is_held_by_one_process_and_freed_by_its_death(study, trial):
         pass
 
 
-def test_a_running_trial_is_where_its_pulse_says_and_another_where_its_curve_does(study, trial):
+def test_the_step_of_a_running_trial_is_that_of_its_heartbeat(study, trial):
     assert load(study).trials[0].step == 0
     with trial.lock():
         trial.measure({"step": 3, "train_loss": 0.5, "validation": None})
         assert load(study).trials[0].step == 3
         trial.set_step(4)
         assert until(lambda: load(study).trials[0].step == 4), "written with the next heartbeat"
-    assert load(study).trials[0].step == 3, "nobody trains it: as far as the curve goes"
+    assert load(study).trials[0].step == 3, "no process trains it: the last step of the curve"
 
 
-def test_asking_who_runs_does_not_stop_a_trial_from_starting(trial):
+def test_checking_a_lock_does_not_stop_a_trial_from_starting(trial):
     with trial.lock():
         pass
     lock = trial.path / ".lock"
@@ -362,7 +362,7 @@ def test_asking_who_runs_does_not_stop_a_trial_from_starting(trial):
     import fcntl
     import threading
 
-    fcntl.flock(descriptor, fcntl.LOCK_SH)  # what `held` does for an instant
+    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as `is_locked` does for a moment
     threading.Timer(0.2, lambda: os.close(descriptor)).start()
     with trial.lock():
         pass
@@ -375,7 +375,7 @@ def test_leftovers_of_a_killed_write_are_removed_by_the_next_holder(trial):
     assert {path.name for path in trial.path.iterdir()} <= {"trial.json", "log.txt", ".lock"}
 
 
-def test_canonical_json_refuses_what_is_not_json():
+def test_canonical_json_rejects_other_values():
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.canonical(float("nan"))
     assert json.loads(files.canonical({"é": [1.5, None]})) == {"é": [1.5, None]}

@@ -1,4 +1,4 @@
-"""Study files: what they mean, which trials they come to, and where they are wrong."""
+"""Study files: defaults, the trials they define, and errors with their paths."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def complaint(**changes):
     return str(to_spec_error(caught.value, data=data))
 
 
-def test_the_built_in_study_is_what_the_first_look_needs():
+def test_the_built_in_study_has_the_expected_trials():
     study = make_plan(StudySpec.model_validate(YAML(typ="safe").load(presets.text("quick"))))
     assert study.axes == {"norm": ["none", "layer", "batch", "rms"], "window": ["1", "5", "25"]}
     assert list(study.tasks) == ["adding", "charlm"] and study.baseline == {"window": "1"}
@@ -58,7 +58,7 @@ def test_every_default_of_a_trial_is_filled_in():
     assert json.loads(json.dumps(trial.trial)) == trial.trial
 
 
-def test_an_id_is_the_trial_and_not_how_it_was_written():
+def test_an_id_does_not_depend_on_the_notation():
     written = [
         plan(model=LSTM | {"norm": "layer", "window": 5}),
         plan(
@@ -93,7 +93,7 @@ def test_an_id_is_the_trial_and_not_how_it_was_written():
     assert len({each.trials[0].id for each in [*written, plan()]}) == 2
 
 
-def test_an_id_stays_what_it_is():
+def test_an_id_is_stable():
     trial = {"version": 1, "model": {"b": 1.0, "a": None}, "task": {"kind": "t"}, "train": {}, "seed": 0, "data": {}}
     assert identity(trial) == "2a8008bacd36bb9e"
 
@@ -119,7 +119,7 @@ def test_changing_anything_changes_the_id():
         assert (identity(other) == planned.id) == (path == ("train", "checkpoint_every")), path
 
 
-def test_a_text_counts_by_its_content_and_not_by_its_place(tmp_path):
+def test_a_text_counts_by_its_content_and_not_by_its_path(tmp_path):
     def charlm(name, content):
         (tmp_path / name).write_text(content)
         return plan(task={"kind": "charlm", "text": str(tmp_path / name)}).trials[0]
@@ -129,7 +129,7 @@ def test_a_text_counts_by_its_content_and_not_by_its_place(tmp_path):
     assert here.trial["data"]["text"].startswith("sha256:")
 
 
-def test_digest_does_not_know_the_order_of_keys():
+def test_a_digest_does_not_depend_on_the_order_of_keys():
     assert digest({"a": {"x": 1, "y": [2.0]}, "b": None}) == digest({"b": None, "a": {"y": [2.0], "x": 1}})
     assert digest({"a": 1}) != digest({"a": 1.5}) != digest({"a": True})
 
@@ -146,7 +146,7 @@ def test_a_window_for_one_site_of_three_is_kept():
     assert len(study.trials) == 2
 
 
-def test_options_of_a_norm_that_is_not_there_are_dropped_like_its_window():
+def test_options_of_an_absent_norm_are_dropped_like_its_window():
     study = plan(axes={"norm.eps": [1e-5, 1e-3], "norm": ["none", "layer"]})
     assert [len(trial.points) for trial in study.trials] == [2, 1, 1]
     assert [trial.trial["model"]["norm"] and trial.trial["model"]["norm"]["eps"] for trial in study.trials] == [
@@ -166,11 +166,11 @@ def test_an_axis_may_be_any_option():
     assert study.baseline == {"train.optimizer.lr": "0.1"}, "without `none`, the first value of the first axis"
 
 
-def test_an_axis_may_give_what_the_base_lacks():
+def test_an_axis_may_add_an_option_to_the_base():
     assert len(plan(model={"cell": "gru"}, axes={"hidden_size": [3, 4]}).trials) == 2
 
 
-def test_trials_come_seed_by_seed():
+def test_trials_are_ordered_by_seed():
     study = plan(axes={"norm": ["none", "layer"]}, seeds=[7, 3])
     assert [(t.seed, t.points[0]["norm"]) for t in map(_seeded, study.trials)] == [
         (7, "none"), (7, "layer"), (3, "none"), (3, "layer"),
@@ -183,13 +183,13 @@ def _seeded(planned):
     return TrialRecord(planned.id, planned.trial, planned.points, planned.trial["seed"], "pending")
 
 
-def test_two_tasks_of_a_kind_are_told_apart():
+def test_two_tasks_of_a_kind_have_different_names():
     study = plan(task=None, tasks=[{"kind": "adding", "length": 4}, {"kind": "adding", "length": 5}])
     assert list(study.tasks) == ["adding(length=4)", "adding(length=5)"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model": {"cell": "lstm"}}, "model.hidden_size: got nothing; expected a value"),
         ({"model": LSTM | {"norm": "laier"}}, "model.norm: got unknown normalizer 'laier'"),
@@ -254,13 +254,13 @@ def test_two_tasks_of_a_kind_are_told_apart():
         ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: got 1000000 points"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_where_it_is(changes, said):
+def test_an_invalid_option_is_reported_with_its_path(changes, message):
     text = complaint(**changes)
-    assert said in text, text
-    assert "\n" not in text, "one problem is told once"
+    assert message in text, text
+    assert "\n" not in text, "each problem is reported once"
 
 
-def test_every_problem_is_told():
+def test_every_problem_is_reported():
     text = complaint(
         model=LSTM | {"norm": "laier"},
         train={"stepz": 1},
@@ -270,7 +270,7 @@ def test_every_problem_is_told():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"task": {"kind": "charlm", "embedding": 10**6}, "model": LSTM | {"hidden_size": 300}}, "parameters"),
         ({"model": LSTM | {"hidden_size": 10**5}}, "hidden_size"),
@@ -280,14 +280,14 @@ def test_every_problem_is_told():
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_made(changes, said, tmp_path, monkeypatch):
+def test_an_impossible_training_is_rejected_before_any_write(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr("atn_norms.layers.memory.physical_memory", lambda: 10**10)
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         create({**SMALL, "seeds": 1, **changes}, tmp_path / "study")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_ends_of_a_model_count_like_its_middle(monkeypatch):
+def test_encoder_and_read_out_count_in_the_size_of_a_model(monkeypatch):
     task = {"kind": "charlm", "embedding": 1000}
     numbers = 4 * 3 * (1000 + 3 + 2) + 4 * len(set(text_of_python())) + 1000 * len(set(text_of_python()))
     monkeypatch.setattr("atn_norms.layers.memory.physical_memory", lambda: 8 * numbers)
@@ -305,14 +305,14 @@ def text_of_python():
 
 def test_a_missing_text_is_named_before_anything_is_written(tmp_path):
     (tmp_path / "not.txt").write_text("to be")
-    said = (
+    message = (
         r"^task.text: got .*no.txt \(No such file or directory\); expected a readable file; did you mean 'not.txt'\?$"
     )
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         plan(task={"kind": "charlm", "text": str(tmp_path / "no.txt")})
 
 
-def test_what_a_task_refuses_is_told_at_its_place_in_the_file(tmp_path):
+def test_an_error_of_a_task_has_its_position_in_the_file(tmp_path):
     text = f"""\
 model: {{cell: lstm, hidden_size: 4}}
 tasks:
@@ -349,11 +349,11 @@ def test_settings_from_the_command_line():
         "seeds": 3,
         "baseline": {"norm": "none"},
     }
-    assert data["train"] == {"optimizer": "adam"}, "what was given is left alone"
+    assert data["train"] == {"optimizer": "adam"}, "the argument is not changed"
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("steps", "--set steps: got no path=value; expected path=value"),
         ("=3", "--set =3: got no path=value; expected path=value"),
@@ -374,10 +374,10 @@ def test_settings_from_the_command_line():
         ("seeds.a=3", "--set seeds.a: got 'a' of seeds, which is 2; expected a mapping or a list there"),
     ],
 )
-def test_settings_that_cannot_be(setting, said):
+def test_invalid_settings_are_rejected(setting, message):
     with pytest.raises(SpecError) as caught:
         override({"tasks": ["adding"], "seeds": 2, "train": {}}, [setting])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_settings_that_cannot_be(setting, said):
         ("norm", "axes.norm=[rms]", False),
     ],
 )
-def test_a_setting_that_an_axis_would_overrule_is_refused(axis, setting, refused):
+def test_a_setting_that_an_axis_overrides_is_rejected(axis, setting, refused):
     data = {"tasks": [{"kind": "adding"}], "axes": {axis: ["none"]}}
     if not refused:
         override(data, [setting])
@@ -414,7 +414,7 @@ def test_a_setting_that_an_axis_would_overrule_is_refused(axis, setting, refused
 
 
 @pytest.mark.parametrize("kind", sorted(optimizers.kinds()))
-def test_every_optimizer_offered_takes_a_step(kind):
+def test_every_optimizer_takes_a_step(kind):
     import torch
 
     weight = torch.nn.Parameter(torch.ones(3, 2))
@@ -431,7 +431,7 @@ def test_a_schema_shows_every_option_of_every_section():
     assert '"input_size"' not in schema
 
 
-def test_options_given_for_a_trial_are_checked_by_themselves():
+def test_options_of_a_trial_are_checked_separately():
     assert TrainSpec(optimizer={"kind": "sgd", "lr": 1}).optimizer["lr"] == 1.0
     with pytest.raises(ValidationError, match="optimizer"):
         TrainSpec.model_validate({"optimizer": 3})
@@ -441,7 +441,7 @@ def test_a_schema_describes_without_examples():
     from atn_norms.specs import schema
 
     text = json.dumps(schema(StudySpec))
-    assert ">>>" in json.dumps(StudySpec.model_json_schema()), "the docstrings have some"
+    assert ">>>" in json.dumps(StudySpec.model_json_schema()), "the docstrings have examples"
     assert ">>>" not in text and "Options of the training of a trial" in text
 
 
@@ -473,7 +473,7 @@ def test_options_under_their_old_names_are_accepted_with_a_warning():
         }
 
 
-def test_an_option_under_both_names_is_refused():
+def test_an_option_under_both_names_is_rejected():
     both = {**NEW_NAMES, "train": {"clip": 1.0, "clip_grad_norm": 2.0}}
     with pytest.raises(SpecError, match=r"got train.clip and train.clip_grad_norm; expected one of them"):
         validate(StudySpec, both)
@@ -512,7 +512,7 @@ def test_a_folder_with_the_old_names_continues(tmp_path):
         ),
     ],
 )
-def test_a_training_beyond_bounds_is_refused(train, message):
+def test_a_training_beyond_its_limits_is_rejected(train, message):
     assert message in complaint(train=train)
 
 

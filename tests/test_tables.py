@@ -1,4 +1,4 @@
-"""Reading tables: what counts as a number, a time and a missing value, and the position of what cannot be read."""
+"""Reading tables: numbers, times, missing values, and the position of invalid values."""
 
 import math
 import re
@@ -101,7 +101,7 @@ def test_a_csv_file_that_cannot_be_read_is_located(tmp_path, text, message):
         ("a,b\ntrue,2\n3,4\n", "FILE:2: file: got 'true' in column 'a'; expected a number"),
     ],
 )
-def test_a_value_that_is_no_number_is_located(tmp_path, text, message):
+def test_an_invalid_number_is_located(tmp_path, text, message):
     refused(tmp_path, text, message, "a")
 
 
@@ -119,7 +119,7 @@ def test_a_value_that_is_no_number_is_located(tmp_path, text, message):
         ),
     ],
 )
-def test_a_value_that_is_no_time_is_located(tmp_path, text, message):
+def test_an_invalid_time_is_located(tmp_path, text, message):
     refused(tmp_path, text, message, "a", "times")
 
 
@@ -149,7 +149,7 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
         read_back.require(["load"], "targets")
 
 
-def test_files_of_another_kind_are_refused(tmp_path):
+def test_files_of_another_kind_are_rejected(tmp_path):
     refused(tmp_path, "x", "FILE: file: got the ending '.txt'; expected .csv or .parquet", name="load.txt")
     with pytest.raises(SpecError, match=r"load.parquet: file: got unreadable content \(.*\); expected a Parquet file"):
         table(tmp_path, "no", "load.parquet")
@@ -158,7 +158,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         table(tmp_path, (tmp_path / "empty.parquet").read_bytes(), "empty.parquet")
 
 
-def test_a_file_that_is_not_there_is_named_with_the_nearest(tmp_path):
+def test_a_missing_file_is_named_with_the_nearest(tmp_path):
     (tmp_path / "load.csv").write_text("a\n1\n")
     expected = "expected a readable file; did you mean 'load.csv'"
     with pytest.raises(SpecError, match=rf"file: got .*laod.csv \(No such file or directory\); {expected}"):
@@ -167,7 +167,7 @@ def test_a_file_that_is_not_there_is_named_with_the_nearest(tmp_path):
         content(tmp_path, "file")
 
 
-def test_without_arrow_the_cure_is_a_command(tmp_path, monkeypatch):
+def test_without_arrow_the_message_has_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(SpecError, match=r"file: got load.csv without pyarrow; .* Run pip install 'atn-norms\[data\]'"):
         table(tmp_path, "a\n1\n")

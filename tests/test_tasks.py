@@ -1,4 +1,4 @@
-"""The built-in tasks: what they feed, what they ask, and what their baselines are worth."""
+"""The built-in tasks: inputs, targets, scores and baselines."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ from tests.compare import compare
 
 @pytest.fixture
 def text(tmp_path):
-    """A text of 2,000 characters with an uneven alphabet, two of which take two bytes."""
+    """Write a text of 2,000 characters of different frequencies; two of its letters take two bytes."""
     letters = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]).repeat(250)[torch.randperm(2000)]
     path = tmp_path / "text.txt"
     path.write_text("".join("aéß\n"[i] for i in letters), encoding="utf-8")
@@ -32,7 +32,7 @@ def small_model(task, **options):
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 50, 100])
-def test_adding_marks_one_step_in_each_half_and_asks_for_their_sum(length):
+def test_adding_marks_one_step_in_each_half_and_targets_their_sum(length):
     task = AddingSpec(length=length, train=2000).build(seed=3)
     inputs, targets, fresh, _ = task.batch(0, 2000)
     values, marks = inputs.unbind(-1)
@@ -45,7 +45,7 @@ def test_adding_marks_one_step_in_each_half_and_asks_for_their_sum(length):
 
 
 @pytest.mark.parametrize("length", [2, 50])
-def test_always_answering_1_costs_a_sixth_and_no_constant_costs_less(length):
+def test_the_best_constant_prediction_of_adding_costs_one_sixth(length):
     count = 200_000
     targets = AddingSpec(length=length, train=count).build(seed=0).batch(0, count).targets.double()
     baseline = AddingSpec(length=length).build(seed=0).baselines["always 1"]
@@ -54,7 +54,7 @@ def test_always_answering_1_costs_a_sixth_and_no_constant_costs_less(length):
     assert abs(targets.mean().item() - 1) < 4 * targets.std().item() / math.sqrt(count)
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def test_a_batch_depends_only_on_seed_and_step():
     spec = AddingSpec(length=8, train=100)
     steps = [9, 0, 31, 9]
     again = [spec.build(5).batch(step, 10) for step in steps]
@@ -94,7 +94,7 @@ def test_adding_is_scored_on_every_sequence_however_it_is_cut(monkeypatch):
     )
 
 
-def test_sizes_beyond_the_machine_are_refused_before_anything_is_drawn():
+def test_impossible_sizes_are_rejected_before_data_are_drawn():
     with pytest.raises(ValueError, match="train"):
         AddingSpec(length=1_000_000, train=1_000_000_000)
 
@@ -126,7 +126,7 @@ def test_the_baselines_are_entropies(text):
     assert task.baselines["character frequencies"] == pytest.approx(entropy, abs=0.1)
 
 
-def test_segments_follow_each_other_and_ask_for_the_next_character(text):
+def test_segments_are_consecutive_and_target_the_next_character(text):
     task = CharLMSpec(text=text, segment=50).build(0)
     length = 1799 // 6
     for step in range(2 * (length // 50)):
@@ -174,7 +174,7 @@ def test_an_embedding_starts_within_its_bound_and_a_tied_read_out_with_it(text):
     assert model.readout.get_parameter("weight") is weight
 
 
-def test_options_at_their_defaults_leave_the_identity_of_older_trials_alone(text):
+def test_options_at_their_defaults_keep_the_identity_of_older_trials(text):
     options = CharLMSpec(text=text).model_dump(mode="json")
     assert set(options) == {"kind", "text", "embedding", "segment", "carry", "tied"}
     changed = CharLMSpec(text=text, evaluation_streams=10).model_dump(mode="json")
@@ -183,7 +183,7 @@ def test_options_at_their_defaults_leave_the_identity_of_older_trials_alone(text
 
 
 class Unigram(Model):
-    """A model that knows the training frequencies and carries a count of its calls."""
+    """Model that predicts the training frequencies; its state counts its calls."""
 
     def __init__(self, task):
         super().__init__(nn.Identity(), None, nn.Identity())
@@ -201,7 +201,7 @@ def test_every_character_of_a_split_but_the_first_counts_once(text, streams):
     assert scored == pytest.approx(language.unigram(task.train, task.splits["test"][1:], 4) / math.log(2), rel=1e-9)
 
 
-def test_evaluation_does_not_know_how_training_was_batched(text):
+def test_evaluation_does_not_depend_on_the_training_batches(text):
     task = CharLMSpec(text=text, segment=10, embedding=3).build(0)
     model = small_model(task, norm="layer", window=4).eval()
     before = task.evaluate(model, "validation")
@@ -211,7 +211,7 @@ def test_evaluation_does_not_know_how_training_was_batched(text):
 
 
 @pytest.mark.parametrize("carry", ["all", "hidden", "none"])
-def test_what_is_carried_from_segment_to_segment(text, carry):
+def test_the_state_carried_between_segments(text, carry):
     task = CharLMSpec(text=text, segment=10, embedding=3, carry=carry).build(0)
     model = small_model(task, norm="layer", window=4)
     first, second = task.batch(0, 4), task.batch(1, 4)
@@ -239,33 +239,33 @@ def test_a_curve_in_bits_is_the_loss_in_nats_over_ln_2():
     assert CharLMSpec().build(0).in_metric(math.log(2)) == pytest.approx(1)
 
 
-def test_texts_that_cannot_be_used_are_named(tmp_path):
+def test_invalid_texts_are_named(tmp_path):
     missing, binary, short = tmp_path / "missing.txt", tmp_path / "binary.txt", tmp_path / "short.txt"
     binary.write_bytes(b"abc\xff\xfe" * 100)
     short.write_text("too short")
-    for path, said in [
+    for path, message in [
         (missing, "No such file"),
         (binary, r"not UTF-8 at byte 3"),
         (tmp_path, "without ptb.char.train.txt"),
     ]:
-        with pytest.raises(SpecError, match=said) as caught:
+        with pytest.raises(SpecError, match=message) as caught:
             CharLMSpec(text=str(path)).data()
         assert str(path) in str(caught.value)
     with pytest.raises(SpecError, match="with 9 characters; expected at least 100"):
         CharLMSpec(text=str(short)).build(0)
 
 
-def test_a_text_of_one_character_is_refused(tmp_path):
+def test_a_text_of_one_character_is_rejected(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 1000)
     with pytest.raises(SpecError, match="a.txt, which repeats 'a'; expected two different characters"):
         CharLMSpec(text=str(tmp_path / "a.txt")).build(0)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused():
+def test_a_batch_larger_than_the_training_split_is_rejected():
     with pytest.raises(SpecError, match="train.batch_size: got 21 sequences of a training set of 20"):
         AddingSpec(length=4, train=20).build(0).batch(0, 21)
 
 
-def test_more_streams_than_characters_are_refused(text):
+def test_more_streams_than_characters_are_rejected(text):
     with pytest.raises(SpecError, match="1800 streams of a text with 1800 training characters"):
         CharLMSpec(text=text).build(0).batch(0, 1800)

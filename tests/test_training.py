@@ -1,4 +1,4 @@
-"""What training does beside steps: schedules, early stops, kept weights, divergence; and what a task recommends."""
+"""Training: schedules, early stopping, kept weights, divergence, and recommended settings of a task."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def make(folder, data):
 
 
 def scored(trainer, scores):
-    """Let validation give these scores, one after another, and count what is asked."""
+    """Make validation return these scores in order; return the list of calls."""
     scores = iter(scores)
     trainer.task.evaluate = lambda model, split: {"mean squared error": next(scores)}
     return trainer
@@ -50,7 +50,7 @@ def steps_of(trainer):
     return trainer.step
 
 
-def test_the_rate_of_each_step_is_what_the_optimizer_is_given():
+def test_the_optimizer_receives_the_rate_of_each_step():
     schedule = {"kind": "linear", "warmup": 2}
     trainer = Trainer(trial_of(study(optimizer={"kind": "sgd", "lr": 1.0}, clip_grad_norm=1e-3, schedule=schedule)))
     moved = []
@@ -62,7 +62,7 @@ def test_the_rate_of_each_step_is_what_the_optimizer_is_given():
     assert moved == pytest.approx([0.5, 1.0, 1.0, 0.9, 0.8, 0.7], rel=1e-2)
 
 
-def test_patience_ends_training_and_is_told(tmp_path, monkeypatch):
+def test_patience_ends_training_and_is_reported(tmp_path, monkeypatch):
     trainer = scored(Trainer(trial_of(study(patience=2))), [3.0, 2.0, 2.5, 2.0, 1.0])
     assert steps_of(trainer) == 8, "two looks without a better score than that of step 4"
     data = study(patience=1, steps=1000, optimizer={"kind": "sgd", "lr": 1e-12})
@@ -74,18 +74,18 @@ def test_patience_ends_training_and_is_told(tmp_path, monkeypatch):
     assert load(tmp_path / "study").trials[0].status == "done"
 
 
-def test_the_step_that_the_report_calls_scored_is_that_of_the_best_validation(tmp_path):
+def test_the_scored_step_of_the_report_is_that_of_the_best_validation(tmp_path):
     folder = make(tmp_path / "study", study(keep="best", steps=24, optimizer={"kind": "sgd", "lr": 0.5}))
     run_trial(folder)
     record = load(tmp_path / "study")
     (trial,), step = record.trials, scored_step(record, record.trials[0])
     looks = {line["step"]: line["validation"] for line in trial.curve if line["validation"] is not None}
-    assert step is not None and step < 24, "or the test shows nothing"
+    assert step is not None and step < 24, "otherwise the test is void"
     assert trial.result is not None
     assert trial.result["metrics"]["validation"]["mean squared error"] == looks[step] == min(looks.values())
 
 
-def test_without_patience_all_steps_are_taken_and_nothing_is_told(tmp_path):
+def test_without_patience_all_steps_are_taken_and_no_reason_is_reported(tmp_path):
     folder = make(tmp_path / "study", study())
     run_trial(folder)
     result = folder.result()
@@ -93,7 +93,7 @@ def test_without_patience_all_steps_are_taken_and_nothing_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("goal", "best"), [("min", 2), ("max", 3)])
-def test_the_best_weights_are_kept_whichever_way_is_better(goal, best):
+def test_the_best_weights_are_kept_for_both_goals(goal, best):
     trainer = scored(Trainer(trial_of(study(keep="best", steps=8))), [3.0, 2.0, 5.0, 4.0, 0.0, 0.0])
     trainer.task.goal = goal
     weights = []
@@ -103,7 +103,7 @@ def test_the_best_weights_are_kept_whichever_way_is_better(goal, best):
     compare(trainer.kept, weights[2 * best - 1], tolerance=0)
 
 
-def test_the_last_weights_are_scored_unless_the_best_are_asked_for():
+def test_the_last_weights_are_scored_by_default():
     trainer = scored(Trainer(trial_of(study(steps=4))), [1.0, 2.0, 0.0, 0.0])
     steps_of(trainer)
     last = {name: each.clone() for name, each in trainer.model.state_dict().items()}
@@ -123,7 +123,7 @@ def test_renewed_populations_are_those_of_the_weights_that_are_scored(momentum):
     ended, random, lagging = copy.deepcopy(plain.model.state_dict()), torch.get_rng_state(), plain.conclude()
     for each in plain.model.modules():
         if isinstance(each, BatchNorm):
-            each.running_mean.fill_(1e6)  # whatever training left has no part in it
+            each.running_mean.fill_(1e6)  # values from training must have no effect
             each.momentum, each.num_batches_tracked[...] = None, 0
     plain.model.train()
     with torch.no_grad():
@@ -134,20 +134,20 @@ def test_renewed_populations_are_those_of_the_weights_that_are_scored(momentum):
     trainer = Trainer(trial)
     steps_of(trainer)
     for _ in range(2):
-        compare(trainer.model.state_dict(), ended, tolerance=0)  # training, and so a next step, is what it is without
+        compare(trainer.model.state_dict(), ended, tolerance=0)  # the state of training is unchanged
         assert torch.equal(torch.get_rng_state(), random)
         assert trainer.conclude() == by_hand != lagging
     assert {each.momentum for each in trainer.model.modules() if isinstance(each, BatchNorm)} == {momentum}
 
 
-def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one_it_was(monkeypatch):
+def test_populations_are_renewed_only_where_requested_and_the_identity_is_kept(monkeypatch):
     assert "population_batches" not in trial_of(study())["train"]
     assert trial_of(study(population_batches=2)) == trial_of(study()), "a layer norm has no population to renew"
     data = study(population_batches=2)
     data["model"] = data["model"] | {"norm": {"sites": {"hh": "batch"}}}
     assert trial_of(data)["train"]["population_batches"] == 2
     with monkeypatch.context() as patch:
-        patch.setattr(Adding, "encoder", lambda self: BatchNorm(2))  # a task may have norms of its own
+        patch.setattr(Adding, "encoder", lambda self: BatchNorm(2))  # a task may contain norms
         assert trial_of(study(population_batches=2))["train"]["population_batches"] == 2
     trial = trial_of(study({**SMALL, "kind": "copying"}))
     trainer = Trainer(trial | {"train": trial["train"] | {"population_batches": 2}})
@@ -155,16 +155,16 @@ def test_populations_are_renewed_only_where_asked_and_a_trial_without_is_the_one
     trainer.evaluate("test")
 
 
-def test_whatever_stops_a_renewal_populations_are_as_training_left_them(monkeypatch):
+def test_an_interrupted_renewal_restores_the_populations(monkeypatch):
     data = study(population_batches=3)
     data["model"] = data["model"] | {"norm": "batch"}
     trainer = Trainer(trial_of(data))
     trainer.advance()
-    before, loss, asked = copy.deepcopy(trainer.model.state_dict()), trainer.task.loss, []
+    before, loss, calls = copy.deepcopy(trainer.model.state_dict()), trainer.task.loss, []
 
     def stopped(*arguments):
-        asked.append(1)
-        if len(asked) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return loss(*arguments)
 
@@ -221,7 +221,7 @@ def texts(tmp_path):
 DATA = Path(__file__).parent / "data"
 SMALL = {"recall": 2, "length": 3, "validation": 9, "test": 9}
 VARIANTS = {
-    "plateau": {  # a rate so high that validation becomes worse, is halved, and training ends early all the same
+    "plateau": {  # the rate is so high that validation becomes worse; the rate is halved, and training ends early
         "schedule": {"kind": "plateau", "patience": 1},
         "optimizer": {"kind": "adam", "lr": 0.3},
         "patience": 4,
@@ -270,7 +270,7 @@ def test_a_trial_stopped_after_every_step_equals_the_uninterrupted(tmp_path, var
         assert (stopped.path / file).read_bytes() == (whole.path / file).read_bytes(), file
 
 
-def test_a_task_s_own_settings_stand_where_the_study_says_nothing():
+def test_a_task_s_settings_apply_where_the_study_has_none():
     bare = {**STUDY, "task": "copying"}
     assert trial_of(bare)["train"] | {"log_every": 0} == trial_of(bare)["train"] | {
         "steps": 4000, "batch_size": 128, "eval_every": 400, "log_every": 0
@@ -291,7 +291,7 @@ def test_a_task_s_own_settings_stand_where_the_study_says_nothing():
     assert trial_of({**STUDY, "task": "charlm", "train": {"clip_grad_norm": None}})["train"]["clip_grad_norm"] is None
 
 
-def test_weights_that_are_shared_are_trained_as_one(tmp_path):
+def test_shared_weights_are_trained_together(tmp_path):
     task = {"kind": "charlm", "text": texts(tmp_path), "embedding": 4, "segment": 5}
     trainer = Trainer(trial_of(study(task, optimizer={"kind": "sgd", "lr": 0.5})))
     trainer.advance()

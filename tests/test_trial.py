@@ -1,4 +1,4 @@
-"""One trial: deterministic, stopped and resumed bit for bit, its divergence an outcome."""
+"""One trial: deterministic, resumed bit for bit, and divergence as an outcome."""
 
 import contextlib
 import io
@@ -33,7 +33,7 @@ def text(tmp_path):
 
 
 def make(folder, task=None, seeds=1, **changes):
-    """A study of one trial a seed, and the folder of its first."""
+    """Create a study with one trial per seed; return the folder of the first trial."""
     study = {"model": LAYER, "task": task or ADDING, "train": {**TRAIN, **changes}, "seeds": seeds}
     create(study, folder)
     return StudyFolder(folder).trial(load(folder).trials[0].id)
@@ -52,7 +52,7 @@ def variants(text):
     }
 
 
-def test_a_trial_gives_what_it_promises(tmp_path):
+def test_a_trial_writes_its_files(tmp_path):
     trial = make(tmp_path / "study")
     assert run_trial(trial) == "finished"
     result = trial.result()
@@ -68,7 +68,7 @@ def test_a_trial_gives_what_it_promises(tmp_path):
     assert trial.run()["attempts"] == 1
 
 
-def test_the_same_trial_gives_the_same_bytes_anywhere(tmp_path):
+def test_the_same_trial_writes_the_same_bytes_in_every_process(tmp_path):
     first, second = make(tmp_path / "a"), make(tmp_path / "b", seeds=2)
     run_trial(first)
     torch.manual_seed(99)
@@ -80,7 +80,7 @@ def test_the_same_trial_gives_the_same_bytes_anywhere(tmp_path):
     assert outputs(other) != outputs(first)
 
 
-def test_a_done_trial_is_left_alone(tmp_path):
+def test_a_finished_trial_is_not_changed(tmp_path):
     trial = make(tmp_path / "study")
     run_trial(trial)
     before = {path: path.stat().st_mtime_ns for path in trial.path.iterdir() if path.name != ".lock"}
@@ -127,7 +127,7 @@ def test_a_trial_stopped_after_every_step_equals_the_uninterrupted(tmp_path, tex
     whole, stopped = make(tmp_path / "whole", **options), make(tmp_path / "stopped", **options)
     run_trial(whole)
     trial = stopped.trial()
-    trial["train"]["checkpoint_every"] = checkpoint_every  # no part of the id
+    trial["train"]["checkpoint_every"] = checkpoint_every  # not part of the id
     stopped.write_trial(trial)
     for step in range(1, 10):
         with pytest.raises(Stopped):
@@ -152,7 +152,7 @@ def test_the_whole_state_survives_a_checkpoint(tmp_path, text):
 
 
 def killed_at(monkeypatch, trial, fatal):
-    """Run a trial and end it before the `fatal`-th file gets its name; how many came that far."""
+    """Run a trial and stop it before the `fatal`-th file is renamed; return the number of renamed files."""
     replace, count = files.os.replace, [0]
 
     def replace_or_die(source, target, **folders):
@@ -191,7 +191,7 @@ run(sys.argv[1], workers=0)
 """
 
 
-def test_a_killed_process_costs_nothing_finished_and_changes_no_byte(tmp_path):
+def test_a_killed_process_keeps_finished_trials_and_changes_no_byte(tmp_path):
     options = {"steps": 120, "checkpoint_every": 7, "eval_every": 50, "log_every": 5}
     whole, killed = make(tmp_path / "whole", **options), make(tmp_path / "killed", **options)
     run_trial(whole)
@@ -225,7 +225,7 @@ def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("most", "begins"), [(0.0, 5), (60.0, 1)])
-def test_a_kill_costs_little_time_however_far_apart_checkpoints_are_in_steps(tmp_path, monkeypatch, most, begins):
+def test_checkpoints_are_also_written_by_time(tmp_path, monkeypatch, most, begins):
     monkeypatch.setattr("atn_norms.ablation.execution.trial.MOST_LOST", most)
     monkeypatch.setattr("atn_norms.ablation.execution.trial.SAVING", most)
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study", checkpoint_every=9)
@@ -238,7 +238,7 @@ def test_a_kill_costs_little_time_however_far_apart_checkpoints_are_in_steps(tmp
     assert outputs(trial) == outputs(whole)
 
 
-def test_a_lost_checkpoint_costs_time_only(tmp_path):
+def test_a_lost_checkpoint_only_costs_time(tmp_path):
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study")
     run_trial(whole)
     with pytest.raises(Stopped):
@@ -313,7 +313,7 @@ def test_validation_does_not_touch_training(tmp_path):
     assert often.result()["metrics"] == once.result()["metrics"]  # type: ignore[index]
 
 
-def test_a_text_that_changed_since_the_study_was_made_is_refused(tmp_path, text):
+def test_a_text_that_changed_since_the_study_was_created_is_rejected(tmp_path, text):
     trial = make(tmp_path / "study", **variants(text)["charlm, state carried"])
     with open(text, "a") as file:
         file.write("!")
@@ -321,13 +321,13 @@ def test_a_text_that_changed_since_the_study_was_made_is_refused(tmp_path, text)
         run_trial(trial)
 
 
-def test_a_trial_of_another_version_is_refused(tmp_path):
+def test_a_trial_of_another_version_is_rejected(tmp_path):
     trial = make(tmp_path / "study").trial()
     with pytest.raises(SpecError, match="version: got 7; expected 2"):
         Trainer({**trial, "version": 7})
 
 
-def test_a_full_disk_in_the_middle_is_named_and_costs_nothing_before(tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_keeps_earlier_files(tmp_path, monkeypatch):
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study")
     run_trial(whole)
 
@@ -375,7 +375,7 @@ def onednn(enabled):
     torch.backends.mkldnn.set_flags(enabled)
 
 
-# A change of torch's global state, how to read it, and how to write it back.
+# A change of torch's global state, a function that reads it, and a function that restores it.
 CHANGES = {
     "default type": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype, torch.set_default_dtype),
     "default device": (lambda: torch.set_default_device("meta"), torch.get_default_device, torch.set_default_device),

@@ -88,7 +88,7 @@ FAULTS = {
         },
     ),
     "misspells the hook": one(
-        "misspelt", HOOK.replace("_register(", "_registre(") + "0", "unknown hook 'atn_norms_registre'; .*nearest"
+        "misspelt", HOOK.replace("_register(", "_registre(") + "0", "unknown hook 'atn_norms_registre'; .*did you mean"
     ),
     "has no metadata": one("bare", NORMALIZER.replace("KIND", "bare"), "metadata has no Name and no Version", ""),
     "has no version": one(
