@@ -1,4 +1,4 @@
-"""Check an installed atn-norms from outside its tree; the argument, none, one or many: the threads its kernels use."""
+"""Check an installed atn-norms from outside its tree. Argument: threads of its kernels, none, one or many."""
 
 import json
 import subprocess
@@ -38,5 +38,5 @@ with warnings.catch_warnings(record=True) as caught:
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer(xs)[0], truth(xs)[0], rtol=1e-5, atol=1e-5)
         assert f"backend '{'reference' if found == 'none' else 'native'}'" in an.explain(layer)
-told = [str(warning.message) for warning in caught if "atn-norms doctor" in str(warning.message)]
-assert len(told) == (found == "none"), told
+messages = [str(warning.message) for warning in caught if "atn-norms doctor" in str(warning.message)]
+assert len(messages) == (found == "none"), messages

@@ -170,7 +170,7 @@ BAD = [
         ["ablate", "study.yaml", "--set", "name=a/b"],
         "name: got 'a/b'; expected 1 to 80 letters, digits, blanks and . _ - with",
     ),
-    (["ablate", "study.yaml", "--set", "train.batch_size=9999999"], "of a training set of 40; expected 1 to 40"),
+    (["ablate", "study.yaml", "--set", "train.batch_size=9999999"], "expected 1 to 40, the training sequences"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: /dev/zero}"], "/dev/zero (a special file)"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: ~no-such-user/x}"], "expected a readable file"),
     (["ablate", "study.yaml", "--set", 'task={kind: charlm, text: "a\\0b"}'], "embedded null byte"),

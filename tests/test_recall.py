@@ -135,5 +135,5 @@ def test_inputs_are_unit_vectors_in_the_dtype_of_the_model():
 
 
 def test_a_batch_that_is_too_large_is_rejected_before_it_is_drawn():
-    with pytest.raises(SpecError, match="train.batch_size: 100000000 sequences of 120 steps; at most 2236962"):
+    with pytest.raises(SpecError, match="got 100000000 sequences of 120 steps; expected at most 2236962"):
         CopyingSpec().build(0).batch(0, 10**8)

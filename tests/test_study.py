@@ -276,7 +276,7 @@ def test_every_problem_is_reported():
         ({"model": LSTM | {"hidden_size": 10**5}}, "hidden_size"),
         (
             {"task": {"kind": "adding", "train": 20}, "train": {"batch_size": 21}},
-            "train.batch_size: got 21 sequences of a",
+            "train.batch_size: got 21; expected 1 to 20",
         ),
     ],
 )
@@ -325,7 +325,8 @@ axes: {{train.batch_size: [5, 600], norm: [layer]}}
     with pytest.raises(SpecError, match=r"^study.yaml:4:\d+: tasks\[1\].text: got "):
         make_plan(validate(StudySpec, {**data, "axes": {}}, where), where)
     with pytest.raises(
-        SpecError, match=r"^study.yaml:6:\d+: axes.train.batch_size\[1\]: got 600 sequences .* 1 to 500$"
+        SpecError,
+        match=r"^study.yaml:6:\d+: axes.train.batch_size\[1\]: got 600; expected 1 to 500",
     ):
         make_plan(validate(StudySpec, {**data, "tasks": [{"kind": "adding", "train": 500}]}, where), where)
     with pytest.raises(SpecError, match=r"^--set tasks\[1\].text: tasks\[1\].text: got .*nope \(No such file"):

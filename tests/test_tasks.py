@@ -262,10 +262,10 @@ def test_a_text_of_one_character_is_rejected(tmp_path):
 
 
 def test_a_batch_larger_than_the_training_split_is_rejected():
-    with pytest.raises(SpecError, match="train.batch_size: got 21 sequences of a training set of 20"):
+    with pytest.raises(SpecError, match="train.batch_size: got 21; expected 1 to 20, the training sequences"):
         AddingSpec(length=4, train=20).build(0).batch(0, 21)
 
 
 def test_more_streams_than_characters_are_rejected(text):
-    with pytest.raises(SpecError, match="1800 streams of a text with 1800 training characters"):
+    with pytest.raises(SpecError, match="got 1800; expected 1 to 1799, below the 1800 training"):
         CharLMSpec(text=text).build(0).batch(0, 1800)

@@ -1,4 +1,4 @@
-"""The adding problem: remember two numbers out of many, and add them."""
+"""The adding problem: remember and add two marked numbers of a long sequence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
 
-EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
-MOST_NUMBERS = 2**31  # of a split that is drawn at once: 8 GiB
+EVALUATION_ROWS = 500  # sequences per batch; fixed, so that a score does not depend on the training batch size
+MOST_NUMBERS = 2**31  # of a split, which is drawn at once: 8 GiB
 
 
 class AddingSpec(TaskSpec):
@@ -57,8 +57,9 @@ class Adding(Task):
 
     $$x_t = (u_t, m_t), \quad u_t \sim U[0, 1), \quad y = \sum_t m_t u_t$$
 
-    Two steps are marked (m_t = 1), one uniformly among the first T/2 - 1 and one among the rest. The best constant
-    guess, 1, costs Var(u) + Var(u') = 2/12 = 1/6 at every length (derived: E[y] = 1 and the values are independent).
+    Two steps are marked (m_t = 1): one drawn uniformly from the first T/2 - 1 steps, and one from the others. The best
+    constant prediction, 1, has the error Var(u) + Var(u') = 2/12 = 1/6 at every length (derived: E[y] = 1, and the
+    values are independent).
     """
 
     input_size = 2
@@ -78,10 +79,9 @@ class Adding(Task):
 
     def batch(self, step: int, size: int) -> Batch:
         if size > self.spec.train:
-            got = f"{size} sequences of a training set of {self.spec.train}"
-            raise SpecError("train.batch_size", got, f"1 to {self.spec.train}")
+            raise SpecError("train.batch_size", str(size), f"1 to {self.spec.train}, the training sequences")
         values, marks = self._train
-        epoch, index = divmod(step, len(values) // size)  # the odd rows of an epoch sit it out
+        epoch, index = divmod(step, len(values) // size)  # rows that do not fill a batch are skipped
         rows = self._order(epoch)[index * size : (index + 1) * size]
         return Batch(*sequences(values[rows], marks[rows]))
 
@@ -101,7 +101,7 @@ class Adding(Task):
         return self._draw("train", self.spec.train)
 
     def _draw(self, split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Values [count, T] and the two marked steps [count, 2] of a split."""
+        """Return the values [count, T] and the two marked steps [count, 2] of a split."""
         random = generator(self.seed, "adding", split)
         length = self.spec.length
         half = max(1, length // 2 - 1)
@@ -120,12 +120,12 @@ class Adding(Task):
 
 
 def sequences(values: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs [T, B, 2] and targets [B] of values [B, T] whose steps `marks` [B, 2] are marked."""
+    """Return inputs [T, B, 2] and targets [B] for values [B, T] with marked steps `marks` [B, 2]."""
     marked = torch.zeros_like(values).scatter_(1, marks, 1.0)
     return torch.stack((values, marked), -1).transpose(0, 1).contiguous(), values.gather(1, marks).sum(1)
 
 
 def predict(model: Model, inputs: Tensor) -> Tensor:
-    """The prediction [B] at the last step."""
+    """Return the prediction [B] at the last step."""
     y, _ = model.features(inputs)
     return model.readout(y[-1])[:, 0]

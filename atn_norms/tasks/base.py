@@ -17,12 +17,12 @@ Split = Literal["validation", "test"]
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A separate random generator for each purpose of one seed, so that no draw shifts another.
+    """Return a separate random generator for each purpose of one seed, so that draws are independent.
 
     | symbol | meaning |
     |---|---|
     | `seed` | the trial's seed |
-    | `purpose` | what the numbers are for, such as `"train"` and an epoch |
+    | `purpose` | use of the numbers, such as `"train"` and an epoch |
 
     >>> a, b, c = (torch.rand(1, generator=generator(0, *p)).item() for p in [("train", 1), ("train", 1), ("test",)])
     >>> a == b, a == c
@@ -33,7 +33,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A read-out initialized as in arXiv 2209.14439: weight Kaiming normal, bias 0."""
+    """Return a read-out initialized as in arXiv 2209.14439: Kaiming normal weight, zero bias."""
     linear = nn.Linear(inputs, outputs)
     nn.init.kaiming_normal_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -41,9 +41,9 @@ def kaiming_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 class Batch(NamedTuple):
-    """The data of one training step: `inputs` [T, B, ...], `targets`, and whether it starts sequences afresh.
+    """The data of one training step: `inputs` [T, B, ...] and `targets`; `fresh` is True where sequences start.
 
-    `lengths` [B] are the steps of each sequence where they differ; the inputs beyond are padding.
+    `lengths` [B] are the steps of each sequence if they differ; the inputs after them are padding.
     """
 
     inputs: Tensor
@@ -53,9 +53,9 @@ class Batch(NamedTuple):
 
 
 class Model(nn.Module):
-    """Encoder, recurrent layer, read-out: outputs [T, B, ...] and the state to carry on from, for inputs [T, B, ...].
+    """Encoder, recurrent layer and read-out: map inputs [T, B, ...] to outputs [T, B, ...] and the next state.
 
-    `layer` is a `Recurrent` (time first); `state` is its nested tuple of tensors, None to start afresh.
+    `layer` is a `Recurrent` (time first); `state` is its nested tuple of tensors, None at the start of a sequence.
     """
 
     def __init__(self, encoder: nn.Module, layer: Any, readout: nn.Module) -> None:
@@ -63,9 +63,9 @@ class Model(nn.Module):
         self.encoder, self.layer, self.readout = encoder, layer, readout
 
     def features(self, inputs: Tensor, state: Tree | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
-        """The layer's outputs [T, B, output_size], before the read-out, and its state after them.
+        """Return the layer's outputs [T, B, output_size], before the read-out, and its next state.
 
-        With `lengths` [B], the steps of a row beyond its length are padding: their outputs are 0.
+        With `lengths` [B], the steps of a row after its length are padding, with outputs 0.
         """
         return self.layer.unroll(self.encoder(inputs), state, lengths)
 
@@ -75,18 +75,18 @@ class Model(nn.Module):
 
 
 class Task(ABC):
-    """A problem for one seed: batches to train on, and two splits to be judged by.
+    """A problem for one seed: training batches, and two splits for scores.
 
     | symbol | meaning |
     |---|---|
-    | `input_size` | features the encoder hands to the layer at each step |
+    | `input_size` | features of the encoder's output per step |
     | `batch_size` | sequences per training step unless the study names a number |
     | `metric` | name and unit of the score |
-    | `goal` | `"min"` where a smaller score is better, such as a loss; `"max"` where a larger one is |
-    | `spread` | `"multiplicative"` where scores of different seeds differ by factors and are compared as logarithms; otherwise `"additive"` |
-    | `metric_per_loss` | what one unit of `loss` is in units of the metric, for `in_metric` |
-    | `baselines` | what trivial predictors score on the test split: name -> value of the metric |
-    | `notes` | sentences about the data that were read, such as where values are missing |
+    | `goal` | `"min"` if a smaller score is better, such as a loss; `"max"` if a larger score is better |
+    | `spread` | `"multiplicative"` if scores of different seeds differ by factors and are compared as logarithms; otherwise `"additive"` |
+    | `metric_per_loss` | units of the metric per unit of `loss`, for `in_metric` |
+    | `baselines` | scores of trivial predictors on the test split: name -> value of the metric |
+    | `notes` | sentences about the data, such as the number of missing values |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
     at every call, so that a killed trial resumes bit for bit.
@@ -107,19 +107,19 @@ class Task(ABC):
 
     @abstractmethod
     def encoder(self) -> nn.Module:
-        """A fresh module from inputs [T, B, ...] to [T, B, input_size], drawn from torch's global generator."""
+        """Return a new module from inputs [T, B, ...] to [T, B, input_size], drawn from torch's global generator."""
 
     @abstractmethod
     def readout(self, output_size: int) -> nn.Module:
-        """A fresh module from the layer's outputs to predictions, drawn from torch's global generator."""
+        """Return a new module from the layer's outputs to predictions, drawn from torch's global generator."""
 
     def share(self, model: Model) -> None:
-        """Share weights between parts of a fresh model; the default shares none."""
+        """Share weights between parts of a new model; the default shares none."""
         return
 
     @abstractmethod
     def batch(self, step: int, size: int) -> Batch:
-        """The batch of training step `step` = 0, 1, ... with `size` sequences."""
+        """Return the batch of training step `step` = 0, 1, ... with `size` sequences."""
 
     def rate(self, step: int, size: int) -> float:
         """Return the factor of the learning rate at a training step with `size` sequences."""
@@ -127,15 +127,15 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: Model, batch: Batch, carry: Tree | None) -> tuple[Tensor, Tree | None]:
-        """The loss of a batch, and what the next batch starts from (detached; None where nothing is carried)."""
+        """Return the loss of a batch, and the detached state for the next batch (None if no state is carried)."""
 
     @abstractmethod
     def evaluate(self, model: Model, split: Split) -> dict[str, float]:
-        """Score a model, in evaluation mode and without gradients, on a whole split: `{metric: value}` and more."""
+        """Score a model, in evaluation mode and without gradients, on a whole split: `{metric: value, ...}`."""
 
 
 class TaskSpec(Options, ABC):
-    """Options of a task: a frozen model with a `kind`, which builds the task for a seed.
+    """Options of a task: a frozen pydantic model with a `kind`, which builds the task for a seed.
 
     `recommended` holds options of a study's `train` section that apply unless the study names them.
     """
@@ -146,16 +146,16 @@ class TaskSpec(Options, ABC):
 
     @abstractmethod
     def build(self, seed: int) -> Task:
-        """The task these options describe, for one seed."""
+        """Return the task of these options for one seed."""
 
     def data(self) -> dict[str, str]:
-        """Content hashes of what the task reads: option -> `sha256:...`; empty for a synthetic task.
+        """Return content hashes of the data: option -> `sha256:...`; empty for a synthetic task.
 
-        A trial is identified by these hashes in place of the options they belong to, so a file may move.
+        The identity of a trial contains these hashes instead of the options, so a file may move.
         Errors: `SpecError` naming the option and the file that cannot be read.
         """
         return {}
 
     def unsupported_reason(self, layer: Any) -> str | None:
-        """The reason why this task cannot train a layer (a `LayerSpec`), in one sentence; None where it can."""
+        """Return why this task cannot train a layer (a `LayerSpec`), in one sentence, or None."""
         return None

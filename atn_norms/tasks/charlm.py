@@ -15,14 +15,14 @@ class CharLMSpec(LanguageSpec):
 
     | option | meaning | unit |
     |---|---|---|
-    | `text` | a UTF-8 file (relative to where the program runs), or a folder with `ptb.char.train.txt`, `.valid.txt` and `.test.txt` (or `ptb.train.txt` ...); None: Python's own language reference | path |
+    | `text` | a UTF-8 file (relative to the working directory), or a folder with `ptb.char.train.txt`, `.valid.txt` and `.test.txt` (or `ptb.train.txt` ...); None: Python's own language reference | path |
     | `embedding` | size of a character's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | characters |
-    | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
-    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, with fresh windows; or `none` | |
-    | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
-    | `evaluation_streams` | parallel streams that a split is read in | |
-    | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |
+    | `segment_deviation`, `segment_halved` | lengths of training segments: normal around `segment` with this deviation, and around half of `segment` for this share; the learning rate is scaled by length over `segment` | tokens, share |
+    | `carry` | state carried from one segment to the next, in training and evaluation: `all`, including windows; `hidden` states only; or `none` | |
+    | `tied` | share the weights of read-out and embedding; None: if the layer's outputs have the embedding's size | |
+    | `evaluation_streams` | number of parallel streams in evaluation | |
+    | `embedding_init` | bound of the uniform initialization of the embedding (and a tied read-out); None: the read-out's initialization if tied, otherwise torch's | |
 
     >>> CharLMSpec(carry="hidden").data()["text"][:7]
     'sha256:'
@@ -46,7 +46,7 @@ class CharLM(Language):
     $$\mathrm{bpc} = -\frac{1}{N} \sum_{n=1}^{N} \log_2 p(c_n \mid c_{<n})$$
 
     Baselines, on the test split: `uniform`, log2 of the alphabet's size; `character frequencies`, the cross-entropy
-    under the training split's frequencies (each count plus one, so that a new character costs finitely much). Of
+    under the frequencies of the training split (each count plus one, so that new characters have a finite cost). For
     Python's language reference they are about 6.7 and 4.6.
     """
 

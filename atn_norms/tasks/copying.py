@@ -1,4 +1,4 @@
-"""The copying problem: keep ten symbols in mind over a long silence, and write them down."""
+"""The copying problem: remember symbols over a long series of blanks, and write them down."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class CopyingSpec(RecallSpec):
     | option | meaning | unit |
     |---|---|---|
     | `recall` | symbols that are shown and recalled | symbols |
-    | `alphabet` | how many different symbols there are | symbols |
-    | `length` | how long the silence between them lasts | steps |
+    | `alphabet` | number of different symbols | symbols |
+    | `length` | blanks between the symbols and their recall | steps |
     | `validation`, `test` | size of each split, drawn from the seed | sequences |
 
     >>> task = CopyingSpec(recall=3, length=4).build(seed=0)
@@ -35,8 +35,8 @@ class CopyingSpec(RecallSpec):
 class Copying(Recall):
     r"""`recall` symbols, `length` blanks, a marker and blanks: T = `length` + 2 `recall`; see `Recall` for the loss.
 
-    At the defaults, T = 120 and no memory costs 10 ln 8 / 120 = 0.1733 (Hochreiter, Schmidhuber, Neural Computation
-    9(8), 1997; in the form of Arjovsky et al., arXiv 1511.06464).
+    At the defaults, T = 120, and a model without memory has the loss 10 ln 8 / 120 = 0.1733. Source: Hochreiter,
+    Schmidhuber, Neural Computation 9(8), 1997, in the form of Arjovsky et al., arXiv 1511.06464.
     """
 
     purpose = "copying"

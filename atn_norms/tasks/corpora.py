@@ -1,4 +1,4 @@
-"""Texts to learn a language from: Python's own reference, a UTF-8 file, or a folder laid out like the Penn Treebank."""
+"""Texts for language models: Python's language reference, a UTF-8 file, or a folder in the Penn Treebank layout."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from atn_norms.files import read_regular
 Unit = Literal["characters", "words"]
 LARGEST = 2**30  # bytes of a text
 PARTS = ("train", "valid", "test")
-# Characters stand one by one, with spaces between, in the first; the second is prepared for words.
-# A word: one ideograph or Hiragana sign, for these scripts put no spaces; or a run of other letters, marks and digits.
-# Signs: a run of them, with the marks and joiners that belong to them, as in an emoji.
+# A word is one ideograph or Hiragana sign, since these scripts have no spaces, or a run of other letters, marks and
+# digits. A run of other signs includes their marks and joiners, as in an emoji.
 WORDS = r"[\p{Han}\p{Hiragana}]\p{M}*|[\w\p{No}--\p{Han}--\p{Hiragana}]+|(?:[^\w\s\p{No}][\p{M}\p{Join_Control}]*)+|\n"
 BETWEEN_SPACES = r"\S+|\n"
+# `ptb.char` files have spaces between characters; `ptb` files have spaces between words.
 LAYOUTS: dict[Unit, tuple[str, ...]] = {"characters": ("ptb.char", "ptb"), "words": ("ptb",)}
 
 
 class Corpus(NamedTuple):
-    """A text's tokens, in three splits; a line's end is a token as well."""
+    """Tokens of a text in three splits; line ends are tokens."""
 
     train: Sequence[str]
     validation: Sequence[str]
@@ -31,15 +31,15 @@ class Corpus(NamedTuple):
 
 
 def read(path: str | None, unit: Unit) -> Corpus:
-    """Read a text as `characters` or `words`; None is Python's own language reference.
+    """Read a text as `characters` or `words`; None is Python's language reference.
 
     A text is split 90/5/5 in reading order. Its words are runs of letters, marks and digits, runs of other signs, and
-    line ends; an ideograph is a word. A folder brings its splits with it, in files `ptb.train.txt`, `ptb.valid.txt` and
-    `ptb.test.txt`, whose words are separated by spaces; for characters, the files `ptb.char.*` are preferred, whose
-    characters are.
+    line ends; an ideograph is a word. A folder has its own splits in files `ptb.train.txt`, `ptb.valid.txt` and
+    `ptb.test.txt`, with words separated by spaces. For characters, files `ptb.char.*` with characters separated by
+    spaces have precedence.
 
-    A file is read in the normal form NFC, so that an accent is part of its letter however it was typed. LF, CRLF and CR
-    are the same line end.
+    A file is read in the normal form NFC, so that an accent is part of its letter. LF, CRLF and CR are the same line
+    end.
 
     >>> import pathlib
     >>> _ = pathlib.Path("words.txt").write_bytes("e\u0301tude हिन्दी\\r\\n".encode() * 20)
@@ -52,7 +52,7 @@ def read(path: str | None, unit: Unit) -> Corpus:
     if layout == "ptb.char":
         texts = ["\n".join("".join(line.split()) for line in text.split("\n")) for text in texts]
     if unit == "words":
-        import regex  # knows the marks of every script, which the re module does not
+        import regex  # supports the marks of every script, unlike re
 
         words = regex.compile(BETWEEN_SPACES if layout else WORDS, regex.VERSION1)
         tokens: list[Sequence[str]] = [words.findall(text) for text in texts]
@@ -66,9 +66,9 @@ def read(path: str | None, unit: Unit) -> Corpus:
 
 
 def fingerprint(path: str | None, unit: Unit) -> str:
-    """The hash of what `read` reads: `sha256:` and 64 digits; that of a folder covers its three files.
+    """Return the hash of the text, `sha256:` and 64 digits; the hash of a folder covers its three files.
 
-    The hash of a text that is split into words covers the rule as well: another rule makes other tokens.
+    For words, the hash includes the word rule, since another rule gives other tokens.
     """
     texts, layout = _texts(path, unit)
     if unit == "words" and not layout:
@@ -79,7 +79,7 @@ def fingerprint(path: str | None, unit: Unit) -> str:
 
 
 def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
-    """One text and no layout, or three and which."""
+    """Return one text and no layout, or three texts and their layout."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -96,11 +96,11 @@ def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
 
 def _decoded(path: Path) -> str:
     try:
-        text = read_regular(path, LARGEST).decode("utf-8-sig")  # which drops a byte order mark
+        text = read_regular(path, LARGEST).decode("utf-8-sig")  # removes a byte order mark
         return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     except OSError as error:
         raise SpecError("text", f"{path} ({error.strerror})", "a readable file", nearest_file(path)) from error
     except UnicodeDecodeError as error:
         raise SpecError("text", f"{path}, not UTF-8 at byte {error.start}", "a UTF-8 file") from error
-    except ValueError as error:  # the names of files contain no zero character
+    except ValueError as error:  # for example a NUL character in the name
         raise SpecError("text", f"{short_repr(str(path))} ({error})", "a readable file") from error

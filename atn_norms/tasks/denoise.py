@@ -1,4 +1,4 @@
-"""The denoising problem: pick out the symbols that are strewn in a long blank sequence, and write them down."""
+"""The denoising problem: find symbols scattered in a long blank sequence, and write them down."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DenoiseSpec(RecallSpec):
     | option | meaning | unit |
     |---|---|---|
     | `recall` | symbols that are shown and recalled | symbols |
-    | `alphabet` | how many different symbols there are | symbols |
-    | `length` | T; symbols stand in the first T + `recall` - 1 steps, of T + 2 `recall` in all | steps |
+    | `alphabet` | number of different symbols | symbols |
+    | `length` | T; symbols are in the first T + `recall` - 1 of T + 2 `recall` steps | steps |
     | `validation`, `test` | size of each split, drawn from the seed | sequences |
 
     >>> task = DenoiseSpec(recall=3, length=6).build(seed=0)
@@ -37,10 +37,10 @@ class DenoiseSpec(RecallSpec):
 class Denoise(Recall):
     r"""`recall` symbols at random different steps of T' = `length` + `recall` - 1, a marker, and `recall` blanks.
 
-    At the defaults a sequence has 120 steps and no memory costs 10 ln 9 / 120 = 0.1831; see `Recall` for the loss.
+    At the defaults a sequence has 120 steps, and a model without memory has the loss 10 ln 9 / 120 = 0.1831.
     The symbols' steps are drawn without replacement, so that there are always `recall` of them. The targets keep
     their order (Jing et al., arXiv 1706.02761). The authors of arXiv 2209.14439 released no
-    setting; their NC-GRU study uses T = 200 and 400 and draws the steps with replacement.
+    settings; their NC-GRU study uses T = 200 and 400 and draws the steps with replacement.
     """
 
     purpose = "denoise"

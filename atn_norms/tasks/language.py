@@ -1,4 +1,4 @@
-"""The common part of language models: streams of tokens walked along in segments, scored on every token of a split."""
+"""The common part of language models: training on segments of streams, scores on every token of a split."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
 from atn_norms.tasks.corpora import Corpus, Unit, fingerprint, read
 
-MOST_LOGITS = 2**23  # at a time in evaluation: 32 MiB of float32
-SHORTEST = 100  # tokens: below, a 5% split has nothing to predict
+MOST_LOGITS = 2**23  # at once in evaluation: 32 MiB of float32
+SHORTEST = 100  # tokens: a 5% split of a shorter text has nothing to predict
 IGNORED = -100
 
 
@@ -29,7 +29,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 class LanguageSpec(TaskSpec):
-    """Options that language models share."""
+    """Common options of language models."""
 
     unit: ClassVar[Unit]
     text: Annotated[str | None, AfterValidator(_absolute)] = None
@@ -44,7 +44,7 @@ class LanguageSpec(TaskSpec):
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Options that came later are left out at their defaults, so that trials keep their identity."""
+        """Leave out newer options at their defaults, so that trials keep their identity."""
         options = handler(self)
         later = ("segment_deviation", "segment_halved", "evaluation_streams", "embedding_init")
         return {
@@ -68,12 +68,12 @@ class Language(Task):
 
     $$H = -\frac{1}{N} \sum_{n=1}^{N} \ln p(x_n \mid x_{<n})$$
 
-    Training cuts the text into one stream per sequence of the batch and walks along all of them segment by segment,
-    carrying state; an epoch ends at the streams' end. Evaluation covers every token of a split but its first, in a
-    fixed number of streams, carrying state in the same way.
+    Training cuts the text into one stream per sequence of the batch. It reads all streams segment by segment and
+    carries the state; an epoch ends at the end of the streams. Evaluation covers every token of a split except the
+    first, in a fixed number of streams, and carries the state in the same way.
 
-    Read-out and embedding share their weights (Press, Wolf, arXiv 1608.05859) where their sizes agree, unless `tied`
-    is false; they then start as the read-out does.
+    Read-out and embedding share their weights (Press, Wolf, arXiv 1608.05859) if their sizes agree, unless `tied` is
+    false. Tied weights have the initialization of the read-out.
     """
 
     spec: LanguageSpec
@@ -82,7 +82,7 @@ class Language(Task):
         self.spec, self.seed, self.input_size = spec, seed, spec.embedding
         self._starts: dict[int, list[list[int]]] = {}  # length of a stream -> the starts of each epoch's segments
         corpus = read(spec.text, spec.unit)
-        self._refuse_short(corpus)
+        self._require_length(corpus)
         self.vocabulary = self.known(corpus)
         self.index = {token: i for i, token in enumerate(self.vocabulary)}
         self.train, validation, test = (self._codes(tokens) for tokens in corpus)
@@ -90,11 +90,11 @@ class Language(Task):
 
     @abstractmethod
     def known(self, corpus: Corpus) -> list[str]:
-        """The vocabulary; its first token replaces every token outside it."""
+        """Return the vocabulary; its first token replaces every unknown token."""
 
     @abstractmethod
     def score(self, nats: float) -> float:
-        """The metric, of a cross-entropy in nats per token."""
+        """Convert a cross-entropy in nats per token into the metric."""
 
     def in_metric(self, loss: float) -> float:
         return self.score(loss)
@@ -115,8 +115,8 @@ class Language(Task):
 
     def batch(self, step: int, size: int) -> Batch:
         if size >= len(self.train):
-            got = f"{size} streams of a text with {len(self.train)} training {self.spec.unit}"
-            raise SpecError("train.batch_size", got, f"1 to {len(self.train) - 1}")
+            expected = f"1 to {len(self.train) - 1}, below the {len(self.train)} training {self.spec.unit}"
+            raise SpecError("train.batch_size", str(size), expected)
         length = (len(self.train) - 1) // size
         start, segment = self._place(step, length)
         rows = torch.arange(size) * length + start + torch.arange(segment).unsqueeze(1)  # [segment, size]
@@ -132,7 +132,7 @@ class Language(Task):
         return bool(self.spec.segment_deviation or self.spec.segment_halved)
 
     def _place(self, step: int, length: int) -> tuple[int, int]:
-        """The first token and the number of tokens of a training step, within streams of a length."""
+        """Return the first token and the number of tokens of a training step, for streams of a length."""
         if not self._varied:
             segment = min(self.spec.segment, length)
             return step % (length // segment) * segment, segment
@@ -148,7 +148,7 @@ class Language(Task):
         raise AssertionError
 
     def _draw_starts(self, epoch: int, length: int) -> list[int]:
-        """The starts of an epoch's segments, and the end of the last segment, which is the end of the stream."""
+        """Return the starts of an epoch's segments, followed by the end of the stream."""
         random, starts = generator(self.seed, "segments", epoch), [0]
         while starts[-1] < length:
             halved = float(torch.rand((), generator=random)) < self.spec.segment_halved
@@ -181,7 +181,7 @@ class Language(Task):
         return {self.metric: self.score(nats.item() / count)}
 
     def baselines_of(self, frequencies: str) -> dict[str, float]:
-        """Scores on the test split of a uniform guess, and of a guess by the `frequencies` of the training split."""
+        """Return the test scores of uniform predictions, and of the training frequencies, named `frequencies`."""
         size = len(self.vocabulary)
         return {
             "uniform": self.score(math.log(size)),
@@ -189,7 +189,7 @@ class Language(Task):
         }
 
     def _read_out(self, model: Model, y: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Predictions and targets, few steps at a time: of a large vocabulary all at once would not fit."""
+        """Yield predictions and targets, a few steps at a time, to bound the memory of a large vocabulary."""
         steps = max(1, MOST_LOGITS // (y.shape[1] * len(self.vocabulary)))
         for some, tokens in zip(y.split(steps), wanted.split(steps), strict=True):
             yield model.readout(some), tokens
@@ -206,7 +206,7 @@ class Language(Task):
     def _codes(self, tokens: Any) -> Tensor:
         return torch.tensor([self.index.get(token, 0) for token in tokens])
 
-    def _refuse_short(self, corpus: Corpus) -> None:
+    def _require_length(self, corpus: Corpus) -> None:
         where, unit = self.spec.text, self.spec.unit
         count = sum(map(len, corpus))
         if count < SHORTEST:
@@ -219,6 +219,6 @@ class Language(Task):
 
 
 def unigram(train: Tensor, test: Tensor, size: int) -> float:
-    """Nats per token of `test` under the frequencies of `train`, each of `size` counts plus one."""
+    """Return the nats per token of `test` under the frequencies of `train`, each of `size` counts plus one."""
     counts = torch.bincount(train, minlength=size).double() + 1
     return -(counts / counts.sum()).log()[test].mean().item()

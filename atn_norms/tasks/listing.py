@@ -1,4 +1,4 @@
-"""List, divide and load sequences: a folder with a folder for each class, or an index file; one file a sequence."""
+"""List, split and load sequences, one per file, from a folder per class or an index file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENDINGS = f"files with the endings {', '.join(FILES)}"
 
 
 class Item(NamedTuple):
-    """A sequence that a folder or an index lists: its name, file, label and split, and the place that lists it."""
+    """A listed sequence: name, file, label, split, and the folder or line that lists it."""
 
     name: str
     path: Path
@@ -112,7 +112,7 @@ def _in_index(path: Path, spec: SequencesSpec) -> list[Item]:
 
 
 def divided(items: list[Item], spec: SequencesSpec) -> list[Item]:
-    """Return the items, each with its split: its own, or one drawn with `split_seed`, of each class alike.
+    """Return the items with their splits, listed or drawn per class with `split_seed`.
 
     Errors: `SpecError` naming a split without sequences.
     """
@@ -120,8 +120,8 @@ def divided(items: list[Item], spec: SequencesSpec) -> list[Item]:
         items = _drawn(items, {"validation": spec.validation, "test": spec.test}, spec)
     elif not any(item.part == "validation" for item in items):
         train = [item for item in items if item.part == "train"]
-        rest = [item for item in items if item.part != "train"]
-        items = _drawn(train, {"validation": spec.validation}, spec) + rest
+        others = [item for item in items if item.part != "train"]
+        items = _drawn(train, {"validation": spec.validation}, spec) + others
     for part in PARTS:
         if not any(item.part == part for item in items):
             cure = "at least one; a class is divided where it has three, or name the splits in the files"
@@ -130,7 +130,7 @@ def divided(items: list[Item], spec: SequencesSpec) -> list[Item]:
 
 
 def _drawn(items: list[Item], shares: Mapping[str, float], spec: SequencesSpec) -> list[Item]:
-    """Draw parts of the given shares from each class, at least one sequence of each where there are three."""
+    """Draw parts of the given shares from each class; each part gets a sequence if the class has enough."""
     result: list[Item] = []
     groups = sorted({item.label for item in items}) if spec.mode == "classify" else [None]
     for label in groups:
@@ -146,12 +146,12 @@ def _drawn(items: list[Item], shares: Mapping[str, float], spec: SequencesSpec) 
 
 
 def loaded(items: list[Item], spec: SequencesSpec) -> tuple[list[Tensor], list[str]]:
-    """Return the values [T, F] of each sequence, float64 with NaN where one is missing, and the names of the features.
+    """Return the values [T, F] of each sequence, float64 with NaN for missing values, and the feature names.
 
     Errors: `SpecError` naming the file that cannot be read, or has other features than the first one.
     """
     values: list[Tensor] = []
-    names = list(spec.columns) if spec.columns is not None else None  # of tables; an array has none
+    names = list(spec.columns) if spec.columns is not None else None  # of tables; an array has no names
     for item in items:
         if item.path.suffix.lower() == ".npy":
             steps = _array(item, spec)

@@ -1,4 +1,4 @@
-"""The common part of copying and denoising: read symbols, wait for a marker, and write the symbols down in order."""
+"""The common part of copying and denoising: read symbols, wait for a marker, and write the symbols in order."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from atn_norms.pytree import Tree
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
 
-EVALUATION_ROWS = 500  # sequences at a time: fixed, so that a score never depends on how training was batched
+EVALUATION_ROWS = 500  # sequences per batch; fixed, so that a score does not depend on the training batch size
 MOST_NUMBERS = 2**28  # of a batch: 2 GiB of symbols
 BLANK = 0
 
 
 class Layout(NamedTuple):
-    """Where things are in a sequence: `reading` steps that may show symbols, the marker, and blanks up to `length`."""
+    """Layout of a sequence: `reading` steps that may show symbols, the marker, and blanks up to `length`."""
 
     reading: int
     length: int
 
 
 class RecallSpec(TaskSpec):
-    """Options that copying and denoising share; `recall` symbols of an alphabet are to be written down."""
+    """Common options of copying and denoising."""
 
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 4000,
@@ -42,7 +42,7 @@ class RecallSpec(TaskSpec):
 
 
 class Recall(Task):
-    r"""Cross-entropy per step, in nats, of blanks and then the symbols that were seen, in order.
+    r"""Cross-entropy per step, in nats, of blanks followed by the shown symbols in order.
 
     $$L = -\frac{1}{T B} \sum_{b=1}^{B} \sum_{t=1}^{T} \log p_{t,b}(y_{t,b}), \qquad
     y_t = \begin{cases} 0 & t \le T - r \\ \text{symbol } t - (T - r) & \text{else} \end{cases}$$
@@ -51,7 +51,7 @@ class Recall(Task):
     symbols. A predictor that knows the task and remembers nothing writes blanks with certainty and then guesses. Its
     cost is `recall` ln(`alphabet`) / T (derived). The second score is the share of wrong symbols.
 
-    Training data are fresh at every step; the splits are drawn from the seed.
+    Training batches are drawn new at every step; the splits are drawn from the seed.
     """
 
     batch_size = 128
@@ -67,11 +67,11 @@ class Recall(Task):
 
     @abstractmethod
     def plan(self) -> Layout:
-        """The length of a sequence, and its part before the marker."""
+        """Return the layout of a sequence."""
 
     @abstractmethod
     def places(self, count: int, random: torch.Generator) -> Tensor:
-        """The steps [count, recall] at which the symbols of each sequence stand, in rising order."""
+        """Return the steps [count, recall] of the symbols of each sequence, in increasing order."""
 
     def encoder(self) -> nn.Module:
         return OneHot(self.input_size)
@@ -105,7 +105,7 @@ class Recall(Task):
         }
 
     def _draw(self, count: int, *purpose: str | int) -> Batch:
-        """Inputs and targets [T, count], as numbers of symbols."""
+        """Return inputs and targets [T, count] as symbol indices."""
         random = generator(self.seed, self.purpose, *purpose)
         reading, length = self.layout
         symbols = torch.randint(1, self.spec.alphabet + 1, (count, self.spec.recall), generator=random)
@@ -118,7 +118,7 @@ class Recall(Task):
 
 
 class OneHot(nn.Module):
-    """Numbers [...] as unit vectors [..., size], in the type of the model."""
+    """Map indices [...] to unit vectors [..., size] in the dtype of the model."""
 
     rows: Tensor
 

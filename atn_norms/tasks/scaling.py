@@ -1,4 +1,4 @@
-"""Standardize columns with missing values: moments without them, zeros and mask columns in their place."""
+"""Standardize columns with missing values: exclude them from moments, replace them by zeros and mask columns."""
 
 from __future__ import annotations
 

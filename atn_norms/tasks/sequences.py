@@ -1,4 +1,4 @@
-"""Sequences of different lengths from files: name the class of each, or predict a number for each."""
+"""Sequences of different lengths from files: classification or regression of each sequence."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from atn_norms.tasks.listing import PARTS, Item, divided, listed, loaded, missin
 from atn_norms.tasks.scaling import masked, moments
 from atn_norms.tasks.tables import absolute, content, digest, fault, plural
 
-EVALUATION_STEPS = 2**15  # steps at a time, padding included: fixed, so that a score never depends on training
-POOL = 16  # batches among which sequences are sorted by length
+EVALUATION_STEPS = 2**15  # steps per batch, padding included; fixed, so that a score does not depend on training
+POOL = 16  # number of batches whose sequences are sorted by length together
 CLASSES, NUMBERS = ("accuracy", "macro F1"), ("MAE", "MSE")
 
 
 class SequencesSpec(TaskSpec):
-    """Options of sequences in files, one file a sequence; the defaults are customary small ones.
+    """Options of sequences in files, one file per sequence; the defaults are small customary values.
 
     | option | meaning | unit |
     |---|---|---|
-    | `path` | a folder with a folder of files for each class, or an index file (CSV or Parquet) with a row for each file; relative to where the program runs | path |
-    | `mode` | `classify`: name the class of a sequence; `regress`: predict a number | |
-    | `columns` | columns of the files that are inputs; None: all, in the order of the first file | |
-    | `file_column`, `label_column` | columns of an index file: a sequence's file, relative to the index, and its class or number | |
-    | `split_column` | column of an index file with `train`, `validation` or `test`; None: sequences are drawn | |
-    | `validation`, `test` | shares of the sequences, drawn where the files name no splits; of each class alike | |
-    | `split_seed` | seed of that draw, the same for every seed of a study | |
-    | `pool` | what the read-out sees of a sequence: the layer's output at its `last` step, or the `mean` over its steps | |
-    | `metric` | the score: `accuracy` or `macro F1` of classes, `MAE` or `MSE` of numbers; None: the first | |
-    | `delimiter` | what separates the fields of a CSV file | |
-    | `missing` | spellings of a missing value in a CSV file, besides the empty field, `NA`, `NaN`, `null` and the like | |
+    | `path` | a folder with a folder of files for each class, or an index file (CSV or Parquet) with a row for each file; relative to the working directory | path |
+    | `mode` | `classify`: predict the class of a sequence; `regress`: predict a number | |
+    | `columns` | input columns of the files; None: all, in the order of the first file | |
+    | `file_column`, `label_column` | columns of an index file: file of a sequence, relative to the index, and its class or number | |
+    | `split_column` | column of an index file with `train`, `validation` or `test`; None: draw the splits | |
+    | `validation`, `test` | shares of the sequences of each class, drawn if the files name no splits | |
+    | `split_seed` | seed of the splits, the same for every seed of a study | |
+    | `pool` | input of the read-out: the layer's output at the `last` step of a sequence, or the `mean` over its steps | |
+    | `metric` | score: `accuracy` or `macro F1` of classes, `MAE` or `MSE` of numbers; None: `accuracy` or `MAE` | |
+    | `delimiter` | field separator of a CSV file | |
+    | `missing` | spellings of a missing value in a CSV file, in addition to the empty field, `NA`, `NaN`, `null` and similar | |
 
-    A folder with the folders `train` and `test`, and perhaps `validation`, brings its splits: the folders of classes
-    are inside. Sequences of validation are then drawn from the training ones where there is no such folder.
+    A folder may have the folders `train`, `test` and optionally `validation`, each with the folders of the classes.
+    Without `validation`, validation sequences are drawn from the training sequences.
 
     >>> import pathlib
     >>> for i in range(40):
@@ -88,7 +88,7 @@ class SequencesSpec(TaskSpec):
         return Sequences(self, seed)
 
     def data(self) -> dict[str, str]:
-        """The hash of every file with its label and its split, in the order in which they are listed."""
+        """Return one hash of all files with their labels and splits, in the order of the listing."""
         whole = hashlib.sha256()
         for item in listed(self):
             whole.update(repr((item.name, item.label, item.part, digest(content(item.path, "path")))).encode())
@@ -96,26 +96,26 @@ class SequencesSpec(TaskSpec):
 
 
 class Sequences(Task):
-    r"""Name the class of each sequence (cross-entropy, scored by accuracy or macro F1), or predict a number for it.
+    r"""Predict the class of each sequence (cross-entropy, scored by accuracy or macro F1), or a number.
 
     $$\mathrm{accuracy} = \frac{1}{N} \sum_{n=1}^{N} [\, \arg\max_c p_c(x_n) = c_n \,], \qquad
     \mathrm{F}_1 = \frac{1}{C} \sum_{c=1}^{C} \frac{2\, TP_c}{2\, TP_c + FP_c + FN_c}$$
 
-    Macro F1 is the mean over the classes that occur in the split or among the predictions.
+    Macro F1 is the mean over the classes that occur in the split or in the predictions.
 
     | symbol | meaning | shape |
     |---|---|---|
-    | inputs | standardized features, 0 beyond a sequence's length; for each with missing values also 1 where one is missing | `[T, B, F]` |
+    | inputs | standardized features, 0 after the end of a sequence; a mask column (1: missing) for each feature with missing values | `[T, B, F]` |
     | targets | classes (int64), or standardized numbers | `[B]` |
-    | lengths | steps of each sequence, where they differ | `[B]` |
+    | lengths | steps of each sequence, if they differ | `[B]` |
 
-    Means and deviations are those of the training sequences. A training batch holds sequences of similar lengths: each
-    epoch draws an order, sorts every 16 batches by length, and draws the order of the batches. A missing value is 0 as
-    an input. The loss of a number is the metric itself, up to a constant factor.
+    Means and deviations are those of the training sequences. A training batch has sequences of similar lengths: each
+    epoch draws an order, sorts every 16 batches by length, and draws the order of the batches. A missing input is 0.
+    The loss of a regression is the metric, up to a constant factor.
 
-    Baselines, on the test split: `majority class`, the most frequent class in training; `training mean` of numbers.
+    Baselines, on the test split: `majority class`, the most frequent training class; or `training mean` of numbers.
 
-    Errors: `SpecError` naming the option, and the file, with its line where there is one.
+    Errors: `SpecError` naming the option, the file, and the line if there is one.
     """  # noqa: E501
 
     batch_size = 32
@@ -152,7 +152,7 @@ class Sequences(Task):
         count = len(self.rows["train"])
         if size > count:
             raise fault("train.batch_size", "", f"{size}", f"1 to {count}, the training sequences")
-        epoch, index = divmod(step, count // size)  # sequences left over at the end of an epoch are left out
+        epoch, index = divmod(step, count // size)  # sequences that do not fill a batch are skipped
         if (epoch, size) != self._epoch[0]:
             self._epoch = (epoch, size), self._batches(epoch, size)
         return self._padded(self._epoch[1][index])
@@ -188,7 +188,7 @@ class Sequences(Task):
         return Batch(padded, self.targets[rows], lengths=lengths if ragged else None)
 
     def _batches(self, epoch: int, size: int) -> Tensor:
-        """The rows [batches, size] of an epoch's batches."""
+        """Return the rows [batches, size] of an epoch's batches."""
         random, rows = generator(self.seed, "sequences", "order", epoch), self.rows["train"]
         order = rows[torch.randperm(len(rows), generator=random)][: len(rows) // size * size]
         batches = torch.cat([self._by_length(pool) for pool in order.split(POOL * size)]).view(-1, size)
@@ -198,7 +198,7 @@ class Sequences(Task):
         return rows[self.lengths[rows].argsort(stable=True)]
 
     def _chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """Cut rows in rising order of their lengths so that no padded chunk has more than EVALUATION_STEPS steps."""
+        """Yield chunks of rows, sorted by length, of at most EVALUATION_STEPS padded steps."""
         first, lengths = 0, self.lengths[rows].tolist()
         for last, length in enumerate(lengths):
             if last > first and (last + 1 - first) * length > EVALUATION_STEPS:
@@ -227,7 +227,7 @@ class Sequences(Task):
         self.metric_per_loss = self.deviation ** (2 if self.metric == "MSE" else 1)
 
     def _numbers(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The scores of standardized predictions, of which those of a split count, in the unit of the labels."""
+        """Return the scores of standardized predictions on a split, in the unit of the labels."""
         rows = self.rows[split]
         error = (predicted[rows].double() - self.targets[rows].double()).abs() * self.deviation
         return {"MAE": error.mean().item(), "MSE": error.square().mean().item()}

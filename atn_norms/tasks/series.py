@@ -1,4 +1,4 @@
-"""Time series from a file: forecast the next steps of some columns, or regress them on others."""
+"""Time series from a file: forecast columns, or regress them on other columns."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PARTS = ("train", "validation", "test")
 
 
 class SeriesSpec(TaskSpec):
-    """Options of a time series in a CSV or Parquet file; the defaults are customary small ones.
+    """Options of a time series in a CSV or Parquet file; the defaults are small customary values.
 
     | option | meaning | unit |
     |---|---|---|
-    | `file` | a CSV or Parquet file, one row a time step (relative to where the program runs) | path |
+    | `file` | a CSV or Parquet file, one row per time step (relative to the working directory) | path |
     | `targets` | columns to predict | |
-    | `covariates` | columns that are inputs as well | |
+    | `covariates` | additional input columns | |
     | `mode` | `forecast`: predict the targets of the next `horizon` steps from the targets and covariates so far; `regress`: predict the targets of a step from the covariates up to it | |
     | `time` | column of times, which must increase; None: the rows are in order | |
     | `time_format` | format of the times as in `strptime`; None: numbers, or ISO 8601 dates and times | |
@@ -37,9 +37,9 @@ class SeriesSpec(TaskSpec):
     | `season` | steps after which the series repeats, for the seasonal predictor and MASE; None: no season | steps |
     | `stride` | steps from one window to the next | steps |
     | `validation`, `test` | shares of the rows, cut from the end in time order: training, validation, test | |
-    | `metric` | the score: `MAE`, `MSE` or `MASE` | |
-    | `delimiter` | what separates the fields of a CSV file | |
-    | `missing` | spellings of a missing value in a CSV file, besides the empty field, `NA`, `NaN`, `null` and the like | |
+    | `metric` | score: `MAE`, `MSE` or `MASE` | |
+    | `delimiter` | field separator of a CSV file | |
+    | `missing` | spellings of a missing value in a CSV file, in addition to the empty field, `NA`, `NaN`, `null` and similar | |
 
     >>> import pathlib
     >>> _ = pathlib.Path("load.csv").write_text("load\\n" + "\\n".join(str(i % 7) for i in range(200)))
@@ -118,18 +118,18 @@ class Series(Task):
 
     | symbol | meaning | shape |
     |---|---|---|
-    | inputs | standardized columns; for each column with missing values also 1 where a value is missing | `[T, B, F]` |
-    | targets | standardized targets less the last observed ones, and 1 where a value is observed | `[B, H, J, 2]` |
+    | inputs | standardized columns; a mask column (1: missing) for each column with missing values | `[T, B, F]` |
+    | targets | standardized targets minus the last observed values, and 1 for each observed value | `[B, H, J, 2]` |
 
     The rows are split in time order. A window belongs to the split that holds its target steps; its input steps may
     reach into the split before. Means and deviations are those of the training rows. A forecast is the last observed
     value plus the output of the read-out. A missing value is 0 as an input, and a missing target is left out of losses
-    and scores. The loss is the metric itself, up to a constant factor.
+    and scores. The loss is the metric, up to a constant factor.
 
     Baselines, on the test split: `training mean`; of a forecast also `last value`, the last observed one, and
     `seasonal`, the values of the last whole season.
 
-    Errors: `SpecError` naming the option, and the file's line where there is one.
+    Errors: `SpecError` naming the option, and the line of the file if there is one.
     """
 
     batch_size = 32
@@ -167,7 +167,7 @@ class Series(Task):
         starts = self.starts["train"]
         if size > len(starts):
             raise fault("train.batch_size", "", f"{size}", f"1 to {len(starts)}, the windows in the training rows")
-        epoch, index = divmod(step, len(starts) // size)  # windows left over at the end of an epoch are left out
+        epoch, index = divmod(step, len(starts) // size)  # windows that do not fill a batch are skipped
         if epoch != self._epoch[0]:
             order = torch.randperm(len(starts), generator=generator(self.seed, "series", "order", epoch))
             self._epoch = (epoch, order)
@@ -186,21 +186,21 @@ class Series(Task):
         )
 
     def _cut(self, starts: Tensor) -> Batch:
-        """The windows whose input steps begin at the rows `starts` [B]."""
+        """Return the windows whose input steps start at the rows `starts` [B]."""
         inputs = self.inputs[starts + torch.arange(self.spec.context).unsqueeze(1)]
         wanted = self._changes(starts)
         return Batch(inputs, torch.stack((wanted.nan_to_num(0.0), ~wanted.isnan()), -1).to(inputs))
 
     def _changes(self, starts: Tensor) -> Tensor:
-        """The standardized targets of windows less the last observed ones [B, H, J], float64; NaN: missing."""
+        """Return the standardized targets minus the last observed values [B, H, J], float64; NaN: missing."""
         return self.targets[self._target_rows(starts)] - self.last[starts + self.spec.context - 1].unsqueeze(1)
 
     def _target_rows(self, starts: Tensor) -> Tensor:
-        """The rows [B, H] that windows predict."""
+        """Return the target rows [B, H] of windows."""
         return (starts + self.spec.context - 1 + self.spec.offset).unsqueeze(1) + torch.arange(self.horizon)
 
     def _errors(self, predicted: Tensor, wanted: Tensor) -> Tensor:
-        """Sums [4] of absolute, squared and MASE errors over observed values, and the number of these values."""
+        """Return the sums [4] of absolute, squared and MASE errors over observed values, and their number."""
         observed = ~wanted.isnan()
         error = ((predicted.double() - wanted).abs() * self.deviation).where(observed, 0.0)  # keeps a NaN prediction
         return torch.stack([each.sum() for each in (error, error.square(), error / self.naive, observed)])
@@ -211,7 +211,7 @@ class Series(Task):
         return {name: score for name, score in scores.items() if name != "MASE" or bool((self.naive > 0).all())}
 
     def _divided(self, rows: int) -> dict[str, range]:
-        """The rows of each split, in time order."""
+        """Return the rows of each split, in time order."""
         spec = self.spec
         test, validation = int(rows * spec.test), int(rows * spec.validation)
         cuts = (0, rows - test - validation, rows - test, rows)
@@ -242,7 +242,7 @@ class Series(Task):
             raise fault("season", "", str(spec.season), f"less than the {len(train)} training rows")
 
     def _standardize(self, values: Tensor) -> None:
-        """Scale by the means and deviations of the training rows; lay out inputs, targets and their last values."""
+        """Scale by the means and deviations of the training rows; store inputs, targets and their last values."""
         spec, count = self.spec, len(self.spec.targets)
         mean, deviation = moments(values[: len(self.parts["train"])])
         scaled = (values - mean) / deviation
@@ -257,7 +257,7 @@ class Series(Task):
         self.weights = (factors / self.metric_per_loss).to(torch.get_default_dtype())
 
     def _naive(self, train: Tensor) -> Tensor:
-        """The mean absolute change [J] over a season, or over a step where there is no season."""
+        """Return the mean absolute change [J] over a season, or over one step without a season."""
         season = self.spec.season or 1
         changes = (train[season:] - train[:-season]).abs().nanmean(0).nan_to_num(0.0)
         for column, change in zip(self.spec.targets, changes.tolist(), strict=True):
@@ -267,7 +267,7 @@ class Series(Task):
         return changes
 
     def _windows(self, part: str) -> Tensor:
-        """First input rows of the windows whose targets are in a split, at least one of them observed."""
+        """Return the first input rows of the windows with targets in a split and at least one observed target."""
         rows, reach = self.parts[part], self.spec.context - 1 + self.spec.offset
         starts = torch.arange(max(0, rows.start - reach), rows.stop - reach - self.horizon + 1, self.spec.stride)
         observed = (~self.targets.isnan()).any(1)[self._target_rows(starts)].any(1)
@@ -276,22 +276,22 @@ class Series(Task):
         return starts[observed]
 
     def _predictors(self) -> dict[str, Tensor]:
-        """Trivial predictors: the standardized value that each gives for every target step of the test windows."""
+        """Return the standardized predictions of each trivial predictor for the test windows."""
         starts = self.starts["test"]
         shape = (len(starts), self.horizon, len(self.spec.targets))
-        found = {"training mean": torch.zeros(shape, dtype=torch.float64)}
+        predictors = {"training mean": torch.zeros(shape, dtype=torch.float64)}
         if self.spec.mode == "regress":
-            return found
+            return predictors
         last = starts + self.spec.context - 1
-        found["last value"] = self.last[last].unsqueeze(1).expand(shape)
+        predictors["last value"] = self.last[last].unsqueeze(1).expand(shape)
         if self.spec.season is not None:
             ahead = torch.arange(1, self.horizon + 1)
             back = -(-ahead // self.spec.season) * self.spec.season
-            found["seasonal"] = self.last[last.unsqueeze(1) + ahead - back]
-        return found
+            predictors["seasonal"] = self.last[last.unsqueeze(1) + ahead - back]
+        return predictors
 
     def _trivial(self, values: Tensor) -> dict[str, float]:
-        """The scores of a trivial predictor on the test split."""
+        """Return the scores of a trivial predictor on the test split."""
         starts = self.starts["test"]
         relative = values - self.last[starts + self.spec.context - 1].unsqueeze(1)
         chunks = zip(relative.split(EVALUATION_ROWS), starts.split(EVALUATION_ROWS), strict=True)
@@ -307,7 +307,7 @@ def predict(model: Model, inputs: Tensor) -> Tensor:
 
 
 def filled(values: Tensor) -> Tensor:
-    """Return `values` [N, C] with each missing one replaced by the last one before it, or by 0 where there is none.
+    """Return `values` [N, C] with each missing value replaced by the last value before it, or by 0.
 
     >>> filled(torch.tensor([[float("nan")], [2.0], [float("nan")], [4.0]])).flatten()
     tensor([0., 2., 2., 4.])
@@ -328,7 +328,7 @@ def missing_values(table: Table, columns: tuple[str, ...], values: Tensor) -> It
 def _checked_times(table: Table, column: str | None, pattern: str | None) -> Iterator[str]:
     """Check that times increase from row to row; yield a sentence where their steps differ.
 
-    Errors: `SpecError` naming the line of the first time that does not.
+    Errors: `SpecError` naming the line of the first time that does not increase.
     """
     if column is None:
         return
@@ -344,7 +344,7 @@ def _checked_times(table: Table, column: str | None, pattern: str | None) -> Ite
     if not len(steps):
         return
     usual = steps.double().median()
-    rounding = 0.0 if unit else 4 * torch.finfo(times.dtype).eps * times.abs().max()  # of the two times of a step
+    rounding = 0.0 if unit else 4 * torch.finfo(times.dtype).eps * times.abs().max()  # of two times
     odd = ((steps - usual).abs() > rounding).nonzero()
     if len(odd):
         step = f"{usual.item() / 1e9:g} s" if unit else f"{usual.item():g}"

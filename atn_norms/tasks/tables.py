@@ -18,11 +18,11 @@ from atn_norms.errors import SpecError, nearest, nearest_file, short_repr
 
 TABLES = (".csv", ".parquet")
 INSTALL = "Run pip install 'atn-norms[data]'"
-LARGEST = 2**31 - 1  # bytes of a CSV file: the largest block that Arrow parses at once
+LARGEST = 2**31 - 1  # bytes of a CSV file: the largest block that Arrow can parse
 
 
 def absolute(path: str) -> str:
-    """Return a path that another working directory does not change; `~` is the home folder."""
+    """Return an absolute path; `~` is the home folder."""
     return str(Path(os.path.expanduser(path)).absolute())
 
 
@@ -88,7 +88,7 @@ class Table:
         return f"{file}: row {row + 1}" if self._line is None else f"{file}:{self._line(row)}"
 
     def require(self, columns: Iterable[str], option: str) -> None:
-        """Raise a `SpecError` of the option that names a missing column, and the nearest column there is."""
+        """Raise a `SpecError` of the option that names a missing column and the nearest column."""
         for column in columns:
             if column not in self.names:
                 known = ", ".join(map(short_repr, self.names[:20])) + (", ..." if len(self.names) > 20 else "")
@@ -109,25 +109,25 @@ class Table:
         if isinstance(converted, int):
             refused, converted = converted, self._cast(values, pa.bool_())
             if isinstance(converted, int):
-                raise self._refused(column, refused, values, "a number")
+                raise self._invalid(column, refused, values, "a number")
             converted = converted.cast(pa.float64())
         numbers = torch.from_dlpack(converted.fill_null(math.nan)).clone()
         infinite = numbers.isinf().nonzero()
         if len(infinite):
-            raise self._refused(column, int(infinite[0]), values, "a finite number")
+            raise self._invalid(column, int(infinite[0]), values, "a finite number")
         return numbers
 
     def times(self, column: str, pattern: str | None = None) -> tuple[Tensor, str]:
-        """Return a time column, `[rows]` float64 numbers or int64 nanoseconds, with its unit (`""` or `"ns"`).
+        """Return a time column, `[rows]` float64 numbers or int64 nanoseconds, and its unit (`""` or `"ns"`).
 
         `pattern` is a format of `strptime`; without one, numbers and ISO 8601 dates and times are read.
 
-        Errors: `SpecError` naming the first value that is missing or no time.
+        Errors: `SpecError` naming the first value that is missing or not a time.
         """
         pa = self._arrow
         values = self._column(column)
         if values.null_count:
-            raise self._refused(column, pa.compute.index(values.is_null(), True).as_py(), values, "a time")
+            raise self._invalid(column, pa.compute.index(values.is_null(), True).as_py(), values, "a time")
         if pa.types.is_temporal(values.type):
             return torch.from_dlpack(
                 values.cast(pa.timestamp("ns", getattr(values.type, "tz", None))).cast(pa.int64())
@@ -136,7 +136,7 @@ class Table:
             parsed = pa.compute.strptime(values.cast(pa.string()), pattern, "us", error_is_null=True)
             if parsed.null_count:
                 first = pa.compute.index(parsed.is_null(), True).as_py()
-                raise self._refused(column, first, values, f"a time of the format {pattern!r}")
+                raise self._invalid(column, first, values, f"a time of the format {pattern!r}")
             return torch.from_dlpack(parsed.cast(pa.timestamp("ns")).cast(pa.int64())), "ns"
         furthest = -1
         for kind in (pa.float64(), pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
@@ -145,7 +145,7 @@ class Table:
                 number = pa.types.is_floating(kind)
                 return torch.from_dlpack(converted if number else converted.cast(pa.int64())), "" if number else "ns"
             furthest = max(furthest, converted)
-        raise self._refused(column, furthest, values, "a number or an ISO 8601 time, or a `time_format`")
+        raise self._invalid(column, furthest, values, "a number or an ISO 8601 time, or a `time_format`")
 
     def labels(self, column: str) -> list[str]:
         """Return a column as text.
@@ -155,11 +155,11 @@ class Table:
         pa = self._arrow
         values = self._column(column)
         if values.null_count:
-            raise self._refused(column, pa.compute.index(values.is_null(), True).as_py(), values, "a value")
+            raise self._invalid(column, pa.compute.index(values.is_null(), True).as_py(), values, "a value")
         return values.cast(pa.string()).to_pylist()
 
     def text(self, column: str, row: int) -> str:
-        """Return one value as Python writes it, shortened where it is long."""
+        """Return the `repr` of one value, shortened if it is long."""
         return short_repr(self._columns.column(column)[row].as_py())
 
     def _column(self, column: str) -> Any:
@@ -174,7 +174,7 @@ class Table:
         try:
             return values.cast(kind)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            first, last = 0, len(values)  # by halves: the first bad value is in values[first:last]
+            first, last = 0, len(values)  # bisection: the first bad value is in values[first:last]
             while last - first > 1:
                 middle = (first + last) // 2
                 try:
@@ -184,14 +184,14 @@ class Table:
                     last = middle
             return first
 
-    def _refused(self, column: str, row: int, values: Any, expected: str) -> SpecError:
+    def _invalid(self, column: str, row: int, values: Any, expected: str) -> SpecError:
         value = values[row].as_py()
         got = "no value" if value is None else short_repr(value)
         return fault(self.option, self.place(row), f"{got} in column {column!r}", expected)
 
 
 def read(data: bytes, path: Path, option: str, delimiter: str = ",", missing: Iterable[str] = ()) -> Table:
-    """Read the bytes of a CSV or Parquet file as a table; the name's ending decides which.
+    """Read the bytes of a CSV or Parquet file as a table; the file extension selects the format.
 
     A CSV file is UTF-8 and its first line names the columns. Every row must have as many fields as the first line.
     Missing values are empty fields, the usual spellings (`NA`, `NaN`, `null`, ...) and those in `missing`.
@@ -219,7 +219,7 @@ def _read_parquet(data: bytes, path: Path, option: str) -> Table:
 def _read_csv(data: bytes, path: Path, option: str, delimiter: str, missing: Iterable[str]) -> Table:
     pa = _arrow(option, path)
     header, empty = _header(data, path, option, delimiter)
-    lone = len(header) == 1  # of a single column, an empty line is a missing value
+    lone = len(header) == 1  # in a single column, an empty line is a missing value
     first = empty + 1 if lone else 1  # the first record that is a row
     refused: list[Any] = []
 

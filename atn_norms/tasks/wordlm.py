@@ -16,19 +16,19 @@ UNKNOWN = "<unk>"
 
 
 class WordLMSpec(LanguageSpec):
-    """Options of the word language model; sizes and training are customary small ones, from no particular paper.
+    """Options of the word language model; sizes and training are small customary values, not from a paper.
 
     | option | meaning | unit |
     |---|---|---|
-    | `text` | a UTF-8 file (relative to where the program runs), or a folder with `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`; None: Python's own language reference | path |
+    | `text` | a UTF-8 file (relative to the working directory), or a folder with `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`; None: Python's own language reference | path |
     | `vocabulary` | size of the vocabulary: the most frequent words of the training split; any other word is `<unk>` | words |
     | `embedding` | size of a word's vector, the layer's input | features |
     | `segment` | steps of truncated back-propagation | words |
-    | `segment_deviation`, `segment_halved` | the lengths of training segments: normal around `segment` with this deviation, and around half of `segment` at this share; the learning rate is scaled by length over `segment` | tokens, share |
-    | `carry` | what crosses from one segment to the next, in training and evaluation: `all` of the state, windows too; `hidden` states only, with fresh windows; or `none` | |
-    | `tied` | whether read-out and embedding share their weights; None: where the layer's outputs have the embedding's size | |
-    | `evaluation_streams` | parallel streams that a split is read in | |
-    | `embedding_init` | bound of the uniform distribution that the embedding, and a tied read-out, start from; None: the read-out's start where tied, otherwise torch's | |
+    | `segment_deviation`, `segment_halved` | lengths of training segments: normal around `segment` with this deviation, and around half of `segment` for this share; the learning rate is scaled by length over `segment` | tokens, share |
+    | `carry` | state carried from one segment to the next, in training and evaluation: `all`, including windows; `hidden` states only; or `none` | |
+    | `tied` | share the weights of read-out and embedding; None: if the layer's outputs have the embedding's size | |
+    | `evaluation_streams` | number of parallel streams in evaluation | |
+    | `embedding_init` | bound of the uniform initialization of the embedding (and a tied read-out); None: the read-out's initialization if tied, otherwise torch's | |
 
     >>> task = WordLMSpec(vocabulary=50).build(seed=0)
     >>> task.vocabulary[0], len(task.vocabulary), task.batch(0, 20).inputs.shape
@@ -54,10 +54,10 @@ class WordLM(Language):
 
     $$\mathrm{ppl} = \exp\Big(-\frac{1}{N} \sum_{n=1}^{N} \ln p(w_n \mid w_{<n})\Big)$$
 
-    Perplexities compare only where the vocabulary is the same: a smaller one makes more words `<unk>`, and those easy.
+    Compare perplexities only for the same vocabulary: a smaller vocabulary has more `<unk>` words, which are easy.
 
     Baselines, on the test split: `uniform`, the vocabulary's size; `word frequencies`, the perplexity under the
-    training split's frequencies (each count plus one). Of Python's language reference they are about 4,700 and 340.
+    training split's frequencies (each count plus one). For Python's language reference they are about 4,700 and 340.
     """
 
     spec: WordLMSpec
