@@ -293,7 +293,7 @@ def _merged(problems: Sequence[Problem]) -> Problem:
 def _inside(path: Keys, data: Any) -> Keys:
     for length, step in enumerate(path):
         try:
-            data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]
+            data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]  # pyright: ignore
         except (KeyError, IndexError, TypeError):
             return path[:length]
     return path

@@ -60,8 +60,9 @@ FAMILIES = ("normalizer", "window", "cell", "task")
 
 
 def _list_to_tuple(value: object) -> object:
-    is_list = isinstance(value, Sequence) and not isinstance(value, tuple | str | bytes | bytearray)
-    return tuple(value) if is_list else value
+    if isinstance(value, Sequence) and not isinstance(value, tuple | str | bytes | bytearray):
+        return tuple(value)
+    return value
 
 
 def _to_dict(value: Any) -> Any:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,11 @@ def study(path, **options):
     return {"task": task, "axes": {"norm": ["none", "layer"], "window": [1, 3]}, "seeds": 2} | options
 
 
-def trials(folder, path, **options):
+def trials(folder, path, **options) -> Any:
     return ablation.run(ablation.create(study(path, **options), folder), workers=0).trials
 
 
-def only(tmp_path, body, **options):
+def only(tmp_path, body, **options) -> Any:
     """Return the only trial of a study of a function without arguments."""
     (trial,) = trials(tmp_path / "study", written(tmp_path, body), axes={}, seeds=1, **options)
     return trial

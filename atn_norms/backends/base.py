@@ -1,4 +1,4 @@
-"""What a backend is, and how one is chosen."""
+"""The backend protocol, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What `backend=` calls it."""
+        """The name for `backend=`."""
         ...
 
     def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
@@ -65,7 +65,7 @@ class UnsupportedBackend(ValueError):
 
 
 _IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
-_BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only for whom asks for it
+_BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only by name
 
 
 def known() -> Mapping[str, Backend]:
@@ -76,7 +76,7 @@ def known() -> Mapping[str, Backend]:
 def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
     """The backend of that name, or with `"auto"` the first that does not refuse.
 
-    Where only the lack of compiled kernels keeps `native` from a case, one warning in a process says so.
+    One warning in a process reports a case that `native` would run if its kernels were compiled.
 
     Errors: `ValueError` for an unknown name, and for one that refuses this case, with its reason.
     """
@@ -98,5 +98,5 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
 
 
 def refusals(cell: Cell, weights: CellWeights) -> dict[str, str | None]:
-    """What every backend says of a case: the reason it refuses, or None."""
+    """Return the reason why each backend does not support a case, or None."""
     return {name: backend.unsupported_reason(cell, weights) for name, backend in known().items()}

@@ -111,6 +111,6 @@ def _example(model: Any, shape: tuple[int, int]) -> Any:
     if features is None:
         raise ValueError(f"model: got a {type(model).__name__}; expected a layer, or a model of a trial")
     if getattr(layer, "batch_first", False):
-        shape = shape[::-1]
+        shape = shape[1], shape[0]
     dtype = next((each.dtype for each in first.parameters()), torch.float32)
     return torch.randn((*shape, features), dtype=dtype)

@@ -168,7 +168,8 @@ class NormalizerSubject(SpecSubject):
         except Exception as error:
             refused = f"{type(error).__name__}: {error}"
             raise AssertionError(f"{kind} cannot be made again of its tensors, {kind}(*tensors): {refused}") from error
-        pooled = type(said)(*(torch.stack([leaf, leaf], 1) for leaf in said)).pool(torch.ones(3, 2).to(said[0]), 1)
+        doubled: Any = type(said)(*(torch.stack([leaf, leaf], 1) for leaf in said))
+        pooled = doubled.pool(torch.ones(3, 2).to(said[0]), 1)
         demand(type(pooled) is type(said), f"{kind}.pool: got {type(pooled).__name__}; expected {kind}")
 
     def declares(self, capability: str) -> bool:

@@ -340,7 +340,8 @@ def test_a_window_that_is_a_module_belongs_to_its_layer():
     other.load_state_dict(layer.state_dict())
     compare(other(xs), layer(xs), tolerance=0)
     compare(copy.deepcopy(layer)(xs), layer(xs), tolerance=0)
-    assert layer.double().window_ih_l0.level.dtype == torch.float64
+    window: Any = layer.double().window_ih_l0
+    assert window.level.dtype == torch.float64
     layer.reset_parameters()
     assert all(float(level.detach()) == 0 for level in levels.values())
 

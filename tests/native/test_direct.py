@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import atn_norms as an
 from atn_norms.backends import choose
 from atn_norms.backends.native import eager
+from atn_norms.pytree import tree_map
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
 from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernels, outcome
@@ -129,7 +130,7 @@ def test_numbers_that_are_not_in_memory_are_brought_there():
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     expected = layer.unroll(xs, state)
-    other = an.pytree.tree_map(lambda leaf: negated(leaf) if leaf.is_floating_point() else leaf, state)
+    other = tree_map(lambda leaf: negated(leaf) if leaf.is_floating_point() else leaf, state)
     for given in ((negated(xs), state), (xs, other)):
         compare(layer.unroll(*given), expected, tolerance=0)
     nothing = torch._efficientzerotensor(xs.shape, dtype=xs.dtype)
@@ -171,7 +172,7 @@ def test_tensors_may_lie_in_memory_as_they_like(training):
     """Transposed, spread out, repeated: inputs, carried state and states of windows."""
     pair = Pair("lstm", before=4, batch=3, steps=4)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
-    turned = an.pytree.tree_map(lambda leaf: leaf.clone().movedim(0, -1).contiguous().movedim(-1, 0), state)
+    turned = tree_map(lambda leaf: leaf.clone().movedim(0, -1).contiguous().movedim(-1, 0), state)
     assert not turned[0][0][0][0].is_contiguous()
     with nullcontext() if training else torch.no_grad():
         compare(
@@ -242,7 +243,7 @@ def test_what_changes_between_two_calls_is_seen(change):
         made = CHANGES[change](layer)
         layer = made if isinstance(made, an.LSTM) else layer
         dtype = next(layer.parameters()).dtype
-        state = an.pytree.tree_map(lambda leaf, d=dtype: leaf.to(d) if leaf.is_floating_point() else leaf, pair.state())
+        state = tree_map(lambda leaf, d=dtype: leaf.to(d) if leaf.is_floating_point() else leaf, pair.state())
         if change == "no norm any more":
             state = (((state[0][0][0], (*state[0][0][1][:2], ())),),)
         elif change == "another norm":

@@ -226,7 +226,7 @@ def test_without_kernels_the_reference_runs_with_one_warning(elsewhere, capsys):
         assert [str(warning.message) for warning in caught if issubclass(warning.category, RuntimeWarning)] == [
             "the native backend could run this layer, but its kernels were not compiled when the package was installed "
             "(a C compiler was missing or failed); the reference runs it, many times slower. "
-            "`atn-norms doctor` says what to do."
+            "`atn-norms doctor` prints the cure."
         ]
     assert "native: refuses: its kernels were not compiled" in " ".join(an.explain(layer).split())
     with pytest.raises(ValueError, match="'native' cannot run this layer: its kernels were not compiled"):

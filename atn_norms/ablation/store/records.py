@@ -64,7 +64,7 @@ class Endpoint:
         named = named if isinstance(named, str) or (named and "measure" in named) else _own(named, task)
         if not named:
             return cls(margin=margin)
-        options = {"measure": named} if isinstance(named, str) else named
+        options: Mapping[str, Any] = {"measure": named} if isinstance(named, str) else named
         return cls(options["measure"], options.get("validations", cls.validations), margin, True)
 
 

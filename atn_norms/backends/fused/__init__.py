@@ -1,1 +1,1 @@
-"""What backends share that run a whole sequence by one operator: plans, operators, states in and out."""
+"""Parts of backends that run a whole sequence by one operator: plans, operators, states in and out."""

@@ -33,7 +33,7 @@ class Batch:
         self._step = torch.where(time < self._live, time, -1).unsqueeze(1)
 
     def leaves(self) -> list[Tensor]:
-        """What the operator is given of the states: nothing where all are fresh, zeros where some are."""
+        """Return the state leaves for the operator: none where all are fresh, zeros where some are."""
         if all(memory is None for memory in self._memories):
             return []
         leaves = []
@@ -46,7 +46,7 @@ class Batch:
         return leaves
 
     def populations(self, weights: CellWeights) -> list[Tensor]:
-        """Means and variances that stand in for the batch's `[steps, 2 F]`, of every site that has such."""
+        """Return the population statistics that replace the batch's `[steps, 2 F]`, of every site that has them."""
         found = []
         for place, site in enumerate(self._plan.sites):
             if site.coupled != BATCH:
@@ -58,12 +58,12 @@ class Batch:
         return found
 
     def record(self, weights: CellWeights, pooled: Sequence[Tensor]) -> None:
-        """Tell the normalizers what was pooled `[T, 2 F + 1]`, for their populations; together, or not at all."""
-        said = iter(pooled)
+        """Record the pooled statistics `[T, 2 F + 1]` in the normalizers' populations, all or none."""
+        remaining = iter(pooled)
         with scanning([weights.norms[site.site].normalizer for site in self._plan.sites]):
             for place, site in enumerate(self._plan.sites):
                 if site.coupled == BATCH:
-                    mean, var, count = next(said).split([site.features, site.features, 1], 1)
+                    mean, var, count = next(remaining).split([site.features, site.features, 1], 1)
                     mean, var = (leaf.reshape(-1, 1, *site.leaf) for leaf in (mean, var))
                     count = count.reshape(-1, 1, *[1] * len(site.leaf)).expand(*mean.shape[:-1], 1)
                     weights.norms[site.site].normalizer.population(CountedMoments(mean, var, count), self._index(place))

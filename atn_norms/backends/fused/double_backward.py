@@ -28,7 +28,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
 
     | symbol | meaning |
     |---|---|
-    | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where nothing is asked |
+    | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where absent |
     | `inputs` | xs, the weights, the biases, h0, c0, affine, populations, states, lengths, as the operator took them |
     """
     *single, affine, populations, states, lengths = inputs
@@ -39,20 +39,20 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
         affine, states = ([tensor.view_as(tensor) for tensor in tensors] for tensors in (affine, states))
         results = _run(plan, single, affine, populations, states, lengths)
         dys, dhn, dcn, dstates = gradients
-        asked = [
+        grad_outputs = [
             (result, gradient)
             for result, gradient in zip(results, (dys, dhn, dcn, *dstates), strict=True)
             if gradient is not None and result.requires_grad
         ]
         arguments = [*single, *affine, *states]
         wanted = [tensor for tensor in arguments if tensor is not None and tensor.requires_grad]
-        if not asked or not wanted:
+        if not grad_outputs or not wanted:
             found: Sequence[Tensor | None] = [None] * len(wanted)
         else:
             found = torch.autograd.grad(
-                [result for result, _ in asked],
+                [result for result, _ in grad_outputs],
                 wanted,
-                [gradient for _, gradient in asked],
+                [gradient for _, gradient in grad_outputs],
                 create_graph=create_graph,
                 allow_unused=True,
             )
@@ -65,7 +65,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
 
 
 class _Moments(Normalizer):
-    """What a `SitePlan` says of a norm, computed by PyTorch; one value a group in every leaf."""
+    """The norm of a `SitePlan` in PyTorch; one value a group in every leaf."""
 
     def __init__(self, plan: SitePlan, gain: Tensor | None, shift: Tensor | None, population: Tensor | None) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class _Moments(Normalizer):
             rows = promoted(x)
             return Moments(rows, torch.zeros_like(rows))
         groups = x.unflatten(-1, (self._plan.groups, -1))
-        said = Moments.of(groups) if self._plan.centred else Average.of(promoted(groups).square())
-        return type(said)(*(leaf.squeeze(-1) for leaf in said))
+        statistic = Moments.of(groups) if self._plan.centred else Average.of(promoted(groups).square())
+        return type(statistic)(*(leaf.squeeze(-1) for leaf in statistic))
 
     def population(self, pooled: Any, step: Tensor) -> Any:
         if self._population is None:
@@ -99,7 +99,7 @@ class _Moments(Normalizer):
 
 
 class _Programs(Normalizer):
-    """What a `TracedNorm` computes, in PyTorch; the leaves of weighted means are one, parts one after the other."""
+    """A `TracedNorm` in PyTorch; weighted means share one leaf, part after part."""
 
     def __init__(self, plan: SitePlan, traced: TracedNorm, parameters: Tensor | None) -> None:
         super().__init__()

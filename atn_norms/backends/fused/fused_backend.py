@@ -1,4 +1,4 @@
-"""What a backend does around one call of its operator: the cell's state into leaves, and out of them."""
+"""One call of a backend's operator: the cell's state into leaves, and back."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Fused(ABC):
         keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
         steps, batch, _ = xs.shape
-        asked, found = weights.asked.pop(self.name, (None, ""))
-        found = found if asked is cell else planned(cell, weights)
+        planned_for, found = weights.asked.pop(self.name, (None, ""))
+        found = found if planned_for is cell else planned(cell, weights)
         assert not isinstance(found, str), found  # refused otherwise
         plan, moments = found
         # Without rows there is nothing to share out, and one is refused where a batch is measured.
@@ -59,12 +59,14 @@ class Fused(ABC):
             plan = shortened(plan, steps)
         affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
-        single = [xs, *[weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")], h0, c0]
+        parameters = [weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        single: list[Tensor | None] = [xs, *parameters, h0, c0]
         dtype = weights["weight_hh"].dtype
         if dtype in HALF:  # computed in float32, and rounded once at the end
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
-            xs = single[0]
+            xs = xs.float()
+            single[0] = xs
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
         leaves = _opened(memories, plan, batch, xs.device) if rows is None else rows.leaves()

@@ -17,7 +17,7 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-d
 
 
 class Kernels(Protocol):
-    """What computes. `arguments` are the operators' own, in their order.
+    """Kernels behind the operators; `arguments` are those of the operators, in their order.
 
     | argument | meaning | shape |
     |---|---|---|
@@ -26,7 +26,7 @@ class Kernels(Protocol):
     | `bias_ih`, `bias_hh` | or None | `[N]` |
     | `h0`, `c0` | initial state; c0 of a cell without one is empty | `[B, H]` |
     | `affine` | gain and shift of every site that has them, in order | `[F]` each |
-    | `populations` | means and variances of every site where they stand in for the batch's | `[1 or T, 2 F]` each |
+    | `populations` | population means and variances of every site that uses them | `[1 or T, 2 F]` each |
     | `states` | every site's leaves, in order, or none where all are fresh | |
     | `lengths` | live steps of each row, or None | `[B]` |
     """
@@ -45,14 +45,14 @@ class Kernels(Protocol):
         self,
         plan: Plan,
         arguments: Sequence[Any],
-        asked: tuple[Any, ...],
+        grad_outputs: tuple[Any, ...],
         ys: Tensor,
         kept: Sequence[Tensor],
         wants_xs: bool,
     ) -> list[Tensor]:
         """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves.
 
-        `asked` are those of ys, hn, cn and, where anything is asked of them, of the new states.
+        `grad_outputs` are the gradients of ys, hn, cn and, where there are any, of the new states.
         """
         ...
 
@@ -134,13 +134,13 @@ class Operators:
     ) -> None:
         """Leave with autograd what `gradients` needs; `arguments` are the operator's, from xs to lengths."""
         *single, affine, populations, states, lengths = arguments
-        ctx.set_materialize_grads(False)  # or zeros are made for everything that is not asked
+        ctx.set_materialize_grads(False)  # or torch makes zeros for absent gradients
         ctx.plan, ctx.counts = plan, (len(affine), len(populations), len(states))
         ctx.save_for_backward(*single, lengths, results[0], *affine, *populations, *states, *kept)
 
     def gradients(self, ctx: Any, grads: Sequence[Tensor | None], wants_xs: bool) -> tuple[Any, ...]:
         """Gradients of the operator's arguments from xs to `states`, but populations, the last two as lists."""
-        saved = ctx.saved_tensors  # asked for once: a checkpoint computes them again
+        saved = ctx.saved_tensors  # read once: a checkpoint recomputes them
         *single, lengths, ys = saved[:9]
         rest = saved[9:]
         many, stand_ins, leaves = ctx.counts
@@ -154,11 +154,11 @@ class Operators:
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
         *_, bias, h0, c0 = single
         dys, dhn, dcn = (torch.zeros_like(a) if g is None else g for g, a in ((dys, ys), (dhn, h0), (dcn, c0)))
-        asked = (dys, dhn, dcn, dstates)
+        grad_outputs = (dys, dhn, dcn, dstates)
         if unwatched() and ordinary([tensor for tensor in (dys, dhn, dcn, *dstates, *saved) if tensor is not None]):
-            found = self._kernels.backward(ctx.plan, inputs, asked, ys, kept, wants_xs)
+            found = self._kernels.backward(ctx.plan, inputs, grad_outputs, ys, kept, wants_xs)
         else:
-            found = self.backward(*asked, *inputs, ys, kept, ctx.plan.encode(), wants_xs)
+            found = self.backward(*grad_outputs, *inputs, ys, kept, ctx.plan.encode(), wants_xs)
         dxs, dwi, dwh, dbi, dbh, dh0, dc0, *others = found
         biases = (None, None) if bias is None else (dbi, dbh)
         return dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, others[:many], others[many:]
@@ -215,7 +215,7 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
 
 
 def unwatched() -> bool:
-    """Whether no compiler, tracer, profiler, mode or function transform wants to know of a call."""
+    """Return True where no compiler, tracer, profiler, mode or function transform observes a call."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -227,7 +227,7 @@ def unwatched() -> bool:
 
 
 def ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors are of torch's own classes, with their numbers in memory: not negated there, nor left out."""
+    """Return True where all tensors are of torch's classes with plain numbers in memory (no negation bit, no zero tensor)."""
     return (
         {type(tensor) for tensor in tensors} <= _ORDINARY
         and not any(map(Tensor.is_neg, tensors))

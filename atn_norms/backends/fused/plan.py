@@ -1,4 +1,4 @@
-"""What the kernels must know of a cell beside its tensors, as one hashable text that survives tracing."""
+"""Description of a cell for the kernels, without tensors, as one hashable text that survives tracing."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SitePlan:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the kernels may compute with these numbers, which they do not check again."""
+        """Check the numbers, which the kernels do not check again."""
         return self._window_is_valid and (self._moments_are_valid if self.traced is None else self._programs_are_valid)
 
     @property
@@ -141,7 +141,7 @@ class SitePlan:
         return [rows, *[(*rows, *self.leaf)] * self.leaves]
 
     def populations(self, steps: int) -> int:
-        """How many populations stand in for the batch's statements in a sequence."""
+        """Number of populations that replace the batch's statistics in a sequence."""
         return steps if self.coupled == POPULATIONS else 1
 
     def doubles(self, steps: int, batch: int) -> int:
@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def is_lstm(self) -> bool:
-        """Whether there is a cell state beside h."""
+        """True where the cell has a cell state beside h."""
         return self.cell == "lstm"
 
     @property
@@ -176,7 +176,7 @@ class Plan:
 
     @property
     def coupled(self) -> bool:
-        """Whether the norms couple the batch; all sites do, or none."""
+        """True where the norms use batch statistics; all sites do, or none."""
         return any(site.coupled for site in self.sites)
 
     @property
@@ -278,7 +278,7 @@ def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
 def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | str:
     """The plan of a case and each site's moments with their tensors; or in one sentence why there is no kernel for it.
 
-    It is asked anew for every call: what a norm declares of itself may have changed.
+    It runs for every call, since the declaration of a norm may have changed.
     """
     kernel, placement = kernel_of(cell), cell.placement
     if kernel is None:

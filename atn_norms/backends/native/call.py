@@ -69,16 +69,16 @@ def forward(given: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
 
 def backward(
     given: Inputs,
-    asked: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]],
+    grad_outputs: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]],
     ys: Tensor,
     kept: Sequence[Tensor],
     wants_xs: bool,
 ) -> list[Tensor]:
     """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves.
 
-    `asked` are those of ys, hn, cn and, where anything is asked of them, of the new states.
+    `grad_outputs` are the gradients of ys, hn, cn and, where there are any, of the new states.
     """
-    dys, dhn, dcn, dnext = asked
+    dys, dhn, dcn, dnext = grad_outputs
     layout, xs = given.layout, given.xs
     dh, dc = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (dhn, dcn))
     dxs = empty_like(xs) if wants_xs else xs.new_empty(0)
@@ -136,14 +136,14 @@ class Kernels:
     def backward(
         plan: Plan,
         arguments: Sequence[Any],
-        asked: tuple[Any, ...],
+        grad_outputs: tuple[Any, ...],
         ys: Tensor,
         kept: Sequence[Tensor],
         wants_xs: bool,
     ) -> list[Tensor]:
         given = Inputs(plan, *arguments)
-        given.check_backward(asked, ys, kept)  # type: ignore[arg-type]
-        return backward(given, asked, ys, kept, wants_xs)
+        given.check_backward(grad_outputs, ys, kept)  # type: ignore[arg-type]
+        return backward(given, grad_outputs, ys, kept, wants_xs)
 
 
 OPERATORS = Operators("recurrent", Kernels())

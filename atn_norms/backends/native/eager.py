@@ -1,4 +1,4 @@
-"""The kernels without the dispatcher, which costs more than a short sequence: in eager calls that nobody watches."""
+"""The kernels without the dispatcher, which costs more than a short sequence: in unobserved eager calls."""
 
 from __future__ import annotations
 

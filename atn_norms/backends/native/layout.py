@@ -1,4 +1,4 @@
-"""What follows from a plan and the sizes of a call: what its tensors must be, and where their addresses go."""
+"""Layout of a call, from its plan and sizes: expected tensors, and the places of their addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atn_norms.backends.native.library import CallArgs, word
 
 
 class Layout:
-    """What the tensors of a call must be, and the structure that brings them to the kernels.
+    """Expected tensors of a call, and the structure that passes them to the kernels.
 
     | attribute | meaning |
     |---|---|
@@ -146,7 +146,7 @@ class Inputs:
         self.layout = _layout(plan, weight_hh.dtype, sizes, len(biases), bool(states), bool(counts))
 
     def fits(self) -> bool:
-        """Whether the kernels may have these tensors; they know addresses only."""
+        """Return True where the tensors fit; the kernels see addresses only."""
         return (
             len(self.layout.names) == len(self.tensors)
             and [tensor.shape for tensor in self.tensors] == self.layout.shapes

@@ -102,7 +102,7 @@ class Library:
 
     @property
     def parallel(self) -> bool:
-        """Whether they were compiled with OpenMP and so use several threads."""
+        """True where the kernels were compiled with OpenMP and use several threads."""
         return bool(self._object.atn_norms_openmp())
 
     def level(self, limit: int = -1) -> str:
@@ -130,7 +130,7 @@ def load() -> Library | str:
 
 
 def survives() -> str | None:
-    """Use the kernels in a process of their own: None if it lives, else what became of it, and none are loaded here."""
+    """Try the kernels in a separate process: None if it survives, else its end, and no kernels are loaded here."""
     path = found()
     if path is None:
         return None
@@ -190,12 +190,12 @@ def unavailable() -> str | None:
 
 @constant_to_compilers
 def warn_once() -> None:
-    """Say, once in a process, that the reference runs what the kernels could: slowness has a reason, and a cure."""
+    """Warn once in a process that the reference runs a layer for which kernels exist."""
     if not _warned:
         _warned.append(True)
         warnings.warn(
             f"the native backend could run this layer, but {unavailable()}; the reference runs it, many times slower. "
-            "`atn-norms doctor` says what to do.",
+            "`atn-norms doctor` prints the cure.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -320,7 +320,7 @@ _NUMBERS = (torch.float64, torch.float32, torch.bool)
 
 
 class Builder:
-    """What the rules of operations compute with: expressions, whose shapes broadcast as torch's."""
+    """Expressions of the rules of operations; their shapes broadcast as torch's."""
 
     def __init__(self, lowering: Lowering, call: Call, shape: tuple[int, ...]) -> None:
         self._lowering, self.call, self.shape = lowering, call, shape

@@ -214,7 +214,7 @@ class Program:
 
     @property
     def narrowable(self) -> bool:
-        """Whether numbers of rows and of statistics meet only as one number for a row, or for a part of a row."""
+        """Return True where rows and statistics meet only as one number for a row, or for a part of a row."""
         return all(map(self._meets_singly, self.instructions))
 
     def _meets_singly(self, instruction: Instruction) -> bool:

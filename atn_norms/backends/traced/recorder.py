@@ -49,7 +49,7 @@ class Call:
         return found
 
     def unsupported(self, reason: str = "has no native instruction") -> Untraceable:
-        """Return the error that says where this call is and why it cannot become an instruction."""
+        """Return the error with the position of a call and the reason why it is no instruction."""
         return Untraceable(f"{self.name} {reason}{described(self.where)}")
 
 

@@ -1,4 +1,4 @@
-"""How operations of PyTorch are expressed by instructions."""
+"""Rules that express operations of PyTorch as instructions."""
 
 from __future__ import annotations
 

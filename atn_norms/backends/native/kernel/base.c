@@ -1,4 +1,4 @@
-/* The kernels for every processor the compiler is told of. */
+/* The kernels for the baseline processor of the compiler. */
 
 #if defined(__x86_64__)
 #include <immintrin.h>

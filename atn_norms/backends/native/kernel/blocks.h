@@ -16,7 +16,7 @@
 #define UNPACKED 8                    /* rows and steps in all for which no weights are packed */
 #define THIN 4                        /* input features whose weight gradients are summed without a product */
 
-/* A site while it is worked on: what a Site says, and where in its timeline and in work space everything of one block lies.
+/* A site while it is worked on: the fields of a Site, and the places of one block in its timeline and in work space.
    A block's part of the timeline is one piece. A lane that no row fills holds a mean and a variance of 0.
    Where norms couple the batch, blocks are of hidden units, and lane = gate * width of the block + unit. */
 typedef struct {

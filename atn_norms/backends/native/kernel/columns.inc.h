@@ -69,7 +69,7 @@ INLINE void FN(sum_columns)(const long n, long at, const REAL *x, const REAL *dy
     for (long j = 0; j < n; j++) { plain[at + j] = out[0][j]; normed[at + j] = out[1][j]; }
 }
 
-/* dx = dy * factor, and where the own statement's gradient says anything, (x - own) * slope + level on top. */
+/* dx = dy * factor, plus (x - own) * slope + level where the step's statistic has a gradient. */
 INLINE void FN(unnorm_columns)(const int asked, const long n, long at, const REAL *x, const REAL *dy, long wide, FN(Rows) rows,
                                const REAL *factors, const REAL *owns, const REAL *slopes, const REAL *levels, REAL *dx) {
     const FN(vec) factor = FN(load)(factors + at, n);
@@ -177,7 +177,7 @@ static void FN(columns_back)(const Work *work, FN(Units) *units, int s, long t, 
     REAL own[4 * BLOCK_UNITS], slope[4 * BLOCK_UNITS], level[4 * BLOCK_UNITS];
     for (long i = 0; i < wide; i++) {
         const double about = site->mean[at_own + i], steep = 2.0 * site->dvar[at_own + i] / site->counts[t];
-        own[i] = steep != 0.0 ? (REAL)about : (REAL)0; /* of which nothing is asked may be NaN */
+        own[i] = steep != 0.0 ? (REAL)about : (REAL)0; /* a statistic without a gradient may be NaN */
         slope[i] = (REAL)steep;
         level[i] = (REAL)((steep != 0.0 ? ((double)(REAL)about - about) * steep : 0.0) + site->dmean[at_own + i] / site->counts[t]);
     }

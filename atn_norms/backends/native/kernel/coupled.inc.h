@@ -40,7 +40,7 @@ static void FN(look)(const Work *work, long t, FN(Rows) *rows) {
         if (FN(alive)(work, t, r)) rows->row[rows->count++] = r;
 }
 
-/* Whether anything asks for a site's own statement of step t, and for its pooled one. */
+/* True where a site's statistic of step t has a gradient, and where its pooled statistic has one. */
 INLINE int FN(asks_pooled)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
 INLINE int FN(asks_own)(const Work *work, const SiteBuffers *site, long t) { return FN(asks_pooled)(site) || t + site->prefix >= work->live; }
 
@@ -61,7 +61,7 @@ static int FN(coupled_forward)(const Work *work) {
     REAL *room = FN(coupled_room)(&all, work, 0, (size_t)(2 * B * H), &lists), *held[2] = {room, room + B * H};
     if (!room) return 1;
     const long threads = work->threads < all.blocks ? work->threads : all.blocks;
-    (void)threads; /* without OpenMP nobody asks */
+    (void)threads; /* unused without OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         MINE;
@@ -108,7 +108,7 @@ static int FN(coupled_backward)(const Work *work) {
     REAL *xs = turned + back_wide * N, *hs = xs + many * (size_t)rows_wide;
     if (call->dxs) memset((REAL *)call->dxs + work->live * B * D, 0, (size_t)((T - work->live) * B * D) * sizeof(REAL));
     const long threads = work->threads < all.blocks ? work->threads : all.blocks;
-    (void)threads; /* without OpenMP nobody asks */
+    (void)threads; /* unused without OpenMP */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         MINE;

@@ -10,7 +10,7 @@ typedef struct { REAL high, scale, rest; } FN(Affine);
 typedef struct {
     const REAL *x, *gain, *shift;
     FN(Affine) by[4];
-    const REAL *high; /* where every feature has a statement of its own: y = (x - high) * gain + shift */
+    const REAL *high; /* where every feature has a statistic: y = (x - high) * gain + shift */
     int each;         /* whether it is so; a constant where units are computed */
 } FN(Side);
 

@@ -1,4 +1,4 @@
-/* One loop per operation, over vectors of ELEMENT: double or float, as IN_DOUBLE says; OPS names what belongs to it. Included twice by
+/* One loop per operation, over vectors of ELEMENT: double or float, selected by IN_DOUBLE; OPS names what belongs to it. Included twice by
    interpret.inc.h. */
 
 #define STRIDE ((long)(VECTOR_BYTES / sizeof(ELEMENT)))

@@ -110,8 +110,8 @@ INLINE long FN(last_of_stretch)(const SiteBuffers *site, long steps, long t) {
 }
 
 /* Gradient of step t's own statement, from those of every pooled statement it is in: dmean and dvar, added to what the
-   final state asks of it. site->dmu and site->dv hold the gradients of the pooled statements of t and before; of those after t
-   in a sliding window's stretch at hand, what they say of a mean and a variance: G and Q, with dL/dmean_s the sum over its
+   gradient of the final state. site->dmu and site->dv hold the gradients of the pooled statements of t and before; of those after t
+   in a sliding window's stretch at hand, their gradients of a mean and a variance: G and Q, with dL/dmean_s the sum over its
    windows of G + 2 Q (mean_s - around) and dL/dvar_s the sum of Q; of stretches gone by, the sums of these from their start on. */
 static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
@@ -225,7 +225,7 @@ INLINE void FN(sums_in_real)(long width, const REAL *x, REAL pivot, double *firs
 
 /* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Deviations are taken
    from a value near the mean. In float they lose nothing that counts while that value is within one deviation of the mean and
-   their squares are within float's range; what is not so is summed in double, from one of its own values. */
+   their squares are within float's range; other rows are summed in double, around one of their values. */
 static void FN(measure)(const SiteBuffers *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
     const long width = site->features / site->groups;
     const int centred = site->norm == NORM_MOMENTS;

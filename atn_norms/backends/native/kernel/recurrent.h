@@ -1,7 +1,7 @@
-/* The one interface between the kernels and whoever calls them: plain structures of sizes and pointers.
+/* The interface of the kernels: plain structures of sizes and pointers.
 
    Notation: T time steps, B rows of the batch, H hidden units, D inputs, N = gates * H pre-activations, F features of a site,
-   G groups of a site (each group of F / G features has statistics of its own), L = B * G lanes of a site.
+   G groups of a site (each group of F / G features has its statistics), L = B * G lanes of a site.
    REAL is float or double, by the call. Time comes first in every array; rows are contiguous. */
 
 #ifndef ATN_NORMS_RECURRENT_H
@@ -58,7 +58,7 @@ typedef struct {
     const void *weight_ih;     /* REAL [N, D] */
     const void *weight_hh;     /* REAL [N, H] */
     const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
-    /* Where norms couple the batch, these three lie block of units by block, as coupled.inc.h says. */
+    /* Where norms couple the batch, these three lie block of units by block, as in coupled.inc.h. */
     void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, and computed again */
     void *recurrent;           /* REAL [T, B, N] recurrent products before their norm; NULL: not kept (forward only) */
     void *cells;               /* REAL [T, B, H] cell states of an LSTM; NULL: not kept (forward only) */

@@ -98,7 +98,7 @@ static void FN(site_forward)(const Work *work, const SiteBuffers *line, int site
 
 INLINE long FN(gates)(const Work *work) { return work->cell == CELL_LSTM ? 4 : work->cell == CELL_GRU ? 3 : 1; }
 
-/* Ask for n numbers that the next step will read or write, while this one is computed. */
+/* Prefetch n numbers that the next step will read or write. */
 INLINE void FN(fetch)(const REAL *from, long n, const int write) {
     for (long i = 0; i < n; i += 64 / (long)sizeof(REAL)) {
         if (write) __builtin_prefetch(from + i, 1, 2);
@@ -126,7 +126,7 @@ static void FN(weigh)(FN(Member) me, FN(Packed) weight, long rows, long K, long 
 }
 
 /* A step of one row's H units in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h.
-   `each`: features have statements of their own. */
+   `each`: every feature has a statistic. */
 INLINE void FN(row_forward)(int cell, const int each, long H, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
     x.each = u.each = each;
     if (cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));

@@ -1,6 +1,6 @@
 /* Norm sites: from a row and its pooled statement to its normed row, and back. */
 
-/* Rows of ones and zeros, and a row to norm into, for what has no statement of its own for each gate. */
+/* Rows of ones and zeros, and a row to norm into, for sites without a statistic for each gate. */
 typedef struct { const REAL *ones, *zeros; } FN(Plain);
 
 /* Of a mean and 1 / deviation. */
@@ -86,7 +86,7 @@ INLINE void FN(denormalize)(const int sides, const SiteBuffers *const *site, con
     }
 }
 
-/* ... and through their statements: dx = w / deviation + what the own statement's gradient says. dy may be the first dx. */
+/* ... and through their statistics: dx = w / deviation + the gradient through the step's statistic. dy may be the first dx. */
 INLINE void FN(unmeasure)(const int sides, const SiteBuffers *const *site, const long *lane, const long *own, long start, long end, const REAL *const *x,
                           const REAL *dy, REAL *const *dx) {
     FN(Affine) by[2]; /* what is added: slope * (x - mean) + level */

@@ -137,7 +137,7 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->scale = line->share + pooled;
 }
 
-/* What is asked of the state that follows, put where the statements it is made of lie. */
+/* Gradients of the final state, stored at the statistics that it consists of. */
 static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (site->dnext[1] == NULL && site->dnext[2] == NULL) return;
@@ -225,7 +225,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         if (!backward) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
-            /* What is kept is the same numbers every time, also where there is nothing to say. */
+            /* Saved numbers are the same every time, also where they are unused. */
             if (call->recurrent && (site->norm == NORM_POPULATION || (work->coupled && work->live < call->steps)))
                 memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
             load_state(work, line, site);

@@ -144,7 +144,7 @@ static REAL *FN(next)(REAL *room, size_t *at, long n) {
     return here;
 }
 
-/* Lay a block out in its part of a room, or, without one, say how large that must be. */
+/* Lay a block out in its part of a room, or, without one, return the size that it needs. */
 static size_t FN(units_room)(const FN(Coupled) *all, FN(Units) *units, long block, int backward, REAL *room) {
     const Work *work = all->work;
     const Call *call = work->call;
@@ -183,7 +183,7 @@ static size_t FN(units_room)(const FN(Coupled) *all, FN(Units) *units, long bloc
     return at;
 }
 
-/* Copy a block's units of rows [B, H] from or to rows of its own. */
+/* Copy a block's units of rows [B, H] from or to separate rows. */
 INLINE void FN(units_copy)(const Work *work, const FN(Units) *units, REAL *to, long to_apart, const REAL *from, long from_apart) {
     for (long r = 0; r < work->batch; r++) FN(copy)(to + r * to_apart, from + r * from_apart, units->width);
 }
