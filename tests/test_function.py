@@ -228,6 +228,7 @@ def test_a_resumed_function_equals_the_uninterrupted(tmp_path):
         if name == "whole":
             stop.touch()
         given = {"axes": {}, "seeds": 1, "task": {"arguments": {"stop": str(stop)}}}
+        trial: Any
         (trial,) = trials(tmp_path / name, path, **given)
         if name == "stopped":
             assert trial.status == "failed" and "interrupted" in trial.error["error"]

@@ -395,7 +395,7 @@ def test_numbers_of_numpy_and_other_mappings_are_numbers_and_mappings():
     assert [type(each) for each in (options.count, options.rate, options.sizes[0])] == [int, float, int]
     for wrong in (numpy.bool_(True), numpy.float64(3.0), True, "3"):
         with pytest.raises(ValueError, match="count"):
-            Numbers(count=wrong)
+            Numbers.model_validate({"count": wrong})
     assert Numbers.model_json_schema()["properties"]["count"] == {"default": 1, "title": "Count", "type": "integer"}
 
 

@@ -227,7 +227,7 @@ def unwatched() -> bool:
 
 
 def ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Return True where all tensors are of torch's classes with plain numbers in memory (no negation bit, no zero tensor)."""
+    """Return True where all tensors are of torch's classes and hold plain numbers: no negation bit, no zero tensor."""
     return (
         {type(tensor) for tensor in tensors} <= _ORDINARY
         and not any(map(Tensor.is_neg, tensors))
