@@ -7,6 +7,8 @@ import pytest
 
 from atn_norms.ablation import TrainSpec, create, load, run
 from atn_norms.ablation.execution.trial import Trainer
+from atn_norms.ablation.store import checkpoints
+from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import TaskFacts
 from atn_norms.errors import SpecError
@@ -113,6 +115,34 @@ def test_keep_model_none_saves_nothing_and_is_reported(tmp_path):
     record = run(create(study, tmp_path / "study"), workers=0)
     with pytest.raises(SpecError, match=r"model\.safetensors: no model was saved \(train\.keep_model is none\)"):
         record.best().model()
+
+
+def test_a_linked_model_is_not_loaded(tmp_path):
+    record = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0)
+    trial = record.best()
+    assert trial.folder is not None
+    model = trial.folder / "model.safetensors"
+    model.rename(tmp_path / "elsewhere.safetensors")
+    model.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(StoreError, match=r"model\.safetensors: got a symbolic link; expected a regular file"):
+        trial.model()
+
+
+def test_a_model_in_a_linked_folder_is_not_loaded(tmp_path):
+    record = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0)
+    trial = record.best()
+    assert trial.folder is not None
+    trial.folder.rename(tmp_path / "elsewhere")
+    trial.folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=f"{trial.id}: got a symbolic link; expected a folder"):
+        trial.model()
+
+
+def test_a_model_over_the_size_limit_is_not_loaded(tmp_path, monkeypatch):
+    trial = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0).best()
+    monkeypatch.setattr(checkpoints, "most_bytes", lambda: 100)
+    with pytest.raises(StoreError, match=r"model\.safetensors: got a file of over 100 bytes"):
+        trial.model()
 
 
 def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypatch):

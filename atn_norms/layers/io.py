@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,39 @@ def load(
     another version than the saved one is a `UserWarning`.
     """
     file = Path(path)
-    description, tensors = _read(file)
+    return _loaded(file, *_read(file), model).to(device).eval()
+
+
+def constructs(path: str | os.PathLike[str]) -> bool:
+    """Check whether `load` constructs the module of a file without a `model`."""
+    return _read(Path(path))[0]["structure"] is not None
+
+
+def from_bytes(
+    content: bytes, file: Path, model: nn.Module | None = None, make: Callable[[], nn.Module] | None = None
+) -> nn.Module:
+    """Load a module from the content of a file that `save` wrote, in evaluation mode.
+
+    `make` returns a fresh model where neither `model` nor the content defines its structure. Errors: as `load`.
+    """
+    description, tensors = _parse(file, content)
+    if model is None and make is not None and description["structure"] is None:
+        model = make()
+    return _loaded(file, description, tensors, model).eval()
+
+
+def _loaded(file: Path, description: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
     _check_plugins(file, description["plugins"])
     try:
         built = _built(file, description) if model is None else _fitted(file, description, model)
     except ValidationError as error:
         raise to_spec_error(error, lambda path: str(file)) from error
     _fill(file, built, description, tensors)
-    return built.to(device).eval()
-
-
-def constructs(path: str | os.PathLike[str]) -> bool:
-    """Whether `load` constructs the module of a file by itself, without a `model` to fill."""
-    return _read(Path(path))[0]["structure"] is not None
+    return built
 
 
 def to_bytes(module: nn.Module) -> bytes:
-    """The content of the file that `save` writes."""
+    """Return the content of the file that `save` writes."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
     tensors, aliases = _tensors(module)
@@ -148,6 +164,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SpecError(f"{file}: no such file{beside(file)}") from None
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+    return _parse(file, content)
+
+
+def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load as deserialize
@@ -271,7 +291,7 @@ def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None
             warnings.warn(
                 f"{file}: the {family} {kind!r} here is from {entry.distribution} {entry.version}; "
                 f"the model was saved with {wanted}, and may compute something else now",
-                stacklevel=3,
+                stacklevel=4,
             )
     if missing:
         raise SpecError.of(missing)

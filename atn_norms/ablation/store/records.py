@@ -108,22 +108,25 @@ class TrialRecord:
         A `model` is needed where `atn_norms.load` needs one: for a class of your own that a function saved with
         `trial.keep`. A model with modules of a task plugin is rebuilt by that task.
 
-        Errors: `SpecError` where no model was saved, and those of `atn_norms.load`.
+        Errors: `SpecError` where no model was saved; `StoreError` where the file is a link or too large; the errors of
+        `atn_norms.load`.
         """
-        from atn_norms.layers import load
-        from atn_norms.layers.io import constructs
+        from atn_norms.ablation.store.files import Folder
+        from atn_norms.ablation.store.trial import MODEL, TrialFolder
+        from atn_norms.layers.io import from_bytes
 
-        path = (self.folder or Path(self.id)) / "model.safetensors"
-        if not path.exists():
+        path = (self.folder or Path(self.id)) / MODEL
+        content = None
+        if self.folder is not None:  # STUDY/trials/ID, where neither of the last two may be a link
+            content = TrialFolder(Folder(self.folder.parents[1], *self.folder.parts[-2:])).model()
+        if content is None:
             kept = self.trial.get("train", {}).get("keep_model")
             why = "train.keep_model is none" if kept == "none" else f"the trial is {self.status}"
             raise SpecError(f"{path}: no model was saved ({why})")
-        if model is None and self.trial["task"].get("kind") != "python" and not constructs(path):
-            model = self._fresh()
-        return load(path, model)
+        return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._fresh)
 
     def _fresh(self) -> nn.Module:
-        """An untrained model of this trial, built by its task."""
+        """Build an untrained model of this trial by its task."""
         from atn_norms.ablation.execution.trial import Trainer, isolated
 
         with isolated():

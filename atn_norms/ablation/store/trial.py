@@ -113,6 +113,12 @@ class TrialFolder:
         self._refuse_lost()
         self.folder.write(MODEL, content)
 
+    def model(self) -> bytes | None:
+        """Read `model.safetensors`; None where no model was saved."""
+        if not self.folder.has(MODEL):
+            return None
+        return self.folder.read(MODEL, checkpoints.most_bytes())
+
     def clear(self) -> None:
         """Remove what a finished trial no longer needs."""
         for name in ("checkpoint.pt", REJECTED, "error.json"):
