@@ -12,6 +12,7 @@ from atn_norms.errors import SpecError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn
 
+MODEL = "model.safetensors"  # a trial's saved model
 Status = Literal["pending", "running", "done", "diverged", "failed"]
 Goal = Literal["min", "max"]
 Spread = Literal["additive", "multiplicative"]
@@ -111,18 +112,18 @@ class TrialRecord:
         Errors: `SpecError` where no model was saved; `StoreError` where the file is a link or too large; the errors of
         `atn_norms.load`.
         """
+        from atn_norms.ablation.store.checkpoints import most_bytes
         from atn_norms.ablation.store.files import Folder
-        from atn_norms.ablation.store.trial import MODEL, TrialFolder
         from atn_norms.layers.io import from_bytes
 
         path = (self.folder or Path(self.id)) / MODEL
-        content = None
-        if self.folder is not None:  # STUDY/trials/ID, where neither of the last two may be a link
-            content = TrialFolder(Folder(self.folder.parents[1], *self.folder.parts[-2:])).model()
-        if content is None:
+        # STUDY/trials/ID, where neither of the last two may be a link
+        folder = None if self.folder is None else Folder(self.folder.parents[1], *self.folder.parts[-2:])
+        if folder is None or not folder.has(MODEL):
             kept = self.trial.get("train", {}).get("keep_model")
             why = "train.keep_model is none" if kept == "none" else f"the trial is {self.status}"
             raise SpecError(f"{path}: no model was saved ({why})")
+        content = folder.read(MODEL, most_bytes())
         return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._fresh)
 
     def _fresh(self) -> nn.Module:

@@ -16,11 +16,11 @@ from atn_norms.ablation.store.curve import Curve
 from atn_norms.ablation.store.files import Busy, Folder, StoreError
 from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
-from atn_norms.ablation.store.records import Status, TrialRecord
+from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
 from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
 from atn_norms.errors import brief, short_repr
 
-MODEL = "model.safetensors"
+
 REJECTED = "checkpoint.rejected.pt"
 MOST_TRACEBACK = 2**20  # characters of a traceback that are kept
 
@@ -112,12 +112,6 @@ class TrialFolder:
         """Write `model.safetensors`, which belongs to the trial once `result.json` is there."""
         self._refuse_lost()
         self.folder.write(MODEL, content)
-
-    def model(self) -> bytes | None:
-        """Read `model.safetensors`; None where no model was saved."""
-        if not self.folder.has(MODEL):
-            return None
-        return self.folder.read(MODEL, checkpoints.most_bytes())
 
     def clear(self) -> None:
         """Remove what a finished trial no longer needs."""
