@@ -20,7 +20,6 @@ from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
 from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
 from atn_norms.errors import brief, short_repr
 
-
 REJECTED = "checkpoint.rejected.pt"
 MOST_TRACEBACK = 2**20  # characters of a traceback that are kept
 
