@@ -223,6 +223,16 @@ def test_a_study_that_is_running_is_rejected_before_any_output(capsys, folder):
     assert main(["resume", "here", "--workers", "0"]) == 0
 
 
+@pytest.mark.parametrize("command", [["ablate", "study.yaml", "--out", "here"], ["resume", "here"]])
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_a_command_loads_the_folder_of_a_study_once(command, output, capsys, folder, monkeypatch):
+    create(read("study.yaml")[0], "here")
+    loads, load = [], StudyFolder.load
+    monkeypatch.setattr(StudyFolder, "load", lambda *a, **k: loads.append(1) or load(*a, **k))
+    printed(capsys, *command, "--workers", "0", *output)
+    assert len(loads) == 1
+
+
 def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
     printed(capsys, "resume", "here", "--workers", "0")
@@ -501,19 +511,19 @@ def test_an_interrupted_run_prints_the_resume_command_that_works(capsys, folder)
 @pytest.mark.parametrize(
     ("command", "stopped", "resume_command"),
     [
-        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
+        (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.run", "resume here --workers 0"),
         (
             ["ablate", "study.yaml", "--out", "here"],
             "atn_norms.ablation.execution.estimate.estimate",
             "resume here --workers 0",
         ),
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here --workers 0"),
-        (["resume", "here"], "atn_norms.ablation.load", "resume here --workers 0"),
+        (["resume", "here"], "atn_norms.ablation.run", "resume here --workers 0"),
         (["report", "here"], "atn_norms.ablation.report.write", "report here"),
     ],
 )
 def test_a_run_interrupted_at_any_time_prints_the_resume_command(command, stopped, resume_command, capsys, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     workers = [] if command[0] == "report" else ["--workers", "0"]

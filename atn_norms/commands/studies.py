@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +18,7 @@ from atn_norms.commands.signals import exit_code, handle
 from atn_norms.errors import short_repr
 
 if TYPE_CHECKING:
-    from atn_norms.ablation import Plan, StudyRecord, StudySpec
+    from atn_norms.ablation import Event, OnEvent, Plan, StudyRecord, StudySpec
     from atn_norms.specs import Where
 
 
@@ -216,22 +216,27 @@ def _name_of(file: Path) -> str:
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
     with _going_on(_resumption(folder, workers, scheduler)):
-        from atn_norms.ablation import load, run
-        from atn_norms.ablation.store.folder import StudyFolder
+        from atn_norms.ablation import run
         from atn_norms.commands.progress import live_progress
 
-        record = load(folder)
-        left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
-        if left:
-            StudyFolder(folder).refuse_another_run()  # before it is said what will be trained
-        if not as_json:
+        shown: list[OnEvent] = []
+
+        def start(record: StudyRecord) -> None:
+            left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
+            if as_json:
+                return
             _announce(record, folder, len(left), workers, scheduler)
-        if left and as_json:
-            record = run(folder, workers=workers, scheduler=scheduler)
-        elif left:
-            steps = sum(trial.trial["train"]["steps"] for trial in left)
-            with live_progress(steps, len(record.trials) - len(left), len(record.trials)) as see:
-                record = run(folder, workers=workers, scheduler=scheduler, on_event=see)
+            if left:
+                steps = sum(trial.trial["train"]["steps"] for trial in left)
+                live = live_progress(steps, len(record.trials) - len(left), len(record.trials))
+                shown.append(stack.enter_context(live))
+
+        def show(event: Event) -> None:
+            for each in shown:
+                each(event)
+
+        with ExitStack() as stack:
+            record = run(folder, workers=workers, scheduler=scheduler, on_start=start, on_event=show)
         _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if failed:

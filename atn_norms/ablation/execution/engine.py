@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from atn_norms.ablation.execution.cluster import POLL, run_with_dask
@@ -15,11 +16,18 @@ from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.errors import SpecError, short_repr
 
-__all__ = ["Event", "OnEvent", "check_scheduler", "run"]
+__all__ = ["Event", "OnEvent", "OnStart", "check_scheduler", "run"]
+
+OnStart = Callable[[StudyRecord], None]
 
 
 def run(
-    folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
+    folder: Path | str,
+    *,
+    workers: int = 2,
+    scheduler: str | None = None,
+    on_start: OnStart | None = None,
+    on_event: OnEvent | None = None,
 ) -> StudyRecord:
     """Train every trial that is not done, retry failed trials, and return the record of the study.
 
@@ -27,6 +35,7 @@ def run(
     |---|---|
     | `workers` | local processes; 0 trains in this process, without Dask |
     | `scheduler` | address of a running Dask scheduler, instead of local processes; its workers must share the folder |
+    | `on_start` | called in this thread with the study's record, before any training |
     | `on_event` | called in this thread with each `Event` |
 
     A trial that raises, or kills its worker, is recorded as failed, and the others continue. A trial that another
@@ -45,7 +54,10 @@ def run(
         resolved = store.resolved()
         refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
         store.restore(resolved)
-        progress = Progress(store, store.load(resolved), lock, on_event or (lambda event: None))
+        record = store.load(resolved)
+        if on_start is not None:
+            on_start(record)
+        progress = Progress(store, record, lock, on_event or (lambda event: None))
         if progress.left:
             if workers == 0 and scheduler is None:
                 _run_here(store, progress)

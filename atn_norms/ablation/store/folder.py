@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atn_norms.ablation.store.files import Busy, Folder, StoreError, canonical, named
+from atn_norms.ablation.store.files import Folder, StoreError, canonical, named
 from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
-from atn_norms.ablation.store.locks import Lock, describe_holder, hold, is_locked
+from atn_norms.ablation.store.locks import Lock, hold
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store.schema import StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import TrialFolder
@@ -49,11 +49,6 @@ class StudyFolder:
     @property
     def _busy(self) -> str:
         return f"{self.path}: another run is at work on this study; wait for it or stop it"
-
-    def refuse_another_run(self) -> None:
-        """Raise `Busy` where a run holds this study, without a change to the folder."""
-        if is_locked(self.folder):
-            raise Busy(self._busy + describe_holder(self.folder, take_over=False))
 
     def wanted(self) -> bool:
         """Check whether a run holds this study, or did until it was killed; not when it released it in good order."""
