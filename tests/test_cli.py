@@ -38,6 +38,7 @@ def program(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding=environment.get("PYTHONIOENCODING"),
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         start_new_session=True,
     )

@@ -21,12 +21,12 @@ Format = Literal["onnx", "pt2", "aoti"]
 FORMATS: tuple[Format, ...] = ("onnx", "pt2", "aoti")
 SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".aoti.pt2"}
 TOLERANCE = 1e-6  # relative to the largest element: float32 rounds at 6e-8, and an exporter may reorder sums
-FRAMES = 12  # that an exported step is checked on, one after another
+FRAMES = 12  # consecutive frames on which an exported step is compared
 TIMED = 200  # frames that are timed
 
 
 class StreamingStep(nn.Module):
-    """One frame and explicit state in, one output and the next state out: fixed shapes, no loop, nothing hidden.
+    """A map of one frame and a state to one output and the next state, with fixed shapes and without a loop.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -72,7 +72,7 @@ class StreamingStep(nn.Module):
             )
 
     def initial(self) -> list[Tensor]:
-        """The leaves of a fresh state."""
+        """Return the leaves of a fresh state."""
         return [torch.zeros_like(leaf) for leaf in tree_leaves(self._state)]
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class StreamingStep(nn.Module):
 
 
 class WholeSequence(nn.Module):
-    """A model over sequences of one fixed length, from a fresh state: input to output, without the state after it."""
+    """A model of sequences of one fixed length, from a fresh state; it returns the output alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class WholeSequence(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, and how it compares with the module it was made from."""
+    """The result of an export: the file, its inputs and outputs, and its difference from the module."""
 
     path: Path
     inputs: dict[str, tuple[str, tuple[int, ...]]]
@@ -244,7 +244,7 @@ def _tuple(run: Callable[..., Any]) -> Run:
 
 
 def _difference(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> float:
-    """The largest difference between an exported model and its module; of a step, over several frames and states."""
+    """Return the largest difference between an exported model and its module; a step runs several frames."""
     mine, worst = list(inputs), 0.0
     random = torch.Generator().manual_seed(0)
     for _ in range(FRAMES if len(inputs) > 1 else 1):
@@ -260,20 +260,20 @@ def _difference(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> float:
 
 
 def _relative(expected: Tensor, got: Tensor) -> float:
-    """The largest difference, relative to the largest element where that is above 1."""
+    """Return the largest difference, relative to the largest element where it is above 1."""
     if not expected.numel():
         return 0.0
     return float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _tolerance(module: nn.Module) -> float:
-    """What may differ where sums are taken in another order: rounding grows like the root of the number of terms."""
+    """Return the tolerance for sums in another order: rounding grows like the root of the number of terms."""
     terms = max((each.shape[-1] for each in module.parameters() if each.ndim > 1), default=1)
     return max(TOLERANCE, torch.finfo(torch.float32).eps * terms**0.5)
 
 
 def _microseconds(run: Run, inputs: Sequence[Tensor]) -> float:
-    """The time of a call, the best of five rounds."""
+    """Measure the time of a call, the best of five rounds."""
     times, calls = [], TIMED if len(inputs) > 1 else 3
     run(*inputs)
     for _ in range(5):
@@ -285,5 +285,5 @@ def _microseconds(run: Run, inputs: Sequence[Tensor]) -> float:
 
 
 def _filled(tree: Tree, leaves: Iterator[Tensor]) -> Tree:
-    """A tree of the same structure with other leaves."""
+    """Return a tree of the same structure with other leaves."""
     return next(leaves) if isinstance(tree, Tensor) else tuple(_filled(branch, leaves) for branch in tree)

@@ -127,7 +127,7 @@ def to_bytes(module: nn.Module) -> bytes:
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a module once, and other name -> name for the tensors that appear under several names."""
+    """Return every tensor of a module once, and other name -> name for tensors with several names."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -153,7 +153,7 @@ def _serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _data(content: bytes) -> bytes:
-    """The tensors of a safetensors file, without its header."""
+    """Return the tensors of a safetensors file as bytes, without the header."""
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
@@ -205,7 +205,7 @@ def _built(file: Path, description: Mapping[str, Any]) -> nn.Module:
 
 
 def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """`model` with the saved layers where torch's are; `SpecError` where a layer is missing or another one."""
+    """Return `model` with torch's layers replaced by the saved ones; `SpecError` for a missing or different layer."""
     modules = dict(model.named_modules())
     ours: dict[nn.Module, nn.Module] = {}
     problems = []
@@ -224,14 +224,14 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
 
 
 def _same(layer: CellHost, saved: CellHost) -> bool:
-    """Whether two layers compute the same from the same numbers."""
+    """Check whether two layers compute equal outputs from equal parameters."""
     irrelevant = {"init", "forget_bias", "backend"}
     mine, theirs = (each.spec.model_dump(exclude=irrelevant) for each in (layer, saved))
     return mine == theirs and layer_options(layer)["step"] == layer_options(saved)["step"]
 
 
 def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Put the saved numbers into a module, with their types, ties and which of them are frozen."""
+    """Load the saved tensors into a module, with their types, ties and `requires_grad`."""
     aliases: dict[str, str] = description["aliases"]
     state = tensors | {name: tensors[first] for name, first in aliases.items()}
     problems = list(_differences(model, state))
@@ -260,7 +260,7 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]
 
 
 def _plugins(layers: Any) -> dict[str, dict[str, str]]:
-    """`family:kind` -> distribution and version, for each kind that does not come with this package."""
+    """Return `family:kind` -> distribution and version, for each kind of a plugin."""
     kinds = {pair for layer in layers for pair in _kinds(layer.spec)}
     entries = {f"{family}:{kind}": registry.kinds(family).get(kind) for family, kind in sorted(kinds)}
     return {
@@ -271,7 +271,7 @@ def _plugins(layers: Any) -> dict[str, dict[str, str]]:
 
 
 def _kinds(spec: Any) -> Iterator[tuple[str, str]]:
-    """(family, kind) of an options model and of every one inside it."""
+    """Yield (family, kind) of an options model and of every model inside it."""
     if getattr(spec, "family", None) and hasattr(spec, "kind"):
         yield spec.family, spec.kind
     values = vars(spec).values() if hasattr(type(spec), "model_fields") else spec
@@ -290,7 +290,7 @@ def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None
         elif (entry.distribution, entry.version) != (saved["distribution"], saved["version"]):
             warnings.warn(
                 f"{file}: the {family} {kind!r} here is from {entry.distribution} {entry.version}; "
-                f"the model was saved with {wanted}, and may compute something else now",
+                f"the model was saved with {wanted}, and its results may differ",
                 stacklevel=4,
             )
     if missing:

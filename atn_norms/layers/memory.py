@@ -14,10 +14,10 @@ def check_memory(path: str, sizes: str, parameters: float, *, copies: int = 1, n
 
     | symbol | meaning | unit |
     |---|---|---|
-    | `path`, `sizes` | the option to name, and the sizes that led to the number | |
+    | `path`, `sizes` | the option and the sizes that the error names | |
     | `parameters` | number of parameters | |
     | `copies` | 1 for the parameters alone, 2 with their gradients | |
-    | `note` | what else to say of the parameters | |
+    | `note` | text to add after the size | |
     """
     memory, size = physical_memory(), copies * FLOAT * parameters
     if memory is not None and size > memory:

@@ -22,7 +22,7 @@ from atn_norms.pytree import Tree, describe_structure
 
 @layer_class()
 class Recurrent(CellHost):
-    """Drives any cell over a sequence, with torch.nn's call and an explicit one.
+    """Run any cell over a sequence: `forward` matches torch.nn; `unroll` exposes the state.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -67,14 +67,14 @@ class Recurrent(CellHost):
         dtype: torch.dtype | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
     ) -> Self:
-        """A layer of this class from its options, on given `parameters` by torch's names instead of fresh ones."""
+        """Build a layer of this class from its options, with `parameters` by torch's names or fresh ones."""
         layer = cls.__new__(cls)
         Recurrent.__init__(layer, spec, device, dtype, parameters)
         return layer
 
     @property
     def num_layers(self) -> int:
-        """Layers stacked."""
+        """Number of stacked layers."""
         return self.spec.num_layers
 
     @property
@@ -102,7 +102,7 @@ class Recurrent(CellHost):
 
     @property
     def output_size(self) -> int:
-        """Features of the output: R, twice that if bidirectional."""
+        """Features of the output: R, or 2 R if bidirectional."""
         return self.cell.output_size * self.spec.directions
 
     @property

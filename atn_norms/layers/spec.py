@@ -1,4 +1,4 @@
-"""The options of a whole layer: one model, which every way of making a layer goes through."""
+"""The options of a whole layer: one model, which every constructor of a layer uses."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ AnyWindow = Annotated[WindowSpec, KindField("window", _one_window, {"type": "int
 
 
 class NormSites(Options):
-    """A norm of its own for each site; a site that is not named has none."""
+    """One norm per site; a site that is not named has no norm."""
 
     family: ClassVar[str | None] = "normalizer"
     sites: dict[str, AnyNorm]
 
 
 class WindowSites(Options):
-    """A window of its own for each site; a site that is not named has a window of 1."""
+    """One window per site; a site that is not named has a window of 1."""
 
     family: ClassVar[str | None] = "window"
     sites: dict[str, AnyWindow]
@@ -69,7 +69,7 @@ def _sites_schema(family: str) -> dict[str, Any]:
 
 
 class LayerSpec(Options):
-    """Everything that makes a layer: sizes, cell, norm, window, placement, initialization, backend.
+    """All options of a layer: sizes, cell, norm, window, placement, initialization, backend.
 
     | option | meaning |
     |---|---|
@@ -123,21 +123,21 @@ class LayerSpec(Options):
         return 2 if self.bidirectional else 1
 
     def equations(self) -> Cell:
-        """The cell these options describe."""
+        """Return the cell of these options."""
         return self.cell.build(self.hidden_size, self.placement)
 
     def norm_at(self, site: str) -> NormSpec | None:
-        """The norm of one site."""
+        """Return the norm of one site."""
         return self.norm.sites.get(site) if isinstance(self.norm, NormSites) else self.norm
 
     def window_at(self, site: str) -> WindowSpec:
-        """The window of one site."""
+        """Return the window of one site."""
         if isinstance(self.window, WindowSites):
             return self.window.sites.get(site, SlidingSpec(steps=1))
         return self.window
 
     def normalizer(self, cell: Cell, site: str) -> Normalizer | None:
-        """A fresh normalizer for one site, gate by gate where the placement says so."""
+        """Build the normalizer of one site, per gate with `placement.gates` of `per_gate`."""
         spec = self.norm_at(site)
         if spec is None:
             return None
@@ -152,7 +152,7 @@ class LayerSpec(Options):
 
     @property
     def has_statistics(self) -> bool:
-        """True if any site has a normalizer with a statistic, so that a window counts."""
+        """True if any site has a normalizer with a statistic, so that the window changes the result."""
         cell = self.equations()
         norms = [self._sketched(cell, site) for site in cell.sites]
         return any(norm is not None and not norm.stateless for norm in norms)
@@ -166,11 +166,11 @@ class LayerSpec(Options):
             return self.normalizer(cell, site)
 
     def layer_inputs(self, layer: int) -> int:
-        """Input features of one layer of the stack."""
+        """Return the input features of one layer of the stack."""
         return self.input_size if layer == 0 else self.equations().output_size * self.directions
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Recurrent:
-        """A fresh layer: `LSTM`, `GRU` or `RNN`, or for another cell a plain `Recurrent`."""
+        """Build a layer: `LSTM`, `GRU` or `RNN`, or `Recurrent` for another cell."""
         return class_of(self.cell.kind).from_spec(self, device, dtype)
 
     def _refuse_unknown_sites(self, cell: Cell) -> None:
@@ -241,7 +241,7 @@ def _kinds(norm: NormSpec | NormSites | None) -> str:
 
 
 def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
-    """The part of a norm's shift that belongs to the forget gate, or None where it has no shift."""
+    """Return the part of a norm's shift that belongs to the forget gate, or None where it has no shift."""
     place = cell.gates.index("f")
     if isinstance(norm, PerGate):
         return getattr(norm.gates[place], "bias", None)

@@ -15,7 +15,7 @@ from atn_norms.pytree import Tree
 
 
 class _StepCell(CellHost):
-    """One step of a cell, its state passed in and handed back.
+    """One step of a cell with explicit state.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -64,11 +64,11 @@ class _StepCell(CellHost):
         choose(spec.backend, self.cell, self._weights(""))
 
     def initial(self, batch: int) -> Tree:
-        """The state before the first step, with fresh windows."""
+        """Return the state before the first step, with fresh windows."""
         return self.cell.initial(self._weights(""), batch)
 
     def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
-        """One step: the output and the state to pass to the next."""
+        """Run one step; return the output and the state for the next step."""
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(f"x: shape {list(x.shape)}; allowed: [batch, {self.input_size}] or [{self.input_size}]")
         rows = x if x.dim() == 2 else x.unsqueeze(0)

@@ -25,7 +25,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Describe how to construct a module, as JSON; None where a class of the caller's own is involved.
+    """Describe how to construct a module, as JSON; None where it contains a class of the caller.
 
     Understood are the layers and normalizers of this package, and every class of `torch.nn` whose constructor
     arguments are attributes. The description is verified: the module that `construct` makes of it must have the same
@@ -68,12 +68,12 @@ def layer_of(described: dict[str, Any], **factory: Any) -> CellHost:
 
 
 def layer_options(layer: CellHost) -> dict[str, Any]:
-    """The description of a layer or cell of this package."""
+    """Describe a layer or cell of this package."""
     return {"layer": layer.spec.model_dump(mode="json"), "step": not isinstance(layer, Recurrent)}
 
 
 def class_name(module: nn.Module) -> str:
-    """The full name of a module's class."""
+    """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -137,7 +137,7 @@ def _class(name: str) -> Any:
 
 
 def _outline(module: nn.Module) -> list[Any]:
-    """Everything that two modules of equal behaviour share apart from the numbers in them."""
+    """Return the facts that are equal in two modules of equal behaviour, without their parameters."""
     simple = (bool, int, float, str, tuple, type(None))
     options = [
         (name, type(each), {k: v for k, v in vars(each).items() if isinstance(v, simple) and k != "training"})
