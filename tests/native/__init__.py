@@ -1,1 +1,1 @@
-"""The native backend against the reference: values, states, gradients, digits, refusals."""
+"""The native backend against the reference: values, states, gradients, accuracy, unsupported cases."""

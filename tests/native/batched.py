@@ -1,4 +1,4 @@
-"""Pairs of one layer whose norms run over the rows of a batch, in training and in evaluation."""
+"""Pairs of one layer with batch statistics, in training and in evaluation."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def a_pair(cell="lstm", norm="batch", window="4", hidden=3, batch=5, steps=5, in
 
 
 def made(pair, backend, training=True, dtype=None):
-    """The layer; in evaluation with populations that no batch has."""
+    """Return the layer; in evaluation, its populations differ from those of any batch."""
     layer = pair.layer(backend, dtype)
     if training:
         return layer
@@ -46,7 +46,7 @@ def made(pair, backend, training=True, dtype=None):
 
 
 def both(pair, training=True):
-    """Return a backend's results and its populations afterwards."""
+    """Return the results of a backend and its updated populations."""
     results = []
     for backend in ("native", "reference"):
         layer = made(pair, backend, training)

@@ -1,4 +1,4 @@
-"""Pairs of one layer, native and reference, and everything that a run of either gives."""
+"""Pairs of one layer on the native and the reference backend, and the outcome of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from atn_norms.backends.native.library import unavailable
 from tests.compare import compare
 from tests.laws.strategies import leaves, level, stirred
 
-# Kernels that are there but do not load must fail, not skip.
+# Kernels that exist but do not load must fail, not skip.
 needs_kernels = pytest.mark.skipif("not compiled" in str(unavailable()), reason=str(unavailable()))
 
 # Sums in another order differ by their length times 1e-16; a norm of few features magnifies that at most 316 times
@@ -49,7 +49,7 @@ WINDOWS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One layer twice, and what it is given; `before`: steps that the given state has seen, None: no state is given."""
+    """One layer on two backends, and its inputs; `before`: steps of the initial state, None without a state."""
 
     cell: str = "lstm"
     norm: str = "layer"
@@ -66,7 +66,7 @@ class Pair:
     options: dict[str, Any] = field(default_factory=dict)
 
     def layer(self, backend: str, dtype: torch.dtype | None = None) -> Any:
-        """The layer on a backend; its numbers are those of `self.dtype`, whatever the `dtype` they are held in."""
+        """Return the layer on a backend; parameters are rounded to `self.dtype` and stored in `dtype`."""
         torch.manual_seed(self.seed)
         make, own = CELLS[self.cell]
         placement = {"placement": {"gates": "per_gate"}} if self.per_gate else {}
@@ -75,7 +75,7 @@ class Pair:
         return stirred(layer, self.seed).to(dtype or self.dtype)
 
     def draw(self, *shape: int, seed: int = 1) -> Tensor:
-        """Normal numbers of `self.dtype`."""
+        """Return normal numbers, rounded to `self.dtype`."""
         source = torch.Generator().manual_seed(self.seed + seed)
         return torch.randn(*shape, generator=source, dtype=torch.float64).to(self.dtype)
 
@@ -85,7 +85,7 @@ class Pair:
         return xs.transpose(0, 1).contiguous() if self.options.get("batch_first") else xs
 
     def lengths(self) -> Tensor | None:
-        """Ragged lengths, 0 and T among them as often as not."""
+        """Return ragged lengths, often including 0 and T."""
         if not self.ragged:
             return None
         source = torch.Generator().manual_seed(self.seed + 2)
@@ -143,7 +143,7 @@ class Outcome:
 
 
 def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Any = None, retain: bool = False) -> Outcome:
-    """Run, and go back from everything into everything."""
+    """Run the layer, and compute all gradients of a functional of all results."""
     xs = xs.detach().clone().requires_grad_()
     given, opened = (None, []) if state is None else open_state(state)
     ys, after = layer.unroll(xs, given, lengths)
@@ -156,28 +156,28 @@ def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Any = None, reta
 
 
 def functional(tensors: Sequence[Tensor]) -> Tensor:
-    """A fixed random weighting of all elements, in float64."""
+    """Return a fixed random weighted sum of all elements, in float64."""
     source = torch.Generator().manual_seed(99)
     parts = [(t.cpu().double() * torch.randn(t.shape, generator=source, dtype=torch.float64)).sum() for t in tensors]
     return torch.stack(parts).sum()
 
 
 def agree(found: Outcome, expected: Outcome, tolerance: float = EXACT) -> None:
-    """Values and states element by element, gradients relative to the largest of all."""
+    """Compare values and states by element, and gradients relative to the largest gradient."""
     compare(found.ys, expected.ys, tolerance=tolerance, what="ys")
     compare(found.state, expected.state, tolerance=tolerance, what="final state")
     compare(found.gradients, expected.gradients, tolerance=tolerance, scale=level(*expected.gradients), what="gradient")
 
 
 def check(pair: Pair, tolerance: float = EXACT) -> None:
-    """Native is the reference: values, states, every gradient."""
+    """Check that native equals the reference in values, states and every gradient."""
     given = pair.xs(), pair.state(), pair.lengths()
     agree(outcome(pair.layer("native"), *given), outcome(pair.layer("reference"), *given), tolerance)
 
 
 @st.composite
 def pairs(draw, **fixed: Any) -> Pair:
-    """Any small case of any structure."""
+    """Draw any small case of any structure."""
     cell = draw(st.sampled_from(sorted(CELLS)))
     both = draw(st.booleans()) if "before" not in fixed else False
     named = {

@@ -1,4 +1,4 @@
-"""Norms over the rows of a batch: values, states, gradients and populations, in training and in evaluation."""
+"""Batch statistics: values, states, gradients and populations, in training and in evaluation."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def test_every_structure(place):
     cell, norm, window, training = STRUCTURES[place]
     hidden, batch = SIZES[place % len(SIZES)]
     steps, before = [1, 3, 4, 5, 9][place % 5], [None, 2, 5][place % 3]
-    # two or three rows may all but agree in a feature, where one step of a norm magnifies roundings 300 times
+    # two or three rows may be almost equal in a feature, where one step of a norm magnifies roundings 300 times
     batch = max(batch, 4) if cell == "relu" or window == "1" else batch
     pair = a_pair(cell, norm, window, hidden, batch, steps, 3, place, ragged=place % 2 == 1, before=before)
     check(pair, training, 10 * EXACT)
@@ -30,8 +30,8 @@ def test_every_structure(place):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "per step"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_gate_by_gate(cell, norm, training):
-    """The same numbers, in states of another shape."""
+def test_statistics_per_gate(cell, norm, training):
+    """Same numbers, with states of another shape."""
     for window, before in (("4", 3), ("exponential", None)):
         check(a_pair(cell, norm, window, 35, per_gate=True, before=before, ragged=True), training)
 
@@ -53,19 +53,19 @@ def test_any_structure(cell, norm, window, hidden, batch, steps, inputs, seed, b
     pair = a_pair(cell, norm, window, hidden, batch, steps, inputs, seed, before=before, ragged=ragged, options=options)
     for training in (True, False):
         (found, populations), (expected, others) = both(pair, training)
-        agree(found, expected, 1e-8)  # any batch, near singular ones too
+        agree(found, expected, 1e-8)  # includes nearly singular batches
         compare(populations, others, tolerance=1e-9)
 
 
 def test_a_long_sequence_of_many_rows():
-    """More steps than a chunk of the way back holds, more than one block of units, and windows that outlast it."""
+    """More steps than a chunk of the backward pass, several blocks of units, and windows longer than a chunk."""
     for cell, window in itertools.product(("lstm", "gru"), ("4", "100", "cumulative")):
         check(a_pair(cell, "batch", window, 40, 70, 20, 66, ragged=True, before=3))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_rows_end_until_one_and_then_none_is_left(cell):
-    """A step of one row has no deviation; behind the last row nothing happens, whatever is in the padding."""
+def test_rows_end_until_one_and_then_none_remains(cell):
+    """A step with one row has no deviation; steps without rows have no effect, with any padding."""
     pair, lengths = a_pair(cell, window="1", batch=4, steps=7), torch.tensor([5, 1, 0, 2])
     dead = torch.arange(7)[:, None] >= lengths
     dirty = pair.xs().masked_fill(dead[..., None], float("nan"))
@@ -75,7 +75,7 @@ def test_rows_end_until_one_and_then_none_is_left(cell):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_row_is_alive(training):
+def test_all_rows_are_masked(training):
     pair, none = a_pair(before=5), torch.zeros(5, dtype=torch.int64)
     layer = made(pair, "native", training)
     before = [buffer.clone() for buffer in layer.buffers()]
@@ -89,8 +89,8 @@ def test_no_row_is_alive(training):
 
 @pytest.mark.parametrize("norm", ["batch", "per step"])
 @pytest.mark.parametrize("graph", [True, False])
-def test_populations_are_what_the_reference_records(norm, graph):
-    """Three training sequences, the last in a stream, then evaluation, of one row too."""
+def test_populations_equal_those_of_the_reference(norm, graph):
+    """Train on three sequences, the last as a stream; then evaluate, also with one row."""
     pair, runs = a_pair(norm=norm, steps=6, hidden=9, options={"bidirectional": False}), []
     for backend in ("native", "reference"):
         layer, state = pair.layer(backend), None
@@ -108,13 +108,13 @@ def test_populations_are_what_the_reference_records(norm, graph):
     for found, expected in zip(*runs, strict=True):
         compare(found, expected, tolerance=EXACT)
     tracked = next(b for name, b in layer.named_buffers() if name.endswith("tracked"))
-    assert tracked.flatten()[0] == (2 if norm == "per step" else 3)  # a stream's later steps have later indices
+    assert tracked.flatten()[0] == (2 if norm == "per step" else 3)  # later steps of a stream have later indices
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("window", ["1", "4", "cumulative", "exponential"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_segments_on_either_backend_are_the_whole(cell, window, training):
+def test_segments_on_either_backend_equal_the_whole(cell, window, training):
     pair = a_pair(cell, "per step", window, 5, 4, 9)
     results = []
     for backends in (["native", "reference"] * 4 + ["native"], ["reference"]):
@@ -133,7 +133,7 @@ def test_segments_on_either_backend_are_the_whole(cell, window, training):
         compare(found, expected, tolerance=10 * EXACT, scale=max(1.0, level(*results[1][2])))
 
 
-def test_copies_of_a_state_are_taken_once():
+def test_copies_of_a_shared_state_are_used_once():
     pair, order = a_pair(before=4, window="4"), torch.tensor([2, 0, 4, 4, 1])
     for state in (an.reorder(pair.state(), order), pair.state()):
         results = [pair.layer(backend).unroll(pair.xs(), state) for backend in ("native", "reference")]
@@ -143,7 +143,7 @@ def test_copies_of_a_state_are_taken_once():
     carried, norms = (
         tuple(c[:1] for c in carried),
         an.reorder(norms, rows),
-    )  # of a batch of one row: every leaf has five
+    )  # the state of one row: every leaf has five entries
     wide = (((an.reorder(carried, rows), norms),),)
     assert norms[0][0].shape == (5,)
     results = [pair.layer(backend).unroll(pair.xs(), wide) for backend in ("native", "reference")]
@@ -151,7 +151,7 @@ def test_copies_of_a_state_are_taken_once():
 
 
 @pytest.mark.parametrize("change", [lambda leaf: leaf[:, :1], lambda leaf: leaf[..., :2], lambda leaf: leaf.long()])
-def test_a_state_that_does_not_fit_is_refused(change):
+def test_an_incompatible_state_is_rejected(change):
     pair = a_pair(before=5, window="4")
     (((carried, ((index, (weights, statistic)), *others)),),) = pair.state()
     for place in range(3):

@@ -1,4 +1,4 @@
-"""Norms over the rows of a batch: digits, NaN, threads and instruction sets."""
+"""Batch statistics: accuracy, NaN, threads and instruction sets."""
 
 from dataclasses import replace
 
@@ -64,8 +64,8 @@ def test_every_instruction_set(limit, dtype):
 @pytest.mark.parametrize("window", ["1", "4", "100", "cumulative", "exponential"])
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_normalization_keeps_its_digits_in_every_regime(dtype, regime, window):
-    """1e4 with deviations of 1e-2, spikes, constants, 1e-20, 1e30, drift; given identical pre-activations."""
+def test_accuracy_of_normalization_in_every_regime(dtype, regime, window):
+    """1e4 with deviations of 1e-2, spikes, constants, 1e-20, 1e30, drift, for identical pre-activations."""
     pair = a_pair("relu", "ih", window, WIDTH, 6, 24, WIDTH, dtype=dtype)
     xs = sequence(regime, 7, (24, 6, WIDTH)).to(dtype)
     for sign in (1, -1):
@@ -79,32 +79,32 @@ def test_normalization_keeps_its_digits_in_every_regime(dtype, regime, window):
         (ys, state, populations), (expected, final, others) = results
         if dtype == torch.float32:
             tolerance = ULPS
-        else:  # both sides round: centring costs |x| / sqrt(v + eps)
+        else:  # both sides round: centring magnifies by |x| / sqrt(v + eps)
             smallest = xs.var(1, correction=0).min()
             tolerance = 64 * torch.finfo(dtype).eps * max(1.0, float(xs.abs().max()) / float(smallest + 1e-5) ** 0.5)
         compare(ys, expected, tolerance=tolerance)
         for mine, theirs in zip(state, final, strict=True):
             compare(mine, theirs, tolerance=1e-12, scale=level(theirs))
         for mine, theirs in zip(populations, others, strict=True):
-            stored = theirs.to(dtype).double()  # infinite where float32 ends
+            stored = theirs.to(dtype).double()  # infinite beyond the range of float32
             compare(mine, stored, tolerance=2 * torch.finfo(dtype).eps + 1e-12, scale=level(theirs))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradients_keep_their_digits(cell):
-    """In float32, required where well conditioned: 1e-5 of each gradient's norm."""
+def test_accuracy_of_gradients(cell):
+    """In float32, for well conditioned cases: 1e-5 of the norm of each gradient."""
     pair = a_pair(cell, "batch", "4", 64, 32, 20, 10, seed=1, before=5, dtype=torch.float32)
     found = outcome(pair.layer("native"), pair.xs(), pair.state())
     expected = outcome(pair.layer("reference", torch.float64), pair.xs().double(), pair.state(torch.float64))
     for place, (mine, theirs) in enumerate(zip(found.gradients, expected.gradients, strict=True)):
-        # biases before a norm over the batch have no gradient at all but through the given state
+        # biases before batch statistics have a gradient only through the initial state
         floor = 1e-3 * level(*expected.gradients)
         error = float((mine.double() - theirs).norm() / theirs.norm().clamp(min=floor))
         assert error <= 1e-5, f"gradient {place}: {error:.2g} of its norm"
 
 
-def test_the_gates_keep_their_digits():
-    """One step after exact products: float32 values within 4 ulp of the reference in float64."""
+def test_accuracy_of_gates():
+    """One step after exact products: float32 values are within 4 ulp of the reference in float64."""
     for cell in CELLS:
         gates = {"lstm": 4, "gru": 3}.get(cell, 1)
         pair = a_pair(cell, "ih", "4", WIDTH, 8, 1, gates * WIDTH, dtype=torch.float32)
@@ -136,7 +136,7 @@ def test_in_evaluation_a_nan_stays_in_its_row(cell, dtype):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_in_training_a_nan_is_in_its_feature_for_all(cell):
+def test_in_training_a_nan_affects_its_feature_in_all_rows(cell):
     layer, xs = a_pair(cell, "ih", "1", 5, 4, 1).layer("native"), torch.ones(1, 4, 2).double()
     xs[0, 1, 0] = float("nan")
     assert layer(xs)[0].isnan().all()

@@ -1,4 +1,4 @@
-"""Norms over the rows of a batch: the operators, compiled, without a graph, and what is refused."""
+"""Batch statistics: operators, compilation, inference mode, and unsupported cases."""
 
 import itertools
 from typing import Any
@@ -36,7 +36,7 @@ def test_opcheck(pair, training):
 @pytest.mark.parametrize("norm", ["batch", "per step"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_compiled_without_a_graph_break(cell, norm):
-    """Training, which records a population, and evaluation with it."""
+    """Training, which records a population, and evaluation, which uses it."""
     torch._dynamo.reset()
     pair = a_pair(cell, norm, "4", 7, 4, 6, dtype=torch.float32)
     layers = pair.layer("native"), pair.layer("native")
@@ -64,7 +64,7 @@ def test_no_kernel_reads_unwritten_memory(window, training, poisoned):
         assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
 
 
-def test_without_a_graph_the_numbers_are_those_of_training():
+def test_inference_equals_training():
     for pair, training in itertools.product(PAIRS, (True, False)):
         layers = [made(pair, "native", training) for _ in range(2)]
         ys, after = layers[0].unroll(pair.xs(), pair.state(), pair.lengths())
@@ -75,7 +75,7 @@ def test_without_a_graph_the_numbers_are_those_of_training():
         compare(list(layers[1].buffers()), list(layers[0].buffers()), tolerance=0)
 
 
-def test_one_row_is_refused_in_training_as_it_always_was():
+def test_one_row_is_rejected_in_training():
     pair = a_pair(batch=1)
     for backend in ("native", "reference"):
         with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
@@ -84,13 +84,13 @@ def test_one_row_is_refused_in_training_as_it_always_was():
 
 
 class Doubled(an.BatchNorm):
-    """A subclass that normalizes otherwise than the base class declares."""
+    """A subclass that differs from the declaration of its base class."""
 
     def normalize(self, x, pooled):
         return 2 * super().normalize(x, pooled)
 
 
-def test_what_couples_rows_differently_is_refused():
+def test_mixed_batch_statistics_are_unsupported():
     layer = an.LSTM(2, 3, norm={"sites": {"ih": "batch", "hh": "layer"}})
     assert "native: refuses: norms over the batch and norms of single rows are at different sites" in an.explain(layer)
     layer: Any = an.LSTM(2, 3, norm="batch")

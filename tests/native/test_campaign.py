@@ -1,4 +1,4 @@
-"""The long searches: wide, long and deep layers, any window; run with `-m deep --hypothesis-profile deep`."""
+"""Extended tests of wide, long and deep layers with any window: `-m deep --hypothesis-profile deep`."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_any_size(pair: Pair, window, hidden, batch, steps, inputs):
     pair = replace(pair, **sizes, options=pair.options | {"window": window})
     given = pair.xs(), pair.state(), pair.lengths()
     expected = outcome(pair.layer("reference"), *given)
-    # gradients that grow over 60 steps magnify roundings as they do themselves
+    # roundings grow with the gradients over 60 steps
     agree(outcome(pair.layer("native"), *given), expected, 1e-10 * level(*expected.gradients))
 
 
@@ -39,7 +39,7 @@ def test_any_structure(pair: Pair):
 
 @given(seeds, windows, st.sampled_from(["layer", "rms"]), st.sampled_from([1, -1]))
 def test_long_sequences_keep_their_accuracy(seed, window, norm, sign):
-    """2,000 steps with a spike at a third: nothing accumulates, nothing of the spike stays."""
+    """2,000 steps with a spike after a third: no rounding accumulates and no trace of the spike remains."""
     options = {"norm": {"sites": {"ih": norm}}, "window": window}
     pair = Pair("relu", hidden=WIDTH, batch=3, steps=2000, inputs=WIDTH, dtype=torch.float32, options=options)
     xs = sequence("spike", seed, (2000, 3, WIDTH)).float()

@@ -1,4 +1,4 @@
-"""Digits in float32, judged by the reference in float64: ranges, spikes, saturation, and where a NaN goes."""
+"""Accuracy of float32 against the reference in float64: ranges, spikes, saturation, and the spread of a NaN."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ WIDTH = 21
 
 
 def both(pair, xs, state=None, dtype=torch.float32, prepare=None):
-    """Outputs, last hidden states and final state: native in `dtype`, the reference in float64 on the same numbers."""
+    """Return outputs and states of native in `dtype`, and of the reference in float64 on the same numbers."""
     results = []
     for backend, kind in (("native", dtype), ("reference", torch.float64)):
         layer = pair.layer(backend, kind)
@@ -32,7 +32,7 @@ def both(pair, xs, state=None, dtype=torch.float32, prepare=None):
 
 
 def summed_in_float(dtype, width):
-    """Return True where the kernels sum a row of that many features in float32: at least two vectors."""
+    """Return True if the kernels sum a row of that many features in float32: at least two vectors."""
     kernels = library.load()
     assert isinstance(kernels, library.Library)
     numbers = {"baseline": 4, "AVX2": 8, "AVX-512": 16}[kernels.level()]
@@ -40,7 +40,7 @@ def summed_in_float(dtype, width):
 
 
 def exact_products(layer):
-    """Weights of zeros and ones: the pre-activations are the inputs themselves, in every dtype."""
+    """Set weights to zeros and ones, so that the pre-activations equal the inputs in every dtype."""
     gates = layer.weight_ih_l0.shape[0] // layer.hidden_size
     layer.weight_ih_l0.copy_(torch.eye(*layer.weight_ih_l0.shape))
     layer.weight_hh_l0.copy_(torch.eye(layer.hidden_size).repeat(gates, 1))
@@ -49,7 +49,7 @@ def exact_products(layer):
 
 
 def normalization_alone(sign):
-    """relu(N(x)): no recurrence, so that every step is judged by itself; a negative `sign` shows the other half."""
+    """Return a layer relu(N(x)) without recurrence; a negative `sign` shows the negative half."""
 
     def prepare(layer):
         exact_products(layer)
@@ -65,25 +65,25 @@ def normalization_alone(sign):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_normalization_keeps_its_digits_in_every_regime(dtype, regime, norm, window, sign):
+def test_accuracy_of_normalization_in_every_regime(dtype, regime, norm, window, sign):
     """1e4 with deviations of 1e-2, a spike of 1e6 that leaves the window, constants, 1e-20, 1e30, drift."""
     pair = Pair("relu", norm, window, WIDTH, 3, 24, WIDTH, dtype=dtype, options={"norm": {"sites": {"ih": norm}}})
     xs = sequence(regime, 7, (24, 3, WIDTH)).to(dtype)
     (ys, _, after), (expected, _, final) = both(pair, xs, dtype=dtype, prepare=normalization_alone(sign))
     if dtype == torch.float32:
         tolerance = ULPS
-    else:  # both sides round: centring costs |x| / sqrt(v + eps)
+    else:  # both sides round: centring magnifies by |x| / sqrt(v + eps)
         smallest = xs.var(-1, correction=0).min() if norm == "layer" else xs.square().mean(-1).min()
         tolerance = 64 * torch.finfo(dtype).eps * max(1.0, float(xs.abs().max()) / float(smallest + 1e-5) ** 0.5)
     compare(ys, expected, tolerance=tolerance)
-    for mine, theirs in zip(leaves(after)[2:], leaves(final)[2:], strict=True):  # statements are float64 on either side
+    for mine, theirs in zip(leaves(after)[2:], leaves(final)[2:], strict=True):  # statistics are float64 on both sides
         compare(mine, theirs, tolerance=ULPS if summed_in_float(dtype, WIDTH) else 1e-12, scale=level(theirs))
 
 
 @pytest.mark.parametrize("silent", ["ih", "hh"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_gates_keep_their_digits(cell, silent):
-    """One step; one site is silenced by a gain of 0, the other has no norm, so pre-activations are the same numbers."""
+def test_accuracy_of_the_gates(cell, silent):
+    """One step with identical pre-activations: one site has gain 0, the other has no norm."""
 
     def prepare(layer):
         exact_products(layer)
@@ -103,8 +103,8 @@ def test_gates_keep_their_digits(cell, silent):
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_the_normed_cell_state_keeps_its_digits(norm):
-    """Forget and output gate 1, input gate 0: the cell state is the given one to the bit, whatever is made of it."""
+def test_accuracy_of_the_normed_cell_state(norm):
+    """With forget and output gate 1 and input gate 0, the cell state equals the initial state bit for bit."""
 
     def prepare(layer):
         layer.weight_ih_l0.zero_()
@@ -121,7 +121,7 @@ def test_the_normed_cell_state_keeps_its_digits(norm):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_saturate(cell):
-    """Pre-activations of any size, infinite ones among them, give what they tend to, and no NaN comes back."""
+    """Pre-activations of any size, also infinite, give their limits, and gradients without NaN."""
     site = "c" if cell == "lstm" else "hh"
     values = torch.tensor([0.0, 1.0, -1.0, 80.0, -80.0, 88.5, -88.5, 700.0, -750.0, 1e30, -1e30])
     values = torch.cat([values, torch.tensor([float("inf"), float("-inf")])]) if cell != "relu" else values
@@ -149,8 +149,8 @@ def test_gates_saturate(cell):
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_product_is_no_worse_than_twice_torch_s(cell, norm, steps):
-    """Against float64: the reference in float32 is torch's product followed by an all but exact normalization."""
+def test_the_error_of_the_product_is_at_most_twice_torch_s(cell, norm, steps):
+    """Compare with float64: the reference in float32 is torch's product and an almost exact normalization."""
     errors = {"native": 0.0, "reference": 0.0}
     for seed in range(4):
         pair = Pair(cell, norm, "4", 64, 8, steps, 300, seed, dtype=torch.float32)
@@ -164,9 +164,9 @@ def test_the_product_is_no_worse_than_twice_torch_s(cell, norm, steps):
 @pytest.mark.parametrize("window", ["1", "4", "exponential"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradients_keep_their_digits(cell, norm, window):
-    """Required where well conditioned: 1e-5 of each gradient's norm. Other seeds bring LSTMs whose float32 gradient is
-    off by as much in the reference, because one row's cell state all but vanishes under its norm."""
+def test_accuracy_of_gradients(cell, norm, window):
+    """For well conditioned cases: 1e-5 of the norm of each gradient. With other seeds, the reference has a similar
+    error in float32, where the cell state of a row is almost 0 under its norm."""
     pair = Pair(cell, norm, window, 64, 16, 20, 10, seed=1, before=5, dtype=torch.float32)
     found = outcome(pair.layer("native"), pair.xs(), pair.state())
     expected = outcome(pair.layer("reference", torch.float64), pair.xs().double(), pair.state(torch.float64))
@@ -180,7 +180,7 @@ def test_gradients_keep_their_digits(cell, norm, window):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_nan_fills_its_row_and_stays_in_it(dtype, cell, norm, window, where):
+def test_a_nan_affects_only_its_row(dtype, cell, norm, window, where):
     pair = Pair(cell, norm, window, 17, 5, 6, 3, before=4, dtype=dtype)
     layer, step = pair.layer("native"), 2 if where == "input" else 0
     clean, dirty = ((pair.xs().requires_grad_(), pair.state()) for _ in range(2))
@@ -204,8 +204,8 @@ def test_a_nan_fills_its_row_and_stays_in_it(dtype, cell, norm, window, where):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_nan_among_the_pre_activations_fills_the_row(cell, norm):
-    """It is in the statement of its row, and with that in every feature."""
+def test_one_nan_in_the_pre_activations_affects_its_row(cell, norm):
+    """The NaN is in the statistic of its row, and so in every feature."""
     layer = Pair(cell, hidden=17, batch=2, steps=1, options={"norm": {"sites": {"ih": norm}}}).layer("native")
     with torch.no_grad():
         layer.bias_ih_l0[5] = float("nan")

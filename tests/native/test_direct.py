@@ -1,4 +1,4 @@
-"""The eager path around the dispatcher: every mode, tracer and profiler still sees the operators."""
+"""The eager path that bypasses the dispatcher: modes, tracers and profilers still receive the operators."""
 
 import copy
 import pickle
@@ -26,15 +26,15 @@ from tests.native.strategies import CELLS, EXACT, Pair, functional, needs_kernel
 pytestmark = needs_kernels
 
 
-class Heard(TorchDispatchMode):
-    """Passes everything on."""
+class PassingDispatchMode(TorchDispatchMode):
+    """Mode that calls every function unchanged."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
-class Asked(TorchFunctionMode):
-    """Passes everything on."""
+class PassingFunctionMode(TorchFunctionMode):
+    """Mode that calls every function unchanged."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
@@ -75,13 +75,13 @@ def test_an_eager_call_needs_no_operator(operators, cell, training):
 
 
 LISTENERS = {
-    "a dispatch mode": Heard,
+    "a dispatch mode": PassingDispatchMode,
     "a profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
 }
 
 
 @pytest.mark.parametrize("who", LISTENERS)
-def test_every_observer_sees_the_operators(operators, who):
+def test_every_observer_receives_the_operators(operators, who):
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     quiet, _ = layer.unroll(xs, state)
@@ -92,11 +92,11 @@ def test_every_observer_sees_the_operators(operators, who):
     compare(ys, quiet, tolerance=0)
 
 
-def test_a_function_mode_sees_the_operator(operators):
-    """On the way back it is off: torch turns it off while it handles `backward` itself."""
+def test_a_function_mode_receives_the_operator(operators):
+    """In the backward pass the mode is off: torch disables it while it handles `backward`."""
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
-    with Asked():
+    with PassingFunctionMode():
         ys, _ = layer.unroll(xs, state)
     assert operators["forward"] == 1
     compare(ys, layer.unroll(xs, state)[0], tolerance=0)
@@ -112,7 +112,7 @@ def test_traces_hold_the_operator():
 
 
 def test_function_transforms_call_no_operator(operators):
-    """The operator has no rule for them, so the reference runs."""
+    """The operator has no rule for function transforms, so the reference runs."""
     pair = Pair("tanh", steps=3)
     layer, xs = pair.layer("auto"), pair.xs()
     torch.func.grad(lambda x: layer(x)[0].sum())(xs)
@@ -120,13 +120,13 @@ def test_function_transforms_call_no_operator(operators):
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers behind torch's negation bit."""
+    """Return the same numbers with torch's negation bit set."""
     seen = torch._neg_view(-tensor)
     assert seen.is_neg() and seen.is_contiguous()
     return seen
 
 
-def test_numbers_that_are_not_in_memory_are_brought_there():
+def test_lazy_tensors_are_materialized():
     pair = Pair("gru", before=2, steps=3)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     expected = layer.unroll(xs, state)
@@ -145,7 +145,7 @@ def test_a_tensor_subclass_uses_the_operator(operators):
     compare(ys.as_subclass(torch.Tensor), layer.unroll(xs, state)[0], tolerance=0)
 
 
-def test_what_a_backend_found_out_when_asked_serves_one_run():
+def test_the_plan_of_a_support_check_is_used_for_one_run():
     pair = Pair("gru", steps=3)
     layer, xs = pair.layer("native"), pair.xs()
     (weights,) = layer._cells()
@@ -159,7 +159,7 @@ def test_what_a_backend_found_out_when_asked_serves_one_run():
     assert (again - first).abs().max() > 1e-3
 
 
-def test_gradients_that_are_not_in_memory_are_brought_there():
+def test_lazy_gradients_are_materialized():
     pair = Pair("gru", steps=3)
     layer, xs = pair.layer("native"), pair.xs().requires_grad_()
     upstream = torch.randn(3, *layer(xs)[0].shape[1:], dtype=xs.dtype)
@@ -168,8 +168,8 @@ def test_gradients_that_are_not_in_memory_are_brought_there():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_tensors_may_lie_in_memory_as_they_like(training):
-    """Transposed, spread out, repeated: inputs, carried state and states of windows."""
+def test_tensors_may_have_any_memory_layout(training):
+    """Transposed, strided and expanded inputs, carried states and window states."""
     pair = Pair("lstm", before=4, batch=3, steps=4)
     layer, xs, state = pair.layer("native"), pair.xs(), pair.state()
     turned = tree_map(lambda leaf: leaf.clone().movedim(0, -1).contiguous().movedim(-1, 0), state)
@@ -181,7 +181,7 @@ def test_tensors_may_lie_in_memory_as_they_like(training):
 
 
 class Doubled(nn.Module):
-    """A parametrization: twice the numbers."""
+    """Parametrization that doubles the numbers."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
@@ -232,12 +232,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_between_two_calls_is_seen(change):
+def test_changes_between_two_calls_take_effect(change):
     pair = Pair("lstm", before=2, steps=3)
     found = []
     for backend in ("native", "reference"):
         layer = pair.layer(backend)
-        outcome(layer, pair.xs(), pair.state())  # whatever is remembered of a layer, it is remembered now
+        outcome(layer, pair.xs(), pair.state())  # fill all caches of the layer
         with torch.no_grad():
             layer.unroll(pair.xs(), pair.state())
         made = CHANGES[change](layer)
@@ -284,8 +284,8 @@ def test_parameters_swapped_for_one_call_are_used_for_that_call():
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_gradients_of_gradients_find_their_places(biased):
-    """Where some arguments want none, and where there are no biases."""
+def test_second_derivatives_belong_to_their_arguments(biased):
+    """Also if some arguments need no gradient, and without biases."""
     pair = Pair("gru", before=2, steps=3, options={"bias": biased})
     found = []
     for backend in ("native", "reference"):
@@ -300,7 +300,7 @@ def test_gradients_of_gradients_find_their_places(biased):
     compare(found[0], found[1], tolerance=EXACT, scale=level(*found[1][1]))
 
 
-def test_checkpoints_and_hooks_on_what_is_kept():
+def test_checkpoints_and_saved_tensor_hooks():
     pair = Pair("lstm", steps=3)
     layer, xs = pair.layer("native"), pair.xs().requires_grad_()
     expected = torch.autograd.grad(layer(xs)[0].sum(), xs)
@@ -314,7 +314,7 @@ def test_checkpoints_and_hooks_on_what_is_kept():
     compare(torch.autograd.grad(ys.sum(), xs), expected, tolerance=0)
 
 
-def test_what_was_changed_in_place_is_not_gone_back_through():
+def test_backward_after_an_in_place_change_is_an_error():
     pair = Pair("lstm", steps=3)
     layer, xs = pair.layer("native"), pair.xs()
     ys, _ = layer(xs)

@@ -12,7 +12,7 @@ from atn_norms.backends.native import library as native
 from atn_norms.cli import main
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to make broken kernels with")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="requires a C compiler")
 
 AT_LOAD = "#include <signal.h>\n#include <unistd.h>\n__attribute__((constructor)) static void begin(void) { %s; }\n"
 AT_WORK = f"""
@@ -28,7 +28,7 @@ long atn_norms_interface(void) {{ return {native.INTERFACE * 65536 + ctypes.size
 
 @pytest.fixture
 def kernels(monkeypatch, tmp_path):
-    """Put kernels made of some source in the place of the real ones."""
+    """Replace the kernels by kernels compiled from some source."""
 
     def compiled(source: str):
         (tmp_path / "broken.c").write_text(source, encoding="utf-8")
@@ -68,13 +68,13 @@ def test_doctor_survives_them_and_prints_the_cure(source, fate, kernels, capsys)
         an.LSTM(2, 3, norm="layer", backend="native")
 
 
-def test_what_hangs_is_given_up(kernels, monkeypatch):
+def test_kernels_that_hang_are_stopped(kernels, monkeypatch):
     monkeypatch.setattr(native, "PATIENCE", 2)
     kernels(AT_LOAD % "pause()")
     assert native.survives() == "a trial of them did not come back in 2 s"
 
 
-def test_kernels_that_cannot_be_loaded_have_their_reason(kernels):
+def test_kernels_that_cannot_be_loaded_are_reported_with_the_reason(kernels):
     kernels("int nothing;")
     assert native.survives() is None
     assert "atn_norms_forward" in str(native.unavailable())

@@ -29,7 +29,7 @@ WANTED = ("xs", "weight_ih", "weight_hh", "bias", "norm", "carried", "window")
 
 
 def split(opened, state):
-    """The leaves of an open state of one cell: what is carried, and what windows hold."""
+    """Return the leaves of an open state of one cell: carried tensors, and tensors of windows."""
     many = len(state[0][0][0])
     return opened[:many], opened[many:]
 
@@ -99,7 +99,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_layout_in_memory(cell, layout):
-    """Inputs, given states, weights and the outputs' gradients, strided and expanded."""
+    """Strided and expanded inputs, initial states, weights and output gradients."""
     pair = Pair(cell, batch=3, steps=4, inputs=3, hidden=5, before=3)
     shaped, results = LAYOUTS[layout], []
     for backend in ("native", "reference"):
@@ -124,7 +124,7 @@ def test_any_layout_in_memory(cell, layout):
 
 
 class Unrolled(torch.nn.Module):
-    """`unroll` as a forward, for functional calls."""
+    """Module whose `forward` is `unroll`, for functional calls."""
 
     def __init__(self, layer):
         super().__init__()
@@ -136,7 +136,7 @@ class Unrolled(torch.nn.Module):
 
 @given(pairs(hidden=3, batch=2, inputs=2), st.integers(1, 4))
 def test_gradients_of_gradients(pair: Pair, steps):
-    """A gradient penalty: the gradient of a functional of all gradients."""
+    """Gradient penalty: the gradient of a functional of all gradients."""
     pair = Pair(**(vars(pair) | {"steps": steps}))
     results = []
     for backend in ("native", "reference"):
@@ -174,7 +174,7 @@ def test_gradgradcheck(cell, window, per_gate):
 
 
 def test_weights_that_depend_on_the_input_differentiate_twice():
-    """Every gradient of the operator is a partial one, also where one argument is a function of another."""
+    """Every gradient of the operator is a partial derivative, even if one argument is a function of another."""
     pair, results = Pair(steps=3), []
     for backend in ("native", "reference"):
         layer, xs = pair.layer(backend), pair.xs().requires_grad_()
@@ -190,7 +190,7 @@ def test_weights_that_depend_on_the_input_differentiate_twice():
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 @pytest.mark.parametrize("window", ["4", "exponential"])
 def test_weights_of_a_state_have_no_gradient_in_any_backend(norm, window):
-    """They count samples; a gradient into them would be 0 in one backend and a number in another."""
+    """Weights are numbers of samples; their gradients would differ between backends."""
     xs = torch.randn(4, 3, 2, dtype=torch.float64)
     for backend in ("native", "reference"):
         layer = an.LSTM(2, 3, norm=norm, window=WINDOWS[window], backend=backend, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A plugin's normalizer that declares itself as moments over groups of features runs in the kernels as well."""
+"""A plugin's normalizer that declares moments over groups of features runs in the kernels."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ pytestmark = needs_kernels
 
 
 class GroupNorm(an.Normalizer):
-    """Moments, or mean squares, of every group of neighbouring features; a gain, and no shift."""
+    """Normalization by the moments, or mean squares, of groups of neighbouring features; with gain, without shift."""
 
     def __init__(self, features: int, groups: int, centred: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class GroupNormSpec(an.NormSpec):
 @pytest.mark.parametrize(("groups", "centred"), [(2, True), (5, False), (10, True), (64, True), (64, False)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_groups(cell, groups, centred, window):
-    """Groups that do not end where gates end, groups of one feature, and as many as the kernels hold."""
+    """Groups that cross gates, groups of one feature, and the maximum number of groups."""
     hidden = 64 if groups == 64 else 10
     options = {"norm": GroupNormSpec(groups=groups, centred=centred)}
     pair = Pair(cell, "layer", window, hidden, 19, 6, 3, groups, ragged=True, before=3, options=options)

@@ -39,7 +39,7 @@ def test_results_are_those_of_float64_rounded_once(cell, norm, dtype):
     compare(found.double(), ys, tolerance=UNIT[dtype] * 1.01)
     assert [g.dtype for g in gradients[0]] == [dtype] * len(gradients[0])
     scale = level(*gradients[1])
-    # a gradient is rounded where it leaves the kernels, and dy was rounded before them
+    # a gradient is rounded at the exit of the kernels, and dy at the entry
     compare([g.double() for g in gradients[0]], gradients[1], tolerance=4 * UNIT[dtype], scale=scale, what="gradient")
 
 

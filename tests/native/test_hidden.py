@@ -10,7 +10,7 @@ from tests.native.strategies import EXACT, Pair, needs_kernels, outcome
 
 pytestmark = needs_kernels
 
-WINDOWS = [  # with how many steps the given state has seen, and which of its statements is hidden besides
+WINDOWS = [  # window, steps of the initial state, and the index of the statistic that is also masked
     ("4", 2, None),
     ("4", 0, None),
     ("4", 5, 1),
@@ -21,7 +21,7 @@ WINDOWS = [  # with how many steps the given state has seen, and which of its st
 
 
 def hiding(pair, place, dirt):
-    """The pair's state: `place` of every window hidden as well, and everything of weight 0 holding `dirt`."""
+    """Return the pair's state with `place` of every window masked, and all masked entries set to `dirt`."""
 
     def of_site(site):
         if not site:
@@ -43,7 +43,7 @@ def hiding(pair, place, dirt):
 @pytest.mark.parametrize(("window", "before", "place"), WINDOWS, ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_what_is_hidden_is_not_read(norm, cell, window, before, place, dirt):
+def test_masked_entries_are_not_read(norm, cell, window, before, place, dirt):
     if norm == "batch":
         pair = a_pair(cell, window=window, batch=4, steps=7, before=before, seed=2)
     else:
@@ -51,7 +51,7 @@ def test_what_is_hidden_is_not_read(norm, cell, window, before, place, dirt):
     results = []
     for backend, what in (("native", 0.0), ("native", dirt), ("reference", dirt)):
         found = outcome(pair.layer(backend), pair.xs(), hiding(pair, place, what))
-        places = [leaf.isfinite() for leaf in found.state]  # a long window hands on what it hides
+        places = [leaf.isfinite() for leaf in found.state]  # a long window keeps masked entries
         results.append((found.ys, found.gradients, [leaf.nan_to_num(0, 0, 0) for leaf in found.state], places))
     (clean, slopes, *_), (ys, gradients, state, places), (expected, others, final, still) = results
     compare([ys, gradients], [clean, slopes], tolerance=0)

@@ -1,4 +1,4 @@
-"""The shared object and its surroundings: found or not, which processor, threads, forks, signals."""
+"""The shared library: presence, instruction sets, threads, forks and signals."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from atn_norms.pytree import tree_leaves
 from tests.compare import compare
 
 ROOT = Path(__file__).parents[2]
-# Kernels that are there but do not load must fail, not skip.
+# Kernels that exist but do not load must fail, not skip.
 needs_kernels = pytest.mark.skipif("not compiled" in str(native.load()), reason=f"{native.load()}")
 CASES = [
     ("LSTM", "layer", 3),
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.fixture
 def library():
-    """The kernels, with no cap on the instruction set after the test."""
+    """Load the kernels; remove the limit of the instruction set after the test."""
     kernels = native.load()
     assert isinstance(kernels, native.Library)
     yield kernels
@@ -46,7 +46,7 @@ def two_threads():
 
 @pytest.fixture
 def elsewhere(monkeypatch, tmp_path):
-    """An installation that has not been looked at yet, with no kernels; the test may put some there."""
+    """Return the path of an empty installation whose kernels are not loaded yet."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setattr(native, "_warned", [])
     native.load.cache_clear()
@@ -61,9 +61,9 @@ def layer_of(case: tuple, backend: str = "native", dtype: torch.dtype = torch.fl
 
 
 def results(layer: Any, steps: int = 9, batch: int = 33) -> dict[str, Any]:
-    """Values, states and gradients of one layer on an input that is always the same."""
+    """Return values, states and gradients of a layer on a fixed input."""
     dtype = next(layer.parameters()).dtype
-    numbers = torch.arange(steps * batch * layer.input_size) * 37 % 101  # few and plain: torch shares nothing out here
+    numbers = torch.arange(steps * batch * layer.input_size) * 37 % 101  # small: torch uses one thread here
     xs = (numbers.to(dtype) / 20 - 2.5).reshape(steps, batch, -1).requires_grad_()
     ys, state = layer.unroll(xs)
     leaves = list(tree_leaves(state))
@@ -88,7 +88,7 @@ def test_every_instruction_set_agrees_with_the_reference(library, case, dtype, l
         return
     actual = results(layer_of(case, dtype=dtype))
     narrow = results(layer_of(case, "reference", torch.float32))
-    compare(actual, narrow, tolerance=2e-5)  # the same sums in float32, each side with its own order
+    compare(actual, narrow, tolerance=2e-5)  # the same sums in float32, in another order
 
 
 @needs_kernels
@@ -104,7 +104,7 @@ def test_the_number_of_threads_changes_no_bit(case, two_threads):
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) % 6], ids=["whole", "ragged"])
 def test_threads_that_share_large_weights_change_no_bit(cell, lengths, two_threads):
-    """Beyond a megabyte of recurrent weights the threads go through time as a team."""
+    """Above a megabyte of recurrent weights, the threads share the work of each step."""
     hidden = {"LSTM": 184, "GRU": 212, "RNN": 364}[cell]
     layer, truth = (
         getattr(an, cell)(3, hidden, norm="layer", window=3, backend=backend, dtype=torch.float64)
@@ -132,12 +132,12 @@ def test_python_threads_may_call_at_once(two_threads):
         for _ in range(5):
             actual = list(pool.map(lambda layer: results(layer, batch=40), work))
             compare(actual, expected, tolerance=0)
-        same = list(pool.map(lambda _: results(work[0], batch=40), range(len(work))))  # one layer for all of them
+        same = list(pool.map(lambda _: results(work[0], batch=40), range(len(work))))  # one layer for all threads
     compare(same, [expected[0]] * len(work), tolerance=0)
 
 
 def run_script(body: str) -> str:
-    """Run `body` in a fresh interpreter and return its output."""
+    """Run `body` in a new interpreter and return its output."""
     code = f"from tests.native.test_library import *\n{body}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
@@ -145,7 +145,7 @@ def run_script(body: str) -> str:
     return done.stdout
 
 
-# Small enough that torch uses one thread: after a fork its thread pool would wait for ever.
+# Small enough that torch uses one thread: after a fork, its thread pool would deadlock.
 FORKED = """
 import multiprocessing, os, signal
 torch.set_num_threads(2)
@@ -155,7 +155,7 @@ expected = results(layer, batch=40)
 assert len(os.listdir("/proc/self/task")) > alone or not native.load().parallel, "the parent used one thread only"
 
 def child():
-    signal.alarm(30)  # rather killed than waiting for threads that are not there
+    signal.alarm(30)  # kill a child that waits for missing threads
     compare(results(layer, batch=40), expected, tolerance=0)
 
 def grandchild():
@@ -174,7 +174,7 @@ for target in (child, grandchild):
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start(); process.join()
     print("process", process.exitcode)
-child()  # and the parent continues with both
+child()  # the parent still works
 print("parent")
 """
 
@@ -213,7 +213,7 @@ print("continues")
 
 
 @needs_kernels
-def test_ctrl_c_while_the_kernels_run_is_delivered_afterwards():
+def test_ctrl_c_during_the_kernels_is_delivered_afterwards():
     assert run_script(INTERRUPTED).splitlines() == ["delivered", "continues"]
 
 
@@ -244,7 +244,7 @@ def test_no_warning_where_kernels_would_not_help(elsewhere):
 def test_doctor_reports_missing_kernels_and_the_cure(elsewhere, capsys):
     main(["doctor", "--json"])
     checks = {check["subject"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert checks["native kernels"]["status"] == "missing"  # not "failed": they are optional
+    assert checks["native kernels"]["status"] == "missing"  # not "failed", since the kernels are optional
     assert "not compiled" in checks["native kernels"]["finding"]
     assert "C compiler" in checks["native kernels"]["advice"] and "pip install" in checks["native kernels"]["advice"]
     assert "backend native" not in checks and checks["backend reference"]["status"] == "ok"
@@ -263,7 +263,7 @@ def test_doctor_names_the_instruction_set(capsys, library, monkeypatch):
 
 
 @needs_kernels
-def test_kernels_of_another_interface_are_refused(library, elsewhere, monkeypatch):
+def test_kernels_of_another_interface_are_rejected(library, elsewhere, monkeypatch):
     copy(library.path, elsewhere / "_kernels.abi3.so")
     assert native.unavailable() is None
     native.load.cache_clear()
@@ -273,7 +273,7 @@ def test_kernels_of_another_interface_are_refused(library, elsewhere, monkeypatc
         an.LSTM(2, 3, norm="layer", backend="native")
 
 
-def test_what_is_no_library_or_another_one_is_refused(elsewhere):
+def test_other_files_and_libraries_are_rejected(elsewhere):
     (elsewhere / "_kernels.so").write_text("text")
     assert "cannot be loaded" in str(native.unavailable())
     native.load.cache_clear()

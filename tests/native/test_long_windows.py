@@ -1,4 +1,4 @@
-"""A window longer than the sequence costs what the sequence costs, and its state is that of the reference."""
+"""A window longer than the sequence has the cost of the sequence, and the state of the reference."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NORMS = {"layer": "layer", "two-sided": GallerySpec(name="TwoSided")}
 @pytest.mark.parametrize("window", [5, 6, 7, 8, 40])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_values_states_and_gradients_are_the_reference(norm, window, ragged):
+def test_values_states_and_gradients_equal_the_reference(norm, window, ragged):
     check(Pair("lstm", steps=6, batch=3, ragged=ragged, options={"norm": NORMS[norm], "window": window}))
 
 
@@ -30,7 +30,7 @@ def test_a_plan_is_no_longer_than_its_sequence():
     assert shortened(plan, 2_000_000) is plan
 
 
-def test_a_stream_goes_on_from_a_shortened_window():
+def test_a_stream_continues_from_a_shortened_window():
     layer = an.GRU(2, 3, norm="rms", window=9, dtype=torch.float64)
     xs = torch.randn(12, 2, 2, dtype=torch.float64)
     whole, _ = layer.unroll(xs)
@@ -40,7 +40,7 @@ def test_a_stream_goes_on_from_a_shortened_window():
 
 
 def test_forward_builds_no_state_of_windows(monkeypatch):
-    """A million steps in eight rows would be 64 MB for each tensor of a state."""
+    """A window of a million steps in eight rows would need 64 MB for each tensor of a state."""
     layer = an.LSTM(2, 3, norm="layer", window=1_000_000)
     largest = [0]
     original = torch.Tensor.new_zeros

@@ -25,7 +25,7 @@ PAIRS = [
 
 
 class Recorded(TorchDispatchMode):
-    """Remembers the arguments of every call of one of our operators."""
+    """Mode that records the arguments of every call of the package's operators."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def test_opcheck(pair, training):
 
 @pytest.mark.parametrize(("cell", "both"), [("lstm", False), ("gru", True), ("tanh", False)])
 def test_compiled_without_a_graph_break(cell, both):
-    """Inference and training, one and more layers, a given hidden state, and sequences of other lengths."""
+    """Inference and training, one or more layers, an initial hidden state, and other sequence lengths."""
     torch._dynamo.reset()
     options = {"window": 3, "num_layers": 1 + both, "bidirectional": both}
     pair = Pair(cell, batch=3, steps=9, dtype=torch.float32, options=options)
@@ -82,7 +82,7 @@ def test_compiled_without_a_graph_break(cell, both):
                 wanted = [xs, *layer.parameters()]
                 found = torch.autograd.grad(functional([ys, *leaves(last)]), wanted) if training else []
                 results.append((ys, last, found))
-            # the same operator on the same numbers; sums around it (of two directions) may be taken in another order
+            # same operator and numbers; sums outside it (over two directions) may have another order
             compare(results[0][:2], results[1][:2], tolerance=0)
             compare(results[0][2], results[1][2], tolerance=1e-6, scale=level(*results[1][2]))
         hidden = tuple(h.detach() for h in last) if cell == "lstm" else last.detach()
@@ -103,7 +103,7 @@ def test_a_compiled_stream_continues_from_its_state():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every tensor that is allocated without content is full of NaN."""
+    """Fill every uninitialized tensor with NaN."""
 
     def spoiled(make):
         def allocate(*args, **options):
@@ -128,7 +128,7 @@ def test_no_kernel_reads_unwritten_memory(cell, norm, window, poisoned):
         assert all(torch.isfinite(tensor).all() for tensor in (found.ys, *found.state, *found.gradients))
 
 
-def test_poison_changes_nothing(monkeypatch, request):
+def test_poisoned_memory_has_no_effect(monkeypatch, request):
     clean: list[Outcome] = []
     for turn in range(2):
         if turn:
@@ -140,8 +140,8 @@ def test_poison_changes_nothing(monkeypatch, request):
                 agree(found, clean[place], 0)
 
 
-def test_work_space_full_of_junk_changes_nothing():
-    """glibc fills what malloc hands out with a byte: -1.7e38 in float32, -5.3e303 in float64."""
+def test_junk_in_the_workspace_has_no_effect():
+    """Let glibc fill new memory with a byte: -1.7e38 in float32, -5.3e303 in float64."""
     script = (
         "import torch; torch.set_num_threads(1); from tests.native.strategies import check, outcome; "
         "from tests.native.test_operators import PAIRS\n"
@@ -154,8 +154,8 @@ def test_work_space_full_of_junk_changes_nothing():
     assert done.returncode == 0, done.stderr
 
 
-def test_without_a_graph_nothing_is_kept():
-    """Inference gives the numbers of training, and its results hold no graph."""
+def test_inference_saves_nothing_for_backward():
+    """Inference returns the numbers of training, without a graph."""
     for pair in PAIRS:
         layer, given = pair.layer("native"), (pair.xs(), pair.state(), pair.lengths())
         ys, after = layer.unroll(*given)

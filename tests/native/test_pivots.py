@@ -1,4 +1,4 @@
-"""Wide rows of float32: summed in float32 around a value near their mean, in float64 where that is not good enough."""
+"""Wide rows of float32: sums in float32 around a pivot near the mean, or in float64 if that is not accurate."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = needs_kernels
 
 @pytest.fixture(params=[0, 1, 2], ids=["baseline", "AVX2", "AVX-512"])
 def instructions(request):
-    """Each instruction set of the processor; a higher limit than it has means its highest."""
+    """Run with each instruction set of the processor; a limit above its highest set has no effect."""
     kernels = library.load()
     assert isinstance(kernels, library.Library)
     kernels.level(request.param)
@@ -23,7 +23,7 @@ def instructions(request):
 
 
 def judged(norm, xs):
-    """Outputs within the limit in ulps, and statistics that are accurate enough for them."""
+    """Check outputs within the limit in ulps, and the accuracy of the statistics."""
     steps, batch, width = xs.shape
     assert summed_in_float(torch.float32, width)
     options = {"norm": {"sites": {"ih": norm}}}
@@ -39,13 +39,13 @@ def judged(norm, xs):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime(instructions, regime, norm, width):
-    """Squares of 1e30 and of 1e-20 are not in the range of float32, and where all is flat there is no deviation."""
+    """Squares of 1e30 and 1e-20 are outside the range of float32, and flat rows have no deviation."""
     judged(norm, sequence(regime, 7, (9, 3, width)).float())
 
 
 @pytest.mark.parametrize("apart", [3.0, -30.0])
-def test_where_the_pivot_is_no_value_like_the_others(instructions, apart):
-    """The eight features whose mean is the pivot lie a hundred times further off than the rest is spread."""
+def test_a_pivot_far_from_the_other_values(instructions, apart):
+    """The eight features of the pivot are a hundred times further from the mean than the spread of the others."""
     width = 1024
     xs = sequence("offset", 5, (6, 3, width))
     for place in (0, width // 2):

@@ -1,4 +1,4 @@
-"""Cases that the native backend does not support, and that `auto` selects it for all others."""
+"""Cases that the native backend does not support; `auto` selects it for all other cases."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +15,7 @@ pytestmark = needs_kernels
 
 
 class Halved(an.LayerNorm):
-    """A subclass whose result is not what the base class declares, by an operation that no kernel has."""
+    """A subclass that differs from its base class by an operation without a kernel."""
 
     def normalize(self, x: Any, pooled: Any) -> Any:
         return super().normalize(x, pooled).sort(-1).values / 2
@@ -29,7 +29,7 @@ class HalvedSpec(an.NormSpec):
 
 
 class Foreign(an.Normalizer):
-    """A normalizer without a declaration, by an operation that no kernel has."""
+    """A normalizer without a declaration, with an operation without a kernel."""
 
     def measure(self, x: Any) -> Any:
         return an.Average(x.double().median(-1, keepdim=True).values)
@@ -46,7 +46,7 @@ class ForeignSpec(an.NormSpec):
 
 
 class Lately(an.Sliding):
-    """A subclass of a window that may count anything."""
+    """A subclass of a window, whose weights may be different."""
 
 
 class LatelySpec(an.WindowSpec):
@@ -118,7 +118,7 @@ def test_an_unsupported_layer_fails_when_it_is_built():
         an.LSTM(2, 3, norm="layer", proj_size=1, backend="native")
 
 
-def test_batch_statistics_are_run_or_refused_with_a_reason():
+def test_batch_statistics_run_or_have_a_reason():
     layer = an.GRU(2, 3, norm="batch")
     weights = layer._weights("_l0")
     chosen = choose("auto", layer.cell, weights).name
@@ -126,9 +126,9 @@ def test_batch_statistics_are_run_or_refused_with_a_reason():
         assert "the norm at ih (BatchNorm): " in an.explain(layer)
 
 
-def test_a_subclass_of_a_cell_is_refused():
+def test_a_subclass_of_a_cell_is_unsupported():
     class Other(GRUEquations):
-        """A cell outside the built-in ones."""
+        """A third-party cell."""
 
     layer = an.GRU(2, 3, norm="layer")
     weights = layer._weights("_l0")
@@ -136,9 +136,9 @@ def test_a_subclass_of_a_cell_is_refused():
         choose("native", Other(3, layer.cell.placement), CellWeights(weights.tensors, weights.norms))
 
 
-def test_more_groups_than_the_kernels_hold_are_refused():
+def test_more_groups_than_the_kernels_support_are_rejected():
     class Grouped(an.LayerNorm):
-        """One statement for each feature."""
+        """One statistic for each feature."""
 
         def measure(self, x: Any) -> Any:
             return an.Moments(x.double(), torch.zeros_like(x.double()))
@@ -161,7 +161,7 @@ def test_more_groups_than_the_kernels_hold_are_refused():
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_auto_takes_what_is_not_refused(cell, norm, window):
+def test_auto_selects_every_supported_case(cell, norm, window):
     if norm == "c" and cell != "lstm":
         return
     make, own = CELLS[cell]
@@ -170,7 +170,7 @@ def test_auto_takes_what_is_not_refused(cell, norm, window):
     assert "reference: could run it too" in an.explain(layer)
 
 
-def test_auto_takes_it_per_gate_and_in_another_type_after_a_move():
+def test_auto_selects_it_per_gate_and_after_a_change_of_dtype():
     layer = an.LSTM(2, 3, norm=RMS_SHIFTED, placement={"gates": "per_gate"})
     assert "backend 'native'" in an.explain(layer)
     layer.to(torch.float16)
@@ -179,7 +179,7 @@ def test_auto_takes_it_per_gate_and_in_another_type_after_a_move():
     assert "backend 'native'" in an.explain(layer)
 
 
-def test_a_norm_of_another_type_is_refused():
+def test_a_norm_of_another_dtype_is_unsupported():
     layer = an.LSTM(2, 3, norm="layer")
     layer.norm_hh_l0.double()
     assert "the norm at hh is of another type than the layer, torch.float32" in an.explain(layer)
@@ -187,13 +187,13 @@ def test_a_norm_of_another_type_is_refused():
 
 
 def altered(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The state of one cell with every statement of its first site changed."""
+    """Return the state of one cell with every statistic of its first site changed."""
     (((carried, ((index, (weights, statistic)), *others)),),) = state
     return (((carried, ((index, (weights, tuple(change(leaf) for leaf in statistic))), *others)),),)
 
 
-def test_what_does_not_fit_is_never_read():
-    """The kernels know addresses only: another type or shape would be another memory."""
+def test_incompatible_tensors_are_never_read():
+    """The kernels use addresses: another dtype or shape would read other memory."""
     layer, xs = an.LSTM(2, 3, norm="layer", window=4, backend="native"), torch.randn(5, 2, 2)
     wide = torch.zeros(1, 2, 3, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="hx: of type torch.float64; allowed: the layer's, torch.float32"):

@@ -134,7 +134,7 @@ def test_a_raw_operator_checks_its_lengths(lengths: list[int]) -> None:
     arguments = [*operands()[:-1], torch.tensor(lengths)]
     with pytest.raises(RuntimeError, match="lengths"):
         torch.ops.atn_norms.recurrent(*arguments, Plan("rnn_tanh", (site(),)).encode(), False)
-    assert not Inputs(Plan("rnn_tanh", (site(),)), *arguments).fits()  # the call without the dispatcher
+    assert not Inputs(Plan("rnn_tanh", (site(),)), *arguments).fits()  # the call that bypasses the dispatcher
 
 
 def recorded_backward(cell: str = "lstm") -> list[Any]:
@@ -161,7 +161,7 @@ def test_a_raw_backward_checks_its_tensors(name: str, change: str) -> None:
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_a_raw_backward_checks_what_forward_kept(place: int) -> None:
+def test_a_raw_backward_checks_the_saved_tensors(place: int) -> None:
     arguments = recorded_backward()
     kept = list(arguments[16])
     kept[place] = kept[place][:0]

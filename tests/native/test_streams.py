@@ -16,7 +16,7 @@ pytestmark = needs_kernels
 
 
 def in_segments(pair, backends, cuts, lengths=None):
-    """Run segment by segment, one backend each, and go back through all of them."""
+    """Run segments on one backend each, and compute gradients through all segments."""
     layers = [pair.layer(backend) for backend in backends]
     xs, state, parts = pair.xs().requires_grad_(), None, []
     edges = [0, *cuts, pair.steps]
@@ -33,7 +33,7 @@ def in_segments(pair, backends, cuts, lengths=None):
 
 
 @given(pairs(before=None, steps=9), st.integers(1, 8), st.sampled_from(["native", "reference"]), st.booleans())
-def test_segments_are_the_whole_on_any_backend(pair: Pair, cut, first, other):
+def test_segments_equal_the_whole_on_any_backend(pair: Pair, cut, first, other):
     pair = replace(pair, options=pair.options | {"bidirectional": False, "batch_first": False})
     second = {"native": "reference", "reference": "native"}[first] if other else first
     ys, state, found = in_segments(pair, [first, second], [cut], pair.lengths())
@@ -45,7 +45,7 @@ def test_segments_are_the_whole_on_any_backend(pair: Pair, cut, first, other):
 
 @pytest.mark.parametrize("window", ["2", "4", "cumulative", "exponential"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_step_by_step_and_turn_by_turn(cell, window):
+def test_single_steps_and_alternating_backends(cell, window):
     pair = Pair(cell, window=window, steps=9, batch=3, hidden=5)
     backends = ["native", "reference"] * 5
     ys, state, found = in_segments(pair, backends[:9], range(1, 9))
@@ -57,7 +57,7 @@ def test_step_by_step_and_turn_by_turn(cell, window):
 
 @pytest.mark.parametrize("window", ["1", "4", "exponential"])
 def test_streaming_without_a_graph(window):
-    # In float64: a single row sums its products in another order than a sequence does.
+    # In float64: a single row sums its products in another order than a sequence.
     pair = Pair(window=window, steps=12, batch=1, hidden=17)
     layer, state, parts = pair.layer("native"), None, []
     with torch.no_grad():

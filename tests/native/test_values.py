@@ -1,4 +1,4 @@
-"""Native is the reference in float64: outputs, final states, and every gradient, at every structure and odd size."""
+"""Native equals the reference in float64: outputs, final states and every gradient, for every structure and size."""
 
 import itertools
 import random
@@ -53,12 +53,12 @@ def test_any_structure(pair: Pair):
 @pytest.mark.parametrize("window", ["4", "100", "cumulative", "exponential"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_many_groups_of_rows_over_a_long_sequence(cell, window):
-    """More rows and steps than one block or one chunk of the way back holds."""
+    """More rows and steps than one block or one chunk of the backward pass."""
     check(Pair(cell, "layer", window, hidden=5, batch=37, steps=40, ragged=True, before=3))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_row_and_no_step_is_alive(cell):
+def test_all_rows_or_steps_are_masked(cell):
     pair = Pair(cell, "layer", "4", batch=3, before=5)
     given = pair.xs(), pair.state(), torch.zeros(3, dtype=torch.int64)
     found = outcome(pair.layer("native"), *given)
@@ -99,7 +99,7 @@ def test_packed_input(cell, depth, both):
 
 @pytest.mark.parametrize("inputs", [64, 65])
 def test_projected_inputs_kept_or_computed_twice(inputs):
-    """On either side of the number of inputs up to which the way back computes the input products again."""
+    """Input sizes below and above the limit up to which the backward pass recomputes the input products."""
     for cell in CELLS:
         check(Pair(cell, inputs=inputs, hidden=5, batch=3, steps=6, ragged=True))
 
@@ -108,8 +108,8 @@ LARGE = [("lstm", 190), ("gru", 215), ("relu", 365)]
 
 
 @pytest.mark.parametrize(("cell", "hidden"), LARGE)
-def test_recurrent_weights_too_large_to_stay_near(cell, hidden):
-    """More than a megabyte of them: several blocks of rows go through time together."""
+def test_recurrent_weights_larger_than_the_cache(cell, hidden):
+    """Above a megabyte of weights, several blocks of rows are computed together at each step."""
     check(Pair(cell, "layer", "4", hidden, batch=70, steps=4, inputs=5, ragged=True, before=3))
 
 

@@ -1,4 +1,4 @@
-"""Normalizers that are written in plain PyTorch and declare nothing: what the traced path must run."""
+"""Normalizers in plain PyTorch without declarations, which the traced path must run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PowerMean(Scaled):
 
 
 class RootPower(PowerMean):
-    """The same with an exponent that is no integer."""
+    """Division by a power mean with a fractional exponent."""
 
     p = 1.7
 
@@ -84,7 +84,7 @@ class Sides(NamedTuple):
 
 
 class TwoSided(Scaled):
-    """Positive and negative elements, each divided by their own mean; a statistic of its own class."""
+    """Division of positive and negative elements by separate means, with a custom statistic."""
 
     def measure(self, x: Tensor) -> Any:
         wide = promoted(x)
@@ -95,7 +95,7 @@ class TwoSided(Scaled):
 
 
 class SoftClipped(Scaled):
-    """Layer normalization whose result is squashed."""
+    """Layer normalization followed by tanh."""
 
     def measure(self, x: Tensor) -> Any:
         return an.Moments.of(x)
@@ -117,7 +117,7 @@ class PerHead(Scaled):
 
 
 class SharedHead(PerHead):
-    """The same with one gain of three features that all heads share."""
+    """RMS normalization of heads with a shared gain of three features."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -129,7 +129,7 @@ class SharedHead(PerHead):
 
 
 class Mixed(Scaled):
-    """Layer normalization by a learned mix of the window's and the step's own statistics."""
+    """Layer normalization by a learned mix of the statistics of the window and of the step."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -160,7 +160,7 @@ class Grouped(Scaled):
 
 
 class Halves(Scaled):
-    """Each third of the features with its own rule, cut out and put together again."""
+    """A different rule for each third of the features, with slicing and concatenation."""
 
     def measure(self, x: Tensor) -> Any:
         first, second, _ = promoted(x).chunk(3, -1)
@@ -174,7 +174,7 @@ class Halves(Scaled):
 
 
 class InPlace(Scaled):
-    """Operations in place on what the normalizer itself computed."""
+    """In-place operations on intermediate results."""
 
     def measure(self, x: Tensor) -> Any:
         size = promoted(x).abs()
@@ -204,7 +204,7 @@ class Norms(Scaled):
 
 
 class Elementwise(Scaled):
-    """One statistic for each feature; no reduction at all."""
+    """One statistic for each feature, without reduction."""
 
     def measure(self, x: Tensor) -> Any:
         return an.Average(promoted(x).square())
@@ -214,7 +214,7 @@ class Elementwise(Scaled):
 
 
 class DynamicTanh(an.Normalizer):
-    """A squashed multiple of x: no statistic at all."""
+    """Tanh of a multiple of x, without a statistic."""
 
     stateless = True
 
@@ -239,7 +239,7 @@ EVERY: dict[str, type[Scaled] | type[DynamicTanh]] = {
 
 
 def built(name: str, features: int) -> an.Normalizer:
-    """A normalizer of the gallery with parameters that differ from their defaults."""
+    """Return a normalizer of the gallery with non-default parameters."""
     normalizer = EVERY[name](features)
     source = torch.Generator().manual_seed(5)
     with torch.no_grad():

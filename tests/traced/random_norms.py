@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import atn_norms as an
 from atn_norms.statistics import promoted
 
-# All functions are tame: values and derivatives stay within a few orders of magnitude for any argument of order 10.
+# Values and derivatives of all functions are within a few orders of magnitude for arguments of order 10.
 UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "neg": torch.neg,
     "abs": torch.abs,
@@ -83,7 +83,7 @@ def value(tree: Any, names: dict[str, Tensor]) -> Tensor:
 
 
 class RandomNorm(an.Normalizer):
-    """A normalizer of random expressions in `groups` groups; the seed decides everything."""
+    """Normalizer of random expressions in `groups` groups, determined by the seed."""
 
     def __init__(self, features: int, seed: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class RandomNorm(an.Normalizer):
         if self.stateless:
             return super().measure(x)
         names = self._names(promoted(x))
-        # A statistic that does not depend on x could have a variance of 0 but for roundings, and kinks there.
+        # The variance of a statistic that does not depend on x is 0 up to roundings, where functions may have kinks.
         values = [value(tree, names) + 0.3 * names["x"] for tree in self.measured]
         if self.kind == "moments":
             return an.Moments(values[0].mean(-1), values[0].var(-1, correction=0))

@@ -15,12 +15,12 @@ from tests.traced.random_norms import RandomSpec
 pytestmark = needs_kernels
 
 WINDOWS = st.sampled_from([1, 2, 3, 7, "cumulative", {"kind": "exponential", "half_life": 1.5}])
-DEEP, CASES_EACH = 2_500, 8  # random normalizers, and layers that each of them is in
+DEEP, CASES_EACH = 2_500, 8  # random normalizers, and layers per normalizer
 
 
 @st.composite
 def pairs(draw: Any, norm: int, cell: str) -> Pair:
-    """One small layer of a random normalizer, whatever its structure."""
+    """Draw a small layer of any structure with a random normalizer."""
     both, layers = draw(st.sampled_from([(False, 1)] * 6 + [(True, 1), (False, 2)]))
     options = {
         "norm": RandomSpec(seed=norm),
@@ -46,13 +46,13 @@ counted: dict[str, int] = {"cases": 0, "native": 0}
 
 
 def judge(pair: Pair) -> None:
-    """Compare one case, and count it."""
+    """Compare and count one case."""
     native = pair.layer("auto")
     counted["cases"] += 1
     counted["native"] += "backend 'native'" in an.explain(native)
     inputs = pair.xs(), pair.state(), pair.lengths()
     expected = outcome(pair.layer("reference"), *inputs)
-    # gradients that grow from step to step magnify roundings as they do themselves
+    # roundings grow with the gradients from step to step
     agree(outcome(native, *inputs), expected, EXACT * level(*expected.gradients))
 
 

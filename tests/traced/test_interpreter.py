@@ -48,14 +48,14 @@ def library(request) -> Any:
 
 
 def elementwise(op: Op, count: int) -> Program:
-    """A program of one operation on whole rows."""
+    """Return a program of one operation on whole rows."""
     operands = tuple(Operand(place, 0, 1, count) for place in range(ARITY[op]))
     slots = (*[Slot(INPUT, count)] * ARITY[op], Slot(REGISTER, count))
     return Program(slots, (Instruction(op, ARITY[op], 0, count, 1, count, operands),), (ARITY[op],), ())
 
 
 def numbers(seed: int, rows: int, count: int) -> Tensor:
-    """Numbers of every magnitude that functions treat differently."""
+    """Return numbers in every range that functions treat differently."""
     source = torch.Generator().manual_seed(seed)
     normal = torch.randn(rows, count, generator=source, dtype=torch.float64)
     scales = torch.tensor([1e-3, 0.1, 1.0, 3.0, 30.0], dtype=torch.float64)
@@ -64,7 +64,7 @@ def numbers(seed: int, rows: int, count: int) -> Tensor:
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["float64", "narrow"])
 @pytest.mark.parametrize("op", [op for op in Op if op not in REDUCTIONS], ids=lambda op: op.name)
-def test_every_operation_is_torchs(library, op, narrow):
+def test_every_operation_equals_torch(library, op, narrow):
     program = elementwise(op, 37)
     inputs = [numbers(place, 19, 37) for place in range(ARITY[op])]
     if op in (Op.LOG, Op.SQRT, Op.RSQRT, Op.POW, Op.LOG1P):
@@ -101,7 +101,7 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize("op", sorted(UNARY | BINARY), ids=lambda op: op.name)
-def test_zeros_infinities_and_nan_are_torchs(library, op):
+def test_zeros_infinities_and_nan_equal_torch(library, op):
     pairs = torch.cartesian_prod(*[torch.tensor(SPECIAL, dtype=torch.float64)] * 2)
     inputs = [pairs[:, place : place + 1] for place in range(ARITY[op])]
     (found,) = library.interpret(elementwise(op, 1), inputs)
@@ -111,7 +111,7 @@ def test_zeros_infinities_and_nan_are_torchs(library, op):
 
 @given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 70), st.data())
 def test_operands_may_repeat_and_be_parts(seed, rows, parts, data):
-    """Vectors, one number for a row, one for a part of a row, cycles and slices give what evaluation gives."""
+    """Vectors, scalars per row or part of a row, cycles and slices equal evaluation in PyTorch."""
     library = load()
     assert isinstance(library, Library)
     inner = data.draw(st.integers(1, 9))
@@ -166,14 +166,14 @@ def test_programs_of_normalizers(library, name, features):
 
 
 class Cancelling(Scaled):
-    """A variance as a difference of large numbers, which float32 cannot hold."""
+    """Variance as a difference of large numbers, which is inaccurate in float32."""
 
     def measure(self, x: Any) -> Any:
         wide = x.double()
         return an.Average(wide.square().mean(-1, keepdim=True) - wide.mean(-1, keepdim=True).square())
 
 
-def test_only_programs_that_keep_their_digits_run_narrow():
+def test_only_accurate_programs_run_in_float32():
     cancelling, centred = traced_norm(Cancelling(240), 240), traced_norm(built("SoftClipped", 240), 240)
     assert isinstance(cancelling, TracedNorm)
     assert isinstance(centred, TracedNorm)

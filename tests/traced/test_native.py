@@ -1,4 +1,4 @@
-"""Traced normalizers in the kernels: values, states and every gradient are the reference's."""
+"""Traced normalizers in the kernels: values, states and every gradient equal the reference."""
 
 from typing import Any, Literal, cast
 
@@ -29,7 +29,7 @@ def test_every_normalizer_is_native_without_a_declaration(name):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "tanh"])
 @pytest.mark.parametrize("name", EVERY)
-def test_it_is_the_reference(name, cell):
+def test_it_equals_the_reference(name, cell):
     check(pair(name, cell))
 
 
@@ -46,7 +46,7 @@ def test_layers_and_directions(name):
 
 @pytest.mark.parametrize("name", ["LearnablePower", "TwoSided", "Mixed", "Halves", "DynamicTanh"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_gate_by_gate(name, cell):
+def test_statistics_per_gate(name, cell):
     check(pair(name, cell, per_gate=True, ragged=True, before=2))
 
 
@@ -58,11 +58,11 @@ def test_traced_and_declared_normalizers_at_different_sites():
 
 @pytest.mark.parametrize("name", ["SoftClipped", "LearnablePower"])
 def test_wide_rows_and_many_of_them(name):
-    """More features than a tile holds, more rows than a block, and weights that do not stay near."""
+    """More features than a tile, more rows than a block, and weights larger than the cache."""
     check(Pair("lstm", hidden=300, batch=19, steps=3, options={"norm": GallerySpec(name=name), "window": 2}))
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_the_number_of_threads_has_no_effect():
     found = []
     threads = torch.get_num_threads()
     try:
@@ -78,7 +78,7 @@ def test_the_number_of_threads_changes_nothing():
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_every_instruction_set_is_the_reference(level):
+def test_every_instruction_set_equals_the_reference(level):
     library = load()
     assert not isinstance(library, str)
     try:
@@ -104,8 +104,8 @@ def test_the_gradient_can_be_differentiated_again(name):
 
 
 @pytest.mark.parametrize("name", ["TwoSided", "SoftClipped", "DynamicTanh"])
-def test_float32_keeps_its_digits_beside_a_large_mean(name):
-    """Mean 100, deviation 1: single precision is within a few roundings of the same layer in double."""
+def test_accuracy_of_float32_with_a_large_mean(name):
+    """For mean 100 and deviation 1, float32 is within a few roundings of the same layer in float64."""
     given = pair(name, dtype=torch.float32, hidden=12)
     xs = given.xs() * 10
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_float32_keeps_its_digits_beside_a_large_mean(name):
     compare(found.double(), expected, tolerance=2e-6)
 
 
-def test_the_operator_gives_what_the_shortcut_gives():
+def test_the_operator_equals_the_eager_path():
     given = pair("TwoSided", ragged=True, before=2)
     plain = outcome(given.layer("native"), given.xs(), given.state(), given.lengths())
     with torch.profiler.profile() as profile:
@@ -134,7 +134,7 @@ def test_a_state_moves_between_backends():
     compare(torch.cat([more, last]), whole[3:], tolerance=EXACT)
 
 
-def test_a_state_of_another_shape_is_refused():
+def test_a_state_of_another_shape_is_rejected():
     given = pair("TwoSided")
     _, state = pair("L1").layer("native").unroll(given.xs())
     with pytest.raises(ValueError, match="state: "):
@@ -164,7 +164,7 @@ class OptionSpec(an.NormSpec):
         return Option(features)
 
 
-def test_a_changed_option_counts_at_the_next_call():
+def test_a_changed_option_takes_effect_at_the_next_call():
     layers = []
     for backend in ("native", "reference"):
         torch.manual_seed(0)

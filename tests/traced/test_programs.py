@@ -1,4 +1,4 @@
-"""Programs: what is recorded, what it computes, and that no malformed program can be built."""
+"""Programs: recording, results, and rejection of malformed programs."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from atn_norms.backends.traced.program import (
 )
 from tests.traced.gallery import EVERY, L1, PowerMean, Scaled, built
 
-EXACT = 1e-12  # of a dozen features; sums in another order differ by their length times 1e-16
+EXACT = 1e-12  # for a dozen features; sums in another order differ by their length times 1e-16
 
 
 def traced(normalizer: an.Normalizer, features: int = 12) -> TracedNorm:
@@ -35,7 +35,7 @@ def traced(normalizer: an.Normalizer, features: int = 12) -> TracedNorm:
 
 @pytest.mark.parametrize("features", [3, 12, 30])
 @pytest.mark.parametrize("name", EVERY)
-def test_programs_compute_what_the_normalizer_computes(name, features):
+def test_programs_equal_the_normalizer(name, features):
     normalizer = built(name, features)
     worst = differences(normalizer, traced(normalizer, features))
     stateless = set() if normalizer.stateless else {"statistic", "gradient of the statistic"}
@@ -44,7 +44,7 @@ def test_programs_compute_what_the_normalizer_computes(name, features):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_traced_normalizer_survives_its_text(name):
+def test_a_program_is_restored_from_its_text(name):
     found = traced(built(name, 6), 6)
     assert TracedNorm.decode(found.encode()) == found
     assert not set(found.encode()) & set(" ;")
@@ -115,13 +115,13 @@ UNTRACEABLE = {
 
 
 @pytest.mark.parametrize("kind", UNTRACEABLE)
-def test_what_has_no_program_is_named_with_its_line(kind):
+def test_an_unsupported_operation_is_named_with_its_line(kind):
     found = trace(kind(4), 4)
     assert isinstance(found, str)
     assert all(part in found for part in UNTRACEABLE[kind]), found
 
 
-def test_another_pool_than_a_weighted_mean_is_named():
+def test_a_pool_that_is_not_a_weighted_mean_is_named():
     class Peak(Scaled):
         def measure(self, x: Any) -> Any:
             return Largest(x.double().abs().mean(-1, keepdim=True))
@@ -129,7 +129,7 @@ def test_another_pool_than_a_weighted_mean_is_named():
     assert trace(Peak(4), 4) == "its statistic Largest is not pooled by a weighted mean"
 
 
-def test_numbers_that_leave_torch_are_noticed():
+def test_numbers_that_leave_torch_are_detected():
     class Hidden(Scaled):
         def normalize(self, x: Any, pooled: Any) -> Any:
             return x * float(x.detach().numpy().sum())
@@ -171,7 +171,7 @@ def test_a_changed_class_attribute_has_another_program(monkeypatch):
     assert traced_norm(normalizer, 4) != cubed
 
 
-def test_an_attribute_that_may_change_unnoticed_has_no_program():
+def test_an_attribute_that_cannot_be_tracked_has_no_program():
     normalizer = L1(4)
     object.__setattr__(normalizer, "settings", object())
     assert traced_norm(normalizer, 4) == "its attribute 'settings' is a object, which may change unnoticed"
@@ -179,7 +179,7 @@ def test_an_attribute_that_may_change_unnoticed_has_no_program():
 
 def test_a_program_that_differs_from_its_python_is_a_warning_with_numbers():
     class Coupled(Scaled):
-        """Takes means over rows, which one row alone does not show."""
+        """Mean over rows, which is not visible with one row."""
 
         def normalize(self, x: Any, pooled: Any) -> Any:
             return x - x.mean(0, keepdim=True)
@@ -251,12 +251,12 @@ def test_a_malformed_program_cannot_be_built(fault):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[[],[],[],[]", "[[[9,1]],[],[],[]]", '[[["a"]],[],[],[]]', "{}"])
-def test_a_text_that_is_no_program_is_refused(text):
+def test_an_invalid_text_is_rejected(text):
     with pytest.raises(ProgramError):
         Program.decode(text)
 
 
-def test_programs_that_do_not_fit_each_other_make_no_normalizer():
+def test_incompatible_programs_are_rejected():
     found = traced(L1(4), 4)
     for name in PROGRAMS:
         with pytest.raises(ValueError, match=r"got inputs .*; expected"):

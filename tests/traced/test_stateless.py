@@ -1,4 +1,4 @@
-"""Stateless normalizers: no statistic, no state, one trial for all windows."""
+"""Stateless normalizers: without statistic and state, with one trial for all windows."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.test_study import plan
 from tests.traced.gallery import L1, DynamicTanh, GallerySpec
 
 
-def test_nothing_is_measured_and_nothing_is_kept():
+def test_no_statistic_and_no_state():
     norm, xs = an.AssortedTime(DynamicTanh(4), window=5), torch.randn(3, 2, 4)
     ys, state = norm.scan(xs)
     index, memory = state
@@ -23,7 +23,7 @@ def test_nothing_is_measured_and_nothing_is_kept():
     compare(ys, torch.tanh(0.5 * xs), tolerance=1e-6)
 
 
-def test_the_window_changes_nothing():
+def test_the_window_has_no_effect():
     xs = torch.randn(6, 2, 4)
     outputs = [an.AssortedTime(DynamicTanh(4), window).scan(xs)[0] for window in (1, 5, an.Cumulative())]
     assert torch.equal(outputs[0], outputs[1])
@@ -65,7 +65,7 @@ def test_a_normalizer_without_measure_that_is_not_stateless_cannot_be_built():
         Forgotten()
 
 
-def test_it_passes_every_law_that_applies():
+def test_it_passes_every_applicable_law():
     results = check_normalizer(GallerySpec(name="DynamicTanh"))
     assert {result.status for result in results} == {"passed", "skipped"}
     stateless = [result.law for result in results if "stateless" in result.message]

@@ -120,7 +120,7 @@ def in_row(state, row):
     ("cell", "norm", "window"),
     [("lstm", "layer", "4"), ("gru", "rms", "4"), ("relu", "layer", "cumulative"), ("tanh", "rms", "1")],
 )
-def test_a_nan_fills_its_row_and_stays_in_it(cell, norm, window, where, mode):
+def test_a_nan_affects_only_its_row(cell, norm, window, where, mode):
     pair, row, others = Pair(cell, norm, window, 17, 5, 4, 3, before=4, dtype=FLOAT), 1, [0, 2, 3, 4]
     layer, step = made(pair), 2 if where == "input" else 0
     dirty, state = pair.xs(), pair.state()
@@ -144,7 +144,7 @@ def test_a_nan_fills_its_row_and_stays_in_it(cell, norm, window, where, mode):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_nan_among_the_pre_activations_fills_the_row(cell, norm):
+def test_one_nan_in_the_pre_activations_affects_its_row(cell, norm):
     """It is in the statement of its row, and with that in every feature."""
     options = {"norm": {"sites": {"ih": norm}}}
     layer = made(Pair(cell, hidden=17, steps=1, options=options))

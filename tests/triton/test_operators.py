@@ -113,7 +113,7 @@ def test_any_layout_in_memory(layout):
     compare(found, gradients, tolerance=EXACT, scale=level(*gradients))
 
 
-def test_poison_changes_nothing(mode, request):
+def test_poisoned_memory_has_no_effect(mode, request):
     """Allocated memory is written before it is read."""
     clean = [outcome(made(pair), pair.xs(), pair.state(), pair.lengths()) for pair in PAIRS]
     request.getfixturevalue("poisoned")

@@ -41,7 +41,7 @@ SOME = {("lstm", "4"), ("gru", "100"), ("tanh", "exponential"), ("lstm", "cumula
 @pytest.mark.parametrize(
     ("cell", "window"), [pytest.param(*case, marks=[] if case in SOME else pytest.mark.deep) for case in CASES]
 )
-def test_segments_are_the_whole_on_any_backend(cell, window):
+def test_segments_equal_the_whole_on_any_backend(cell, window):
     number = CASES.index((cell, window))
     cuts = CUTS[number % len(CUTS)]
     pair = Pair(cell, "layer", window, hidden=5, batch=3, steps=9, seed=number, ragged=number % 2 == 0)
@@ -90,7 +90,7 @@ def test_a_state_keeps_its_type_and_shape(window):
     ("window", "before", "hidden"),
     [("4", 2, None), ("4", 5, 1), ("100", 3, 97), ("cumulative", 0, None), ("exponential", 0, None)],
 )
-def test_what_is_hidden_is_not_read(window, before, hidden):
+def test_masked_entries_are_not_read(window, before, hidden):
     """Statistics of weight 0 are masked in values and in gradients."""
     pair, results = Pair("gru", "layer", window, batch=4, steps=7, before=before, seed=2), []
     for backend, what in (("triton", 0.0), ("triton", float("nan")), ("reference", float("inf"))):

@@ -101,7 +101,7 @@ def test_a_window_longer_than_the_sequence(cell, before):
 
 
 @pytest.mark.parametrize("window", ["4", "exponential"])
-def test_no_row_and_no_step_is_alive(window, mode):
+def test_all_rows_or_steps_are_masked(window, mode):
     for cell in CELLS:
         pair = Pair(cell, "layer", window, batch=3, before=5)
         given = pair.xs(), pair.state(), torch.zeros(3, dtype=torch.int64)
