@@ -95,7 +95,7 @@ def _family(kind: str, family: str | None) -> str:
     kinds = {name: (*registry.kinds(name), *registry.conflicts(name)) for name in FAMILIES} | {BACKEND: tuple(known())}
     having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
     if len(having) > 1:
-        raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; say which with --family")
+        raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; select one with --family")
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
         raise SpecError.of([unknown(family or "kind", kind, choices)])

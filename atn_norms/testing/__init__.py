@@ -1,4 +1,4 @@
-"""The conformance suite: the laws that every normalizer, window, cell, backend and task keeps, and who asks them."""
+"""The conformance suite: the laws that every normalizer, window, cell, backend and task keeps, and their checks."""
 
 from atn_norms.testing.checks import check_backend, check_cell, check_normalizer, check_task, check_window
 from atn_norms.testing.comparing import compare, demand

@@ -1,4 +1,4 @@
-"""The conformance suite: every law that is asked of one plugin."""
+"""Run every law of the conformance suite on one plugin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from atn_norms.backends.base import Backend
 from atn_norms.registry import KindField, Options
 from atn_norms.testing import laws
-from atn_norms.testing.engine import CheckResult, LawRun, checked_expectations, need_hypothesis, questions
+from atn_norms.testing.engine import CheckResult, LawRun, checked_expectations, need_hypothesis, runs_on
 from atn_norms.testing.layered import NORMS, BackendSubject, CellSubject, LayerSubject
 from atn_norms.testing.subjects import NormalizerSubject, Subject, WindowSubject
 from atn_norms.testing.tasked import TaskSubject
@@ -19,18 +19,19 @@ Expected = Mapping[str, str] | None
 
 
 def check_normalizer(spec: Any, *, expected_failures: Expected = None) -> list[CheckResult]:
-    """Ask a normalizer every law of a statistic, a normalizer and a layer, and say of each what became of it.
+    """Run every law of a statistic, a normalizer and a layer on a normalizer, and return the result of each.
 
     | symbol | meaning |
     |---|---|
     | `spec` | a `NormSpec`, registered or not; a class of them, for its default options; a kind; or a mapping |
-    | `expected_failures` | law -> reason: these must fail |
+    | `expected_failures` | law -> reason: laws that must fail |
 
-    Which laws apply follows from what the normalizer declares (`Normalizer`). Nothing is registered, torch's generator
-    is left as it was, and the answer is the same every time. The other `check_` functions are alike.
+    The declarations of the normalizer (`Normalizer`) determine which laws apply. Nothing is registered, torch's
+    generator is left unchanged, and the results are the same at every call. So are those of the other `check_`
+    functions.
 
     Errors: `SpecError` (a `ValueError`) for an expected law that does not exist or has no reason;
-    `ModuleNotFoundError` where hypothesis is missing.
+    `ModuleNotFoundError` if hypothesis is not installed.
 
     >>> results = check_normalizer("rms")
     >>> {result.status for result in results}, [result.law for result in results if result.status == "skipped"]
@@ -40,7 +41,7 @@ def check_normalizer(spec: Any, *, expected_failures: Expected = None) -> list[C
 
 
 def check_window(spec: Any, *, expected_failures: Expected = None) -> list[CheckResult]:
-    """Ask a window every law of a window and a layer; see `check_normalizer`.
+    """Run every law of a window and a layer on a window; see `check_normalizer`.
 
     >>> [result for result in check_window({"kind": "sliding", "steps": 2}) if result.status == "failed"]
     []
@@ -49,17 +50,17 @@ def check_window(spec: Any, *, expected_failures: Expected = None) -> list[Check
 
 
 def check_cell(spec: Any, *, expected_failures: Expected = None) -> list[CheckResult]:
-    """Ask a cell every law of a cell and a layer; see `check_normalizer`."""
+    """Run every law of a cell and a layer on a cell; see `check_normalizer`."""
     return _check("cell", spec, expected_failures)
 
 
 def check_task(spec: Any, *, expected_failures: Expected = None) -> list[CheckResult]:
-    """Ask a task every law of a task; see `check_normalizer`."""
+    """Run every law of a task on a task; see `check_normalizer`."""
     return _check("task", spec, expected_failures)
 
 
 def check_backend(backend: Backend, *, expected_failures: Expected = None) -> list[CheckResult]:
-    """Ask a backend every law of a backend, against the reference; see `check_normalizer`."""
+    """Compare a backend with the reference by every law of a backend; see `check_normalizer`."""
     return _check("backend", backend, expected_failures)
 
 
@@ -91,30 +92,30 @@ SUBJECTS: dict[str, Callable[[Any], Sequence[Subject]]] = {
 
 
 def family_of(plugin: Any) -> str:
-    """The family of a spec or of a class of specs; whatever can `run` and refuse is a backend."""
+    """Return the family of a spec or of a class of specs; an object with `run` is a backend."""
     family = getattr(plugin, "family", None)
     if family in SUBJECTS:
         return str(family)
     if callable(getattr(plugin, "unsupported_reason", None)) and callable(getattr(plugin, "run", None)):
         return "backend"
-    raise TypeError(f"{plugin!r:.80}; allowed: a spec of a {', a '.join(SUBJECTS)}, or a backend")
+    raise TypeError(f"plugin: got {plugin!r:.70}; expected a spec of a {', a '.join(SUBJECTS)}, or a backend")
 
 
 def resolved(family: str, spec: Any) -> Options:
-    """A spec, a class of specs with default options, a kind, or a mapping, as a spec of a family."""
+    """Return a spec of a family from a spec, a class of specs with default options, a kind, or a mapping."""
     value = spec() if isinstance(spec, type) and issubclass(spec, Options) else spec
-    found = KindField(family).resolve(value)
-    assert found is not None  # no field here takes None
-    return found
+    options = KindField(family).resolve(value)
+    assert options is not None  # no field here accepts None
+    return options
 
 
-def asked(family: str, plugin: Any) -> list[LawRun]:
-    """Every law with what it is asked of, for one plugin."""
-    return questions(SUBJECTS[family](plugin if family == "backend" else resolved(family, plugin)))
+def law_runs(family: str, plugin: Any) -> list[LawRun]:
+    """Return the runs of every law that applies to one plugin."""
+    return runs_on(SUBJECTS[family](plugin if family == "backend" else resolved(family, plugin)))
 
 
 def _check(family: str, plugin: Any, expected: Expected) -> list[CheckResult]:
     need_hypothesis()
-    every = asked(family, plugin)
-    reasons = checked_expectations(expected, [question.law.name for question in every])
-    return [question.answer(reasons) for question in every]
+    runs = law_runs(family, plugin)
+    reasons = checked_expectations(expected, [run.law.name for run in runs])
+    return [run.answer(reasons) for run in runs]

@@ -1,4 +1,4 @@
-"""The one comparison of the laws: it raises with the worst element and its place, and returns nothing."""
+"""The one comparison of the laws: it raises with the worst element and its position, and returns nothing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def demand(holds: bool, message: str) -> None:
-    """Raise `AssertionError` unless something holds; an `assert` would hold whatever it says under `python -O`."""
+    """Raise `AssertionError` unless a condition holds; unlike `assert`, also under `python -O`."""
     if not holds:
         raise AssertionError(message)
 
 
 def compare(actual: Any, expected: Any, *, tolerance: float, scale: float | None = None, what: str = "value") -> None:
-    """Demand that two tensors, or two equal trees of them, agree element by element.
+    """Raise unless two tensors, or two trees of tensors, agree element by element.
 
-    The error of an element is |actual - expected| / max(1, |expected|), or / `scale` where one is given. `tolerance=0`
-    asks for the same bits up to the sign of zero. Shape, dtype and structure must agree; a NaN agrees with nothing.
+    The error of an element is |actual - expected| / max(1, |expected|), or / `scale` if it is given. `tolerance=0`
+    requires the same bits up to the sign of zero. Shape, dtype and structure must agree. NaN differs from every number.
 
-    Errors: `AssertionError` that names the place, both values and the error.
+    Errors: `AssertionError` with the position, both values and the error.
 
     >>> import torch
     >>> compare(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), tolerance=1e-6)

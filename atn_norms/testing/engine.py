@@ -1,4 +1,4 @@
-"""Laws are tried here: each on drawn cases, the smallest failing one kept; the same on every machine and every day."""
+"""Try laws on drawn cases and keep the smallest failing one, with the same results on every machine."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from atn_norms.testing.law import LAWS, Case, Law
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-EXAMPLES = 15  # cases drawn for each law, before the smallest failing one is looked for
+EXAMPLES = 15  # cases drawn for each law, before a failing one is shrunk
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What became of one law.
+    """The result of one law.
 
     | attribute | meaning |
     |---|---|
-    | `law`, `group` | its name, and the group it is documented under |
-    | `status` | `"passed"`; `"failed"`; `"skipped"`: it does not apply; `"expected"`: it failed, as was said |
-    | `message` | why it failed or does not apply; empty where it passed |
-    | `example` | the smallest case found that fails, as its axes; empty where none failed |
+    | `law`, `group` | name of the law, and its group in the documentation |
+    | `status` | `"passed"`; `"failed"`; `"skipped"`: does not apply; `"expected"`: failed as expected |
+    | `message` | reason why the law failed or does not apply; empty if it passed |
+    | `example` | the smallest failing case, as its axes; empty if none failed |
     """
 
     law: str
@@ -41,25 +41,25 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class LawRun:
-    """One law to be asked of one subject."""
+    """One law to run on one subject."""
 
     law: Law
     subject: Any
 
     def answer(self, expected: Mapping[str, str]) -> CheckResult:
-        """Try the law; a failure that was expected is `expected`, and one that was expected and did not come fails."""
+        """Run the law; an expected failure has the status `expected`, and an expected failure that passes fails."""
         result = judge(self.law, self.subject)
         reason = expected.get(self.law.name)
         if reason is None or result.status == "skipped":
             return result
         if result.status == "failed":
             return replace(result, status="expected", message=f"{reason} ({result.message})")
-        message = f"expected to fail ({reason}), and it passes: take it off the expected failures"
+        message = f"expected to fail ({reason}), but it passes: remove it from the expected failures"
         return replace(result, status="failed", message=message, example=self.subject.label)
 
 
 def judge(law: Law, subject: Any) -> CheckResult:
-    """Try one law on one subject."""
+    """Run one law on one subject."""
     result = CheckResult(law.name, "passed", group=law.group)
     reason = _inapplicable(law, subject)
     if reason:
@@ -73,18 +73,18 @@ def judge(law: Law, subject: Any) -> CheckResult:
 
 
 def _inapplicable(law: Law, subject: Any) -> str | None:
-    if subject.broken and law.name not in ("it_builds", subject.told_by):
+    if subject.broken and law.name not in ("it_builds", subject.reported_by):
         return subject.unbuilt
     return law.unless(subject) if law.unless is not None else None
 
 
-def questions(subjects: Sequence[Any]) -> list[LawRun]:
-    """Every law that is asked of these subjects, in the order of the documentation."""
+def runs_on(subjects: Sequence[Any]) -> list[LawRun]:
+    """Return the runs of every law that applies to these subjects, in the order of the documentation."""
     return [LawRun(law, subject) for law in LAWS.values() for subject in subjects if subject.family in law.applies_to]
 
 
 def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
-    """`expected` as a dictionary; `SpecError` for a law that is not asked, or one without a reason."""
+    """Return `expected` as a dictionary; `SpecError` for a law that does not apply or has no reason."""
     reasons = dict(expected or {})
     problems = [unknown("law", name, known, path=("expected_failures",)) for name in reasons if name not in known]
     problems += [
@@ -98,7 +98,7 @@ def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str
 
 
 def need_hypothesis() -> None:
-    """Raise one line that says what to install, where hypothesis is missing."""
+    """Raise an error with the command to install hypothesis, if it is missing."""
     if importlib.util.find_spec("hypothesis") is None:
         raise ModuleNotFoundError(
             "hypothesis: not installed, and the laws draw their cases with it; run pip install 'atn-norms[testing]'",
@@ -110,7 +110,7 @@ def _tried(law: Law, subject: Any) -> tuple[Exception, str] | None:
     try:
         torch.manual_seed(0)
         law.function(subject)
-    except Exception as error:  # noqa: BLE001  whatever a subject raises is the finding
+    except Exception as error:  # noqa: BLE001  any error of a subject is a failure
         return error, subject.label
     return None
 
@@ -147,13 +147,13 @@ def _explored(law: Law, subject: Any) -> tuple[Exception, str] | None:
     except Exception:
         if not failures:
             raise
-        return failures[-1]  # hypothesis ends by running the smallest case again
+        return failures[-1]  # hypothesis runs the smallest case last
     return None
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Leave torch's generator and default type as they were, whatever a subject does to them."""
+    """Restore torch's generator and default type, whatever a subject does to them."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
@@ -163,9 +163,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    if isinstance(error, AssertionError) and said:
-        return said
+    text = " ".join(str(error).split())
+    if isinstance(error, AssertionError) and text:
+        return text
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {said}{place}"
+    return f"{type(error).__name__}: {text}{place}"

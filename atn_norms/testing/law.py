@@ -1,4 +1,4 @@
-"""What a law is: a named function that raises where a subject breaks it, and says when it does not apply."""
+"""A law: a named function that raises if a subject violates it, with the condition under which it applies."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ F = TypeVar("F", bound=Callable[..., None])
 
 
 def label_of(spec: Options) -> str:
-    """A spec by its kind and the options that differ from their defaults: `pmean(p=3.0)`.
+    """Describe a spec by its kind and the options that differ from their defaults: `pmean(p=3.0)`.
 
     >>> from atn_norms.windows import CumulativeSpec, SlidingSpec
     >>> label_of(SlidingSpec(steps=3)), label_of(CumulativeSpec())
     ('sliding(steps=3)', 'cumulative')
     """
     fields = type(spec).model_fields
-    given = {name: getattr(spec, name) for name in fields if name != "kind"}
-    changed = {name: value for name, value in given.items() if value != fields[name].get_default()}
+    options = {name: getattr(spec, name) for name in fields if name != "kind"}
+    changed = {name: value for name, value in options.items() if value != fields[name].get_default()}
     kind = str(getattr(spec, "kind", type(spec).__name__))
     return kind + (f"({', '.join(f'{name}={value!r}' for name, value in changed.items())})" if changed else "")
 
 
 class Case:
-    """One example that a law is tried on: what was drawn for each axis of its subject, by attribute.
+    """One example for a law: the value drawn for each axis of its subject, as an attribute.
 
     >>> case = Case({"seed": 0, "steps": 3})
     >>> case.steps, case
@@ -54,10 +54,12 @@ class Case:
         try:
             return self.__dict__["drawn"][name]
         except KeyError:
-            raise AttributeError(f"{name}: not drawn; there are {', '.join(self.__dict__.get('drawn', {}))}") from None
+            raise AttributeError(
+                f"{name}: not drawn; expected one of {', '.join(self.__dict__.get('drawn', {}))}"
+            ) from None
 
     def but(self, **other: Any) -> Case:
-        """The same case with other values on some axes."""
+        """Return the same case with other values on some axes."""
         return Case(self.drawn | other)
 
     def __repr__(self) -> str:
@@ -72,10 +74,10 @@ def _named(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Law:
-    """A law with what the suite knows of it.
+    """A law and its metadata.
 
     `group` is the heading in the documentation, `applies_to` the families the law covers. `unless` returns the reason
-    why the law does not apply to a subject, or None. `axes` replaces the values that the subject offers for its cases.
+    why the law does not apply to a subject, or None. `axes` replaces the values of the subject for its cases.
     """
 
     name: str
@@ -87,17 +89,17 @@ class Law:
 
     @property
     def explores(self) -> bool:
-        """Whether the law is tried on many cases, or once."""
+        """True if the law is tried on many cases, False if it runs once."""
         return len(inspect.signature(self.function).parameters) == 2
 
     @property
     def demand(self) -> str:
-        """The first paragraph of its docstring: what it demands."""
+        """The first paragraph of the docstring: the requirement."""
         return _paragraphs(self)[0]
 
     @property
     def why(self) -> str:
-        """The rest of its docstring: why."""
+        """The remaining paragraphs of the docstring: the reason."""
         return "\n\n".join(_paragraphs(self)[1:])
 
 
@@ -110,13 +112,15 @@ def law(
 ) -> Callable[[F], F]:
     """Register a function `(subject)` or `(subject, case)` as a law of `group` for `applies_to` (by default the group).
 
-    `axes` are what its cases are drawn from where that is not what the subject offers: `steps=(3, 4, 5)`.
+    `axes` replace the values of the subject, from which cases are drawn: `steps=(3, 4, 5)`.
     """
 
     def register(function: F) -> F:
         name = function.__name__
         if name in LAWS or group not in GROUPS:
-            raise ValueError(f"law {name!r} of {group!r}: a name is used once, in one of {', '.join(GROUPS)}")
+            raise ValueError(
+                f"law {name!r} of {group!r}: got a used name or an unknown group; expected one of {', '.join(GROUPS)}"
+            )
         usual = "normalizer" if group == "statistic" else group  # a statistic is what a normalizer measures
         LAWS[name] = Law(name, group, applies_to or (usual,), function, unless, axes)
         return function

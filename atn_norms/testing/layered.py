@@ -1,4 +1,4 @@
-"""Subjects that are judged inside a layer: cells, backends, and any plugin in its place in a recurrent layer."""
+"""Subjects that are tested inside a layer: cells, backends, and any plugin among built-in parts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ INPUTS = 2
 
 
 def layer_spec(case: Case, **options: Any) -> LayerSpec:
-    """The options of a case's layer."""
-    given = {name: case.drawn[name] for name in ("norm", "window", "placement", "backend") if name in case.drawn}
-    if given.get("norm", ...) is None:
-        given.pop("window", None)  # a window pools what a norm says
-    return LayerSpec(cell=case.cell, input_size=INPUTS, hidden_size=case.hidden, **given | options)
+    """Return the options of the layer of a case."""
+    fields = {name: case.drawn[name] for name in ("norm", "window", "placement", "backend") if name in case.drawn}
+    if fields.get("norm", ...) is None:
+        fields.pop("window", None)  # a window pools the statistics of a norm
+    return LayerSpec(cell=case.cell, input_size=INPUTS, hidden_size=case.hidden, **fields | options)
 
 
 def built_layer(case: Case, **options: Any) -> Recurrent:
-    """A fresh layer in float64 whose every parameter is stirred."""
+    """Return a new layer in float64 with every parameter perturbed."""
     torch.manual_seed(case.seed)
     layer = layer_spec(case, **options).build(dtype=torch.float64)
     stirred(layer, case.seed)
@@ -43,7 +43,7 @@ def built_layer(case: Case, **options: Any) -> Recurrent:
 
 
 def first_refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """What a call refuses with `ValueError` (pydantic's among them), in one line; empty where it does not."""
+    """Return the message of a call's `ValueError` (pydantic's included) in one line; empty if it raises none."""
     try:
         function(*arguments, **options)
     except ValidationError as error:
@@ -54,7 +54,7 @@ def first_refusal(function: Callable[..., Any], *arguments: Any, **options: Any)
 
 
 class LayerSubject(Subject):
-    """A normalizer, window or cell in its place in a layer, beside built-in ones in the other places."""
+    """A normalizer, window or cell in a layer whose other parts are built in."""
 
     family = "layer"
 
@@ -76,11 +76,13 @@ class LayerSubject(Subject):
         sizes: list[int] = []
         for hidden in HIDDEN:
             small = [Case({"cell": cell, "norm": norm, "hidden": hidden}) for cell in cells for norm in norms]
-            refused = [said for case in small for gates in GATES if (said := first_refusal(layer_spec, case, **gates))]
-            refusal = refused[0] if refused else refusal
-            sizes += [] if refused else [hidden]
+            reasons = [
+                reason for case in small for gates in GATES if (reason := first_refusal(layer_spec, case, **gates))
+            ]
+            refusal = reasons[0] if reasons else refusal
+            sizes += [] if reasons else [hidden]
         if not sizes:
-            self.broken = f"no hidden size up to {HIDDEN[-1]} serves every site: {refusal}"
+            self.broken = f"no hidden size up to {HIDDEN[-1]} fits every site: {refusal}"
             return
         fitting = [
             window
@@ -107,7 +109,7 @@ class LayerSubject(Subject):
         return self.broken
 
     def layer(self, case: Case, **options: Any) -> Recurrent:
-        """A fresh layer of a case."""
+        """Return a new layer of a case."""
         return built_layer(case, placement={"gates": case.gates}, **options)
 
     def inputs(self, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
@@ -130,12 +132,12 @@ class CellSubject(SpecSubject):
         for hidden in HIDDEN:
             try:
                 refusal = first_refusal(layer_spec, Case({"cell": spec, "hidden": hidden, "norm": LayerNormSpec()}))
-            except Exception as error:  # noqa: BLE001  whatever a plugin raises
+            except Exception as error:  # noqa: BLE001  any error of a plugin
                 self.broken = f"build({hidden}, Placement()) raises {type(error).__name__}: {error}"
                 return
             sizes += [] if refusal else [hidden]
         if not sizes:
-            self.broken = f"build takes no hidden size up to {HIDDEN[-1]}: {refusal}"
+            self.broken = f"build accepts no hidden size up to {HIDDEN[-1]}: {refusal}"
             return
         self.axes = {
             "seed": SEEDS,
@@ -172,14 +174,14 @@ class CellSubject(SpecSubject):
 def run_cell(
     backend: Any, layer: Recurrent, xs: Tensor, carried: tuple[Tensor, ...], lengths: Tensor | None = None
 ) -> tuple[Tensor, Tree]:
-    """One cell of a layer over a sequence, by a backend, from given carried tensors and fresh windows."""
+    """Run one cell of a layer over a sequence with a backend, from carried tensors and empty windows."""
     weights = layer._weights("_l0")
     state = layer.cell.initial(weights, xs.shape[1], carried)
     return backend.run(layer.cell, weights, xs, state, lengths)
 
 
 class BackendSubject(Subject):
-    """A backend, on every built-in cell, norm and window that it does not refuse."""
+    """A backend, on every built-in cell, norm and window that it supports."""
 
     family = "backend"
 
@@ -200,25 +202,25 @@ class BackendSubject(Subject):
         if not accepted:
             return
         for name in ("cell", "norm", "window"):
-            wanted = [case.drawn[name] for case in accepted]
-            self.axes[name] = [value for value in self.axes[name] if value in wanted]
+            values = [case.drawn[name] for case in accepted]
+            self.axes[name] = [value for value in self.axes[name] if value in values]
 
     def _grid(self) -> tuple[list[Case], list[tuple[Case, Any]]]:
-        """The combinations that it takes, and those that it refuses with what it says."""
-        accepted, refused = [], []
+        """Return the supported combinations, and the unsupported ones with their reasons."""
+        accepted, unsupported = [], []
         for cell in CELLS:
             for norm in (None, *NORMS):
                 for window in WINDOWS if norm is not None else WINDOWS[:1]:
                     case = Case({"seed": 0, "hidden": 2, "cell": cell, "norm": norm, "window": window})
                     try:
-                        said = self.unsupported_reason(self.make(case))
-                    except Exception as error:  # noqa: BLE001  a law tells of it
-                        said = error
-                    (accepted if said is None else refused).append(case if said is None else (case, said))
-        return accepted, refused
+                        reason = self.unsupported_reason(self.make(case))
+                    except Exception as error:  # noqa: BLE001  a law reports it
+                        reason = error
+                    (accepted if reason is None else unsupported).append(case if reason is None else (case, reason))
+        return accepted, unsupported
 
     def unsupported_reason(self, layer: Recurrent) -> str | None:
-        """What the backend says of a layer's cell."""
+        """Return the backend's reason for not running the cell of a layer, or None."""
         return self.backend.unsupported_reason(layer.cell, layer._weights("_l0"))
 
     def make(self, case: Case) -> Recurrent:
@@ -238,5 +240,5 @@ class BackendSubject(Subject):
 
 
 def backends_for(layer: Recurrent) -> list[str]:
-    """The backends that can run a layer, by name."""
-    return [name for name, said in refusals(layer.cell, layer._weights("_l0")).items() if said is None]
+    """Return the names of the backends that support a layer."""
+    return [name for name, reason in refusals(layer.cell, layer._weights("_l0")).items() if reason is None]

@@ -1,4 +1,4 @@
-"""Subjects: a spec (or a backend) with all that the laws need to put it to work in float64."""
+"""Subjects of the laws: a spec or a backend, with the means to run it in float64."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WINDOWS: tuple[WindowSpec, ...] = (
 
 
 def noise(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers in float64 that depend on the seed and the shape alone."""
+    """Return standard normal numbers in float64 that depend on the seed and the shape alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def stirred(module: nn.Module, seed: int) -> nn.Module:
-    """Move every parameter away from where it starts, so that a gain of 1 and a shift of 0 hide nothing."""
+    """Perturb every parameter, so that a gain of 1 and a shift of 0 hide no error."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             if parameter.is_floating_point():
@@ -44,7 +44,7 @@ def stirred(module: nn.Module, seed: int) -> nn.Module:
 
 
 def importable(kind: type) -> bool:
-    """Whether pickle would find a class again under its module and name."""
+    """Return True if pickle can find a class again by its module and name."""
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -52,38 +52,38 @@ def importable(kind: type) -> bool:
 
 
 class Subject:
-    """What is judged: `family`, a `label`, the `axes` its cases are drawn from, and how to put it to work.
+    """The object under test: `family`, a `label`, the `axes` from which cases are drawn, and methods to run it.
 
-    `make` builds what runs for a case, `inputs` draws what it is given (floating tensors), `run` gives every tensor
-    that comes out. `broken` says why it cannot be put to work at all, and `told_by` which law finds that; no law but
-    that one and `it_builds` is then asked.
+    `make` builds the object that runs for a case, `inputs` draws its floating inputs, `run` returns every output
+    tensor. `broken` is the reason why the object cannot run at all, and `reported_by` is the law that reports this
+    reason. The other laws except `it_builds` are then skipped.
     """
 
     family: str
     label: str
     axes: dict[str, Sequence[Any]]
     broken: str = ""
-    told_by: str = "it_builds"
+    reported_by: str = "it_builds"
 
     @property
     def unbuilt(self) -> str:
-        """Why the other laws are not asked of what cannot be put to work; empty where it can."""
-        return f"it cannot be put to work; {self.told_by} says why" if self.broken else ""
+        """Reason why the other laws are skipped for an object that cannot run; empty if it can."""
+        return f"it cannot run; see {self.reported_by}" if self.broken else ""
 
     def make(self, case: Case) -> Any:
-        """What runs, fresh."""
-        raise NotImplementedError(f"{type(self).__name__} is not asked laws that make one")
+        """Return a new object to run."""
+        raise NotImplementedError(f"{type(self).__name__} does not support laws that build an object")
 
     def inputs(self, case: Case, seed: int = 0) -> tuple[Tensor, ...]:
-        """What it is given."""
-        raise NotImplementedError(f"{type(self).__name__} is not asked laws that draw inputs")
+        """Draw the inputs of a case."""
+        raise NotImplementedError(f"{type(self).__name__} does not support laws that draw inputs")
 
     def run(self, made: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Every tensor that comes out."""
-        raise NotImplementedError(f"{type(self).__name__} is not asked laws that run one")
+        """Return every output tensor."""
+        raise NotImplementedError(f"{type(self).__name__} does not support laws that run an object")
 
     def sample(self) -> Case:
-        """One case of middling size."""
+        """Return one case of medium size."""
         return Case({name: values[len(values) // 2] for name, values in self.axes.items()})
 
 
@@ -93,20 +93,20 @@ class SpecSubject(Subject):
     spec: Any
 
     def answer(self, spec: Any) -> Any:
-        """What a spec of this family makes of one fixed example, to compare two specs by."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what a spec answers")
+        """Return the outputs of a spec of this family on one fixed example, to compare two specs."""
+        raise NotImplementedError(f"{type(self).__name__} does not define the outputs of a spec")
 
     def built(self, spec: Any) -> Any:
-        """What a spec builds, for pickling."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what a spec builds")
+        """Return the object that a spec builds, for pickling."""
+        raise NotImplementedError(f"{type(self).__name__} does not define what a spec builds")
 
     def fault(self) -> str:
-        """What is wrong with the very building of it; empty where nothing is."""
-        return self.broken if self.told_by == "it_builds" else ""
+        """Reason why the spec does not build; empty if it does."""
+        return self.broken if self.reported_by == "it_builds" else ""
 
 
 class NormalizerSubject(SpecSubject):
-    """A normalizer: its spec, the numbers of features it takes, the windows it takes."""
+    """A normalizer: its spec, and the numbers of features and the windows that it accepts."""
 
     family = "normalizer"
 
@@ -121,17 +121,17 @@ class NormalizerSubject(SpecSubject):
             except ValueError as error:
                 refusal = str(error)
                 continue
-            except Exception as error:  # noqa: BLE001  whatever a plugin raises
+            except Exception as error:  # noqa: BLE001  any error of a plugin
                 self.broken = f"build({features}) raises {type(error).__name__}: {error}"
                 return
             if not isinstance(built, Normalizer):
-                self.broken = f"build({features}) returns {type(built).__name__}; allowed: a Normalizer"
+                self.broken = f"build({features}): got {type(built).__name__}; expected a Normalizer"
                 return
             self.sizes = (*self.sizes, features)
             if len(self.sizes) == 8:
                 break
         if not self.sizes:
-            self.broken = f"build takes no number of features from 1 to {MOST_FEATURES}: {refusal}"
+            self.broken = f"build accepts no number of features from 1 to {MOST_FEATURES}: {refusal}"
             return
         self.declared = spec.build(self.sizes[0])
         self.couples: bool = bool(self.declares("uses_batch_statistics"))
@@ -143,48 +143,55 @@ class NormalizerSubject(SpecSubject):
             "window": [window.build() for window in WINDOWS if self._takes(window.build())],
         }
         try:
-            self.check_statement()
-        except Exception as error:  # noqa: BLE001  the law tells of it, with its place
-            self.broken, self.told_by = f"{type(error).__name__}: {error}", "a_statement_is_a_tuple_of_tensors"
+            self.check_statistic()
+        except Exception as error:  # noqa: BLE001  the law reports it with its position
+            self.broken, self.reported_by = f"{type(error).__name__}: {error}", "a_statement_is_a_tuple_of_tensors"
 
-    def check_statement(self) -> None:
-        """Raise unless `measure` returns what a window can pool: a tuple of tensors that has `pool`."""
+    def check_statistic(self) -> None:
+        """Raise unless `measure` returns a statistic that a window can pool: a tuple of tensors with `pool`."""
         features = self.sizes[0]
-        said: Any = self.spec.build(features).double().measure(noise(0, 3, 2, features))
-        kind, allowed = type(said).__name__, "allowed: a named tuple of tensors with `pool`, such as Moments"
-        demand(isinstance(said, tuple) and callable(getattr(said, "pool", None)), f"measure returns {kind}; {allowed}")
+        statistic: Any = self.spec.build(features).double().measure(noise(0, 3, 2, features))
+        kind, expected = type(statistic).__name__, "expected a named tuple of tensors with `pool`, such as Moments"
+        demand(
+            isinstance(statistic, tuple) and callable(getattr(statistic, "pool", None)),
+            f"measure: got {kind}; {expected}",
+        )
         if self.declares("stateless"):
-            demand(len(said) == 0, f"measure: got {kind}, which has leaves; expected none, as it is `stateless`")
+            demand(
+                len(statistic) == 0, f"measure: got {kind}, which has leaves; expected none, as `stateless` is declared"
+            )
             return
-        demand(len(said) > 0, f"measure returns {kind}, which is empty; {allowed}; or declare `stateless = True`")
-        names = getattr(said, "_fields", range(len(said)))
+        demand(len(statistic) > 0, f"measure: got {kind}, which is empty; {expected}. Or declare `stateless = True`")
+        names = getattr(statistic, "_fields", range(len(statistic)))
         others = [
-            f"{n} is {type(leaf).__name__}" for n, leaf in zip(names, said, strict=True) if not isinstance(leaf, Tensor)
+            f"{n} is {type(leaf).__name__}"
+            for n, leaf in zip(names, statistic, strict=True)
+            if not isinstance(leaf, Tensor)
         ]
-        again = "several averages are one Average(torch.cat([one, other], -1))"
-        demand(not others, f"measure returns {kind}, of which {', '.join(others)}; {allowed}; {again}")
+        combined = "Combine averages: Average(torch.cat([one, other], -1))"
+        demand(not others, f"measure: got {kind}, in which {', '.join(others)}; {expected}. {combined}")
         try:
-            type(said)(*said)
+            type(statistic)(*statistic)
         except Exception as error:
-            refused = f"{type(error).__name__}: {error}"
-            raise AssertionError(f"{kind} cannot be made again of its tensors, {kind}(*tensors): {refused}") from error
-        doubled: Any = type(said)(*(torch.stack([leaf, leaf], 1) for leaf in said))
-        pooled = doubled.pool(torch.ones(3, 2).to(said[0]), 1)
-        demand(type(pooled) is type(said), f"{kind}.pool: got {type(pooled).__name__}; expected {kind}")
+            reason = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{kind} cannot be rebuilt from its tensors by {kind}(*tensors): {reason}") from error
+        doubled: Any = type(statistic)(*(torch.stack([leaf, leaf], 1) for leaf in statistic))
+        pooled = doubled.pool(torch.ones(3, 2).to(statistic[0]), 1)
+        demand(type(pooled) is type(statistic), f"{kind}.pool: got {type(pooled).__name__}; expected {kind}")
 
     def declares(self, capability: str) -> bool:
-        """Whether the normalizer declares a capability."""
+        """Return True if the normalizer declares a capability."""
         return bool(getattr(self.declared, capability, False))
 
     def _takes(self, window: Window[Any]) -> bool:
         try:
             AssortedTime(self.declared, window)
-        except ValueError:  # a normalizer may refuse a window, and then no law asks it to
+        except ValueError:  # a normalizer may reject a window; no law then uses it
             return False
         return True
 
     def normalizer(self, case: Case, stir: bool = True) -> Any:
-        """A fresh normalizer in float64, its parameters stirred."""
+        """Return a new normalizer in float64 with perturbed parameters."""
         built = self.spec.build(case.features).double()
         return stirred(built, case.seed) if stir else built
 
@@ -209,7 +216,7 @@ class NormalizerSubject(SpecSubject):
 
 
 class WindowSubject(SpecSubject):
-    """A window: its spec, over the moments or the average of something."""
+    """A window: its spec, over moments or averages."""
 
     family = "window"
 
@@ -218,11 +225,11 @@ class WindowSubject(SpecSubject):
         self.axes = {"seed": SEEDS, "steps": tuple(range(1, 9)), "batch": (1, 2, 3), "statistic": (Average, Moments)}
         try:
             built = spec.build()
-        except Exception as error:  # noqa: BLE001  whatever a plugin raises
+        except Exception as error:  # noqa: BLE001  any error of a plugin
             self.broken = f"build() raises {type(error).__name__}: {error}"
             return
         if not isinstance(built, Window):
-            self.broken = f"build() returns {type(built).__name__}; allowed: a Window"
+            self.broken = f"build(): got {type(built).__name__}; expected a Window"
 
     def make(self, case: Case) -> Window[Any]:
         window = self.spec.build()
@@ -240,21 +247,21 @@ class WindowSubject(SpecSubject):
 
     @staticmethod
     def steps(inputs: Sequence[Tensor]) -> Any:
-        """The statements of a sequence, from their leaves."""
+        """Return the statistics of a sequence from their leaves."""
         return (Average if len(inputs) == 1 else Moments)(*inputs)
 
-    def statements(self, case: Case, seed: int = 0) -> Any:
-        """The statements of a drawn sequence, leaves [T, N, 1]."""
+    def statistics(self, case: Case, seed: int = 0) -> Any:
+        """Return the statistics of a drawn sequence, leaves [T, N, 1]."""
         return self.steps(self.inputs(case, seed))
 
     def weights(self, case: Case) -> Tensor:
-        """Numbers of samples from 0 to 3, some steps of some rows dead."""
+        """Return numbers of samples from 0 to 3: some steps of some rows are masked."""
         source = torch.Generator().manual_seed(case.seed)
         return torch.randint(0, 4, (case.steps, case.batch), generator=source).double()
 
     @staticmethod
     def fresh(window: Window[Any], steps: Any) -> Tree:
-        """The state before the first of these steps."""
+        """Return the state before the first of these steps."""
         return window.initial(at(steps, 0))
 
     def answer(self, spec: WindowSpec) -> Any:
@@ -266,12 +273,12 @@ class WindowSubject(SpecSubject):
 
 
 def at(steps: Any, index: Any) -> Any:
-    """The statements at some place of the leading axes."""
+    """Index the leading axes of statistics."""
     return type(steps)(*(leaf[index] for leaf in steps))
 
 
 def pushed(window: Window[Any], steps: Any, weights: Tensor, state: Tree) -> tuple[Any, Tree]:
-    """A window's pushes over a sequence, one by one, by nobody's `scan`."""
+    """Push a sequence step by step, without `scan`."""
     pooled = []
     for t in range(weights.shape[0]):
         now, state = window.push(at(steps, t), weights[t], state)
@@ -280,5 +287,5 @@ def pushed(window: Window[Any], steps: Any, weights: Tensor, state: Tree) -> tup
 
 
 def used(normalizer: Normalizer, probe: Tensor, pooled: Statistic) -> Tensor:
-    """What a statement does to a probe: two statements that do the same are the same."""
+    """Normalize a probe with a statistic: two statistics with equal results are equal."""
     return normalizer.normalize(probe, pooled)

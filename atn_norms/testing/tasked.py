@@ -25,33 +25,33 @@ class TaskSubject(SpecSubject):
         self.axes = {}
         try:
             built = self.task
-        except Exception as error:  # noqa: BLE001  whatever a plugin raises
+        except Exception as error:  # noqa: BLE001  any error of a plugin
             self.broken = f"build(0) raises {type(error).__name__}: {error}"
             return
         if not isinstance(built, Task):
-            self.broken = f"build(0) returns {type(built).__name__}; allowed: a Task"
+            self.broken = f"build(0): got {type(built).__name__}; expected a Task"
             return
-        refused = spec.unsupported_reason(self.layer_spec())
-        self.broken = f"it refuses a plain one-way layer: {refused}" if refused else ""
+        reason = spec.unsupported_reason(self.layer_spec())
+        self.broken = f"it does not support a plain one-way layer: {reason}" if reason else ""
 
     @cached_property
     def task(self) -> Task:
-        """The task of seed 0, built once: building may read a file."""
+        """The task for seed 0, built once, since a build may read files."""
         return self.spec.build(0)
 
     @property
     def size(self) -> int:
-        """Sequences in a batch of the laws."""
+        """Number of sequences in a batch of the laws."""
         return min(4, self.task.batch_size)
 
     def layer_spec(self) -> LayerSpec:
-        """The options of a small layer for the task."""
+        """Return the options of a small layer for the task."""
         return LayerSpec.model_validate(
             {"cell": "rnn", "input_size": self.task.input_size, "hidden_size": HIDDEN, "backend": "auto"}
         )
 
     def model(self, seed: int = 0) -> Model:
-        """A small model, drawn as a trial draws it."""
+        """Return a small model, initialized as in a trial."""
         torch.manual_seed(seed)
         layer = self.layer_spec().build()
         model = Model(self.task.encoder(), layer, self.task.readout(layer.output_size))
@@ -62,4 +62,4 @@ class TaskSubject(SpecSubject):
         return tuple(spec.build(0).batch(0, self.size)[:2])
 
     def built(self, spec: TaskSpec) -> Any:
-        return spec  # workers are sent the options and build the task themselves
+        return spec  # workers receive the options and build the task themselves

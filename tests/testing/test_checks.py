@@ -1,4 +1,4 @@
-"""The manners of the suite: results, expected failures, determinism, and what it leaves alone."""
+"""Tests of the suite: results, expected failures, determinism, and no side effects."""
 
 import os
 import subprocess
@@ -20,13 +20,13 @@ from atn_norms.testing import (
     check_window,
     parametrize_checks,
 )
-from atn_norms.testing.checks import asked
+from atn_norms.testing.checks import law_runs
 from atn_norms.testing.law import Case
 from atn_norms.testing.laws.normalizer import rows_meet_only_as_declared
 from atn_norms.testing.subjects import NormalizerSubject
 from tests.testing.gallery.entry import norm_spec, task_spec, window_spec
 from tests.testing.gallery.normalizers import Layer, MixesRows
-from tests.testing.gallery.statistics import StatesStatements
+from tests.testing.gallery.statistics import NestsStatistics
 from tests.testing.gallery.tasks import Sums
 from tests.testing.gallery.windows import ForgetsAStepLate
 
@@ -35,24 +35,24 @@ WHY = "it is meant to mix rows"
 
 
 def by_law(results: list[CheckResult]) -> dict[str, CheckResult]:
-    found = {result.law: result for result in results}
-    assert len(found) == len(results)
-    return found
+    named = {result.law: result for result in results}
+    assert len(named) == len(results)
+    return named
 
 
 def answer(spec: an.NormSpec, law: str) -> CheckResult:
-    """What becomes of one law of a normalizer."""
-    (question,) = [each for each in asked("normalizer", spec) if each.law.name == law]
-    return question.answer({})
+    """Return the result of one law of a normalizer."""
+    (run,) = [each for each in law_runs("normalizer", spec) if each.law.name == law]
+    return run.answer({})
 
 
 @pytest.fixture(scope="module")
 def mixed() -> dict[str, CheckResult]:
-    """What the suite says of a normalizer that mixes rows, where that is expected."""
+    """Return the results of a normalizer that mixes rows, as an expected failure."""
     return by_law(check_normalizer(norm_spec(MixesRows), expected_failures={"rows_meet_only_as_declared": WHY}))
 
 
-def test_results_say_what_became_of_each_law(mixed):
+def test_results_report_the_status_of_each_law(mixed):
     assert {type(result.status) for result in mixed.values()} == {str}
     assert {result.status for result in mixed.values()} == {"passed", "failed", "skipped", "expected"}
     for result in mixed.values():
@@ -61,7 +61,7 @@ def test_results_say_what_became_of_each_law(mixed):
         assert LAWS[result.law].group == result.group
 
 
-def test_an_expected_failure_keeps_its_reason_and_what_was_found(mixed):
+def test_an_expected_failure_keeps_its_reason_and_its_message(mixed):
     result = mixed["rows_meet_only_as_declared"]
     assert result.status == "expected"
     assert result.message.startswith(f"{WHY} (")
@@ -87,7 +87,7 @@ def test_a_local_spec_skips_pickling_and_the_registry_with_a_reason(mixed):
     assert "not registered" in mixed["the_registry_builds_the_same"].message
 
 
-def test_what_is_not_declared_is_not_asked_and_what_is_declared_is(mixed):
+def test_only_declared_properties_are_tested(mixed):
     assert mixed["scale_invariance_holds"].message == "scale_invariant is not declared"
 
     class Declares(MixesRows):
@@ -125,19 +125,19 @@ def test_expected_failures_are_checked(expected, message):
         parametrize_checks([norm_spec(Layer)], expected_failures=expected)
 
 
-def test_the_same_is_said_twice_and_nothing_is_left_behind():
-    def said() -> list[CheckResult]:
-        return [each.answer({}) for each in asked("window", spec) if each.law.group in ("every", "window")]
+def test_results_repeat_without_side_effects():
+    def results() -> list[CheckResult]:
+        return [each.answer({}) for each in law_runs("window", spec) if each.law.group in ("every", "window")]
 
     spec = window_spec(ForgetsAStepLate)
     registered = {family: list(registry.kinds(family)) for family in FAMILIES}
     torch.manual_seed(3)
     before, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    first = said()
+    first = results()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_default_dtype() == dtype
     torch.manual_seed(4)
-    assert said() == first
+    assert results() == first
     assert {family: list(registry.kinds(family)) for family in FAMILIES} == registered
 
 
@@ -151,18 +151,18 @@ def test_a_plugin_that_cannot_be_built_fails_one_law_and_skips_the_rest():
     assert {result.status for result in results.values()} == {"skipped"}
 
 
-def test_a_normalizer_that_states_statements_fails_one_law_and_skips_the_rest():
-    results = by_law(check_normalizer(norm_spec(StatesStatements)))
+def test_a_normalizer_with_nested_statistics_fails_one_law_and_skips_the_rest():
+    results = by_law(check_normalizer(norm_spec(NestsStatistics)))
     assert results.pop("it_builds").status == "passed"
     failed = results.pop("a_statement_is_a_tuple_of_tensors")
-    assert failed.message.startswith("measure returns Said, of which one is Moments, other is Moments; allowed: ")
+    assert failed.message.startswith("measure: got Custom, in which one is Moments, other is Moments; expected ")
     assert "Average(torch.cat([one, other], -1))" in failed.message
     assert {(result.status, result.message) for result in results.values()} == {
-        ("skipped", "it cannot be put to work; a_statement_is_a_tuple_of_tensors says why")
+        ("skipped", "it cannot run; see a_statement_is_a_tuple_of_tensors")
     }
 
 
-def test_an_error_in_measure_is_told_once_with_its_place():
+def test_an_error_in_measure_is_reported_once_with_its_position():
     class Raises(Layer):
         def measure(self, x):
             raise IndexError("out of luck")
@@ -173,7 +173,7 @@ def test_an_error_in_measure_is_told_once_with_its_place():
     assert "IndexError: out of luck (" in failed.message and "test_checks.py:" in failed.message
 
 
-def test_every_family_has_its_check():
+def test_every_family_has_a_check():
     assert by_law(check_window("cumulative"))["steps_count_as_declared"].status == "passed"
     assert by_law(check_task(task_spec(Sums)))["batches_are_pure"].status == "passed"
     assert by_law(check_cell("rnn"))["every_part_counts"].status == "passed"
@@ -182,7 +182,7 @@ def test_every_family_has_its_check():
     assert {result.status for result in check_backend(Reference())} == {"passed"}
 
 
-def test_a_plugin_s_own_error_is_a_finding_with_its_place():
+def test_an_error_of_a_plugin_is_a_failure_with_its_position():
     class Raises(Layer):
         def normalize(self, x, pooled):
             raise IndexError("out of luck")
@@ -210,7 +210,7 @@ def test_parametrize_checks_makes_a_test_of_each_law(tmp_path):
     done = run_pytest(tmp_path, "-v", "-k", "dtype or scale")
     assert "test_laws[gallery-the_dtype_is_kept0] PASSED" in done
     assert "test_laws[gallery-the_dtype_is_kept1] FAILED" in done
-    assert "the_dtype_is_kept: x of type torch.float64 is normalized to torch.float32" in done
+    assert "the_dtype_is_kept: normalize: got torch.float32; expected torch.float64" in done
     assert "smallest example: seed=0, steps=1" in done
     assert "scale_invariant is not declared" in done
     assert "1 failed, 1 passed, 2 skipped" in done
@@ -222,7 +222,7 @@ def test_parametrize_checks_takes_expected_failures(tmp_path):
     (tmp_path / "test_plugin.py").write_text(text, encoding="utf-8")
     done = run_pytest(tmp_path, "-k", "dtype")
     assert "1 xfailed" in done
-    assert "float32 is enough here (x of type" in done
+    assert "float32 is enough here (normalize: got" in done
 
 
 def run_pytest(folder: Path, *options: str) -> str:
@@ -237,15 +237,15 @@ def run_pytest(folder: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_it_works_without_pytest_and_says_what_to_install_without_hypothesis(tmp_path):
+def test_it_needs_no_pytest_and_reports_missing_hypothesis(tmp_path):
     code = """
 import sys
 sys.modules["pytest"] = None  # importing it raises now
 from atn_norms.testing import check_window
 assert {result.status for result in check_window("cumulative")} == {"passed", "skipped"}
 import importlib.util
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "hypothesis" else found(name, *rest)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "hypothesis" else find_spec(name, *more)
 try:
     check_window("cumulative")
 except ModuleNotFoundError as error:
@@ -260,8 +260,8 @@ print(main(["check", "cumulative"]))
 
 
 @pytest.mark.parametrize("family", ["normalizer", "window", "cell"])
-def test_a_plugin_is_asked_the_laws_of_its_family_and_of_a_layer_once_each(family):
+def test_a_plugin_runs_the_laws_of_its_family_and_of_a_layer_once_each(family):
     plugin = {"normalizer": "layer", "window": "cumulative", "cell": "gru"}[family]
-    names = [question.law.name for question in asked(family, plugin)]
+    names = [run.law.name for run in law_runs(family, plugin)]
     assert len(names) == len(set(names))
     assert set(names) == {law.name for law in LAWS.values() if {family, "layer"} & set(law.applies_to)}

@@ -24,7 +24,7 @@ class LateSpec(SlidingSpec):
 
 
 class LayerWindowSpec(SlidingSpec):
-    """A window that bears a normalizer's name."""
+    """A window with the kind of a normalizer."""
 
     kind: Literal["layer"] = "layer"  # type: ignore[assignment]
     steps: int = 2
@@ -37,7 +37,7 @@ class PowerByName(PowerSpec):
 
 
 class Enough(Exception):
-    """Takes back what was registered."""
+    """Roll back the registrations."""
 
 
 @pytest.fixture
@@ -53,30 +53,30 @@ def more_kinds():
 
 def test_every_law_has_a_line_and_a_right_kind_exits_with_0(capsys):
     assert main(["check", "cumulative"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("window 'cumulative': 19 laws\n")
+    output = capsys.readouterr().out
+    assert output.startswith("window 'cumulative': 19 laws\n")
     for law in LAWS.values():
         if {"window", "layer"} & set(law.applies_to):
-            assert f"\n{law.name} " in said
-    assert "skipped  weight_at declares that it never forgets" in said
-    assert said.endswith("18 passed, 1 skipped\n")
+            assert f"\n{law.name} " in output
+    assert "skipped  weight_at declares a window that never forgets" in output
+    assert output.endswith("18 passed, 1 skipped\n")
 
 
 def test_a_failure_shows_the_example_and_exits_with_1(capsys, more_kinds):
     assert main(["check", "late", "--set", "steps=3"]) == 1
-    said = capsys.readouterr().out
-    assert "steps_count_as_declared" in said
-    assert re.search(r"smallest example: seed=\d+, steps=\d, batch=\d, statistic=\w+\n", said)
-    assert " failed" in said.splitlines()[-1]
+    output = capsys.readouterr().out
+    assert "steps_count_as_declared" in output
+    assert re.search(r"smallest example: seed=\d+, steps=\d, batch=\d, statistic=\w+\n", output)
+    assert " failed" in output.splitlines()[-1]
 
 
 def test_json_holds_the_same(capsys, more_kinds):
     assert main(["check", "power", "--set", "p=3.0", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert (said["family"], said["kind"], said["options"]) == ("normalizer", "power", {"kind": "power", "p": 3.0})
-    statuses = {each["law"]: each["status"] for each in said["results"]}
+    output = json.loads(capsys.readouterr().out)
+    assert (output["family"], output["kind"], output["options"]) == ("normalizer", "power", {"kind": "power", "p": 3.0})
+    statuses = {each["law"]: each["status"] for each in output["results"]}
     assert statuses["the_registry_builds_the_same"] == "passed"
-    assert set(said["results"][0]) == {"law", "group", "status", "message", "example"}
+    assert set(output["results"][0]) == {"law", "group", "status", "message", "example"}
 
 
 def test_backends_are_kinds_too(capsys):
@@ -86,12 +86,12 @@ def test_backends_are_kinds_too(capsys):
 
 def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
     assert main(["check", "layer"]) == 2
-    assert "'layer' is the kind of a normalizer and of a window; say which with --family" in capsys.readouterr().err
+    assert "'layer' is the kind of a normalizer and of a window; select one with --family" in capsys.readouterr().err
     assert main(["check", "layer", "--family", "window", "--set", "steps=0"]) == 1
-    said = capsys.readouterr().out
-    assert said.startswith("window 'layer': 19 laws\n")
-    assert "build() raises ValueError: steps: 0; allowed: an integer of at least 1" in said
-    assert said.endswith("1 failed, 18 skipped\n")
+    output = capsys.readouterr().out
+    assert output.startswith("window 'layer': 19 laws\n")
+    assert "build() raises ValueError: steps: 0; allowed: an integer of at least 1" in output
+    assert output.endswith("1 failed, 18 skipped\n")
 
 
 @pytest.mark.parametrize(

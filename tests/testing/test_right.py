@@ -1,4 +1,4 @@
-"""What is right passes every law: the built-in kinds with several options, and the right halves of the gallery."""
+"""Correct plugins pass every law: the built-in kinds with several options, and the correct halves of the gallery."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import atn_norms as an
 from atn_norms.backends.base import known
 from atn_norms.normalizers import PerGate
 from atn_norms.testing import CheckResult
-from atn_norms.testing.checks import asked
+from atn_norms.testing.checks import law_runs
 from tests.laws.test_third_party import CentreSpec, MaxNormSpec, PairSpec, PMeanSpec
 from tests.testing.gallery.cells import Simple
 from tests.testing.gallery.entry import cell_spec, norm_spec, task_spec, window_spec
@@ -21,20 +21,20 @@ from tests.testing.gallery.windows import Decaying, Three
 
 
 class Measured(Uses):
-    """The gallery's normalizer with a right statistic."""
+    """The normalizer of the gallery with a correct statistic."""
 
-    Said = an.Moments
+    Custom = an.Moments
 
 
 class GatesSpec(an.NormSpec):
-    """A normalizer for each gate, as the placement `per_gate` makes of any."""
+    """A normalizer for each gate, as the placement `per_gate` builds it."""
 
     kind: Literal["gates"] = "gates"
     of: Any = "layer"
 
     def build(self, features: int) -> PerGate:
         if features % 2:
-            raise ValueError(f"features: {features}; allowed: an even number")
+            raise ValueError(f"features: got {features}; expected an even number")
         spec = an.LayerSpec(cell="rnn", input_size=1, hidden_size=1, norm=self.of).norm  # type: ignore[arg-type]
         assert isinstance(spec, an.NormSpec)
         return PerGate([spec.build(features // 2) for _ in range(2)])
@@ -60,7 +60,7 @@ RIGHT: list[tuple[str, Any]] = [
     ("task", {**LOAD, "horizon": 3, "season": 7, "time": "day"}),
     ("task", STROKES),
     ("task", task_spec(Sums)),
-    *[("backend", backend) for name, backend in known().items() if name != "triton"],  # which needs a GPU
+    *[("backend", backend) for name, backend in known().items() if name != "triton"],  # needs a GPU
 ]
 MORE: list[tuple[str, Any]] = [
     ("normalizer", PMeanSpec(p=3.0)),
@@ -110,23 +110,23 @@ def called(case: Any) -> str:
 
 
 def broken(family: str, plugin: Any) -> list[CheckResult]:
-    results = [question.answer({}) for question in asked(family, plugin)]
+    results = [run.answer({}) for run in law_runs(family, plugin)]
     assert sum(result.status == "passed" for result in results) >= 6
     return [result for result in results if result.status not in ("passed", "skipped")]
 
 
 @pytest.mark.parametrize(("family", "plugin"), RIGHT, ids=called)
-def test_what_is_right_passes_every_law(family, plugin):
+def test_a_correct_plugin_passes_every_law(family, plugin):
     assert broken(family, plugin) == []
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("family", "plugin"), MORE, ids=called)
-def test_so_it_does_with_other_options(family, plugin):
+def test_correct_plugins_with_other_options_pass(family, plugin):
     assert broken(family, plugin) == []
 
 
-def test_every_built_in_kind_is_among_them():
+def test_every_built_in_kind_is_tested():
     from atn_norms.registry import FAMILIES, registry
 
     named = {(f, p if isinstance(p, str) else p["kind"]) for f, p in RIGHT + MORE if isinstance(p, str | dict)}
@@ -134,10 +134,10 @@ def test_every_built_in_kind_is_among_them():
     assert own <= named
 
 
-def test_what_a_built_in_kind_declares_is_asked_of_it():
-    """A law that is skipped protects nothing: of these, only what does not apply may be."""
+def test_built_in_kinds_skip_only_laws_that_do_not_apply():
+    """A skipped law tests nothing, so a built-in kind may skip a law only if it does not apply."""
     skipped = {
-        kind: {q.law.name for q in asked("normalizer", kind) if q.law.unless is not None and q.law.unless(q.subject)}
+        kind: {q.law.name for q in law_runs("normalizer", kind) if q.law.unless is not None and q.law.unless(q.subject)}
         for kind in ("layer", "rms", "batch")
     }
     assert skipped == {

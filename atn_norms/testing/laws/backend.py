@@ -1,4 +1,4 @@
-"""Laws of a backend: it gives what the reference gives, or says why it does not."""
+"""Laws of a backend: it computes what the reference computes, or returns the reason why it does not run a layer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from atn_norms.testing.law import Case, law
 from atn_norms.testing.layered import BackendSubject, run_cell
 from atn_norms.testing.subjects import noise
 
-CLOSE = 1e-8  # float64: sums in another order, through a handful of steps with norms over a feature or two
-SINGLE = 5e-3  # float32 of the same, 1e-7 to start from
+CLOSE = 1e-8  # float64: sums in another order, over a few steps, with norms over one or two features
+SINGLE = 5e-3  # float32: the same sums, with a rounding error of 1e-7 each
 
 
 @law("backend")
 def refusals_are_sentences(subject: BackendSubject) -> None:
     """`unsupported_reason` returns one sentence or None, raises nothing, and accepts at least one case.
 
-    The sentence is what a person reads who asked for the backend by name. One that refuses everything is no backend.
+    The sentence is the error message of a layer that requires this backend by name. A backend that supports no built-in
+    case cannot be tested.
     """
-    for case, said in subject.refusals:
-        fine = isinstance(said, str) and len(said.split()) > 2 and "\n" not in said
-        demand(fine, f"of {case} refuses says {said!r}; allowed: None, or a sentence of one line")
-    demand(len(subject.refusals) < subject.tried, "it refuses every built-in case")
+    for case, reason in subject.refusals:
+        fine = isinstance(reason, str) and len(reason.split()) > 2 and "\n" not in reason
+        demand(fine, f"unsupported_reason({case}): got {reason!r}; expected None, or a sentence of one line")
+    demand(len(subject.refusals) < subject.tried, "it supports no built-in case")
     layer = subject.make(subject.sample())
-    demand(subject.unsupported_reason(layer) == subject.unsupported_reason(layer), "asked twice, it says two things")
+    again = subject.unsupported_reason(layer)
+    demand(subject.unsupported_reason(layer) == again, "unsupported_reason: two calls return two different reasons")
 
 
 def _both(subject: BackendSubject, case: Case) -> tuple[Recurrent, tuple[Tensor, ...]] | None:
@@ -40,9 +42,9 @@ def _both(subject: BackendSubject, case: Case) -> tuple[Recurrent, tuple[Tensor,
 
 @law("backend")
 def values_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
-    """Outputs and final state are the reference's, in the layer's own type, for every case that is not refused.
+    """Outputs and final state equal those of the reference, in the type of the layer, for every supported case.
 
-    The reference is the definition. In float64 the two may part only by the order in which they add.
+    The reference defines the result. In float64 the two may differ only by the order of their additions.
     """
     for dtype, tolerance in ((torch.float64, CLOSE), (torch.float32, SINGLE)):
         layer = subject.make(case).to(dtype)
@@ -56,13 +58,13 @@ def values_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
 
 @law("backend", batch=(2, 3))
 def lengths_are_honoured(subject: BackendSubject, case: Case) -> None:
-    """With `lengths`, rows end where they end: outputs 0 beyond, the state of their own last step, padding never read.
+    """With `lengths`, rows end at their length: outputs are 0 beyond it, the state is that of the last valid step.
 
-    A length of 0 is among them, and NaN in the padding.
+    Padding is never read. The law also tries a length of 0, and NaN in the padding.
     """
-    if (found := _both(subject, case)) is None:
+    if (supported := _both(subject, case)) is None:
         return
-    layer, (xs, *carried) = found
+    layer, (xs, *carried) = supported
     lengths = torch.full((case.batch,), case.steps)
     lengths[-1] = case.seed % (case.steps + 1) if case.batch > 2 else case.steps
     mask = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
@@ -74,13 +76,14 @@ def lengths_are_honoured(subject: BackendSubject, case: Case) -> None:
 
 @law("backend")
 def gradients_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
-    """Every gradient is the reference's: by inputs, weights, norms and initial state, from outputs and final state.
+    """Every gradient equals that of the reference: by inputs, weights, norms and initial state.
 
-    Where training goes by segments the loss reaches a segment through its final state alone.
+    Gradients are taken from the outputs and from the final state. In truncated backpropagation the loss reaches a
+    segment through its final state alone.
     """
-    if (found := _both(subject, case)) is None:
+    if (supported := _both(subject, case)) is None:
         return
-    layer, inputs = found
+    layer, inputs = supported
     mine, theirs = (_gradients(each, layer, inputs, case) for each in (subject.backend, Reference()))
     compare(mine, theirs, tolerance=1e-6, what="gradients")
 
@@ -90,31 +93,31 @@ def _gradients(backend: Any, layer: Recurrent, inputs: tuple[Tensor, ...], case:
     ys, state = run_cell(backend, layer, xs, tuple(carried))
     named = {"xs": xs} | {f"initial {name}": c for name, c in zip(layer.cell.carried, carried, strict=True)}
     named |= dict(layer.named_parameters())
-    found = {}
+    gradients_by_name = {}
     for place, outs in (("outputs", [ys]), ("final state", list(state[0]))):
         loss = torch.stack([(each * noise(case.seed + 8, *each.shape)).sum() for each in outs]).sum()
         demand(loss.requires_grad, f"the {place} carry no gradient")
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
         for (name, tensor), gradient in zip(named.items(), gradients, strict=True):
-            found[f"{place} by {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
-    return found
+            gradients_by_name[f"{place} by {name}"] = torch.zeros_like(tensor) if gradient is None else gradient
+    return gradients_by_name
 
 
 @law("backend", steps=(2, 3, 4, 5))
 def its_state_continues_in_the_reference(subject: BackendSubject, case: Case) -> None:
-    """Two backends may take turns in the middle of a sequence: each goes on from the state that the other returned.
+    """Two backends may alternate within a sequence: each continues from the state that the other returned.
 
-    A state holds statements, not the aggregates of some algorithm, so a stream that was trained in C can be debugged in
-    Python, and a checkpoint can be read on another machine.
+    A state holds statistics, not the running sums of one algorithm. So a model trained in C can be debugged in Python,
+    and a checkpoint can be loaded on another machine.
     """
-    if (found := _both(subject, case)) is None:
+    if (supported := _both(subject, case)) is None:
         return
-    layer, (xs, *carried) = found
+    layer, (xs, *carried) = supported
     weights = layer._weights("_l0")
     whole, final = run_cell(Reference(), layer, xs, tuple(carried))
     cut = 1 + case.seed % (case.steps - 1)
     for order in ((subject.backend, Reference()), (Reference(), subject.backend)):
         first, state = run_cell(order[0], layer, xs[:cut], tuple(carried))
         second, state = order[1].run(layer.cell, weights, xs[cut:], state)
-        compare(torch.cat([first, second]), whole, tolerance=CLOSE, what="in turns")
+        compare(torch.cat([first, second]), whole, tolerance=CLOSE, what="outputs of two backends in turns")
         compare(list(tree_leaves(state[0])), list(tree_leaves(final[0])), tolerance=CLOSE, what="final state, in turns")

@@ -1,4 +1,4 @@
-"""Laws of every kind: it builds, its options tell all of it, and its calls are functions of what they are given."""
+"""Laws of every kind: it builds, its options describe it completely, and its calls are pure functions."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from atn_norms.windows import Window
 
 SPECS = ("normalizer", "window", "cell", "task")
 RUNS = ("normalizer", "window", "cell", "backend")
-DIFFERENCE = 1e-6  # step of a difference quotient: its error is about 1e-12 f''' by the step, 1e-10 f by rounding
+DIFFERENCE = 1e-6  # step of the difference quotient: an error of 1e-12 f''' from the step, of 1e-10 f from rounding
 
 
 @law("every", *SPECS)
 def it_builds(subject: SpecSubject) -> None:
-    """`build` returns what its family asks for, and an option that cannot serve is refused with `ValueError`.
+    """`build` returns an object of its family, and an invalid option is rejected with `ValueError`.
 
-    Every other law needs something to look at; where this one fails, the others are skipped.
+    Every other law needs a built object. Where this law fails, the others are skipped.
     """
     demand(not subject.fault(), subject.fault())
 
 
 @law("every", *SPECS)
 def options_survive_a_dump(subject: SpecSubject) -> None:
-    """A spec is its options: dumped (to Python or JSON) and read again it is equal, and builds what gives the same.
+    """A spec is its options: dumped to Python or JSON and read again, it is equal and builds an equivalent object.
 
-    A trial of a study is known by its options alone. What a dump leaves out is not part of the trial's identity, so two
-    different trials would be taken for one, and a worker would train something else than was asked for.
+    A trial of a study is identified by its options alone. An option that the dump omits is not part of this identity:
+    two different trials would count as one, and a worker would train another model than the study file describes.
     """
     spec = subject.spec
     fields = set(type(spec).model_fields)
     dump = spec.model_dump()
-    demand(set(dump) == fields, f"the dump has {sorted(dump)}, and the options are {sorted(fields)}")
+    demand(set(dump) == fields, f"model_dump: got the fields {sorted(dump)}; expected {sorted(fields)}")
     for name, again in (
         ("a dump", type(spec).model_validate(dump)),
         ("a JSON dump", type(spec).model_validate_json(spec.model_dump_json())),
     ):
-        demand(again == spec, f"{name} reads as {again!r}, and it was {spec!r}")
-        compare(subject.answer(again), subject.answer(spec), tolerance=0, what=f"what it computes after {name}")
+        demand(again == spec, f"{name}: read as {again!r}; expected {spec!r}")
+        compare(subject.answer(again), subject.answer(spec), tolerance=0, what=f"the result after {name}")
     window = subject.built(spec)
-    if isinstance(window, Window) and type(window).spec is not Window.spec:  # it says which options build it
-        said = window.spec()
-        demand(said == spec, f"the window says its options are {said!r}, and it was built by {spec!r}")
+    if isinstance(window, Window) and type(window).spec is not Window.spec:
+        options = window.spec()
+        demand(options == spec, f"Window.spec: got {options!r}; expected {spec!r}, the options that built it")
 
 
 @law(
@@ -61,13 +61,13 @@ def options_survive_a_dump(subject: SpecSubject) -> None:
     ),
 )
 def it_survives_pickling(subject: SpecSubject) -> None:
-    """A spec and what it builds can be pickled, and what comes back gives the same.
+    """A spec and the object it builds can be pickled, and the unpickled ones compute the same.
 
-    `torch.save(layer)`, `copy.deepcopy(layer)` and worker processes all go through pickle.
+    `torch.save(layer)`, `copy.deepcopy(layer)` and worker processes all use pickle.
     """
     again = pickle.loads(pickle.dumps(subject.spec))
-    demand(again == subject.spec, f"pickled, the spec came back as {again!r}")
-    compare(subject.answer(again), subject.answer(subject.spec), tolerance=0, what="what a pickled spec computes")
+    demand(again == subject.spec, f"unpickled spec: got {again!r}; expected {subject.spec!r}")
+    compare(subject.answer(again), subject.answer(subject.spec), tolerance=0, what="the result of an unpickled spec")
     pickle.loads(pickle.dumps(subject.built(subject.spec)))
 
 
@@ -78,12 +78,12 @@ def _unregistered(subject: SpecSubject) -> str | None:
 
 @law("every", *SPECS, unless=_unregistered)
 def the_registry_builds_the_same(subject: SpecSubject) -> None:
-    """By its kind and options, as a study file names it, the registry finds the same spec, and has a schema for it.
+    """From its kind and options, as in a study file, the registry builds an equal spec, and it has a schema.
 
-    Model files, studies, `atn-norms list` and editors know a plugin by nothing else.
+    Model files, studies, `atn-norms list` and editors know a plugin by its kind and options alone.
     """
-    found = KindField(subject.family).resolve(subject.spec.model_dump())
-    demand(found == subject.spec, f"by its kind and options it is {found!r}, and it was {subject.spec!r}")
+    resolved = KindField(subject.family).resolve(subject.spec.model_dump())
+    demand(resolved == subject.spec, f"registry: got {resolved!r} from kind and options; expected {subject.spec!r}")
     properties = type(subject.spec).model_json_schema()["properties"]
     missing = set(type(subject.spec).model_fields) - set(properties)
     demand(not missing, f"the JSON schema lacks {sorted(missing)}")
@@ -91,17 +91,17 @@ def the_registry_builds_the_same(subject: SpecSubject) -> None:
 
 @law("every", *RUNS)
 def calls_are_pure(subject: Subject, case: Case) -> None:
-    """The same inputs give the same outputs whatever was computed in between, and nothing random is drawn.
+    """The same inputs give the same outputs whatever was computed in between, and no random number is drawn.
 
-    State is passed in and handed back. What is kept on the module leaks from one sequence into the next, a killed
-    study does not resume to the same numbers, and a draw from torch's generator shifts everybody else's.
+    State is passed in and returned. State kept on the module leaks from one sequence into the next, and an interrupted
+    study does not resume to the same numbers. A draw from torch's generator changes all later draws.
     """
     made, first, second = subject.make(case), subject.inputs(case), subject.inputs(case, seed=5000)
     before = torch.get_rng_state()
     once = subject.run(made, first)
     subject.run(made, second)
     compare(subject.run(made, first), once, tolerance=0, what="the same call again")
-    demand(torch.equal(torch.get_rng_state(), before), "it draws from torch's global generator")
+    demand(torch.equal(torch.get_rng_state(), before), "a call draws from torch's global generator")
     if isinstance(made, nn.Module):
         made.eval()
         kept = {name: value.clone() for name, value in made.state_dict().items()}
@@ -111,9 +111,9 @@ def calls_are_pure(subject: Subject, case: Case) -> None:
 
 @law("every", *RUNS)
 def inputs_are_left_alone(subject: Subject, case: Case) -> None:
-    """What is passed in is not written to.
+    """Inputs are not modified.
 
-    The caller goes on using it: a pre-activation is stored for the backward pass, a state may be continued twice.
+    The caller still needs them: a pre-activation is stored for the backward pass, and a state may be continued twice.
     """
     inputs = subject.inputs(case)
     copies = [each.clone() for each in inputs]
@@ -123,20 +123,20 @@ def inputs_are_left_alone(subject: Subject, case: Case) -> None:
 
 @law("every", "normalizer", "window", "cell", steps=(3, 4, 5), batch=(2, 3))
 def gradients_are_derivatives(subject: Subject, case: Case) -> None:
-    """The gradient of everything that comes out is the derivative by everything that went in, past steps included.
+    """The gradient of every output is its derivative by every input and parameter, past steps included.
 
-    Checked by a difference quotient in float64. The gradient flows through every step of the window: one that is cut
-    (a detached statistic, a detached past) trains another model than the forward pass describes.
+    The law compares it with a difference quotient in float64. The gradient flows through every step of the window. A
+    cut (a detached statistic, a detached past) trains another model than the forward pass describes.
     """
     made, inputs = subject.make(case), [each.requires_grad_() for each in subject.inputs(case)]
     parameters = list(made.parameters()) if isinstance(made, nn.Module) else []
-    wanted = [*inputs, *parameters]
+    sources = [*inputs, *parameters]
     outputs = _floating(subject.run(made, inputs))
     loss = _weighed(outputs, case.seed)
-    demand(loss.requires_grad, "nothing that comes out depends on what went in")
-    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    demand(loss.requires_grad, "no output depends on the inputs")
+    gradients = torch.autograd.grad(loss, sources, allow_unused=True)
     source = torch.Generator().manual_seed(case.seed + 77)
-    for index, (tensor, gradient) in enumerate(zip(wanted, gradients, strict=True)):
+    for index, (tensor, gradient) in enumerate(zip(sources, gradients, strict=True)):
         direction = torch.randn(tensor.shape, generator=source, dtype=tensor.dtype)
         sides = []
         with torch.no_grad():
@@ -156,7 +156,7 @@ def _floating(outputs: Any) -> list[Tensor]:
 
 
 def _weighed(outputs: list[Tensor], seed: int) -> Tensor:
-    """A sum in which every number has a weight of its own, so that none can stand in for another."""
+    """Return a sum in which every number has a different weight, so that no two of them can be exchanged."""
     source = torch.Generator().manual_seed(seed + 99)
     parts = [(each * torch.randn(each.shape, generator=source, dtype=torch.float64)).sum() for each in outputs]
     return torch.stack(parts).sum()

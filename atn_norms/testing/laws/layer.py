@@ -1,4 +1,4 @@
-"""Laws of a layer: a plugin in its place among built-in parts, over whole sequences, ragged ones and streams."""
+"""Laws of a layer: a plugin among built-in parts, over whole sequences, ragged batches and streams."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ from atn_norms.testing.law import Case, law
 from atn_norms.testing.layered import LayerSubject, backends_for
 from atn_norms.testing.subjects import noise
 
-CLOSE = 1e-8  # float64; layer after layer of norms over a feature or two may magnify 1e-14 some thousand times
+CLOSE = 1e-8  # float64; norms over one or two features may magnify 1e-14 some thousand times per layer
 
 
 @law("layer")
 def padding_is_never_read(subject: LayerSubject, case: Case) -> None:
-    """Whatever stands beyond a row's length, its outputs there are 0 and nothing else changes, in value and gradient.
+    """Beyond a row's length its outputs are 0, and the padding affects neither values nor gradients.
 
-    NaN in the padding must do no harm, and a row of a ragged batch gives what it gives alone (where a norm couples the
-    batch: in evaluation, if it leaves rows alone then). A length of 0 leaves everything of that row as it was.
+    NaN in the padding must do no harm, and a row of a ragged batch gives the same as that row alone. With batch
+    statistics this holds in evaluation, where `train_eval_differ` is declared. A length of 0 leaves the state of a row
+    unchanged.
     """
     layer, (xs,) = subject.layer(case), subject.inputs(case)
     source = torch.Generator().manual_seed(case.seed)
     lengths = torch.randint(0, case.steps + 1, (case.batch,), generator=source)
-    lengths[:2] = case.steps  # batch statistics want two rows at every step
+    lengths[:2] = case.steps  # batch statistics need two rows at every step
     lengths = lengths[torch.randperm(case.batch, generator=source)] if case.seed % 2 else lengths
     mask = (torch.arange(case.steps).unsqueeze(1) < lengths).unsqueeze(-1)
     weight = noise(case.seed + 1, case.steps, case.batch, layer.output_size)
     seen = []
     for dirt in (0.0, float("nan")):
-        given = torch.where(mask, xs, dirt).requires_grad_()
-        ys, state = layer.unroll(given, lengths=lengths)
+        padded = torch.where(mask, xs, dirt).requires_grad_()
+        ys, state = layer.unroll(padded, lengths=lengths)
         demand(bool((ys.masked_select(~mask) == 0).all()), "an output beyond a row's length is not 0")
-        found = torch.autograd.grad((ys * weight).sum(), [given, *layer.parameters()], allow_unused=True)
-        gradients = [each for each in found if each is not None]
+        every = torch.autograd.grad((ys * weight).sum(), [padded, *layer.parameters()], allow_unused=True)
+        gradients = [each for each in every if each is not None]
         demand(bool((gradients[0].masked_select(~mask) == 0).all()), "padding has a gradient")
         seen.append((ys.detach(), gradients, [leaf.detach() for leaf in tree_leaves(state)]))
-    compare(seen[1], seen[0], tolerance=CLOSE, what="NaN in the padding against zeros")
+    compare(seen[1], seen[0], tolerance=CLOSE, what="outputs with NaN in the padding")
     _is_itself_alone(layer.eval(), xs, lengths, noise(case.seed + 2, 1, case.batch, xs.shape[-1]))
 
 
 def _is_itself_alone(layer: Recurrent, xs: Tensor, lengths: Tensor, more: Tensor) -> None:
-    """Each row of a ragged batch against that row alone, and one step more from its state where rows have their own."""
+    """Compare each row of a ragged batch with that row alone, and with separate statistics one further step."""
     norms = [module for module in layer.modules() if isinstance(module, Normalizer)]
     if any(norm.uses_batch_statistics and not norm.train_eval_differ for norm in norms):
         return
@@ -59,7 +60,10 @@ def _is_itself_alone(layer: Recurrent, xs: Tensor, lengths: Tensor, more: Tensor
             own = slice(row, row + 1)
             alone, state = layer.unroll(xs[:count, own])
             compare(
-                ys[:count, row], alone[:, 0], tolerance=CLOSE, what=f"row {row} of {count} steps against itself alone"
+                ys[:count, row],
+                alone[:, 0],
+                tolerance=CLOSE,
+                what=f"row {row} of {count} steps and the row alone",
             )
             if not coupled:
                 after, _ = layer.unroll(more[:, own], state)
@@ -68,10 +72,10 @@ def _is_itself_alone(layer: Recurrent, xs: Tensor, lengths: Tensor, more: Tensor
 
 @law("layer", steps=(2, 3, 4, 5))
 def a_stream_may_be_cut_anywhere(subject: LayerSubject, case: Case) -> None:
-    """A sequence in two segments, the state passed on, gives what the whole sequence gives, and so does its state.
+    """A sequence in two segments, with the state passed on, gives the outputs and the state of the whole sequence.
 
-    Streaming, and training by segments, are nothing else. A normalizer that looks at the whole sequence, a window that
-    restarts, or a cell that forgets to hand back a part of its state, all look right until the first cut.
+    Streaming and truncated backpropagation rely on it. A normalizer that reads the whole sequence, a window that
+    restarts, or a cell that returns an incomplete state are all correct until the first cut.
     """
     layer, (xs,) = subject.layer(case), subject.inputs(case)
     for training in (True, False):
@@ -89,17 +93,17 @@ def a_stream_may_be_cut_anywhere(subject: LayerSubject, case: Case) -> None:
 
 @law("layer")
 def backends_agree_on_it(subject: LayerSubject, case: Case) -> None:
-    """Every backend that does not refuse the layer gives the reference's outputs, hidden state and gradients.
+    """Every backend that supports the layer gives the reference's outputs, hidden state and gradients.
 
-    Which backend runs depends on the machine; what is computed may not. A plugin that declares more than it computes
-    (see `feature_moments`) is right in Python and wrong in C.
+    The backend depends on the machine; the result must not. A plugin that declares more than it computes (see
+    `feature_moments`) is right in Python and wrong in C.
     """
     reference, (xs,) = subject.layer(case, backend="reference"), subject.inputs(case)
     expected = _everything(reference, xs, case)
     for name in backends_for(reference):
         layer = subject.layer(case, backend=name)
         layer.load_state_dict(reference.state_dict())
-        compare(_everything(layer, xs, case), expected, tolerance=1e-6, what=f"{name} against the reference")
+        compare(_everything(layer, xs, case), expected, tolerance=1e-6, what=f"{name} compared with the reference")
 
 
 def _everything(layer, xs: torch.Tensor, case: Case) -> list[torch.Tensor]:
@@ -116,7 +120,7 @@ def _everything(layer, xs: torch.Tensor, case: Case) -> list[torch.Tensor]:
 def trainable_tensors_are_parameters(subject: LayerSubject, case: Case) -> None:
     """Every tensor that outputs depend on and that requires a gradient is in `parameters()` of the layer.
 
-    Optimizers, checkpoints and `to` know parameters only. A tensor kept elsewhere receives gradients, yet it is never
+    Optimizers, checkpoints and `to` see parameters only. A tensor kept elsewhere receives gradients, yet it is never
     trained and never saved. A window with parameters is an `nn.Module`, which the layer registers.
     """
     layer, (xs,) = subject.layer(case, backend="reference"), subject.inputs(case)

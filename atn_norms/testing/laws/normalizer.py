@@ -1,4 +1,4 @@
-"""Laws of a normalizer: shapes and digits are kept, rows are apart, and what is declared holds."""
+"""Laws of a normalizer: shapes and precision are kept, rows are independent, and declarations hold."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from atn_norms.testing.law import Case, law
 from atn_norms.testing.laws.statistic import without_statistic
 from atn_norms.testing.subjects import NormalizerSubject, noise
 
-CLOSE = 1e-9  # float64, sums of at most a few dozen terms: 1e-13 is due
-SEEN = 1e-6  # what must change does so by far more than rounding can
+CLOSE = 1e-9  # float64: sums of a few dozen terms are exact to 1e-13
+SEEN = 1e-6  # a required change is far larger than any rounding error
 
 
 @law("normalizer")
 def shapes_are_kept(subject: NormalizerSubject, case: Case) -> None:
-    """A statement has every leading axis of `x` and more, the output has the shape of `x`, with a batch of 1 too.
+    """A statistic has every leading axis of `x`, the output has the shape of `x`, also for a batch of 1.
 
-    `x` comes as `[B, D]` and as `[T, B, D]`. A squeezed axis of length 1 is right until the first batch of one row, and
-    then broadcasts into nonsense without an error.
+    `x` has the shape `[B, D]` or `[T, B, D]`. A squeezed axis of length 1 is right until the first batch of one row.
+    Then it broadcasts to wrong values without an error.
     """
     for training in (True, False):
         normalizer = subject.normalizer(case).train(training)
         batch = case.batch if training and subject.couples else 1
         for leading in ((batch,), (case.steps, batch), (case.steps, case.batch)):
             x = noise(case.seed, *leading, case.features)
-            said = normalizer.measure(x)
-            for leaf in said:
+            statistic = normalizer.measure(x)
+            for leaf in statistic:
                 demand(
                     leaf.ndim >= x.ndim and leaf.shape[: x.ndim - 1] == x.shape[:-1],
-                    f"x {list(x.shape)} is measured to a leaf {list(leaf.shape)}; allowed: {[*leading, '...']}",
+                    f"measure: got a leaf of shape {list(leaf.shape)}; expected {[*leading, '...']}",
                 )
-            y = normalizer.normalize(x, said)
-            demand(y.shape == x.shape, f"x {list(x.shape)} is normalized to {list(y.shape)}")
+            y = normalizer.normalize(x, statistic)
+            demand(y.shape == x.shape, f"normalize: got shape {list(y.shape)}; expected {list(x.shape)}, as x")
         xs = noise(case.seed, case.steps, batch, case.features)
         ys, _ = AssortedTime(normalizer, case.window).scan(xs)
-        demand(bool(ys.isfinite().all()), "the output of finite numbers is not finite")
+        demand(bool(ys.isfinite().all()), "the output for finite input is not finite")
 
 
 @law("normalizer")
 def the_dtype_is_kept(subject: NormalizerSubject, case: Case) -> None:
-    """`normalize` gives no narrower a type than `x` has, and computes in none.
+    """`normalize` returns no narrower type than that of `x`, and computes in no narrower one.
 
-    It may keep a wider one: the type of `x` is restored once, at the end, which would also hide digits that were lost
-    on the way. So `normalize` itself is called here, in every floating type, and float64 must see a change of 1e-9.
+    It may return a wider type: the caller casts once, at the end. That cast would also hide digits lost on the way, so
+    the law calls `normalize` itself, in every floating type. In float64 a change of 1e-9 must change the result.
     """
     x = noise(case.seed, case.batch, case.features)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -56,21 +56,21 @@ def the_dtype_is_kept(subject: NormalizerSubject, case: Case) -> None:
         y = normalizer.normalize(x.to(dtype), normalizer.measure(x.to(dtype)))
         demand(
             y.is_floating_point() and torch.promote_types(y.dtype, dtype) == y.dtype,
-            f"x of type {dtype} is normalized to {y.dtype}; allowed: {dtype} or wider",
+            f"normalize: got {y.dtype}; expected {dtype} or a wider type for x of {dtype}",
         )
     normalizer, pooled = subject.normalizer(case), subject.normalizer(case).measure(x + 1)
     change = normalizer.normalize(x + 1e-9, pooled) - normalizer.normalize(x, pooled)
-    demand(bool(change.any()), "normalize of float64 does not see a change of 1e-9: it computes in a narrower type")
+    demand(bool(change.any()), "normalize: in float64 a change of 1e-9 has no effect: it computes in a narrower type")
 
 
 @law("normalizer")
 def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
-    """Statements are made in float64, so that in float32 a level of 1e4 beside a spread of 1e-2 is normalized rightly.
+    """Statistics are computed in float64, so float32 input with mean 1e4 and spread 1e-2 is normalized correctly.
 
-    What is averaged over many steps and then subtracted must not have been rounded first: a mean of 1e4 in float32 is
-    off by up to 5e-4, a twentieth of that spread. So `measure` must say of float32 what it says of the same
-    numbers in float64. What is computed first and widened afterwards has lost its digits by then, or all of it: the
-    square of 1e20 is infinite in float32, and that of 256 in float16.
+    A mean over many steps that is later subtracted must not be rounded first: a mean of 1e4 in float32 is off by up to
+    5e-4, a twentieth of that spread. So `measure` must return the same for float32 input as for the same numbers in
+    float64. Widening after the computation is too late: the square of 1e20 is infinite in float32, that of 256 in
+    float16.
     """
     normalizer, exact = subject.normalizer(case).float(), subject.normalizer(case).float().double()
     drawn = noise(case.seed, case.steps, case.batch, case.features)
@@ -78,47 +78,53 @@ def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
     wide = statistics_dtype(xs.device)
     for x in (drawn.float(), xs):
         for leaf, other in zip(normalizer.measure(x), exact.measure(x.double()), strict=True):
-            demand(leaf.dtype == wide, f"x of float32 is measured to a leaf of {leaf.dtype}; allowed: {wide}")
+            demand(leaf.dtype == wide, f"measure: got a leaf of {leaf.dtype}; expected {wide} for x of float32")
             largest = max(float(other.detach().abs().max()), 1e-30)
-            compare(leaf, other.to(wide), tolerance=CLOSE, scale=largest, what="measured of float32 against float64")
+            compare(
+                leaf,
+                other.to(wide),
+                tolerance=CLOSE,
+                scale=largest,
+                what="the statistic of float32 and float64",
+            )
     ys, _ = AssortedTime(normalizer, case.window).scan(xs)
     expected, _ = AssortedTime(exact, case.window).scan(xs.double())
-    compare(ys.double(), expected, tolerance=1e-5, what="float32 against float64")
+    compare(ys.double(), expected, tolerance=1e-5, what="float32 compared with float64")
 
 
 @law("normalizer", unless=without_statistic)
 def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None:
-    """What `normalize` gives depends on the pooled statement, not on `x` alone.
+    """The result of `normalize` depends on the pooled statistic, not on `x` alone.
 
-    One that measures `x` anew is right at a window of 1, and then every longer window does nothing at all. One that
-    needs no statement, such as a fixed squashing function, fails here for a reason of its own: expect it, and say so.
+    A `normalize` that measures `x` again is right for a window of 1, and then no longer window has any effect. A
+    normalizer without a statistic, such as a fixed squashing function, declares `stateless = True`.
     """
     x, other = noise(case.seed, 2, case.batch, case.features)
     normalizer = subject.normalizer(case)
     own, foreign = (normalizer.normalize(x, normalizer.measure(each)) for each in (x, 2 * other + 3))
     seen = float((own - foreign).detach().abs().max())
-    demand(seen > SEEN, "normalize gives the same whatever was pooled: it may use x where it is to use pooled")
+    demand(seen > SEEN, "normalize: the result does not depend on pooled; it may use the statistic of x instead")
 
 
 @law("normalizer", batch=(2, 3))
 def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
-    """No row is seen by another, unless `uses_batch_statistics` is declared, and then rows are.
+    """No row depends on another row, unless `uses_batch_statistics` is declared; then it must.
 
-    A sample's output may not depend on what else is in its batch, and on another step by no other way than the window.
-    One that couples the batch and `train_eval_differ` leaves rows alone in evaluation: one sample is a batch too.
+    The output for a sample must not depend on the rest of its batch, and on other steps only through the window. With
+    `train_eval_differ` declared too, rows are independent in evaluation: a batch may hold one sample.
     """
     normalizer = subject.normalizer(case).eval()
     xs = noise(case.seed, case.steps, case.batch, case.features)
-    said = normalizer.measure(xs)
+    statistic = normalizer.measure(xs)
     for place in ((0, 1), (case.steps - 1, 0)):
         other = xs.clone()
         other[place] += 3 * noise(case.seed + 1, case.features)
         elsewhere = torch.ones(xs.shape[:2], dtype=torch.bool)
         elsewhere[place] = False
-        for mine, theirs in zip(normalizer.measure(other), said, strict=True):
-            compare(mine[elsewhere], theirs[elsewhere], tolerance=0, what="another row's own statement")
-        mine, theirs = (normalizer.normalize(x, said)[elsewhere] for x in (other, xs))
-        compare(mine, theirs, tolerance=0, what="another row, normalized with the same statements")
+        for mine, theirs in zip(normalizer.measure(other), statistic, strict=True):
+            compare(mine[elsewhere], theirs[elsewhere], tolerance=0, what="the statistic of another row")
+        mine, theirs = (normalizer.normalize(x, statistic)[elsewhere] for x in (other, xs))
+        compare(mine, theirs, tolerance=0, what="another row, normalized with the same statistics")
     for training in (False, True):
         normalizer.train(training)
         other = xs.clone()
@@ -126,26 +132,26 @@ def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
         mine, theirs = (AssortedTime(normalizer, case.window).scan(x)[0][:, 0] for x in (other, xs))
         if subject.couples and (training or not subject.declares("train_eval_differ")):
             seen = float((mine - theirs).detach().abs().max())
-            demand(seen > SEEN, "uses_batch_statistics is declared, and another row of the batch is not seen")
+            demand(seen > SEEN, "uses_batch_statistics is declared, and another row of the batch has no effect")
         else:
-            compare(mine, theirs, tolerance=0, what="a row beside another one")
+            compare(mine, theirs, tolerance=0, what="a row next to a changed one")
 
 
 @law("normalizer", batch=(2, 3))
 def evaluation_differs_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
-    """Training and evaluation compute the same, unless `train_eval_differ` is declared, and then they differ.
+    """Training and evaluation compute the same, unless `train_eval_differ` is declared; then they must differ.
 
-    A window's own statistic serves at both times. Whoever reads the declaration (a study, a person who streams) relies
-    on it in both directions.
+    The statistic of a window serves in both modes. Studies and streaming code rely on the declaration in both
+    directions.
     """
     norm, (xs,) = subject.make(case), subject.inputs(case)
     training, _ = norm.train().scan(xs)
     evaluation, _ = norm.eval().scan(xs)
     if subject.declares("train_eval_differ"):
         seen = float((training - evaluation).detach().abs().max())
-        demand(seen > SEEN, "train_eval_differ is declared, and evaluation computes what training does")
+        demand(seen > SEEN, "train_eval_differ is declared, and evaluation computes the same as training")
     else:
-        compare(evaluation, training, tolerance=0, what="evaluation against training")
+        compare(evaluation, training, tolerance=0, what="evaluation compared with training")
 
 
 def _unless_declared(name: str) -> Callable[[NormalizerSubject], str | None]:
@@ -154,11 +160,11 @@ def _unless_declared(name: str) -> Callable[[NormalizerSubject], str | None]:
 
 @law("normalizer", unless=_unless_declared("scale_invariant"))
 def scale_invariance_holds(subject: NormalizerSubject, case: Case) -> None:
-    """Declared `scale_invariant`, a whole sequence times d > 0 comes out the same (as eps goes to 0).
+    """With `scale_invariant` declared, a whole sequence times d > 0 gives the same output (in the limit of eps 0).
 
-    It is what makes a site insensitive to the scale of its weights; method and documentation claim it by this name.
+    This property makes a site insensitive to the scale of its weights. The method and its documentation rely on it.
     """
-    norm, xs = subject.make(case), 1e6 * subject.inputs(case)[0]  # so large that no sensible eps is seen
+    norm, xs = subject.make(case), 1e6 * subject.inputs(case)[0]  # so large that eps has no effect
     expected, _ = norm.scan(xs)
     level = max(1e-3, float(expected.detach().abs().max()))
     for d in (0.5, 3.0):
@@ -167,22 +173,23 @@ def scale_invariance_holds(subject: NormalizerSubject, case: Case) -> None:
 
 @law("normalizer", unless=_unless_declared("shift_invariant"))
 def shift_invariance_holds(subject: NormalizerSubject, case: Case) -> None:
-    """Declared `shift_invariant`, a whole sequence plus one number comes out the same, with a number of a million too.
+    """With `shift_invariant` declared, adding one number to a whole sequence does not change the output, up to 1e6.
 
-    A variance as the mean square less the squared mean keeps the law on paper and loses its digits here.
+    A variance computed as the mean square minus the squared mean is shift invariant in theory, and loses its digits
+    here.
     """
     norm, (xs,) = subject.make(case), subject.inputs(case)
     expected, _ = norm.scan(xs)
     for level in (2.0, 1e6):
-        # 1e6 + x is itself rounded by 1e-10; a spread of sqrt(eps) magnifies that some 300 times
+        # 1e6 + x has a rounding error of 1e-10; a spread of sqrt(eps) magnifies it some 300 times
         compare(norm.scan(xs + level)[0], expected, tolerance=1e-6, what=f"the sequence plus {level:g}")
 
 
 @law("normalizer", unless=_unless_declared("permutation_equivariant"))
 def feature_order_does_not_matter(subject: NormalizerSubject, case: Case) -> None:
-    """Declared `permutation_equivariant`, permuting the features permutes the output, gain and shift apart.
+    """With `permutation_equivariant` declared, permuting the features permutes the output, without gain and shift.
 
-    Features of one gate have no order, so a normalizer that gives them one should say so by not declaring this.
+    The features of one gate have no order. A normalizer that depends on their order must not declare this property.
     """
     normalizer, (xs,) = subject.normalizer(case, stir=False), subject.inputs(case)
     norm = AssortedTime(normalizer, case.window)
@@ -192,10 +199,10 @@ def feature_order_does_not_matter(subject: NormalizerSubject, case: Case) -> Non
 
 @law("normalizer")
 def flat_rows_stay_finite(subject: NormalizerSubject, case: Case) -> None:
-    """Rows of zeros, and of one number, have a finite output and a finite gradient.
+    """Rows of zeros, and rows of one constant, have a finite output and a finite gradient.
 
-    They are common: without biases the first recurrent pre-activation is exactly 0, and so is padding. A square root
-    has an infinite slope at 0, which is why eps belongs inside the root.
+    Such rows are common: without biases the first recurrent pre-activation is exactly 0, and so is padding. A square
+    root has an infinite slope at 0, so eps belongs inside the root.
     """
     norm, (xs,) = subject.make(case), subject.inputs(case)
     for value in (0.0, 3.7):
@@ -208,9 +215,9 @@ def flat_rows_stay_finite(subject: NormalizerSubject, case: Case) -> None:
 
 @law("normalizer", batch=(2, 3))
 def a_state_dict_restores_it(subject: NormalizerSubject, case: Case) -> None:
-    """Loaded into a fresh one, a state dict gives the same outputs, in training and in evaluation.
+    """A fresh normalizer with a loaded state dict gives the same outputs, in training and in evaluation.
 
-    A checkpoint holds nothing else: what a normalizer has learned or recorded is a parameter or a buffer.
+    A checkpoint holds nothing else: everything that a normalizer learns or records is a parameter or a buffer.
     """
     norm = subject.make(case)
     for seed in (100, 200, 300):
@@ -229,10 +236,10 @@ def _undeclared_moments(subject: NormalizerSubject) -> str | None:
 
 @law("normalizer", unless=_undeclared_moments)
 def declared_feature_moments_hold(subject: NormalizerSubject, case: Case) -> None:
-    """Declared by `feature_moments`, `measure` and `normalize` are exactly that formula.
+    """`measure` and `normalize` compute exactly the formula that `feature_moments` declares.
 
-    A fast backend computes the formula and never calls the methods, so a variance divided by D - 1, or an eps outside
-    the root, would give other numbers in C than in Python.
+    A fast backend computes the formula and never calls the methods. A variance divided by D - 1, or an eps outside the
+    root, would give other numbers in C than in Python.
     """
     normalizer = subject.normalizer(case)
     declared = feature_moments(normalizer)
@@ -244,9 +251,9 @@ def declared_feature_moments_hold(subject: NormalizerSubject, case: Case) -> Non
     var = (grouped - mean.unsqueeze(-1)).square().mean(-1)
     leaf = (case.batch, *declared.leaf)
     expected = [each.reshape(leaf) for each in ([mean, var] if declared.centred else [var])]
-    said = normalizer.measure(x)
-    compare([each.detach() for each in said], expected, tolerance=CLOSE, what="the statement")
+    statistic = normalizer.measure(x)
+    compare([each.detach() for each in statistic], expected, tolerance=CLOSE, what="the statistic")
     y = ((grouped - mean.unsqueeze(-1)) / (var + declared.eps).sqrt().unsqueeze(-1)).flatten(-2)
     y = y if declared.gain is None else y * declared.gain
     y = y if declared.shift is None else y + declared.shift
-    compare(normalizer.normalize(x, said), y, tolerance=CLOSE, what="the output")
+    compare(normalizer.normalize(x, statistic), y, tolerance=CLOSE, what="the output")

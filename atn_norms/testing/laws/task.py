@@ -1,4 +1,4 @@
-"""Laws of a task: its data follow from options and seed, its loss trains, its score is a property of the model."""
+"""Laws of a task: data follow from options and seed, the loss trains, the score depends on the model alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPLITS = ("validation", "test")
 
 @law("task")
 def batches_are_pure(subject: TaskSubject) -> None:
-    """`batch(step, size)` is the same whenever it is asked, by whichever build of the task, and draws nothing.
+    """`batch(step, size)` returns the same at every call, from every build of the task, and draws no random number.
 
-    A killed trial resumes in the middle, another machine repeats it: the batches must not depend on what was asked
-    before. Torch's global generator belongs to the weights, and a draw from it makes the model depend on the data.
+    An interrupted trial resumes in the middle, and another machine repeats it: a batch must not depend on earlier
+    calls. Torch's global generator draws the weights. A draw by the data would change the model.
     """
     task, size = subject.task, subject.size
     before = torch.get_rng_state()
@@ -29,20 +29,20 @@ def batches_are_pure(subject: TaskSubject) -> None:
     demand(torch.equal(torch.get_rng_state(), before), "batch draws from torch's global generator")
     again = [task.batch(step, size) for step in (5, 1, 0)][::-1]
     torch.manual_seed(12345)
-    anew = subject.spec.build(0)
-    other = [anew.batch(step, size) for step in (0, 1, 5)]
-    for name, batches in (("asked again", again), ("of another build", other)):
+    rebuilt = subject.spec.build(0)
+    other = [rebuilt.batch(step, size) for step in (0, 1, 5)]
+    for name, batches in (("of a second call", again), ("of another build", other)):
         compare([tuple(b) for b in batches], [tuple(b) for b in first], tolerance=0, what=f"batches {name}")
 
 
 @law(
     "task",
-    unless=lambda subject: "data() names what it reads, which no seed changes" if subject.spec.data() else None,
+    unless=lambda subject: "data() lists files, and a seed does not change them" if subject.spec.data() else None,
 )
 def a_seed_draws_its_own_data(subject: TaskSubject) -> None:
-    """Another seed gives other batches, where the data are drawn and not read.
+    """Another seed gives other batches, unless the data are read from files.
 
-    Seeds are repetitions of an experiment; if all of them see the same data, the spread between them is too small.
+    Seeds are repetitions of an experiment. If all seeds see the same data, the spread between them is too small.
     """
     mine, theirs = (subject.spec.build(seed).batch(0, subject.size) for seed in (0, 1))
     same = mine.inputs.shape == theirs.inputs.shape and torch.equal(mine.inputs, theirs.inputs)
@@ -51,9 +51,9 @@ def a_seed_draws_its_own_data(subject: TaskSubject) -> None:
 
 @law("task")
 def modules_are_fresh(subject: TaskSubject) -> None:
-    """`encoder` and `readout` make new modules at each call, drawn from torch's global generator alone.
+    """`encoder` and `readout` return new modules at each call, drawn from torch's global generator alone.
 
-    Two models that share a module train each other, and a trial draws its weights by seeding that generator.
+    Two models that share a module train each other. A trial seeds that generator to draw its weights.
     """
     one, two = subject.model(), subject.model()
     shared = {id(p) for p in one.parameters()} & {id(p) for p in two.parameters()}
@@ -63,34 +63,33 @@ def modules_are_fresh(subject: TaskSubject) -> None:
 
 @law("task")
 def a_model_fits(subject: TaskSubject) -> None:
-    """Encoder, loss and baselines are what they are said to be: `[T, B, input_size]`, a finite scalar that reaches
-    every parameter, and finite scores of trivial predictors.
+    """The encoder returns `[T, B, input_size]`, the loss is finite and reaches every parameter, baselines are finite.
 
-    The training loop asks nothing else of a task, and a report compares every score with the baselines.
+    The training loop requires nothing else of a task, and a report compares every score with the baselines.
     """
     task, model, size = subject.task, subject.model(), subject.size
     batch = task.batch(0, size)
-    demand(batch.fresh, "the first batch does not start afresh")
+    demand(batch.fresh, "batch(0).fresh: got False; expected True")
     encoded = model.encoder(batch.inputs)
-    wanted = [batch.inputs.shape[0], size, task.input_size]
-    demand(list(encoded.shape) == wanted, f"the encoder gives {list(encoded.shape)}; allowed: {wanted}")
+    shape = [batch.inputs.shape[0], size, task.input_size]
+    demand(list(encoded.shape) == shape, f"encoder: got shape {list(encoded.shape)}; expected {shape}")
     loss, _ = task.loss(model, batch, None)
-    demand(loss.ndim == 0 and bool(loss.isfinite()), f"the loss is {loss.detach()}; allowed: one finite number")
+    demand(loss.ndim == 0 and bool(loss.isfinite()), f"loss: got {loss.detach()}; expected one finite number")
     names = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     missing = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
     demand(not missing, f"the loss does not reach {', '.join(missing)}")
     scores = list(task.baselines.values())
     fine = bool(scores) and all(isinstance(score, float) and math.isfinite(score) for score in scores)
-    demand(fine, f"baselines: {task.baselines}; allowed: at least one, each a finite number")
+    demand(fine, f"baselines: got {task.baselines}; expected at least one, each a finite number")
 
 
 @law("task")
 def evaluation_repeats_itself(subject: TaskSubject) -> None:
-    """A score is finite, the same when asked again, and leaves the model and torch's generator as they were.
+    """A score is finite and the same at every call, and leaves the model and torch's generator unchanged.
 
-    It is a property of the model and the split. One that depends on how training was batched, or that trains a little
-    on the test split, cannot be compared.
+    A score depends on the model and the split alone. Scores cannot be compared if they depend on the batches of
+    training, or if evaluation trains on the test split.
     """
     task, model = subject.task, subject.model().eval()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -99,8 +98,8 @@ def evaluation_repeats_itself(subject: TaskSubject) -> None:
     task.batch(3, 2)
     torch.rand(1)
     again = _score(subject, model, "validation")
-    demand(first == again, f"validation scores {first}, and asked again {again}")
-    demand(math.isfinite(first), f"validation scores {first}")
+    demand(first == again, f"validation: got the score {again} at a second call; expected {first}")
+    demand(math.isfinite(first), f"validation: got the score {first}; expected a finite number")
     compare(dict(model.state_dict()), kept, tolerance=0, what="the model after evaluation")
     torch.set_rng_state(before)
     _score(subject, model, "validation")
@@ -111,11 +110,11 @@ def evaluation_repeats_itself(subject: TaskSubject) -> None:
 def the_splits_are_two(subject: TaskSubject) -> None:
     """Validation and test are different data.
 
-    A model is chosen by the one and judged by the other.
+    A model is selected on the validation split and evaluated on the test split.
     """
     model = subject.model().eval()
     scores = [_scores(subject, model, split) for split in SPLITS]
-    demand(scores[0] != scores[1], f"a fresh model scores {scores[0]} on both splits, to the last digit")
+    demand(scores[0] != scores[1], f"a new model has exactly the same scores on both splits: {scores[0]}")
 
 
 def _score(subject: TaskSubject, model: Model, split: str) -> float:
@@ -126,16 +125,18 @@ def _scores(subject: TaskSubject, model: Model, split: str) -> dict[str, float]:
     with torch.no_grad():
         scores = subject.task.evaluate(model, split)  # type: ignore[arg-type]
     known = ", ".join(scores)
-    demand(subject.task.metric in scores, f"evaluate gives {known}, and the metric is {subject.task.metric!r}")
+    demand(
+        subject.task.metric in scores, f"evaluate: got {known}; expected the metric {subject.task.metric!r} among them"
+    )
     return scores
 
 
 @law("task")
 def what_is_carried_is_detached(subject: TaskSubject) -> None:
-    """What one batch hands to the next is cut out of its graph, and the next batch can be trained from it.
+    """The state that one batch passes to the next is detached, and the next batch can be trained from it.
 
-    Otherwise the second backward pass runs through the first batch again: an error, or memory that grows with every
-    step.
+    Otherwise the second backward pass runs through the first batch again. The result is an error, or memory that grows
+    with every step.
     """
     task, model = subject.task, subject.model()
     carry = None
@@ -143,7 +144,7 @@ def what_is_carried_is_detached(subject: TaskSubject) -> None:
         loss, carry = task.loss(model, task.batch(step, subject.size), carry)
         demand(bool(loss.isfinite()), f"the loss of step {step} is {loss.item()}")
         for leaf in tree_leaves(carry) if carry is not None else ():
-            demand(not leaf.requires_grad, "what is carried holds on to the graph; allowed: detached tensors")
+            demand(not leaf.requires_grad, "carry: got a tensor with a graph; expected detached tensors")
         torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
@@ -151,13 +152,13 @@ def what_is_carried_is_detached(subject: TaskSubject) -> None:
 def a_step_downhill_lowers_the_loss(subject: TaskSubject) -> None:
     """A small step against the gradient lowers the loss of the same batch.
 
-    A wrong sign, a detached prediction or a target that moves along would make every optimizer train something else.
+    A wrong sign, a detached prediction or a target that moves with the model would mislead every optimizer.
     """
     task, model = subject.task, subject.model()
     batch = task.batch(0, subject.size)
 
     def loss() -> torch.Tensor:
-        torch.manual_seed(0)  # an encoder may drop out
+        torch.manual_seed(0)  # an encoder may contain dropout
         return task.loss(model, batch, None)[0]
 
     start = loss()

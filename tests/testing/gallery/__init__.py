@@ -1,4 +1,4 @@
-"""Deliberately wrong subjects, each of a kind that people write, and the law that is meant to catch it."""
+"""Deliberately wrong plugins with typical mistakes, each with the law that must catch it."""
 
 from tests.testing.gallery.entry import GALLERY, Wrong
 

@@ -1,4 +1,4 @@
-"""Wrong backends: the reference, and then something done to it."""
+"""Wrong backends: the reference with one change."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from tests.testing.gallery.entry import wrong
 
 @wrong("refusals_are_sentences")
 class RefusesWithTrue(Reference):
-    """Says True where it cannot run a case."""
+    """Returns True instead of a reason for an unsupported case."""
 
     def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         return True if weights.norms else None
@@ -21,7 +21,7 @@ class RefusesWithTrue(Reference):
 
 @wrong("refusals_are_sentences")
 class RefusesByRaising(Reference):
-    """Raises where it should say why not."""
+    """Raises an error instead of returning a reason."""
 
     def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         if cell.torch_name == "LSTM":
@@ -31,7 +31,7 @@ class RefusesByRaising(Reference):
 
 @wrong("refusals_are_sentences")
 class RefusesEverything(Reference):
-    """Refuses all there is, so that every other law holds of nothing."""
+    """Supports no case at all, so that the other laws test nothing."""
 
     def unsupported_reason(self, cell: Cell, weights: CellWeights) -> Any:
         return "it is not ready for any case"
@@ -55,7 +55,7 @@ class CachesByShape(Reference):
 
 @wrong("inputs_are_left_alone")
 class WritesIntoTheInitialState(Reference):
-    """Uses the initial state's memory for the running one."""
+    """Stores the running state in the memory of the initial state."""
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
@@ -69,7 +69,7 @@ class WritesIntoTheInitialState(Reference):
 
 @wrong("values_are_the_reference_s")
 class TakesAnotherGateOrder(Reference):
-    """Takes the gates in the order i, g, f, o."""
+    """Uses the gate order i, g, f, o."""
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
@@ -96,7 +96,7 @@ class DropsTheType(Reference):
 
 @wrong("values_are_the_reference_s")
 class HandsBackTheStateBeforeLast(Reference):
-    """Stops one step short with the final state."""
+    """Returns the final state of one step too early."""
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
@@ -118,7 +118,7 @@ class IgnoresLengths(Reference):
 
 @wrong("gradients_are_the_reference_s")
 class LosesTheFinalGradient(Reference):
-    """Has no gradient into the final state."""
+    """Computes no gradient through the final state."""
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True
@@ -144,7 +144,7 @@ class TruncatesTheGradient(Reference):
 
 @wrong("its_state_continues_in_the_reference")
 class HandsBackFreshWindows(Reference):
-    """Keeps the windows to itself and hands back fresh ones."""
+    """Does not return the window states, but empty ones."""
 
     def run(
         self, cell: Cell, weights: CellWeights, xs: Tensor, state: Any, lengths: Any = None, keep_state: bool = True

@@ -1,4 +1,4 @@
-"""Wrong cells, and what is wrong only once it is in a layer."""
+"""Wrong cells, and plugins that fail only within a layer."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from tests.testing.gallery.normalizers import Layer
 
 
 class Simple(RNNEquations):
-    """Right: tanh of the two products."""
+    """Correct: tanh of the two products."""
 
     refused: ClassVar[tuple[str, ...]] = ("carry",)
     torch_name: ClassVar[str | None] = None
@@ -25,7 +25,7 @@ class Simple(RNNEquations):
 
 @wrong("calls_are_pure")
 class KeepsItsHiddenState(Simple):
-    """Keeps the last hidden state on the class and adds it to the next call's."""
+    """Stores the last hidden state on the class and adds it in the next call."""
 
     last: ClassVar[dict[Any, Tensor]] = {}
 
@@ -55,7 +55,7 @@ class DetachesTheHiddenState(Simple):
 
 @wrong("gradients_are_derivatives")
 class DetachesTheFinalState(LSTMEquations):
-    """Hands back a cell state that no gradient reaches, so that training by segments loses the loss of later ones."""
+    """Returns a detached cell state, so truncated backpropagation misses the loss of later segments."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         y, ((h, c), norms) = super().step(weights, u, state, mask)
@@ -64,7 +64,7 @@ class DetachesTheFinalState(LSTMEquations):
 
 @wrong("sizes_are_as_declared")
 class ReturnsMoreThanItSays(Simple):
-    """Returns its gates beside its output and declares the output alone."""
+    """Returns its gates together with its output, and declares the output alone."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         y, state = super().step(weights, u, state, mask)
@@ -73,7 +73,7 @@ class ReturnsMoreThanItSays(Simple):
 
 @wrong("sizes_are_as_declared")
 class CarriesLessThanItSays(LSTMEquations):
-    """Sums the cell state up to one number per row."""
+    """Sums the cell state to one number per row."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         y, ((h, c), norms) = super().step(weights, u, state, mask)
@@ -82,7 +82,7 @@ class CarriesLessThanItSays(LSTMEquations):
 
 @wrong("an_ended_row_stands_still")
 class GoesOnAfterTheEnd(Simple):
-    """Does not ask which rows are alive."""
+    """Ignores the mask of ended rows."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         return super().step(weights, u, state, None)
@@ -90,7 +90,7 @@ class GoesOnAfterTheEnd(Simple):
 
 @wrong("an_ended_row_stands_still")
 class ClearsAfterTheEnd(Simple):
-    """Sets the state of a row that ended to 0, so that its final state is lost."""
+    """Sets the state of an ended row to 0, so that its final state is lost."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
         y, after = super().step(weights, u, state, mask)
@@ -122,7 +122,7 @@ class ForgetsANorm(LSTMEquations):
 
 @wrong("every_part_counts")
 class ForgetsABias(Simple):
-    """Registers a recurrent bias and leaves it out of the product."""
+    """Registers a recurrent bias and omits it from the product."""
 
     def recur(self, weights: CellWeights, h: Tensor) -> Tensor:
         return F.linear(h, weights["weight_hh"])
@@ -130,14 +130,14 @@ class ForgetsABias(Simple):
 
 @wrong("a_placement_is_refused_or_matters")
 class TakesAnyPlacement(GRUEquations):
-    """Takes a placement of the cell state that it does not have, and changes nothing."""
+    """Accepts a placement of the cell state, which it does not have, and ignores it."""
 
     torch_name: ClassVar[str | None] = None
 
 
 @wrong("padding_is_never_read")
 class ReadsPadding(Simple):
-    """Projects the padding too: a NaN there reaches every gradient."""
+    """Projects the padding too: a NaN in it reaches every gradient."""
 
     def project(self, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
         us = F.linear(xs, weights["weight_ih"], weights.get("bias_ih"))
@@ -150,7 +150,7 @@ class ReadsPadding(Simple):
 
 @wrong("padding_is_never_read")
 class RunsTheWindowThroughPadding(Simple):
-    """Lets the input norm's window run on through the padding."""
+    """Continues the window of the input norm through the padding."""
 
     def project(self, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
         return super().project(weights, torch.nan_to_num(xs), state, None)
@@ -158,7 +158,7 @@ class RunsTheWindowThroughPadding(Simple):
 
 @wrong("a_stream_may_be_cut_anywhere")
 class RestartsTheInputNorm(Simple):
-    """Starts the window of the input norm afresh at every call."""
+    """Starts the window of the input norm again at every call."""
 
     def project(self, weights: CellWeights, xs: Tensor, state: Any, lengths: Tensor | None = None) -> Any:
         fresh = self.initial(weights, xs.shape[1], state[0])
@@ -169,7 +169,7 @@ class RestartsTheInputNorm(Simple):
 @wrong("backends_agree_on_it")
 @dataclass(frozen=True)
 class BearsTorchsName(GRUEquations):
-    """Other equations under torch's name: without a norm torch's own GRU runs in its place."""
+    """Uses torch's name for other equations: without a norm, torch's GRU runs instead."""
 
     refused: ClassVar[tuple[str, ...]] = ("sum", "carry")
     torch_name: ClassVar[str | None] = "GRU"
@@ -181,7 +181,7 @@ class BearsTorchsName(GRUEquations):
 
 @wrong("backends_agree_on_it")
 class TakesMomentsForGranted(Layer):
-    """Declares moments over features and adds a term of its own, which no kernel computes."""
+    """Declares moments over features and adds another term, which no kernel computes."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, pooled) + 0.1 * torch.tanh(x)

@@ -1,4 +1,4 @@
-"""One wrong subject: what is judged, and by which law it must be caught."""
+"""One wrong plugin, and the law that must catch it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ from atn_norms.tasks import Task, TaskSpec
 
 @dataclass(frozen=True)
 class Wrong:
-    """`mistake` in words; `law` is to catch what `make` makes; `around` is what it needs in place."""
+    """A `mistake` as a sentence, the `law` that must catch the result of `make`, and the context `around` it."""
 
     name: str
     mistake: str
@@ -28,7 +28,7 @@ GALLERY: dict[str, Wrong] = {}
 
 
 def wrong(law: str, **options: Any) -> Callable[[Any], Any]:
-    """Put a class into the gallery: a normalizer, window, cell, task or backend, or the spec of one."""
+    """Add a class to the gallery: a normalizer, window, cell, task or backend, or the spec of one."""
 
     def enter(kind: type) -> type:
         assert kind.__name__ not in GALLERY, kind
@@ -41,7 +41,7 @@ def wrong(law: str, **options: Any) -> Callable[[Any], Any]:
 
 
 def made(kind: Any) -> tuple[Any, Callable[[], Any]]:
-    """The family of a class, and what makes the subject that is judged."""
+    """Return the family of a class, and a function that builds the wrong plugin."""
     if issubclass(kind, an.NormSpec | an.WindowSpec | an.CellSpec | TaskSpec):
         factory: Any = getattr(kind, "wrong", kind)
         return kind.family, factory
@@ -58,7 +58,7 @@ def made(kind: Any) -> tuple[Any, Callable[[], Any]]:
 
 
 def norm_spec(kind: Any) -> an.NormSpec:
-    """An unregistered, locally defined spec of a normalizer class."""
+    """Return an unregistered, locally defined spec of a normalizer class."""
 
     class Spec(an.NormSpec):
         kind: Literal["gallery"] = "gallery"
@@ -86,7 +86,7 @@ def cell_spec(kind: Any) -> an.CellSpec:
         kind: Literal["gallery"] = "gallery"
 
         def build(self, hidden_size: int, placement: Any) -> Cell:
-            refuse(placement, "gallery", **dict.fromkeys(getattr(built, "refused", ()), "there is no such place"))
+            refuse(placement, "gallery", **dict.fromkeys(getattr(built, "refused", ()), "it has no such site"))
             return built(hidden_size, placement)
 
     built = kind

@@ -11,7 +11,7 @@ from tests.testing.gallery.entry import wrong
 
 
 class Layer(an.Normalizer):
-    """Right: layer normalization that declares nothing of itself."""
+    """Correct: layer normalization without declarations."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Layer(an.Normalizer):
 
 @wrong("the_pooled_statement_is_used")
 class IgnoresTheWindow(Layer):
-    """Measures x again instead of taking what was pooled, so that every window is a window of 1."""
+    """Measures x again instead of using the pooled statistic, so every window is a window of 1."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, self.measure(x))
@@ -34,21 +34,21 @@ class IgnoresTheWindow(Layer):
 
 @wrong("calls_are_pure")
 class RemembersOnItself(Layer):
-    """Keeps the statements of the past in a list on the module, which leaks into the next sequence."""
+    """Stores past statistics in a list on the module, which leaks into the next sequence."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
         self.past: list[Tensor] = []
 
     def measure(self, x: Tensor) -> Any:
-        said = an.Moments.of(x)
-        self.past.append(said.mean.detach().mean())
-        return an.Moments(said.mean + 0.1 * torch.stack(self.past).mean(), said.var)
+        moments = an.Moments.of(x)
+        self.past.append(moments.mean.detach().mean())
+        return an.Moments(moments.mean + 0.1 * torch.stack(self.past).mean(), moments.var)
 
 
 @wrong("calls_are_pure")
 class DrawsNoise(Layer):
-    """Adds noise to what it normalizes, for regularization."""
+    """Adds noise to the output, for regularization."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, pooled) + 0.01 * torch.randn(x.shape, dtype=x.dtype)
@@ -56,7 +56,7 @@ class DrawsNoise(Layer):
 
 @wrong("calls_are_pure")
 class RecordsInEvaluation(Layer):
-    """Counts its calls in a buffer, in evaluation too, so that a checkpoint depends on how often it was looked at."""
+    """Counts its calls in a buffer, in evaluation too, so a checkpoint depends on the number of evaluations."""
 
     calls: Tensor
 
@@ -74,15 +74,15 @@ class CentresInPlace(Layer):
     """Subtracts the mean in place, to save memory."""
 
     def measure(self, x: Tensor) -> Any:
-        said = an.Moments.of(x)
+        moments = an.Moments.of(x)
         with torch.no_grad():
             x -= x.mean(-1, keepdim=True)
-        return said
+        return moments
 
 
 @wrong("gradients_are_derivatives")
 class DetachesTheStatistic(Layer):
-    """Takes the statistic for a constant."""
+    """Treats the statistic as a constant."""
 
     def measure(self, x: Tensor) -> Any:
         return an.Moments.of(x.detach())
@@ -90,7 +90,7 @@ class DetachesTheStatistic(Layer):
 
 @wrong("gradients_are_derivatives")
 class DetachesTheVariance(Layer):
-    """Lets the gradient through the mean alone."""
+    """Passes the gradient through the mean alone."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, an.Moments(pooled.mean, pooled.var.detach()))
@@ -98,7 +98,7 @@ class DetachesTheVariance(Layer):
 
 @wrong("shapes_are_kept")
 class SqueezesABatchOfOne(Layer):
-    """Squeezes every axis of length 1, the batch's too when it has one row."""
+    """Squeezes every axis of length 1, including a batch of one row."""
 
     def measure(self, x: Tensor) -> Any:
         mean, var = an.Moments.of(x)
@@ -107,16 +107,16 @@ class SqueezesABatchOfOne(Layer):
 
 @wrong("shapes_are_kept")
 class KnowsNoTime(Layer):
-    """Flattens what lies behind the first axis: right for one step, and not for a whole sequence."""
+    """Flattens all axes after the first: right for one step, wrong for a whole sequence."""
 
     def measure(self, x: Tensor) -> Any:
-        said = an.Moments.of(x)
-        return an.Moments(said.mean, said.var.flatten(1))
+        moments = an.Moments.of(x)
+        return an.Moments(moments.mean, moments.var.flatten(1))
 
 
 @wrong("the_dtype_is_kept")
 class ReturnsFloat32(Layer):
-    """Returns float32 whatever came in."""
+    """Returns float32 for input of any type."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, pooled).float()
@@ -124,7 +124,7 @@ class ReturnsFloat32(Layer):
 
 @wrong("the_dtype_is_kept")
 class ComputesInFloat32(Layer):
-    """Computes in float32 and casts back, so that the type looks right and half of the digits are gone."""
+    """Computes in float32 and casts back: the type is right, and half of the digits are lost."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x.float(), an.Moments(*(leaf.float() for leaf in pooled))).to(x.dtype)
@@ -132,7 +132,7 @@ class ComputesInFloat32(Layer):
 
 @wrong("float32_keeps_its_digits")
 class MeasuresInFloat32(Layer):
-    """Measures in the type of the input: at a level of 1e4 float32 has lost what is left after centring."""
+    """Measures in the type of the input: in float32, at a mean of 1e4, centring loses most digits."""
 
     def measure(self, x: Tensor) -> Any:
         return an.Moments(x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0))
@@ -140,7 +140,7 @@ class MeasuresInFloat32(Layer):
 
 @wrong("float32_keeps_its_digits")
 class RoundsBeforeItMerges(Layer):
-    """Computes in float32 and widens the result, which brings no digit back."""
+    """Computes in float32 and widens the result, which restores no digit."""
 
     def measure(self, x: Tensor) -> Any:
         x = x.float() if x.dtype == torch.float32 else x
@@ -150,7 +150,7 @@ class RoundsBeforeItMerges(Layer):
 
 @wrong("float32_keeps_its_digits")
 class SquaresInFloat32(Layer):
-    """Takes squares in float32 and averages them in float64, where those that overflowed stay infinite."""
+    """Squares in float32 and averages in float64: squares that overflowed stay infinite."""
 
     def measure(self, x: Tensor) -> Any:
         return an.Average.of(x.square())
@@ -161,7 +161,7 @@ class SquaresInFloat32(Layer):
 
 @wrong("rows_meet_only_as_declared")
 class MixesRows(Layer):
-    """Centres by the mean of the batch without declaring it."""
+    """Centres by the mean of the batch without a declaration."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, pooled) - x.mean(-2, keepdim=True)
@@ -169,7 +169,7 @@ class MixesRows(Layer):
 
 @wrong("rows_meet_only_as_declared")
 class PeeksAhead(Layer):
-    """Normalizes by the level of the whole sequence, the future included."""
+    """Normalizes by the mean of the whole sequence, the future included."""
 
     def measure(self, x: Tensor) -> Any:
         mean, var = an.Moments.of(x)
@@ -179,7 +179,7 @@ class PeeksAhead(Layer):
 
 @wrong("rows_meet_only_as_declared")
 class DeclaresACoupling(Layer):
-    """Declares that it couples the batch and normalizes every row by itself."""
+    """Declares batch statistics and normalizes every row separately."""
 
     uses_batch_statistics = True
 
@@ -192,7 +192,7 @@ class DeclaresACoupling(Layer):
 
 @wrong("rows_meet_only_as_declared")
 class CouplesInEvaluation(an.Normalizer):
-    """Batch normalization that in evaluation has a population's variance, and the mean of whatever batch it has."""
+    """Batch normalization with a population variance in evaluation, but the mean of the current batch."""
 
     uses_batch_statistics = True
     train_eval_differ = True
@@ -210,7 +210,7 @@ class CouplesInEvaluation(an.Normalizer):
 
 @wrong("evaluation_differs_only_as_declared")
 class DiffersInSecret(Layer):
-    """Computes something else in evaluation and does not say so."""
+    """Computes another result in evaluation without a declaration."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, pooled) * (1.0 if self.training else 0.9)
@@ -218,14 +218,14 @@ class DiffersInSecret(Layer):
 
 @wrong("evaluation_differs_only_as_declared")
 class DeclaresADifference(Layer):
-    """Declares that evaluation differs, and it does not."""
+    """Declares that evaluation differs, although it does not."""
 
     train_eval_differ = True
 
 
 @wrong("scale_invariance_holds")
 class ForgetsTheRoot(Layer):
-    """Divides by the variance and declares that scale does not matter."""
+    """Divides by the variance and declares scale invariance."""
 
     scale_invariant = True
 
@@ -235,7 +235,7 @@ class ForgetsTheRoot(Layer):
 
 @wrong("shift_invariance_holds")
 class SubtractsSquares(Layer):
-    """The variance as the mean square less the squared mean: right on paper."""
+    """Computes the variance as the mean square minus the squared mean: right in theory."""
 
     shift_invariant = True
 
@@ -247,7 +247,7 @@ class SubtractsSquares(Layer):
 
 @wrong("shift_invariance_holds")
 class DeclaresAShift(Layer):
-    """Divides by the root mean square, and declares that a shift does not matter."""
+    """Divides by the root mean square and declares shift invariance."""
 
     shift_invariant = True
 
@@ -260,7 +260,7 @@ class DeclaresAShift(Layer):
 
 @wrong("feature_order_does_not_matter")
 class DeclaresNoOrder(Layer):
-    """Weighs the features by their place in the statement, and declares that their order does not matter."""
+    """Weights the features by position, and declares that their order does not matter."""
 
     permutation_equivariant = True
 
@@ -271,7 +271,7 @@ class DeclaresNoOrder(Layer):
 
 @wrong("flat_rows_stay_finite")
 class PutsEpsOutside(Layer):
-    """Adds eps to the root and not inside it: the value is finite and the gradient of a flat row is not."""
+    """Adds eps outside the root: the output is finite, and the gradient of a constant row is not."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return (x - pooled.mean) / (pooled.var.sqrt() + 1e-5) * self.weight
@@ -279,7 +279,7 @@ class PutsEpsOutside(Layer):
 
 @wrong("flat_rows_stay_finite")
 class HasNoEps(Layer):
-    """Divides by the deviation alone."""
+    """Divides by the standard deviation without eps."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return (x - pooled.mean) * torch.rsqrt(pooled.var) * self.weight
@@ -287,7 +287,7 @@ class HasNoEps(Layer):
 
 @wrong("a_state_dict_restores_it")
 class RecordsOutsideTheStateDict(Layer):
-    """Keeps what it records in a plain attribute, which no checkpoint holds."""
+    """Stores a running mean in a plain attribute, which no checkpoint contains."""
 
     train_eval_differ = True
 
@@ -305,11 +305,11 @@ class RecordsOutsideTheStateDict(Layer):
 
 @wrong("declared_feature_moments_hold")
 class DeclaresABiasedVariance(Layer):
-    """Measures the unbiased variance and declares the moments that the kernels compute."""
+    """Measures the unbiased variance and declares the moments of the kernels."""
 
     def measure(self, x: Tensor) -> Any:
-        said = an.Moments.of(x)
-        return an.Moments(said.mean, said.var * x.shape[-1] / max(1, x.shape[-1] - 1))
+        moments = an.Moments.of(x)
+        return an.Moments(moments.mean, moments.var * x.shape[-1] / max(1, x.shape[-1] - 1))
 
     def feature_moments(self) -> FeatureMoments:
         return FeatureMoments(1, True, 1e-5, self.weight, None)
@@ -317,7 +317,7 @@ class DeclaresABiasedVariance(Layer):
 
 @wrong("declared_feature_moments_hold")
 class DeclaresAnotherEps(Layer):
-    """Declares another eps than it computes with."""
+    """Declares a different eps from the one it uses."""
 
     def feature_moments(self) -> FeatureMoments:
         return FeatureMoments(1, True, 1e-3, self.weight, None)

@@ -1,4 +1,4 @@
-"""Wrong specs: they do not build, hide options, or cannot be named."""
+"""Wrong specs: they do not build, hide options, or have no unique name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from tests.testing.gallery.entry import wrong
 
 
 class Power(an.Normalizer):
-    """Right: divide by the pooled power mean."""
+    """Correct: divides by the pooled power mean."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PowerSpec(an.NormSpec):
 
 @wrong("it_builds")
 class BuildsTorchs(PowerSpec):
-    """Builds torch's own module, which measures nothing and normalizes at once."""
+    """Builds torch's module, which has no separate measure and normalize."""
 
     def build(self, features: int) -> Any:
         return torch.nn.LayerNorm(features)
@@ -47,23 +47,23 @@ class BuildsTorchs(PowerSpec):
 
 @wrong("it_builds")
 class RefusesWithAnythingButValueError(PowerSpec):
-    """Refuses features that it cannot serve with an assertion."""
+    """Rejects unsupported numbers of features with an assertion."""
 
     def build(self, features: int) -> Any:
-        assert features % 4 == 0, "features must come in fours"
+        assert features % 4 == 0, "features must be a multiple of 4"
         return Power(self.p)
 
 
 @wrong("options_survive_a_dump")
 class HidesAnOption(PowerSpec):
-    """Keeps an option out of the dump, so that two different trials have one name."""
+    """Excludes an option from the dump, so two different trials have one name."""
 
     p: float = Field(2.0, ge=1, exclude=True)
 
 
 @wrong("options_survive_a_dump")
 class KeepsAnOptionPrivate(PowerSpec):
-    """Sets what it computes with in an attribute that is no option."""
+    """Stores a parameter of the computation in an attribute that is not an option."""
 
     _p: float = PrivateAttr(2.0)
 
@@ -79,7 +79,7 @@ class KeepsAnOptionPrivate(PowerSpec):
 
 @wrong("options_survive_a_dump")
 class ReadsAnOptionTwice(PowerSpec):
-    """Changes an option each time it is read: a percentage becomes a fraction, and the fraction another one."""
+    """Changes an option at every validation: a percentage becomes a fraction, then a smaller one."""
 
     p: float = Field(0.5, gt=0)
 
@@ -98,17 +98,17 @@ class ReadsAnOptionTwice(PowerSpec):
 
 @wrong("options_survive_a_dump")
 class DescribesAnotherWindow(an.WindowSpec):
-    """A window that inherits `spec` and describes the one it was made from."""
+    """A window that inherits `spec` and so describes its base class."""
 
     kind: Literal["gallery"] = "gallery"
     steps: int = 3
 
     def build(self) -> an.Window:
-        return Sliding(self.steps)  # whose `spec` says that it is a sliding window
+        return Sliding(self.steps)  # its `spec` describes a sliding window
 
 
 class HoldsAFunction(Power):
-    """Keeps a lambda."""
+    """Stores a lambda."""
 
     def __init__(self, p: float) -> None:
         super().__init__(p)
@@ -120,7 +120,7 @@ class HoldsAFunction(Power):
 
 @wrong("it_survives_pickling")
 class HoldsAFunctionSpec(PowerSpec):
-    """Builds a normalizer that keeps a lambda, which cannot be pickled."""
+    """Builds a normalizer that stores a lambda, which cannot be pickled."""
 
     def build(self, features: int) -> an.Normalizer:
         return HoldsAFunction(self.p)
@@ -128,12 +128,12 @@ class HoldsAFunctionSpec(PowerSpec):
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """The spec registered, and gone again afterwards."""
+    """Register the spec within the context."""
 
     class Enough(Exception):
-        """Takes it all back."""
+        """Roll back the registration."""
 
-    registry.load()  # or the first look-up would load everything inside, to be taken back with it
+    registry.load()  # otherwise the first look-up loads all plugins inside the transaction, which removes them again
     try:
         with registry.transaction(Source("gallery", "gallery", "")):
             registry.normalizer(HidesAnOptionFromEditors)
@@ -145,7 +145,7 @@ def registered() -> Iterator[None]:
 
 @wrong("the_registry_builds_the_same", around=registered)
 class HidesAnOptionFromEditors(PowerSpec):
-    """Leaves an option out of the JSON schema: no editor and no `atn-norms list` ever tells of it."""
+    """Omits an option from the JSON schema: editors and `atn-norms list` cannot show it."""
 
     kind: Literal["gallery-hidden"] = "gallery-hidden"  # type: ignore[assignment]
     p: SkipJsonSchema[float] = Field(2.0, ge=1)

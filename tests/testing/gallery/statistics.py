@@ -11,9 +11,9 @@ from tests.testing.gallery.entry import wrong
 
 
 class Uses(an.Normalizer):
-    """Right for a right `Said`: layer normalization with a statistic of its own."""
+    """Correct for a correct `Custom`: layer normalization with another statistic."""
 
-    Said: type
+    Custom: type
 
     permutation_equivariant = True
 
@@ -22,7 +22,7 @@ class Uses(an.Normalizer):
 
     def measure(self, x: Tensor) -> an.Moments:
         x = x.double()
-        return self.Said(x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0))
+        return self.Custom(x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0))
 
     def normalize(self, x: Tensor, pooled: an.Moments) -> Tensor:
         return (x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5)
@@ -36,23 +36,23 @@ def share(weights: Tensor, leaf: Tensor, dim: int) -> Tensor:
 
 
 @wrong("a_statement_is_a_tuple_of_tensors")
-class StatesStatements(Uses):
-    """States the moments of two halves as a statement of two statements, which nobody pools."""
+class NestsStatistics(Uses):
+    """Returns a statistic of two nested statistics, which no window can pool."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         one: an.Moments
         other: an.Moments
 
-        def pool(self, weights: Tensor, dim: int) -> "StatesStatements.Said":
+        def pool(self, weights: Tensor, dim: int) -> "NestsStatistics.Custom":
             return type(self)(self.one.pool(weights, dim), self.other.pool(weights, dim))
 
-    def measure(self, x: Tensor) -> "StatesStatements.Said":  # type: ignore[override]
-        return self.Said(an.Moments.of(x), an.Moments.of(x.abs()))
+    def measure(self, x: Tensor) -> "NestsStatistics.Custom":  # type: ignore[override]
+        return self.Custom(an.Moments.of(x), an.Moments.of(x.abs()))
 
 
 @wrong("a_statement_is_a_tuple_of_tensors")
 class StatesADictionary(Uses):
-    """States its numbers in a dictionary, by name."""
+    """Returns its numbers as a dictionary."""
 
     def measure(self, x: Tensor) -> Any:
         return dict(zip(("mean", "var"), an.Moments.of(x), strict=True))
@@ -63,9 +63,9 @@ class StatesADictionary(Uses):
 
 @wrong("a_statement_is_a_tuple_of_tensors")
 class PoolsToAnotherType(Uses):
-    """Pools its own moments to those of the package: a window would have to state another type from step to step."""
+    """Pools its moments to those of the package: the type of the statistic changes from step to step."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
@@ -75,17 +75,17 @@ class PoolsToAnotherType(Uses):
 
 @wrong("a_statement_is_a_tuple_of_tensors")
 class AsksForMoreThanItsTensors(Uses):
-    """A statement that cannot be made of its tensors again, since it wants to be told what they are of."""
+    """Returns a statistic that needs another argument, so it cannot be rebuilt from its tensors."""
 
-    class Said(tuple[Tensor, ...]):
-        def __new__(cls, mean: Tensor, var: Tensor, *, of: str) -> "AsksForMoreThanItsTensors.Said":
+    class Custom(tuple[Tensor, ...]):
+        def __new__(cls, mean: Tensor, var: Tensor, *, of: str) -> "AsksForMoreThanItsTensors.Custom":
             return super().__new__(cls, (mean, var))
 
-        def pool(self, weights: Tensor, dim: int) -> "AsksForMoreThanItsTensors.Said":
+        def pool(self, weights: Tensor, dim: int) -> "AsksForMoreThanItsTensors.Custom":
             return type(self)(*an.Moments(self[0], self[1]).pool(weights, dim), of="a window")
 
     def measure(self, x: Tensor) -> Any:
-        return self.Said(*an.Moments.of(x), of="a step")
+        return self.Custom(*an.Moments.of(x), of="a step")
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         return super().normalize(x, an.Moments(*pooled))
@@ -93,13 +93,13 @@ class AsksForMoreThanItsTensors(Uses):
 
 @wrong("merging_needs_no_order")
 class TakesTheLatest(Uses):
-    """Pools by taking the last entry that has a weight."""
+    """Pools by selecting the last entry with a weight."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
-        def pool(self, weights: Tensor, dim: int) -> "TakesTheLatest.Said":
+        def pool(self, weights: Tensor, dim: int) -> "TakesTheLatest.Custom":
             weights = expand_mask(weights, self.mean).expand(self.mean.shape)
             place = torch.arange(weights.shape[dim]).reshape((1,) * dim + (-1,) + (1,) * (weights.ndim - dim - 1))
             last = ((weights > 0) * place).amax(dim, keepdim=True)
@@ -108,9 +108,9 @@ class TakesTheLatest(Uses):
 
 @wrong("merging_needs_no_order")
 class DividesByOneLess(Uses):
-    """Pools variances as an unbiased estimate over the entries, which is another one for every grouping."""
+    """Pools variances as an unbiased estimate over the entries, which depends on the grouping."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
@@ -122,9 +122,9 @@ class DividesByOneLess(Uses):
 
 @wrong("a_weight_counts_copies")
 class CountsEveryEntryAlike(Uses):
-    """Takes a weight for yes or no: batches of 30 rows and of 2 are merged as if they were alike."""
+    """Uses weights as a mask: batches of 30 rows and of 2 rows count the same."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
@@ -134,13 +134,13 @@ class CountsEveryEntryAlike(Uses):
 
 @wrong("a_weight_of_zero_hides")
 class MultipliesByZero(Uses):
-    """Hides an entry by multiplying it with its weight of 0, which hides no NaN."""
+    """Masks an entry by a factor of 0, which does not remove NaN."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
-        def pool(self, weights: Tensor, dim: int) -> "MultipliesByZero.Said":
+        def pool(self, weights: Tensor, dim: int) -> "MultipliesByZero.Custom":
             w = share(weights, self.mean, dim)
             mean = (w * self.mean).sum(dim, keepdim=True)
             var = (w * (self.var + (self.mean - mean).square())).sum(dim)
@@ -149,13 +149,13 @@ class MultipliesByZero(Uses):
 
 @wrong("a_weight_of_zero_hides")
 class DividesByNothing(Uses):
-    """Divides by the sum of the weights, also where it is 0."""
+    """Divides by the sum of the weights, even if it is 0."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
-        def pool(self, weights: Tensor, dim: int) -> "DividesByNothing.Said":
+        def pool(self, weights: Tensor, dim: int) -> "DividesByNothing.Custom":
             w = expand_mask(weights, self.mean)
             seen = [torch.where(w > 0, leaf, 0.0) for leaf in self]
             w = w / w.sum(dim, keepdim=True)
@@ -166,13 +166,13 @@ class DividesByNothing(Uses):
 
 @wrong("pooling_works_along_any_axis")
 class PoolsTheLastAxisButOne(Uses):
-    """Pools along the last axis but one whatever it is told: right until a statement has an axis more, as gates do."""
+    """Always pools along the second last axis: wrong for a statistic with another axis, such as gates."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
-        def pool(self, weights: Tensor, dim: int) -> "PoolsTheLastAxisButOne.Said":
+        def pool(self, weights: Tensor, dim: int) -> "PoolsTheLastAxisButOne.Custom":
             w = expand_mask(weights, self.mean).expand(self.mean.shape)
             seen = [torch.where(w > 0, leaf, 0.0) for leaf in self]
             w = w / w.sum(-2, keepdim=True).clamp(min=1e-30)
@@ -182,22 +182,22 @@ class PoolsTheLastAxisButOne(Uses):
 
 @wrong("a_union_says_what_its_parts_pool_to")
 class ForgetsTheSpreadBetween(Uses):
-    """Averages the variances and forgets how far apart the means are."""
+    """Averages the variances and omits the differences of the means."""
 
-    class Said(NamedTuple):
+    class Custom(NamedTuple):
         mean: Tensor
         var: Tensor
 
-        def pool(self, weights: Tensor, dim: int) -> "ForgetsTheSpreadBetween.Said":
+        def pool(self, weights: Tensor, dim: int) -> "ForgetsTheSpreadBetween.Custom":
             means, variances = (an.Average(leaf).pool(weights, dim).mean for leaf in self)
             return type(self)(means, variances)
 
 
 @wrong("a_union_says_what_its_parts_pool_to")
 class MeasuresUnbiased(Uses):
-    """Measures the unbiased variance, torch's default, which does not merge."""
+    """Measures the unbiased variance, torch's default, which cannot be merged."""
 
-    Said = an.Moments
+    Custom = an.Moments
 
     def measure(self, x: Tensor) -> an.Moments:
         x = x.double()

@@ -13,7 +13,7 @@ STEPS = 5
 
 
 class Sums(Task):
-    """Right: the sum of a short sequence, at its last step; state is carried from batch to batch."""
+    """Correct: the sum of a short sequence, at its last step; state is passed from batch to batch."""
 
     input_size = 2
     batch_size = 8
@@ -47,7 +47,7 @@ class Sums(Task):
 
 @wrong("it_builds")
 class NeedsAFile(Sums):
-    """Reads a file that is not there, and says so with whatever `open` raises."""
+    """Reads a missing file and raises the error of `open`."""
 
     def __init__(self, seed: int) -> None:
         raise FileNotFoundError("sums.txt")
@@ -64,15 +64,15 @@ class DrawsFromTheGlobalGenerator(Sums):
 
 @wrong("batches_are_pure")
 class CountsItsBatches(Sums):
-    """Goes through its data by an iterator and takes no notice of the step it is asked for."""
+    """Iterates over its data and ignores the requested step."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        self.asked = 0
+        self.calls = 0
 
     def batch(self, step: int, size: int) -> Batch:
-        self.asked += 1
-        return super().batch(self.asked, size)._replace(fresh=step == 0)
+        self.calls += 1
+        return super().batch(self.calls, size)._replace(fresh=step == 0)
 
 
 @wrong("a_seed_draws_its_own_data")
@@ -85,7 +85,7 @@ class IgnoresTheSeed(Sums):
 
 @wrong("modules_are_fresh")
 class SharesItsReadout(Sums):
-    """Makes one read-out and gives it to every model."""
+    """Builds one readout and shares it among all models."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -98,7 +98,7 @@ class SharesItsReadout(Sums):
 
 @wrong("a_model_fits")
 class EncodesToAnotherSize(Sums):
-    """Declares another size than its encoder has: the layer is built for the one and given the other."""
+    """Declares a different size from that of its encoder, so the input does not fit the layer."""
 
     def encoder(self) -> nn.Module:
         return nn.Linear(2, 3)
@@ -106,7 +106,7 @@ class EncodesToAnotherSize(Sums):
 
 @wrong("a_model_fits")
 class HasNoBaselines(Sums):
-    """Names no trivial predictor to be compared with."""
+    """Has no baseline of a trivial predictor."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -115,7 +115,7 @@ class HasNoBaselines(Sums):
 
 @wrong("a_model_fits")
 class DoesNotTrainItsEncoder(Sums):
-    """Detaches what it encodes."""
+    """Detaches the encoded input."""
 
     def loss(self, model: Model, batch: Batch, carry: Any) -> tuple[Tensor, Any]:
         y, state = model.layer.unroll(model.encoder(batch.inputs).detach())
@@ -134,7 +134,7 @@ class EvaluatesASample(Sums):
 
 @wrong("evaluation_repeats_itself")
 class EvaluatesWithWhatTrainingLeft(Sums):
-    """Scores in batches of the size that training last used, and averages them without their sizes."""
+    """Scores in batches of the last training size, and averages them without weights."""
 
     size = 8
 
@@ -151,7 +151,7 @@ class EvaluatesWithWhatTrainingLeft(Sums):
 
 @wrong("evaluation_repeats_itself")
 class TrainsWhileItEvaluates(Sums):
-    """Adapts the read-out's shift to the split it is scored on."""
+    """Adapts the shift of the readout to the evaluated split."""
 
     def evaluate(self, model: Model, split: str) -> dict[str, float]:
         scores = super().evaluate(model, split)
@@ -162,7 +162,7 @@ class TrainsWhileItEvaluates(Sums):
 
 @wrong("the_splits_are_two")
 class TestsOnValidation(Sums):
-    """Takes the validation split for the test split."""
+    """Uses the validation split as the test split."""
 
     def evaluate(self, model: Model, split: str) -> dict[str, float]:
         return super().evaluate(model, "validation")
@@ -170,7 +170,7 @@ class TestsOnValidation(Sums):
 
 @wrong("what_is_carried_is_detached")
 class CarriesTheGraph(Sums):
-    """Carries state that still belongs to the last batch's graph."""
+    """Carries state that still belongs to the graph of the last batch."""
 
     def loss(self, model: Model, batch: Batch, carry: Any) -> tuple[Tensor, Any]:
         y, state = model(batch.inputs, None if batch.fresh else carry)
@@ -179,7 +179,7 @@ class CarriesTheGraph(Sums):
 
 @wrong("a_step_downhill_lowers_the_loss")
 class ChasesItsPrediction(Sums):
-    """Reports the error and trains something else: the gradient is that of the prediction alone."""
+    """Reports the error and trains another loss: the gradient is that of the prediction alone."""
 
     def loss(self, model: Model, batch: Batch, carry: Any) -> tuple[Tensor, Any]:
         y, state = model(batch.inputs, None if batch.fresh else carry)

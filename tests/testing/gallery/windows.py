@@ -12,7 +12,7 @@ from tests.testing.gallery.entry import wrong
 
 
 class Three(an.Window):
-    """Right: the last three live steps."""
+    """Correct: the last three unmasked steps."""
 
     steps = 3
 
@@ -31,7 +31,7 @@ class Three(an.Window):
 
 
 class Decaying(an.Window):
-    """Right: every step counts half as much as the next."""
+    """Correct: every step counts half as much as the next."""
 
     factor = 0.5
 
@@ -51,7 +51,7 @@ class Decaying(an.Window):
 
 @wrong("it_builds")
 class NeedsAnArgument(Three):
-    """A window whose spec builds it with an argument too few."""
+    """A window that its spec builds without a required argument."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -59,7 +59,7 @@ class NeedsAnArgument(Three):
 
 @wrong("calls_are_pure")
 class KeepsADeque(Three):
-    """Remembers the past in a deque on itself, as the published code does in a list: it leaks into the next call."""
+    """Stores the past in a deque on itself, which leaks into the next call."""
 
     def __init__(self) -> None:
         self.past: deque[Any] = deque(maxlen=2)
@@ -74,7 +74,7 @@ class KeepsADeque(Three):
 
 @wrong("inputs_are_left_alone")
 class WeighsInPlace(Three):
-    """Multiplies the statement by its weight in place."""
+    """Multiplies the statistic by its weight in place."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         with torch.no_grad():
@@ -85,7 +85,7 @@ class WeighsInPlace(Three):
 
 @wrong("gradients_are_derivatives")
 class DetachesThePast(Three):
-    """Stores detached statements, so that the gradient reaches the current step alone."""
+    """Stores detached statistics, so the gradient reaches the current step alone."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled, (weights, leaves) = super().push(now, weight, state)
@@ -94,7 +94,7 @@ class DetachesThePast(Three):
 
 @wrong("a_scan_is_its_pushes")
 class ScansAroundTheStep(Three):
-    """Scans with a window that lies around each step, half of it in the future."""
+    """Scans with a window centred on each step, half of it in the future."""
 
     def scan(self, steps: Any, weights: Tensor, state: Any) -> Any:
         pooled, state = super().scan(steps, weights, state)
@@ -103,7 +103,7 @@ class ScansAroundTheStep(Three):
 
 @wrong("a_scan_is_its_pushes")
 class ScansAfresh(Three):
-    """Scans from a fresh start whatever state it was given."""
+    """Ignores the state passed to a scan and starts from an empty one."""
 
     def scan(self, steps: Any, weights: Tensor, state: Any) -> Any:
         first = type(steps)(*(leaf[0] for leaf in steps))
@@ -112,7 +112,7 @@ class ScansAfresh(Three):
 
 @wrong("a_step_that_did_not_happen_leaves_no_trace")
 class CountsPadding(Three):
-    """Lets a step of weight 0 push an older one out of the window."""
+    """Removes an older step from the window at a step of weight 0."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
@@ -122,7 +122,7 @@ class CountsPadding(Three):
 
 @wrong("a_step_that_did_not_happen_leaves_no_trace")
 class DecaysThroughPadding(Decaying):
-    """Goes on forgetting while nothing happens."""
+    """Decays during masked steps."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled, (total, leaves) = super().push(now, weight, state)
@@ -131,7 +131,7 @@ class DecaysThroughPadding(Decaying):
 
 @wrong("rows_have_states_of_their_own")
 class PutsTimeFirst(Three):
-    """Keeps its memory time first, so that reordering the batch reorders time."""
+    """Stores its state with time first, so that reordering the batch reorders time."""
 
     def initial(self, now: Any) -> Any:
         weights, leaves = super().initial(now)
@@ -145,7 +145,7 @@ class PutsTimeFirst(Three):
 
 @wrong("rows_have_states_of_their_own")
 class SharesOneMemory(Decaying):
-    """Pools the rows of a batch into one memory."""
+    """Pools the rows of a batch into one state."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled, (total, leaves) = super().push(now, weight, state)
@@ -154,7 +154,7 @@ class SharesOneMemory(Decaying):
 
 @wrong("a_state_may_be_used_twice")
 class WritesIntoTheState(Three):
-    """Writes the new step into the state it was given, as into a ring buffer."""
+    """Writes the new step into the state passed in, as into a ring buffer."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled, after = super().push(now, weight, state)
@@ -166,7 +166,7 @@ class WritesIntoTheState(Three):
 
 @wrong("a_state_may_be_used_twice")
 class RemembersUntilAFreshState(Three):
-    """Keeps its memory on itself and clears it when a fresh state is made: right until two streams take turns."""
+    """Stores its state on itself and clears it with `initial`: wrong for two interleaved streams."""
 
     def __init__(self) -> None:
         self.memory: Any = None
@@ -183,7 +183,7 @@ class RemembersUntilAFreshState(Three):
 
 @wrong("equal_statements_stay_as_they_are")
 class StartsFromZero(Decaying):
-    """A running average that starts at 0 and is not corrected for it."""
+    """A running average that starts at 0 without a correction."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         pooled = type(now)(*(0.5 * old + 0.5 * new for old, new in zip(state[1], now, strict=True)))
@@ -195,21 +195,21 @@ class StartsFromZero(Decaying):
 
 @wrong("steps_count_as_declared")
 class ForgetsAStepLate(Three):
-    """Off by one: k steps besides the current one."""
+    """Off by one: k steps in addition to the current one."""
 
     steps = 4
 
 
 @wrong("steps_count_as_declared")
 class ForgetsAStepEarly(Three):
-    """Off by one: k less one steps, the current one included."""
+    """Off by one: k - 1 steps, the current one included."""
 
     steps = 2
 
 
 @wrong("steps_count_as_declared")
 class LeavesOutTheCurrentStep(Three):
-    """Normalizes a step by the steps before it, once there are any."""
+    """Normalizes a step by the steps before it, if there are any."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         weights, leaves = state
@@ -221,14 +221,14 @@ class LeavesOutTheCurrentStep(Three):
 
 @wrong("steps_count_as_declared")
 class DecaysByE(Decaying):
-    """Declares a half-life and decays by the factor of a mean life."""
+    """Declares a half-life and decays by the factor of a mean lifetime."""
 
     factor = 0.36787944117144233
 
 
 @wrong("steps_count_as_declared")
 class CountsStepsAlike(Three):
-    """Merges steps of 30 samples and of 2 as if they were alike."""
+    """Merges steps of 30 samples and of 2 samples with equal weights."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         return super().push(now, (weight > 0).double(), state)
@@ -236,7 +236,7 @@ class CountsStepsAlike(Three):
 
 @wrong("a_spike_is_forgotten")
 class ForgetsBySubtracting(Three):
-    """Keeps running sums and takes the oldest step off again: wrong for ever, but only after a spike."""
+    """Keeps running sums and subtracts the oldest step: wrong forever, but only after a spike."""
 
     def initial(self, now: Any) -> Any:
         sums = tuple(torch.zeros_like(leaf) for leaf in now)
@@ -246,7 +246,7 @@ class ForgetsBySubtracting(Three):
         weights, leaves, sums = state
         added = [s + expand_mask(weight, new) * new for s, new in zip(sums, self._raw(now), strict=True)]
         total = expand_mask(weights.sum(1) + weight, now[0])
-        pooled = self._said(now, [each / total.clamp(min=1e-30) for each in added])
+        pooled = self._from_raw(now, [each / total.clamp(min=1e-30) for each in added])
         oldest = type(now)(*(leaf[:, 0] for leaf in leaves))
         left = [
             each - expand_mask(weights[:, 0], old) * old for each, old in zip(added, self._raw(oldest), strict=True)
@@ -259,17 +259,17 @@ class ForgetsBySubtracting(Three):
         return pooled, where_mask(weight > 0, after, state)
 
     @staticmethod
-    def _raw(said: Any) -> list[Tensor]:
-        return [said[0]] if len(said) == 1 else [said.mean, said.var + said.mean.square()]
+    def _raw(statistic: Any) -> list[Tensor]:
+        return [statistic[0]] if len(statistic) == 1 else [statistic.mean, statistic.var + statistic.mean.square()]
 
     @staticmethod
-    def _said(now: Any, raw: list[Tensor]) -> Any:
+    def _from_raw(now: Any, raw: list[Tensor]) -> Any:
         return type(now)(raw[0]) if len(raw) == 1 else type(now)(raw[0], raw[1] - raw[0].square())
 
 
 @wrong("a_state_looks_as_laid_out")
 class RemembersInFloat32(Three):
-    """Makes its memory in torch's default type, which rounds every statement that was made in float64."""
+    """Allocates its state in torch's default type, which rounds statistics of float64."""
 
     def initial(self, now: Any) -> Any:
         weights, leaves = super().initial(now)
@@ -282,7 +282,7 @@ class RemembersInFloat32(Three):
 
 @wrong("a_state_looks_as_laid_out")
 class GrowsItsMemory(Three):
-    """Appends every step to its state: nothing is ever dropped, and no state has the size it was laid out with."""
+    """Appends every step to its state: no step is ever dropped, and the size differs from its layout."""
 
     def push(self, now: Any, weight: Tensor, state: Any) -> Any:
         weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
@@ -292,7 +292,7 @@ class GrowsItsMemory(Three):
 
 @wrong("trainable_tensors_are_parameters")
 class HidesItsParameter(Three):
-    """Weights steps by a trainable tensor in a plain attribute: it receives gradients, and no optimizer knows it."""
+    """Weights steps by a trainable tensor in a plain attribute: it has gradients, and no optimizer updates it."""
 
     def __init__(self) -> None:
         self.level = torch.zeros((), dtype=torch.float64, requires_grad=True)
