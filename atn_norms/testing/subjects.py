@@ -150,7 +150,7 @@ class NormalizerSubject(SpecSubject):
     def check_statistic(self) -> None:
         """Raise unless `measure` returns a statistic that a window can pool: a tuple of tensors with `pool`."""
         features = self.sizes[0]
-        statistic: Any = self.spec.build(features).double().measure(noise(0, 3, 2, features))
+        statistic: Any = self.spec.build(features).double().measure(noise(0, 3, features))
         kind, expected = type(statistic).__name__, "expected a named tuple of tensors with `pool`, such as Moments"
         demand(
             isinstance(statistic, tuple) and callable(getattr(statistic, "pool", None)),
