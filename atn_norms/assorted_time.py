@@ -73,23 +73,23 @@ class OverTime:
 
     def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
         """Measure each row; batch statistics are pooled over the unmasked rows of axis `batch`."""
-        said = self.normalizer.measure(x)
+        statistic = self.normalizer.measure(x)
         leading = x.shape[:-1]
-        if not callable(getattr(said, "pool", None)) or not all(
+        if not callable(getattr(statistic, "pool", None)) or not all(
             isinstance(leaf, Tensor) and leaf.ndim > len(leading) and leaf.shape[: len(leading)] == leading
-            for leaf in said
+            for leaf in statistic
         ):
             raise TypeError(
-                f"{type(self.normalizer).__name__}.measure: returned {_described(said)} for x {list(x.shape)}; "
+                f"{type(self.normalizer).__name__}.measure: returned {_described(statistic)} for x {list(x.shape)}; "
                 f"allowed: a Statistic (a named tuple with pool) whose leaves have shape {[*leading, '...']}"
             )
-        if self.normalizer.stateless != (not any(True for _ in said)):
+        if self.normalizer.stateless != (not any(True for _ in statistic)):
             wanted = "no leaves, as it is stateless" if self.normalizer.stateless else "leaves, or `stateless = True`"
             name = type(self.normalizer).__name__
-            raise TypeError(f"{name}.measure: got {_described(said)}; expected {wanted}")
+            raise TypeError(f"{name}.measure: got {_described(statistic)}; expected {wanted}")
         if not self.normalizer.uses_batch_statistics:
-            return said, weights
-        together = type(said)(*(leaf.unsqueeze(batch) for leaf in said.pool(weights, batch)))
+            return statistic, weights
+        together = type(statistic)(*(leaf.unsqueeze(batch) for leaf in statistic.pool(weights, batch)))
         return self.normalizer.merge_processes(together, weights.sum(batch, keepdim=True), batch)
 
     def _normalized(self, x: Tensor, pooled: Any) -> Tensor:
@@ -113,7 +113,7 @@ class OverTime:
 
     @property
     def _pooling(self) -> Any:
-        """The window, or what pools nothing where there is no statistic."""
+        """The window, or `_NoWindow` for a stateless normalizer."""
         return _NO_WINDOW if self.normalizer.stateless else self.window
 
     def _fitting(self, state: Tree, now: Statistic, weight: Tensor) -> Tree:
@@ -123,7 +123,7 @@ class OverTime:
 
 
 class _NoWindow:
-    """What a stateless normalizer has in the place of a window: nothing is pooled, nothing is kept."""
+    """The window of a stateless normalizer: it pools nothing and keeps no state."""
 
     def initial(self, now: Statistic) -> Tree:
         return ()
@@ -168,11 +168,11 @@ class AssortedTime(OverTime, nn.Module):
 
     Padding may hold any value: it is never read, its outputs are 0, and it leaves the state of its row unchanged.
 
-    Errors: `ValueError` for a window that the normalizer refuses, for T = 0, for missing axes, for features that are
-    not the normalizer's, for a type that is not floating point, for lengths or `mask` that do not fit, and for a state
-    that this normalizer and window cannot have returned for this batch (`Cumulative` and `Exponential` states look the
-    same and are not told apart); `TypeError` for a normalizer whose `measure` or `normalize` returns something else
-    than it must.
+    Errors: `ValueError` for a window that the normalizer does not support, for T = 0, for missing axes, for features
+    that are not the normalizer's, for a type that is not floating point, for lengths or `mask` that do not fit, and for
+    a state that this normalizer and window cannot have returned for this batch (`Cumulative` and `Exponential` states
+    have the same layout and cannot be distinguished); `TypeError` for a normalizer whose `measure` or `normalize`
+    returns a wrong type or shape.
 
     >>> import torch, atn_norms as an
     >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; recursive aliases do not survive every tool, so the name says it
+Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; not every tool supports recursive aliases
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Kinds and their options: the base of every options model, the registry of kinds, and the field that asks it late."""
+"""Kinds and their options: the base of every options model, the registry of kinds, and the field of a kind."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def _whole(schema: CoreSchema) -> CoreSchema:
 
 
 class Options(BaseModel):
-    """A frozen, strict set of options that refuses what it does not know; the base of every options model.
+    """A frozen, strict set of options that rejects unknown keys; the base of every options model.
 
-    Types are strict (`True` is no integer, `"3"` is none either), numbers are finite, and a list is taken for a tuple.
+    Types are strict (`True` is no integer, `"3"` is none either), numbers are finite, and lists become tuples.
     `family` is set by the base spec of each family: `"normalizer"`, `"window"`, `"cell"`, `"task"`.
 
     Raises `pydantic.ValidationError` (a `ValueError`); `to_spec_error` turns it into a `SpecError`.
@@ -311,14 +311,14 @@ class Registry:
         entry = Entry(spec, source.distribution, source.version, source.plugin)
         with self._lock:
             entries = self._claims[family].setdefault(kind, [])
-            # Running a notebook's cell again defines the same class anew: that replaces it and disputes nothing.
+            # Running a notebook cell again defines the same class again: this replaces it without a conflict.
             entries[:] = [other for other in entries if _identity(other) != _identity(entry)] + [entry]
             self._claimed[f"{family}:{kind}"] = spec
         return spec
 
 
 def disputed(family: str, kind: str, entries: Iterable[Entry]) -> str:
-    """Say who claims a kind that is claimed more than once."""
+    """Return the message for a kind that several plugins claim."""
     sources = " and ".join(f"{e.distribution} ({e.spec.__module__}.{e.spec.__qualname__})" for e in entries)
     return f"{family} {kind!r} is claimed by {sources}, so it is unusable; uninstall one, or block its plugin"
 
@@ -355,7 +355,7 @@ _showing: ContextVar[frozenset[str]] = ContextVar("_showing", default=frozenset(
 class KindField:
     """Mark a field as open to every registered kind of a family: `Annotated[NormSpec, Open("normalizer")]`.
 
-    The registry is asked when a value is validated, when a schema is written, and never when the class is built.
+    The registry is read when a value is validated or a schema is written, and never when the class is built.
     Taken are: a spec of the family, registered or not; a kind's name, for its default options; a mapping with `kind`
     and that kind's own options; and whatever `shorthand` turns into one of these. A field that allows
     None (`Annotated[NormSpec | None, ...]`) takes None and `"none"` too.

@@ -139,7 +139,7 @@ class Average(NamedTuple):
 
 
 class NoStatistic(NamedTuple):
-    """What a stateless normalizer measures: nothing, which pools to nothing."""
+    """The empty statistic of a stateless normalizer."""
 
     def pool(self, weights: Tensor, dim: int) -> NoStatistic:
         return self

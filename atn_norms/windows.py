@@ -73,7 +73,9 @@ class Window(ABC, Generic[S]):
 
     def spec(self) -> WindowSpec:
         """Return the options that build this window; `TypeError` if it has none."""
-        raise TypeError(f"{self!r}: {type(self).__name__} does not say which options build it; allowed: its WindowSpec")
+        raise TypeError(
+            f"{self!r}: got {type(self).__name__} without `spec`; expected a method that returns its WindowSpec"
+        )
 
 
 def scan_by_steps(window: Window[S], steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:

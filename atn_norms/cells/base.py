@@ -1,4 +1,4 @@
-"""What every cell is: sizes, sites and equations, as a value that holds no tensor."""
+"""The base class of cells: sizes, sites and equations, as a value without tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Placement(Options):
     | | `joint` | one norm N_sum(W x + b_ih + U h + b_hh) |
     | `gates` | `joint` | statistics over all gates of a site together |
     | | `per_gate` | each gate has its own statistics |
-    | `carry` | `raw` | the cell state is carried as it is and normed only on its way to the output |
-    | | `normed` | the normed cell state is what the next step sees |
+    | `carry` | `raw` | the raw cell state is carried and normed only for the output |
+    | | `normed` | the normed cell state is carried to the next step |
     """
 
     sum: Literal["separate", "joint"] = Field(
@@ -41,11 +41,11 @@ class Placement(Options):
 
 @dataclass(frozen=True)
 class CellWeights:
-    """What a cell computes with: tensors by torch's names, and the norm of each site that has one.
+    """The weights of a cell: tensors by torch's names, and the norm of each site that has one.
 
-    `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and what else the cell
-    declares) to tensors; a bias that is absent is None. `asked` is where a backend may leave, for its `run`, what it
-    found out when it was asked whether it refuses; a layer gathers its weights anew for every call.
+    `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and the other tensors
+    of the cell) to tensors; a missing bias is None. In `asked` a backend may store results of `unsupported_reason` for
+    its `run`. A layer collects its weights again for every call.
     """
 
     tensors: Mapping[str, Tensor]
@@ -67,13 +67,13 @@ class Cell(ABC):
     | symbol | meaning | shape |
     |---|---|---|
     | `xs` | inputs, time first | `[T, B, D]` |
-    | `u` | what `project` made of one step's input | `[B, G*H]` |
+    | `u` | the projected input of one step | `[B, G*H]` |
     | `state` | `(carried, norms)`: the tensors named in `carried`, and one state per site | axis 0: B |
-    | `mask` | rows this step exists for; None means all | `[B]`, bool |
-    | `lengths` | live steps of each row; None means all | `[B]`, int |
+    | `mask` | unmasked rows of the step; None means all | `[B]`, bool |
+    | `lengths` | steps of each row; None means all | `[B]`, int |
     | `y` | the step's output | `[B, R]` |
 
-    A row that is not alive keeps its state and has output 0.
+    A masked row keeps its state and has output 0.
     """
 
     hidden_size: int
@@ -104,7 +104,7 @@ class Cell(ABC):
         return {"sum": wide} if self.placement.sum == "joint" else {"ih": wide, "hh": wide}
 
     def gates_at(self, site: str) -> int:
-        """How many gates lie side by side in the features of a site."""
+        """Return the number of gates in the features of a site."""
         return self.sites[site] // self.hidden_size
 
     def shapes(self, input_size: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
@@ -122,7 +122,7 @@ class Cell(ABC):
     ) -> Tree:
         """The state before the first step: zeros (or `carried`), and fresh windows.
 
-        Without `shown`, a fresh window is None, which every backend starts from too and nobody can look into.
+        Without `shown`, an empty window is None, which every backend accepts as the initial state.
         """
         traced = torch.jit.is_tracing() and isinstance(batch, Tensor)
         if not traced and (isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0):
@@ -198,7 +198,7 @@ class Cell(ABC):
     def ended(
         self, y: Tensor, carried: tuple[Tensor, ...], norms: SiteStates, before: Tree, mask: Tensor | None
     ) -> tuple[Tensor, Tree]:
-        """The end of a step: output and state, with rows that are not alive left as they were."""
+        """The end of a step: output and state, with masked rows unchanged."""
         if mask is None:
             return y, (carried, norms.states())
         return masked(y, mask), (where_mask(mask, carried, before[0]), norms.states())
@@ -236,7 +236,7 @@ class CellSpec(Options, ABC):
 
 
 def refuse(placement: Placement, cell: str, **absent: str) -> None:
-    """Raise `ValueError` for each placement option set to a value the cell has no place for, with the reason."""
+    """Raise `ValueError` for each placement option that the cell does not support, with the reason."""
     for option, reason in absent.items():
         value: Any = getattr(placement, option)
         default = Placement.model_fields[option].default

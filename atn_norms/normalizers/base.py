@@ -173,18 +173,18 @@ class BatchMoments:
 
     $$y_i = g_i \frac{x_i - \mu_i}{\sqrt{v_i + \epsilon}} + b_i$$
 
-    The statement is `CountedMoments`, with one mean and one variance for each feature, and $\mu, v$ are the pooled
+    The statistic is `CountedMoments`, with one mean and one variance for each feature, and $\mu, v$ are the pooled
     ones (`measured`), or those that `population` gives in their place. A backend calls `population` once for all steps
-    of a scan, as `AssortedTime.scan` does; where it is not `measured`, with zeros for a pooled statement, and for one
+    of a scan, as `AssortedTime.scan` does; where it is not `measured`, with zeros for the pooled statistic, and for one
     step only if not `per_step`.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `eps` | added inside the root | |
     | `gain`, `shift` | g and b; None where there is none | `[D]` |
-    | `measured` | whether the pooled statement normalizes | |
-    | `per_step` | whether what `population` gives depends on the steps' indices | |
-    | `shape` | how a step's means lie in their leaf; `(D,)` unless it says otherwise | |
+    | `measured` | True if the pooled statistic normalizes | |
+    | `per_step` | True if the result of `population` depends on the step index | |
+    | `shape` | shape of the means of a step in their leaf; `(D,)` by default | |
     """
 
     eps: float
@@ -228,11 +228,11 @@ def batch_moments(normalizer: Normalizer) -> BatchMoments | None:
 
 
 def _declares(normalizer: Normalizer, declaration: str) -> bool:
-    for base in type(normalizer).__mro__:  # the first that says anything decides
-        said = base.__dict__
-        if declaration in said:
+    for base in type(normalizer).__mro__:  # the first class with a declaration or a method decides
+        attributes = base.__dict__
+        if declaration in attributes:
             return True
-        if "measure" in said or "normalize" in said or "population" in said:
+        if "measure" in attributes or "normalize" in attributes or "population" in attributes:
             return False
     return False
 

@@ -50,10 +50,9 @@ class BatchNorm(Normalizer, _OfTorch):
     It is an instance of torch's `_BatchNorm`, so `torch.optim.swa_utils.update_bn` updates its population and
     `nn.SyncBatchNorm.convert_sync_batchnorm` sets `sync`. With `sync` every process must run the same number of steps.
 
-    With `max_steps` the index is one for the whole batch: it counts the steps at which any row was live since the state
-    was fresh. Where rows begin at different times in one stream, a row that begins late is normalized in evaluation
-    with the populations of the rows' common index, not with those of its own first steps; give such rows a state, and
-    so a batch, of their own.
+    With `max_steps` the index is one for the whole batch: it counts the steps at which any row was unmasked since the
+    initial state. If rows begin at different times in one stream, a late row is normalized in evaluation with the
+    populations of the common index, not with those of the first steps. Use a separate batch and state for such rows.
 
     Errors: `ValueError` for less than two rows in training (torch refuses one), for axes between batch and features,
     and for options that are no such numbers.

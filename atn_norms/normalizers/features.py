@@ -82,7 +82,7 @@ class RMSNorm(Normalizer):
     | symbol | meaning | shape |
     |---|---|---|
     | `weight` | gain g, starts at 1 | `[D]` |
-    | `bias` | shift b, starts at 0; None unless asked for | `[D]` |
+    | `bias` | shift b, starts at 0; None by default | `[D]` |
     | `eps` | added to the mean square, inside the root; unit of the input squared | |
 
     >>> import torch
