@@ -1,4 +1,4 @@
-"""The command line: parse arguments, call the library, print; an error is one sentence and exit code 2."""
+"""The command line: parse arguments, call the library and print. An error is one sentence, with exit code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from atn_norms.commands.signals import ignore
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-# name: the function (its docstring is the help), the line in the overview, examples
+# name -> (function with its help as docstring, line of the overview, examples)
 COMMANDS: dict[str, tuple[Callable[..., Any], str, tuple[str, ...]]] = {
     "ablate": (
         studies.ablate,
@@ -79,7 +79,7 @@ for _name, (_command, _short, _examples) in COMMANDS.items():
 def about(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed at any place.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere.")] = False,
 ) -> None:
     """Time-windowed normalization for recurrent networks, and ablation studies."""
     if version:
@@ -143,12 +143,12 @@ def _fail(message: str, code: int) -> int:
 def _sentence(error: Exception) -> str:
     from atn_norms.errors import SpecError
 
-    if hasattr(error, "format_message"):  # the parser's own
+    if hasattr(error, "format_message"):  # an error of the parser
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
     if isinstance(error, SpecError | OSError) or type(error) is ValueError:
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{said} ({last.filename}:{last.lineno}, in {last.name}); --debug shows the traceback"
+    summary = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{summary} ({last.filename}:{last.lineno}, in {last.name}); --debug shows the traceback"

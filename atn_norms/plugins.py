@@ -1,4 +1,4 @@
-"""The hook by which every kind comes in, built-in or from another distribution, and the report of what came."""
+"""The hook that registers every kind, built-in or from a plugin, and the report of all plugins."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from atn_norms.errors import did_you_mean, one_of
 from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, registry
 from atn_norms.round_trip import unstorable_options
 
-PROJECT = "atn_norms"  # of pluggy, and the group of entry points
+PROJECT = "atn_norms"  # project name of pluggy, and group of the entry points
 OWN = "atn-norms"
 BUILT_IN = "built-in"
 DISABLE, LOAD = "ATN_NORMS_DISABLE_PLUGINS", "ATN_NORMS_LOAD_PLUGINS"
-SLOW = 2.0  # seconds of one plugin's loading after which it is told; torch is loaded by then and counts for nobody
+SLOW = 2.0  # seconds of loading after which a plugin is reported; torch is already loaded and does not count
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Hooks:
-    """What a plugin may implement, each with `@hookimpl` and under exactly this name and these arguments."""
+    """Hooks of a plugin, implemented with `@hookimpl` and with exactly these names and arguments."""
 
     @hookspec
     def atn_norms_register(self, registry: Registry) -> None:
@@ -43,7 +43,7 @@ class Hooks:
 
 
 class BuiltIn:
-    """The kinds of this package, through the same hook as everyone's."""
+    """The kinds of this package, registered through the hook of plugins."""
 
     @staticmethod
     @hookimpl
@@ -73,16 +73,16 @@ class BuiltIn:
 
 
 class PluginError(Exception):
-    """A plugin that cannot be used as it is, and why."""
+    """A plugin that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """What became of one plugin.
+    """Result of loading one plugin.
 
     Symbols: `name` of its entry point; `status` `"loaded"`, `"blocked"` or `"failed"`; `reason` why it is not
-    loaded, or what is wrong with it although it is; `kinds` what it registered, as `family:kind`; `traceback` of a
-    failure; `seconds` its loading took; `disputed` which of its kinds others claim too.
+    loaded, or the fault of a loaded plugin; `kinds` what it registered, as `family:kind`; `traceback` of a
+    failure; `seconds` its loading took; `disputed` its kinds that other plugins also register.
     """
 
     name: str
@@ -97,7 +97,7 @@ class PluginRecord:
 
     @property
     def faulty(self) -> bool:
-        """Whether something is wrong with it: it failed, or loaded with a reason to complain."""
+        """True for a plugin that failed, or that loaded with a fault."""
         return self.status == "failed" or (self.status == "loaded" and bool(self.reason))
 
     def __str__(self) -> str:
@@ -106,9 +106,9 @@ class PluginRecord:
 
 
 def report(strict: bool = False) -> tuple[PluginRecord, ...]:
-    """Load all plugins, unless that has happened, and say what became of each; a disputed kind is a reason.
+    """Load all plugins once, and return a record of each; a disputed kind is a fault.
 
-    Errors: with `strict`, `PluginError` with a line for every plugin that something is wrong with.
+    Errors: with `strict`, `PluginError` with a line for every faulty plugin.
 
     >>> [record.name for record in report() if record.name == "built-in"]
     ['built-in']
@@ -121,9 +121,9 @@ def report(strict: bool = False) -> tuple[PluginRecord, ...]:
 
 
 def examined(records: tuple[PluginRecord, ...], into: Registry) -> tuple[PluginRecord, ...]:
-    """The records of a `load`, each with the disputes over its kinds among its reasons.
+    """Return the records of a `load`, with disputed kinds added to the reasons.
 
-    A dispute is known only when everything is loaded, and ends when one side of it is registered no more.
+    Disputes are known after all plugins are loaded, and end when one of the kinds is removed.
     """
     disputes = {
         f"{family}:{kind}": disputed(family, kind, entries)
@@ -142,13 +142,12 @@ def examined(records: tuple[PluginRecord, ...], into: Registry) -> tuple[PluginR
 def load(into: Registry) -> tuple[PluginRecord, ...]:
     """Register the built-in kinds, then every installed plugin's, one by one.
 
-    A plugin that raises leaves nothing behind and is recorded as failed; the rest load. Nothing of a plugin is
-    imported whose distribution asks for another version of this package. One that takes more than 2 seconds is named
-    while it loads and in its record; it is not cut off, since an import that is interrupted halfway leaves modules in
-    pieces. Two environment variables take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks
+    A plugin that raises registers nothing and is recorded as failed; the others load. A plugin that requires another
+    version of this package is not imported. A plugin that takes more than 2 seconds is named while it loads and in its
+    record. It is not interrupted, since an interrupted import leaves incomplete modules. Two environment variables take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks
     these, `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
     """
-    # Unguarded: an installation whose own kinds do not load is broken, and nothing useful can follow.
+    # Unguarded: an installation whose built-in kinds do not load is broken.
     own, began = Source(BUILT_IN, OWN, _own_version()), time.perf_counter()
     with into.transaction(own) as claimed:
         _register(BuiltIn, own, into)
@@ -175,7 +174,7 @@ def _discover() -> Iterator[tuple[Source, Any]]:
                 continue
             name, version, damage = _named(distribution)
             if name in seen:
-                continue  # the same one further down the path is not what an import would find
+                continue  # an import finds the first one on the path
             points = [(point.name, point) for point in distribution.entry_points.select(group=PROJECT)]
         except Exception as error:  # noqa: BLE001  one unreadable distribution must not hide the others' plugins
             damage = PluginError(f"its entry points cannot be read: {_reason(error)}")
@@ -187,12 +186,12 @@ def _discover() -> Iterator[tuple[Source, Any]]:
 
 
 def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, PluginError | None]:
-    """Name and version of a distribution, and the error if it does not have both or asks for another atn-norms."""
+    """Return name and version of a distribution, and the error where one is missing or it requires another atn-norms."""
     try:
-        # Read from the file itself: what `distribution.metadata` makes of missing fields differs between Pythons,
+        # Read from the file: `distribution.metadata` treats missing fields differently between Pythons,
         # and where the backport of importlib.metadata is loaded, all distributions are the backport's.
-        said = message_from_string(distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "")
-        name, version = said["Name"] or "", said["Version"] or ""
+        metadata = message_from_string(distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "")
+        name, version = metadata["Name"] or "", metadata["Version"] or ""
     except Exception as error:  # noqa: BLE001  a file that cannot be read, or not as text
         return "", "", PluginError(f"its distribution's metadata cannot be read: {_reason(error)}")
     lacking = [field for field, value in (("Name", name), ("Version", version)) if not value]
@@ -201,14 +200,14 @@ def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, Plu
         return name, version, PluginError(what)
     try:
         return name, version, _version_refused(distribution.requires or [])
-    except Exception as error:  # noqa: BLE001  a requirement that does not parse, or asks for what is not there
+    except Exception as error:  # noqa: BLE001  an invalid requirement
         return name, version, PluginError(f"its distribution's requirements cannot be read: {_reason(error)}")
 
 
 def _version_refused(requirements: list[str]) -> PluginError | None:
-    """The error where a distribution asks for a version of this package that is not the running one.
+    """Return the error where a distribution requires another version of this package.
 
-    It was checked when the distribution was installed, but either may have been exchanged since.
+    The installation checked it, but either package may have changed since.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -239,8 +238,8 @@ def _guarded(source: Source, point: Any, into: Registry) -> PluginRecord:
             _register(point.load(), source, into)
             _refuse_indescribable(claimed)
     except KeyboardInterrupt:
-        raise  # it is the user's, who has waited long enough
-    except BaseException as error:  # noqa: BLE001  a plugin may raise anything, and may even exit
+        raise  # Ctrl-C of the user
+    except BaseException as error:  # noqa: BLE001  a plugin may raise any exception, SystemExit included
         reason = _reason(error)
         log.warning("plugin %r of %s failed and is left out: %s", source.plugin, source, reason)
         trace = "".join(traceback.format_exception(error))
@@ -260,8 +259,8 @@ def _since(began: float) -> float:
 @contextmanager
 def _watched(source: Source) -> Iterator[None]:
     """Name a plugin that is still loading after a while, so that one that hangs can be found and blocked."""
-    told = "plugin %r of %s is still loading after %g s; %s=%s leaves it out"
-    timer = threading.Timer(SLOW, log.warning, (told, source.plugin, source, SLOW, DISABLE, source.plugin))
+    message = "plugin %r of %s is still loading after %g s; %s=%s leaves it out"
+    timer = threading.Timer(SLOW, log.warning, (message, source.plugin, source, SLOW, DISABLE, source.plugin))
     timer.daemon = True
     timer.start()
     try:
@@ -275,7 +274,7 @@ def _loaded(source: Source, claimed: dict[str, type[Options]]) -> PluginRecord:
 
 
 def _register(plugin: Any, source: Source, into: Registry) -> None:
-    # One manager for each plugin: calling its hook then calls nobody else's, and a failed one is simply dropped.
+    # One manager for each plugin: its hook is called alone, and a failed plugin is dropped.
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     _refuse_misspelt(plugin)
@@ -289,7 +288,7 @@ def _refuse_indescribable(claimed: dict[str, type[Options]]) -> None:
         try:
             spec.model_json_schema()
         except Exception as error:
-            raise PluginError(f"the options of {kind} have no JSON schema: {_said(error)}") from error
+            raise PluginError(f"the options of {kind} have no JSON schema: {_one_line(error)}") from error
         problems = [str(problem) for problem in unstorable_options(spec)]
         if problems:
             raise PluginError(f"a study cannot store the options of {kind}: {'; '.join(problems)}")
@@ -352,12 +351,12 @@ def _reason(error: BaseException) -> str:
         return " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return _said(error) + place
+    return _one_line(error) + place
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001  an error whose own message fails must not take the program down either
+    except Exception:  # noqa: BLE001  an exception in `__str__` must not end the program
         text = "its message cannot be made"
     return " ".join(f"{type(error).__name__}: {text}".split())

@@ -125,7 +125,7 @@ def test_a_backend_whose_laws_fail_gets_no_figure_and_exit_code_1(wrong, capsys)
     assert main(arguments) == 1
     out = capsys.readouterr().out
     assert "laws fail: lstm, norm layer, k = 1" in out
-    assert "no figures, for the reasons above: wrong, k = 1, wrong, k = 3" in out
+    assert "not timed, for the reasons above: wrong, k = 1, wrong, k = 3" in out
     assert main((*arguments, "--json")) == 1
     output = json.loads(capsys.readouterr().out)
     rows = {(row["runner"], row["window"]): row for row in output["cases"][0]["rows"]}
@@ -306,9 +306,12 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "2,60"), "--size: '2,60'; allowed: input,hidden,batch,steps, four integers such as 2,60,50,100"),
+        (
+            ("--size", "2,60"),
+            "--size: got '2,60'; expected INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100",
+        ),
         (("--size", "2,60,0,5"), "sizes[0][2]: got 0; expected at least 1"),
-        (("--windows", "a"), "--windows: 'a'; allowed: integers of at least 1, separated by commas"),
+        (("--windows", "a"), "--windows: got 'a'; expected integers of at least 1, separated by commas"),
         (("--windows", "3,3"), "windows: 3 is listed twice"),
         (
             ("--runners", "nativ"),
@@ -320,7 +323,7 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
         (("--norms", "none"), "norms: 'none' leaves nothing to compare"),
         (("--budget", "0"), "budget: got 0.0; expected a number above 0"),
         (("--dtype", "float16"), "dtype: got 'float16'; expected 'float32' or 'float64'"),
-        (("--csv", "nowhere/b.csv"), "nowhere/b.csv: there is no folder nowhere to write it to"),
+        (("--csv", "nowhere/b.csv"), "nowhere/b.csv: got no folder nowhere; expected one to write the file to"),
         (("--size", "2,60,100000000,100000000"), "makes sequences that do not fit"),
     ],
 )

@@ -654,7 +654,7 @@ def test_costs_are_told_point_by_point():
 
 @pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
 def test_a_level_that_is_none_is_refused(given):
-    with pytest.raises(SpecError, match=re.escape(f"--reach {given!r}: must be TASK=LEVEL with a number")):
+    with pytest.raises(SpecError, match=re.escape(f"--reach {given!r}: expected TASK=LEVEL with a number")):
         _levels([given])
 
 

@@ -1,1 +1,1 @@
-"""The commands, one module for each thing that people come to do; each parses, calls the library and prints."""
+"""The commands, one module for each use. Each command parses, calls the library and prints."""

@@ -1,4 +1,4 @@
-"""Hold every backend against torch.nn and the textbook: time, memory, and whether it may be timed at all."""
+"""Compare time and memory of every backend with torch.nn and the textbook."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ def bench(
     ] = None,
     dtype: Annotated[_List, typer.Option("--dtype", metavar="float32|float64")] = None,
     runners: Annotated[
-        _List, typer.Option("--runners", metavar="NAME,...", help="Of native, reference, textbook; torch.nn always is.")
+        _List,
+        typer.Option("--runners", metavar="NAME,...", help="native, reference, textbook; torch.nn always runs."),
     ] = None,
-    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of timing, for one case; about.")] = None,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Approximate time for one case.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each runner in a separate process.")] = True,
     malloc: Annotated[
-        _List, typer.Option("--malloc", metavar="default|keep|both", help="keep: freed memory stays in the process.")
+        _List,
+        typer.Option("--malloc", metavar="default|keep|both", help="keep: freed memory stays in the process."),
     ] = None,
     input_gradient: Annotated[
-        bool, typer.Option("--input-gradient", help="Training asks for the input's gradient too, as in a stack.")
+        bool, typer.Option("--input-gradient", help="Compute the input's gradient in training too, as in a stack.")
     ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2; about ten minutes.")
@@ -60,9 +62,10 @@ def bench(
         str | None, typer.Option("--device", metavar="cuda|cpu", help="Check and time a device; with --check.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Check values, gradients and races on --device, then time; seven minutes.")
+        bool,
+        typer.Option("--check", help="Check values, gradients and races on --device, then time; seven minutes."),
     ] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="With --check: tiny sizes, to try the check itself.")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="With --check: tiny sizes, to test the check itself.")] = False,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="With --check: the folder for device.csv and device.md.")
     ] = Path("device-check"),
@@ -71,14 +74,14 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time torch.nn, the textbook window and each backend in turn, in one run; exit code 1 when laws fail.
+    """Time torch.nn, the textbook window and each backend in turn; exit code 1 when a backend differs.
 
-    torch.nn runs without a norm. Before a backend is timed it must agree with the reference (values, states, every
-    gradient); one that does not gets no figure. Times are the best and the median of interleaved runs.
+    torch.nn runs without a norm. Each backend is compared with the reference first: values, states and every gradient.
+    A backend that differs is not timed. Times are the best and the median of interleaved runs.
     """
     if check or device is not None:
         return _check_device(device, check, tiny, out)
-    given = {
+    options = {
         "cells": _names(cells),
         "norms": _names(norms),
         "sizes": None if sizes is None else [_size(size) for size in sizes],
@@ -90,10 +93,10 @@ def bench(
         "budget": budget,
         "malloc": malloc,
     }
-    chosen = (FULL if full else {}) | {name: value for name, value in given.items() if value is not None}
+    chosen = (FULL if full else {}) | {name: value for name, value in options.items() if value is not None}
     for path in (csv, picture):
         if path is not None and not path.absolute().parent.is_dir():
-            raise SpecError(f"{path}: there is no folder {path.parent} to write it to")
+            raise SpecError(f"{path}: got no folder {path.parent}; expected one to write the file to")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise SpecError("--picture: matplotlib is not installed; run pip install 'atn-norms[ablation]'")
 
@@ -101,22 +104,22 @@ def bench(
     from atn_norms.specs import validate
 
     spec = validate(BenchSpec, {**chosen, "memory": memory, "input_gradient": input_gradient})
-    found = measure(spec, None if as_json else _print_case)
+    results = measure(spec, None if as_json else _print_case)
     if as_json:
-        print_json(found.to_dict())
+        print_json(results.to_dict())
     else:
-        _print_machine(found)
+        _print_machine(results)
     if csv is not None:
-        csv.write_text(found.to_csv(), encoding="utf-8")
+        csv.write_text(results.to_csv(), encoding="utf-8")
     if picture is not None:
         from atn_norms.drawing import import_matplotlib
 
         import_matplotlib()
         from atn_norms.bench.picture import draw
 
-        files = draw(found, picture)
+        files = draw(results, picture)
         emit(f"picture: {', '.join(map(str, files))}", error=True)
-    if found.failed:
+    if results.failed:
         raise typer.Exit(1)
 
 
@@ -150,14 +153,14 @@ def _print_case(result: CaseResult) -> None:
     emit(f"noise: torch.nn's median is {_ratio(result.noise)} times its best; load average {before}, then {after}\n")
 
 
-def _print_machine(found: Bench) -> None:
-    machine = found.machine
+def _print_machine(results: Bench) -> None:
+    machine = results.machine
     emit(f"machine: {machine['processor']}, {machine['usable_cores']} of {machine['cores']} cores, {machine['system']}")
     emit(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {machine['native_kernels']}")
-    emit(f"malloc: {found.malloc}")
-    if found.failed:
-        who = ", ".join(dict.fromkeys(row.label for row in found.failed))
-        emit(f"no figures, for the reasons above: {who}")
+    emit(f"malloc: {results.malloc}")
+    if results.failed:
+        labels = ", ".join(dict.fromkeys(row.label for row in results.failed))
+        emit(f"not timed, for the reasons above: {labels}")
 
 
 def _time(seconds: float | None) -> str:
@@ -182,7 +185,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise SpecError(f"{option}: {text!r}; allowed: integers of at least 1, separated by commas") from None
+        raise SpecError(f"{option}: got {text!r}; expected integers of at least 1, separated by commas") from None
 
 
 def _size(text: str) -> list[Any]:
@@ -191,5 +194,5 @@ def _size(text: str) -> list[Any]:
     except ValueError:
         numbers = []
     if len(numbers) != 4:
-        raise SpecError(f"--size: {text!r}; allowed: input,hidden,batch,steps, four integers such as 2,60,50,100")
+        raise SpecError(f"--size: got {text!r}; expected INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100")
     return numbers

@@ -29,7 +29,7 @@ def check(
     expected: Annotated[
         list[str] | None,
         typer.Option(
-            "--expect-failure", metavar="LAW=REASON", help="Require this law to fail, and say why; may be repeated."
+            "--expect-failure", metavar="LAW=REASON", help="Require this law to fail, for a reason; may be repeated."
         ),
     ] = None,
     as_json: Json = False,
@@ -83,7 +83,10 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
 
 
 def _family(kind: str, family: str | None) -> str:
-    """Return the family of the kind; `SpecError` for none, or for several where `family` is None."""
+    """Return the family of a kind.
+
+    Errors: `SpecError` for an unknown kind, and for a kind of several families where `family` is None.
+    """
     from atn_norms.backends.base import known
     from atn_norms.errors import SpecError
     from atn_norms.registry import FAMILIES, registry
@@ -103,7 +106,7 @@ def _family(kind: str, family: str | None) -> str:
 
 
 def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
-    """Return a backend, or the spec of a kind with these options."""
+    """Return a backend, or the spec of a kind with options set."""
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known
@@ -119,7 +122,7 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise SpecError(f"--set {brief(setting)}: must be option=value, such as eps=1e-3")
+            raise SpecError(f"--set {brief(setting)}: expected OPTION=VALUE, such as eps=1e-3")
         data[name.strip()] = yaml_value(text, f"--set {name}: not a YAML value")
     try:
         return registry.lookup(family, kind).model_validate(data)

@@ -13,7 +13,7 @@ import typer
 from atn_norms.commands.output import CONTROLS, emit, encodes_unicode, escape_controls, results
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin is in order.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin works.")]
 
 
 def at_home(path: Path | None) -> Path | None:
@@ -38,7 +38,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table: drawn on a terminal, aligned text with the same words elsewhere."""
+    """Print a table: drawn on a terminal, aligned plain text elsewhere."""
     title = escape_controls(title)
     cells = [["" if cell is None else escape_controls(str(cell)) for cell in row] for row in rows]
     if on_terminal():
@@ -51,7 +51,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Draw a table; a list instead on a terminal so narrow that words would be cut. Cells are text, never markup."""
+    """Draw a table, or a list where the terminal is too narrow for whole words. Cells are text, not markup."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console, Group
     from rich.measure import Measurement
@@ -90,7 +90,7 @@ def _draw(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _widths(sizes: Sequence[Any], room: int) -> list[int]:
-    """As wide as each column would be, cut to fit, the widest first, but none below its longest word."""
+    """Return the width of each column. The widest columns are cut first, but never below their longest word."""
     widths = [size.maximum for size in sizes]
     while sum(widths) > room:
         wide = [place for place, size in enumerate(sizes) if widths[place] > size.minimum]

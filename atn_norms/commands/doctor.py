@@ -1,4 +1,4 @@
-"""Check the environment, and advise how to fix it."""
+"""Check the environment, and print how to fix it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EXTRAS = {
         "matplotlib": "pictures in a report",
     },
     "data": {"pyarrow": "tasks that read CSV and Parquet files", "numpy": "sequences in .npy files"},
-    "testing": {"hypothesis": "the laws as tests"},
+    "testing": {"hypothesis": "conformance tests"},
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """One part of the environment: `status` is `"ok"`, `"missing"` (optional) or `"failed"`; `advice` is what to do."""
+    """One part of the environment: `status` is `"ok"`, `"missing"` (optional) or `"failed"`; `advice` is the fix."""
 
     subject: str
     status: str
@@ -38,7 +38,7 @@ class Check:
 
 
 def doctor(as_json: Json = False, strict: Strict = False) -> None:
-    """Check environment, backends, plugins and optional parts; exit code 1 when something is broken."""
+    """Check environment, backends, plugins and optional parts; exit code 1 when a check fails."""
     checks = [_python(), *_core(), *_backends(), *_extras(), *_plugins(strict)]
     failed = any(check.status == "failed" for check in checks)
     if as_json:
@@ -46,7 +46,7 @@ def doctor(as_json: Json = False, strict: Strict = False) -> None:
     else:
         rows = [(c.status, c.subject, c.finding, c.advice) for c in checks]
         print_table("atn-norms doctor", ("", "what", "found", "what to do"), rows)
-        emit("\nsomething is broken: see `failed` above" if failed else "\neverything needed works")
+        emit("\nsome checks failed: see `failed` above" if failed else "\neverything required works")
     if failed:
         raise typer.Exit(1)
 
@@ -78,18 +78,20 @@ def _backends() -> list[Check]:
 
     accelerator = "CUDA is available" if torch.cuda.is_available() else "no CUDA device"
     checks = [Check("devices", "ok", f"CPU with {torch.get_num_threads()} threads; {accelerator}")]
-    kernels = _kernels()  # before anything builds a layer that would load them
+    kernels = _kernels()  # before a layer loads them
     for name in known():
         if name == "native":
             checks.append(kernels)
             if unavailable():
-                continue  # an optional part, and the line above has told
+                continue  # an optional part; the check above has reported it
         if name == "triton":
             checks.append(_gpu())
             if checks[-1].status != "ok":
                 continue
         norm, device = None if name == "torch" else "layer", "cuda" if name == "triton" else "cpu"
-        checks.append(_tried(f"backend {name}", partial(LSTM, 2, 3, norm=norm, backend=name, device=device), device))
+        checks.append(
+            _run_backend(f"backend {name}", partial(LSTM, 2, 3, norm=norm, backend=name, device=device), device)
+        )
     return checks
 
 
@@ -97,14 +99,14 @@ def _kernels() -> Check:
     """Check the compiled kernels of the native backend."""
     from atn_norms.backends.native.library import found, load, survives
 
-    again = "and install atn-norms again: `pip install --force-reinstall --no-deps --no-cache-dir .` in its folder"
+    again = "and reinstall atn-norms: `pip install --force-reinstall --no-deps --no-cache-dir .` in its folder"
     path, fate = found(), survives()
     if fate is not None:
-        finding = f"{path}: whatever uses them ends with them; {fate}"
+        finding = f"{path}: they crash the process; {fate}"
         return Check("native kernels", "failed", finding, f"delete that file (the reference then runs), {again}")
     library = load()
     if isinstance(library, str):
-        finding = f"none: {library}; the reference runs instead, many times slower"
+        finding = f"none: {library}; the reference backend runs instead, many times slower"
         return Check("native kernels", "missing", finding, f"install a C compiler (gcc, or clang with libomp), {again}")
     finding = f"{library.path.name}, {library.level()}"
     if library.parallel:
@@ -122,18 +124,18 @@ def _gpu() -> Check:
     if reason is not None:
         return Check(subject, "missing", f"none: {reason}", "only for a GPU: install torch's build for CUDA")
     if not torch.cuda.is_available():
-        return Check(subject, "missing", "none: torch finds no GPU here", "nothing, unless there should be one")
+        return Check(subject, "missing", "none: torch finds no GPU here", "nothing, unless this machine has a GPU")
     finding = f"Triton {installed() or 'of some version'}, {torch.cuda.get_device_name()}"
-    return Check(subject, "ok", f"{finding}; experimental, taken only with backend='triton'")
+    return Check(subject, "ok", f"{finding}; experimental, used only with backend='triton'")
 
 
-def _tried(subject: str, make: Callable[[], Any], device: str) -> Check:
+def _run_backend(subject: str, make: Callable[[], Any], device: str) -> Check:
     import torch
 
     try:
         y, _ = make()(torch.zeros(2, 1, 2, device=device))
         y.sum().backward()
-    except Exception as error:  # noqa: BLE001  whatever goes wrong here is the finding
+    except Exception as error:  # noqa: BLE001  any exception is the finding
         return Check(subject, "failed", f"{type(error).__name__}: {error}", "reinstall atn-norms and torch")
     return Check(subject, "ok", "runs, forward and backward")
 
@@ -157,16 +159,16 @@ def _plugins(strict: bool) -> list[Check]:
     for record in report():
         subject = f"plugin {record.name}"
         source = " ".join(part for part in (record.distribution, record.version) if part)
-        told = f"of {source}: {record.reason}" if source else record.reason
+        reason = f"of {source}: {record.reason}" if source else record.reason
         if record.status == "failed":
-            checks.append(Check(subject, "failed", told, f"fix or uninstall it, or block it with {DISABLE}"))
+            checks.append(Check(subject, "failed", reason, f"fix or uninstall it, or block it with {DISABLE}"))
         elif record.disputed:
-            checks.append(Check(subject, "failed", told, f"uninstall one, or block one with {DISABLE}"))
+            checks.append(Check(subject, "failed", reason, f"uninstall one, or block one with {DISABLE}"))
         elif record.faulty:
             finding = f"loaded from {source}, but {record.reason}"
             advice = f"move its slow imports into functions, or block it with {DISABLE}"
             checks.append(Check(subject, "failed" if strict else "ok", finding, advice))
         else:
-            found = record.reason or f"{len(record.kinds)} kinds from {source} in {record.seconds:.1f} s"
-            checks.append(Check(subject, "ok", f"{record.status}: {found}"))
+            details = record.reason or f"{len(record.kinds)} kinds from {source} in {record.seconds:.1f} s"
+            checks.append(Check(subject, "ok", f"{record.status}: {details}"))
     return checks

@@ -13,17 +13,18 @@ from atn_norms.commands.output import emit
 
 def export(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A file of atn_norms.save, or a trial's folder.", callback=at_home)
+        Path,
+        typer.Argument(metavar="MODEL", help="A file from atn_norms.save, or a trial's folder.", callback=at_home),
     ],
     format: Annotated[str, typer.Option("--format", help="onnx, pt2 (torch.export) or aoti (compiled).")] = "onnx",
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="One frame and state in, one output and state out.")
+        bool, typer.Option("--streaming", help="Export one time step: frame and state in, output and state out.")
     ] = False,
     length: Annotated[int, typer.Option(min=1, help="Time steps of a whole sequence.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="By default the model's name with another suffix.", callback=at_home),
+        typer.Option(metavar="FILE", help="Default: the model's file name with another suffix.", callback=at_home),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -72,14 +73,14 @@ def _loaded(file: Path) -> Any:
 
     if not constructs(file):
         raise SpecError(
-            f"{file}: holds a class of your own, which a command cannot construct; "
-            "in Python, pass atn_norms.load(file, model) to atn_norms.layers.export.export"
+            f"{file}: got a custom class; expected a class that a command can construct. "
+            "In Python, pass atn_norms.load(file, model) to atn_norms.layers.export.export"
         )
     return load(file)
 
 
 def _step(model: Any, batch: int) -> tuple[Any, list[Any]]:
-    """The streaming step of a layer, or of a trial's encoder, layer and read-out, with example inputs."""
+    """Return the streaming step of a layer or of a trial's model, with example inputs."""
     from atn_norms.errors import SpecError
     from atn_norms.layers import Recurrent
     from atn_norms.layers.export import StreamingStep
@@ -98,7 +99,7 @@ def _step(model: Any, batch: int) -> tuple[Any, list[Any]]:
 
 
 def _example(model: Any, shape: tuple[int, int]) -> Any:
-    """An input of a model, `shape` being steps and sequences."""
+    """Return an example input of a model; `shape` is `(steps, sequences)`."""
     import torch
     from torch import nn
 

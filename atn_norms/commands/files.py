@@ -1,4 +1,4 @@
-"""Write a commented study file, and the schema with which an editor completes and checks it."""
+"""Write a commented study file, and the schema that an editor uses to complete and check it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MODELINE = "# yaml-language-server: $schema={schema}\n"
 
 def init(
     study: Annotated[
-        str, typer.Argument(metavar="[STUDY]", help="A ready-made study's name, or the file to write.")
+        str, typer.Argument(metavar="[STUDY]", help="Name of a ready-made study, or the file to write.")
     ] = "study.yaml",
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="By default STUDY.yaml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: STUDY.yaml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Write a commented study file, and beside it the schema its editor modeline points at.
+    """Write a commented study file, and the schema for its editor modeline in the same folder.
 
-    One argument is a ready-made study to write out, or a file for the one called quick.
+    One argument is the name of a ready-made study, or a file for the study `quick`.
     """
     from atn_norms.ablation.grid import presets
     from atn_norms.errors import SpecError
@@ -63,7 +63,7 @@ def schema_text(what: str) -> str:
 
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
-    """Write a whole file or none; one that is there is kept unless forced."""
+    """Write a file atomically; an existing file is kept unless `force` is set."""
     from atn_norms.errors import SpecError
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,9 +72,9 @@ def write_new(path: Path, text: str, force: bool = False) -> None:
         if force:
             temporary.replace(path)
         else:
-            path.hardlink_to(temporary)  # unlike a rename, this refuses when the file has appeared meanwhile
+            path.hardlink_to(temporary)  # unlike a rename, this fails where the file exists by now
     except OSError as error:
         raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
-        with suppress(OSError):  # where its folder is none, there is nothing to remove
+        with suppress(OSError):  # without its folder, there is nothing to remove
             temporary.unlink(missing_ok=True)

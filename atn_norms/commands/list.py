@@ -27,7 +27,7 @@ def list_kinds(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the usable kinds, with the distribution of each and its options; or the ready-made studies."""
+    """List the usable kinds with their distribution and options, or the ready-made studies."""
     from atn_norms.errors import SpecError
     from atn_norms.registry import disputed, registry
 
@@ -61,16 +61,16 @@ def list_kinds(
             (kind, entry.distribution, "\n".join(map(_option, options(entry.spec).items())), summary(entry.spec))
             for kind, entry in registry.kinds(family).items()
         ]
-        print_table(plural, ("kind", "from", "options", "what it is"), list(_unfolded(rows)))
+        print_table(plural, ("kind", "from", "options", "description"), list(_unfolded(rows)))
         for kind, entries in registry.conflicts(family).items():
             emit(disputed(family, kind, entries))
         emit()
     if studies:
-        print_table(STUDIES, ("name", "what it is"), [tuple(each.values()) for each in studies])
+        print_table(STUDIES, ("name", "description"), [tuple(each.values()) for each in studies])
 
 
 def _ready_made() -> list[dict[str, str]]:
-    from atn_norms.ablation.grid import presets  # only here: it takes all that studies need
+    from atn_norms.ablation.grid import presets  # imported late: it requires the extra of studies
 
     return [{"name": name, "summary": presets.summary(name)} for name in presets.names()]
 
@@ -94,9 +94,9 @@ def plugins(as_json: Json = False, strict: Strict = False) -> None:
 
 
 def schema(
-    what: Annotated[str, typer.Argument(metavar="[study|model]", help="Which file the schema describes.")] = "study",
+    what: Annotated[str, typer.Argument(metavar="[study|model]", help="The file that the schema describes.")] = "study",
     out: Annotated[
-        Path | None, typer.Option(help="Write it to this file instead of printing it.", callback=at_home)
+        Path | None, typer.Option(help="Write the schema to this file instead of printing it.", callback=at_home)
     ] = None,
 ) -> None:
     """Print the JSON schema of a study file or a model file, with every installed kind, for editors."""
@@ -111,24 +111,24 @@ def schema(
 
 
 def summary(spec: type[Options]) -> str:
-    """Return the first sentence of the docstring of the built class, or else of the options."""
+    """Return the first paragraph of the docstring of the built class, or of the options where it has none."""
     try:
         built = get_type_hints(spec.build)["return"]  # type: ignore[attr-defined]
-    except (AttributeError, KeyError, NameError, TypeError):  # a plugin need not annotate
+    except (AttributeError, KeyError, NameError, TypeError):  # annotations are optional in a plugin
         built = None
     built = get_origin(built) or built
     if isinstance(built, type) and not inspect.isabstract(built):
-        return _first_sentence(built) or _first_sentence(spec)
-    return _first_sentence(spec)
+        return _first_paragraph(built) or _first_paragraph(spec)
+    return _first_paragraph(spec)
 
 
-def _first_sentence(described: type) -> str:
+def _first_paragraph(described: type) -> str:
     text = inspect.cleandoc(vars(described).get("__doc__") or "").partition("\n\n")[0]
     return " ".join(text.split())
 
 
 def options(spec: type[Options]) -> dict[str, Any]:
-    """Describe the options of a kind as JSON schema, its default among it."""
+    """Return the JSON schema and the default of each option of a kind."""
     properties = spec.model_json_schema()["properties"]
     return {name: option for name, option in properties.items() if name != "kind"}
 
@@ -152,7 +152,7 @@ def _type(option: dict[str, Any]) -> str:
 
 
 def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Spread cells of several lines over several rows, which a plain table can show too."""
+    """Split cells of several lines into several rows, for plain tables."""
     unfolded = []
     for row in rows:
         columns = [cell.split("\n") for cell in row]

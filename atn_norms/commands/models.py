@@ -18,7 +18,7 @@ def show(
     model: Annotated[Path, typer.Argument(metavar="MODEL.yaml", help="A layer as YAML, JSON or TOML.")],
     as_json: Json = False,
 ) -> None:
-    """Validate a model file, build its layer, and print sites, parameters, state size, the backend and why."""
+    """Validate a model file, build its layer, and print sites, parameters, state size and backend."""
     from atn_norms.specs import build
 
     facts = describe(build(model))
@@ -69,5 +69,5 @@ def describe(layer: Recurrent) -> dict[str, Any]:
 def _named(spec: dict[str, Any] | None) -> str:
     if spec is None:
         return "none"
-    rest = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "kind")
-    return f"{spec['kind']}({rest})" if rest else spec["kind"]
+    options = ", ".join(f"{name}={value}" for name, value in spec.items() if name != "kind")
+    return f"{spec['kind']}({options})" if options else spec["kind"]

@@ -1,4 +1,4 @@
-"""Write a new plugin: a distribution that installs and passes its tests and its linter unchanged."""
+"""Write a new plugin: a distribution that installs and passes its tests and linter unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atn_norms.commands.console import at_home
 from atn_norms.commands.output import emit
 from atn_norms.errors import short_repr, unknown
 
-LONGEST = 24  # characters of a name, so that no line that holds it grows too long
+LONGEST = 24  # characters of a name, so that lines with it stay within the limit
 NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
 
 
@@ -36,7 +36,7 @@ STARTS = {
         'layer = an.LSTM(2, 60, norm={"kind": "$kind", "eps": 1e-5}, window=25)\ny, _ = layer(torch.randn(100, 8, 2))',
     ),
     "window": Start(
-        "    W_t = {t - t mod k, ..., t}: the live steps since the current block of k began, all alike",
+        "    W_t = {t - t mod k, ..., t}: unmasked steps since the current block of k began, weighted equally",
         "| `steps` | k, the steps of a block | 10 |",
         'layer = an.LSTM(2, 60, norm="layer", window={"kind": "$kind", "steps": 10})\n'
         "y, _ = layer(torch.randn(100, 8, 2))",
@@ -48,7 +48,7 @@ STARTS = {
         "layer = an.build(options)\ny, _ = layer.unroll(torch.randn(100, 8, 2))",
     ),
     "task": Start(
-        "    x_t uniform in [-1, 1),   y = x_0, asked for at the last step; always answering 0 costs 1/3",
+        "    x_t uniform in [-1, 1),   y = x_0, predicted at the last step; always predicting 0 costs 1/3",
         "| `length` | steps of a sequence | 20 |",
         "# in a study, `task: {kind: $kind, length: 20}`\n"
         'layer = an.LSTM(1, 60, norm="layer", window=25)\n'
@@ -61,15 +61,15 @@ def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The kind's name, such as pmean.")],
     kind: Annotated[str, typer.Option(metavar="normalizer|window|cell|task", help="Its family.")] = "normalizer",
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder; by default atn-norms-NAME.", callback=at_home)
+        Path | None, typer.Option(metavar="DIR", help="The folder; default: atn-norms-NAME.", callback=at_home)
     ] = None,
 ) -> None:
-    """Write a working plugin to change: a distribution with one kind, its tests and a README."""
+    """Write a working plugin to edit: a distribution with one kind, its tests and a README."""
     from atn_norms.errors import SpecError
 
     if kind not in STARTS:
         raise SpecError.of([unknown("kind", kind, list(STARTS), path=("--kind",))])
-    _refuse_name(name, kind)
+    _require_free_name(name, kind)
     folder = Path(f"atn-norms-{name.replace('_', '-')}") if out is None else out
     written = write_whole(folder, contents(name, kind))
     emit(f"wrote {folder}: {', '.join(written)}")
@@ -108,7 +108,7 @@ def contents(name: str, family: str) -> dict[str, str]:
 
 
 def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
-    """Write a new folder as a whole or not at all; return its files in order."""
+    """Write a new folder atomically; return its files in order."""
     from atn_norms.errors import SpecError
 
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
@@ -120,7 +120,7 @@ def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
             file = partial / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        partial.rename(target)  # onto nothing or an empty folder; anything that appeared meanwhile stays as it is
+        partial.rename(target)  # replaces only an empty folder; a folder created meanwhile is kept
     except OSError as error:
         raise SpecError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
@@ -128,21 +128,21 @@ def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
     return list(texts)
 
 
-def _refuse_name(name: str, family: str) -> None:
+def _require_free_name(name: str, family: str) -> None:
     from atn_norms.errors import SpecError
     from atn_norms.registry import registry
 
     bare = name.removeprefix("atn-norms-").removeprefix("atn_norms_")
     if bare != name:
-        raise SpecError(f"NAME: {short_repr(name)}; give the kind's own name, {bare!r}: the rest is put before it")
+        raise SpecError(f"NAME: got {short_repr(name)}; expected the kind's name, {bare!r}, without the prefix")
     if not re.fullmatch(NAME, name) or name == "none" or len(name) > LONGEST:
         allowed = f"up to {LONGEST} lower-case letters and digits, a letter first, joined by '-' or '_', and not 'none'"
-        raise SpecError(f"NAME: {short_repr(name)}; allowed: {allowed}")
+        raise SpecError(f"NAME: got {short_repr(name)}; expected {allowed}")
     alone = registry.kinds(family).get(name)
     entries = registry.conflicts(family).get(name, ()) if alone is None else (alone,)
     if entries:
         sources = " and ".join(sorted(entry.distribution for entry in entries))
-        raise SpecError(f"NAME: there is a {family} {name!r} already, of {sources}; choose another")
+        raise SpecError(f"NAME: {family} {name!r} exists in {sources}; choose another name")
     module = "atn_norms_" + name.replace("-", "_")
     if importlib.util.find_spec(module) is not None:
-        raise SpecError(f"NAME: a module {module} is installed already; choose another name")
+        raise SpecError(f"NAME: module {module} is already installed; choose another name")

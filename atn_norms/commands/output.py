@@ -21,13 +21,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Results:
-    """The stream that results go to; None outside a command: `sys.stdout`."""
+    """Stream of the results; None outside a command, which selects `sys.stdout`."""
 
     stream: TextIO | None = None
 
 
 def escape_controls(text: str) -> str:
-    r"""Write control characters as Python does, so that no terminal obeys them; tabs and line feeds stay.
+    r"""Escape control characters as Python does, except tabs and line feeds.
 
     >>> print(escape_controls("a\x1b[2Jb"))
     a\x1b[2Jb
@@ -54,7 +54,7 @@ def encodes_unicode() -> bool:
 
 
 def reserved(command: Command) -> Command:
-    """Reserve standard output for the command: what others print meanwhile, such as plugins, goes to standard error."""
+    """Reserve standard output for the command: other output, such as a plugin's, goes to standard error."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -85,9 +85,9 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def separate_stdout() -> None:
-    """Move standard output to another file descriptor, and let descriptor 1 be standard error.
+    """Move standard output to another file descriptor, and redirect descriptor 1 to standard error.
 
-    Compiled code and child processes, such as the workers of a study, write to descriptor 1 whatever `sys.stdout` is.
+    Compiled code and child processes, such as workers of a study, write to descriptor 1 regardless of `sys.stdout`.
     """
     try:
         descriptor = os.dup(1)
@@ -99,14 +99,14 @@ def separate_stdout() -> None:
         os.dup2(2, 1)
     except OSError:  # standard error is closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = open(  # noqa: SIM115  it stays open as long as the process
+    sys.stdout = open(  # noqa: SIM115  open until the process ends
         descriptor, "w", encoding=encoding, errors=errors, buffering=1 if line_buffering else -1
     )
 
 
 @contextlib.contextmanager
 def escaped_logging() -> Iterator[None]:
-    """Escape control characters in warnings that no logging handler of the application takes."""
+    """Escape control characters in warnings where the application has no logging handler."""
     handler = logging.lastResort
     if handler is None:
         yield
@@ -126,7 +126,7 @@ class _Escaped(logging.Formatter):
 
 @contextlib.contextmanager
 def reported_exit() -> Iterator[None]:
-    """Report a call of `os._exit` in this process, such as a plugin's, which would end it without a word.
+    """Report a call of `os._exit` in this process, such as a plugin's, which would end it without a message.
 
     The exit code is at least 2. Processes forked from this one exit as usual.
     """

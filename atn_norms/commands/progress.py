@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from atn_norms.ablation import Event, OnEvent
 
-EVERY = 60.0  # seconds between two lines in a log that say how far the running trials are
-SHOWN = 8  # running trials that such a line names
-FEW = 5.0  # seconds after which the time that is left can be told
-AROUND = 7  # lines that the summary and the table's head and foot take, and one for the cursor
-BROAD = 100  # columns of a terminal with room for bars
+EVERY = 60.0  # seconds between two log lines about the running trials
+SHOWN = 8  # running trials named in a log line
+FEW = 5.0  # seconds before the remaining time is estimated
+AROUND = 7  # lines for the summary, the table's head and foot, and the cursor
+BROAD = 100  # least columns of a terminal for bars
 
 
 def called(point: dict[str, str]) -> str:
     """Name a trial by its point: `adding norm=layer window=25 seed=0`."""
-    rest = {name: value for name, value in point.items() if name != "task"}
-    words = [point.get("task", ""), *(f"{name}={value}" for name, value in rest.items())]
+    labels = {name: value for name, value in point.items() if name != "task"}
+    words = [point.get("task", ""), *(f"{name}={value}" for name, value in labels.items())]
     return escape_controls(" ".join(words).strip())
 
 
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 class Progress:
     """State of a run from its events: running trials, outcomes, remaining steps.
 
-    The time left is the time spent so far, scaled from the training steps taken in this run to those that remain.
+    The remaining time is the elapsed time per training step of this run, times the remaining steps.
     """
 
     def __init__(self, steps_to_do: int, finished: int = 0, total: int = 0) -> None:
@@ -65,25 +65,25 @@ class Progress:
         steps = max(0, event.step - before.step) if before is not None else 0
         self.left_to_do -= steps
         if before is None or before.step or event.kind != "step" or event.step == 1:
-            self.taken += steps  # the first look at a trial may find it far on already, by an earlier run's checkpoint
+            self.taken += steps  # a trial may start at the checkpoint of an earlier run
         if event.kind in ("started", "step", "busy"):
             self.running[event.trial] = event
             (self.elsewhere.add if event.kind == "busy" else self.elsewhere.discard)(event.trial)
             return
         self.running.pop(event.trial, None)
         self.elsewhere.discard(event.trial)
-        self.left_to_do -= event.steps - event.step  # an early end leaves nothing to do
+        self.left_to_do -= event.steps - event.step  # no steps remain after an early end
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
     def left(self) -> str:
-        """Return the estimated remaining time in words; empty while unknown, and at the end."""
+        """Return the estimated remaining time as text; empty while unknown, and at the end."""
         spent = time.monotonic() - self.began
         if self.taken < 1 or spent < FEW or self.finished == self.total:
             return ""
         return f"about {duration(spent * max(0, self.left_to_do) / self.taken)} left"
 
     def summary(self) -> str:
-        """One line: how many are over, how they ended, how many are at work, the time that is left."""
+        """Return one line with the ended trials, outcomes, running trials and remaining time."""
         ends = [f"{count} {kind}" for kind, count in self.counts.items() if kind != "done"]
         over = f"{self.finished} of {self.total} trials ended"
         work = f"{len(self.running)} running"
@@ -94,7 +94,7 @@ class Progress:
 
 @contextmanager
 def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
-    """Show the progress of a run of `total` trials; the callback takes its events."""
+    """Show the progress of a run of `total` trials; the callback receives its events."""
     progress = Progress(steps_to_do, finished, total)
     if not on_terminal():
         yield _Lines(progress)
@@ -103,7 +103,7 @@ def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterat
     from rich.live import Live
 
     console = Console(file=results())
-    # Drawn on its own clock, so that the time goes on between events and a burst of them costs one drawing.
+    # Drawn by a timer, so that the time advances between events, and many events cost one drawing.
     with Live(console=console, get_renderable=lambda: _drawn(progress, console), refresh_per_second=4, transient=True):
 
         def see(event: Event) -> None:
@@ -116,29 +116,29 @@ def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterat
 
 
 class _Lines:
-    """A run as lines of a log."""
+    """Print a run as log lines."""
 
     def __init__(self, progress: Progress) -> None:
-        self.progress, self.said = progress, time.monotonic()
+        self.progress, self.printed = progress, time.monotonic()
 
     def __call__(self, event: Event) -> None:
         self.progress.see(event)
         if event.kind not in ("started", "step"):
             left = self.progress.left()
-            self._say(_ended(event, self.progress) + (f"  ({left})" if left else ""))
-        elif time.monotonic() - self.said >= EVERY:
-            self._say(f"{self.progress.summary()}: {_running(self.progress)}")
+            self._print(_ended(event, self.progress) + (f"  ({left})" if left else ""))
+        elif time.monotonic() - self.printed >= EVERY:
+            self._print(f"{self.progress.summary()}: {_running(self.progress)}")
 
-    def _say(self, line: str) -> None:
-        self.said = time.monotonic()
+    def _print(self, line: str) -> None:
+        self.printed = time.monotonic()
         emit(line)
 
 
 def _running(progress: Progress) -> str:
     events = list(progress.running.values())
-    told = [f"{called(each.point)} at step {each.step} of {each.steps}{_loss(each, ', loss ')}" for each in events]
-    more = [f"and {len(told) - SHOWN} more"] if len(told) > SHOWN else []
-    return "; ".join([*told[:SHOWN], *more])
+    running = [f"{called(each.point)} at step {each.step} of {each.steps}{_loss(each, ', loss ')}" for each in events]
+    more = [f"and {len(running) - SHOWN} more"] if len(running) > SHOWN else []
+    return "; ".join([*running[:SHOWN], *more])
 
 
 def _loss(event: Event, before: str = "") -> str:
@@ -153,8 +153,8 @@ def _ended(event: Event, progress: Progress) -> str:
 
 
 def _drawn(progress: Progress, console: Console) -> Any:
-    """The summary and as many of the running trials as the terminal has lines for, however narrow it is."""
-    events = list(progress.running.values())  # another thread may end some meanwhile
+    """Draw the summary, and as many running trials as fit the terminal."""
+    events = list(progress.running.values())  # a copy, since another thread changes it
     room = min(len(events), max(1, console.height))
     while True:
         picture = _picture(progress, events, room, console.width)
@@ -170,7 +170,7 @@ def _picture(progress: Progress, events: list[Event], room: int, width: int) -> 
     from rich.table import Table
     from rich.text import Text
 
-    summary = Text("stopping; what is finished is kept" if stopping() else progress.summary(), style="bold")
+    summary = Text("stopping; finished work is kept" if stopping() else progress.summary(), style="bold")
     if not room:
         return summary
     bars = width >= BROAD

@@ -21,7 +21,7 @@ class Ended(KeyboardInterrupt):
 
 
 def exit_code(end: KeyboardInterrupt) -> int:
-    """The exit code of a program that a signal ends: 128 and the signal's number.
+    """Return the exit code of a program that a signal ended: 128 plus the signal's number.
 
     >>> exit_code(KeyboardInterrupt()), exit_code(Ended(signal.SIGTERM))
     (130, 143)
@@ -29,7 +29,7 @@ def exit_code(end: KeyboardInterrupt) -> int:
     return 128 + (end.number if isinstance(end, Ended) else signal.SIGINT)
 
 
-class _Asked:
+class _FirstSignal:
     """Time of the first signal; None before it."""
 
     at: float | None = None
@@ -37,40 +37,40 @@ class _Asked:
 
 def stopping() -> bool:
     """Return whether a signal arrived and the code inside `handle` is cleaning up."""
-    return _Asked.at is not None
+    return _FirstSignal.at is not None
 
 
 @contextmanager
 def handle() -> Iterator[None]:
-    """Raise `KeyboardInterrupt`, or `Ended` where SIGTERM or SIGHUP would end the process on the spot, inside.
+    """Raise `KeyboardInterrupt` for SIGINT, and `Ended` for SIGTERM and SIGHUP with default handlers, inside the block.
 
-    Further signals are ignored during cleanup, which an impatient second Ctrl-C would break. After `PATIENCE` seconds a
-    signal raises again, in case the cleanup hangs or the first exception was swallowed.
+    Further signals are ignored during cleanup, so that a second Ctrl-C does not break it. After `PATIENCE` seconds a
+    signal raises again, in case the cleanup hangs or code caught the first exception.
     """
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         usual.clear()
-    mine = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
-    for number in mine:
+    replaced = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+    for number in replaced:
         signal.signal(number, _raise)
     try:
         yield
     finally:
-        for number, handler in mine.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)
-        if mine:
-            _Asked.at = None
+        if replaced:
+            _FirstSignal.at = None
 
 
 def ignore() -> None:
-    """Ignore all signals from now on: only the shutdown of the interpreter is left."""
+    """Ignore all signals during the shutdown of the interpreter."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    if _Asked.at is not None and now - _Asked.at < PATIENCE:
+    if _FirstSignal.at is not None and now - _FirstSignal.at < PATIENCE:
         return
-    _Asked.at = now
+    _FirstSignal.at = now
     raise KeyboardInterrupt if number == signal.SIGINT else Ended(number)

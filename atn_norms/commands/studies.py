@@ -30,7 +30,7 @@ Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask s
 
 def ablate(
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="A study's file, or the name of a ready-made one.")
+        str, typer.Argument(metavar="STUDY", help="A study file, or the name of a ready-made study.")
     ] = "quick",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override an option; may be repeated.")
@@ -39,15 +39,15 @@ def ablate(
     scheduler: Scheduler = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the study; by default studies/NAME-KEY.", callback=at_home),
+        typer.Option(metavar="DIR", help="Folder of the study; default: studies/NAME-KEY.", callback=at_home),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the trials and estimate their duration.")
+        bool, typer.Option("--dry-run", help="List the trials and estimate their duration; train nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train every point of a study, compare them and write the report; the same command resumes a stopped study."""
-    with _going_on("the same command"):
+    """Train and compare every point of a study, and write the report; the same command resumes a stopped study."""
+    with _resumable("the same command"):
         from atn_norms.ablation import create, make_plan
 
         _need(workers, scheduler)
@@ -67,16 +67,16 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Resume a study; failed trials run again, finished ones do not."""
-    with _going_on(_resumption(folder, workers, scheduler)):
+    with _resumable(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import refuse_edited
 
-        _refuse_settings(folder, settings or [])
+        _require_no_settings(folder, settings or [])
         _need(workers, scheduler)
         refuse_edited(folder)
         _run(folder, workers, scheduler, as_json)
 
 
-def _refuse_settings(folder: Path, settings: Sequence[str]) -> None:
+def _require_no_settings(folder: Path, settings: Sequence[str]) -> None:
     from atn_norms.errors import SpecError
 
     if settings:
@@ -86,7 +86,7 @@ def _refuse_settings(folder: Path, settings: Sequence[str]) -> None:
             "--set",
             "an override of the study",
             "none, since resume continues a study unchanged",
-            detail=f"To change it, where it only grows: {command}",
+            detail=f"To extend the study: {command}",
         )
 
 
@@ -126,27 +126,27 @@ def status(folder: Folder, as_json: Json = False) -> None:
     print_table(f"study {record.name!r} in {folder}", ("trial", "status", "steps", "point", "why"), rows)
     emit("\n" + ", ".join(f"{number} {name}" for name, number in count.items() if number))
     if count["pending"] or count["failed"]:
-        emit(f"to go on: {shlex.join(['atn-norms', 'resume', str(folder)])}")
+        emit(f"to resume: {shlex.join(['atn-norms', 'resume', str(folder)])}")
 
 
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; by default DIR/report.", callback=at_home)
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: DIR/report.", callback=at_home)
     ] = None,
     reach: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=LEVEL", help="Time the first reaching of this validation score; may be repeated."),
+        typer.Option(metavar="TASK=LEVEL", help="Compare the time to this validation score; may be repeated."),
     ] = None,
     formats: Annotated[
-        str, typer.Option(metavar="LIST", help="Files of pictures and tables to write, of svg, png, md and tex.")
+        str, typer.Option(metavar="LIST", help="File formats of pictures and tables: svg, png, md, tex.")
     ] = "svg,png,md,tex",
     as_json: Json = False,
 ) -> None:
     """Rebuild the report of a study, or a published report from its own files, and print its table."""
     _need(0)
     levels = _levels(reach or [])
-    with _going_on(shlex.join(["atn-norms", "report", str(folder)])):
+    with _resumable(shlex.join(["atn-norms", "report", str(folder)])):
         from atn_norms.ablation import load
         from atn_norms.ablation.report import is_report, read
 
@@ -156,25 +156,25 @@ def report(
         _report(record, folder, as_json, out or (folder if published else None), levels, wanted)
 
 
-def _levels(given: Sequence[str]) -> dict[str, float]:
+def _levels(settings: Sequence[str]) -> dict[str, float]:
     from atn_norms.errors import SpecError
 
     levels = {}
-    for count, each in enumerate(given, start=1):
+    for count, each in enumerate(settings, start=1):
         task, equals, level = each.rpartition("=")
         try:
             levels[task] = float(level)
         except ValueError:
             equals = ""
         if not (equals and task):
-            raise SpecError(f"--reach {short_repr(each)}: must be TASK=LEVEL with a number, such as adding=0.05")
+            raise SpecError(f"--reach {short_repr(each)}: expected TASK=LEVEL with a number, such as adding=0.05")
         if len(levels) < count:
-            raise SpecError(f"--reach {short_repr(each)}: {short_repr(task)} has a level already")
+            raise SpecError(f"--reach {short_repr(each)}: got {short_repr(task)} twice; expected one level")
     return levels
 
 
 def _need(workers: int, scheduler: str | None = None) -> None:
-    """Refuse before anything is trained or written when what a study ends with could not be made."""
+    """Require every package that a study needs before training begins."""
     from atn_norms.errors import SpecError
 
     processes = ["distributed"] if scheduler else ["distributed", "cryptography"] if workers else []
@@ -199,7 +199,9 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
     from atn_norms.specs import parse, read, validate
 
     if not presets.is_name(study) and Path(study).is_dir():
-        raise SpecError(f"{study} is a folder, not a study's file; a study in it goes on with atn-norms resume")
+        raise SpecError(
+            f"{study}: got a folder; expected a study file. To resume a study in it: atn-norms resume {study}"
+        )
     data, where = parse(presets.text(study), f"{study}.yaml") if presets.is_name(study) else read(Path(study))
     if not presets.is_name(study):
         data.setdefault("name", _name_of(Path(study)))
@@ -208,14 +210,14 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
 
 
 def _name_of(file: Path) -> str:
-    """Return the name of a study's file where it can be a study's name, and the default name otherwise."""
+    """Return the stem of a study file where it is a valid name, and the default name otherwise."""
     from atn_norms.ablation.grid.study import NAME, StudySpec
 
     return file.stem if re.fullmatch(NAME, file.stem) else StudySpec.model_fields["name"].default
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
-    with _going_on(_resumption(folder, workers, scheduler)):
+    with _resumable(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import run
         from atn_norms.commands.progress import live_progress
 
@@ -245,19 +247,19 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
 
 
 def _resumption(folder: Path, workers: int, scheduler: str | None) -> str:
-    """Write the command that goes on just as this one did."""
+    """Return the command that resumes a study with the same workers."""
     where = ["--scheduler", scheduler] if scheduler else ["--workers", str(workers)] if workers != WORKERS else []
     return shlex.join(["atn-norms", "resume", str(folder), *where])
 
 
 @contextmanager
-def _going_on(command: str) -> Iterator[None]:
-    """Say how to go on when it is interrupted or asked to end."""
+def _resumable(command: str) -> Iterator[None]:
+    """Print the resume command when a signal stops the block."""
     with handle():
         try:
             yield
         except KeyboardInterrupt as end:
-            emit(f"\nstopped; what is finished is kept. To go on: {command}", error=True)
+            emit(f"\nstopped; finished work is kept. To resume: {command}", error=True)
             raise typer.Exit(exit_code(end)) from None
 
 
@@ -275,14 +277,14 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
         emit(f"data: {note}")
     emit(f"folder: {folder}")
     if not left:
-        emit("every trial is done already")
+        emit("every trial is already done")
         return
     where = f"on {scheduler}" if scheduler else f"in {workers} processes" if workers else "in this process"
-    emit(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command goes on")
+    emit(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command resumes")
     seconds = None if scheduler else estimate(record, max(1, workers))
     if seconds is not None:
-        started = " once the processes are up" if workers else ""
-        emit(f"this may take about {duration(max(1.0, seconds))}{started}, going by a few timed steps")
+        started = " after the processes start" if workers else ""
+        emit(f"estimated duration: about {duration(max(1.0, seconds))}{started}, from a few timed steps")
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
@@ -301,7 +303,7 @@ def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
     print_table(f"study {plan.name!r}: {len(rows)} trials", ("trial", "seed", "steps", "points"), rows)
     if seconds is not None:
         each = f"{at_a_time} at a time" if at_a_time != 1 else "one after another"
-        emit(f"\n{len(rows)} trials, {each}: about {duration(max(1.0, seconds))}, going by a few timed steps")
+        emit(f"\n{len(rows)} trials, {each}: about {duration(max(1.0, seconds))}, estimated from a few steps")
 
 
 def _report(
@@ -316,15 +318,15 @@ def _report(
     from atn_norms.ablation.report.sentences import verdict_line
     from atn_norms.ablation.store.folder import StudyFolder
 
-    found = findings(record, reach)
-    page, *others = write(found, out or StudyFolder(folder).report, reach, FORMATS if formats is None else formats)
-    results = table(found)
+    result = findings(record, reach)
+    page, *others = write(result, out or StudyFolder(folder).report, reach, FORMATS if formats is None else formats)
+    results = table(result)
     if as_json:
         files = [str(path) for path in (page, *others)]
         print_json({"name": record.name, "folder": str(folder), "results": results.records, "report": files})
         return
     print_table(results.title, results.headers, results.rows)
     emit()
-    for task in found.tasks:
-        emit(f"{task.task}: {verdict_line(found, task)}")
+    for task in result.tasks:
+        emit(f"{task.task}: {verdict_line(result, task)}")
     emit(f"\nreport: {page}")

@@ -179,7 +179,7 @@ def test_a_run_interrupted_while_a_cluster_trains(machines, place, truth):
     assert until(lambda: worker.process.pid in trained_by(folder) or driver.process.poll() is not None)
     driver.signal_group(signal.SIGINT)
     assert driver.ends() == 130, driver.output()
-    assert f"To go on: atn-norms resume {folder}" in driver.output()
+    assert f"To resume: atn-norms resume {folder}" in driver.output()
     assert until(lambda: load(folder).count("running") == 0, limit=15)
     assert worker.process.poll() is None and "Traceback" not in driver.output()
     assert ended(children.whole, folder, STUDY).error == ""

@@ -20,7 +20,7 @@ STUDY = {
     "axes": {"norm": ["none", "layer"]},
 }
 SLOW = ["--set", "train.steps=1000000", "--set", "train.eval_every=1000000"]
-HINT = "stopped; what is finished is kept. To go on: "
+HINT = "stopped; finished work is kept. To resume: "
 
 
 @pytest.fixture

@@ -59,8 +59,8 @@ def test_doctor_survives_them_and_prints_the_cure(source, fate, kernels, capsys)
     checks = {check["subject"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     found = checks["native kernels"]
     assert found["status"] == "failed"
-    assert found["finding"] == f"{path}: whatever uses them ends with them; {fate}"
-    assert "delete that file" in found["advice"] and "install atn-norms again" in found["advice"]
+    assert found["finding"] == f"{path}: they crash the process; {fate}"
+    assert "delete that file" in found["advice"] and "reinstall atn-norms" in found["advice"]
     assert "backend native" not in checks
     assert checks["backend reference"]["status"] == checks["backend torch"]["status"] == "ok"
     assert native.unavailable() == f"its kernels end the process that uses them: {fate}"

@@ -100,9 +100,9 @@ def test_a_generated_plugin_passes_the_linter(tmp_path, family, name):
         ([""], "NAME: ''; allowed: up to 24"),
         (["none"], "NAME: 'none'; allowed: "),
         ([LONG + "i"], "NAME: 'abcdefghij-abcdefghij-abi'; allowed: up to 24"),
-        (["atn-norms-mine"], "NAME: 'atn-norms-mine'; give the kind's own name, 'mine': the rest is put before it"),
-        (["layer"], "NAME: there is a normalizer 'layer' already, of atn-norms; choose another"),
-        (["sliding", "--kind", "window"], "NAME: there is a window 'sliding' already, of atn-norms; choose another"),
+        (["atn-norms-mine"], "NAME: got 'atn-norms-mine'; expected the kind's name, 'mine', without the prefix"),
+        (["layer"], "NAME: normalizer 'layer' exists in atn-norms; choose another name"),
+        (["sliding", "--kind", "window"], "NAME: window 'sliding' exists in atn-norms; choose another name"),
         (
             ["mine", "--kind", "windw"],
             "--kind: got unknown kind 'windw'; expected one of normalizer, window, cell, task; did you mean 'window'?",
@@ -123,7 +123,7 @@ def test_a_kind_of_another_family_may_have_the_name(tmp_path):
 def test_a_module_that_is_installed_is_not_shadowed(tmp_path, site, capsys):
     (site.folder / "atn_norms_mine.py").write_text("")
     assert write(tmp_path, "mine") == 2
-    assert "a module atn_norms_mine is installed already; choose another name" in capsys.readouterr().err
+    assert "module atn_norms_mine is already installed; choose another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", ["a file", "a folder with a file", "a link to nowhere"])

@@ -106,7 +106,7 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
         ),
         (["layer", "--set", "ep=1"], "ep: got an unknown key; expected one of kind, eps; did you mean 'eps'?"),
         (["layer", "--set", "eps=-1"], "eps: got -1; expected at least 0"),
-        (["layer", "--set", "eps"], "--set eps: must be option=value, such as eps=1e-3"),
+        (["layer", "--set", "eps"], "--set eps: expected OPTION=VALUE, such as eps=1e-3"),
         (["sliding"], "steps: got nothing; expected a value"),
         (["native", "--set", "threads=2"], "a backend has no options"),
     ],

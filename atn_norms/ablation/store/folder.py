@@ -100,7 +100,7 @@ class StudyFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise SpecError(f"{self.path} is a file, and the study needs a folder")
         if self.path.exists() and not self.folder.has(RESOLVED):
-            self._refuse_strangers()  # before the lock, so that a refusal leaves none behind
+            self._require_empty_or_study()  # before the lock, so that a refusal leaves none behind
         with self._all_or_nothing() as made:
             self.folder.make(made)
             with self.lock(), self._all_or_nothing() as within:
@@ -130,7 +130,7 @@ class StudyFolder:
         is_fresh = not self.folder.has(RESOLVED)
         if is_fresh:
             made.append(self.path / LOCK)
-            self._refuse_strangers()
+            self._require_empty_or_study()
         else:
             self._refuse_another(plan)
         for planned in plan.trials:
@@ -190,12 +190,12 @@ class StudyFolder:
             elif trial.has_result():
                 trial.clear()
 
-    def _refuse_strangers(self) -> None:
-        # A start that was killed wrote trials before study.yaml: without them that file is somebody's own.
+    def _require_empty_or_study(self) -> None:
+        # A killed start wrote trials before study.yaml: without trials, study.yaml is a user's file.
         ours = OURS if self.folder.has("trials") else OURS - {"study.yaml"}
-        strangers = [name for name in self.folder.names() if name not in ours and not name.endswith(".tmp")]
-        if strangers:
-            holds = f"it holds {strangers[0]!r}"
+        others = [name for name in self.folder.names() if name not in ours and not name.endswith(".tmp")]
+        if others:
+            holds = f"it holds {others[0]!r}"
             raise SpecError(f"{self.path} is not empty and not a study's folder ({holds}); choose another")
 
     def load(self, resolved: dict[str, Any] | None = None, curves: bool = True) -> StudyRecord:

@@ -57,7 +57,7 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """Whether the file of this lock is no longer the one in the folder."""
+        """True when the folder no longer contains the file of this lock."""
         return not _is_same(self.folder, self.descriptor)
 
     def describe_loss(self) -> str:

@@ -1,4 +1,4 @@
-"""What a study's folder says, as plain values: the one thing the report, the status line and the tests read."""
+"""Contents of a study's folder as plain values, for the report, the status line and the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Spread = Literal["additive", "multiplicative"]
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a number of this task means.
+    """Meaning of a task's scores.
 
     | field       | meaning                                                                  |
     |-------------|--------------------------------------------------------------------------|
@@ -75,7 +75,7 @@ def _own(value: Any, task: str) -> Any:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as its folder tells it.
+    """One trial, read from its folder.
 
     | field    | meaning                                                                                             |
     |----------|-----------------------------------------------------------------------------------------------------|
@@ -136,7 +136,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A whole study as its folder tells it; axes, tasks and trials in the order of the study file."""
+    """A whole study, read from its folder; axes, tasks and trials in the order of the study file."""
 
     name: str
     study: dict[str, Any]
@@ -180,17 +180,17 @@ class StudyRecord:
                 f"task: got {len(tasks)} tasks, whose scores do not compare; expected one: {', '.join(tasks)}"
             )
         if not found:
-            asked = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
-            raise SpecError(f"study {self.name!r}: got no finished trial with {asked}; expected at least one")
+            labels = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
+            raise SpecError(f"study {self.name!r}: got no finished trial with {labels}; expected at least one")
         facts = self.tasks[tasks[0]]
         return (min if facts.goal == "min" else max)(found, key=lambda trial: _selection(trial, facts))
 
     def count(self, status: Status) -> int:
-        """How many trials have this status."""
+        """Return the number of trials with a status."""
         return sum(trial.status == status for trial in self.trials)
 
     def counts(self) -> dict[str, int]:
-        """How many trials are `done`, `diverged`, `failed`, `running` and `pending`."""
+        """Return the numbers of trials that are `done`, `diverged`, `failed`, `running` and `pending`."""
         return {status: self.count(status) for status in ("done", "diverged", "failed", "running", "pending")}
 
 
@@ -213,7 +213,7 @@ def _label(value: Any) -> str:
 
 
 def _fits(trial: TrialRecord, wanted: dict[str, str]) -> bool:
-    """Whether one of the grid points that a trial answers has all of some labels."""
+    """Return whether a grid point of a trial has all of these labels."""
     return any(wanted.items() <= {**point, "seed": str(trial.seed)}.items() for point in trial.points)
 
 

@@ -25,7 +25,7 @@ MOST_TRACEBACK = 2**20  # characters of a traceback that are kept
 
 
 class TrialFolder:
-    """The files of one trial; whoever changes them holds `lock()`.
+    """The files of one trial; a process that changes them holds `lock()`.
 
     Errors: `StoreError` where the folder's name is no id.
     """
