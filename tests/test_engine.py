@@ -248,6 +248,34 @@ def test_versions_that_differ_are_named(study):
     assert differences({"a": "1"}, {"a": "1"}) == ""
 
 
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_trial_that_calls_sys_exit_fails_and_the_others_continue(study, monkeypatch, code):
+    train, exiting = worker.run_trial, load(study).trials[0].id
+
+    def exits(folder, *arguments):
+        if folder.id == exiting:
+            sys.exit(code)
+        train(folder, *arguments)
+
+    monkeypatch.setattr(worker, "run_trial", exits)
+    record = run(study, workers=0)
+    assert record.count("failed") == 1 and record.count("done") == 2
+    error = record.trials[0].error
+    assert error is not None
+    assert error["error"] == f"SystemExit: the trial called sys.exit({code}); expected a return or an exception"
+    assert "in exits" in error["traceback"]
+
+
+def test_sys_exit_in_a_callback_ends_the_run(study):
+    def stop(event):
+        if event.kind == "step":
+            sys.exit(7)
+
+    with pytest.raises(SystemExit, match="7"):
+        run(study, workers=0, on_event=stop)
+    assert load(study).count("failed") == 0
+
+
 PLUGIN = """
 import os, signal
 from typing import Literal

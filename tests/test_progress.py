@@ -69,8 +69,8 @@ def on_screen(progress, width, height):
     console = Console(file=out, width=width, height=height)
     console.print(module._drawn(progress, console))
     lines = out.getvalue().splitlines()
-    assert len(lines) < height, "the drawing scrolls"
-    assert all(len(line) <= width for line in lines), "a line wraps"
+    assert len(lines) < height, "it would scroll"
+    assert all(len(line) <= width for line in lines), "it would wrap"
     return out.getvalue()
 
 
@@ -96,7 +96,7 @@ def test_the_cost_of_400_trials_is_that_of_the_shown_rows(clock, monkeypatch):
         progress.see(event("started", f"t{number}"))
     monkeypatch.setattr(module, "called", lambda point: drawn.append(point) or "x")
     assert "and 3" in on_screen(progress, 100, 24)
-    assert len(drawn) <= 24 + 24, "one attempt too large, and one that fits"
+    assert len(drawn) <= 24 + 24, "one attempt too many, and one that fits"
 
 
 def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):

@@ -1,6 +1,7 @@
 """Reading tables: numbers, times, missing values, and the position of invalid values."""
 
 import math
+import os
 import re
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from atn_norms.errors import SpecError
+from atn_norms.tasks import tables
 from atn_norms.tasks.tables import content, read
 
 
@@ -165,6 +167,25 @@ def test_a_missing_file_is_named_with_the_nearest(tmp_path):
         content(tmp_path / "laod.csv", "file")
     with pytest.raises(SpecError, match=re.escape(f"{tmp_path}: file: got a folder; expected a regular file")):
         content(tmp_path, "file")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_special_file_is_refused_without_reading_it(tmp_path, kind, monkeypatch):
+    path = tmp_path / "load.csv"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    # A file may be replaced after a check by its path, so only the opened file is checked.
+    monkeypatch.setattr("pathlib.Path.is_file", lambda path: True)
+    with pytest.raises(SpecError, match=r"file: got .*load.csv \(a special file\); expected a readable file"):
+        content(path, "file")
+
+
+def test_a_file_above_the_limit_or_of_an_impossible_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "LARGEST", 3)
+    (tmp_path / "load.csv").write_text("a\n1\n")
+    with pytest.raises(SpecError, match=r"load.csv \(a file of more than 3 bytes\)"):
+        content(tmp_path / "load.csv", "file")
+    with pytest.raises(SpecError, match=r"\(embedded null byte\); expected a readable file"):
+        content(tmp_path / "a\0b", "file")
 
 
 def test_without_arrow_the_message_has_the_install_command(tmp_path, monkeypatch):

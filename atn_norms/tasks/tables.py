@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.errors import SpecError, nearest, nearest_file, short_repr
+from atn_norms.files import read_regular
 
 TABLES = (".csv", ".parquet")
 INSTALL = "Run pip install 'atn-norms[data]'"
@@ -39,16 +40,18 @@ def fault(
 
 
 def content(path: Path, option: str) -> bytes:
-    """Return the bytes of a regular file.
+    """Return the bytes of a regular file, of at most `LARGEST` bytes where it is a CSV file.
 
     Errors: `SpecError` naming the option and the file that cannot be read.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise fault(option, path, "a folder" if path.is_dir() else "a special file", "a regular file")
-        return path.read_bytes()
+        return read_regular(path, LARGEST if path.suffix.lower() == ".csv" else None)
+    except IsADirectoryError:
+        raise fault(option, path, "a folder", "a regular file") from None
     except OSError as error:
         raise SpecError(option, f"{path} ({error.strerror})", "a readable file", nearest_file(path)) from error
+    except ValueError as error:  # a path with a zero character
+        raise SpecError(option, f"{short_repr(str(path))} ({error})", "a readable file") from error
 
 
 def digest(data: bytes) -> str:
@@ -260,8 +263,6 @@ def _read_csv(data: bytes, path: Path, option: str, delimiter: str, missing: Ite
 
 def _header(data: bytes, path: Path, option: str, delimiter: str) -> tuple[list[str], int]:
     """Return the names in the first line that is not empty, and the number of empty lines before it."""
-    if len(data) > LARGEST:
-        raise fault(option, path, f"{len(data)} bytes", f"at most {LARGEST}; a Parquet file may be larger")
     try:
         text = data.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:

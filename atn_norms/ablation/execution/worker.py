@@ -44,9 +44,14 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
     cannot be used, which ends the run.
     """  # noqa: E501
 
+    in_callback = False
+
     def step(number: int) -> None:
+        nonlocal in_callback
         folder.set_step(number)
+        in_callback = True
         on_step(number)
+        in_callback = False
 
     try:
         if not folder.path.is_dir():
@@ -61,6 +66,12 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
         return _unless_lost(folder, {"unusable": str(error)})
     except Exception as error:  # noqa: BLE001 - a trial may raise any exception; the others continue
         return _unless_lost(folder, {}) or _failed(folder, line(error), traceback.format_exc())
+    except SystemExit as error:
+        if in_callback:  # the caller's callback stops the program
+            raise
+        code = "" if error.code is None else repr(error.code)
+        message = f"SystemExit: the trial called sys.exit({code}); expected a return or an exception"
+        return _unless_lost(folder, {}) or _failed(folder, message, traceback.format_exc())
     return {}
 
 
