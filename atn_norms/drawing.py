@@ -11,7 +11,7 @@ VARIABLE = "MPLBACKEND"
 def import_matplotlib() -> None:
     """Import matplotlib without `MPLBACKEND`, whose value may name a backend that is not installed here.
 
-    Jupyter sets the variable for every process that it starts. The pictures of this package use separate canvases and no backend.
+    Jupyter sets the variable for every process that it starts. The pictures of this package use no backend.
 
     Errors: `ModuleNotFoundError` where matplotlib is not installed.
     """

@@ -144,8 +144,10 @@ def load(into: Registry) -> tuple[PluginRecord, ...]:
 
     A plugin that raises registers nothing and is recorded as failed; the others load. A plugin that requires another
     version of this package is not imported. A plugin that takes more than 2 seconds is named while it loads and in its
-    record. It is not interrupted, since an interrupted import leaves incomplete modules. Two environment variables take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks
-    these, `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
+    record. It is not interrupted, since an interrupted import leaves incomplete modules.
+
+    Two environment variables take entry-point names, separated by commas: `ATN_NORMS_DISABLE_PLUGINS` blocks these,
+    `ATN_NORMS_LOAD_PLUGINS` blocks all others (empty: all).
     """
     # Unguarded: an installation whose built-in kinds do not load is broken.
     own, began = Source(BUILT_IN, OWN, _own_version()), time.perf_counter()
@@ -186,7 +188,7 @@ def _discover() -> Iterator[tuple[Source, Any]]:
 
 
 def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, PluginError | None]:
-    """Return name and version of a distribution, and the error where one is missing or it requires another atn-norms."""
+    """Return a distribution's name and version, and the error where one is missing or another atn-norms is required."""
     try:
         # Read from the file: `distribution.metadata` treats missing fields differently between Pythons,
         # and where the backport of importlib.metadata is loaded, all distributions are the backport's.
