@@ -314,7 +314,7 @@ def test_who_gets_there_at_the_very_end_is_ahead_of_who_never_does():
 
 
 def test_longer_training_is_no_head_start():
-    """Steps beyond what the shortest-trained trial was given count for nobody."""
+    """Steps beyond what the shortest-trained trial was given are ignored."""
     record = reaching({"none": [0.9] * 4, "layer": [0.9] * 5 + [0.1]})
     longer = tuple(
         replace(t, trial={**t.trial, "train": {"steps": 60}}) if t.points[0]["norm"] == "layer" else t

@@ -45,7 +45,7 @@ TASKS = {
 
 
 class Page(HTMLParser):
-    """What a browser would load, run and name on a page."""
+    """Resources, scripts and names that a browser finds on a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -194,7 +194,7 @@ def test_several_pictures_share_a_page_without_sharing_an_id(whole):
     assert used <= set(ids)
 
 
-def test_pictures_say_what_they_show(whole):
+def test_pictures_describe_their_content(whole):
     tags = Page((whole[1] / "report.html").read_text(encoding="utf-8")).tags
     pictures = [attributes for tag, attributes in tags if tag == "svg"]
     ids = {attributes.get("id") for _, attributes in tags}
@@ -248,7 +248,7 @@ def test_every_trial_is_a_line_of_the_csv():
 
 
 @pytest.mark.parametrize(("keep", "goal", "step"), [("last", "min", 20), ("best", "min", 10), ("best", "max", 15)])
-def test_the_step_whose_weights_are_scored_is_told(tmp_path, keep, goal, step):
+def test_the_step_whose_weights_are_scored_is_reported(tmp_path, keep, goal, step):
     record = study(score, norms=("none",), seeds=1, tasks={"adding": TaskFacts("score", goal=goal)})
     looks = [{"step": s, "train_loss": 1.0, "validation": v} for s, v in [(5, 2.0), (10, 1.0), (15, 3.0), (20, 1.0)]]
     (only,) = record.trials
@@ -261,7 +261,7 @@ def test_the_step_whose_weights_are_scored_is_told(tmp_path, keep, goal, step):
     assert (f"20, scored {step}" in page) == (step != 20)
 
 
-def test_a_trial_that_ended_early_says_of_how_many_steps_and_why(tmp_path):
+def test_a_trial_that_ended_early_reports_its_steps_and_reason(tmp_path):
     record = study(score, norms=("none",), seeds=1)
     (only,) = record.trials
     ended = {**(only.result or {}), "reason": "no better validation in 2 looks"}
@@ -273,7 +273,7 @@ def test_a_trial_that_ended_early_says_of_how_many_steps_and_why(tmp_path):
     assert "20 of 60: no better validation in 2 looks" in page
 
 
-def test_what_runs_a_study_again_says_only_what_the_study_says(tmp_path):
+def test_the_study_file_on_the_page_has_only_declared_options(tmp_path):
     record = study(score, norms=("none",), seeds=1)
     report.write(replace(record, study=record.study | {"task": "adding", "tasks": None, "reach": None}), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -537,23 +537,23 @@ def test_what_diverged_before_anything_was_measured_has_its_cross(monkeypatch):
 def test_reaching_a_level_at_the_very_last_step_is_reaching_it():
     record = study(lambda norm, window, seed: 0.15 if norm == "none" else 0.1, seeds=2)
     found = findings(record, {"adding": 0.11})
-    told = answer(found, found.tasks[0])[-1]
+    answers = answer(found, found.tasks[0])[-1]
     tied = "layer, window 1, tied with layer, window 25 and rms, window 1 and rms, window 25, after 20 steps"
-    assert f"is reached soonest by {tied}" in told.replace("\N{NO-BREAK SPACE}", " ")
+    assert f"is reached soonest by {tied}" in answers.replace("\N{NO-BREAK SPACE}", " ")
 
 
-@pytest.mark.parametrize(("best", "told"), [(0.2, True), (1 / 6, True), (0.16, False)])
-def test_a_best_that_has_learnt_nothing_is_called_so(best, told):
+@pytest.mark.parametrize(("best", "answers"), [(0.2, True), (1 / 6, True), (0.16, False)])
+def test_a_best_that_has_learnt_nothing_is_called_so(best, answers):
     record = study(lambda norm, window, seed: best if norm == "layer" else 0.3)
-    assert ("no better than the trivial predictor “guessing one”, 0.167" in verdict_text(record)) == told
+    assert ("no better than the trivial predictor “guessing one”, 0.167" in verdict_text(record)) == answers
 
 
 def test_the_answer_is_short_and_claims_nothing_without_an_interval():
     for record in GALLERY.values():
         found = findings(record)
-        told = answer(found, found.tasks[0])
-        assert len(told) <= 5
-        for sentence in told:
+        answers = answer(found, found.tasks[0])
+        assert len(answers) <= 5
+        for sentence in answers:
             assert not re.search(r"\b(better|worse|faster|slower)\b", sentence), "not a word of a verdict"
             claims = re.search(r"^\w+ (helps|hurts) at ", sentence)
             assert not claims or re.search(r"\[[^\]]*\d[^\]]*\], adjusted p", sentence), sentence
@@ -605,7 +605,7 @@ def test_a_report_is_small_enough_to_keep_beside_the_code(tmp_path):
     assert sum(path.stat().st_size for path in files) < 2_000_000
 
 
-def test_the_page_tells_how_soon_a_level_is_reached(tmp_path):
+def test_the_page_reports_the_time_to_a_level(tmp_path):
     record = grid(WINDOWED, ends, baseline=NONE)
     report.write(record, tmp_path, {"adding": 0.1})
     page = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts).split())
@@ -644,7 +644,7 @@ def test_every_comparison_is_a_line_of_the_points_file():
     assert sum(count for (_, _, role), count in roles.items() if role == "primary") == 4
 
 
-def test_costs_are_told_point_by_point():
+def test_costs_are_reported_for_each_point():
     costs = report_costs.costs(findings(wreck(study(score))))
     assert [cost.timed for cost in costs] == [6, 6, 6, 6, 5]
     assert (costs[0].typical, costs[0].extremes, costs[0].total) == ("5.0 s", "2.5 s to 7.5 s", "30.0 s")

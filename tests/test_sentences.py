@@ -1,4 +1,4 @@
-"""What a report says in words, and how it calls the points of a grid."""
+"""Sentences of a report, and the names of grid points."""
 
 import re
 from dataclasses import replace
@@ -43,16 +43,16 @@ def test_a_verdict_uses_the_four_words_and_names_the_margin():
 
 
 def test_points_that_are_the_best_together_are_all_named():
-    told = verdict_text(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
-    assert "is 0.125 [0.105, 0.145] (layer, window 1, tied with layer, window 25)" in told
+    text = verdict_text(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
+    assert "is 0.125 [0.105, 0.145] (layer, window 1, tied with layer, window 25)" in text
     assert "(none, the baseline, tied with 4 other points)" in verdict_text(
         study(lambda norm, window, seed: 0.1 + seed / 100)
     )
 
 
 def test_the_baseline_is_named_where_the_point_is():
-    told = verdict_text(study(lambda norm, window, seed: (0.2 if norm == "none" else 0.3) + 0.01 * seed))
-    assert "(none, the baseline), no better than the trivial predictor" in told
+    text = verdict_text(study(lambda norm, window, seed: (0.2 if norm == "none" else 0.3) + 0.01 * seed))
+    assert "(none, the baseline), no better than the trivial predictor" in text
     assert ", the baseline" not in verdict_text(study(score))
     alone = verdict_text(grid({}, lambda point, seed: 0.1 + 0.001 * seed))
     assert "the baseline" not in alone
@@ -65,21 +65,21 @@ def test_points_without_a_number_are_counted():
 
     record = study(score, windows=("1", "5", "25"))
     record = replace(record, trials=tuple(map(diverged, record.trials)))
-    told = verdict_text(record)
-    assert told.startswith("Norm: helps at 3, hurts at 0, undecided at 3 of 6 ")
-    assert "Exploratory, against window 1 of the same normalizer: helps at 2, hurts at 0, undecided at 2 of 4." in told
+    text = verdict_text(record)
+    assert text.startswith("Norm: helps at 3, hurts at 0, undecided at 3 of 6 ")
+    assert "Exploratory, against window 1 of the same normalizer: helps at 2, hurts at 0, undecided at 2 of 4." in text
     (task,) = findings(record).tasks
     assert sum(row.against is not None for row in task.final.rows) == 6
 
 
-def test_what_an_axis_says_is_not_said_of_the_model_too():
+def test_the_option_of_an_axis_is_not_repeated_for_the_model():
     record = grid({"cell": ["lstm", "gru"], "train.optimizer.lr": ["0.1", "0.2"]}, lambda point, seed: 0.1)
     train = {"clip_grad_norm": None, "steps": 5, "optimizer": {"kind": "adam", "lr": 0.1}, "schedule": {"warmup": 1}}
-    said = {"model": {"cell": "rnn", "hidden_size": 60, "norm": {"kind": "layer", "eps": 0.1}}, "train": train}
-    told = dict(question(replace(record, study=said)))
-    assert told["Model"] == "hidden_size 60, norm kind layer, eps 0.1"
-    assert told["Training"] == "clip_grad_norm null, steps 5, optimizer kind adam, schedule warmup 1"
-    assert said["train"]["optimizer"]["lr"] == 0.1, "the record stays"
+    declared = {"model": {"cell": "rnn", "hidden_size": 60, "norm": {"kind": "layer", "eps": 0.1}}, "train": train}
+    text = dict(question(replace(record, study=declared)))
+    assert text["Model"] == "hidden_size 60, norm kind layer, eps 0.1"
+    assert text["Training"] == "clip_grad_norm null, steps 5, optimizer kind adam, schedule warmup 1"
+    assert declared["train"]["optimizer"]["lr"] == 0.1, "the record stays"
 
 
 def test_short_names_stay_apart():
