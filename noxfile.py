@@ -37,6 +37,7 @@ def lint(session: nox.Session) -> None:
     install(session, "test", "dev")
     session.run("python", "-m", "ruff", "check", ".")
     session.run("python", "-m", "ruff", "format", "--check", ".")
+    session.run("python", "-m", "tests.language")
 
 
 @nox.session

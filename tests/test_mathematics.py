@@ -72,7 +72,7 @@ def derivative(function: Callable[[torch.Tensor], torch.Tensor], a: torch.Tensor
 
 
 def pooled(a: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the page says of a window in terms of each step's own mean and variance: mu_t, v_t [T, 1] and m_t [T, 1]."""
+    """Return mu_t, v_t [T, 1] and m_t [T, 1] of a window from the mean and variance of each step, as on the page."""
     mean, var = a.mean(-1, keepdim=True), a.var(-1, unbiased=False, keepdim=True)
     mu = torch.stack([mean[list(window(t, k))].mean(0) for t in range(len(a))])
     v = torch.stack(
@@ -81,7 +81,7 @@ def pooled(a: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return mu, v, torch.tensor([[len(window(t, k))] for t in range(len(a))])
 
 
-# ---- the definition, and what a step must say about itself
+# ---- the definition, from the statistics of single steps
 
 
 @pytest.mark.parametrize("k", [1, K, T + 2])

@@ -44,13 +44,13 @@ class CellWeights:
     """The weights of a cell: tensors by torch's names, and the norm of each site that has one.
 
     `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and the other tensors
-    of the cell) to tensors; a missing bias is None. In `asked` a backend may store results of `unsupported_reason` for
+    of the cell) to tensors; a missing bias is None. In `plans` a backend may store results of `unsupported_reason` for
     its `run`. A layer collects its weights again for every call.
     """
 
     tensors: Mapping[str, Tensor]
     norms: Mapping[str, SiteNorm] = field(default_factory=dict)
-    asked: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    plans: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

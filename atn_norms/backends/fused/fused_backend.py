@@ -41,7 +41,7 @@ class Fused(ABC):
         keep_state: bool = True,
     ) -> tuple[Tensor, Tree]:
         steps, batch, _ = xs.shape
-        planned_for, found = weights.asked.pop(self.name, (None, ""))
+        planned_for, found = weights.plans.pop(self.name, (None, ""))
         found = found if planned_for is cell else planned(cell, weights)
         assert not isinstance(found, str), found  # refused otherwise
         plan, moments = found

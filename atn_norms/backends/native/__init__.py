@@ -32,7 +32,7 @@ class Native(Fused):
             return found
         if found[0].coupled and like.dtype in HALF:
             return f"it runs norms over the batch in float32 and float64, and the layer is {like.dtype}"
-        weights.asked[self.name] = cell, found
+        weights.plans[self.name] = cell, found
         return unavailable()
 
     def attempt(self, plan: Plan, *arguments: Any) -> list[Tensor] | None:

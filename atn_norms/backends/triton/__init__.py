@@ -39,7 +39,7 @@ class Triton(Fused):
         grouped = [site for site in plan.sites if site.groups > 1]
         if grouped:
             return f"it has no kernel for a norm of groups, and the one at {grouped[0].site} has {grouped[0].groups}"
-        weights.asked[self.name] = cell, found
+        weights.plans[self.name] = cell, found
         return unavailable()
 
     def operate(self, *arguments: Any) -> list[Tensor]:
