@@ -84,7 +84,7 @@ def test_a_rejected_run_removes_nothing(place, undisturbed):
     folder = place / "above" / "study"
     with Child(children.whole, folder, fault="stop@.lock:begin") as late:
         late.stands_still()
-        with Child(children.whole, folder, fault="stop@.lock:outcomes") as first:
+        with Child(children.whole, folder, fault="stop@.lock:written") as first:
             first.stands_still()
             late.signal(signal.SIGCONT)
             assert "another run is at work on this study" in late.outcome().error
