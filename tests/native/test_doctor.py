@@ -21,6 +21,7 @@ int atn_norms_forward(void *call, int is_double) {{ raise(SIGILL); return 0; }}
 int atn_norms_backward(void *call, int is_double) {{ return 0; }}
 long atn_norms_timeline(long a, long b, long c, long d) {{ return 0; }}
 int atn_norms_level(int limit) {{ return 0; }}
+int atn_norms_interpret(void *words, int narrow, void *inputs, long rows, void *outputs) {{ return 0; }}
 int atn_norms_openmp(void) {{ return 1; }}
 long atn_norms_interface(void) {{ return {native.INTERFACE * 65536 + ctypes.sizeof(native.CallArgs)}; }}
 """
