@@ -117,7 +117,10 @@ BAD = [
         "--set axes.norm[1]: axes.norm[1]: got unknown normalizer",
     ),
     (["ablate", "study.yaml", "--set", "trian.steps=4"], "atn-norms: --set trian.steps: trian: got an unknown key"),
-    (["ablate", "study.yaml", "--set", "reach.adding=abc"], "atn-norms: --set reach.adding: reach.adding: got 'abc'; expected a number"),
+    (
+        ["ablate", "study.yaml", "--set", "reach.adding=abc"],
+        "atn-norms: --set reach.adding: reach.adding: got 'abc'; expected a number",
+    ),
     (
         ["ablate", "study.yaml", "--set", "tasks[0]=adding"],
         "--set tasks[0]: got an index; expected none, since the file has one task; did you mean 'task'?",

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 import atn_norms as an
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "_static" / "what-a-window-keeps.svg"
@@ -57,8 +56,9 @@ def scales() -> dict[str, torch.Tensor]:
 
 def draw(target: Path = TARGET) -> None:
     """Write the figure."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(9, 2.3), sharex=True, layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.3), layout="constrained")
+        axes = figure.subplots(1, 3, sharex=True)
         for axis, (title, values), color in zip(axes, scales().items(), (INK, PALE, ACCENT), strict=True):
             axis.fill_between(range(STEPS), values.numpy(), color=color, alpha=0.25, step="mid", linewidth=0)
             axis.step(range(STEPS), values.numpy(), where="mid", color=INK if color == PALE else color, linewidth=1.4)
@@ -68,8 +68,7 @@ def draw(target: Path = TARGET) -> None:
             axis.set_yticks([0])
         axes[0].set_ylabel("scale of the step")
         target.parent.mkdir(exist_ok=True)
-        figure.savefig(target, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+        FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":

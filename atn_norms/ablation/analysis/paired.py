@@ -39,7 +39,7 @@ class Paired:
 
     >>> found = Paired.of([-1.2, -0.4, -0.9, -1.1, -0.6])
     >>> round(found.mean, 3), round(found.interval.low, 3), round(found.interval.high, 3), round(found.p, 4)
-    (-0.84, -1.256, -0.424, 0.005)
+    (-0.84, -1.257, -0.423, 0.005)
     """
 
     values: tuple[float, ...]

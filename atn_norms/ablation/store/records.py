@@ -180,8 +180,8 @@ class StudyRecord:
                 f"task: got {len(tasks)} tasks, whose scores do not compare; expected one: {', '.join(tasks)}"
             )
         if not found:
-            labels = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
-            raise SpecError(f"study {self.name!r}: got no finished trial with {labels}; expected at least one")
+            description = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
+            raise SpecError(f"study {self.name!r}: got no finished trial with {description}; expected at least one")
         facts = self.tasks[tasks[0]]
         return (min if facts.goal == "min" else max)(found, key=lambda trial: _selection(trial, facts))
 
