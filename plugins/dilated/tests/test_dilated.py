@@ -44,5 +44,5 @@ def test_an_invalid_number_of_steps_is_rejected(options):
 
 @pytest.mark.parametrize("option", ["steps", "dilation"])
 def test_the_options_name_their_limits(option):
-    with pytest.raises(ValueError, match=f"window.{option}: must be greater than or equal to 1, got 0"):
+    with pytest.raises(ValueError, match=f"window.{option}: got 0; expected at least 1"):
         an.LSTM(2, 3, norm="layer", window={"kind": "dilated", option: 0})
