@@ -42,7 +42,7 @@ class OverTime:
         index, memory = self.initial(x) if state is None else self._fitting(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
         live = weight > 0
-        pooled = self.normalizer.population(pooled, torch.where(live, index, -1))
+        pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
         y = self._normalized(x, pooled)
         return y if mask is None else masked(y, mask), (index + live, memory)
 
@@ -63,7 +63,8 @@ class OverTime:
             pooled, memory = self._pooling.scan(steps, weights, memory)
             live = weights > 0
             count = live.cumsum(0)
-            pooled = self.normalizer.population(pooled, torch.where(live, index + count - 1, -1))
+            counted = self.normalizer.counted_steps(weights)
+            pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
         ys = self._normalized(xs, pooled)
         return ys if mask is None else masked(ys, mask), (index + count[-1], memory)
 

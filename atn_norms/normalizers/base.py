@@ -38,7 +38,7 @@ class Normalizer(nn.Module, ABC):
     | `x` | pre-activations; every leading axis is a row | `[..., D]` |
     | statistic | the statistic of one row | leaves `[..., d]` |
     | `pooled` | the same statistic over the window | leaves `[..., d]`, or 1 where rows share it |
-    | `step` | index of each unmasked step since the initial state, -1 where all rows are masked | `[...]`, int64 |
+    | `step` | index of each step since the initial state, -1 where `counted_steps` is False | `[...]`, int64 |
 
     Class attributes declare properties. Declared properties are tested (`atn_norms.testing`); undeclared ones are not.
 
@@ -87,6 +87,10 @@ class Normalizer(nn.Module, ABC):
     def population(self, pooled: Any, step: Tensor) -> Any:
         """Return the statistic to normalize with: `pooled`, or running statistics in evaluation."""
         return pooled
+
+    def counted_steps(self, rows: Tensor) -> Tensor:
+        """Return True for each step whose index `population` receives, by its number of unmasked rows."""
+        return rows > 0
 
     def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
         """Merge a batch's statistic and its weight, both of length 1 along `dim`, with those of other processes."""

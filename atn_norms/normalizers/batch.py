@@ -177,6 +177,9 @@ class BatchNorm(Normalizer, _OfTorch):
         last = torch.where(recorded, torch.arange(len(recorded), device=recorded.device), -1).cummax(0).values
         return torch.where(last < 0, recorded.to(torch.uint8).argmax(), last)
 
+    def counted_steps(self, rows: Tensor) -> Tensor:
+        return rows >= 2 if self.training else rows > 0  # one row has no variance to record
+
     def batch_moments(self) -> BatchMoments | None:
         if self.synchronizes:
             return None

@@ -58,6 +58,9 @@ class PerGate(Normalizer):
     def population(self, pooled: Any, step: Tensor) -> Any:
         return self._stack([gate.population(self._of(pooled, i), step) for i, gate in enumerate(self._gates())])
 
+    def counted_steps(self, rows: Tensor) -> Tensor:
+        return self._gates()[0].counted_steps(rows)
+
     def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
         return self._gates()[0].merge_processes(statistic, weight, dim)
 

@@ -33,9 +33,9 @@ counted = st.one_of(st.tuples(st.just("sliding"), st.sampled_from([1, 2, 3, 100]
 
 
 def statistics(site: oracle.Site) -> tuple[Tensor, Tensor, Tensor]:
-    """Return pooled mean, pooled unbiased variance and number of samples of each step with two samples or more."""
-    steps = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.any()]
-    steps = [(mean, var, float(total.max())) for mean, var, total in steps if total.max() >= 2]
+    """Return pooled mean, pooled unbiased variance and number of samples of every step of two rows or more."""
+    steps = [pooled for pooled, mask in zip(site.pooled, site.mask, strict=True) if mask.sum() >= 2]
+    steps = [(mean, var, float(total.max())) for mean, var, total in steps]
     means = [mean.flatten() for mean, _, _ in steps]
     variances = [(var * total / (total - 1)).flatten() for _, var, total in steps]
     totals = torch.tensor([[total] for _, _, total in steps], dtype=torch.float64)
@@ -197,15 +197,39 @@ def test_ragged_rows_do_not_shrink_the_population(lengths, packed, backend):
     compare(layer.norm_ih_l0.running_mean, a[:shared].mean((0, 1)).detach(), tolerance=1e-12)
 
 
+@pytest.mark.parametrize("kind", [1, 3, "cumulative", {"kind": "exponential", "half_life": 2.0}])
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_step_of_one_row_keeps_its_own_population_untouched(backend):
+def test_a_step_of_one_row_keeps_its_own_population_untouched(backend, kind):
+    """The window of such a step may hold samples of earlier steps."""
     norm = {"kind": "batch", "max_steps": 6, "momentum": 1.0}
-    layer: Any = an.RNN(1, 2, norm=norm, dtype=torch.float64, backend=backend)
+    layer: Any = an.RNN(1, 2, norm=norm, window=kind, dtype=torch.float64, backend=backend)
     layer.unroll(sequence("normal", 0, (6, 2, 1)), lengths=[6, 2])
     recorded = layer.norm_ih_l0
     assert recorded.num_batches_tracked.tolist() == [1, 1, 0, 0, 0, 0]
     assert torch.equal(recorded.running_var[2:], torch.ones(4, 2, dtype=torch.float64))
     assert recorded.running_var[:2].min() > 0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_steps_of_one_row_leave_a_shared_population_unchanged(backend):
+    """Two rows of 3 and 9 steps record over a window of 4 what they record without the last six steps."""
+    xs, found = sequence("normal", 0, (9, 2, 1)), []
+    for steps in (9, 3):
+        torch.manual_seed(0)
+        layer: Any = an.GRU(1, 2, norm={"kind": "batch"}, window=4, dtype=torch.float64, backend=backend)
+        layer.unroll(xs[:steps], lengths=[3, steps])
+        found.append({name: buffer.clone() for name, buffer in layer.named_buffers()})
+    compare(found[0], found[1], tolerance=1e-12)
+
+
+@pytest.mark.parametrize("slots", [None, 6])
+def test_single_steps_of_one_row_are_not_recorded(slots):
+    norm = an.AssortedTime(an.BatchNorm(2, max_steps=slots), window=3)
+    x, state = torch.randn(2, 2), None
+    _, state = norm.step(x, state)
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    norm.step(x, state, torch.tensor([True, False]))
+    compare(dict(norm.named_buffers()), before, tolerance=0)
 
 
 def test_a_step_without_records_uses_the_last_recorded_one():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.cells import CellWeights
-from atn_norms.normalizers import scanning
+from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.pytree import Leaf, Tree, checked_state
 from atn_norms.statistics import CountedMoments
 
@@ -30,7 +30,7 @@ class Batch:
             self._live = lengths.max().reshape(1)
             self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)
         self._memories = [_checked(site, norms[PLACES[site.site]], batch) for site in plan.sites]
-        self._step = torch.where(time < self._live, time, -1).unsqueeze(1)
+        self._time = time
 
     def leaves(self) -> list[Tensor]:
         """Return the state leaves for the operator: none where all are fresh, zeros where some are."""
@@ -50,10 +50,11 @@ class Batch:
         found = []
         for place, site in enumerate(self._plan.sites):
             if site.coupled != BATCH:
-                step = self._index(place)[: site.populations(self._steps)]
+                normalizer = weights.norms[site.site].normalizer
+                step = self._index(place, normalizer)[: site.populations(self._steps)]
                 nothing = torch.zeros(1, dtype=DOUBLE).expand(len(step), 1, *site.leaf)
                 pooled = CountedMoments(nothing, nothing, nothing[..., :1])
-                mean, var, *_ = weights.norms[site.site].normalizer.population(pooled, step)
+                mean, var, *_ = normalizer.population(pooled, step)
                 found.append(torch.cat([leaf.reshape(len(step), -1).double() for leaf in (mean, var)], 1))
         return found
 
@@ -66,7 +67,8 @@ class Batch:
                     mean, var, count = next(remaining).split([site.features, site.features, 1], 1)
                     mean, var = (leaf.reshape(-1, 1, *site.leaf) for leaf in (mean, var))
                     count = count.reshape(-1, 1, *[1] * len(site.leaf)).expand(*mean.shape[:-1], 1)
-                    weights.norms[site.site].normalizer.population(CountedMoments(mean, var, count), self._index(place))
+                    normalizer = weights.norms[site.site].normalizer
+                    normalizer.population(CountedMoments(mean, var, count), self._index(place, normalizer))
 
     def following(self, place: int, leaves: Sequence[Tensor]) -> Tree:
         """The state after the sequence of the site in that place, from the operator's leaves of it."""
@@ -81,10 +83,11 @@ class Batch:
             counts = torch.where(self._live > 0, total, counts)
         return (0 if memory is None else memory[0]) + self._live, (weights.detach(), (mean, var, counts))
 
-    def _index(self, place: int) -> Tensor:
-        """The index of every step since the site's state was fresh, -1 where no row is alive."""
+    def _index(self, place: int, normalizer: Normalizer) -> Tensor:
+        """Return the index of each step since the site's initial state, -1 where the normalizer does not count it."""
         memory = self._memories[place]
-        return self._step if memory is None else torch.where(self._step < 0, -1, self._step + memory[0])
+        index = self._time if memory is None else self._time + memory[0]
+        return torch.where(normalizer.counted_steps(self._counts), index, -1).unsqueeze(1)
 
 
 def _checked(site: SitePlan, memory: Tree, batch: int) -> Tree:
