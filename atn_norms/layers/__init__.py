@@ -4,7 +4,7 @@ from atn_norms.layers.convert import load_weights, norm_parameters, replace, wit
 from atn_norms.layers.export import StreamingStep
 from atn_norms.layers.io import load, save
 from atn_norms.layers.recurrent import Recurrent, explain
-from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites
+from atn_norms.layers.spec import LayerSpec, NormLike, NormSites, PlacementLike, WindowLike, WindowSites
 from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
 from atn_norms.layers.torch_api import GRU, LSTM, RNN
 
@@ -15,10 +15,13 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LayerSpec",
+    "NormLike",
     "NormSites",
+    "PlacementLike",
     "RNNCell",
     "Recurrent",
     "StreamingStep",
+    "WindowLike",
     "WindowSites",
     "explain",
     "load",

@@ -71,7 +71,7 @@ class CellHost(nn.Module):
         """Register the parameters of every cell (suffix -> input features), then their norms; torch's order."""
         dtype = factory.get("dtype")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: {dtype}; allowed: a floating-point type, such as torch.float32")
+            raise ValueError(f"dtype: got {dtype}; expected a floating-point type, such as torch.float32")
         self._suffixes = list(cells)
         for suffix, inputs in cells.items():
             for name, shape in self.cell.shapes(inputs, self.bias).items():

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from atn_norms.errors import did_you_mean
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
-from atn_norms.layers.spec import make_layer_spec
+from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
 from atn_norms.normalizers import Normalizer
 
 _HOOKS = (
@@ -36,9 +36,9 @@ _KINDS: dict[type[nn.RNNBase], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "
 def replace(
     model: nn.Module,
     *,
-    norm: Any = None,
-    window: Any = 1,
-    placement: Any = None,
+    norm: NormLike = None,
+    window: WindowLike = 1,
+    placement: PlacementLike = None,
     backend: str = "auto",
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] = (),

@@ -166,11 +166,11 @@ class Recurrent(CellHost):
         the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
         """
         if isinstance(x, PackedSequence):
-            raise TypeError("x: a PackedSequence; allowed: a padded tensor with `lengths`, or forward for packed input")
+            raise TypeError("x: got a PackedSequence; expected a padded tensor with lengths. Pass it to forward")
         if state is not None and self.bidirectional:
             raise ValueError(
-                "state: given to a bidirectional layer, whose reverse direction starts at the end of the whole "
-                "sequence, so it cannot be continued; allowed: state=None with whole sequences"
+                "state: got a carried state in a bidirectional layer, whose reverse direction starts at the end of "
+                "the sequence; expected None with whole sequences"
             )
         batched = self._checked_dims(x)
         given = x if batched else x.unsqueeze(self._batch_axis)
@@ -178,7 +178,7 @@ class Recurrent(CellHost):
         self._check_shapes(cells, given, None, None)
         xs = self._time_first(given)
         if xs.shape[0] == 0:
-            raise ValueError(f"x: shape {list(x.shape)} has no time step; allowed: at least one")
+            raise ValueError(f"x: got shape {list(x.shape)}; expected at least one time step")
         if lengths is not None:
             lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
         if state is None:
@@ -206,7 +206,7 @@ class Recurrent(CellHost):
         ):
             found = describe_structure(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
             names = ", ".join(self.cell.carried)
-            raise ValueError(f"hx: {found}; allowed: {names}, each [{depth}, batch, size]")
+            raise ValueError(f"hx: got {found}; expected {names}, each [{depth}, batch, size]")
         states = []
         for place, weights in enumerate(cells):
             own = None if carried is None else tuple(c[place] for c in carried)
@@ -291,9 +291,9 @@ class Recurrent(CellHost):
             return  # torch's checks would pass, more slowly
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace the twin
             if x.shape[-1] != self.input_size:
-                raise RuntimeError(f"x: {x.shape[-1]} features; allowed: input_size, {self.input_size}")
+                raise RuntimeError(f"x: got {x.shape[-1]} features; expected input_size, {self.input_size}")
             if not x.is_floating_point():
-                raise ValueError(f"x: of type {x.dtype}; allowed: a floating-point type")
+                raise ValueError(f"x: got type {x.dtype}; expected a floating-point type")
             return
         twin = self._twin()
         twin.check_input(x, batch_sizes)
@@ -302,13 +302,13 @@ class Recurrent(CellHost):
             weight = self.all_weights[0][0]
             for h in [hx] if isinstance(hx, Tensor) else hx:
                 if h.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-                    raise RuntimeError(f"hx: of type {h.dtype}; allowed: the layer's, {weight.dtype}")
+                    raise RuntimeError(f"hx: got type {h.dtype}; expected the layer's, {weight.dtype}")
 
     def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:
         per = self.spec.directions
         layers = state if isinstance(state, tuple) else ()
         if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
-            raise ValueError(f"state: {describe_structure(state)}; allowed: what unroll or initial returned")
+            raise ValueError(f"state: got {describe_structure(state)}; expected a state of unroll or initial")
         for weights, cell in zip(cells, (cell for layer in layers for cell in layer), strict=True):
             self.cell.check_state(weights, cell, batch)
 
@@ -377,15 +377,15 @@ def explain(model: nn.Module) -> str:
 
     `model` is a layer, a cell, or any module that contains some; each is listed under its name in the model.
 
-    Errors: `TypeError` for what is not a module.
+    Errors: `TypeError` if `model` is not a module.
 
     >>> import atn_norms as an
     >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
     GRU(2, 4, norm=none)
     cell _l0: backend 'torch'
-      native: refuses: ...
-      reference: could run it too
-      triton: refuses: ...
+      native: unsupported: ...
+      reference: supported
+      triton: unsupported: ...
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
@@ -403,5 +403,5 @@ def _explained(layer: CellHost) -> str:
         lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
         for name, reason in refusals(layer.cell, weights).items():
             if name != chosen:
-                lines.append(f"  {name}: " + ("could run it too" if reason is None else f"refuses: {reason}"))
+                lines.append(f"  {name}: " + ("supported" if reason is None else f"unsupported: {reason}"))
     return "\n".join(lines)

@@ -55,6 +55,16 @@ class WindowSites(Options):
     sites: dict[str, AnyWindow]
 
 
+NormLike = NormSpec | NormSites | Mapping[str, Any] | str | None
+"""A norm: None, a kind such as `"layer"`, a mapping with `kind`, a spec, or a mapping `{"sites": {site: norm}}`."""
+
+WindowLike = WindowSpec | WindowSites | Window[Any] | Mapping[str, Any] | int | str
+"""A window: k steps, a kind, a mapping with `kind`, a spec, a `Window`, or a mapping `{"sites": {site: window}}`."""
+
+PlacementLike = Placement | Mapping[str, str] | None
+"""A placement of the norms: None for the default, a `Placement`, or a mapping of its options."""
+
+
 def _norms(value: Any) -> Any:
     return NormSites.model_validate(value) if isinstance(value, Mapping) and "sites" in value else _no_norm(value)
 
@@ -231,7 +241,7 @@ class LayerSpec(Options):
 def _built(spec: NormSpec, features: int) -> Normalizer:
     norm = spec.build(features)
     if not isinstance(norm, Normalizer):
-        raise TypeError(f"build returned {type(norm).__name__}; allowed: a Normalizer")
+        raise TypeError(f"build returned {type(norm).__name__}; expected a Normalizer")
     return norm
 
 

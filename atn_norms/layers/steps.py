@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atn_norms.backends import choose
 from atn_norms.layers.base import CellHost
-from atn_norms.layers.spec import make_layer_spec
+from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
 from atn_norms.normalizers import scanning
 from atn_norms.pytree import Tree
 
@@ -39,9 +39,9 @@ class _StepCell(CellHost):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Any = None,
-        window: Any = 1,
-        placement: Any = None,
+        norm: NormLike = None,
+        window: WindowLike = 1,
+        placement: PlacementLike = None,
         init: str = "torch",
         forget_bias: float | None = None,
         **cell: Any,
@@ -70,7 +70,9 @@ class _StepCell(CellHost):
     def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
         """Run one step; return the output and the state for the next step."""
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x: shape {list(x.shape)}; allowed: [batch, {self.input_size}] or [{self.input_size}]")
+            raise ValueError(
+                f"x: got shape {list(x.shape)}; expected [{self.input_size}] or [batch, {self.input_size}]"
+            )
         rows = x if x.dim() == 2 else x.unsqueeze(0)
         weights = self._weights("")
         if state is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atn_norms.layers.classes import layer_class
 from atn_norms.layers.recurrent import Recurrent, torch_twin
-from atn_norms.layers.spec import make_layer_spec, to_plain
+from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec, to_plain
 
 _LARGEST = 2**24  # torch overflows on larger sizes; the options report those
 _DEEPEST = 1_000  # a deeper module of torch costs time and memory; the options report more layers
@@ -98,9 +98,9 @@ class LSTM(_Skin):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Any = None,
-        window: Any = 1,
-        placement: Any = None,
+        norm: NormLike = None,
+        window: WindowLike = 1,
+        placement: PlacementLike = None,
         init: str = "torch",
         forget_bias: float | None = None,
         backend: str = "auto",
@@ -137,9 +137,9 @@ class GRU(_Skin):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Any = None,
-        window: Any = 1,
-        placement: Any = None,
+        norm: NormLike = None,
+        window: WindowLike = 1,
+        placement: PlacementLike = None,
         init: str = "torch",
         forget_bias: float | None = None,
         backend: str = "auto",
@@ -177,9 +177,9 @@ class RNN(_Skin):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        norm: Any = None,
-        window: Any = 1,
-        placement: Any = None,
+        norm: NormLike = None,
+        window: WindowLike = 1,
+        placement: PlacementLike = None,
         init: str = "torch",
         forget_bias: float | None = None,
         backend: str = "auto",
@@ -213,7 +213,14 @@ def _torch(
     }
 
 
-def _ours(norm: Any, window: Any, placement: Any, init: str, forget_bias: float | None, backend: str) -> dict[str, Any]:
+def _ours(
+    norm: NormLike,
+    window: WindowLike,
+    placement: PlacementLike,
+    init: str,
+    forget_bias: float | None,
+    backend: str,
+) -> dict[str, Any]:
     """Return the arguments that torch does not have, as options."""
     where = {} if placement is None else {"placement": placement}
     return {"norm": norm, "window": window, "init": init, "forget_bias": forget_bias, "backend": backend} | where

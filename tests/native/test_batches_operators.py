@@ -92,7 +92,9 @@ class Doubled(an.BatchNorm):
 
 def test_mixed_batch_statistics_are_unsupported():
     layer = an.LSTM(2, 3, norm={"sites": {"ih": "batch", "hh": "layer"}})
-    assert "native: refuses: norms over the batch and norms of single rows are at different sites" in an.explain(layer)
+    assert "native: unsupported: norms over the batch and norms of single rows are at different sites" in an.explain(
+        layer
+    )
     layer: Any = an.LSTM(2, 3, norm="batch")
     assert "backend 'native'" in an.explain(layer)
     layer.norm_ih_l0.__class__ = Doubled

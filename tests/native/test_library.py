@@ -228,7 +228,7 @@ def test_without_kernels_the_reference_runs_with_one_warning(elsewhere, capsys):
             "(a C compiler was missing or failed); the reference runs it, many times slower. "
             "`atn-norms doctor` prints the cure."
         ]
-    assert "native: refuses: its kernels were not compiled" in " ".join(an.explain(layer).split())
+    assert "native: unsupported: its kernels were not compiled" in " ".join(an.explain(layer).split())
     with pytest.raises(ValueError, match="'native' cannot run this layer: its kernels were not compiled"):
         an.LSTM(2, 3, norm="layer", backend="native")
 

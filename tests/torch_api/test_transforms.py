@@ -186,7 +186,7 @@ def test_explain_names_the_transform_and_native_by_name_refuses_it(transform):
         return x.sum()
 
     apply[transform](look)
-    assert "backend 'reference'" in texts[0] and "native: refuses: it has no rule for torch.func" in texts[0]
+    assert "backend 'reference'" in texts[0] and "native: unsupported: it has no rule for torch.func" in texts[0]
     with pytest.raises(ValueError, match="'native' cannot run this layer: it has no rule for torch.func transforms"):
         apply[transform](lambda x: named(x.reshape(-1, 2, 2))[0].sum())
 

@@ -55,7 +55,7 @@ def refused(layer: Any) -> str:
     with pytest.raises(ValueError, match="'triton' cannot run this layer") as caught:
         choose("triton", layer.cell, layer._weights("_l0"))
     reason = str(caught.value).removeprefix("backend: 'triton' cannot run this layer: ")
-    assert f"  triton: refuses: {reason}" in an.explain(layer).splitlines()
+    assert f"  triton: unsupported: {reason}" in an.explain(layer).splitlines()
     return reason
 
 
@@ -120,7 +120,7 @@ def test_auto_never_takes_it():
         layer = make(2, 3, norm=norm, device=DEVICE)
         assert choose("triton", layer.cell, layer._weights("_l0")).name == "triton"
         assert choose("auto", layer.cell, layer._weights("_l0")).name in ("native", "reference")
-        assert "  triton: could run it too" in an.explain(layer).splitlines()
+        assert "  triton: supported" in an.explain(layer).splitlines()
         chosen = make(2, 3, norm=norm, device=DEVICE, backend="triton")
         assert "cell _l0: backend 'triton'" in an.explain(chosen).splitlines()
 
@@ -142,7 +142,7 @@ import sys, torch
 import atn_norms as an
 layer = an.LSTM(2, 3, norm="layer")
 layer(torch.zeros(4, 2, 2))[0].sum().backward()
-assert "triton: refuses: it runs on a GPU, and the layer is on cpu" in an.explain(layer)
+assert "triton: unsupported: it runs on a GPU, and the layer is on cpu" in an.explain(layer)
 """
 
 
