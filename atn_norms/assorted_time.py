@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atn_norms.errors import Problem, message, mismatch, short_repr
 from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.normalizers.base import apply_norm
 from atn_norms.normalizers.batch import synchronized
@@ -24,11 +25,11 @@ class OverTime:
     window: Window[Any]
 
     def initial(self, x: Tensor) -> Tree:
-        """Return the state before the first step, for pre-activations of one step shaped like `x` `[B, ..., D]`."""
+        """Return the state before the first step; `x` `[B, ..., D]` has the shape of the pre-activations of a step."""
         with torch.no_grad():
             # The shape of a statistic does not depend on the number of rows.
             sample = x.new_zeros((2, *x.shape[1:]))
-            now, _ = self._stated(sample, self._weights(x, sample.shape[:1], None), 0)
+            now, _ = self._measured(sample, self._weights(x, sample.shape[:1], None), 0)
             rows = 1 if self.normalizer.uses_batch_statistics else x.shape[0]
             now = type(now)(*(leaf[:1].expand(rows, *leaf.shape[1:]) for leaf in now))
             return x.new_zeros(rows, dtype=torch.int64), self._pooling.initial(now)
@@ -38,8 +39,8 @@ class OverTime:
         self._check(x, "x", ("batch",))
         if mask is not None:
             x = masked(x, check_mask(mask, x))
-        now, weight = self._stated(x, self._weights(x, x.shape[:1], mask), 0)
-        index, memory = self.initial(x) if state is None else self._fitting(state, now, weight)
+        now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0)
+        index, memory = self.initial(x) if state is None else self._checked(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
         live = weight > 0
         pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
@@ -49,16 +50,16 @@ class OverTime:
     def scan(
         self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tree]:
-        """Normalize T steps, time first, as `step` T times; return the results and the state after the last step."""
+        """Normalize T steps, time first, as T calls of `step`; return the results and the state for the next step."""
         self._check(xs, "xs", ("time", "batch"))
         if xs.shape[0] == 0:
-            raise ValueError(f"xs: shape {list(xs.shape)}; allowed: at least one time step")
+            raise ValueError(mismatch("xs", f"shape {list(xs.shape)}", "at least one time step"))
         mask = None if lengths is None else steps_mask(lengths, xs)
         if mask is not None:
             xs = masked(xs, mask)
-        steps, weights = self._stated(xs, self._weights(xs, xs.shape[:2], mask), 1)
+        steps, weights = self._measured(xs, self._weights(xs, xs.shape[:2], mask), 1)
         first = type(steps)(*(leaf[0] for leaf in steps))
-        index, memory = self.initial(xs[0]) if state is None else self._fitting(state, first, weights[0])
+        index, memory = self.initial(xs[0]) if state is None else self._checked(state, first, weights[0])
         with scanning([self.normalizer]):
             pooled, memory = self._pooling.scan(steps, weights, memory)
             live = weights > 0
@@ -72,59 +73,63 @@ class OverTime:
         dtype = statistics_dtype(x.device)
         return torch.ones(shape, dtype=dtype, device=x.device) if mask is None else mask.to(dtype)
 
-    def _stated(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
-        """Measure each row; batch statistics are pooled over the unmasked rows of axis `batch`."""
+    def _measured(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
+        """Measure each row; pool batch statistics over the unmasked rows, on axis `batch`."""
         statistic = self.normalizer.measure(x)
+        self._check_statistic(statistic, x)
+        if not self.normalizer.uses_batch_statistics:
+            return statistic, weights
+        merged = type(statistic)(*(leaf.unsqueeze(batch) for leaf in statistic.pool(weights, batch)))
+        return self.normalizer.merge_processes(merged, weights.sum(batch, keepdim=True), batch)
+
+    def _check_statistic(self, statistic: Any, x: Tensor) -> None:
         leading = x.shape[:-1]
         if not callable(getattr(statistic, "pool", None)) or not all(
             isinstance(leaf, Tensor) and leaf.ndim > len(leading) and leaf.shape[: len(leading)] == leading
             for leaf in statistic
         ):
-            raise TypeError(
-                f"{type(self.normalizer).__name__}.measure: returned {_described(statistic)} for x {list(x.shape)}; "
-                f"allowed: a Statistic (a named tuple with pool) whose leaves have shape {[*leading, '...']}"
-            )
+            expected = f"a Statistic (a named tuple with `pool`) whose leaves have shape {[*leading, '...']}"
+            raise TypeError(self._wrong_result("measure", f"{_described(statistic)} for x {list(x.shape)}", expected))
         if self.normalizer.stateless != (not any(True for _ in statistic)):
-            wanted = "no leaves, as it is stateless" if self.normalizer.stateless else "leaves, or `stateless = True`"
-            name = type(self.normalizer).__name__
-            raise TypeError(f"{name}.measure: got {_described(statistic)}; expected {wanted}")
-        if not self.normalizer.uses_batch_statistics:
-            return statistic, weights
-        together = type(statistic)(*(leaf.unsqueeze(batch) for leaf in statistic.pool(weights, batch)))
-        return self.normalizer.merge_processes(together, weights.sum(batch, keepdim=True), batch)
+            expected = "no leaves, as it is stateless" if self.normalizer.stateless else "leaves, or `stateless = True`"
+            raise TypeError(self._wrong_result("measure", _described(statistic), expected))
+
+    def _wrong_result(self, method: str, got: str, expected: str) -> str:
+        return mismatch(f"{type(self.normalizer).__name__}.{method}", got, expected)
 
     def _normalized(self, x: Tensor, pooled: Any) -> Tensor:
         y = apply_norm(self.normalizer, x, pooled)
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            raise TypeError(
-                f"{type(self.normalizer).__name__}.normalize: returned {_described(y)}; "
-                f"allowed: a tensor of the shape of x, {list(x.shape)}"
-            )
+            expected = f"a tensor of the shape of x, {list(x.shape)}"
+            raise TypeError(self._wrong_result("normalize", _described(y), expected))
         return y.to(x.dtype)
 
     def _check(self, x: Tensor, name: str, leading: tuple[str, ...]) -> None:
         features = getattr(self.normalizer, "features", "features")
-        allowed = f"allowed: [{', '.join(leading)}, ..., {features}] of a floating-point type"
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name}: {type(x).__name__}; {allowed}")
-        if x.ndim <= len(leading) or (isinstance(features, int) and x.shape[-1] != features):
-            raise ValueError(f"{name}: shape {list(x.shape)}; {allowed}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: of type {x.dtype}; {allowed}")
+            got = type(x).__name__
+        elif x.ndim <= len(leading) or (isinstance(features, int) and x.shape[-1] != features):
+            got = f"shape {list(x.shape)}"
+        elif not x.is_floating_point():
+            got = str(x.dtype)
+        else:
+            return
+        expected = f"[{', '.join(leading)}, ..., {features}] of a floating-point type"
+        raise ValueError(mismatch(name, got, expected))
 
     @property
     def _pooling(self) -> Any:
         """The window, or `_NoWindow` for a stateless normalizer."""
         return _NO_WINDOW if self.normalizer.stateless else self.window
 
-    def _fitting(self, state: Tree, now: Statistic, weight: Tensor) -> Tree:
-        """`state` if this normalizer and window could have returned it where a step's statistic is `now`."""
+    def _checked(self, state: Tree, now: Statistic, weight: Tensor) -> Tree:
+        """Return `state` if it has the layout of this normalizer and window, for a statistic like `now`."""
         wanted = (Leaf((), floating=False), self._pooling.layout(now))
         return checked_state(state, wanted, weight.shape[0], weight.device, self.normalizer.uses_batch_statistics)
 
 
 class _NoWindow:
-    """The window of a stateless normalizer: it pools nothing and keeps no state."""
+    """Window of a stateless normalizer: no pooling and no state."""
 
     def initial(self, now: Statistic) -> Tree:
         return ()
@@ -143,7 +148,7 @@ _NO_WINDOW = _NoWindow()
 
 @dataclass(frozen=True)
 class SiteNorm(OverTime):
-    """A normalizer over a window as a plain value, for cells; the normalizer belongs to a module elsewhere."""
+    """A normalizer over a window as a plain value, for cells; the normalizer is registered in another module."""
 
     normalizer: Normalizer
     window: Window[Any]
@@ -156,24 +161,26 @@ class AssortedTime(OverTime, nn.Module):
     y_t = \mathrm{normalize}(a_t, \bar s_t)$$
 
     Source: Pospisil, Zadorozhnyy, Ye, *Assorted-Time Normalization*, arXiv 2209.14439, for layer normalization and a
-    sliding window; any normalizer and any window here. The gradient flows through every step of the window. Training
-    and evaluation compute the same, except for normalizers with running statistics (`BatchNorm`).
+    sliding window. This class combines any normalizer with any window. The gradient flows through every step of the
+    window. Training and evaluation have equal results, except with running statistics (`BatchNorm`).
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `window` | an integer k (the last k steps, the current one included), or a `Window` | |
+    | `window` | an integer k (the last k steps, the current step included), or a `Window` | |
     | `x`, `xs` | pre-activations of one step, or of T steps, time first | `[B, ..., D]`, `[T, B, ..., D]` |
     | `mask` | True for unmasked rows | `[B]`, bool |
-    | `lengths` | steps of each row, 0 to T | `[B]`, int |
+    | `lengths` | number of steps of each row, 0 to T | `[B]`, int |
     | `state` | `(step_index [N], window state)`, N = B, or 1 with batch statistics; None: the initial state | |
 
-    Padding may hold any value: it is never read, its outputs are 0, and it leaves the state of its row unchanged.
+    Padding may hold any value. It is never read, its outputs are 0, and it leaves the state of its row unchanged.
 
-    Errors: `ValueError` for a window that the normalizer does not support, for T = 0, for missing axes, for features
-    that are not the normalizer's, for a type that is not floating point, for lengths or `mask` that do not fit, and for
-    a state that this normalizer and window cannot have returned for this batch (`Cumulative` and `Exponential` states
-    have the same layout and cannot be distinguished); `TypeError` for a normalizer whose `measure` or `normalize`
-    returns a wrong type or shape.
+    Errors:
+
+    - `ValueError` for a window that the normalizer does not support;
+    - `ValueError` for `x`, `xs`, `mask` or `lengths` of another shape or type, and for T = 0;
+    - `ValueError` for a state of another normalizer, window or batch size. States of `Cumulative` and `Exponential`
+      have the same layout, so they cannot be distinguished;
+    - `TypeError` for a normalizer whose `measure` or `normalize` returns a wrong type or shape.
 
     >>> import torch, atn_norms as an
     >>> norm = an.AssortedTime(an.LayerNorm(240), window=25)
@@ -187,16 +194,17 @@ class AssortedTime(OverTime, nn.Module):
     def __init__(self, normalizer: Normalizer, window: int | Window[Any] = 1) -> None:
         super().__init__()
         if not isinstance(normalizer, Normalizer):
-            raise TypeError(
-                f"normalizer: {type(normalizer).__name__}; allowed: a Normalizer, such as atn_norms.LayerNorm(features)"
-            )
+            expected = "a Normalizer, such as atn_norms.LayerNorm(features)"
+            raise TypeError(mismatch("normalizer", type(normalizer).__name__, expected))
         if not isinstance(window, (int, Window)):
-            raise TypeError(f"window: {window!r}; allowed: an integer of at least 1, or a Window")
+            raise TypeError(mismatch("window", short_repr(window), "an integer of at least 1, or a Window"))
         self.normalizer = normalizer
         self.window = window if isinstance(window, Window) else Sliding(window)
         reason = normalizer.unsupported_reason(self.window)
         if reason is not None:
-            raise ValueError(f"window: {self.window!r} with {type(normalizer).__name__}: {reason}")
+            got = f"{self.window!r} with {type(normalizer).__name__}"
+            expected = "a window that the normalizer supports"
+            raise ValueError(message(Problem(("window",), got, expected, detail=reason)))
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Register a submodule; `nn.SyncBatchNorm.convert_sync_batchnorm` synchronizes the norm that it replaces."""
@@ -207,14 +215,14 @@ class AssortedTime(OverTime, nn.Module):
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Replace everything outside `mask` (over the leading axes) by 0, NaN and gradient included."""
+    """Replace all elements outside `mask` (over the leading axes) by 0, even NaN; their gradient is 0."""
     return torch.where(expand_mask(mask, x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def steps_mask(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
     """Return the mask `[T, B]` for `lengths` `[B]` of time-first `xs` `[T, B, ...]`.
 
-    Errors: `ValueError` where lengths are no integers, are not one per row, or lie outside 0 to T.
+    Errors: `ValueError` for lengths that are no integers, that are outside 0 to T, or whose number is not B.
     """
     steps, batch = xs.shape[:2]
     counts = checked_lengths(lengths, steps, batch).to(xs.device)
@@ -224,33 +232,37 @@ def steps_mask(lengths: Tensor | Sequence[int], xs: Tensor) -> Tensor:
 def check_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return `mask` if it has one bool for each row of `x` `[B, ...]`; `ValueError` if not."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:1]:
-        raise ValueError(f"mask: {_described(mask)}; allowed: a bool tensor of shape [{x.shape[0]}], one for each row")
+        expected = f"a bool tensor of shape [{x.shape[0]}], one element for each row"
+        raise ValueError(mismatch("mask", _described(mask), expected))
     return mask
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """Return `lengths` as int64 `[batch]`; `ValueError` where they do not fit `batch` rows of `steps` steps."""
-    allowed = f"allowed: {batch} integer(s) from 0 to {steps}"
+    """Return `lengths` as int64 `[batch]`; `ValueError` unless they fit `batch` rows of `steps` steps."""
+
+    def error(got: str) -> str:
+        return mismatch("lengths", got, f"{batch} integer(s) from 0 to {steps}")
+
     if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):
         lengths = cast(Any, lengths).tolist()  # numpy's unsigned types have no equivalent in old versions of torch
     try:
         counts = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"lengths: {lengths!r:.80}; {allowed}") from None
+        raise ValueError(error(short_repr(lengths))) from None
     if counts.is_meta:
-        raise ValueError(f"lengths: on the meta device, which holds no numbers; {allowed}")
+        raise ValueError(error("a tensor on the meta device, which has no values"))
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
-        raise ValueError(f"lengths: of type {counts.dtype}; {allowed}")
-    counts = counts.to(torch.int64)  # torch compares no unsigned types; what does not fit becomes negative
+        raise ValueError(error(str(counts.dtype)))
+    counts = counts.to(torch.int64)  # torch cannot compare unsigned types; values above int64 become negative
     if counts.shape != (batch,):
-        raise ValueError(f"lengths: shape {list(counts.shape)}; {allowed}")
+        raise ValueError(error(f"shape {list(counts.shape)}"))
     outside = (counts < 0) | (counts > steps)
-    if torch.compiler.is_compiling():  # a graph cannot read a number; it asserts when it runs
-        torch._assert_async(~outside.any(), f"lengths: got a number outside the sequence; {allowed}")
+    if torch.compiler.is_compiling():  # a graph cannot read values; it checks them when it runs
+        torch._assert_async(~outside.any(), error("a number outside the sequence"))
         return counts
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
-        raise ValueError(f"lengths: row {row} has {int(counts[row])}; {allowed}")
+        raise ValueError(error(f"{int(counts[row])} in row {row}"))
     return counts
 
 

@@ -52,9 +52,9 @@ class Problem:
     | field | meaning |
     |---|---|
     | `path` | keys and indices of the option; empty where no option is concerned |
-    | `got`, `expected` | the value and what is allowed, as phrases; empty where there is none |
+    | `got`, `expected` | the value and the allowed values, as phrases; empty if unknown |
     | `nearest` | the valid name closest to the value, or None |
-    | `position` | `file`, or `file:line:column`; empty where there is no file |
+    | `position` | `file`, or `file:line:column`; empty without a file |
     | `detail` | a further sentence, such as the command that fixes it |
     | `code` | kind of fault for programs: `unknown_key`, `unknown_kind`, `missing`, or pydantic's type of the error |
 
@@ -80,11 +80,24 @@ class Problem:
 
 def message(problem: Problem) -> str:
     """Build the text of a problem: `position: path: got X; expected Y; did you mean Z? Detail`."""
-    parts = [f"{word} {text}" for word, text in (("got", problem.got), ("expected", problem.expected)) if text]
-    body = "; ".join(parts) + (_suggestion(problem.nearest) if parts else "")
+    body = _got_expected(problem.got, problem.expected, problem.nearest)
     if body and problem.detail:
         body += f"{'' if body.endswith('?') else '.'} {problem.detail}"
     return ": ".join(filter(None, [problem.position, brief(dotted(problem.path)), body or problem.detail]))
+
+
+def mismatch(path: str, got: str, expected: str, nearest: str | None = None) -> str:
+    """Build the text of a problem for an exception that is no `SpecError`, such as a `TypeError`.
+
+    >>> mismatch("steps", "0", "an integer of at least 1")
+    'steps: got 0; expected an integer of at least 1'
+    """
+    return f"{path}: {_got_expected(got, expected, nearest)}"
+
+
+def _got_expected(got: str, expected: str, nearest: str | None) -> str:
+    parts = [f"{word} {text}" for word, text in (("got", got), ("expected", expected)) if text]
+    return "; ".join(parts) + (_suggestion(nearest) if parts else "")
 
 
 def _suggestion(match: str | None) -> str:
@@ -225,6 +238,15 @@ def short_repr(value: object, most: int = 60) -> str:
     except ValueError:  # an integer of thousands of digits, which Python refuses to write
         return "a number of thousands of digits"
     return brief(text, most)
+
+
+def typed_repr(value: object) -> str:
+    """Return the type and the short repr of a value.
+
+    >>> typed_repr("3")
+    "str '3'"
+    """
+    return f"{type(value).__name__} {short_repr(value)}"
 
 
 def brief(text: str, most: int = 120) -> str:

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from atn_norms.errors import mismatch
+
 Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; not every tool supports recursive aliases
 
 
@@ -30,29 +32,28 @@ def layout(tree: Tree) -> Any:
 def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, shared: bool = False) -> Tree:
     """Return `state` if it has the layout `wanted` (see `layout`) for `batch` rows on `device`.
 
-    A `shared` state has one row; of the copies that `reorder` makes, the first is used.
+    A `shared` state has one row. `reorder` may have repeated this row; the first copy is then returned.
 
-    Errors: `ValueError` with both structures, or with the types, where it has not.
+    Errors: `ValueError` with both structures, or with both types, if the layouts differ.
     """
-    found = batch
+    rows = batch
     if shared and isinstance(state, tuple) and state and isinstance(state[0], Tensor) and state[0].numel():
-        found = state[0].shape[0]
+        rows = state[0].shape[0]
     pairs = _paired(state, wanted)
-    if pairs is None or any(tuple(leaf.shape) != (found, *form.shape) for leaf, form in pairs):
-        allowed = describe_structure(wanted).replace("[", f"[{batch}, ").replace(", ]", "]")
-        raise ValueError(
-            f"state: {describe_structure(state)}; allowed: {allowed}, as a norm and window of this kind return it"
-        )
+    if pairs is None or any(tuple(leaf.shape) != (rows, *form.shape) for leaf, form in pairs):
+        structure = describe_structure(wanted).replace("[", f"[{batch}, ").replace(", ]", "]")
+        expected = f"{structure}, as a norm and window of this kind return it"
+        raise ValueError(mismatch("state", describe_structure(state), expected))
     for leaf, form in pairs:
         counts = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
         if leaf.device != device or (not leaf.is_floating_point() if form.floating else not counts):
             kind = "a floating-point type" if form.floating else "an integer type"
-            raise ValueError(f"state: a leaf of type {leaf.dtype} on {leaf.device}; allowed: {kind} on {device}")
-    return tree_map(lambda leaf: leaf[:1], state) if found != batch else state
+            raise ValueError(mismatch("state", f"a leaf of {leaf.dtype} on {leaf.device}", f"{kind} on {device}"))
+    return tree_map(lambda leaf: leaf[:1], state) if rows != batch else state
 
 
 def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:
-    """Return every leaf with its expected layout, or None where the structures differ."""
+    """Return every leaf with its expected layout, or None if the structures differ."""
     if isinstance(wanted, Leaf):
         return [(state, wanted)] if isinstance(state, Tensor) else None
     if not isinstance(state, tuple) or len(state) != len(wanted):
@@ -62,9 +63,9 @@ def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:
 
 
 def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
-    """Apply `function` leaf by leaf to trees of one shape and rebuild plain tuples.
+    """Apply `function` leaf by leaf to trees of equal structure; return plain tuples.
 
-    Errors: `ValueError` where the trees differ in structure.
+    Errors: `ValueError` if the trees differ in structure.
 
     >>> import torch
     >>> tree_map(lambda a, b: a + b, (torch.tensor(1), ()), (torch.tensor(2), ()))
@@ -73,10 +74,10 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
     if isinstance(tree, Tensor):
         return function(tree, *others)
     if not isinstance(tree, tuple):
-        raise ValueError(f"state: {describe_structure(tree)}; allowed: tensors in nested tuples")
+        raise _not_a_tree(tree)
     if any(not isinstance(other, tuple) or len(other) != len(tree) for other in others):
-        found = ", ".join(map(describe_structure, others))
-        raise ValueError(f"state of another structure: {describe_structure(tree)} against {found}")
+        structures = ", ".join(map(describe_structure, others))
+        raise ValueError(mismatch("state", structures, f"the structure {describe_structure(tree)}"))
     return tuple(tree_map(function, *branches) for branches in zip(tree, *others, strict=True))
 
 
@@ -88,7 +89,11 @@ def tree_leaves(tree: Tree) -> Iterator[Tensor]:
         for branch in tree:
             yield from tree_leaves(branch)
     else:
-        raise ValueError(f"state: {describe_structure(tree)}; allowed: tensors in nested tuples")
+        raise _not_a_tree(tree)
+
+
+def _not_a_tree(tree: Any) -> ValueError:
+    return ValueError(mismatch("state", describe_structure(tree), "tensors in nested tuples"))
 
 
 def describe_structure(tree: Tree) -> str:
@@ -101,14 +106,14 @@ def describe_structure(tree: Tree) -> str:
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """View a mask or weight over the leading axes so that it broadcasts against `like`."""
+    """Append axes of length 1 to a mask or weight over the leading axes, so that it broadcasts against `like`."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def where_mask(mask: Tensor, new: Tree, old: Tree) -> Tree:
-    """Take the new state in unmasked rows, and keep the old one, value and gradient, in masked rows.
+    """Return the new state in unmasked rows, and the old state, value and gradient, in masked rows.
 
-    `mask` is a mask [N] over axis 0 of every leaf.
+    `mask` [N] covers axis 0 of every leaf.
     """
     return tree_map(lambda a, b: torch.where(expand_mask(mask, a), a, b), new, old)
 
@@ -126,10 +131,10 @@ def detach(state: Tree) -> Tree:
 def reorder(state: Tree, index: Tensor) -> Tree:
     """Select rows of the batch in a state, for beam search or for compacting a batch.
 
-    `index` [M] (int64) holds the old row for each new row. A leaf of one row in a state of several is shared by the
-    batch (batch statistics) and stays unchanged.
+    `index` [M] (int64) holds the old row for each new row. Where the state has several rows and a leaf has one, the
+    leaf is shared by the batch (batch statistics) and stays unchanged.
 
-    Errors: `IndexError` where an index lies outside the batch.
+    Errors: `IndexError` if an index is outside the batch.
 
     >>> import torch
     >>> reorder((torch.tensor([[1.0], [2.0]]), torch.tensor([[9.0]])), torch.tensor([1, 1, 0]))
@@ -139,5 +144,6 @@ def reorder(state: Tree, index: Tensor) -> Tree:
     """
     batch = max((leaf.shape[0] for leaf in tree_leaves(state)), default=0)
     if index.numel() and not (0 <= int(index.min()) and int(index.max()) < batch):
-        raise IndexError(f"index: rows {index.tolist()} of a state with {batch} row(s); allowed: 0 to {batch - 1}")
+        got = f"rows {index.tolist()} of a state with {batch} row(s)"
+        raise IndexError(mismatch("index", got, f"0 to {batch - 1}"))
     return tree_map(lambda leaf: leaf if leaf.shape[0] < batch else leaf.index_select(0, index), state)

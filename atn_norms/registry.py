@@ -30,12 +30,13 @@ from atn_norms.errors import (
     SpecError,
     did_you_mean,
     dotted,
+    mismatch,
     nearest,
     one_of,
     problems_of,
     pydantic_error,
-    short_repr,
     to_spec_error,
+    typed_repr,
     unknown,
 )
 
@@ -72,6 +73,19 @@ def _to_dict(value: Any) -> Any:
 def to_int(value: Any) -> Any:
     """Convert an integer of another library, such as numpy's, to Python's; return anything else unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
+def checked_count(path: str, value: Any) -> int:
+    """Return `value` as an `int` of at least 1.
+
+    Errors: `TypeError` if it is no integer, `ValueError` if it is below 1.
+    """
+    value = to_int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(mismatch(path, typed_repr(value), "an integer of at least 1"))
+    if value < 1:
+        raise ValueError(mismatch(path, str(value), "an integer of at least 1"))
+    return value
 
 
 def _to_float(value: object) -> object:
@@ -392,7 +406,7 @@ class KindField:
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
         expected = f"a {self.family}'s kind ({self._known()}), a mapping or a spec"
-        raise pydantic_error(Problem(got=f"{type(value).__name__} {short_repr(value)}", expected=expected))
+        raise pydantic_error(Problem(got=typed_repr(value), expected=expected))
 
     def _accepts(self, value: Any, nullable: bool) -> bool:
         return (value is None and nullable) or (isinstance(value, Options) and value.family == self.family)
@@ -406,7 +420,7 @@ class KindField:
                 return self.source._lookup(self.family, kind, besides)
             except SpecError as error:
                 raise invalid(self.family, [replace(problem, path=loc) for problem in error.problems]) from None
-        got = "nothing" if kind is _MISSING else f"{type(kind).__name__} {short_repr(kind)}"
+        got = "nothing" if kind is _MISSING else typed_repr(kind)
         raise invalid(self.family, [Problem(loc, got, f"a {self.family}'s kind: {self._known()}", code="unknown_kind")])
 
     def _json_schema(self, handler: GetJsonSchemaHandler, nullable: bool) -> JsonSchemaValue:

@@ -1,4 +1,4 @@
-"""Per-step statistics, and how a window pools several of them into one."""
+"""Per-step statistics, and the pooling of several into one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from atn_norms.errors import mismatch
 from atn_norms.pytree import expand_mask
 
 
@@ -15,9 +16,9 @@ from atn_norms.pytree import expand_mask
 class Statistic(Protocol):
     """A named tuple of tensors with `pool`: the interface between normalizers and windows.
 
-    Leaves have shape `[..., d]`: the leading axes are those of the pre-activations `[..., D]`, the last one is the
-    size of the statistic (1 for a statistic over features, D for one per feature). A statistic is
-    rebuilt from its leaves as `type(s)(*leaves)`.
+    Leaves have shape `[..., d]`. The leading axes are those of the pre-activations `[..., D]`. The last axis is the
+    size of the statistic: 1 for a statistic over features, D for a statistic of each feature. A statistic is rebuilt
+    from its leaves as `type(s)(*leaves)`.
     """
 
     def pool(self, weights: Tensor, dim: int) -> Self:
@@ -28,8 +29,9 @@ class Statistic(Protocol):
         | `weights` | weight of each entry, over the leaf's axes 0 to `dim`; 0 hides an entry | `[..., n]` |
         | `dim` | the stacked axis, which the merge removes | |
 
-        Equal weights average, weights in {0, 1} slide, and decaying weights forget. An entry of weight 0 is masked in
-        value and in gradient, NaN included. If every weight is 0 the result is finite and undefined.
+        Equal weights give the average, weights in {0, 1} a sliding window, and decaying weights an exponential
+        average. An entry of weight 0 is masked in value and in gradient, even if it is NaN. If every weight is 0, the
+        result is finite but undefined.
         """
         ...
 
@@ -47,7 +49,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 class _Shares(NamedTuple):
-    """Weights along one stacked axis, normalized to sum to 1 and aligned with leaves."""
+    """Weights along one stacked axis, normalized to sum to 1, with the axes of the leaves."""
 
     share: Tensor
     dim: int
@@ -58,21 +60,20 @@ class _Shares(NamedTuple):
         if weights.ndim == 1:
             weights = weights.reshape((1,) * dim + weights.shape)
         if weights.ndim != dim + 1 and weights.ndim != like.ndim:
-            raise ValueError(
-                f"weights: shape {list(weights.shape)} for leaves {list(like.shape)} pooled along axis {dim}; "
-                f"allowed: one axis ({like.shape[dim]} weights), or axes 0 to {dim} of the leaf"
-            )
+            got = f"shape {list(weights.shape)} for leaves {list(like.shape)} pooled along axis {dim}"
+            expected = f"one axis ({like.shape[dim]} weights), or axes 0 to {dim} of the leaf"
+            raise ValueError(mismatch("weights", got, expected))
         total = weights.sum(dim, keepdim=True)
         return cls(weights / torch.where(total > 0, total, torch.ones_like(total)), dim)
 
     def seen(self, leaf: Tensor) -> Tensor:
-        """`leaf` with the entries of weight 0 replaced by 0, so that neither value nor gradient of them is used."""
+        """Return `leaf` with every entry of weight 0 replaced by 0, so that its value and gradient are unused."""
         return torch.where(
             expand_mask(self.share, leaf) > 0, leaf, torch.zeros((), dtype=leaf.dtype, device=leaf.device)
         )
 
     def average(self, leaf: Tensor) -> Tensor:
-        """Weighted mean along the stacked axis, which is kept with length 1."""
+        """Return the weighted mean along the stacked axis, which is kept with length 1."""
         return (expand_mask(self.share, leaf) * leaf).sum(self.dim, keepdim=True)
 
 
@@ -82,8 +83,8 @@ class Moments(NamedTuple):
     $$\bar\mu = \sum_s w_s \mu_s \qquad \bar v = \sum_s w_s \left[ v_s + (\mu_s - \bar\mu)^2 \right]
     \qquad \sum_s w_s = 1$$
 
-    Derived: the variance of a union is the mean of the variances within plus the variance of the means between.
-    Nothing is subtracted that would cancel, so a large mean beside a small deviation keeps its digits.
+    Derived: the variance of a union is the mean of the variances within, plus the variance of the means between.
+    No subtraction cancels digits, so the result stays exact where the mean is large and the deviation small.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -101,7 +102,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, dim: int = -1) -> Moments:
-        """Moments of `x` over one axis, which is kept with length 1; float64 where the device has it."""
+        """Compute the moments of `x` over one axis, which is kept with length 1; float64 where the device has it."""
         x = promoted(x)
         mean = x.mean(dim, keepdim=True)
         return cls(mean, (x - mean).square().mean(dim, keepdim=True))
@@ -115,7 +116,7 @@ class Moments(NamedTuple):
 
 
 class Average(NamedTuple):
-    r"""One mean per step, such as the mean square: $\bar m = \sum_s w_s m_s$ with $\sum_s w_s = 1$.
+    r"""Mean of each step, such as the mean square: $\bar m = \sum_s w_s m_s$ with $\sum_s w_s = 1$.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -130,7 +131,7 @@ class Average(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, dim: int = -1) -> Average:
-        """Mean of `x` over one axis, which is kept with length 1; float64 where the device has it."""
+        """Compute the mean of `x` over one axis, which is kept with length 1; float64 where the device has it."""
         return cls(promoted(x).mean(dim, keepdim=True))
 
     def pool(self, weights: Tensor, dim: int) -> Average:
@@ -148,8 +149,8 @@ class NoStatistic(NamedTuple):
 class CountedMoments(NamedTuple):
     """`Moments` with the number of samples, which an unbiased variance needs.
 
-    `count` `[..., 1]` is the total weight of the last merge (a single row counts 1). Where the weights of a merge are
-    themselves counts, as a window's are over the steps of a coupled batch, it is the number of samples in the window.
+    `count` `[..., 1]` is the total weight of the last merge; the count of a single row is 1. Batch statistics are
+    merged with the number of rows as their weight, so `count` is then the number of samples in the window.
     """
 
     mean: Tensor

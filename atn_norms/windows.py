@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
+from atn_norms.errors import mismatch, typed_repr
 from atn_norms.pytree import Leaf, Tree, layout, where_mask
-from atn_norms.registry import Options, to_int
+from atn_norms.registry import Options, checked_count
 from atn_norms.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -22,15 +23,15 @@ AGES = 1024  # ages at which `uniform_weights` compares the declared weights
 class Window(ABC, Generic[S]):
     """Pool the statistics of recent steps; the state is passed in and returned.
 
-    State is a plain nested tuple of tensors with the batch on axis 0 of every leaf. It holds per-step statistics rather
-    than the aggregates of one algorithm, so implementations of a window are interchangeable within a sequence.
-    A window is a frozen value, or an `nn.Module` where it has parameters.
+    State is a plain nested tuple of tensors with the batch on axis 0 of every leaf. It holds per-step statistics, not
+    the aggregates of a particular algorithm, so two implementations of a window can alternate within a sequence.
+    A window is a frozen value, or an `nn.Module` if it has parameters.
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `now` | the step's own statistic | leaves `[N, ...]` |
+    | `now` | the statistic of the current step | leaves `[N, ...]` |
     | `weight` | weight of the step: 1 for an unmasked row, 0 for padding, or a number of samples | `[N]` |
-    | `pooled` | the statistic over the window that ends at this step, like `now` | leaves `[N, ...]` |
+    | `pooled` | the statistic over the window that ends with this step, of the type of `now` | leaves `[N, ...]` |
 
     Steps of weight 0 are masked: they leave the state of their row unchanged, and their `pooled` is undefined.
     """
@@ -47,49 +48,48 @@ class Window(ABC, Generic[S]):
 
     @abstractmethod
     def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        """Add one step; return the statistic pooled over the window that ends with it, and the new state."""
+        """Add one step; return the statistic pooled over the window that ends with this step, and the new state."""
 
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
-        """Apply `push` over axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; may be vectorized."""
+        """Apply `push` along axis 0 of `steps` (leaves `[T, N, ...]`) with `weights` `[T, N]`; may be vectorized."""
         return scan_by_steps(self, steps, weights, state)
 
     def layout(self, now: S) -> Any:
-        """Return the layout of a state for statistics shaped like `now`; a state of another layout is an error."""
+        """Return the layout of a state for statistics shaped like `now`; a state of another layout is rejected."""
         return layout(self.initial(now))
 
     def weight_at(self, age: Tensor) -> Tensor | None:
-        """Return the weight of a step by its age in unmasked steps (0: the current step), or None.
+        """Declare the weight of a step by its age in unmasked steps (0: the current step), or return None.
 
-        The conformance suite tests the declaration: `pooled` must then be the merge of every step so far, each with its
-        own weight times this one (`atn_norms.testing`).
+        The conformance suite (`atn_norms.testing`) tests the declaration: `pooled` must be the merge of all steps so
+        far, each with the product of its `weight` and its weight by age.
         """
         return None
 
     @property
     def uniform_weights(self) -> bool:
-        """True if all steps in the window have equal weight, so that a maximum can be pooled too."""
+        """True if all steps in the window have equal weight, so that also a maximum can be pooled."""
         weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
         return weights is not None and bool(((weights == 0) | (weights == weights.max())).all())
 
     def spec(self) -> WindowSpec:
-        """Return the options that build this window; `TypeError` if it has none."""
-        raise TypeError(
-            f"{self!r}: got {type(self).__name__} without `spec`; expected a method that returns its WindowSpec"
-        )
+        """Return the options that build this window; `TypeError` if the class defines none."""
+        got = f"{type(self).__name__} without `spec`"
+        raise TypeError(mismatch(repr(self), got, "a method that returns its WindowSpec"))
 
 
 def scan_by_steps(window: Window[S], steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
     """Scan with one `push` per step, the definition of `Window.scan`."""
-    kind = type(steps)
+    statistic = type(steps)
     pooled = []
     for *now, weight in zip(*(leaf.unbind(0) for leaf in steps), weights.unbind(0), strict=True):
-        at_step, state = window.push(kind(*now), weight, state)
-        pooled.append(at_step)
-    return kind(*(torch.stack(leaves) for leaves in zip(*pooled, strict=True))), state
+        pooled_at_step, state = window.push(statistic(*now), weight, state)
+        pooled.append(pooled_at_step)
+    return statistic(*(torch.stack(leaves) for leaves in zip(*pooled, strict=True))), state
 
 
 class WindowSpec(Options, ABC):
-    """Options of a window: a frozen model with a `kind`, which builds the window."""
+    """Options of a window: a frozen model with a `kind` and a method that builds the window."""
 
     family: ClassVar[str | None] = "window"
     kind: str
@@ -101,19 +101,19 @@ class WindowSpec(Options, ABC):
 
 @dataclass(frozen=True)
 class Sliding(Window[S]):
-    r"""Equal weights for the last `steps` unmasked steps, the current one included.
+    r"""Equal weights for the last `steps` unmasked steps, the current step included.
 
     $$m_t = \min(t + 1, k), \qquad W_t = \{t - m_t + 1, \dots, t\}$$
 
-    Source: Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439. With k = 1 only the current step is used; before step
-    k the window is shorter.
+    Source: Pospisil, Zadorozhnyy, Ye, arXiv 2209.14439. k = 1 uses the current step alone. Before step k the window
+    is shorter.
 
     | symbol | meaning | |
     |---|---|---|
     | `steps` | k, in time steps | at least 1 |
     | state | `(weights [N, k-1], leaves [N, k-1, ...])`, oldest first | |
 
-    Errors: `TypeError` if k is no integer, `ValueError` if it is below 1.
+    Errors: `TypeError` if k is no integer, `ValueError` if k is below 1.
 
     >>> import torch
     >>> from atn_norms import Average, Sliding
@@ -127,11 +127,7 @@ class Sliding(Window[S]):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", to_int(self.steps))
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(f"steps: {self.steps!r} is {type(self.steps).__name__}; allowed: an integer of at least 1")
-        if self.steps < 1:
-            raise ValueError(f"steps: {self.steps}; allowed: an integer of at least 1 (1 is the current step alone)")
+        object.__setattr__(self, "steps", checked_count("steps", self.steps))
 
     def initial(self, now: S) -> Tree:
         past = self.steps - 1
@@ -157,22 +153,21 @@ class Sliding(Window[S]):
         state = _constant_weights(state)
         row = torch.arange(weights.shape[1], device=weights.device)
         mask = weights > 0
-        # A window counts unmasked steps: move each row's unmasked steps together before cutting windows. This is
-        # a stable sort by counting, which exporters know.
-        live, masked = mask.cumsum(0) - 1, mask.sum(0) + (~mask).cumsum(0) - 1
+        # A window counts unmasked steps, so each row's unmasked steps are moved to the front before windows are cut.
+        # The stable sort is done by counting, because exporters support no sort.
+        live_rank, masked_rank = mask.cumsum(0) - 1, mask.sum(0) + (~mask).cumsum(0) - 1
         time = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1).expand(mask.shape)
-        order = torch.zeros_like(time).scatter(0, torch.where(mask, live, masked), time)
+        order = torch.zeros_like(time).scatter(0, torch.where(mask, live_rank, masked_rank), time)
         timeline = [
             torch.cat([old, leaf[order, row].transpose(0, 1)], 1)
             for old, leaf in zip((state[0], *state[1]), (weights, *steps), strict=True)
         ]
         weight_windows, *windows = (line.unfold(1, self.steps, 1).movedim(-1, 2) for line in timeline)
         pooled = type(steps)(*windows).pool(weight_windows, 2)
-        place = (mask.cumsum(0) - 1).clamp(min=0)
-        pooled = type(steps)(*(leaf[row, place] for leaf in pooled))
-        kept = mask.sum(0).unsqueeze(1) + torch.arange(self.steps - 1, device=weights.device)
-        weights_left, *left = (line[row.unsqueeze(1), kept] for line in timeline)
-        return pooled, (weights_left, tuple(left))
+        pooled = type(steps)(*(leaf[row, live_rank.clamp(min=0)] for leaf in pooled))
+        last = mask.sum(0).unsqueeze(1) + torch.arange(self.steps - 1, device=weights.device)
+        last_weights, *last_leaves = (line[row.unsqueeze(1), last] for line in timeline)
+        return pooled, (last_weights, tuple(last_leaves))
 
     def weight_at(self, age: Tensor) -> Tensor:
         return (age < self.steps).to(age.dtype)
@@ -197,30 +192,37 @@ def _constant_weights(state: Tree) -> Tree:
     return weights.detach(), leaves
 
 
-def _nothing(now: Statistic) -> Tree:
-    leaves = tuple(torch.zeros_like(leaf) for leaf in now)
-    return leaves[0].new_zeros(leaves[0].shape[0]), leaves
+class _Running(Window[S]):
+    """A window over all steps, whose state is the pooled past: `(total weight [N], pooled leaves [N, ...])`."""
 
+    def initial(self, now: S) -> Tree:
+        leaves = tuple(torch.zeros_like(leaf) for leaf in now)
+        return leaves[0].new_zeros(leaves[0].shape[0]), leaves
 
-def _one(now: Statistic) -> Any:
-    return Leaf(()), tuple(Leaf(tuple(leaf.shape[1:])) for leaf in now)
+    def layout(self, now: S) -> Any:
+        return Leaf(()), tuple(Leaf(tuple(leaf.shape[1:])) for leaf in now)
 
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        total, past = state = _constant_weights(state)
+        total = self._decayed(total)
+        both = (torch.stack(pair, 1) for pair in zip(past, now, strict=True))
+        pooled = type(now)(*both).pool(torch.stack([total, weight], 1), 1)
+        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
 
-def _merge(now: S, weight: Tensor, total: Tensor, past: tuple[Tensor, ...]) -> S:
-    """Pool the past, of weight `total`, with the current step."""
-    both = (torch.stack(pair, 1) for pair in zip(past, now, strict=True))
-    return type(now)(*both).pool(torch.stack([total, weight], 1), 1)
+    @abstractmethod
+    def _decayed(self, total: Tensor) -> Tensor:
+        """Return the total weight of the past, one step later."""
 
 
 @dataclass(frozen=True)
-class Cumulative(Window[S]):
+class Cumulative(_Running[S]):
     """Equal weights for every unmasked step since the initial state.
 
     | symbol | meaning | shape |
     |---|---|---|
     | state | `(total weight, pooled leaves)` | `([N], [N, ...])` |
 
-    The state of an `Exponential` window has the same layout; a state passed from one to the other is not detected.
+    The state of an `Exponential` window has the same layout, so passing it to a `Cumulative` window raises no error.
 
     >>> import torch
     >>> from atn_norms import AssortedTime, Cumulative, LayerNorm
@@ -229,16 +231,8 @@ class Cumulative(Window[S]):
     torch.Size([7, 2, 4])
     """
 
-    def initial(self, now: S) -> Tree:
-        return _nothing(now)
-
-    def layout(self, now: S) -> Any:
-        return _one(now)
-
-    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        total, past = state = _constant_weights(state)
-        pooled = _merge(now, weight, total, past)
-        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
+    def _decayed(self, total: Tensor) -> Tensor:
+        return total
 
     def weight_at(self, age: Tensor) -> Tensor:
         return torch.ones_like(age)
@@ -248,7 +242,7 @@ class Cumulative(Window[S]):
 
 
 class CumulativeSpec(WindowSpec):
-    """Options of `Cumulative`: it has none."""
+    """Options of `Cumulative`: none but the kind."""
 
     kind: Literal["cumulative"] = "cumulative"
 
@@ -257,20 +251,20 @@ class CumulativeSpec(WindowSpec):
 
 
 @dataclass(frozen=True)
-class Exponential(Window[S]):
+class Exponential(_Running[S]):
     r"""Weights that halve every `half_life` unmasked steps.
 
     $$w_s = 2^{-(t - s) / h}$$
 
-    Derived: an exponentially weighted average whose weights are normalized at every step, so that the first steps are
-    not biased towards zero. The age is counted in unmasked steps.
+    Derived: an exponentially weighted average whose weights are normalized at every step, so the first steps are not
+    biased towards zero. The age t - s counts unmasked steps.
 
     | symbol | meaning | shape or unit |
     |---|---|---|
     | `half_life` | h | time steps, positive and finite |
     | state | `(total decayed weight, pooled leaves)` | `([N], [N, ...])` |
 
-    Errors: `ValueError` if h is not positive and finite.
+    Errors: `TypeError` if h is no number, `ValueError` if h is not positive and finite.
 
     >>> import torch
     >>> from atn_norms import AssortedTime, Exponential, RMSNorm
@@ -283,21 +277,12 @@ class Exponential(Window[S]):
 
     def __post_init__(self) -> None:
         if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)):
-            raise TypeError(f"half_life: {self.half_life!r} is {type(self.half_life).__name__}; allowed: a number > 0")
+            raise TypeError(mismatch("half_life", typed_repr(self.half_life), "a positive, finite number of steps"))
         if not 0 < self.half_life < float("inf"):
-            raise ValueError(f"half_life: {self.half_life}; allowed: a positive, finite number of steps")
+            raise ValueError(mismatch("half_life", str(self.half_life), "a positive, finite number of steps"))
 
-    def initial(self, now: S) -> Tree:
-        return _nothing(now)
-
-    def layout(self, now: S) -> Any:
-        return _one(now)
-
-    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
-        total, past = state = _constant_weights(state)
-        remembered = total * 2.0 ** (-1.0 / self.half_life)
-        pooled = _merge(now, weight, remembered, past)
-        return pooled, where_mask(weight > 0, (remembered + weight, tuple(pooled)), state)
+    def _decayed(self, total: Tensor) -> Tensor:
+        return total * 2.0 ** (-1.0 / self.half_life)
 
     def weight_at(self, age: Tensor) -> Tensor:
         return 2.0 ** (-age / self.half_life)
@@ -310,7 +295,7 @@ class ExponentialSpec(WindowSpec):
     """Options of `Exponential`."""
 
     kind: Literal["exponential"] = "exponential"
-    half_life: float = Field(gt=0, description="steps after which a step counts half")
+    half_life: float = Field(gt=0, description="number of steps after which the weight of a step is halved")
 
     def build(self) -> Exponential[Any]:
         return Exponential(self.half_life)

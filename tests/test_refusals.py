@@ -53,7 +53,7 @@ def one_line(error, *words):
 )
 def test_a_state_of_another_window_normalizer_or_site_is_rejected(backend, other):
     foreign = streamed(normed(**other))
-    with pytest.raises(ValueError, match="^state: .*; allowed: ") as error:
+    with pytest.raises(ValueError, match="^state: got .*; expected ") as error:
         normed(backend=backend).unroll(torch.randn(1, 2, 2), foreign)
     one_line(error)
 
@@ -61,7 +61,7 @@ def test_a_state_of_another_window_normalizer_or_site_is_rejected(backend, other
 def test_a_state_with_norms_is_rejected_where_there_is_none():
     foreign = streamed(normed())
     for backend in ("auto", "reference", "torch"):
-        with pytest.raises(ValueError, match=r"^state: .* at site 'ih'; allowed: \(\), as it carries no norm"):
+        with pytest.raises(ValueError, match=r"^state: got .* at site 'ih'; expected \(\), as it has no norm"):
             an.LSTM(2, 4, backend=backend).unroll(torch.randn(1, 2, 2), foreign)
 
 
@@ -86,7 +86,7 @@ def test_a_state_with_norms_is_rejected_where_there_is_none():
 def test_an_incompatible_part_of_a_state_is_rejected(backend, place, value):
     layer = normed(backend=backend)
     state = changed(streamed(layer), place, value)
-    with pytest.raises(ValueError, match="^state: .*; allowed") as error:
+    with pytest.raises(ValueError, match="^state: got .*; expected ") as error:
         layer.unroll(torch.randn(1, 2, 2), state)
     one_line(error)
 
@@ -102,7 +102,7 @@ def test_other_objects_as_state_are_rejected(junk):
         lambda: norm.scan(torch.randn(1, 2, 4), junk),
         lambda: an.detach(junk) if not isinstance(junk, (tuple, torch.Tensor)) else norm.step(torch.ones(2, 4), junk),
     ):
-        with pytest.raises(ValueError, match="^state: .*; (allowed|expected)") as error:
+        with pytest.raises(ValueError, match="^state: got .*; expected ") as error:
             call()
         one_line(error)
 
@@ -111,7 +111,7 @@ def test_a_cell_rejects_carried_tensors_that_would_broadcast():
     cell = an.LSTMCell(2, 4, norm="layer", window=3)
     (h, c), norms = cell.initial(2)
     for carried in ((h, c[:, :1]), (h[:1], c), (h,), (h, c, c), (h, c.double()), (h.long(), c)):
-        with pytest.raises(ValueError, match="^state: .*; allowed"):
+        with pytest.raises(ValueError, match="^state: got .*; expected "):
             cell(torch.randn(2, 2), (carried, norms))
 
 
@@ -140,7 +140,7 @@ def test_a_reordered_shared_state_is_used_once():
 @pytest.mark.parametrize("batch", [-1, True, "a", None, 1.5])
 def test_an_invalid_number_of_rows_is_rejected(batch):
     for owner in (normed(), an.LSTMCell(2, 4, norm="layer")):
-        with pytest.raises(ValueError, match="^batch: .*; allowed: a number of rows"):
+        with pytest.raises(ValueError, match="^batch: got .*; expected a number of rows"):
             owner.initial(batch)
 
 
@@ -149,14 +149,14 @@ def test_an_invalid_number_of_rows_is_rejected(batch):
     [torch.zeros(1, 2, 4), "ab", (torch.zeros(1, 2, 4), 3), (torch.zeros(2, 2, 4),) * 2, (torch.zeros(1, 2, 3),) * 2],
 )
 def test_an_initial_state_of_another_structure_is_rejected(hx):
-    with pytest.raises(ValueError, match="^hx: .*; (allowed|expected)"):
+    with pytest.raises(ValueError, match="^hx: got .*; expected "):
         normed().initial(2, hx)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_hx_of_another_dtype_is_rejected(backend):
     hx = (torch.zeros(1, 2, 4, dtype=torch.float64),) * 2
-    with pytest.raises(RuntimeError, match="^hx: got type torch.float64; expected the layer's, torch.float32"):
+    with pytest.raises(RuntimeError, match="^hx: got torch.float64; expected the type of the layer, torch.float32"):
         normed(backend=backend)(torch.randn(3, 2, 2), hx)
 
 
@@ -186,10 +186,10 @@ class StrangeSpec(an.NormSpec):
 
 def test_a_plugin_s_build_must_return_a_normalizer():
     with pytest.raises(
-        ValueError, match="norm: 'strange' at site 'ih' with 16 features: build returned NoneType; expected"
+        ValueError, match="norm: 'strange' at site 'ih' with 16 features: build: got NoneType; expected a Normalizer"
     ):
         normed(StrangeSpec(how="nothing"))
-    with pytest.raises(ValueError, match="build returned LayerNorm; expected a Normalizer"):
+    with pytest.raises(ValueError, match="build: got LayerNorm; expected a Normalizer"):
         normed(StrangeSpec(how="torch"))
     with pytest.raises(ValueError, match="norm: 'strange' at site 'ih' with 16 features: 'no such thing'"):
         normed(StrangeSpec(how="raises"))
@@ -227,7 +227,7 @@ def test_validation_draws_no_random_number_and_leaves_no_meta_tensor():
 def test_dtypes_that_are_not_floating_point_are_rejected(dtype):
     norm = an.AssortedTime(an.LayerNorm(4), 3)
     for call in (lambda: norm.step(torch.ones(2, 4, dtype=dtype)), lambda: norm.scan(torch.ones(3, 2, 4, dtype=dtype))):
-        with pytest.raises(ValueError, match=f"^xs?: of type {dtype}; allowed: .* floating-point"):
+        with pytest.raises(ValueError, match=f"^xs?: got {dtype}; expected .* floating-point"):
             call()
     for kind in (None, "layer"):
         with pytest.raises(ValueError, match=f"^dtype: got {dtype}; expected a floating-point type"):
@@ -238,9 +238,9 @@ def test_dtypes_that_are_not_floating_point_are_rejected(dtype):
 @pytest.mark.parametrize("features", [1, 5])
 def test_another_number_of_features_is_rejected(kind, features):
     norm = an.AssortedTime(kind(4), 3)
-    with pytest.raises(ValueError, match=rf"^x: shape \[2, {features}\]; allowed: \[batch, ..., 4\]"):
+    with pytest.raises(ValueError, match=rf"^x: got shape \[2, {features}\]; expected \[batch, ..., 4\]"):
         norm.step(torch.randn(2, features))
-    with pytest.raises(ValueError, match=rf"^xs: shape \[3, 2, {features}\]; allowed: \[time, batch, ..., 4\]"):
+    with pytest.raises(ValueError, match=rf"^xs: got shape \[3, 2, {features}\]; expected \[time, batch, ..., 4\]"):
         norm.scan(torch.randn(3, 2, features))
 
 
@@ -257,7 +257,9 @@ def test_an_empty_batch_runs(backend, norm):
 
 def test_an_empty_batch_of_batch_normalization():
     norm = an.AssortedTime(an.BatchNorm(4), 3)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel.*allowed: a batch of at least 2 rows"):
+    with pytest.raises(
+        ValueError, match="Expected more than 1 value per channel.*: got 0 row.*; expected a batch of at least 2 rows"
+    ):
         norm.step(torch.zeros(0, 4))
     assert norm.normalizer.num_batches_tracked == 0
     assert norm.eval().scan(torch.zeros(3, 0, 4))[0].shape == (3, 0, 4)
@@ -268,7 +270,7 @@ def test_an_empty_batch_of_batch_normalization():
 def test_batch_normalization_rejects_unknown_axes(max_steps, training):
     norm = an.AssortedTime(an.BatchNorm(4, max_steps=max_steps), 3).train(training)
     for call in (lambda: norm.scan(torch.randn(3, 2, 5, 4)), lambda: norm.step(torch.randn(2, 5, 4))):
-        with pytest.raises(ValueError, match=r"^x: 1 axes between batch and features; allowed for BatchNorm"):
+        with pytest.raises(ValueError, match=r"^x: got 1 axes between batch and features; expected \[batch, 4\]"):
             call()
 
 
@@ -288,10 +290,10 @@ def test_batch_normalization_rejects_unknown_axes(max_steps, training):
     ids=lambda lengths: re.sub(" at 0x.*", "", repr(lengths)),  # an address differs in every process
 )
 def test_lengths_of_wrong_types_are_rejected(lengths):
-    with pytest.raises(ValueError, match="^lengths: .*allowed: 2 integer") as error:
+    with pytest.raises(ValueError, match="^lengths: got .*; expected 2 integer") as error:
         normed().unroll(torch.randn(3, 2, 2), lengths=lengths)
     one_line(error)
-    with pytest.raises(ValueError, match="^lengths: .*allowed: 2 integer"):
+    with pytest.raises(ValueError, match="^lengths: got .*; expected 2 integer"):
         an.AssortedTime(an.LayerNorm(4), 3).scan(torch.randn(3, 2, 4), lengths=lengths)
 
 
@@ -299,7 +301,7 @@ def test_lengths_of_wrong_types_are_rejected(lengths):
     "mask", [[True, False], torch.ones(3).bool(), torch.ones(2), torch.ones(2, 1).bool(), "a"], ids=repr
 )
 def test_a_mask_of_another_shape_or_dtype_is_rejected(mask):
-    with pytest.raises(ValueError, match=r"^mask: .*; allowed: a bool tensor of shape \[2\]"):
+    with pytest.raises(ValueError, match=r"^mask: got .*; expected a bool tensor of shape \[2\]"):
         an.AssortedTime(an.LayerNorm(4), 3).step(torch.randn(2, 4), mask=mask)
 
 
@@ -362,9 +364,9 @@ def test_numbers_beyond_float32_are_rejected_with_their_path():
     with pytest.raises(ValueError, match=r"^norm\.initial_gain: "):
         normed({"kind": "batch", "initial_gain": -1e39})
     for gain in (float("nan"), 1e39, True):
-        with pytest.raises(ValueError, match="^initial_gain: .*; allowed"):
+        with pytest.raises(ValueError, match="^initial_gain: got .*; expected a number"):
             an.BatchNorm(4, initial_gain=gain)
-    with pytest.raises(ValueError, match="^momentum: True; allowed"):
+    with pytest.raises(ValueError, match="^momentum: got True; expected a number"):
         an.BatchNorm(4, momentum=True)
 
 
@@ -387,7 +389,7 @@ def test_a_measure_that_returns_something_else_is_named(measured):
     norm = Misbehaving(4)
     norm.measured = measured
     for call in (lambda n: n.step(torch.randn(2, 4)), lambda n: n.scan(torch.randn(3, 2, 4))):
-        with pytest.raises(TypeError, match=r"^Misbehaving\.measure: returned .*; allowed: a Statistic"):
+        with pytest.raises(TypeError, match=r"^Misbehaving\.measure: got .*; expected a Statistic"):
             call(an.AssortedTime(norm, 3))
 
 
@@ -396,5 +398,5 @@ def test_a_normalize_that_returns_something_else_is_named(normalized):
     norm = Misbehaving(4)
     norm.normalized = normalized
     for call in (lambda n: n.step(torch.randn(2, 4)), lambda n: n.scan(torch.randn(3, 2, 4))):
-        with pytest.raises(TypeError, match=r"^Misbehaving\.normalize: returned .*; allowed: a tensor"):
+        with pytest.raises(TypeError, match=r"^Misbehaving\.normalize: got .*; expected a tensor"):
             call(an.AssortedTime(norm, 3))

@@ -1,4 +1,4 @@
-"""Recurrent cells as frozen equations: gate order, norm sites and one step over explicit state."""
+"""Recurrent cells as frozen equations: gate order, norm sites, and one step with explicit state."""
 
 from atn_norms.cells.base import Cell, CellSpec, CellWeights, Placement, SiteStates, refuse
 from atn_norms.cells.gru import GRUEquations, GRUSpec

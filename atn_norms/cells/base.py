@@ -1,4 +1,4 @@
-"""The base class of cells: sizes, sites and equations, as a value without tensors."""
+"""The base class of cells: sizes, sites and equations, as a frozen value without tensors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from pydantic import Field
 from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm, masked, steps_mask
+from atn_norms.errors import Problem, SpecError, mismatch
 from atn_norms.pytree import Tree, describe_structure, where_mask
 from atn_norms.registry import Options
 
 
 class Placement(Options):
-    """Where in a cell the norms sit; the default is the paper's cell.
+    """Places of the norms in a cell; the default is the paper's cell.
 
     | option | value | meaning |
     |---|---|---|
-    | `sum` | `separate` | N_ih(W x + b_ih) + N_hh(U h + b_hh), each with its own norm |
-    | | `joint` | one norm N_sum(W x + b_ih + U h + b_hh) |
-    | `gates` | `joint` | statistics over all gates of a site together |
-    | | `per_gate` | each gate has its own statistics |
-    | `carry` | `raw` | the raw cell state is carried and normed only for the output |
-    | | `normed` | the normed cell state is carried to the next step |
+    | `sum` | `separate` | two norms: N_ih(W x + b_ih) + N_hh(U h + b_hh) |
+    | | `joint` | one norm: N_sum(W x + b_ih + U h + b_hh) |
+    | `gates` | `joint` | one statistic over all gates of a site |
+    | | `per_gate` | one statistic for each gate |
+    | `carry` | `raw` | carry the raw cell state, and normalize it for the output alone |
+    | | `normed` | carry the normalized cell state to the next step |
     """
 
     sum: Literal["separate", "joint"] = Field(
@@ -36,16 +37,16 @@ class Placement(Options):
     gates: Literal["joint", "per_gate"] = Field(
         default="joint", description="statistics over all gates, or gate by gate"
     )
-    carry: Literal["raw", "normed"] = Field(default="raw", description="the cell state that the next step sees")
+    carry: Literal["raw", "normed"] = Field(default="raw", description="the cell state that the next step receives")
 
 
 @dataclass(frozen=True)
 class CellWeights:
     """The weights of a cell: tensors by torch's names, and the norm of each site that has one.
 
-    `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and the other tensors
-    of the cell) to tensors; a missing bias is None. In `plans` a backend may store results of `unsupported_reason` for
-    its `run`. A layer collects its weights again for every call.
+    `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and other names of the
+    cell) to tensors; an absent bias is None. In `plans`, `unsupported_reason` of a backend may store results for `run`.
+    A layer collects its weights again for every call.
     """
 
     tensors: Mapping[str, Tensor]
@@ -56,7 +57,7 @@ class CellWeights:
         return self.tensors[name]
 
     def get(self, name: str) -> Tensor | None:
-        """A tensor that may be absent, such as a bias."""
+        """Return a tensor that may be absent, such as a bias, or None."""
         return self.tensors.get(name)
 
 
@@ -68,10 +69,10 @@ class Cell(ABC):
     |---|---|---|
     | `xs` | inputs, time first | `[T, B, D]` |
     | `u` | the projected input of one step | `[B, G*H]` |
-    | `state` | `(carried, norms)`: the tensors named in `carried`, and one state per site | axis 0: B |
+    | `state` | `(carried, norms)`: the tensors named in `carried`, and one state for each site | axis 0: B |
     | `mask` | unmasked rows of the step; None means all | `[B]`, bool |
-    | `lengths` | steps of each row; None means all | `[B]`, int |
-    | `y` | the step's output | `[B, R]` |
+    | `lengths` | number of steps of each row; None means all steps | `[B]`, int |
+    | `y` | the output of the step | `[B, R]` |
 
     A masked row keeps its state and has output 0.
     """
@@ -95,11 +96,11 @@ class Cell(ABC):
 
     @property
     def sites(self) -> dict[str, int]:
-        """Every place that can carry a norm, and its number of features."""
+        """Every place that can have a norm, and its number of features."""
         return self.product_sites()
 
     def product_sites(self) -> dict[str, int]:
-        """The sites at the two products, or at their sum."""
+        """Return the sites at the two products, or the site at their sum."""
         wide = self.pre_activations
         return {"sum": wide} if self.placement.sum == "joint" else {"ih": wide, "hh": wide}
 
@@ -108,25 +109,25 @@ class Cell(ABC):
         return self.sites[site] // self.hidden_size
 
     def shapes(self, input_size: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters, in torch's order."""
+        """Return the names and shapes of the parameters, in torch's order."""
         wide = self.pre_activations
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (wide, input_size), "weight_hh": (wide, self.output_size)}
         return shapes | ({"bias_ih": (wide,), "bias_hh": (wide,)} if bias else {})
 
     def carried_sizes(self) -> tuple[int, ...]:
-        """Features of each carried tensor, in the order of `carried`."""
+        """Return the number of features of each carried tensor, in the order of `carried`."""
         return (self.output_size,)
 
     def initial(
         self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None, shown: bool = True
     ) -> Tree:
-        """The state before the first step: zeros (or `carried`), and fresh windows.
+        """Return the state before the first step: zeros (or `carried`), and empty windows.
 
         Without `shown`, an empty window is None, which every backend accepts as the initial state.
         """
         traced = torch.jit.is_tracing() and isinstance(batch, Tensor)
         if not traced and (isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0):
-            raise ValueError(f"batch: {batch!r}; allowed: a number of rows, 0 or more")
+            raise ValueError(mismatch("batch", repr(batch), "a number of rows of at least 0"))
         like = weights["weight_hh"]
         if carried is None:
             carried = tuple(like.new_zeros(batch, size) for size in self.carried_sizes())
@@ -141,42 +142,40 @@ class Cell(ABC):
         return carried, norms
 
     def check_carried(self, weights: CellWeights, carried: Tree, batch: int, name: str = "state") -> None:
-        """Raise `ValueError` for carried tensors of another number, shape, type or device than the cell carries."""
+        """Raise `ValueError` if the number, a shape, a type or a device of the carried tensors is not the cell's."""
         like = weights["weight_hh"]
-        expected = [(batch, size) for size in self.carried_sizes()]
-        fits = isinstance(carried, tuple) and False not in [isinstance(c, Tensor) for c in carried]
-        if not fits or [c.shape for c in carried] != expected:
-            allowed = ", ".join(f"[{batch}, {size}]" for _, size in expected)
-            raise ValueError(
-                f"{name}: carries {describe_structure(carried)}; allowed for a batch of {batch}: ({allowed})"
-            )
+        shapes = [(batch, size) for size in self.carried_sizes()]
+        are_tensors = isinstance(carried, tuple) and False not in [isinstance(c, Tensor) for c in carried]
+        if not are_tensors or [c.shape for c in carried] != shapes:
+            expected = ", ".join(str(list(shape)) for shape in shapes)
+            got = f"carried tensors {describe_structure(carried)}"
+            raise ValueError(mismatch(name, got, f"({expected}) for a batch of {batch}"))
         for c in carried:
             mixed = c.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)
             if mixed or c.device != like.device:
-                raise ValueError(f"{name}: {c.dtype} on {c.device}; allowed: the layer's {like.dtype} on {like.device}")
+                expected = f"the layer's {like.dtype} on {like.device}"
+                raise ValueError(mismatch(name, f"{c.dtype} on {c.device}", expected))
 
     def check_state(self, weights: CellWeights, state: Tree, batch: int) -> None:
-        """Raise `ValueError` for a state of another structure; what a norm's own state must be, the norm checks."""
+        """Raise `ValueError` for a state of another structure; each norm checks the leaves of its state."""
         if not isinstance(state, tuple) or len(state) != 2:
-            raise ValueError(
-                f"state: {describe_structure(state)}; allowed: (carried, norms), as this cell or layer returned it"
-            )
+            expected = "(carried, norms), as this cell or layer returned it"
+            raise ValueError(mismatch("state", describe_structure(state), expected))
         carried, norms = state
         self.check_carried(weights, carried, batch)
         sites = self.sites
         if not isinstance(norms, tuple) or len(norms) != len(sites):
-            raise ValueError(
-                f"state: norms {describe_structure(norms)}; allowed: one state for each of {', '.join(sites)}"
-            )
+            expected = f"one state for each of {', '.join(sites)}"
+            raise ValueError(mismatch("state", f"norms {describe_structure(norms)}", expected))
         for site, norm in zip(sites, norms, strict=True):
             if not isinstance(norm, tuple) or (site not in weights.norms and norm != ()):
-                allowed = "what its norm returned" if site in weights.norms else "(), as it carries no norm"
-                raise ValueError(f"state: {describe_structure(norm)} at site {site!r}; allowed: {allowed}")
+                expected = "the state that its norm returned" if site in weights.norms else "(), as it has no norm"
+                raise ValueError(mismatch("state", f"{describe_structure(norm)} at site {site!r}", expected))
 
     def project(
         self, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tree]:
-        """The input side of all T steps at once, normed where the site `ih` has a norm; it is not recurrent."""
+        """Compute the input product of all T steps, which is not recurrent; normalized if the site `ih` has a norm."""
         if lengths is not None:
             xs = masked(xs, steps_mask(lengths, xs))
         us = F.linear(xs, weights["weight_ih"], weights.get("bias_ih"))
@@ -189,50 +188,50 @@ class Cell(ABC):
 
     @abstractmethod
     def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
-        """One time step: the output and the state that follows."""
+        """Compute one time step; return the output and the next state."""
 
     def recur(self, weights: CellWeights, h: Tensor) -> Tensor:
-        """The recurrent product U h + b_hh."""
+        """Compute the recurrent product U h + b_hh."""
         return F.linear(h, weights["weight_hh"], weights.get("bias_hh"))
 
     def ended(
         self, y: Tensor, carried: tuple[Tensor, ...], norms: SiteStates, before: Tree, mask: Tensor | None
     ) -> tuple[Tensor, Tree]:
-        """The end of a step: output and state, with masked rows unchanged."""
+        """Return the output and the state of a step, with the state of masked rows unchanged."""
         if mask is None:
             return y, (carried, norms.states())
         return masked(y, mask), (where_mask(mask, carried, before[0]), norms.states())
 
 
 class SiteStates:
-    """The norms of one step of a cell with their states: apply each by the name of its site, then collect."""
+    """The norms of a cell with their states, for one step: call it for each site, then read `states`."""
 
     def __init__(self, cell: Cell, weights: CellWeights, states: Tree, mask: Tensor | None) -> None:
-        self._norms, self._alive = weights.norms, mask
+        self._norms, self._mask = weights.norms, mask
         self._states = dict(zip(cell.sites, states, strict=True))
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
-        """`x` normed at a site, or as it is where the site has no norm."""
+        """Normalize `x` at a site; return it unchanged if the site has no norm."""
         norm = self._norms.get(site)
         if norm is None:
             return x
-        y, self._states[site] = norm.step(x, self._states[site], self._alive)
+        y, self._states[site] = norm.step(x, self._states[site], self._mask)
         return y
 
     def states(self) -> tuple[Tree, ...]:
-        """The state of every site, in the cell's order."""
+        """Return the state of every site, in the order of the cell's sites."""
         return tuple(self._states.values())
 
 
 class CellSpec(Options, ABC):
-    """Options of a cell: a frozen model with a `kind`, which builds the equations."""
+    """Options of a cell: a frozen model with a `kind` and a method that builds the equations."""
 
     family: ClassVar[str | None] = "cell"
     kind: str
 
     @abstractmethod
     def build(self, hidden_size: int, placement: Placement) -> Cell:
-        """The equations for a hidden size; `ValueError` where the cell has no such placement."""
+        """Build the equations for a hidden size; `ValueError` if the cell does not support the placement."""
 
 
 def refuse(placement: Placement, cell: str, **absent: str) -> None:
@@ -241,4 +240,5 @@ def refuse(placement: Placement, cell: str, **absent: str) -> None:
         value: Any = getattr(placement, option)
         default = Placement.model_fields[option].default
         if value != default:
-            raise ValueError(f"placement.{option}: {value!r} with cell {cell!r}: {reason}; allowed: {default!r}")
+            got = f"{value!r} with cell {cell!r}"
+            raise SpecError.of([Problem(("placement", option), got, repr(default), detail=reason)])

@@ -14,7 +14,7 @@ from atn_norms.pytree import Tree
 
 @dataclass(frozen=True)
 class GRUEquations(Cell):
-    r"""Gated recurrent unit with a norm on either product; the reset gate acts after the recurrent product.
+    r"""Gated recurrent unit with a norm on each product; the reset gate is applied after the recurrent product.
 
     $$\begin{aligned}
     (x_r, x_z, x_n) &= N_{ih}(W x + b_{ih}), \qquad (h_r, h_z, h_n) = N_{hh}(U h + b_{hh}) \\
@@ -22,8 +22,8 @@ class GRUEquations(Cell):
     h' &= (1 - z) \odot n + z \odot h
     \end{aligned}$$
 
-    Source: Cho et al., arXiv 1406.1078, in torch.nn's convention; the norms derived from the LSTM's. Gates lie in
-    torch's order r, z, n.
+    Source: Cho et al., arXiv 1406.1078, in torch.nn's convention; norms derived from those of the LSTM. The order of
+    gates is torch's: r, z, n.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -46,7 +46,7 @@ class GRUEquations(Cell):
 
 
 class GRUSpec(CellSpec):
-    """Options of the GRU: it has none."""
+    """Options of the GRU: none but the kind."""
 
     kind: Literal["gru"] = "gru"
 
@@ -54,7 +54,7 @@ class GRUSpec(CellSpec):
         refuse(
             placement,
             "gru",
-            sum="the reset gate stands between the two products, so they have no sum to norm",
-            carry="a GRU carries its output and nothing else",
+            sum="The reset gate is applied between the two products, so they have no sum to normalize.",
+            carry="A GRU carries its output alone.",
         )
         return GRUEquations(hidden_size, placement)

@@ -11,12 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from atn_norms.cells.base import Cell, CellSpec, CellWeights, Placement, SiteStates
+from atn_norms.errors import SpecError
 from atn_norms.pytree import Tree
 
 
 @dataclass(frozen=True)
 class LSTMEquations(Cell):
-    r"""Long short-term memory with a norm on either product and on the way out of the cell state.
+    r"""Long short-term memory with a norm on each product and on the cell state before the output.
 
     $$\begin{aligned}
     (i, f, g, o) &= N_{hh}(U h + b_{hh}) + N_{ih}(W x + b_{ih}) \\
@@ -24,9 +25,9 @@ class LSTMEquations(Cell):
     h' &= P\,[\sigma(o) \odot \tanh(N_c(c'))]
     \end{aligned}$$
 
-    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, with the norms where Pospisil, Zadorozhnyy, Ye
-    (arXiv 2209.14439) put them; the projection P is that of Sak, Senior, Beaufays, arXiv 1402.1128, and absent when
-    `proj_size` is 0. Gates lie in torch's order i, f, g, o.
+    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997; places of the norms: Pospisil, Zadorozhnyy, Ye,
+    arXiv 2209.14439; projection P: Sak, Senior, Beaufays, arXiv 1402.1128, absent if `proj_size` is 0. The order of
+    gates is torch's: i, f, g, o.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -76,5 +77,5 @@ class LSTMSpec(CellSpec):
 
     def build(self, hidden_size: int, placement: Placement) -> LSTMEquations:
         if self.proj_size >= hidden_size:
-            raise ValueError(f"cell.proj_size: {self.proj_size}; allowed: less than hidden_size, {hidden_size}")
+            raise SpecError("cell.proj_size", str(self.proj_size), f"less than hidden_size, {hidden_size}")
         return LSTMEquations(hidden_size, placement, self.proj_size)

@@ -15,11 +15,11 @@ from atn_norms.pytree import Tree
 
 @dataclass(frozen=True)
 class RNNEquations(Cell):
-    r"""Vanilla recurrent network with a norm on either product.
+    r"""Vanilla recurrent network with a norm on each product.
 
     $$h' = \phi\left(N_{ih}(W x + b_{ih}) + N_{hh}(U h + b_{hh})\right), \qquad \phi \in \{\tanh, \mathrm{relu}\}$$
 
-    Source: Elman, Cognitive Science 14(2), 1990; the norms derived from the LSTM's.
+    Source: Elman, Cognitive Science 14(2), 1990; norms derived from those of the LSTM.
 
     | symbol | meaning | shape |
     |---|---|---|
@@ -47,5 +47,5 @@ class RNNSpec(CellSpec):
     nonlinearity: Literal["tanh", "relu"] = Field(default="tanh", description="the activation")
 
     def build(self, hidden_size: int, placement: Placement) -> RNNEquations:
-        refuse(placement, "rnn", carry="an RNN carries its output and nothing else")
+        refuse(placement, "rnn", carry="An RNN carries its output alone.")
         return RNNEquations(hidden_size, placement, self.nonlinearity)

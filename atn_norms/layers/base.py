@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
+from atn_norms.errors import mismatch
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure
@@ -71,7 +72,7 @@ class CellHost(nn.Module):
         """Register the parameters of every cell (suffix -> input features), then their norms; torch's order."""
         dtype = factory.get("dtype")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: got {dtype}; expected a floating-point type, such as torch.float32")
+            raise ValueError(mismatch("dtype", str(dtype), "a floating-point type, such as torch.float32"))
         self._suffixes = list(cells)
         for suffix, inputs in cells.items():
             for name, shape in self.cell.shapes(inputs, self.bias).items():

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import choose, refusals
 from atn_norms.cells import CellWeights
+from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import layer_class
 from atn_norms.layers.spec import LayerSpec, make_layer_spec
@@ -166,19 +167,18 @@ class Recurrent(CellHost):
         the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
         """
         if isinstance(x, PackedSequence):
-            raise TypeError("x: got a PackedSequence; expected a padded tensor with lengths. Pass it to forward")
+            expected = "a padded tensor with `lengths`, or packed input to `forward`"
+            raise TypeError(mismatch("x", "a PackedSequence", expected))
         if state is not None and self.bidirectional:
-            raise ValueError(
-                "state: got a carried state in a bidirectional layer, whose reverse direction starts at the end of "
-                "the sequence; expected None with whole sequences"
-            )
+            expected = "state=None with whole sequences, since the reverse direction starts at the end of the sequence"
+            raise ValueError(mismatch("state", "a state for a bidirectional layer", expected))
         batched = self._checked_dims(x)
         given = x if batched else x.unsqueeze(self._batch_axis)
         cells = self._cells()
         self._check_shapes(cells, given, None, None)
         xs = self._time_first(given)
         if xs.shape[0] == 0:
-            raise ValueError(f"x: got shape {list(x.shape)}; expected at least one time step")
+            raise ValueError(mismatch("x", f"shape {list(x.shape)}", "at least one time step"))
         if lengths is not None:
             lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
         if state is None:
@@ -204,9 +204,9 @@ class Recurrent(CellHost):
             and len(carried) == wanted
             and all(isinstance(c, Tensor) and c.ndim == 3 and c.shape[0] == depth for c in carried)
         ):
-            found = describe_structure(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
+            got = describe_structure(tuple(carried)) if isinstance(carried, (tuple, list)) else type(carried).__name__
             names = ", ".join(self.cell.carried)
-            raise ValueError(f"hx: got {found}; expected {names}, each [{depth}, batch, size]")
+            raise ValueError(mismatch("hx", got, f"{names}, each [{depth}, batch, size]"))
         states = []
         for place, weights in enumerate(cells):
             own = None if carried is None else tuple(c[place] for c in carried)
@@ -291,9 +291,9 @@ class Recurrent(CellHost):
             return  # torch's checks would pass, more slowly
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace the twin
             if x.shape[-1] != self.input_size:
-                raise RuntimeError(f"x: got {x.shape[-1]} features; expected input_size, {self.input_size}")
+                raise RuntimeError(mismatch("x", f"{x.shape[-1]} features", f"input_size, {self.input_size}"))
             if not x.is_floating_point():
-                raise ValueError(f"x: got type {x.dtype}; expected a floating-point type")
+                raise ValueError(mismatch("x", str(x.dtype), "a floating-point type"))
             return
         twin = self._twin()
         twin.check_input(x, batch_sizes)
@@ -302,13 +302,14 @@ class Recurrent(CellHost):
             weight = self.all_weights[0][0]
             for h in [hx] if isinstance(hx, Tensor) else hx:
                 if h.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-                    raise RuntimeError(f"hx: got type {h.dtype}; expected the layer's, {weight.dtype}")
+                    raise RuntimeError(mismatch("hx", str(h.dtype), f"the type of the layer, {weight.dtype}"))
 
     def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:
         per = self.spec.directions
         layers = state if isinstance(state, tuple) else ()
         if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
-            raise ValueError(f"state: got {describe_structure(state)}; expected a state of unroll or initial")
+            expected = "a state that `unroll` or `initial` returned"
+            raise ValueError(mismatch("state", describe_structure(state), expected))
         for weights, cell in zip(cells, (cell for layer in layers for cell in layer), strict=True):
             self.cell.check_state(weights, cell, batch)
 

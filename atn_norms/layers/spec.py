@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
-from atn_norms.errors import SpecError, unknown
+from atn_norms.errors import SpecError, mismatch, unknown
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
@@ -241,7 +241,7 @@ class LayerSpec(Options):
 def _built(spec: NormSpec, features: int) -> Normalizer:
     norm = spec.build(features)
     if not isinstance(norm, Normalizer):
-        raise TypeError(f"build returned {type(norm).__name__}; expected a Normalizer")
+        raise TypeError(mismatch("build", type(norm).__name__, "a Normalizer"))
     return norm
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends import choose
+from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
 from atn_norms.normalizers import scanning
@@ -70,9 +71,8 @@ class _StepCell(CellHost):
     def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
         """Run one step; return the output and the state for the next step."""
         if x.dim() not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(
-                f"x: got shape {list(x.shape)}; expected [{self.input_size}] or [batch, {self.input_size}]"
-            )
+            expected = f"[batch, {self.input_size}] or [{self.input_size}]"
+            raise ValueError(mismatch("x", f"shape {list(x.shape)}", expected))
         rows = x if x.dim() == 2 else x.unsqueeze(0)
         weights = self._weights("")
         if state is None:

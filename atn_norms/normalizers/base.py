@@ -1,4 +1,4 @@
-"""The base class of normalizers, and the declarations that let kernels compute them."""
+"""The base class of normalizers, and the declarations from which kernels compute them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
-from atn_norms.registry import Options, to_int
+from atn_norms.errors import mismatch
+from atn_norms.registry import Options, checked_count
 from atn_norms.statistics import NoStatistic, Statistic
 
 if TYPE_CHECKING:
     from atn_norms.windows import Window
 
-LARGEST = 3e38  # what float32 holds, rounded down
+LARGEST = 3e38  # the largest float32, rounded down
 
 
 class KeyWithCure(str):
-    """A key of a checkpoint that torch's error prints with the call that loads the checkpoint."""
+    """A checkpoint's missing key; formatted in torch's error, it names the function that loads the checkpoint."""
 
     __slots__ = ()
 
@@ -35,20 +36,20 @@ class Normalizer(nn.Module, ABC):
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `x` | pre-activations; every leading axis is a row | `[..., D]` |
-    | statistic | the statistic of one row | leaves `[..., d]` |
-    | `pooled` | the same statistic over the window | leaves `[..., d]`, or 1 where rows share it |
+    | `x` | pre-activations; all axes but the last are rows | `[..., D]` |
+    | statistic | the statistic of each row | leaves `[..., d]` |
+    | `pooled` | the statistic over the window | leaves `[..., d]`; length 1 on axes that share a statistic |
     | `step` | index of each step since the initial state, -1 where `counted_steps` is False | `[...]`, int64 |
 
-    Class attributes declare properties. Declared properties are tested (`atn_norms.testing`); undeclared ones are not.
+    Class attributes declare properties. The conformance suite (`atn_norms.testing`) tests declared properties only.
 
     | declaration | meaning |
     |---|---|
-    | `stateless` | there is no statistic: `measure` is not called, and `normalize` gets an empty one |
-    | `uses_batch_statistics` | a step's statistic is computed over all rows: the batch is merged before the window |
+    | `stateless` | the normalizer has no statistic; `normalize` receives an empty statistic |
+    | `uses_batch_statistics` | the statistic of a step covers all rows: rows are merged before the window |
     | `train_eval_differ` | training and evaluation compute different results |
-    | `scale_invariant` | a whole sequence times d > 0 comes out the same, as eps goes to 0 |
-    | `shift_invariant` | a whole sequence plus one number comes out the same |
+    | `scale_invariant` | multiplying a whole sequence by d > 0 leaves the output unchanged, as eps goes to 0 |
+    | `shift_invariant` | adding one number to a whole sequence leaves the output unchanged |
     | `permutation_equivariant` | permuting the features permutes the output (gain and shift apart) |
     """
 
@@ -71,21 +72,21 @@ class Normalizer(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         if type(self).measure is Normalizer.measure and not self.stateless:
-            raise TypeError(f"{type(self).__name__}: got no measure; expected one, or `stateless = True`")
+            raise TypeError(mismatch(type(self).__name__, "no `measure`", "a `measure`, or `stateless = True`"))
 
     def measure(self, x: Tensor) -> Statistic:
         """Compute the statistic of every row of `x` `[..., D]`; leaves in float64 where the device has it.
 
-        A stateless normalizer measures nothing; every other one defines this method.
+        Every normalizer that is not `stateless` defines this method.
         """
         return NoStatistic()
 
     @abstractmethod
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
-        """Normalize `x` `[..., D]` with the pooled statistic; the result may keep a wider type than `x`."""
+        """Normalize `x` `[..., D]` with the pooled statistic; the type of the result may be wider than that of `x`."""
 
     def population(self, pooled: Any, step: Tensor) -> Any:
-        """Return the statistic to normalize with: `pooled`, or running statistics in evaluation."""
+        """Return the statistic that `normalize` receives: `pooled`, or running statistics in evaluation."""
         return pooled
 
     def counted_steps(self, rows: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class Normalizer(nn.Module, ABC):
         return rows > 0
 
     def merge_processes(self, statistic: Any, weight: Tensor, dim: int) -> tuple[Any, Tensor]:
-        """Merge a batch's statistic and its weight, both of length 1 along `dim`, with those of other processes."""
+        """Merge the statistic and the weight of a batch, both of length 1 along `dim`, over all processes."""
         return statistic, weight
 
     def _load_from_state_dict(
@@ -111,40 +112,40 @@ class Normalizer(nn.Module, ABC):
         missing_keys[start : start + 1] = map(KeyWithCure, missing_keys[start : start + 1])
 
     def forward(self, x: Tensor, pooled: Any) -> Tensor:
-        """Normalize, as `normalize` does; this is the call that hooks of torch.nn see."""
+        """Call `normalize`; hooks of torch.nn are called with this method."""
         return self.normalize(x, pooled)
 
     @contextmanager
     def scanning(self) -> Iterator[None]:
-        """Commit the records of `population` as one update at the end of a scan; a no-op without records."""
+        """Apply the records of `population` as one update at the end of a scan; do nothing without records."""
         yield
 
     def unsupported_reason(self, window: Window[Any]) -> str | None:
-        """Return one sentence on why its statistics cannot be pooled over a window, or None."""
+        """Return the reason, a sentence, why the statistics cannot be pooled over a window; None if they can."""
         return None
 
     def feature_moments(self) -> FeatureMoments | None:
-        """Declare that `measure` and `normalize` are exactly `FeatureMoments`, and a fast backend may compute them."""
+        """Declare that `measure` and `normalize` equal `FeatureMoments`, so that a fast backend may compute them."""
         return None
 
     def batch_moments(self) -> BatchMoments | None:
-        """Declare that all it computes is exactly `BatchMoments`, and a fast backend may compute it."""
+        """Declare that all methods equal `BatchMoments`, so that a fast backend may compute them."""
         return None
 
 
 @dataclass(frozen=True)
 class FeatureMoments:
-    r"""The declaration of a normalizer that scales by moments over its features, group by group.
+    r"""Declaration of a normalizer that scales each group of features by the moments over the group.
 
     $$y_i = g_i \frac{x_i - \mu_{G(i)}}{\sqrt{v_{G(i)} + \epsilon}} + b_i$$
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `groups` | equal blocks of neighbouring features, each with its own statistic | |
-    | `centred` | the statistic is `Moments`; otherwise $\mu = 0$, and it is the `Average` of squares | |
+    | `groups` | number of equal blocks of neighbouring features, each with its own statistic | |
+    | `centred` | True: the statistic is `Moments`; False: it is the `Average` of squares, and $\mu = 0$ | |
     | `eps` | added inside the root | |
-    | `gain`, `shift` | g and b; None where there is none | `[D]` |
-    | `shape` | trailing axes of a leaf of one row's statistic; `(groups,)` by default | |
+    | `gain`, `shift` | g and b; None without gain or shift | `[D]` |
+    | `shape` | trailing axes of a leaf of the statistic of one row; `(groups,)` by default | |
     """
 
     groups: int
@@ -156,7 +157,7 @@ class FeatureMoments:
 
     def __post_init__(self) -> None:
         if isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 1:
-            raise ValueError(f"FeatureMoments.groups: got {self.groups!r}; expected an integer of at least 1")
+            raise ValueError(mismatch("FeatureMoments.groups", repr(self.groups), "an integer of at least 1"))
         _check_declared("FeatureMoments", self.eps, self.shape, self.groups)
 
     @property
@@ -165,30 +166,30 @@ class FeatureMoments:
         return self.shape or (self.groups,)
 
     def check(self, features: int) -> None:
-        """Raise `ValueError` where the declaration does not fit a number of features."""
+        """Raise `ValueError` if the declaration does not fit the number of features."""
         if features % self.groups:
-            raise ValueError(f"FeatureMoments.groups: got {self.groups}; expected a divisor of {features} features")
+            raise ValueError(mismatch("FeatureMoments.groups", str(self.groups), f"a divisor of {features} features"))
         _check_affine(self, features)
 
 
 @dataclass(frozen=True)
 class BatchMoments:
-    r"""The declaration of a normalizer that scales each feature by its moments over the rows of a batch.
+    r"""Declaration of a normalizer that scales each feature by its moments over the rows of a batch.
 
     $$y_i = g_i \frac{x_i - \mu_i}{\sqrt{v_i + \epsilon}} + b_i$$
 
-    The statistic is `CountedMoments`, with one mean and one variance for each feature, and $\mu, v$ are the pooled
-    ones (`measured`), or those that `population` gives in their place. A backend calls `population` once for all steps
-    of a scan, as `AssortedTime.scan` does; where it is not `measured`, with zeros for the pooled statistic, and for one
-    step only if not `per_step`.
+    The statistic is `CountedMoments`, with one mean and one variance for each feature. With `measured`, $\mu, v$ are
+    the pooled moments; otherwise they are the result of `population`. As `AssortedTime.scan` does, a backend calls
+    `population` once for all steps of a scan. Without `measured`, the backend passes zeros as the pooled statistic.
+    Without `per_step`, it passes one step.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `eps` | added inside the root | |
-    | `gain`, `shift` | g and b; None where there is none | `[D]` |
+    | `gain`, `shift` | g and b; None without gain or shift | `[D]` |
     | `measured` | True if the pooled statistic normalizes | |
     | `per_step` | True if the result of `population` depends on the step index | |
-    | `shape` | shape of the means of a step in their leaf; `(D,)` by default | |
+    | `shape` | trailing axes of the means of one step; `(D,)` by default | |
     """
 
     eps: float
@@ -202,37 +203,37 @@ class BatchMoments:
         _check_declared("BatchMoments", self.eps, self.shape, None)
 
     def check(self, features: int) -> None:
-        """Raise `ValueError` where the declaration does not fit a number of features."""
+        """Raise `ValueError` if the declaration does not fit the number of features."""
         _check_declared("BatchMoments", self.eps, self.shape, features)
         _check_affine(self, features)
 
 
 def _check_declared(name: str, eps: float, shape: tuple[int, ...], elements: int | None) -> None:
     if not (isinstance(eps, int | float) and 0 <= eps < float("inf")):
-        raise ValueError(f"{name}.eps: got {eps!r}; expected a finite number of at least 0")
+        raise ValueError(mismatch(f"{name}.eps", repr(eps), "a finite number of at least 0"))
     if shape and elements is not None and math.prod(shape) != elements:
-        raise ValueError(f"{name}.shape: got {list(shape)}; expected {elements} elements")
+        raise ValueError(mismatch(f"{name}.shape", str(list(shape)), f"{elements} elements"))
 
 
 def _check_affine(moments: FeatureMoments | BatchMoments, features: int) -> None:
     for name, tensor in (("gain", moments.gain), ("shift", moments.shift)):
         if tensor is not None and tensor.shape != (features,):
-            label = f"{type(moments).__name__}.{name}"
-            raise ValueError(f"{label}: got shape {list(tensor.shape)}; expected [{features}]")
+            path = f"{type(moments).__name__}.{name}"
+            raise ValueError(mismatch(path, f"shape {list(tensor.shape)}", f"[{features}]"))
 
 
 def feature_moments(normalizer: Normalizer) -> FeatureMoments | None:
-    """Return the declaration of a normalizer, or None where a subclass overrides what it declares."""
+    """Return the declaration of a normalizer, or None if a subclass overrides a declared method."""
     return normalizer.feature_moments() if _declares(normalizer, "feature_moments") else None
 
 
 def batch_moments(normalizer: Normalizer) -> BatchMoments | None:
-    """Return the declaration of a normalizer, or None where a subclass overrides what it declares."""
+    """Return the declaration of a normalizer, or None if a subclass overrides a declared method."""
     return normalizer.batch_moments() if _declares(normalizer, "batch_moments") else None
 
 
 def _declares(normalizer: Normalizer, declaration: str) -> bool:
-    for base in type(normalizer).__mro__:  # the first class with a declaration or a method decides
+    for base in type(normalizer).__mro__:  # the first class that defines the declaration or a method decides
         attributes = base.__dict__
         if declaration in attributes:
             return True
@@ -242,49 +243,44 @@ def _declares(normalizer: Normalizer, declaration: str) -> bool:
 
 
 class NormSpec(Options, ABC):
-    """Options of a normalizer: a frozen model with a `kind`, which builds the normalizer for a number of features."""
+    """Options of a normalizer: a frozen model with a `kind` and a method that builds the normalizer."""
 
     family: ClassVar[str | None] = "normalizer"
     kind: str
 
     @abstractmethod
     def build(self, features: int) -> Normalizer:
-        """Build a normalizer over `features` features; `ValueError` where the options do not support the number."""
+        """Build a normalizer over `features` features; `ValueError` if the options do not support the number."""
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(normalizer: nn.Module) -> bool:
-    """Return whether hooks wait for calls of a normalizer or of a module inside it."""
+    """Return True if the normalizer, or a module inside it, has hooks."""
     return any(getattr(module, hooks) for module in normalizer.modules() for hooks in _HOOKS)
 
 
 def apply_norm(normalizer: Normalizer, x: Tensor, pooled: Any) -> Tensor:
-    """Normalize; as a call of the module where hooks wait for one."""
+    """Normalize; with hooks, call the module, which runs them."""
     return normalizer(x, pooled) if has_hooks(normalizer) else normalizer.normalize(x, pooled)
 
 
 def checked_features(features: int) -> int:
     """Return `features` as an `int`; `TypeError` or `ValueError` if it is no positive integer."""
-    features = to_int(features)
-    if isinstance(features, bool) or not isinstance(features, int):
-        raise TypeError(f"features: {features!r} is {type(features).__name__}; allowed: an integer of at least 1")
-    if features < 1:
-        raise ValueError(f"features: {features}; allowed: an integer of at least 1")
-    return features
+    return checked_count("features", features)
 
 
 def checked_eps(eps: float) -> float:
     """Return `eps`; `ValueError` if it is negative or not finite."""
     if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps: {eps}; allowed: a finite number of at least 0")
+        raise ValueError(mismatch("eps", str(eps), "a finite number of at least 0"))
     return eps
 
 
 @contextmanager
 def scanning(normalizers: Sequence[Normalizer]) -> Iterator[None]:
-    """One scan of several normalizers: their records are committed together when it ends, or not at all."""
+    """Scan several normalizers: apply their records together at the end, or none of them after an error."""
     if not normalizers:
         yield
         return

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from atn_norms.errors import mismatch
 from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
 from atn_norms.pytree import expand_mask
-from atn_norms.registry import to_int
+from atn_norms.registry import checked_count
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 
 class _OfTorch(_BatchNorm):
-    """torch's base class of batch norms, which its tools look for, without its constructor."""
+    """torch's base class of batch norms, by which torch's tools find them, without its constructor."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -32,30 +33,33 @@ class BatchNorm(Normalizer, _OfTorch):
     $$y = g \odot \frac{a - \mu}{\sqrt{v + \epsilon}} + b, \qquad
     \hat\mu \leftarrow (1 - m)\,\hat\mu + m\,\mu, \qquad \hat v \leftarrow (1 - m)\,\hat v + m\,\tfrac{n}{n-1} v$$
 
-    Source: Ioffe, Szegedy, arXiv 1502.03167; in recurrent networks Cooijmans et al., arXiv 1603.09025, who keep one
-    population per time step and start the gain at 0.1; pooled over time: live rows of every step in the window, each
-    counting alike (derived). In training the window's own statistic is used and recorded: one update per scan, with
-    the mean over its live steps; or, with `max_steps`, one per step index below it. In evaluation the population is
-    used, nothing mixes rows, and steps later than any that was recorded reuse the last one.
+    Source: Ioffe, Szegedy, arXiv 1502.03167. In recurrent networks: Cooijmans et al., arXiv 1603.09025, who keep one
+    population per time step and start the gain at 0.1. Pooled over time (derived): all unmasked rows of all steps in
+    the window have equal weight.
+
+    In training, the statistic of the window normalizes and is recorded. Each scan updates the population once, by the
+    mean over its unmasked steps. With `max_steps`, each step index below `max_steps` has its own population and update.
+    In evaluation, the population normalizes, so rows do not affect each other. Steps after the last recorded step use
+    its population.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `weight`, `bias` | gain g, starts at `initial_gain`; shift b, starts at 0 | `[D]` |
     | `running_mean`, `running_var` | population, starts at 0 and 1 | `[D]`, or `[max_steps, D]` |
     | `num_batches_tracked` | updates so far | `[]`, or `[max_steps]` |
-    | `momentum` | m in (0, 1]; None averages all updates alike | |
+    | `momentum` | m in (0, 1]; None gives all updates equal weight | |
     | `sync` | True pools the rows of all processes of `process_group`, as `nn.SyncBatchNorm` does | |
-    | n | live rows in the window | |
+    | n | unmasked rows in the window | |
 
-    It is an instance of torch's `_BatchNorm`, so `torch.optim.swa_utils.update_bn` updates its population and
+    The class is a subclass of torch's `_BatchNorm`, so `torch.optim.swa_utils.update_bn` updates the population and
     `nn.SyncBatchNorm.convert_sync_batchnorm` sets `sync`. With `sync` every process must run the same number of steps.
 
-    With `max_steps` the index is one for the whole batch: it counts the steps at which any row was unmasked since the
-    initial state. If rows begin at different times in one stream, a late row is normalized in evaluation with the
-    populations of the common index, not with those of the first steps. Use a separate batch and state for such rows.
+    With `max_steps`, all rows of a batch share one step index: the number of steps since the initial state at which
+    any row was unmasked. If a row begins later than the others, evaluation normalizes its first steps with the
+    populations of the shared index. Use a separate batch and state for such rows.
 
-    Errors: `ValueError` for less than two rows in training (torch refuses one), for axes between batch and features,
-    and for options that are no such numbers.
+    Errors: `ValueError` for fewer than two rows in training (torch rejects one row), for axes between batch and
+    features, and for options out of range; `TypeError` for `features` or `max_steps` of another type.
 
     >>> import torch
     >>> from atn_norms import AssortedTime, BatchNorm
@@ -89,12 +93,11 @@ class BatchNorm(Normalizer, _OfTorch):
         super().__init__()
         self.features, self.eps = checked_features(features), checked_eps(eps)
         if momentum is not None and not (_is_number(momentum) and 0 < momentum <= 1):
-            raise ValueError(f"momentum: {momentum}; allowed: a number in (0, 1], or None for the mean of all updates")
-        max_steps = to_int(max_steps)
-        if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
-            raise ValueError(f"max_steps: {max_steps}; allowed: an integer of at least 1, or None for one population")
+            expected = "a number in (0, 1], or None for the mean of all updates"
+            raise ValueError(mismatch("momentum", repr(momentum), expected))
+        max_steps = None if max_steps is None else checked_count("max_steps", max_steps)
         if not (_is_number(initial_gain) and abs(initial_gain) <= LARGEST):
-            raise ValueError(f"initial_gain: {initial_gain}; allowed: a number from {-LARGEST} to {LARGEST}")
+            raise ValueError(mismatch("initial_gain", repr(initial_gain), f"a number from {-LARGEST} to {LARGEST}"))
         self.momentum, self.max_steps, self.initial_gain = momentum, max_steps, initial_gain
         self.sync, self.process_group = sync, None
         self.weight = nn.Parameter(torch.empty(features))
@@ -107,7 +110,7 @@ class BatchNorm(Normalizer, _OfTorch):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain `initial_gain`, shift 0, and a population of mean 0 and variance 1."""
+        """Set the gain to `initial_gain`, the shift to 0, and the population to mean 0 and variance 1."""
         nn.init.constant_(self.weight, self.initial_gain)
         nn.init.zeros_(self.bias)
         self.running_mean.zero_()
@@ -116,12 +119,12 @@ class BatchNorm(Normalizer, _OfTorch):
 
     @property
     def num_features(self) -> int:
-        """torch's name of `features`."""
+        """Number of features, under torch's name."""
         return self.features
 
     @property
     def synchronizes(self) -> bool:
-        """True while rows of several processes are pooled: in training, with `sync`, in an initialized group."""
+        """True if rows of several processes are pooled: in training, with `sync`, in an initialized group."""
         dist = torch.distributed
         if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
             return False
@@ -140,10 +143,10 @@ class BatchNorm(Normalizer, _OfTorch):
 
     def measure(self, x: Tensor) -> CountedMoments:
         if self.training and x.ndim > 1 and x.shape[-2] < 2 and not self.synchronizes:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {list(x.shape)}; "
-                f"allowed: a batch of at least 2 rows [batch, {self.features}], or evaluation mode"
-            )
+            # torch's error of the same fault begins with these words.
+            torch_words = f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
+            expected = f"a batch of at least 2 rows [batch, {self.features}], or evaluation mode"
+            raise ValueError(mismatch(torch_words, f"{x.shape[-2]} row(s)", expected))
         rows = promoted(x)
         return CountedMoments(rows, torch.zeros_like(rows), torch.ones_like(rows[..., :1]))
 
@@ -152,10 +155,9 @@ class BatchNorm(Normalizer, _OfTorch):
 
     def population(self, pooled: CountedMoments, step: Tensor) -> Moments | CountedMoments:
         if pooled.mean.ndim != step.ndim + 1:
-            raise ValueError(
-                f"x: {pooled.mean.ndim - step.ndim - 1} axes between batch and features; allowed for BatchNorm: "
-                f"[batch, {self.features}], or [time, batch, {self.features}] in scan"
-            )
+            got = f"{pooled.mean.ndim - step.ndim - 1} axes between batch and features"
+            expected = f"[batch, {self.features}] for BatchNorm, or [time, batch, {self.features}] in scan"
+            raise ValueError(mismatch("x", got, expected))
         if self.training:
             with torch.no_grad():
                 record = CountedMoments(*(leaf.detach() for leaf in pooled)), step
@@ -172,7 +174,7 @@ class BatchNorm(Normalizer, _OfTorch):
         return Moments(mean.expand(pooled.mean.shape), var.expand(pooled.var.shape))
 
     def _recorded(self) -> Tensor:
-        """For each step, return the last recorded step up to it, or else the first recorded one `[max_steps]`."""
+        """Return, for each step, the last recorded step up to it, or else the first recorded step `[max_steps]`."""
         recorded = self.num_batches_tracked > 0
         last = torch.where(recorded, torch.arange(len(recorded), device=recorded.device), -1).cummax(0).values
         return torch.where(last < 0, recorded.to(torch.uint8).argmax(), last)
@@ -200,11 +202,10 @@ class BatchNorm(Normalizer, _OfTorch):
             del self._records[thread]
 
     def _update(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
-        """Move each slot of the population towards the average of its recorded steps, weighted by their samples."""
-        if not records:
-            return
-        with _exclusive():
-            self._move(records)
+        """Move each population towards the average of its recorded steps, weighted by their number of samples."""
+        if records:
+            with _exclusive():
+                self._move(records)
 
     def _move(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
         step = _joined([step.flatten() for _, step in records])
@@ -215,19 +216,20 @@ class BatchNorm(Normalizer, _OfTorch):
         count = count.squeeze(1)
         unbiased = torch.where(count > 1, count / (count - 1), 1.0)
         mask = (step >= 0) & (count >= 2)  # one sample has no variance
-        slots = 1 if self.max_steps is None else self.max_steps
-        slot = torch.zeros_like(step) if self.max_steps is None else step
-        member = mask & (slot == torch.arange(slots, device=step.device).unsqueeze(1))  # [slots, recorded steps]
+        populations = 1 if self.max_steps is None else self.max_steps
+        population = torch.zeros_like(step) if self.max_steps is None else step
+        # [populations, recorded steps]
+        member = mask & (population == torch.arange(populations, device=step.device).unsqueeze(1))
         share = member * torch.where(mask, count, 0.0)
         share = share / share.sum(1, keepdim=True).clamp(min=1)
-        touched = member.any(1)
-        tracked = self.num_batches_tracked.reshape(slots) + touched
+        updated = member.any(1)
+        tracked = self.num_batches_tracked.reshape(populations) + updated
         updates = tracked.clamp(min=1).to(mean.dtype)
         rate = 1.0 / updates if self.momentum is None else torch.full_like(updates, self.momentum)
-        rate = torch.where(touched, rate, 0.0).unsqueeze(1)
-        for running, leaf, parts in ((self.running_mean, mean, share), (self.running_var, var, share * unbiased)):
-            old = promoted(running).reshape(slots, -1)
-            new = parts @ torch.where(mask.unsqueeze(1), leaf, 0.0)
+        rate = torch.where(updated, rate, 0.0).unsqueeze(1)
+        for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, share * unbiased)):
+            old = promoted(running).reshape(populations, -1)
+            new = weights @ torch.where(mask.unsqueeze(1), leaf, 0.0)
             running.copy_(torch.where(rate > 0, old + rate * (new - old), old).reshape(running.shape))
         self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
 
@@ -249,12 +251,12 @@ class BatchNormSpec(NormSpec):
     )
     sync: bool = Field(default=False, description="pool the rows of all processes of a distributed job")
     initial_gain: float = Field(
-        default=1.0, ge=-LARGEST, le=LARGEST, description="what the gain starts at (0.1 in arXiv 1603.09025)"
+        default=1.0, ge=-LARGEST, le=LARGEST, description="initial value of the gain (0.1 in arXiv 1603.09025)"
     )
 
     @model_serializer(mode="wrap")
     def _keep_ids(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Omit `sync` where it is off, so that trials from before the option keep their ids."""
+        """Omit `sync` if it is off, so that trials from before this option keep their ids."""
         return {name: value for name, value in handler(self).items() if name != "sync" or value}
 
     def build(self, features: int) -> BatchNorm:
@@ -294,7 +296,7 @@ def synchronized(old: nn.Module | None, new: nn.Module | None) -> nn.Module | No
     return old
 
 
-_UPDATES = threading.Lock()  # a population is read, moved and written back
+_UPDATES = threading.Lock()  # an update reads a population and writes it back
 
 
 def _thread() -> int:

@@ -45,7 +45,7 @@ class LayerNorm(Normalizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain 1, shift 0."""
+        """Set the gain to 1 and the shift to 0."""
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -73,7 +73,7 @@ class LayerNormSpec(NormSpec):
 
 
 class RMSNorm(Normalizer):
-    r"""Scale by the pooled root mean square over the features; nothing is centred.
+    r"""Scale by the pooled root mean square over the features, without centring.
 
     $$y = g \odot \frac{a}{\sqrt{\overline{a^2} + \epsilon}} \; (+\, b)$$
 
@@ -105,7 +105,7 @@ class RMSNorm(Normalizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gain 1, shift 0."""
+        """Set the gain to 1 and the shift to 0."""
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -129,7 +129,7 @@ class RMSNormSpec(NormSpec):
 
     kind: Literal["rms"] = "rms"
     eps: float = Field(default=1e-5, ge=0, description="added to the mean square, inside the root")
-    bias: bool = Field(default=False, description="whether to learn a shift too")
+    bias: bool = Field(default=False, description="learn a shift too")
 
     def build(self, features: int) -> RMSNorm:
         return RMSNorm(features, eps=self.eps, bias=self.bias)

@@ -1,10 +1,10 @@
-"""One normalizer for each gate of a site, as one normalizer."""
+"""A normalizer that applies another normalizer to each gate of a site."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ class _Gates(nn.ModuleList):
 
 
 class PerGate(Normalizer):
-    """One normalizer for each gate of a site: the features are cut into equal blocks that never meet.
+    """Normalize each gate of a site with its own normalizer, over equal blocks of the features.
 
     | symbol | meaning | shape |
     |---|---|---|
     | `gates` | G normalizers over D / G features each | |
-    | statistic | the gates' own statistics, stacked | leaves `[..., G, d]` |
+    | statistic | the stacked statistics of the gates | leaves `[..., G, d]` |
     """
 
     def __init__(self, gates: Sequence[Normalizer]) -> None:
@@ -43,9 +43,8 @@ class PerGate(Normalizer):
         self.train_eval_differ = any(gate.train_eval_differ for gate in gates)
         self.scale_invariant = all(gate.scale_invariant for gate in gates)
         self.shift_invariant = all(gate.shift_invariant for gate in gates)
-        self.permutation_equivariant = (
-            len(gates) == 1 and gates[0].permutation_equivariant
-        )  # a feature may not leave its gate
+        # Permuting features across gates changes the statistics of both gates.
+        self.permutation_equivariant = len(gates) == 1 and gates[0].permutation_equivariant
         features = [getattr(gate, "features", None) for gate in gates]
         self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
 
@@ -73,36 +72,21 @@ class PerGate(Normalizer):
         return next(filter(None, (gate.unsupported_reason(window) for gate in self._gates())), None)
 
     def feature_moments(self) -> FeatureMoments | None:
-        every = [feature_moments(gate) for gate in self._gates()]
-        known = [moments for moments in every if moments is not None]
-        first = known[0] if known else None
-        if first is None or len(known) < len(every):
+        moments = _of_every_gate([feature_moments(gate) for gate in self._gates()])
+        if moments is None or len({(m.groups, m.centred, m.eps) for m in moments}) > 1:
             return None
-        if len({(m.groups, m.centred, m.eps, m.gain is None, m.shift is None) for m in known}) > 1:
-            return None
+        first, gates = moments[0], len(moments)
         return FeatureMoments(
-            first.groups * len(known),
-            first.centred,
-            first.eps,
-            _joined([m.gain for m in known]),
-            _joined([m.shift for m in known]),
-            (len(known), *first.leaf),
+            first.groups * gates, first.centred, first.eps, *_joined_affine(moments), (gates, *first.leaf)
         )
 
     def batch_moments(self) -> BatchMoments | None:
-        every = [batch_moments(gate) for gate in self._gates()]
-        known = [moments for moments in every if moments is not None]
-        if not known or len(known) < len(every):
+        moments = _of_every_gate([batch_moments(gate) for gate in self._gates()])
+        if moments is None or len({(m.eps, m.measured, m.per_step) for m in moments}) > 1 or moments[0].shape:
             return None
-        if (
-            len({(m.eps, m.gain is None, m.shift is None, m.measured, m.per_step, m.shape) for m in known}) > 1
-            or known[0].shape
-        ):
-            return None
-        features = self.features or 0
-        gain, shift = _joined([m.gain for m in known]), _joined([m.shift for m in known])
-        first, shape = known[0], (len(known), features // len(known))
-        return BatchMoments(first.eps, gain, shift, first.measured, first.per_step, shape)
+        first, gates = moments[0], len(moments)
+        shape = (gates, (self.features or 0) // gates)
+        return BatchMoments(first.eps, *_joined_affine(moments), first.measured, first.per_step, shape)
 
     def _gates(self) -> list[Normalizer]:
         return [gate for gate in self.gates if isinstance(gate, Normalizer)]
@@ -119,6 +103,19 @@ class PerGate(Normalizer):
         return type(pooled)(*(leaf[..., gate, :] for leaf in pooled))
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
+M = TypeVar("M", FeatureMoments, BatchMoments)
+
+
+def _of_every_gate(declarations: Sequence[M | None]) -> list[M] | None:
+    """Return the declarations if every gate has one, and all or none have a gain and a shift; None otherwise."""
+    moments = [each for each in declarations if each is not None]
+    if not moments or len(moments) < len(declarations):
+        return None
+    return moments if len({(m.gain is None, m.shift is None, m.shape) for m in moments}) == 1 else None
+
+
+def _joined_affine(moments: Sequence[FeatureMoments] | Sequence[BatchMoments]) -> tuple[Tensor | None, Tensor | None]:
+    """Concatenate the gains and the shifts of all gates."""
+    gains = [each.gain for each in moments if each.gain is not None]
+    shifts = [each.shift for each in moments if each.shift is not None]
+    return torch.cat(gains) if gains else None, torch.cat(shifts) if shifts else None

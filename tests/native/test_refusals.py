@@ -196,13 +196,13 @@ def test_incompatible_tensors_are_never_read():
     """The kernels use addresses: another dtype or shape would read other memory."""
     layer, xs = an.LSTM(2, 3, norm="layer", window=4, backend="native"), torch.randn(5, 2, 2)
     wide = torch.zeros(1, 2, 3, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="hx: got type torch.float64; expected the layer's, torch.float32"):
+    with pytest.raises(RuntimeError, match="hx: got torch.float64; expected the type of the layer, torch.float32"):
         layer(xs, (wide, wide))
     _, state = layer.unroll(xs)
     _, longer = an.LSTM(2, 3, norm="layer", window=7).unroll(xs)
-    with pytest.raises(ValueError, match=r"state: .*; allowed"):
+    with pytest.raises(ValueError, match="state: got .*; expected "):
         layer.unroll(xs, longer)
-    with pytest.raises(ValueError, match=r"state: .*; allowed"):
+    with pytest.raises(ValueError, match="state: got .*; expected "):
         layer.unroll(xs, altered(state, lambda leaf: leaf[:1]))
     found, _ = layer.unroll(xs, altered(state, torch.Tensor.float))
     expected, _ = layer.unroll(xs, state)

@@ -90,7 +90,7 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
     assert main(["check", "layer", "--family", "window", "--set", "steps=0"]) == 1
     output = capsys.readouterr().out
     assert output.startswith("window 'layer': 19 laws\n")
-    assert "build() raises ValueError: steps: 0; allowed: an integer of at least 1" in output
+    assert "build() raises ValueError: steps: got 0; expected an integer of at least 1" in output
     assert output.endswith("1 failed, 18 skipped\n")
 
 

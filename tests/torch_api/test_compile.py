@@ -109,7 +109,7 @@ def test_lengths_compile(graphs):
         lengths = torch.tensor([5, 0, last])
         compare(run(batch(5, 3), None, lengths), layer.unroll(batch(5, 3), None, lengths), tolerance=1e-6)
     assert graphs.frame_count == 1
-    with pytest.raises(RuntimeError, match=r"lengths: got a number outside the sequence; allowed: 3 integer"):
+    with pytest.raises(RuntimeError, match=r"lengths: got a number outside the sequence; expected 3 integer"):
         run(batch(5, 3), None, torch.tensor([5, 6, 0]))
 
 

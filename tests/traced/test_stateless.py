@@ -61,7 +61,7 @@ def test_a_normalizer_without_measure_that_is_not_stateless_cannot_be_built():
         def normalize(self, x: Any, pooled: Any) -> Any:
             return x
 
-    with pytest.raises(TypeError, match="Forgotten: got no measure; expected one, or `stateless = True`"):
+    with pytest.raises(TypeError, match="Forgotten: got no `measure`; expected a `measure`, or `stateless = True`"):
         Forgotten()
 
 
