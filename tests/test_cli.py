@@ -518,7 +518,7 @@ def test_an_interrupted_run_prints_the_resume_command_that_works(capsys, folder)
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.run", "resume here --workers 0"),
         (
             ["ablate", "study.yaml", "--out", "here"],
-            "atn_norms.ablation.execution.estimate.estimate",
+            "atn_norms.ablation.execution.estimate.costs",
             "resume here --workers 0",
         ),
         (["ablate", "study.yaml", "--out", "here"], "atn_norms.ablation.report.write", "resume here --workers 0"),

@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from atn_norms.ablation import Event
+from atn_norms.ablation import Event, TrialRecord
+from atn_norms.ablation.execution.remaining import RemainingTime
 from atn_norms.commands import progress as module
 from atn_norms.commands.progress import Progress, live_progress
 
@@ -23,32 +24,32 @@ def event(kind, trial="a", step=0, finished=0, message="", loss=None, steps=100)
     return Event(kind, trial, {"task": "adding", "norm": trial, "seed": "0"}, step, steps, finished, 4, message, loss)
 
 
-def test_the_time_left_uses_the_steps_of_this_run(clock):
-    progress = Progress(400)
-    for each in (event("started"), event("step", step=1), event("started", "b"), event("step", "b", 60)):
+def remaining(*names, workers=2):
+    """Return the remaining time of a run of trials of 100 steps."""
+    content = {"task": {"kind": "adding"}, "model": {}, "train": {"steps": 100}}
+    return RemainingTime([TrialRecord(name, content, ({},), 0, "pending") for name in names], workers)
+
+
+def test_the_time_left_is_shown_once_it_is_known(clock):
+    progress = Progress(remaining("a", "b", "c", "d"))
+    for each in (event("started"), event("started", "b")):
         progress.see(each)
-    assert progress.left() == "", "nothing is known yet"
-    clock[0] += 40
-    progress.see(event("step", step=80))
-    progress.see(event("step", "b", 80))
-    # 80 steps of a and 20 of b (its first 60 may be of an earlier run) in 40 s: 240 steps remain
-    assert progress.left() == "about 2 min left" and progress.taken == 100 and progress.left_to_do == 240
-    progress.see(event("diverged", step=80, finished=1))
-    assert progress.left_to_do == 220, "the remaining steps of a trial that ended early do not count"
-    progress.see(event("failed", "b", step=80, finished=2, message="no"))
-    assert progress.summary() == "2 of 4 trials ended, 1 diverged, 1 failed, 0 running, 40 s so far, about 80 s left"
-
-
-def test_a_trial_that_was_never_running_counts_in_full(clock):
-    progress = Progress(200)
-    progress.see(event("started"))
-    clock[0] += 10
-    progress.see(event("done", step=100, finished=1))
-    assert progress.taken == 100 and progress.left() == "about 10 s left"
+    for seconds, step in ((1, 1), (1, 2)):
+        clock[0] += seconds
+        progress.see(event("step", step=step))
+        progress.see(event("step", "b", step=step))
+    assert progress.left() == "", "the first seconds show nothing"
+    clock[0] += 48
+    progress.see(event("step", step=50))
+    progress.see(event("step", "b", step=50))
+    assert progress.left() == "about 2 min left", "50 s of a and b, then c and d: 150 s"
+    progress.see(event("diverged", step=50, finished=1))
+    progress.see(event("failed", "b", step=50, finished=2, message="no"))
+    assert progress.summary() == "2 of 4 trials ended, 1 diverged, 1 failed, 0 running, 50 s so far, about 50 s left"
 
 
 def test_the_table_shows_step_and_loss_of_running_trials(clock, monkeypatch):
-    progress = Progress(400)
+    progress = Progress(remaining())
     progress.see(event("started"))
     progress.see(event("step", step=50, loss=0.16734))
     progress.see(event("busy", "b", step=20))
@@ -77,7 +78,7 @@ def on_screen(progress, width, height):
 @pytest.mark.parametrize("width", [30, 40, 80, 99, 100, 200])
 @pytest.mark.parametrize("height", [17, 24, 50])
 def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width, height):
-    progress = Progress(4000, 3, 44)
+    progress = Progress(remaining(), 3, 44)
     for number in range(40):
         progress.see(event("started", f"normalizer-{number:02}(with=options)"))
         progress.see(event("step", f"normalizer-{number:02}(with=options)", 50, 3, loss=0.125))
@@ -91,7 +92,7 @@ def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width,
 
 
 def test_the_cost_of_400_trials_is_that_of_the_shown_rows(clock, monkeypatch):
-    progress, drawn = Progress(4000, 0, 400), []
+    progress, drawn = Progress(remaining(), 0, 400), []
     for number in range(400):
         progress.see(event("started", f"t{number}"))
     monkeypatch.setattr(module, "called", lambda point: drawn.append(point) or "x")
@@ -100,7 +101,7 @@ def test_the_cost_of_400_trials_is_that_of_the_shown_rows(clock, monkeypatch):
 
 
 def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):
-    progress = Progress(400, 1, 4)
+    progress = Progress(remaining(), 1, 4)
     line = "1 of 4 trials ended, 0 running, 0 s so far"
     assert on_screen(progress, 80, 24) == f"{line}\n", "nothing runs yet: no empty table"
     progress.see(event("started", "x", finished=1))
@@ -108,14 +109,14 @@ def test_the_summary_is_never_folded_to_the_width_of_a_narrow_table(clock):
 
 
 def test_a_stopping_run_shows_a_message_until_it_ends(clock, monkeypatch):
-    progress = Progress(400, 0, 4)
+    progress = Progress(remaining(), 0, 4)
     progress.see(event("started"))
     monkeypatch.setattr(module, "stopping", lambda: True)
     assert on_screen(progress, 80, 24).startswith("stopping; finished work is kept\n")
 
 
 def test_the_table_is_removed_at_the_end(clock):
-    progress = Progress(100, 3, 4)
+    progress = Progress(remaining(), 3, 4)
     progress.see(event("started", finished=3))
     clock[0] += 40
     progress.see(event("done", step=100, finished=4))
@@ -124,7 +125,7 @@ def test_the_table_is_removed_at_the_end(clock):
 
 def test_a_log_has_a_line_for_each_end_and_one_per_minute(clock, monkeypatch, capsys):
     monkeypatch.setattr(module, "on_terminal", lambda: False)
-    with live_progress(400) as see:
+    with live_progress(remaining("a", "b")) as see:
         see(event("started"))
         see(event("step", step=1, loss=0.5))
         assert capsys.readouterr().out == ""
@@ -132,7 +133,7 @@ def test_a_log_has_a_line_for_each_end_and_one_per_minute(clock, monkeypatch, ca
         see(event("step", step=20, loss=0.25))
         line = capsys.readouterr().out
         assert line == (
-            "0 of 4 trials ended, 1 running, 61 s so far, about 19 min left: "
+            "0 of 4 trials ended, 1 running, 61 s so far, about 5 min left: "
             "adding norm=a seed=0 at step 20 of 100, loss 0.25\n"
         )
         see(event("step", step=21, loss=0.25))
@@ -143,7 +144,7 @@ def test_a_log_has_a_line_for_each_end_and_one_per_minute(clock, monkeypatch, ca
 
 def test_a_table_on_a_terminal_leaves_the_failures_behind(monkeypatch, capsys):
     monkeypatch.setattr(module, "on_terminal", lambda: True)
-    with live_progress(400) as see:
+    with live_progress(remaining("a", "b")) as see:
         see(event("started"))
         see(event("diverged", step=3, finished=1))
     out = capsys.readouterr().out

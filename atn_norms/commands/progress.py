@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from atn_norms.ablation import Event, OnEvent
+    from atn_norms.ablation.execution.remaining import RemainingTime
 
 EVERY = 60.0  # seconds between two log lines about the running trials
 SHOWN = 8  # running trials named in a log line
@@ -43,13 +44,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """State of a run from its events: running trials, outcomes, remaining steps.
+    """State of a run from its events: running trials, outcomes, remaining time."""
 
-    The remaining time is the elapsed time per training step of this run, times the remaining steps.
-    """
-
-    def __init__(self, steps_to_do: int, finished: int = 0, total: int = 0) -> None:
-        self.left_to_do, self.taken = steps_to_do, 0
+    def __init__(self, remaining: RemainingTime, finished: int = 0, total: int = 0) -> None:
+        self.remaining = remaining
         self.running: dict[str, Event] = {}
         self.elsewhere: set[str] = set()
         self.counts: dict[str, int] = {}
@@ -59,28 +57,23 @@ class Progress:
 
     def see(self, event: Event) -> None:
         """Update the state with an event."""
-        before = self.running.get(event.trial)
-        self.started.setdefault(event.trial, time.monotonic())
+        now = time.monotonic()
+        self.remaining.see(event, now)
+        self.started.setdefault(event.trial, now)
         self.finished, self.total = event.finished, event.total
-        steps = max(0, event.step - before.step) if before is not None else 0
-        self.left_to_do -= steps
-        if before is None or before.step or event.kind != "step" or event.step == 1:
-            self.taken += steps  # a trial may start at the checkpoint of an earlier run
         if event.kind in ("started", "step", "busy"):
             self.running[event.trial] = event
             (self.elsewhere.add if event.kind == "busy" else self.elsewhere.discard)(event.trial)
             return
         self.running.pop(event.trial, None)
         self.elsewhere.discard(event.trial)
-        self.left_to_do -= event.steps - event.step  # no steps remain after an early end
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
     def left(self) -> str:
         """Return the estimated remaining time as text; empty while unknown, and at the end."""
-        spent = time.monotonic() - self.began
-        if self.taken < 1 or spent < FEW or self.finished == self.total:
-            return ""
-        return f"about {duration(spent * max(0, self.left_to_do) / self.taken)} left"
+        now = time.monotonic()
+        seconds = None if now - self.began < FEW or self.finished == self.total else self.remaining.seconds(now)
+        return "" if seconds is None else f"about {duration(seconds)} left"
 
     def summary(self) -> str:
         """Return one line with the ended trials, outcomes, running trials and remaining time."""
@@ -93,9 +86,9 @@ class Progress:
 
 
 @contextmanager
-def live_progress(steps_to_do: int, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
+def live_progress(remaining: RemainingTime, finished: int = 0, total: int = 0) -> Iterator[OnEvent]:
     """Show the progress of a run of `total` trials; the callback receives its events."""
-    progress = Progress(steps_to_do, finished, total)
+    progress = Progress(remaining, finished, total)
     if not on_terminal():
         yield _Lines(progress)
         return

@@ -219,6 +219,7 @@ def _name_of(file: Path) -> str:
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
     with _resumable(_resumption(folder, workers, scheduler)):
         from atn_norms.ablation import run
+        from atn_norms.ablation.execution.remaining import RemainingTime
         from atn_norms.commands.progress import live_progress
 
         shown: list[OnEvent] = []
@@ -227,10 +228,10 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
             left = [trial for trial in record.trials if trial.status not in ("done", "diverged")]
             if as_json:
                 return
-            _announce(record, folder, len(left), workers, scheduler)
+            costs = _announce(record, folder, len(left), workers, scheduler)
             if left:
-                steps = sum(trial.trial["train"]["steps"] for trial in left)
-                live = live_progress(steps, len(record.trials) - len(left), len(record.trials))
+                remaining = RemainingTime(left, None if scheduler else max(1, workers), costs)
+                live = live_progress(remaining, len(record.trials) - len(left), len(record.trials))
                 shown.append(stack.enter_context(live))
 
         def show(event: Event) -> None:
@@ -263,8 +264,11 @@ def _resumable(command: str) -> Iterator[None]:
             raise typer.Exit(exit_code(end)) from None
 
 
-def _announce(record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None) -> None:
-    from atn_norms.ablation.execution.estimate import estimate
+def _announce(
+    record: StudyRecord, folder: Path, left: int, workers: int, scheduler: str | None
+) -> dict[str, float] | None:
+    """Print the study and its estimated duration; return the predicted seconds of each trial."""
+    from atn_norms.ablation.execution.estimate import costs, in_parallel
     from atn_norms.ablation.report.names import plural
     from atn_norms.commands.progress import duration
 
@@ -278,13 +282,15 @@ def _announce(record: StudyRecord, folder: Path, left: int, workers: int, schedu
     emit(f"folder: {folder}")
     if not left:
         emit("every trial is already done")
-        return
+        return None
     where = f"on {scheduler}" if scheduler else f"in {workers} processes" if workers else "in this process"
     emit(f"training {left} of {total} trials {where}; Ctrl-C stops, and the same command resumes")
-    seconds = None if scheduler else estimate(record, max(1, workers))
+    predicted = None if scheduler else costs(record)  # the speed of this machine
+    seconds = in_parallel(predicted, max(1, workers))
     if seconds is not None:
         started = " after the processes start" if workers else ""
         emit(f"estimated duration: about {duration(max(1.0, seconds))}{started}, from a few timed steps")
+    return predicted
 
 
 def _list_trials(plan: Plan, at_a_time: int | None, as_json: bool) -> None:
