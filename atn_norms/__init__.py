@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from atn_norms.statistics import Statistic as Statistic
     from atn_norms.tasks import TaskSpec as TaskSpec
     from atn_norms.windows import Cumulative as Cumulative
+    from atn_norms.windows import Detached as Detached
     from atn_norms.windows import Exponential as Exponential
     from atn_norms.windows import Sliding as Sliding
     from atn_norms.windows import Window as Window
@@ -60,7 +61,7 @@ _HOME = {
     "statistics": ("Average", "Moments", "Statistic"),
     "tasks": ("TaskSpec",),
     "pytree": ("detach", "reorder"),
-    "windows": ("Cumulative", "Exponential", "Sliding", "Window", "WindowSpec"),
+    "windows": ("Cumulative", "Detached", "Exponential", "Sliding", "Window", "WindowSpec"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -60,11 +60,11 @@ class BuiltIn:
             SeriesSpec,
             WordLMSpec,
         )
-        from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec
+        from atn_norms.windows import CumulativeSpec, DetachedSpec, ExponentialSpec, SlidingSpec
 
         for normalizer in (LayerNormSpec, BatchNormSpec, RMSNormSpec):
             registry.normalizer(normalizer)
-        for window in (SlidingSpec, CumulativeSpec, ExponentialSpec):
+        for window in (SlidingSpec, CumulativeSpec, ExponentialSpec, DetachedSpec):
             registry.window(window)
         for cell in (LSTMSpec, GRUSpec, RNNSpec):
             registry.cell(cell)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.errors import mismatch, typed_repr
-from atn_norms.pytree import Leaf, Tree, layout, where_mask
-from atn_norms.registry import Options, checked_count
+from atn_norms.pytree import Leaf, Tree, detach, layout, where_mask
+from atn_norms.registry import KindField, Options, checked_count
 from atn_norms.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)
@@ -67,6 +67,11 @@ class Window(ABC, Generic[S]):
         return None
 
     @property
+    def detaches_past(self) -> bool:
+        """True if no gradient flows into the state; the conformance suite then expects none from past steps."""
+        return False
+
+    @property
     def uniform_weights(self) -> bool:
         """True if all steps in the window have equal weight, so that also a maximum can be pooled."""
         weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
@@ -97,6 +102,17 @@ class WindowSpec(Options, ABC):
     @abstractmethod
     def build(self) -> Window[Any]:
         """Build the window."""
+
+
+def to_window_options(value: Any) -> Any:
+    """Return the options of a window, or of an integer; any other value unchanged."""
+    if isinstance(value, Window):
+        return value.spec()
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return {"kind": "sliding", "steps": value} if is_count else value
+
+
+AnyWindow = Annotated[WindowSpec, KindField("window", to_window_options, {"type": "integer", "minimum": 1})]
 
 
 @dataclass(frozen=True)
@@ -299,3 +315,67 @@ class ExponentialSpec(WindowSpec):
 
     def build(self) -> Exponential[Any]:
         return Exponential(self.half_life)
+
+
+@dataclass(frozen=True)
+class Detached(Window[S]):
+    r"""Another window without a gradient through its past: the values are the same, the gradient is not.
+
+    $$\frac{\partial \mu_t}{\partial a_s} = \frac{\partial v_t}{\partial a_s} = 0 \quad \text{for} \quad s < t$$
+
+    Derived: a control that separates the two effects of a window, the pooled scale and the direct paths of the gradient
+    to the past. No gradient reaches the state that is passed in, and the returned state has none.
+
+    | symbol | meaning | |
+    |---|---|---|
+    | `window` | the window, or an integer k (the last k steps) | without parameters |
+    | state | as of `window` | |
+
+    Errors: `TypeError` if `window` is no window, or has parameters.
+
+    >>> import torch
+    >>> from atn_norms import AssortedTime, Detached, LayerNorm
+    >>> xs = torch.randn(3, 1, 4, requires_grad=True)
+    >>> ys, _ = AssortedTime(LayerNorm(4), Detached(2)).scan(xs)
+    >>> torch.autograd.grad((ys[2] * torch.randn(4)).sum(), xs)[0][:2].abs().max()
+    tensor(0.)
+    """
+
+    window: Window[S]
+
+    def __post_init__(self) -> None:
+        window = self.window if isinstance(self.window, Window) else Sliding(self.window)
+        if isinstance(window, nn.Module):
+            got = f"{type(window).__name__}, a module"
+            raise TypeError(mismatch("window", got, "a window without parameters"))
+        object.__setattr__(self, "window", window)
+
+    @property
+    def detaches_past(self) -> bool:
+        return True
+
+    def initial(self, now: S) -> Tree:
+        return self.window.initial(now)
+
+    def layout(self, now: S) -> Any:
+        return self.window.layout(now)
+
+    def push(self, now: S, weight: Tensor, state: Tree) -> tuple[S, Tree]:
+        pooled, after = self.window.push(now, weight, detach(state))
+        return pooled, detach(after)
+
+    def weight_at(self, age: Tensor) -> Tensor | None:
+        return self.window.weight_at(age)
+
+    def spec(self) -> DetachedSpec:
+        return DetachedSpec(window=self.window.spec())
+
+
+class DetachedSpec(WindowSpec):
+    """Options of `Detached`."""
+
+    kind: Literal["detached"] = "detached"
+    window: AnyWindow = Field(description="the window whose past has no gradient")
+
+    def build(self) -> Detached[Any]:
+        return Detached(self.window.build())

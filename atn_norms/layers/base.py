@@ -16,6 +16,7 @@ from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure
 from atn_norms.normalizers.batch import synchronized
+from atn_norms.registry import Options
 from atn_norms.windows import Window
 
 
@@ -208,4 +209,5 @@ def _label(spec: Any) -> str:
     options = _changed(spec)
     if spec.kind == "sliding":
         return str(options["steps"])
-    return spec.kind + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")
+    shown = (f"{name}={_label(value) if isinstance(value, Options) else value}" for name, value in options.items())
+    return spec.kind + (f"({', '.join(shown)})" if options else "")

@@ -18,7 +18,7 @@ from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
 from atn_norms.normalizers.base import LARGEST
 from atn_norms.registry import KindField, Options, to_spec_error
-from atn_norms.windows import SlidingSpec, Window, WindowSpec
+from atn_norms.windows import AnyWindow, SlidingSpec, Window, WindowSpec, to_window_options
 
 if TYPE_CHECKING:
     from atn_norms.layers.recurrent import Recurrent
@@ -28,17 +28,9 @@ def _no_norm(value: Any) -> Any:
     return None if value == "none" else value
 
 
-def _one_window(value: Any) -> Any:
-    if isinstance(value, Window):
-        return value.spec()
-    is_count = isinstance(value, int) and not isinstance(value, bool)
-    return {"kind": "sliding", "steps": value} if is_count else value
-
-
 MOST_LAYERS = 10_000  # a module costs time and memory whatever its size
 
 AnyNorm = Annotated[NormSpec | None, KindField("normalizer", _no_norm, {"const": "none"})]
-AnyWindow = Annotated[WindowSpec, KindField("window", _one_window, {"type": "integer", "minimum": 1})]
 
 
 class NormSites(Options):
@@ -70,7 +62,8 @@ def _norms(value: Any) -> Any:
 
 
 def _windows(value: Any) -> Any:
-    return WindowSites.model_validate(value) if isinstance(value, Mapping) and "sites" in value else _one_window(value)
+    of_sites = isinstance(value, Mapping) and "sites" in value
+    return WindowSites.model_validate(value) if of_sites else to_window_options(value)
 
 
 def _sites_schema(family: str) -> dict[str, Any]:

@@ -277,6 +277,33 @@ def test_a_window_takes_any_weights_and_its_scan_is_its_pushes(kind, seed):
     compare(leaves(state), leaves(final), tolerance=1e-13)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", ["layer", "rms", "batch"])
+def test_a_detached_window_has_the_values_of_its_window_and_no_gradient_through_the_past(base, kind):
+    case = Case(3, 6, 3, 4, base, kind, torch.float64, "normal")
+    norm, xs = case.norm(), case.xs().requires_grad_()
+    detached = an.AssortedTime(norm.normalizer, an.Detached(norm.window))
+    weight = sequence("normal", 11, xs.shape)
+    ys, state = detached.scan(xs)
+    compare(ys, norm.scan(xs)[0], tolerance=1e-13)
+    assert not any(leaf.requires_grad for leaf in leaves(state))
+    (gradient,) = torch.autograd.grad((ys * weight).sum(), xs)
+    for t in range(case.steps):  # the textbook form, in which the past is a constant
+        site = case.site(norm)
+        past = [site(x.detach()) for x in xs[:t]]
+        assert len(past) == t
+        (expected,) = torch.autograd.grad((site(xs[t]) * weight[t]).sum(), xs)
+        compare(gradient[t], expected[t], tolerance=1e-12, what=f"gradient at {t}")
+
+
+def test_a_detached_window_takes_a_window_without_parameters():
+    assert an.Detached(3) == an.Detached(an.Sliding(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="window: got Learned, a module"):
+        an.Detached(Learned())
+    with pytest.raises(ValueError, match="steps: got 0"):
+        an.Detached(0)  # type: ignore[arg-type]
+
+
 def test_a_sequence_without_steps_is_rejected():
     norm = an.AssortedTime(an.LayerNorm(3), window=2)
     with pytest.raises(ValueError, match=r"\b0\b|step|T"):

@@ -44,6 +44,8 @@ WINDOWS: dict[str, Any] = {
     "100": 100,
     "cumulative": "cumulative",
     "exponential": {"kind": "exponential", "half_life": 1.5},
+    "detached": {"kind": "detached", "window": 4},
+    "detached exponential": {"kind": "detached", "window": {"kind": "exponential", "half_life": 1.5}},
 }
 
 

@@ -52,6 +52,7 @@ RIGHT: list[tuple[str, Any]] = [
     ("window", {"kind": "sliding", "steps": 3}),
     ("window", "cumulative"),
     ("window", {"kind": "exponential", "half_life": 2.0}),
+    ("window", {"kind": "detached", "window": 3}),
     ("cell", {"kind": "lstm", "proj_size": 2}),
     ("cell", "gru"),
     ("cell", "rnn"),

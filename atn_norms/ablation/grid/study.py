@@ -383,12 +383,16 @@ def label(value: Any) -> str:
 
     >>> label(None), label(25), label(1e9), label({"kind": "layer", "eps": 0.001})
     ('none', '25', '1e+09', 'layer(eps=0.001)')
+    >>> label({"sites": {"ih": 25, "hh": "cumulative"}})
+    'sites(ih=25, hh=cumulative)'
     """
     if value is None or isinstance(value, str):
         return value or "none"
     if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
         options = ", ".join(f"{name}={label(each)}" for name, each in value.items() if name != "kind")
         return f"{value['kind']}({options})" if options else value["kind"]
+    if isinstance(value, Mapping) and list(value) == ["sites"] and isinstance(value["sites"], Mapping):
+        return f"sites({', '.join(f'{site}={label(each)}' for site, each in value['sites'].items())})"
     if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
         return f"{value:g}"
     return canonical(plain(value))

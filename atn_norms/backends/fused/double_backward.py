@@ -20,7 +20,7 @@ from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Plac
 from atn_norms.normalizers import Normalizer
 from atn_norms.pytree import tree_leaves
 from atn_norms.statistics import Average, Moments, NoStatistic, promoted
-from atn_norms.windows import Cumulative, Exponential, Sliding, Window
+from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 
 def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -191,6 +191,9 @@ def _cell(plan: Plan, hidden: int) -> Cell:
 
 
 def _window(plan: SitePlan) -> Window[Any]:
+    window: Window[Any]
     if plan.steps:
-        return Sliding(plan.steps)
-    return Cumulative() if plan.decay == 1.0 else Exponential(-1.0 / log2(plan.decay))
+        window = Sliding(plan.steps)
+    else:
+        window = Cumulative() if plan.decay == 1.0 else Exponential(-1.0 / log2(plan.decay))
+    return Detached(window) if plan.detached else window

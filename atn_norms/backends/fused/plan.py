@@ -22,7 +22,7 @@ from atn_norms.normalizers import (
     feature_moments,
 )
 from atn_norms.normalizers.base import has_hooks
-from atn_norms.windows import Cumulative, Exponential, Sliding, Window
+from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 DOUBLE = torch.float64
 HALF = (torch.bfloat16, torch.float16)  # types of layers that are computed in float32
@@ -54,6 +54,7 @@ class SitePlan:
     coupled: int = 0  # BATCH, POPULATION, POPULATIONS, or 0: every row by itself
     traced: TracedNorm | None = None  # what computes it where no moments are declared
     parts: int = 1  # on how many equal parts of the features the traced normalizer runs, one after the other
+    detached: bool = False  # no gradient flows through the past of the window
 
     def encode(self) -> str:
         """As a text: the fields in order."""
@@ -61,17 +62,20 @@ class SitePlan:
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
-            f"{'-' if self.traced is None else self.traced.encode()}"
+            f"{int(self.detached)} {'-' if self.traced is None else self.traced.encode()}"
         )
 
     @staticmethod
     def decode(text: str) -> SitePlan:
         """From a text."""
-        site, features, groups, centred, eps, steps, decay, gain, shift, leaf, coupled, parts, traced = text.split()
+        site, features, groups, centred, eps, steps, decay, gain, shift, leaf, *others = text.split()
+        coupled, parts, detached, traced = others
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
         axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
         norm = None if traced == "-" else TracedNorm.decode(traced)
-        return SitePlan(site, *numbers, gain == "1", shift == "1", axes, int(coupled), norm, int(parts))
+        return SitePlan(
+            site, *numbers, gain == "1", shift == "1", axes, int(coupled), norm, int(parts), detached == "1"
+        )
 
     @property
     def is_valid(self) -> bool:
@@ -225,6 +229,8 @@ def kernel_of(cell: Cell) -> str | None:
 
 def window_of(window: Window) -> tuple[int, float] | None:
     """(steps, decay) of a window that the kernels know, or None."""
+    if type(window) is Detached:
+        return window_of(window.window)
     if type(window) is Sliding:
         return window.steps, 1.0
     if type(window) is Cumulative:
@@ -318,18 +324,21 @@ def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | s
             groups = parts * traced.width
             shape = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
             shape = ((parts, *shape) if parts > 1 else shape) if groups else ()
-            sites.append((site, groups, traced.centred, 0.0, *window, *has, shape, 0, traced, parts))
+            cut = norm.window.detaches_past
+            sites.append((site, groups, traced.centred, 0.0, *window, *has, shape, 0, traced, parts, cut))
             all_moments.append(moments)
             continue
         window = window_of(norm.window)
         if window is None:
             return f"it has no kernel for the window {norm.window!r} at {site}"
+        cut = norm.window.detaches_past
         if isinstance(moments, BatchMoments):
             gates, shape = cell.gates_at(site), moments.shape or (cell.sites[site],)
             kind = BATCH if moments.measured else POPULATIONS if moments.per_step else POPULATION
-            sites.append((site, gates, True, moments.eps, *window, *has, shape, kind))
+            sites.append((site, gates, True, moments.eps, *window, *has, shape, kind, None, 1, cut))
         else:
-            sites.append((site, moments.groups, moments.centred, moments.eps, *window, *has, moments.leaf, 0))
+            fields = moments.groups, moments.centred, moments.eps, *window, *has, moments.leaf
+            sites.append((site, *fields, 0, None, 1, cut))
         all_moments.append(moments)
     # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
     plan = (_plan if torch.compiler.is_compiling() else _remembered_plan)(kernel, cell.hidden_size, tuple(sites))

@@ -100,7 +100,7 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int], programs: Mapping[i
         site.norm = (3 if one.coupled == BATCH else 4) if one.coupled else 1 if one.centred else 2
         site.window, site.populations = (0 if one.steps else 1), one.populations(args.steps)
         site.features, site.groups, site.prefix = one.features, one.groups, one.prefix
-        site.decay, site.eps = one.decay, one.eps
+        site.decay, site.eps, site.detached = one.decay, one.eps, one.detached
         if one.traced is not None:
             site.norm, site.parts, site.parameters, site.centred = 5, one.parts, one.traced.parameters, one.centred
     words = memoryview(args).cast("B").cast("q")

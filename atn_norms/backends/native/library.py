@@ -18,7 +18,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 4
+INTERFACE = 5
 SITES = 3
 
 
@@ -35,7 +35,7 @@ class SiteArgs(ctypes.Structure):
         *((name, c_void_p) for name in ("dgain", "dshift")),
         ("populations", c_int64),
         *((name, c_void_p) for name in ("population", "timeline", "programs")),
-        *((name, c_int64) for name in ("parts", "parameters", "centred")),
+        *((name, c_int64) for name in ("parts", "parameters", "centred", "detached")),
     ]
 
 

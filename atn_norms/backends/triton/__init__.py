@@ -39,6 +39,9 @@ class Triton(Fused):
         grouped = [site for site in plan.sites if site.groups > 1]
         if grouped:
             return f"it has no kernel for a norm of groups, and the one at {grouped[0].site} has {grouped[0].groups}"
+        detached = [site.site for site in plan.sites if site.detached]
+        if detached:
+            return f"it has no kernel for detached windows, and there is one at {', '.join(detached)}"
         weights.plans[self.name] = cell, found
         return unavailable()
 

@@ -217,3 +217,49 @@ def a_state_looks_as_laid_out(subject: WindowSubject, case: Case) -> None:
         for leaf in tree_leaves(state):
             fits = not leaf.is_floating_point() or leaf.dtype == torch.float64
             demand(fits, f"{name}: got a leaf of {leaf.dtype}; expected torch.float64, as the statistics")
+
+
+def _keeps_the_gradient(subject: WindowSubject) -> str | None:
+    return None if subject.spec.build().detaches_past else "detaches_past is not declared"
+
+
+@law("window", unless=_keeps_the_gradient, steps=(3, 4, 5, 6))
+def no_gradient_reaches_the_past(subject: WindowSubject, case: Case) -> None:
+    """Where `detaches_past` is declared, a pooled statistic has a gradient in the statistic of the current step only.
+
+    This gradient is the derivative with the past held fixed, and the returned state has no gradient. A window that
+    detaches the current step as well trains nothing, and one that detaches a part of its past is another control.
+    """
+    window, weights = subject.make(case), subject.weights(case)
+    steps = subject.statistics(case)
+    fresh = subject.fresh(window, steps)
+    for leaf in steps:
+        leaf.requires_grad_()
+    probe = subject.statistics(case, seed=5)
+    for name, run in (("push", pushed), ("scan", lambda w, *rest: w.scan(*rest))):
+        results, after = run(window, steps, weights, fresh)
+        demand(not any(leaf.requires_grad for leaf in tree_leaves(after)), f"{name}: the returned state has a gradient")
+        for t in range(case.steps):
+            loss = torch.stack([(a[t] * b[t])[weights[t] > 0].sum() for a, b in zip(results, probe, strict=True)]).sum()
+            demand(loss.requires_grad, f"{name}: the pooled statistic does not depend on its own step")
+            found = torch.autograd.grad(loss, list(steps), retain_graph=True, allow_unused=True)
+            gradients = [torch.zeros_like(a) if g is None else g for g, a in zip(found, steps, strict=True)]
+            others = [torch.cat([gradient[:t], gradient[t + 1 :]]) for gradient in gradients]
+            nothing = [torch.zeros_like(each) for each in others]
+            compare(others, nothing, tolerance=0, what=f"{name}, gradient by other steps")
+            slope = torch.stack([(g[t] * b[t]).sum() for g, b in zip(gradients, probe, strict=True)]).sum()
+            compare(slope, _slope(subject, window, steps, weights, probe, t), tolerance=1e-3, what=f"{name}, slope")
+
+
+def _slope(subject: WindowSubject, window: Any, steps: Any, weights: Tensor, probe: Any, t: int) -> Tensor:
+    """Return the difference quotient of step `t` along `probe`, with the past held fixed."""
+    sides = []
+    with torch.no_grad():
+        state = subject.fresh(window, steps)
+        for s in range(t):
+            _, state = window.push(at(steps, s), weights[s], state)
+        for sign in (1, -1):
+            now = type(steps)(*(a[t] + sign * 1e-6 * b[t] for a, b in zip(steps, probe, strict=True)))
+            result, _ = window.push(now, weights[t], state)
+            sides.append(sum((a * b[t])[weights[t] > 0].sum() for a, b in zip(result, probe, strict=True)))
+    return torch.as_tensor(sides[0] - sides[1]) / 2e-6

@@ -290,6 +290,27 @@ class GrowsItsMemory(Three):
         return type(now)(*(leaf[:, -3:] for leaf in leaves)).pool(weights[:, -3:], 1), (weights, leaves)
 
 
+@wrong("no_gradient_reaches_the_past")
+class DetachesItsPastInName(Three):
+    """Declares that its past is detached, and keeps the gradient of every step."""
+
+    @property
+    def detaches_past(self) -> bool:
+        return True
+
+
+@wrong("no_gradient_reaches_the_past")
+class DetachesTheStepAsWell(Three):
+    """Detaches the statistic of the current step together with the past."""
+
+    @property
+    def detaches_past(self) -> bool:
+        return True
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        return super().push(type(now)(*(leaf.detach() for leaf in now)), weight, state)
+
+
 @wrong("trainable_tensors_are_parameters")
 class HidesItsParameter(Three):
     """Weights steps by a trainable tensor in a plain attribute: it has gradients, and no optimizer updates it."""

@@ -38,7 +38,7 @@ typedef struct {
     double *room;            /* where all that is not in the timeline lies */
     const Program *programs; /* of NORM_TRACED: as in Site, but for the parameters, which are all double here */
     int64_t parts, parameters;
-    int centred;
+    int centred, detached;
     double *parameter;       /* [parts, parameters] */
 } SiteBuffers;
 

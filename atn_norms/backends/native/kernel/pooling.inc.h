@@ -120,6 +120,14 @@ static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
     const double *restrict own = site->mean + prefix * lanes + at, *restrict mu = site->mu + at, *restrict share = site->share + at;
     double *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
     double *restrict sum_mean = site->carry, *restrict sum_var = site->carry + lanes;
+    if (site->detached) {
+        LANES {
+            const double now = count * share[l], gm = dmu[l], gv = dv[l];
+            dmean[l] += now * (gm + (gv != 0.0 ? 2.0 * gv * (own[l] - mu[l]) : 0.0));
+            dvar[l] += now * gv;
+        }
+        return;
+    }
     if (site->window == WINDOW_DECAYING) {
         const double *restrict before = t ? mu - lanes : site->mean, *restrict given = site->weight;
         LANES {
@@ -169,6 +177,7 @@ static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
 /* The gradient of the statements the given state brought, after step 0 has been worked back. */
 static void FN(unpool_prefix)(const SiteBuffers *site, long steps) {
     const long lanes = site->lanes, prefix = site->prefix;
+    if (site->detached) return; /* no gradient reaches the given state */
     if (site->window == WINDOW_DECAYING) {
         LANES { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
         return;

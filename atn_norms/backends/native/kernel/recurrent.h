@@ -42,6 +42,7 @@ typedef struct {
        variance; groups are the elements of a row's statistic, 0 where there is none. */
     const void *programs;
     int64_t parts, parameters, centred;
+    int64_t detached;       /* whether no gradient flows through the past of the window: not into the given state, not out of the next */
 } Site;
 
 /* Doubles in the timeline of a site. */

@@ -124,6 +124,7 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->blocks = work->coupled ? atn_norms_unit_blocks(work->hidden) : atn_norms_blocks(work->batch);
     line->counts = work->counts;
     line->decay = site->decay;
+    line->detached = site->detached != 0;
     line->eps = site->eps;
     line->gain = site->gain;
     line->shift = site->shift;
@@ -140,7 +141,7 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
 /* Gradients of the final state, stored at the statistics that it consists of. */
 static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
-    if (site->dnext[1] == NULL && site->dnext[2] == NULL) return;
+    if (first->detached || (site->dnext[1] == NULL && site->dnext[2] == NULL)) return;
     EACH_LANE(first) {
         double *own[3] = {NULL, line->dmean, line->dvar}, *pooled[3] = {NULL, line->dmu, line->dv};
         const int64_t last = live(work, line, b);
