@@ -17,12 +17,12 @@ from atn_norms.commands.output import (
     emit,
     escape_controls,
     escaped_logging,
-    reported_exit,
     reserved,
     separate_stdout,
     tolerate_encodings,
 )
 from atn_norms.commands.signals import ignore
+from atn_norms.commands.supervisor import supervised
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -125,10 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> int:
-    """Run `main` as a whole process, with standard output for results alone; later signals are ignored."""
+    """Run `main` in a supervised process, with standard output for results alone; later signals are ignored."""
+    return supervised(_command)
+
+
+def _command() -> int:
     separate_stdout()
-    with reported_exit():
-        code = main()
+    code = main()
     if code > 128:
         ignore()
     return code

@@ -265,9 +265,11 @@ def _watched(source: Source) -> Iterator[None]:
     timer = threading.Timer(SLOW, log.warning, (message, source.plugin, source, SLOW, DISABLE, source.plugin))
     timer.daemon = True
     timer.start()
+    log.debug("loading plugin %r of %s", source.plugin, source, extra={"loading": f"{source.plugin!r} of {source}"})
     try:
         yield
     finally:
+        log.debug("end of plugin %r", source.plugin, extra={"loading": ""})
         timer.cancel()
 
 

@@ -675,17 +675,72 @@ def test_output_of_plugins_goes_to_standard_error(workers, folder):
     assert "printed while built" in error
 
 
-EXITS = """
-import os
-os._exit(0)
+COMPILED = r"atn-norms: stopped by exit\(%d\) in compiled code while plugin 'ends' of .* was loaded"
+ENDS = {
+    "os._exit(0)": r"atn-norms: stopped by a call of os\._exit\(0\) \(.*ends\.py:3, in <module>\)",
+    "ctypes.CDLL(None)._exit(0)": COMPILED % 0,
+    "ctypes.CDLL(None).exit(0)": COMPILED % 0,
+    "ctypes.CDLL(None).exit(7)": COMPILED % 7,
+}
+
+
+@pytest.mark.parametrize("call", ENDS)
+def test_a_plugin_that_ends_the_process_is_reported(call, folder):
+    run = program("list", PYTHONPATH=installed("ends", f"\nimport ctypes, os\n{call}\n", folder))
+    out, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == (7 if "7" in call else 2) and out == ""
+    assert re.search(ENDS[call] + ".*; the command did not finish$", error, re.MULTILINE), error
+
+
+LATE = """
+import ctypes
+from typing import Literal
+import atn_norms as an
+
+class Norm(an.RMSNorm):
+    def measure(self, x):
+        ctypes.CDLL(None)._exit(0)
+
+class NormSpec(an.NormSpec):
+    kind: Literal["late"] = "late"
+    def build(self, features):
+        return Norm(features)
+
+@an.hookimpl
+def atn_norms_register(registry):
+    registry.normalizer(NormSpec)
 """
 
 
-def test_a_plugin_that_ends_the_process_is_reported(folder):
-    run = program("list", PYTHONPATH=installed("exits", EXITS, folder))
-    out, error = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 2 and out == ""
-    assert "atn-norms: stopped by a call of os._exit(0) (" in error and "exits.py:3, in <module>)" in error
+def test_a_plugin_that_ends_the_process_while_it_trains_is_reported(folder):
+    path = installed("late", LATE, folder)
+    run = program("ablate", "study.yaml", "--set", "axes={norm: [late]}", "--workers", "0", PYTHONPATH=path)
+    _, error = run.communicate(timeout=PATIENCE)
+    assert run.returncode == 2
+    assert error.endswith("atn-norms: stopped by exit(0) in compiled code; the command did not finish\n"), error
+
+
+def test_a_command_that_is_killed_ends_the_program_by_the_same_signal(folder):
+    path = installed("killed", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", folder)
+    run = program("list", PYTHONPATH=path)
+    run.communicate(timeout=PATIENCE)
+    assert run.returncode == -signal.SIGSEGV
+
+
+def test_a_command_ends_with_its_program(folder):
+    path = installed("sleeps", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n", folder)
+    with program("list", PYTHONPATH=path) as run:
+        command = int(run.stderr.readline())
+        run.kill()
+    assert command != run.pid
+    assert until(lambda: not Path(f"/proc/{command}").exists() or "State:\tZ" in status_of(command))
+
+
+def status_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return "State:\tZ"
 
 
 def test_resume_with_a_setting_names_the_ablate_command(capsys):

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeVar
 
@@ -122,29 +121,3 @@ def escaped_logging() -> Iterator[None]:
 class _Escaped(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record))
-
-
-@contextlib.contextmanager
-def reported_exit() -> Iterator[None]:
-    """Report a call of `os._exit` in this process, such as a plugin's, which would end it without a message.
-
-    The exit code is at least 2. Processes forked from this one exit as usual.
-    """
-    exit_now, process = os._exit, os.getpid()
-
-    def report_and_exit(status: int) -> None:
-        if os.getpid() != process:
-            exit_now(status)
-        caller = traceback.extract_stack()[-2]
-        place = f"{caller.filename}:{caller.lineno}, in {caller.name}"
-        with contextlib.suppress(Exception):
-            emit(
-                f"atn-norms: stopped by a call of os._exit({status}) ({place}); the command did not finish", error=True
-            )
-        exit_now(status or 2)
-
-    os._exit = report_and_exit  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        os._exit = exit_now

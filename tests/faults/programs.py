@@ -48,6 +48,10 @@ class Program:
         """Return the running processes of the session."""
         return [pid for pid, session, state in _processes() if session == self.process.pid and state != "Z"]
 
+    def states(self) -> str:
+        """Return the state letters of the session's processes, as in /proc: T is stopped."""
+        return "".join(state for _, session, state in _processes() if session == self.process.pid)
+
     def __enter__(self) -> "Program":
         return self
 

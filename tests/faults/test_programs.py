@@ -82,8 +82,7 @@ def test_signals_before_training_shut_down_cleanly(moment, number, ablate, place
 
 
 def stands_still(program):
-    with open(f"/proc/{program.process.pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "T"
+    return "T" in program.states()
 
 
 def interrupted_after(program, seconds, number):
