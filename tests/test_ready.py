@@ -2,6 +2,8 @@
 
 import json
 from importlib import resources
+from math import prod
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
@@ -61,6 +63,24 @@ def test_paper_charlm_matches_the_authors_code():
 def test_the_plain_lstm_has_every_initialization():
     starts = {(t.trial["model"]["init"], t.trial["model"]["forget_bias"]) for t in planned("plain-lstm").trials}
     assert starts == {("torch", None), ("torch", 1.0), ("paper", None), ("paper", 1.0)}
+
+
+STUDIES = sorted((Path(__file__).parent.parent / "docs" / "results" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_study_of_the_results_declares_its_endpoint_before_it_runs(file, tmp_path):
+    options = YAML(typ="safe").load(file)
+    if "text" in options["task"]:
+        options["task"]["text"] = str(tmp_path / "text.txt")
+        (tmp_path / "text.txt").write_text("a text of its kind\n" * 500, encoding="utf-8")
+    plan = make_plan(StudySpec.model_validate(options))
+    assert plan.name == file.stem
+    assert plan.study["endpoint"] == "final" and plan.study["margin"] > 0
+    assert len(options["baseline"]) and len({trial.trial["seed"] for trial in plan.trials}) >= 5
+    axes = options["axes"].values()
+    assert all(trial.trial["train"]["eval_every"] * 8 <= trial.trial["train"]["steps"] for trial in plan.trials)
+    assert len(plan.trials) <= options["seeds"] * prod(map(len, axes))
 
 
 def test_every_file_of_the_folder_is_a_study():

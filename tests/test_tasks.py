@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections import Counter
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -13,6 +14,7 @@ from atn_norms import LSTM
 from atn_norms.errors import SpecError
 from atn_norms.pytree import tree_leaves
 from atn_norms.tasks import AddingSpec, CharLMSpec, Model, language
+from atn_norms.tasks.corpora import read
 from tests.compare import compare
 
 
@@ -180,6 +182,23 @@ def test_options_at_their_defaults_keep_the_identity_of_older_trials(text):
     changed = CharLMSpec(text=text, evaluation_streams=10).model_dump(mode="json")
     assert changed == {**options, "evaluation_streams": 10}
     assert CharLMSpec.model_validate(changed).evaluation_streams == 10
+
+
+def test_the_shares_of_a_text_are_exact_and_default_to_a_twentieth(text):
+    whole = Path(text).read_text(encoding="utf-8")
+    for validation, test in ((0.05, 0.05), (0.1, 0.1), (0.1, 0.2), (0.3, 0.1)):
+        corpus = read(text, "characters", validation, test)
+        first, second = (len(whole) * round(100 * (1 - share)) // 100 for share in (validation + test, test))
+        assert [len(part) for part in corpus] == [first, second - first, len(whole) - second]
+        assert "".join("".join(part) for part in corpus) == whole
+    assert len(CharLMSpec(text=text, validation=0.1, test=0.1).build(0).train) == len(whole) * 80 // 100
+
+
+def test_shares_that_leave_nothing_to_train_on_are_rejected(text, tmp_path):
+    with pytest.raises(ValueError, match=r"validation: got 0\.5 with test 0\.6; expected shares below 1"):
+        CharLMSpec(text=text, validation=0.5, test=0.6)
+    with pytest.raises(ValueError, match="a folder with its own splits"):
+        CharLMSpec(text=str(tmp_path), validation=0.1)
 
 
 class Unigram(Model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,13 +31,13 @@ class Corpus(NamedTuple):
     test: Sequence[str]
 
 
-def read(path: str | None, unit: Unit) -> Corpus:
+def read(path: str | None, unit: Unit, validation: float = 0.05, test: float = 0.05) -> Corpus:
     """Read a text as `characters` or `words`; None is Python's language reference.
 
-    A text is split 90/5/5 in reading order. Its words are runs of letters, marks and digits, runs of other signs, and
-    line ends; an ideograph is a word. A folder has its own splits in files `ptb.train.txt`, `ptb.valid.txt` and
-    `ptb.test.txt`, with words separated by spaces. For characters, files `ptb.char.*` with characters separated by
-    spaces have precedence.
+    A text is split in reading order: training, then the shares of `validation` and `test`. Its words are runs of
+    letters, marks and digits, runs of other signs, and line ends; an ideograph is a word. A folder has its own splits
+    in files `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`, with words separated by spaces. For characters, files
+    `ptb.char.*` with characters separated by spaces have precedence.
 
     A file is read in the normal form NFC, so that an accent is part of its letter. LF, CRLF and CR are the same line
     end.
@@ -60,7 +61,8 @@ def read(path: str | None, unit: Unit) -> Corpus:
         tokens = list(texts)
     if not layout:
         (whole,) = tokens
-        first, second = len(whole) * 90 // 100, len(whole) * 95 // 100
+        late = Fraction(str(test))  # exact, as a decimal number is written
+        first, second = (int(len(whole) * (1 - share)) for share in (late + Fraction(str(validation)), late))
         tokens = [whole[:first], whole[first:second], whole[second:]]
     return Corpus(*tokens)
 

@@ -8,10 +8,10 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
 from atn_norms.pytree import Tree, detach
@@ -41,15 +41,26 @@ class LanguageSpec(TaskSpec):
     tied: bool | None = None
     evaluation_streams: int = Field(default=50, ge=1, le=10_000)
     embedding_init: float | None = Field(default=None, gt=0)
+    validation: float = Field(default=0.05, gt=0, lt=1)
+    test: float = Field(default=0.05, gt=0, lt=1)
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out newer options at their defaults, so that trials keep their identity."""
         options = handler(self)
-        later = ("segment_deviation", "segment_halved", "evaluation_streams", "embedding_init")
+        later = ("segment_deviation", "segment_halved", "evaluation_streams", "embedding_init", "validation", "test")
         return {
             name: v for name, v in options.items() if name not in later or v != type(self).model_fields[name].default
         }
+
+    @model_validator(mode="after")
+    def _leaves_text_for_training(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise SpecError("validation", f"{self.validation} with test {self.test}", "shares below 1 in all")
+        if self.text is not None and Path(self.text).is_dir() and {"validation", "test"} & self.model_fields_set:
+            got = f"shares of a text for {self.text}, a folder with its own splits"
+            raise SpecError("validation", got, "neither validation nor test, or a text file")
+        return self
 
     def data(self) -> dict[str, str]:
         return {"text": fingerprint(self.text, self.unit)}
@@ -81,7 +92,7 @@ class Language(Task):
     def __init__(self, spec: LanguageSpec, seed: int = 0) -> None:
         self.spec, self.seed, self.input_size = spec, seed, spec.embedding
         self._starts: dict[int, list[list[int]]] = {}  # length of a stream -> the starts of each epoch's segments
-        corpus = read(spec.text, spec.unit)
+        corpus = read(spec.text, spec.unit, spec.validation, spec.test)
         self._require_length(corpus)
         self.vocabulary = self.known(corpus)
         self.index = {token: i for i, token in enumerate(self.vocabulary)}

@@ -28,6 +28,7 @@ class WordLMSpec(LanguageSpec):
     | `carry` | state carried from one segment to the next, in training and evaluation: `all`, including windows; `hidden` states only; or `none` | |
     | `tied` | share the weights of read-out and embedding; None: if the layer's outputs have the embedding's size | |
     | `evaluation_streams` | number of parallel streams in evaluation | |
+    | `validation`, `test` | shares of the text, cut from its end; a folder has its own splits | share |
     | `embedding_init` | bound of the uniform initialization of the embedding (and a tied read-out); None: the read-out's initialization if tied, otherwise torch's | |
 
     >>> task = WordLMSpec(vocabulary=50).build(seed=0)
