@@ -196,16 +196,16 @@ class BatchNorm(Normalizer, _OfTorch):
         self._records[thread] = []
         try:
             yield
-            with torch.no_grad():
-                self._update(self._records[thread])
+            if self._records[thread]:  # an exported program cannot be loaded with an empty block of no_grad
+                with torch.no_grad():
+                    self._update(self._records[thread])
         finally:
             del self._records[thread]
 
     def _update(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
         """Move each population towards the average of its recorded steps, weighted by their number of samples."""
-        if records:
-            with _exclusive():
-                self._move(records)
+        with _exclusive():
+            self._move(records)
 
     def _move(self, records: list[tuple[CountedMoments, Tensor]]) -> None:
         step = _joined([step.flatten() for _, step in records])

@@ -2,6 +2,9 @@
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+from _pytest.mark import ParameterSet
 
 from tests.torch_api.features import GROUPS, Feature
 
@@ -10,8 +13,10 @@ MODULES = ("transforms", "precision", "surface", "convert", "compile", "distribu
 INTRODUCTION = """\
 # Compatibility with PyTorch
 
-Every row is a test in `tests/torch_api`, over every cell and norm where the norm matters. The page is generated from
-the tests: run `python -m tests.torch_api.page` after a change. The tests run with torch 2.13 on the CPU.
+Every row is a test in `tests/torch_api`, and the page is generated from the tests: run
+`python -m tests.torch_api.page` after a change. The last column lists the parameters of the test, which runs small
+layers. A row without cells or norms has one or two examples. The conformance tests of {doc}`conformance` compare all
+cells, norms and windows in plain calls. The tests run with torch 2.13 on the CPU.
 
 | works on | meaning |
 |---|---|
@@ -24,23 +29,38 @@ the tests: run `python -m tests.torch_api.page` after a change. The tests run wi
 """
 
 
-def rows() -> dict[str, list[Feature]]:
-    """Return the features of all tests, section by section, in the order of the files."""
-    found: dict[str, list[Feature]] = {group: [] for group in GROUPS}
+def rows() -> dict[str, dict[Feature, list[str]]]:
+    """Return the features of all tests and the parameters of their tests, section by section, in order of the files."""
+    found: dict[str, dict[Feature, list[str]]] = {group: {} for group in GROUPS}
     for module in MODULES:
         for test in vars(import_module(f"tests.torch_api.test_{module}")).values():
             for row in getattr(test, "features", ()):
-                if row not in found[row.group]:
-                    found[row.group].append(row)
+                found[row.group].setdefault(row, parameters(test))
     return found
+
+
+def parameters(test: Any) -> list[str]:
+    """Return the parameters of a test, each with its values."""
+    marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    return [f"{mark.args[0]} {', '.join(f'`{named(value)}`' for value in mark.args[1])}" for mark in marks]
+
+
+def named(value: Any) -> str:
+    """Return a parameter as the table prints it."""
+    value = value.values[0] if isinstance(value, ParameterSet) else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value in (None, {}) else str(value).removeprefix("torch.")
 
 
 def text() -> str:
     """Return the page."""
     parts = [INTRODUCTION]
     for group, features in rows().items():
-        parts.append(f"## {group}\n\n| in torch | works on | note |\n|---|---|---|")
-        parts[-1] += "".join(f"\n| {row.name} | {row.runs} | {row.note} |" for row in features) + "\n"
+        parts.append(f"## {group}\n\n| in torch | works on | note | tested with |\n|---|---|---|---|")
+        for row, values in features.items():
+            parts[-1] += f"\n| {row.name} | {row.runs} | {row.note} | {'; '.join(values)} |"
+        parts[-1] += "\n"
     return "\n".join(parts)
 
 

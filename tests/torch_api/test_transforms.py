@@ -5,16 +5,19 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import stirred
 from tests.torch_api.features import feature
+from tests.traced.gallery import GallerySpec
 
 GROUP = "Function transforms"
-SENTENCE = "The native backend has no rule for the transform, and `explain` prints that reason inside one."
+FORWARD = "The native backend has no rule for forward-mode AD, and `explain` prints that reason inside one."
+EACH = "One call for each element."
 CELLS: dict[str, Any] = {"lstm": an.LSTM, "gru": an.GRU, "rnn": an.RNN}
 NORMS = ("layer", "rms", "batch")
 EXACT = 1e-12
@@ -56,7 +59,7 @@ def agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         compare(found[name], gradient, tolerance=1e-10, what=name)
 
 
-@feature(GROUP, "`torch.func.jvp`, `jacfwd`", "reference", SENTENCE)
+@feature(GROUP, "`torch.func.jvp`, `jacfwd`", "reference", FORWARD)
 @every_norm
 @every_layer
 def test_jvp_is_the_jacobian_times_the_tangent(cell, norm, runs):
@@ -91,7 +94,7 @@ def test_forward_mode_propagates_tangents_of_inputs_and_parameters(cell, norm, r
     compare(moved, (ends[0] - ends[1]) / (2 * step), tolerance=1e-7)  # central difference: step**2, and 1e-16 / step
 
 
-@feature(GROUP, "`torch.func.grad`, `vjp`", "reference", SENTENCE)
+@feature(GROUP, "`torch.func.grad`, `vjp`", "native")
 @every_norm
 @every_layer
 def test_grad_is_autograd(cell, norm, runs):
@@ -101,10 +104,12 @@ def test_grad_is_autograd(cell, norm, runs):
     agree(grad(loss_of(layer))(parameters, x), expected)
     pull: Any = vjp(lambda p: loss_of(layer)(p, x), parameters)[1]
     agree(pull(torch.ones((), dtype=x.dtype))[0], expected)
-    assert set(runs) == {"reference"}
+    assert set(runs) == {"native"}
 
 
-@feature(GROUP, "`torch.func.vmap`", "reference", SENTENCE)
+@feature(
+    GROUP, "`torch.func.vmap` over inputs and states", "native", "One call for all elements; batch norm: one each."
+)
 @every_norm
 @every_layer
 def test_vmap_is_a_loop(cell, norm, runs):
@@ -113,40 +118,158 @@ def test_vmap_is_a_loop(cell, norm, runs):
     expected = torch.stack([layer.unroll(x, lengths=lengths)[0] for x in xs])
     runs.clear()
     compare(vmap(lambda x: layer.unroll(x, lengths=lengths)[0])(xs), expected, tolerance=EXACT)
-    assert set(runs) == {"reference"}
+    assert dict(runs) == {"native": 3 if norm == "batch" else 1}
+    compare(vmap(lambda x: layer(x)[0], 2, 2)(xs), torch.stack([layer(x)[0] for x in xs.unbind(2)], 2), tolerance=EXACT)
+    assert vmap(lambda x: layer(x)[0])(xs[:0]).shape == (0, 4, 2, 3)
 
 
-@feature(GROUP, "`vmap` over stacked models (ensembles)", "reference", SENTENCE)
+@pytest.mark.parametrize("shared", [False, True])
 @every_norm
 @every_layer
-def test_an_ensemble_is_a_loop_over_its_members(cell, norm):
+def test_vmap_continues_streams(cell, norm, shared):
+    """The state is mapped with the inputs, or one for all."""
+    layer, xs = layer_of(cell, norm, num_layers=2), numbers(3, 4, 2, 2)
+
+    def stream(x, state=None):
+        _, state = layer.unroll(x[:2], state)
+        return layer.unroll(x[2:], state)
+
+    begun = layer.unroll(numbers(2, 2, 2))[1] if shared else None
+    each = [stream(x, begun) for x in xs]
+    found = vmap(lambda x: stream(x, begun))(xs)
+    compare(found, tree_map(lambda *leaves: torch.stack(leaves), *each), tolerance=EXACT)
+
+
+@feature(GROUP, "`vmap` over stacked models (ensembles)", "native", EACH)
+@every_norm
+@every_layer
+def test_an_ensemble_is_a_loop_over_its_members(cell, norm, runs):
     layers, x = [layer_of(cell, norm) for _ in range(3)], numbers(4, 2, 2)
     for seed, layer in enumerate(layers):
         stirred(layer, seed)
     parameters, buffers = torch.func.stack_module_state(layers)
+    expected = torch.stack([layer(x)[0] for layer in layers])
+    runs.clear()
     found = vmap(lambda p, b: functional_call(layers[0], (p, b), (x,))[0])(parameters, buffers)
-    compare(found, torch.stack([layer(x)[0] for layer in layers]), tolerance=EXACT)
+    compare(found, expected, tolerance=EXACT)
+    assert dict(runs) == {"native": 3}
 
 
-@feature(GROUP, "`vmap(grad)`: per-sample gradients", "reference", SENTENCE)
+@feature(GROUP, "`vmap(grad)`: per-sample gradients", "native", EACH)
 @every_norm
 @every_layer
-def test_per_sample_gradients_are_a_loop(cell, norm):
+def test_per_sample_gradients_are_a_loop(cell, norm, runs):
     layer, xs = layer_of(cell, norm), numbers(3, 4, 1, 2)
     each = [gradients_of(layer, x) for x in xs]
     parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    runs.clear()
     found = vmap(grad(loss_of(layer)), (None, 0))(parameters, xs)
     agree(found, {name: torch.stack([sample[name] for sample in each]) for name in each[0]})
+    assert dict(runs) == {"native": 6}
 
 
-@feature(GROUP, "`torch.func.jacrev`, `hessian`", "reference", SENTENCE)
 @every_norm
 @every_layer
-def test_jacrev_and_hessian_are_autograd(cell, norm):
+def test_gradients_cross_a_vmap(cell, norm, runs):
+    """By a transform around it and by plain autograd, through inputs, parameters and constants."""
+    layer, xs = layer_of(cell, norm), numbers(3, 4, 2, 2)
+    expected = gradients_of(layer, torch.cat(xs.unbind(0), 1)) if norm != "batch" else None
+    parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    found = grad(lambda p: vmap(loss_of(layer), (None, 0))(p, xs).sum())(parameters)
+    each = [gradients_of(layer, x) for x in xs]
+    agree(found, {name: sum(sample[name] for sample in each) for name in each[0]})  # type: ignore[misc]
+    if expected is not None:
+        agree(found, expected)
+    runs.clear()
+    total = vmap(lambda x: layer(x)[0])(xs).square().sum()
+    agree(dict(zip(parameters, torch.autograd.grad(total, list(layer.parameters())), strict=True)), found)
+    assert set(runs) == {"native"}
+
+    def unmapped(x):
+        return vmap(lambda factor: factor * layer(x)[0].square().sum())(torch.ones(2, dtype=x.dtype)).sum()
+
+    compare(grad(unmapped)(xs[0]), 2 * grad(lambda x: layer(x)[0].square().sum())(xs[0]), tolerance=EXACT)
+
+
+@feature(GROUP, "`torch.func.jacrev`", "native", EACH)
+@every_norm
+@every_layer
+def test_jacrev_is_autograd(cell, norm, runs):
     layer, x = layer_of(cell, norm), numbers(2, 2, 2)
-    compare(jacrev(lambda x: layer(x)[0])(x), jacobian(layer, x), tolerance=EXACT)
+    expected = jacobian(layer, x)
+    runs.clear()
+    compare(jacrev(lambda x: layer(x)[0])(x), expected, tolerance=EXACT)
+    assert dict(runs) == {"native": 1 + expected[..., 0, 0, 0].numel()}
+
+
+@feature(
+    GROUP,
+    "`torch.func.hessian`, `grad` of `grad`",
+    "reference, native first gradients of `grad`",
+    "`hessian` is forward over reverse.",
+)
+@every_norm
+@every_layer
+def test_second_derivatives_are_autograd(cell, norm):
+    layer, x = layer_of(cell, norm), numbers(2, 2, 2)
     scalar = lambda x: layer(x)[0].square().sum()  # noqa: E731
-    compare(hessian(scalar)(x), torch.autograd.functional.hessian(scalar, x), tolerance=1e-10)
+    expected = torch.autograd.functional.hessian(scalar, x)
+    for transform in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f))):
+        compare(transform(scalar)(x), expected, tolerance=1e-10)
+    twice = grad(lambda x: grad(scalar)(x).square().sum())(x)
+    compare(twice, 2 * torch.einsum("abcdef,abc->def", expected, grad(scalar)(x)), tolerance=1e-10)
+    parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    found = grad(lambda p: grad(loss_of(layer), 1)(p, x).square().sum())(parameters)
+    leaf = x.clone().requires_grad_()
+    first = torch.autograd.grad(scalar(leaf), leaf, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), list(layer.parameters()), allow_unused=True)
+    for (name, given), gradient in zip(found.items(), second, strict=True):
+        compare(given, torch.zeros_like(given) if gradient is None else gradient, tolerance=1e-10, what=name)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "no bias": {"bias": False},
+    "shift": {"norm": {"kind": "rms", "bias": True}},
+    "one site": {"norm": {"sites": {"hh": "layer"}}},
+    "traced": {"norm": GallerySpec(name="LearnablePower")},
+    "traced, two statistics": {"norm": GallerySpec(name="TwoSided")},
+    "two layers": {"num_layers": 2, "bidirectional": True},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS)
+@every_layer
+def test_transforms_take_every_argument_of_the_operator(cell, options, runs):
+    layer, xs = layer_of(cell, **OTHERS[options]), numbers(3, 4, 1, 2)
+    parameters = {k: v.detach() for k, v in layer.named_parameters()}
+    each = [gradients_of(layer, x) for x in xs]
+    found = vmap(grad(loss_of(layer)), (None, 0))(parameters, xs)
+    agree(found, {name: torch.stack([sample[name] for sample in each]) for name in each[0]})
+    scalar = lambda x: layer(x)[0].square().sum()  # noqa: E731
+    expected = torch.autograd.functional.hessian(scalar, xs[0])
+    assert set(runs) == {"native", "reference"}  # the second derivative
+    compare(jacrev(jacrev(scalar))(xs[0]), expected, tolerance=1e-10)
+    compare(vmap(lambda x: layer(x)[0])(xs), torch.stack([layer(x)[0] for x in xs]), tolerance=EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_layer
+def test_transforms_keep_the_types_of_mixed_precision(cell, dtype, autocast):
+    layer = layer_of(cell).to(dtype)
+    xs = numbers(3, 4, 2, 2).to(torch.bfloat16)
+    if not autocast:
+        xs = xs.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = torch.stack([layer(x)[0] for x in xs])
+        found = vmap(lambda x: layer(x)[0])(xs)
+        slopes = vmap(grad(lambda x: layer(x)[0].float().square().sum()))(xs)
+    tolerance = 8 * torch.finfo(dtype).eps  # other batches are summed in another order, a few roundings a step
+    compare(found, expected, tolerance=tolerance)
+    leaf = xs.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        total = torch.stack([layer(x)[0].float().square().sum() for x in leaf]).sum()
+    compare(slopes, torch.autograd.grad(total, leaf)[0], tolerance=tolerance)
 
 
 @feature(
@@ -170,14 +293,15 @@ def test_batched_gradients_are_single_ones(cell, norm):
         compare(f, expected, tolerance=EXACT)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+@pytest.mark.parametrize("transform", ["jvp", "jvp of grad", "functionalize"])
 def test_explain_names_the_transform_and_native_by_name_refuses_it(transform):
     layer, x = layer_of("lstm"), numbers(2, 2, 2)
     named = layer_of("lstm", backend="native")
+    reason = "it has rules for vmap" if transform == "functionalize" else "it has no rule for forward-mode AD"
     apply: dict[str, Any] = {
         "jvp": lambda f: jvp(f, (x,), (x,)),
-        "grad": lambda f: grad(f)(x),
-        "vmap": lambda f: vmap(f)(x),
+        "jvp of grad": lambda f: jvp(grad(f), (x,), (x,)),
+        "functionalize": lambda f: functionalize(f)(x),
     }
     texts = []
 
@@ -186,8 +310,8 @@ def test_explain_names_the_transform_and_native_by_name_refuses_it(transform):
         return x.sum()
 
     apply[transform](look)
-    assert "backend 'reference'" in texts[0] and "native: unsupported: it has no rule for torch.func" in texts[0]
-    with pytest.raises(ValueError, match="'native' cannot run this layer: it has no rule for torch.func transforms"):
+    assert "backend 'reference'" in texts[0] and f"native: unsupported: {reason}" in texts[0]
+    with pytest.raises(ValueError, match=f"'native' cannot run this layer: {reason}"):
         apply[transform](lambda x: named(x.reshape(-1, 2, 2))[0].sum())
 
 
@@ -202,6 +326,16 @@ def test_a_compiled_transform_keeps_its_numbers(transform):
     }
     found = torch.compile(apply[transform], backend="eager", fullgraph=True)(x)
     compare(found, apply[transform](x), tolerance=EXACT)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of grad"])
+def test_a_traced_transform_holds_the_operator(transform):
+    layer, xs = layer_of("gru").requires_grad_(False), numbers(3, 4, 2, 2)
+    loss = lambda x: layer(x)[0].square().sum()  # noqa: E731
+    apply: Any = {"grad": lambda xs: grad(loss)(xs[0]), "vmap": vmap(loss), "vmap of grad": vmap(grad(loss))}[transform]
+    graph = make_fx(apply)(xs)
+    assert any("atn_norms.recurrent" in str(node.target) for node in graph.graph.nodes)
+    compare(graph(2 * xs), apply(2 * xs), tolerance=EXACT)
 
 
 def test_a_graph_that_holds_the_operator_refuses_a_tangent():

@@ -64,6 +64,43 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
     )
 
 
+def vector_jacobian(plan: Plan, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return what the backward operator returns, inside transforms of torch.func too.
+
+    | symbol | meaning |
+    |---|---|
+    | `arguments` | the forward operator's, from xs to lengths |
+    | `gradients` | of ys, hn, cn, and of every leaf of the final states; None where absent |
+    """
+    *single, affine, populations, states, lengths = arguments
+    places = [place for place, tensor in enumerate(single) if tensor is not None]
+
+    def results(*given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        mine = [None if tensor is None else next(rest) for tensor in single]
+        factors = list(islice(rest, len(affine)))
+        return tuple(_run(plan, mine, factors, populations, _constant_weights(plan, list(rest)), lengths))
+
+    with torch.autocast(single[0].device.type, enabled=False):
+        pair: Any = torch.func.vjp(results, *(single[place] for place in places), *affine, *states)
+        values, pull = pair
+        pairs = zip(values, gradients, strict=True)
+        found = iter(pull(tuple(torch.zeros_like(value) if grad is None else grad for value, grad in pairs)))
+    none = single[0].new_zeros(0)  # where there is no bias
+    return [*(none if tensor is None else next(found) for tensor in single), *found]
+
+
+def _constant_weights(plan: Plan, states: list[Tensor]) -> list[Tensor]:
+    """Return the leaves of the states; the weights in them count samples, and have no gradient."""
+    if states:
+        first = 0
+        for site in plan.sites:
+            if site.tensors:
+                states[first] = states[first].detach()
+                first += site.tensors
+    return states
+
+
 class _Moments(Normalizer):
     """The norm of a `SitePlan` in PyTorch; one value a group in every leaf."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from atn_norms.backends.fused import transforms
 from atn_norms.backends.fused.plan import Plan
 
 _ORDINARY = {Tensor, nn.Parameter}
@@ -128,6 +129,34 @@ class Operators:
         forward.register_autograd(self._backward, setup_context=self._setup)
         self.forward, self.backward = forward, backward
 
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        """Call the forward operator, by the rules of the active transforms."""
+        if torch.compiler.is_compiling() or not transforms.active():
+            return self.forward(*arguments)
+        *inputs, plan, _ = arguments
+        return transforms.forward(self, Plan.decode(plan), inputs)
+
+    def compute(self, plan: Plan, arguments: Sequence[Any], keep: bool) -> list[Tensor]:
+        """Return the results of the forward operator, without the dispatcher where nothing observes the call."""
+        if _unobserved(arguments):
+            results, kept = self._kernels.forward(plan, arguments, keep)
+            return results + kept
+        return self.forward(*arguments, plan.encode(), keep)
+
+    def compute_backward(
+        self,
+        plan: Plan,
+        arguments: Sequence[Any],
+        grad_outputs: tuple[Any, ...],
+        ys: Tensor,
+        kept: Sequence[Tensor],
+        wants_xs: bool,
+    ) -> list[Tensor]:
+        """Return the results of the backward operator in the same way."""
+        if _unobserved((*arguments, *grad_outputs, ys, kept)):
+            return self._kernels.backward(plan, arguments, grad_outputs, ys, kept, wants_xs)
+        return self.backward(*grad_outputs, *arguments, ys, kept, plan.encode(), wants_xs)
+
     @staticmethod
     def remember(
         ctx: Any, plan: Plan, arguments: Sequence[Any], results: Sequence[Tensor], kept: Sequence[Tensor]
@@ -148,17 +177,14 @@ class Operators:
         affine, populations, states, kept = (rest[a:b] for a, b in zip((0, *starts), (*starts, None), strict=True))
         inputs: tuple[Any, ...] = (*single, affine, populations, states, lengths)
         dys, dhn, dcn, *dstates = grads[: 3 + sum(site.tensors for site in ctx.plan.sites)]
-        if torch.is_grad_enabled() or transformed() is not None or batched([dys, dhn, dcn, *dstates]):
+        if torch.is_grad_enabled() or transforms.active() or batched([dys, dhn, dcn, *dstates]):
             from atn_norms.backends.fused.double_backward import differentiable_backward
 
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
         *_, bias, h0, c0 = single
         dys, dhn, dcn = (torch.zeros_like(a) if g is None else g for g, a in ((dys, ys), (dhn, h0), (dcn, c0)))
         grad_outputs = (dys, dhn, dcn, dstates)
-        if unwatched() and ordinary([tensor for tensor in (dys, dhn, dcn, *dstates, *saved) if tensor is not None]):
-            found = self._kernels.backward(ctx.plan, inputs, grad_outputs, ys, kept, wants_xs)
-        else:
-            found = self.backward(*grad_outputs, *inputs, ys, kept, ctx.plan.encode(), wants_xs)
+        found = self.compute_backward(ctx.plan, inputs, grad_outputs, ys, kept, wants_xs)
         dxs, dwi, dwh, dbi, dbh, dh0, dc0, *others = found
         biases = (None, None) if bias is None else (dbi, dbh)
         return dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, others[:many], others[many:]
@@ -167,8 +193,7 @@ class Operators:
         *arguments, text, keep = inputs
         if keep:
             plan = Plan.decode(text)
-            results = 3 + sum(site.tensors for site in plan.sites) + len(plan.measured)
-            self.remember(ctx, plan, arguments, output[:results], output[results:])
+            self.remember(ctx, plan, arguments, output[: plan.results], output[plan.results :])
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         *found, daffine, dstates = self.gradients(ctx, grads, ctx.needs_input_grad[0])
@@ -196,10 +221,12 @@ def transformed() -> str | None:
     """Return why no operator can run: a transform that it has no rule for is active; None if it can run."""
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no form of its operator"
-    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:  # type: ignore[attr-defined]
-        return "it has no rule for torch.func transforms (grad, vmap, jvp, ...), and one is active"
+    if transforms.active() and torch.compiler.is_compiling():
+        return "it has no rule for compiled torch.func transforms (grad, vmap, jvp, ...), and one is active"
     if forward_ad._current_level >= 0:
-        return "it has no rule for forward-mode AD, and a dual level is active"
+        return "it has no rule for forward-mode AD (jvp, jacfwd, ...), and a dual level is active"
+    if transforms.active() and not transforms.has_rules():
+        return "it has rules for vmap and reverse-mode transforms of torch.func, and another one is active"
     return None
 
 
@@ -233,6 +260,12 @@ def ordinary(tensors: Sequence[Tensor]) -> bool:
         and not any(map(Tensor.is_neg, tensors))
         and not any(map(Tensor._is_zerotensor, tensors))
     )
+
+
+def _unobserved(arguments: Sequence[Any]) -> bool:
+    """Return True where kernels may read the tensors among the arguments, and those of their lists, directly."""
+    nested = [each if isinstance(each, (list, tuple)) else [each] for each in arguments]
+    return unwatched() and ordinary([tensor for tensors in nested for tensor in tensors if tensor is not None])
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -188,6 +188,11 @@ class Plan:
         """The sites that hand out what they pooled, for a population's records."""
         return [site for site in self.sites if site.coupled == BATCH]
 
+    @property
+    def results(self) -> int:
+        """Number of results: outputs, last h and c, every site's new state and what it pooled."""
+        return 3 + sum(site.tensors for site in self.sites) + len(self.measured)
+
     def encode(self) -> str:
         """As a text; nothing but formatting, so that a compiler can trace it."""
         return "; ".join([self.cell, *[site.encode() for site in self.sites]])

@@ -43,4 +43,4 @@ class Native(Fused):
     def operate(self, *arguments: Any) -> list[Tensor]:
         from atn_norms.backends.native import eager
 
-        return eager.OPERATORS.forward(*arguments)
+        return eager.OPERATORS(*arguments)

@@ -48,4 +48,4 @@ class Triton(Fused):
     def operate(self, *arguments: Any) -> list[Tensor]:
         from atn_norms.backends.triton.call import OPERATORS  # not before it is needed: it imports Triton
 
-        return OPERATORS.forward(*arguments)
+        return OPERATORS(*arguments)
