@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
+from atn_norms.ablation.report import write
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.ablation.studies import create
 
 
 def ablate(
@@ -61,9 +63,6 @@ def ablate(
     bad point, and for a folder that holds another study. A trial that fails is recorded and the others continue.
     """
     refuse_nested_start()
-    from atn_norms.ablation import create
-    from atn_norms.ablation.report import write
-
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
     task |= {"files": [str(each) for each in files], **task_of(function)}
     train: dict[str, Any] = {"patience": patience, "threads": threads} | ({"steps": steps} if steps else {})

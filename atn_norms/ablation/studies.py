@@ -1,0 +1,86 @@
+"""Create, resume and inspect studies in folders."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from atn_norms.ablation.execution.engine import OnEvent, run
+from atn_norms.ablation.execution.environment import environment
+from atn_norms.ablation.grid.functions import refuse_changed_functions
+from atn_norms.ablation.grid.plan import Plan, make_plan
+from atn_norms.ablation.grid.sources import refuse_changed_plugins
+from atn_norms.ablation.grid.study import StudySpec
+from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.folder import StudyFolder, load
+from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import SpecError, to_spec_error
+from atn_norms.specs import Where, parse
+
+
+def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, *, where: Where | None = None) -> Path:
+    """Write a study to a folder, ready to `run`, and return the folder; a folder that holds this study is not changed.
+
+    A study that has grown by seeds, values, axes or another baseline is extended; finished trials are kept. `out` is by
+    default `studies/NAME-KEY`, where the key is a hash of the study. A folder in `studies` that holds this study, or a
+    smaller one that it extends, is used instead. `where`, from `specs.read`, adds file positions to errors.
+
+    Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
+    `StoreError` where the folder cannot be written.
+    """
+    try:
+        spec = study if isinstance(study, StudySpec) else StudySpec.model_validate(study)
+    except ValidationError as error:
+        raise to_spec_error(error, data=study) from error
+    plan = make_plan(spec, where)
+    folder = Path(out) if out is not None else _home(plan)
+    StudyFolder(folder).create(plan, environment())
+    return folder
+
+
+def _home(plan: Plan) -> Path:
+    """Return the default folder of a study: the one that holds it or the study it extends, else a new one."""
+    name = plan.name.replace(" ", "-")
+    same, smaller = [], []
+    for folder in sorted(Path("studies").glob(f"{name}-{'[0-9a-f]' * 8}")):
+        with suppress(StoreError, KeyError, TypeError):  # a damaged or incomplete folder is not extended
+            there = StudyFolder(folder).resolved()
+            if there["key"] == plan.key:
+                same.append(folder)
+            elif not plan.lacks(there):
+                smaller.append((len(there["trials"]), folder))
+    largest = [folder for _, folder in sorted(smaller)[-1:]]
+    return [*same, *largest, Path("studies") / f"{name}-{plan.key[:8]}"][0]
+
+
+def resume(
+    folder: Path | str, *, workers: int = 2, scheduler: str | None = None, on_event: OnEvent | None = None
+) -> StudyRecord:
+    """Resume a study, unchanged.
+
+    Errors: as `run`; `SpecError` where the folder's study.yaml has changed.
+    """
+    refuse_edited(folder)
+    return run(folder, workers=workers, scheduler=scheduler, on_event=on_event)
+
+
+def refuse_edited(folder: Path | str) -> None:
+    """Raise `SpecError` where a study's plugins or its study.yaml have changed: `resume` would ignore the change."""
+    store = StudyFolder(folder)
+    resolved = store.resolved()
+    refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
+    refuse_changed_functions(store.path, (each["trial"] for each in resolved["trials"]))
+    file, text = store.path / "study.yaml", store.source()
+    if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
+        take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
+        raise SpecError(f"{file}: changed since the study was created. To extend the study: {take}")
+
+
+def status(folder: Path | str) -> dict[str, int]:
+    """Count the trials of a study that are `done`, `diverged`, `failed`, `running` and `pending`."""
+    return load(folder, curves=False).counts()
