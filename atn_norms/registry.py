@@ -179,6 +179,32 @@ class Options(BaseModel):
         return nearest(key, cls.model_fields)
 
 
+def changed_options(spec: Options) -> dict[str, Any]:
+    """Return the options of a spec, without its kind, that differ from their defaults."""
+    fields = type(spec).model_fields
+    options = {name: (getattr(spec, name), field) for name, field in fields.items() if name != "kind"}
+    return {name: value for name, (value, field) in options.items() if value != field.get_default()}
+
+
+def spec_label(spec: Options) -> str:
+    """Describe a spec by its kind and the options that differ from their defaults.
+
+    >>> class Blur(Options):
+    ...     kind: Literal["blur"] = "blur"
+    ...     size: int = 3
+    >>> spec_label(Blur()), spec_label(Blur(size=5))
+    ('blur', 'blur(size=5)')
+    """
+    options = changed_options(spec).items()
+    labels = {name: spec_label(value) if isinstance(value, Options) else repr(value) for name, value in options}
+    return kind_label(str(getattr(spec, "kind", type(spec).__name__)), labels)
+
+
+def kind_label(kind: str, options: Mapping[str, object]) -> str:
+    """Write a kind with its options, such as `layer(eps=0.001)`."""
+    return f"{kind}({', '.join(f'{name}={value}' for name, value in options.items())})" if options else kind
+
+
 def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:
     """Build pydantic's error from problems; raised in a validator, pydantic puts the outer path before each."""
     details = [

@@ -16,7 +16,7 @@ from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure
 from atn_norms.normalizers.batch import synchronized
-from atn_norms.registry import Options
+from atn_norms.registry import Options, changed_options, kind_label
 from atn_norms.windows import Window
 
 
@@ -150,18 +150,9 @@ class CellHost(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        arguments = (missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        unexpected_keys: list[str] = arguments[3]
         norms = [place for place, key in enumerate(unexpected_keys) if key.startswith(f"{prefix}norm_")]
         for place in norms[:1]:
             unexpected_keys[place] = KeyWithCure(unexpected_keys[place])
@@ -175,8 +166,8 @@ class CellHost(nn.Module):
     def _described(self) -> str:
         """Return sizes and the options that differ from their defaults, for `repr`."""
         parts = [str(self.input_size), str(self.hidden_size)]
-        parts += [f"{name}={value}" for name, value in _changed(self.spec).items() if name in _TORCH_OPTIONS]
-        parts += [f"{name}={value}" for name, value in _changed(self.spec.cell).items()]
+        parts += [f"{name}={value}" for name, value in changed_options(self.spec).items() if name in _TORCH_OPTIONS]
+        parts += [f"{name}={value}" for name, value in changed_options(self.spec.cell).items()]
         parts.append(f"norm={_label(self.spec.norm)}")
         if self.spec.norm is not None:
             parts.append(f"window={_label(self.spec.window)}")
@@ -193,21 +184,15 @@ OWNED = ("norm", "window")  # what a layer registers for each site of each cell
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
-def _changed(spec: Any) -> dict[str, Any]:
-    """Return the options of a spec that differ from their defaults."""
-    fields = type(spec).model_fields
-    options = {name: getattr(spec, name) for name in fields if name != "kind"}
-    return {name: value for name, value in options.items() if value != fields[name].default}
-
-
 def _label(spec: Any) -> str:
     """Return a norm or window as a person would write it."""
     if spec is None:
         return "none"
     if hasattr(spec, "sites"):
         return "{" + ", ".join(f"{site}: {_label(one)}" for site, one in spec.sites.items()) + "}"
-    options = _changed(spec)
     if spec.kind == "sliding":
-        return str(options["steps"])
-    shown = (f"{name}={_label(value) if isinstance(value, Options) else value}" for name, value in options.items())
-    return spec.kind + (f"({', '.join(shown)})" if options else "")
+        return str(spec.steps)
+    options = changed_options(spec).items()
+    return kind_label(
+        spec.kind, {name: _label(value) if isinstance(value, Options) else value for name, value in options}
+    )

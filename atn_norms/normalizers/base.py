@@ -97,18 +97,10 @@ class Normalizer(nn.Module, ABC):
         """Merge the statistic and the weight of a batch, both of length 1 along `dim`, over all processes."""
         return statistic, weight
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        start, arguments = len(missing_keys), (missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *arguments)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        missing_keys: list[str] = arguments[2]
+        start = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
         missing_keys[start : start + 1] = map(KeyWithCure, missing_keys[start : start + 1])
 
     def forward(self, x: Tensor, pooled: Any) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from atn_norms.registry import Options
+from atn_norms.registry import Options, spec_label
 
 GROUPS: dict[str, str] = {
     "every": "Laws of every kind",
@@ -23,20 +23,6 @@ GROUPS: dict[str, str] = {
 LAWS: dict[str, Law] = {}
 
 F = TypeVar("F", bound=Callable[..., None])
-
-
-def label_of(spec: Options) -> str:
-    """Describe a spec by its kind and the options that differ from their defaults: `pmean(p=3.0)`.
-
-    >>> from atn_norms.windows import CumulativeSpec, SlidingSpec
-    >>> label_of(SlidingSpec(steps=3)), label_of(CumulativeSpec())
-    ('sliding(steps=3)', 'cumulative')
-    """
-    fields = type(spec).model_fields
-    options = {name: getattr(spec, name) for name in fields if name != "kind"}
-    changed = {name: value for name, value in options.items() if value != fields[name].get_default()}
-    kind = str(getattr(spec, "kind", type(spec).__name__))
-    return kind + (f"({', '.join(f'{name}={value!r}' for name, value in changed.items())})" if changed else "")
 
 
 class Case:
@@ -68,7 +54,7 @@ class Case:
 
 def _named(value: Any) -> str:
     if isinstance(value, Options):
-        return label_of(value)
+        return spec_label(value)
     return value.__name__ if isinstance(value, type) else repr(value)
 
 

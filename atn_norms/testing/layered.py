@@ -16,7 +16,8 @@ from atn_norms.cells import CellSpec, GRUSpec, LSTMSpec, RNNSpec
 from atn_norms.layers import LayerSpec, Recurrent
 from atn_norms.normalizers import BatchNormSpec, LayerNormSpec, NormSpec, RMSNormSpec
 from atn_norms.pytree import Tree, tree_leaves
-from atn_norms.testing.law import Case, label_of
+from atn_norms.registry import spec_label
+from atn_norms.testing.law import Case
 from atn_norms.testing.subjects import SEEDS, WINDOWS, SpecSubject, Subject, noise, stirred
 from atn_norms.windows import WindowSpec
 
@@ -125,7 +126,7 @@ class CellSubject(SpecSubject):
     family = "cell"
 
     def __init__(self, spec: CellSpec) -> None:
-        self.spec, self.label = spec, label_of(spec)
+        self.spec, self.label = spec, spec_label(spec)
         self.axes = {}
         refusal = ""
         sizes = []

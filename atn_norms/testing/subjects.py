@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import Normalizer, NormSpec
 from atn_norms.pytree import Tree, tree_leaves
+from atn_norms.registry import spec_label
 from atn_norms.statistics import Average, Moments, Statistic
 from atn_norms.testing.comparing import demand
-from atn_norms.testing.law import Case, label_of
+from atn_norms.testing.law import Case
 from atn_norms.windows import CumulativeSpec, ExponentialSpec, SlidingSpec, Window, WindowSpec
 
 SEEDS = tuple(range(200))
@@ -111,7 +112,7 @@ class NormalizerSubject(SpecSubject):
     family = "normalizer"
 
     def __init__(self, spec: NormSpec) -> None:
-        self.spec, self.label = spec, label_of(spec)
+        self.spec, self.label = spec, spec_label(spec)
         self.sizes: tuple[int, ...] = ()
         self.axes = {}
         refusal = ""
@@ -221,7 +222,7 @@ class WindowSubject(SpecSubject):
     family = "window"
 
     def __init__(self, spec: WindowSpec) -> None:
-        self.spec, self.label = spec, label_of(spec)
+        self.spec, self.label = spec, spec_label(spec)
         self.axes = {"seed": SEEDS, "steps": tuple(range(1, 9)), "batch": (1, 2, 3), "statistic": (Average, Moments)}
         try:
             built = spec.build()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from atn_norms.layers import LayerSpec
+from atn_norms.registry import spec_label
 from atn_norms.tasks import Model, Task, TaskSpec
-from atn_norms.testing.law import label_of
 from atn_norms.testing.subjects import SpecSubject
 
 HIDDEN = 4
@@ -21,7 +21,7 @@ class TaskSubject(SpecSubject):
     family = "task"
 
     def __init__(self, spec: TaskSpec) -> None:
-        self.spec, self.label = spec, label_of(spec)
+        self.spec, self.label = spec, spec_label(spec)
         self.axes = {}
         try:
             built = self.task

@@ -130,7 +130,7 @@ def test_lengths_of_every_integer_type(cell, backend):
     many += [[np.int64(5), np.uint8(2)], (5, 2)]
     for lengths in many:
         compare(layer.unroll(x, lengths=lengths)[0], expected, tolerance=0)
-    with pytest.raises(ValueError, match="lengths: row 0"):
+    with pytest.raises(ValueError, match="lengths: got .* in row 0"):
         layer.unroll(x, lengths=torch.tensor([2**64 - 1, 2], dtype=torch.uint64))
 
 

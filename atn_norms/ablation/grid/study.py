@@ -32,7 +32,7 @@ from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
-from atn_norms.registry import Options
+from atn_norms.registry import Options, kind_label
 
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")
@@ -389,10 +389,9 @@ def label(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or "none"
     if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
-        options = ", ".join(f"{name}={label(each)}" for name, each in value.items() if name != "kind")
-        return f"{value['kind']}({options})" if options else value["kind"]
+        return kind_label(value["kind"], {name: label(each) for name, each in value.items() if name != "kind"})
     if isinstance(value, Mapping) and list(value) == ["sites"] and isinstance(value["sites"], Mapping):
-        return f"sites({', '.join(f'{site}={label(each)}' for site, each in value['sites'].items())})"
+        return kind_label("sites", {site: label(each) for site, each in value["sites"].items()})
     if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
         return f"{value:g}"
     return canonical(plain(value))
