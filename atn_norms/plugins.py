@@ -19,7 +19,8 @@ import pluggy
 
 from atn_norms import __version__
 from atn_norms.errors import did_you_mean, one_of
-from atn_norms.registry import FAMILIES, Options, Registry, Source, disputed, registry
+from atn_norms.options import Options
+from atn_norms.registry import FAMILIES, Registry, Source, disputed, registry
 from atn_norms.round_trip import unstorable_options
 
 PROJECT = "atn_norms"  # project name of pluggy, and group of the entry points

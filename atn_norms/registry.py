@@ -1,4 +1,4 @@
-"""Kinds and their options: the base of every options model, the registry of kinds, and the field of a kind."""
+"""Kinds: the registry of kinds, and the field of an options model that takes any kind."""
 
 from __future__ import annotations
 
@@ -10,35 +10,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, InitErrorDetails, core_schema
+from pydantic_core import CoreSchema, core_schema
 
 from atn_norms.errors import (
     Problem,
     SpecError,
     did_you_mean,
     dotted,
-    mismatch,
     nearest,
     one_of,
-    problems_of,
     pydantic_error,
     to_spec_error,
     typed_repr,
     unknown,
 )
+from atn_norms.options import Options, invalid, to_dict, to_int
 
 __all__ = [
     "FAMILIES",
@@ -59,167 +49,12 @@ __all__ = [
 
 FAMILIES = ("normalizer", "window", "cell", "task")
 
-
-def _list_to_tuple(value: object) -> object:
-    if isinstance(value, Sequence) and not isinstance(value, tuple | str | bytes | bytearray):
-        return tuple(value)
-    return value
-
-
-def _to_dict(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value
-
-
-def to_int(value: Any) -> Any:
-    """Convert an integer of another library, such as numpy's, to Python's; return anything else unchanged."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
-
-
-def checked_count(path: str, value: Any) -> int:
-    """Return `value` as an `int` of at least 1.
-
-    Errors: `TypeError` if it is no integer, `ValueError` if it is below 1.
-    """
-    value = to_int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(mismatch(path, typed_repr(value), "an integer of at least 1"))
-    if value < 1:
-        raise ValueError(mismatch(path, str(value), "an integer of at least 1"))
-    return value
-
-
-def _to_float(value: object) -> object:
-    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
-
-
-# Types of a core schema, and what converts equivalent values before strict validation.
-_CONVERSIONS: dict[str, Callable[[object], object]] = {
-    "tuple": _list_to_tuple,
-    "dict": _to_dict,
-    "int": to_int,
-    "float": _to_float,
-}
-
-
-def _relax(schema: Any) -> Any:
-    """Let a core schema take lists for tuples, any mapping for a dict, and numpy's numbers for Python's."""
-    if isinstance(schema, list):
-        return [_relax(item) for item in schema]
-    if isinstance(schema, tuple):  # choices of a union come as (schema, label)
-        return tuple(_relax(item) for item in schema)
-    if not isinstance(schema, dict):
-        return schema
-    if schema.get("type") == "function-before" and schema["function"].get("function") in _CONVERSIONS.values():
-        return schema  # of an options model inside this one, relaxed when that one was built
-    relaxed = {key: value if key in ("metadata", "serialization") else _relax(value) for key, value in schema.items()}
-    conversion = _CONVERSIONS.get(relaxed.get("type", ""))
-    if conversion is not None:
-        return core_schema.no_info_before_validator_function(conversion, relaxed)  # type: ignore[arg-type]
-    return relaxed
-
-
-def _whole(schema: CoreSchema) -> CoreSchema:
-    """Wrap a schema so that a JSON schema handler minds its own metadata too, which it skips at the top."""
-    return core_schema.definitions_schema(schema, [])
-
-
-class Options(BaseModel):
-    """A frozen, strict set of options that rejects unknown keys; the base of every options model.
-
-    Types are strict (`True` is no integer, `"3"` is none either), numbers are finite, and lists become tuples.
-    `family` is set by the base spec of each family: `"normalizer"`, `"window"`, `"cell"`, `"task"`.
-
-    Raises `pydantic.ValidationError` (a `ValueError`); `to_spec_error` turns it into a `SpecError`.
-
-    >>> class Blur(Options):
-    ...     sizes: tuple[int, ...] = (3,)
-    >>> Blur(sizes=[3, 5])
-    Blur(sizes=(3, 5))
-    >>> try:
-    ...     Blur.model_validate({"size": 3})
-    ... except ValidationError as error:
-    ...     print(to_spec_error(error))
-    size: got an unknown key; expected one of sizes; did you mean 'sizes'?
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-    family: ClassVar[str | None] = None
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return _relax(handler(source))
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        data = _to_dict(data)
-        known = list(cls.model_fields)
-        unknown = [key for key in data if key not in known] if isinstance(data, Mapping) else []
-        if not unknown:
-            return handler(data)
-        problems = [
-            Problem(
-                (key if type(key) in (str, int) else str(key),),
-                "an unknown key",
-                one_of(known),
-                cls.nearest_key(key),
-                code="unknown_key",
-            )
-            for key in unknown
-        ]
-        try:  # report the other problems at the same time
-            handler({key: value for key, value in data.items() if key in known})
-        except ValidationError as error:
-            problems += problems_of(error)
-        raise invalid(cls.__name__, problems)
-
-    @classmethod
-    def nearest_key(cls, key: object) -> str | None:
-        """Return the valid key closest to an unknown one; a model may suggest keys of other sections."""
-        return nearest(key, cls.model_fields)
-
-
-def changed_options(spec: Options) -> dict[str, Any]:
-    """Return the options of a spec, without its kind, that differ from their defaults."""
-    fields = type(spec).model_fields
-    options = {name: (getattr(spec, name), field) for name, field in fields.items() if name != "kind"}
-    return {name: value for name, (value, field) in options.items() if value != field.get_default()}
-
-
-def spec_label(spec: Options) -> str:
-    """Describe a spec by its kind and the options that differ from their defaults.
-
-    >>> class Blur(Options):
-    ...     kind: Literal["blur"] = "blur"
-    ...     size: int = 3
-    >>> spec_label(Blur()), spec_label(Blur(size=5))
-    ('blur', 'blur(size=5)')
-    """
-    options = changed_options(spec).items()
-    labels = {name: spec_label(value) if isinstance(value, Options) else repr(value) for name, value in options}
-    return kind_label(str(getattr(spec, "kind", type(spec).__name__)), labels)
-
-
-def kind_label(kind: str, options: Mapping[str, object]) -> str:
-    """Write a kind with its options, such as `layer(eps=0.001)`."""
-    return f"{kind}({', '.join(f'{name}={value}' for name, value in options.items())})" if options else kind
-
-
-def invalid(title: str, problems: Iterable[Problem]) -> ValidationError:
-    """Build pydantic's error from problems; raised in a validator, pydantic puts the outer path before each."""
-    details = [
-        InitErrorDetails(type=pydantic_error(replace(problem, path=())), loc=problem.path, input=None)
-        for problem in problems
-    ]
-    return ValidationError.from_exception_data(title, details)
-
-
 SpecType = TypeVar("SpecType", bound=type[Options])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a kind comes from: the plugin's name, and the distribution that brought it with its version."""
+    """Source of a kind: the name of its plugin, and the distribution of the plugin with its version."""
 
     plugin: str
     distribution: str
@@ -231,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered kind: its options model and where it comes from."""
+    """A registered kind: its options model and its source."""
 
     spec: type[Options]
     distribution: str
@@ -240,13 +75,14 @@ class Entry:
 
 
 class Registry:
-    """The kinds of every family, each with its options model; a kind claimed twice is unusable.
+    """The kinds of every family, each with its options model; a kind that two plugins register is unusable.
 
-    `normalizer`, `window`, `cell` and `task` take a concrete options model of that family with a field
-    `kind: Literal["name"] = "name"` and return it, so each is a decorator too. `loader` names a function
-    `"module:function"`, called with this registry at the first look-up.
+    `normalizer`, `window`, `cell` and `task` register a concrete options model of that family with a field
+    `kind: Literal["name"] = "name"`, and return it, so each is a decorator too. `loader` names a function
+    `"module:function"` that is called with this registry at the first look-up.
 
-    Errors: `TypeError` for what cannot be registered, `SpecError` for a look-up of an unknown or disputed kind.
+    Errors: `TypeError` for an object that cannot be registered, `SpecError` for the look-up of an unknown kind or of a
+    kind that two plugins register.
 
     >>> class Norm(Options):
     ...     family: ClassVar[str] = "normalizer"
@@ -287,10 +123,10 @@ class Registry:
         return self._claim("task", spec)
 
     def load(self) -> Any:
-        """Run the loader once, and return what it returned."""
+        """Run the loader once, and return its result."""
         with self._lock:
             if self._loader is not None and not self._loading:
-                self._loading = True  # set first: a plugin that looks something up while loading must not load again
+                self._loading = True  # set first: a look-up by a plugin that is loading must not load again
                 module, _, function = self._loader.partition(":")
                 try:
                     self._loaded = getattr(importlib.import_module(module), function)(self)
@@ -300,11 +136,11 @@ class Registry:
         return self._loaded
 
     def lookup(self, family: str, kind: str) -> type[Options]:
-        """Return the options model of a kind; SpecError when it is unknown or claimed by two distributions."""
+        """Return the options model of a kind; `SpecError` if it is unknown or if two plugins register it."""
         return self._lookup(family, kind)
 
     def _lookup(self, family: str, kind: str, besides: Sequence[str] = ()) -> type[Options]:
-        """`lookup`, where `besides` are words that are no kind and yet allowed, for the error to name."""
+        """Look up a kind; an error lists the words `besides` too, which are allowed and no kinds."""
         entries = self._of(family).get(kind, [])
         if len(entries) == 1:
             return entries[0].spec
@@ -320,7 +156,7 @@ class Registry:
         return {kind: claims[kind][0] for kind in sorted(claims) if len(claims[kind]) == 1}
 
     def conflicts(self, family: str) -> dict[str, tuple[Entry, ...]]:
-        """Return the kinds of a family that several distributions claim, with every claim."""
+        """Return the kinds of a family that several plugins register, with every entry."""
         claims = self._of(family)
         return {kind: tuple(claims[kind]) for kind in sorted(claims) if len(claims[kind]) > 1}
 
@@ -332,7 +168,7 @@ class Registry:
 
     @contextmanager
     def transaction(self, source: Source) -> Iterator[dict[str, type[Options]]]:
-        """Credit what is registered inside to a source, by `family:kind`; an exception takes it all back."""
+        """Assign the kinds registered inside to a source; yield them by `family:kind`; an exception removes them."""
         with self._lock:
             before = {family: {kind: list(e) for kind, e in kinds.items()} for family, kinds in self._claims.items()}
             outer = self._source, self._claimed
@@ -358,7 +194,7 @@ class Registry:
 
 
 def disputed(family: str, kind: str, entries: Iterable[Entry]) -> str:
-    """Return the message for a kind that several plugins claim."""
+    """Return the message for a kind that several plugins register."""
     sources = " and ".join(f"{e.distribution} ({e.spec.__module__}.{e.spec.__qualname__})" for e in entries)
     return f"{family} {kind!r} is claimed by {sources}, so it is unusable; uninstall one, or block its plugin"
 
@@ -391,17 +227,26 @@ registry = Registry(loader="atn_norms.plugins:load")
 _showing: ContextVar[frozenset[str]] = ContextVar("_showing", default=frozenset())
 
 
+def _whole(schema: CoreSchema) -> CoreSchema:
+    """Wrap a schema so that a JSON schema handler applies its metadata, which it skips at the top level."""
+    return core_schema.definitions_schema(schema, [])
+
+
 @dataclass(frozen=True, eq=False)
 class KindField:
-    """Mark a field as open to every registered kind of a family: `Annotated[NormSpec, Open("normalizer")]`.
+    """Accept every registered kind of a family as a field: `Annotated[NormSpec, KindField("normalizer")]`.
 
-    The registry is read when a value is validated or a schema is written, and never when the class is built.
-    Taken are: a spec of the family, registered or not; a kind's name, for its default options; a mapping with `kind`
-    and that kind's own options; and whatever `shorthand` turns into one of these. A field that allows
-    None (`Annotated[NormSpec | None, ...]`) takes None and `"none"` too.
+    The registry is read when a value is validated or a schema is written, but not when the class is built. Accepted
+    values are: a spec of the family, registered or not; the name of a kind, for its default options; a mapping with
+    `kind` and the options of that kind; and any value that `shorthand` converts to one of these. A field that allows
+    None (`Annotated[NormSpec | None, ...]`) also accepts None and `"none"`.
 
-    Symbols: `family` one of normalizer, window, cell, task; `shorthand` value -> value, applied to all but specs;
-    `shorthand_schema` what it takes, as JSON schema.
+    | argument | meaning |
+    |---|---|
+    | `family` | `normalizer`, `window`, `cell` or `task` |
+    | `shorthand` | function of a value, applied to all values but specs |
+    | `shorthand_schema` | JSON schema of the values that `shorthand` accepts |
+    | `source` | the registry of the kinds |
     """
 
     family: str
@@ -418,7 +263,7 @@ class KindField:
 
     def resolve(self, value: Any, nullable: bool = False) -> Options | None:
         """Turn a value into a spec of the family; errors are pydantic's, located below the field."""
-        value = to_int(_to_dict(value))
+        value = to_int(to_dict(value))
         if self._accepts(value, nullable):
             return value
         if self.shorthand is not None:
@@ -454,7 +299,7 @@ class KindField:
         bare = [kind for kind, entry in kinds.items() if not _needs_options(entry.spec)]
         bare += ["none"] if nullable else []
         choices: list[dict[str, Any]] = [{"enum": bare}] if bare else []
-        if self.family in _showing.get():  # a kind that holds another of its family: name the kinds and stop
+        if self.family in _showing.get():  # a kind with an option of its own family: list the kinds and stop
             kind = {"properties": {"kind": {"enum": list(kinds)}}, "required": ["kind"], "type": "object"}
             return {"anyOf": [*choices, kind]}
         token = _showing.set(_showing.get() | {self.family})

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from atn_norms.errors import Problem, short_repr, to_spec_error
-from atn_norms.registry import Options
+from atn_norms.options import Options
 
 EXPECTED = (
     "text, a number, a boolean, null, a list, a tuple, a mapping with text keys, or another options model; "

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.errors import mismatch, typed_repr
+from atn_norms.options import Options, checked_count
 from atn_norms.pytree import Leaf, Tree, detach, layout, where_mask
-from atn_norms.registry import KindField, Options, checked_count
+from atn_norms.registry import KindField
 from atn_norms.statistics import Statistic
 
 S = TypeVar("S", bound=Statistic)

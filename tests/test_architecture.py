@@ -14,7 +14,7 @@ PACKAGE = ROOT / "atn_norms"
 # A part may import itself and the parts in the rows above; not its neighbours in a row, and not the rows below.
 ROWS = [
     {"deprecation", "errors"},
-    {"drawing", "files", "pytree", "trees", "problems"},
+    {"drawing", "files", "options", "pytree", "trees", "problems"},
     {"statistics", "registry"},
     {"windows", "normalizers", "round_trip"},
     {"assorted_time"},
@@ -34,7 +34,7 @@ NEIGHBOURS = {("cli", "commands"), ("commands", "cli"), ("__main__", "cli")}  # 
 
 # The parts that may load each third-party library. No part may load a library that is not listed.
 LIBRARIES = {
-    "torch": set(ROW) - {"errors", "registry", "plugins", "cli", "__main__"},
+    "torch": set(ROW) - {"errors", "options", "registry", "plugins", "cli", "__main__"},
     "pydantic": set(ROW),
     "pydantic_core": set(ROW),
     "pluggy": {"plugins"},

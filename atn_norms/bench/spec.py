@@ -13,7 +13,7 @@ from atn_norms.backends import known
 from atn_norms.bench.machine import available_memory
 from atn_norms.errors import SpecError, did_you_mean
 from atn_norms.layers import LayerSpec
-from atn_norms.registry import Options
+from atn_norms.options import Options
 from atn_norms.specs import validate
 
 TORCH = "torch.nn"

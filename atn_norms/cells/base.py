@@ -14,8 +14,8 @@ from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm, masked, steps_mask
 from atn_norms.errors import Problem, SpecError, mismatch
+from atn_norms.options import Options
 from atn_norms.pytree import Tree, describe_structure, where_mask
-from atn_norms.registry import Options
 
 
 class Placement(Options):

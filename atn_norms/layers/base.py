@@ -16,7 +16,7 @@ from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure
 from atn_norms.normalizers.batch import synchronized
-from atn_norms.registry import Options, changed_options, kind_label
+from atn_norms.options import Options, changed_options, kind_label
 from atn_norms.windows import Window
 
 

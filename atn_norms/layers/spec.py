@@ -17,7 +17,8 @@ from atn_norms.layers.classes import class_of
 from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
 from atn_norms.normalizers.base import LARGEST
-from atn_norms.registry import KindField, Options, to_spec_error
+from atn_norms.options import Options
+from atn_norms.registry import KindField, to_spec_error
 from atn_norms.windows import AnyWindow, SlidingSpec, Window, WindowSpec, to_window_options
 
 if TYPE_CHECKING:

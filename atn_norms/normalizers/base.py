@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.errors import mismatch
-from atn_norms.registry import Options, checked_count
+from atn_norms.options import Options, checked_count
 from atn_norms.statistics import NoStatistic, Statistic
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atn_norms.errors import mismatch
 from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.options import checked_count
 from atn_norms.pytree import expand_mask
-from atn_norms.registry import checked_count
 from atn_norms.statistics import CountedMoments, Moments, promoted
 
 

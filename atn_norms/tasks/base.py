@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atn_norms.options import Options
 from atn_norms.pytree import Tree
-from atn_norms.registry import Options
 
 Split = Literal["validation", "test"]
 

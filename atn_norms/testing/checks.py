@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atn_norms.backends.base import Backend
-from atn_norms.registry import KindField, Options
+from atn_norms.options import Options
+from atn_norms.registry import KindField
 from atn_norms.testing import laws
 from atn_norms.testing.engine import CheckResult, LawRun, checked_expectations, need_hypothesis, runs_on
 from atn_norms.testing.layered import NORMS, BackendSubject, CellSubject, LayerSubject

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from atn_norms.registry import Options, spec_label
+from atn_norms.options import Options, spec_label
 
 GROUPS: dict[str, str] = {
     "every": "Laws of every kind",

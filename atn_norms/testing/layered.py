@@ -15,8 +15,8 @@ from atn_norms.backends.reference import Reference
 from atn_norms.cells import CellSpec, GRUSpec, LSTMSpec, RNNSpec
 from atn_norms.layers import LayerSpec, Recurrent
 from atn_norms.normalizers import BatchNormSpec, LayerNormSpec, NormSpec, RMSNormSpec
+from atn_norms.options import spec_label
 from atn_norms.pytree import Tree, tree_leaves
-from atn_norms.registry import spec_label
 from atn_norms.testing.law import Case
 from atn_norms.testing.subjects import SEEDS, WINDOWS, SpecSubject, Subject, noise, stirred
 from atn_norms.windows import WindowSpec

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import Normalizer, NormSpec
+from atn_norms.options import spec_label
 from atn_norms.pytree import Tree, tree_leaves
-from atn_norms.registry import spec_label
 from atn_norms.statistics import Average, Moments, Statistic
 from atn_norms.testing.comparing import demand
 from atn_norms.testing.law import Case

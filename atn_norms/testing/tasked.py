@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from atn_norms.layers import LayerSpec
-from atn_norms.registry import spec_label
+from atn_norms.options import spec_label
 from atn_norms.tasks import Model, Task, TaskSpec
 from atn_norms.testing.subjects import SpecSubject
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file
-from atn_norms.registry import Options
+from atn_norms.options import Options
 
 KIND = "python"
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them

@@ -15,7 +15,8 @@ from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.errors import SpecError, did_you_mean, one_of
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import make_layer_spec
-from atn_norms.registry import KindField, Options
+from atn_norms.options import Options
+from atn_norms.registry import KindField
 from atn_norms.tasks import TaskSpec
 
 SECTIONS = ("model", "task", "train")

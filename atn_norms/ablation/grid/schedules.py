@@ -12,7 +12,7 @@ from pydantic import Field
 from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.ablation.grid.renames import rename_schedule
 from atn_norms.errors import did_you_mean, short_repr
-from atn_norms.registry import Options
+from atn_norms.options import Options
 
 
 class Improvement:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from atn_norms.errors import SpecError, short_repr
-from atn_norms.registry import FAMILIES, Entry, Options, registry
+from atn_norms.options import Options
+from atn_norms.registry import FAMILIES, Entry, registry
 
 OWN = "atn-norms"  # the distribution of the built-in kinds: the version of a trial covers their meaning
 UNKNOWN = "unknown"  # replaces the hash of a kind that no file defines, such as one of a notebook

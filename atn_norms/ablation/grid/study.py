@@ -32,7 +32,7 @@ from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
-from atn_norms.registry import Options, kind_label
+from atn_norms.options import Options, kind_label
 
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")

@@ -10,7 +10,7 @@ from atn_norms.ablation.grid import optimizers, schedules
 from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.ablation.grid.renames import rename_train
 from atn_norms.ablation.store.schema import MOST_STEPS
-from atn_norms.registry import Options
+from atn_norms.options import Options
 
 MOST_CURVE_POINTS = 1_000_000
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.registry import KindField, Options, registry
+from atn_norms.options import Options
+from atn_norms.registry import KindField, registry
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
 from atn_norms.testing.subjects import SpecSubject, Subject, importable
