@@ -21,6 +21,7 @@ from atn_norms.errors import (
     SpecError,
     did_you_mean,
     dotted,
+    mismatch,
     nearest,
     one_of,
     pydantic_error,
@@ -204,21 +205,23 @@ def _identity(entry: Entry) -> tuple[str, str, str]:
 
 
 def _kind_of(family: str, spec: Any) -> str:
-    name = getattr(spec, "__qualname__", repr(spec))
+    name, path = getattr(spec, "__qualname__", repr(spec)), f"registry.{family}"
     if not (isinstance(spec, type) and issubclass(spec, Options)):
-        raise TypeError(f"registry.{family} takes an options model (a subclass of Options), got {name}")
+        raise TypeError(mismatch(path, name, "an options model (a subclass of Options)"))
     if spec.family != family:
-        raise TypeError(f"registry.{family} takes the options of a {family}; {name} is of family {spec.family!r}")
+        raise TypeError(mismatch(path, f"{name} of family {spec.family!r}", f"the options of a {family}"))
     if inspect.isabstract(spec):
-        missing = ", ".join(sorted(spec.__abstractmethods__))
-        raise TypeError(f"registry.{family} takes a concrete options model; {name} does not define {missing}")
+        got = f"{name} without {', '.join(sorted(spec.__abstractmethods__))}"
+        raise TypeError(mismatch(path, got, "a concrete options model"))
     field = spec.model_fields.get("kind")
-    allowed = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
-    if field is None or len(allowed) != 1 or field.default != allowed[0]:
-        raise TypeError(f'{name} needs a field `kind: Literal["name"] = "name"`, one name on both sides')
-    kind = allowed[0]
+    names = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    if field is None or len(names) != 1 or field.default != names[0]:
+        expected = 'a field `kind: Literal["name"] = "name"`, with one name on both sides'
+        raise TypeError(mismatch(path, f"{name} without a fixed kind", expected))
+    kind = names[0]
     if not (isinstance(kind, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", kind)) or kind == "none":
-        raise TypeError(f"{name}: kind {kind!r} must be lower-case letters, digits, '-' or '_', and not 'none'")
+        expected = "lower-case letters, digits, '-' or '_', and not 'none'"
+        raise TypeError(mismatch(f"{name}.kind", repr(kind), expected))
     return kind
 
 

@@ -289,14 +289,14 @@ class Reserved(Norm):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (int, r"takes an options model \(a subclass of Options\), got int"),
-        (Plain(), "takes an options model"),
-        (Last, "takes the options of a normalizer; Last is of family 'window'"),
-        (Abstract, "takes a concrete options model; Abstract does not define build"),
-        (Norm, 'Norm needs a field `kind: Literal\\["name"\\] = "name"`'),
-        (Wide, "Wide needs a field"),
-        (Parted, "Parted needs a field"),
-        (Reserved, "kind 'none' must be lower-case letters"),
+        (int, r"registry.normalizer: got int; expected an options model \(a subclass of Options\)"),
+        (Plain(), "expected an options model"),
+        (Last, "got Last of family 'window'; expected the options of a normalizer"),
+        (Abstract, "got Abstract without build; expected a concrete options model"),
+        (Norm, 'got Norm without a fixed kind; expected a field `kind: Literal\\["name"\\] = "name"`'),
+        (Wide, "got Wide without a fixed kind"),
+        (Parted, "got Parted without a fixed kind"),
+        (Reserved, "Reserved.kind: got 'none'; expected lower-case letters"),
     ],
 )
 def test_an_invalid_registration_is_rejected_with_the_reason(spec, message):

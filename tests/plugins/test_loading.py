@@ -54,7 +54,10 @@ BROKEN = {
     "cannot-be-parsed": ("def", "SyntaxError: .*plugin_broken.py, line 1"),
     "exits": ("import sys\nsys.exit(3)", r"SystemExit: 3 \(.*plugin_broken.py:2\)"),
     "raises-in-the-hook": (HOOK + "raise KeyError('x')", r"KeyError: 'x' \(.*plugin_broken.py:4\)"),
-    "registers-nonsense": (HOOK + "registry.normalizer(3)", "TypeError: registry.normalizer takes an options model"),
+    "registers-nonsense": (
+        HOOK + "registry.normalizer(3)",
+        "TypeError: registry.normalizer: got 3; expected an options model",
+    ),
     "wrong-arguments": (HOOK.replace("(registry)", "(registrar)") + "0", "PluginValidationError: .*registrar"),
     "no-hook": ("x = 1", "implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register.registry.`"),
     "misspelt-and-marked": (
@@ -76,7 +79,7 @@ BROKEN = {
     ),
     "kind-twice-in-one": (
         NORMALIZER.replace("KIND", "p") + "    registry.window(PMeanSpec)",
-        "TypeError: registry.window takes the options of a window; PMeanSpec is of family 'normalizer'",
+        "TypeError: registry.window: got PMeanSpec of family 'normalizer'; expected the options of a window",
     ),
 }
 
