@@ -302,7 +302,7 @@ class KindField:
         bare = [kind for kind, entry in kinds.items() if not _needs_options(entry.spec)]
         bare += ["none"] if nullable else []
         choices: list[dict[str, Any]] = [{"enum": bare}] if bare else []
-        if self.family in _showing.get():  # a kind with an option of its own family: list the kinds and stop
+        if self.family in _showing.get():  # a kind that has an option of the same family: list the kinds and stop
             kind = {"properties": {"kind": {"enum": list(kinds)}}, "required": ["kind"], "type": "object"}
             return {"anyOf": [*choices, kind]}
         token = _showing.set(_showing.get() | {self.family})

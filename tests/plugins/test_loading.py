@@ -56,7 +56,7 @@ BROKEN = {
     "raises-in-the-hook": (HOOK + "raise KeyError('x')", r"KeyError: 'x' \(.*plugin_broken.py:4\)"),
     "registers-nonsense": (
         HOOK + "registry.normalizer(3)",
-        "TypeError: registry.normalizer: got 3; expected an options model",
+        "TypeError: got 3; expected an options model",
     ),
     "wrong-arguments": (HOOK.replace("(registry)", "(registrar)") + "0", "PluginValidationError: .*registrar"),
     "no-hook": ("x = 1", "implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register.registry.`"),
