@@ -56,6 +56,9 @@ BROKEN = {
     "raises-in-the-hook": (HOOK + "raise KeyError('x')", r"KeyError: 'x' \(.*plugin_broken.py:4\)"),
     "registers-nonsense": (
         HOOK + "registry.normalizer(3)",
+        "TypeError: registry.normalizer: got 3; expected an options model",
+    ),
+        HOOK + "registry.normalizer(3)",
         "TypeError: got 3; expected an options model",
     ),
     "wrong-arguments": (HOOK.replace("(registry)", "(registrar)") + "0", "PluginValidationError: .*registrar"),
