@@ -58,9 +58,6 @@ BROKEN = {
         HOOK + "registry.normalizer(3)",
         "TypeError: registry.normalizer: got 3; expected an options model",
     ),
-        HOOK + "registry.normalizer(3)",
-        "TypeError: got 3; expected an options model",
-    ),
     "wrong-arguments": (HOOK.replace("(registry)", "(registrar)") + "0", "PluginValidationError: .*registrar"),
     "no-hook": ("x = 1", "implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register.registry.`"),
     "misspelt-and-marked": (
