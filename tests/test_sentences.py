@@ -5,8 +5,10 @@ from dataclasses import replace
 
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.findings import findings
-from atn_norms.ablation.report.names import short_names
+from atn_norms.ablation.report.names import qualified, short_names
 from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
+from atn_norms.ablation.report.tables import verdict_table
+from atn_norms.ablation.store.records import TaskFacts
 from tests.recorded import grid, score, study, verdict_text
 
 
@@ -22,7 +24,7 @@ def test_the_verdict_is_undecided_where_chance_explains_the_difference():
     words = verdict_text(
         study(lambda norm, window, seed: 1.0 + (-1) ** (seed + (norm == "layer")) * 0.1 - 0.001 * (norm == "layer"))
     )
-    assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4 ")
+    assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4; both worse than a guess at 4 ")
     assert "Norm helps" not in words and "Norm hurts" not in words
 
 
@@ -35,11 +37,37 @@ def test_a_verdict_uses_the_four_words_and_names_the_margin():
     record = replace(record, study={**record.study, "margin": 0.1, "endpoint": "final"})
     found = findings(record)
     line = verdict_line(found, found.tasks[0])
-    assert line == "Norm: helps at 2, hurts at 1, no difference larger than 0.1 at 1, undecided at 0 of 4"
+    words = "Norm: helps at 2, hurts at 1, no difference larger than 0.1 at 1, undecided at 0 of 4"
+    assert line == f"{words}; both worse than a guess at 4"
     assert "as the study declares" in endpoint(found, found.tasks[0])
     none = findings(study(values))
     assert "the study declares none" in endpoint(none, none.tasks[0])
     assert "4 declared comparisons (Holm)" in endpoint(none, none.tasks[0])
+
+
+def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
+    """The trivial predictor scores 1/6; `rms` helps against `none`, and both are worse."""
+    means = {"none": 1.0, "rms": 0.5, "layer": 0.1}
+    record = study(lambda norm, window, seed: means[norm] + 0.01 * seed + 0.001 * ((seed * 7) % 3) * (norm != "none"))
+    found = findings(record)
+    task = found.tasks[0]
+    assert (
+        verdict_line(found, task) == "Norm: helps at 4, hurts at 0, undecided at 0 of 4; both worse than a guess at 2"
+    )
+    cells = {row.point.cells[0]["norm"]: qualified(decision) for row, decision in task.decided()}
+    assert cells == {"layer": "helps", "rms": "helps (both worse than a guess)"}
+    table = verdict_table(record, task)
+    assert table is not None
+    assert [row[-1] for row in table.rows] == ["helps"] * 2 + ["helps (both worse than a guess)"] * 2
+    assert re.search(r"rms, window 1 \([^()]*; both worse than a guess\)", verdict_text(record))
+    assert "both worse" not in verdict_text(study(score))
+
+
+def test_a_side_that_is_more_than_a_guess_is_judged_by_the_goal_of_the_task():
+    facts = {"sequences": TaskFacts("accuracy", {"majority class": 0.5}, "max")}
+    for values, worse in (({"none": 0.3, "layer": 0.4}, True), ({"none": 0.3, "layer": 0.6}, False)):
+        record = study(lambda n, w, s, v=values: v[n] + 0.001 * s, norms=("none", "layer"), tasks=facts)
+        assert {decision.both_trivial for _, decision in findings(record).tasks[0].decided()} == {worse}
 
 
 def test_points_that_are_the_best_together_are_all_named():

@@ -23,6 +23,7 @@ class Decision:
     | `p_equivalence` | p-value of "a difference of at least the margin", adjusted the same way; None without a margin |
     | `margin`        | on the measure's scale (the logarithm of a ratio); None where the study names none            |
     | `family`        | the number of declared comparisons of the study                                               |
+    | `both_trivial`  | whether a trivial predictor scores better than both sides on average                          |
     """
 
     difference: Difference
@@ -30,6 +31,7 @@ class Decision:
     p_equivalence: float | None
     margin: float | None
     family: int
+    both_trivial: bool = False
 
     @property
     def verdict(self) -> Verdict:

@@ -89,7 +89,7 @@ def points_csv(found: Findings) -> str:
 _COMPARED = (
     *("against", "effect", "estimate", "low", "high", "pairs", "method", "p", "p_sign_flip", "improvement"),
     *("improvement_low", "improvement_high", "role", "adjusted_p", "margin", "adjusted_p_equivalence", "power"),
-    *("seeds_needed", "verdict"),
+    *("seeds_needed", "verdict", "both_worse_than_a_guess"),
 )
 
 
@@ -101,10 +101,10 @@ def _compared(name: str, difference: Difference, decision: Decision | None) -> l
     line += [paired.method, paired.p, paired.p_sign_flip] if paired else ["", "", ""]
     line += [difference.improvement, *_ends(difference.chance)]
     if decision is None:
-        return [*line, "exploratory", "", "", "", "", "", difference.verdict]
+        return [*line, "exploratory", "", "", "", "", "", difference.verdict, ""]
     size = None if decision.margin is None else difference.measure.unscaled(decision.margin)
     line += ["primary", decision.p, size, decision.p_equivalence, decision.power, decision.needed]
-    return [*line, verdict(decision)]
+    return [*line, verdict(decision), decision.both_trivial]
 
 
 def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:

@@ -52,6 +52,19 @@ class TaskFindings:
         """Every declared comparison with its verdict, in the order of the grid."""
         return [(self.primary.rows[place], decision) for place, decision in self.decisions.items()]
 
+    def both_trivial(self, place: int) -> bool:
+        """Return whether a trivial predictor has a better test metric than both sides of a row's comparison.
+
+        Then neither side has learned the task, and the verdict compares two failures.
+        """
+        sign = 1 if self.facts.goal == "min" else -1
+        against = self.final.rows[place].against
+        trivial = min((sign * value for value in self.facts.baselines.values()), default=None)
+        if against is None or trivial is None:
+            return False
+        sides = self.final.rows[place].point, against.reference
+        return all(bool(point.values) and sign * point.mean > trivial for point in sides)
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -81,7 +94,14 @@ def findings(record: StudyRecord, reach: Mapping[str, float] | None = None) -> F
     return Findings(
         record,
         tuple(
-            replace(task, decisions={place: decision for (own, place, _), decision in found if own is task})
+            replace(
+                task,
+                decisions={
+                    place: replace(decision, both_trivial=task.both_trivial(place))
+                    for (own, place, _), decision in found
+                    if own is task
+                },
+            )
             for task in tasks
         ),
     )

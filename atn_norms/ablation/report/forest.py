@@ -37,9 +37,9 @@ from atn_norms.ablation.report.names import (
     margin,
     name,
     plural,
+    qualified,
     short_names,
     shortened,
-    verdict,
 )
 from atn_norms.ablation.store.records import StudyRecord
 
@@ -58,7 +58,7 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
         return None
     measure = task.primary.measure
     labels = short_names(record, [row.point for row, _ in rows], 40)
-    notes = [f"{verdict(each)}: n {each.difference.pairs}, adjusted p {chances(each.p)}" for _, each in rows]
+    notes = [f"{qualified(each)}: n {each.difference.pairs}, adjusted p {chances(each.p)}" for _, each in rows]
     left = 0.26 + 0.078 * max(map(len, labels))
     right = 0.3 + 0.068 * max(map(len, notes))
     tall = _ROW * len(rows)
@@ -176,7 +176,7 @@ def _note(decision: Decision) -> str:
 def _describe(record: StudyRecord, task: TaskFindings) -> str:
     rows = [
         f"{name(record, row.point)}: {change(decision.difference)}, {plural(decision.difference.pairs, 'pair')}, "
-        f"adjusted p {chances(decision.p)}, {verdict(decision)}"
+        f"adjusted p {chances(decision.p)}, {qualified(decision)}"
         for row, decision in task.decided()
     ]
     return "; ".join(rows)

@@ -131,6 +131,14 @@ def verdict(decision: Decision) -> str:
     return f"{words} larger than {margin(decision)}" if words == "no difference" else words
 
 
+WORSE = "both worse than a guess"  # a comparison in which neither side beats a trivial predictor
+
+
+def qualified(decision: Decision) -> str:
+    """The verdict, with a warning where a trivial predictor is better than both sides."""
+    return f"{verdict(decision)} ({WORSE})" if decision.both_trivial else verdict(decision)
+
+
 def chances(p: float | None) -> str:
     """A p-value.
 

@@ -9,10 +9,12 @@ from copy import deepcopy
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
+from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
 from atn_norms.ablation.report.names import (
+    WORSE,
     average,
     called_baseline,
     chances,
@@ -106,7 +108,9 @@ def verdict_line(found: Findings, task: TaskFindings) -> str:
     if not decisions:
         return "No verdict: the study compares nothing with a baseline."
     sizes = {margin(decision) for decision in decisions if decision.margin is not None}
-    return f"{factor(found.record)}: {_counted((each.verdict for each in decisions), ' or '.join(sorted(sizes)))}"
+    counted = _counted((each.verdict for each in decisions), " or ".join(sorted(sizes)))
+    trivial = sum(each.both_trivial for each in decisions)
+    return f"{factor(found.record)}: {counted}" + (f"; {WORSE} at {trivial}" if trivial else "")
 
 
 def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
@@ -146,16 +150,17 @@ def _decided(record: StudyRecord, task: TaskFindings) -> list[str]:
     """Name the comparisons with a verdict, each with its difference and adjusted p-value."""
     found = []
     for wanted in ("helps", "hurts"):
-        named = [
-            f"{name(record, row.point)} ({change(decision.difference)}, adjusted p {chances(decision.p)})"
-            for row, decision in task.decided()
-            if decision.verdict == wanted
-        ]
+        named = [_claim(record, row, decision) for row, decision in task.decided() if decision.verdict == wanted]
         if named:
             shown = named[:_MOST_NAMED]
             more = [f"{len(named) - len(shown)} more in the table"] if len(named) > len(shown) else []
             found.append(f"{factor(record)} {wanted} at {listed([*shown, *more])}.")
     return found
+
+
+def _claim(record: StudyRecord, row: Row, decision: Decision) -> str:
+    warning = f"; {WORSE}" if decision.both_trivial else ""
+    return f"{name(record, row.point)} ({change(decision.difference)}, adjusted p {chances(decision.p)}{warning})"
 
 
 def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:

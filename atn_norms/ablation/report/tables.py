@@ -24,6 +24,7 @@ from atn_norms.ablation.report.names import (
     lower,
     never,
     number,
+    qualified,
     seeds_needed,
     unfinished,
     verdict,
@@ -84,7 +85,7 @@ def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
             chances(decision.p) if decision.difference.paired else NOTHING,
             NOTHING if decision.power is None else f"{decision.power:.2f}",
             seeds_needed(decision) if decision.verdict == "undecided" else "",
-            verdict(decision),
+            qualified(decision),
         )
         for row, decision in task.decided()
     ]
@@ -236,6 +237,7 @@ def _decision(task: TaskFindings, place: int) -> dict[str, Any] | None:
         "power": decision.power,
         "seeds_needed": decision.needed,
         "verdict": verdict(decision),
+        "both_worse_than_a_guess": decision.both_trivial,
     }
 
 
