@@ -63,6 +63,17 @@ def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
     assert "both worse" not in verdict_text(study(score))
 
 
+def test_the_verdict_of_a_study_that_still_runs_is_interim():
+    whole = study(score)
+    started = [replace(trial, status="pending", result=None) for trial in whole.trials if trial.seed == 5]
+    trials = tuple(trial for trial in whole.trials if trial.seed != 5)
+    record = replace(whole, trials=(*trials, *started))
+    found = findings(record)
+    line = verdict_line(found, found.tasks[0])
+    assert line == "Interim, after 25 of 30 trials. Norm: helps at 4, hurts at 0, undecided at 0 of 4"
+    assert "Interim" not in verdict_text(whole)
+
+
 def test_a_side_that_is_more_than_a_guess_is_judged_by_the_goal_of_the_task():
     facts = {"sequences": TaskFacts("accuracy", {"majority class": 0.5}, "max")}
     for values, worse in (({"none": 0.3, "layer": 0.4}, True), ({"none": 0.3, "layer": 0.6}, False)):

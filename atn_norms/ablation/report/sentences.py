@@ -110,7 +110,14 @@ def verdict_line(found: Findings, task: TaskFindings) -> str:
     sizes = {margin(decision) for decision in decisions if decision.margin is not None}
     counted = _counted((each.verdict for each in decisions), " or ".join(sorted(sizes)))
     trivial = sum(each.both_trivial for each in decisions)
-    return f"{factor(found.record)}: {counted}" + (f"; {WORSE} at {trivial}" if trivial else "")
+    warning = f"; {WORSE} at {trivial}" if trivial else ""
+    return f"{_interim(found.record)}{factor(found.record)}: {counted}{warning}"
+
+
+def _interim(record: StudyRecord) -> str:
+    """Mark the verdict of a study that still runs; empty once every trial has ended."""
+    ended = sum(trial.status not in ("running", "pending") for trial in record.trials)
+    return "" if ended == len(record.trials) else f"Interim, after {ended} of {plural(len(record.trials), 'trial')}. "
 
 
 def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
