@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from atn_norms.backends import Reference, base
+from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.bench import BenchSpec, Case, Size, contest, engine, laws, measure, memory
 from atn_norms.bench.records import Row, compared
 from atn_norms.bench.textbook import Textbook, footprint
@@ -47,9 +48,17 @@ class Wrong(Reference):
     def __init__(self, change):
         self.change = change
 
-    def run(self, cell, weights, xs, state, lengths=None, keep_state=True):
-        ys, after = super().run(cell, weights, xs, state, lengths)
-        return self.change(ys, after, lengths)
+    def prepare(self, cell, description):
+        return WrongProgram(cell, self.change)
+
+
+class WrongProgram(ReferenceProgram):
+    def __init__(self, cell, change):
+        super().__init__(cell)
+        self.change = change
+
+    def run(self, inputs, state, lengths=None):
+        return self.change(*super().run(inputs, state, lengths), lengths)
 
 
 def gradient_doubled(ys, after, lengths):

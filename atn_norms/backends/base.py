@@ -1,67 +1,32 @@
-"""The backend protocol, and the choice of a backend."""
+"""The choice of a backend: programs by name, kept while the description of their layer is unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
+from atn_norms.backends.description import Declared, Description, describe
 from atn_norms.backends.native import Native
-from atn_norms.backends.native.library import unavailable, warn_once
-from atn_norms.backends.reference import Reference
+from atn_norms.backends.native.library import warn_once
+from atn_norms.backends.program import Backend, Code, Program, Unsupported
+from atn_norms.backends.reference import Reference, ReferenceProgram
 from atn_norms.backends.torch_nn import TorchNN
 from atn_norms.backends.triton import Triton
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.errors import SpecError, unknown
-from atn_norms.pytree import Tree
 
-
-class Backend(Protocol):
-    """Run a cell over a whole sequence.
-
-    | symbol | meaning | shape |
-    |---|---|---|
-    | `xs` | inputs, time first | `[T, B, D]` |
-    | `state` | the cell's state, as `Cell.initial` gives it; the same for every backend | axis 0: B |
-    | `lengths` | live steps of each row; None means all | `[B]`, int |
-    | `ys` | outputs, 0 beyond a row's length | `[T, B, R]` |
-    """
-
-    @property
-    def name(self) -> str:
-        """The name for `backend=`."""
-        ...
-
-    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
-        """In one sentence why it cannot run this case, or None if it can."""
-        ...
-
-    def run(
-        self,
-        cell: Cell,
-        weights: CellWeights,
-        xs: Tensor,
-        state: Tree,
-        lengths: Tensor | None = None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, Tree]:
-        """Return the outputs of all steps, and the state after each row's last step.
-
-        Without `keep_state` the caller reads the carried tensors only, and a backend need not build the norms' states.
-        """
-        ...
+__all__ = ["Backend", "Selected", "UnsupportedBackend", "choose", "known", "prepared", "select"]
 
 
 class UnsupportedBackend(ValueError):
-    """Report that a backend, chosen by name, cannot run a layer; `reason` is its sentence."""
+    """Report that a backend, chosen by name, cannot run a layer; `reason` is the text of its `Unsupported`."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, code: Code | None = None) -> None:
+        self.name, self.reason, self.code = name, reason, code
         super().__init__(f"backend: {name!r} cannot run this layer: {reason}")
 
     def __reduce__(self) -> Any:
-        return type(self), (self.name, self.reason)
+        return type(self), (self.name, self.reason, self.code)
 
 
 _IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
@@ -69,34 +34,66 @@ _BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only by name
 
 
 def known() -> Mapping[str, Backend]:
-    """Every backend by name, the one `auto` tries first first, those it never tries last."""
+    """Return every backend by name, in the order in which `auto` tries them; those it never tries come last."""
     return {backend.name: backend for backend in (*_IN_ORDER, *_BY_NAME)}
 
 
-def choose(name: str, cell: Cell, weights: CellWeights) -> Backend:
-    """The backend of that name, or with `"auto"` the first that does not refuse.
+class Selected(NamedTuple):
+    """A program with everything that it was selected by."""
+
+    name: str
+    cell: Cell
+    description: Description | None
+    program: Program
+
+
+def select(
+    name: str, cell: Cell, weights: CellWeights, kept: Selected | None = None
+) -> tuple[Selected, tuple[Declared, ...]]:
+    """Return the program for `backend=name`, and the declarations that its inputs need; `kept` if it still fits.
+
+    With `"auto"` it is the program of the first backend that has one. The reference has one for every description, so
+    that none is made where it is selected by name: describing a normalizer may trace it.
+
+    Errors: `SpecError` for an unknown name, and `UnsupportedBackend` for a backend without a program, with its reason.
+    """
+    if name == Reference.name:
+        description, declared = None, ()
+    else:
+        description, declared = describe(cell, weights)
+    if kept is not None and kept.cell is cell and kept.description == description and kept.name == name:
+        return kept, declared
+    program = ReferenceProgram(cell) if description is None else _prepare(name, cell, description)
+    return Selected(name, cell, description, program), declared
+
+
+def choose(name: str, cell: Cell, weights: CellWeights) -> Program:
+    """Return the program for `backend=name`, as `select` does."""
+    return select(name, cell, weights)[0].program
+
+
+def prepared(cell: Cell, weights: CellWeights) -> dict[str, Program | Unsupported]:
+    """Return the program of each backend, or the reason why it has none."""
+    description, _ = describe(cell, weights)
+    return {name: backend.prepare(cell, description) for name, backend in known().items()}
+
+
+def _prepare(name: str, cell: Cell, description: Description) -> Program:
+    """Return a program.
 
     One warning in a process reports a case that `native` would run if its kernels were compiled.
-
-    Errors: `ValueError` for an unknown name, and for one that refuses this case, with its reason.
     """
     if name == "auto":
         for backend in _IN_ORDER:
-            reason = backend.unsupported_reason(cell, weights)
-            if reason is None:
-                return backend
-            if reason == unavailable():
+            program = backend.prepare(cell, description)
+            if not isinstance(program, Unsupported):
+                return program
+            if program.code == "kernels":
                 warn_once()
     backends = known()
     if name not in backends:
-        names = ["auto", *backends]
-        raise SpecError.of([unknown("backend", name, names, path=("backend",))])
-    reason = backends[name].unsupported_reason(cell, weights)
-    if reason is not None:
-        raise UnsupportedBackend(name, reason)
-    return backends[name]
-
-
-def refusals(cell: Cell, weights: CellWeights) -> dict[str, str | None]:
-    """Return the reason why each backend does not support a case, or None."""
-    return {name: backend.unsupported_reason(cell, weights) for name, backend in known().items()}
+        raise SpecError.of([unknown("backend", name, ["auto", *backends], path=("backend",))])
+    program = backends[name].prepare(cell, description)
+    if isinstance(program, Unsupported):
+        raise UnsupportedBackend(name, program.text, program.code)
+    return program

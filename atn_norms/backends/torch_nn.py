@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from atn_norms.backends.program import CellInputs, Program, Unsupported
 from atn_norms.cells import Cell, CellWeights, RNNEquations
 from atn_norms.pytree import Tree
 
+if TYPE_CHECKING:
+    from atn_norms.backends.description import Description
 
-class TorchNN:
-    """Runs a cell that torch has and that carries no norm, by torch's own kernels."""
+
+class TorchProgram(Program):
+    """torch's kernels for one cell."""
 
     name = "torch"
 
-    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
-        if cell.torch_name is None:
-            return f"torch.nn has no {type(cell).__name__}"
-        if weights.norms:
-            return f"torch.nn has no norm inside the cell, and the layer has one at {', '.join(weights.norms)}"
-        return None
-
-    def run(
-        self,
-        cell: Cell,
-        weights: CellWeights,
-        xs: Tensor,
-        state: Tree,
-        lengths: Tensor | None = None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, Tree]:
+    def run(self, inputs: CellInputs, state: Tree, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
+        cell, xs, weights = self.cell, inputs.xs, inputs.weights
         carried, norms = state
         if lengths is None:
             ys, carried = _recur(cell, weights, xs, carried, None)
@@ -46,6 +38,20 @@ class TorchNN:
         padded, _ = pad_packed_sequence(packed._replace(data=data), total_length=xs.shape[0])
         carried = tuple(old.index_copy(0, rows, new[back]) for old, new in zip(carried, last, strict=True))
         return ys.index_copy(1, rows, padded), (carried, norms)
+
+
+class TorchNN:
+    """Runs a cell that torch has and that carries no norm, by torch's own kernels."""
+
+    name = TorchProgram.name
+
+    def prepare(self, cell: Cell, description: Description) -> Program | Unsupported:
+        if cell.torch_name is None:
+            return Unsupported("cell", f"torch.nn has no {type(cell).__name__}")
+        if description.normed:
+            places = ", ".join(description.normed)
+            return Unsupported("norm", f"torch.nn has no norm inside the cell, and the layer has one at {places}")
+        return TorchProgram(cell)
 
 
 def _recur(

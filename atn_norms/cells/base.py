@@ -45,13 +45,11 @@ class CellWeights:
     """The weights of a cell: tensors by torch's names, and the norm of each site that has one.
 
     `tensors` maps `weight_ih` `[G*H, D]`, `weight_hh` `[G*H, R]`, `bias_ih`, `bias_hh` `[G*H]` (and other names of the
-    cell) to tensors; an absent bias is None. In `plans`, `unsupported_reason` of a backend may store results for `run`.
-    A layer collects its weights again for every call.
+    cell) to tensors; an absent bias is None. A layer collects its weights again for every call.
     """
 
     tensors: Mapping[str, Tensor]
     norms: Mapping[str, SiteNorm] = field(default_factory=dict)
-    plans: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

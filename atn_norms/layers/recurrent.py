@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from atn_norms.assorted_time import checked_lengths
-from atn_norms.backends import choose, refusals
+from atn_norms.backends import CellInputs, Program, Unsupported, choose, prepared, select
+from atn_norms.backends.base import Selected
 from atn_norms.cells import CellWeights
 from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
@@ -56,8 +57,9 @@ class Recurrent(CellHost):
         directions = ("", "_reverse")[: spec.directions]
         cells = {f"_l{n}{end}": spec.layer_inputs(n) for n in range(spec.num_layers) for end in directions}
         self._register(cells, parameters, {"device": device, "dtype": dtype})
-        for weights in self._cells():
-            choose(spec.backend, self.cell, weights)
+        self._programs: dict[str, Selected] = {}
+        for place, weights in enumerate(self._cells()):
+            self._selected(place, weights)
         self._prepare_twin()
 
     @classmethod
@@ -228,15 +230,15 @@ class Recurrent(CellHost):
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths, keep_state)
-        rest = iter(cells)
+        rest = iter(enumerate(cells))
         after = []
         for layer, before in enumerate(state):
             outputs, states = [], []
             for backward, cell_state in enumerate(before):
-                weights = next(rest)
-                backend = choose(self.spec.backend, self.cell, weights)
-                inputs = reversed_in_time(xs, lengths) if backward else xs
-                ys, cell_state = backend.run(self.cell, weights, inputs, cell_state, lengths, keep_state)
+                place, weights = next(rest)
+                program, declared = self._selected(place, weights)
+                inputs = CellInputs(reversed_in_time(xs, lengths) if backward else xs, weights, declared, keep_state)
+                ys, cell_state = program.run(inputs, cell_state, lengths)
                 outputs.append(reversed_in_time(ys, lengths) if backward else ys)
                 states.append(cell_state)
             xs = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
@@ -244,6 +246,18 @@ class Recurrent(CellHost):
             if layer < self.num_layers - 1:
                 xs = F.dropout(xs, self.dropout, self.training)
         return xs, tuple(after)
+
+    def _selected(self, place: int, weights: CellWeights) -> tuple[Program, tuple[Any, ...]]:
+        """Return the program of a cell, which the layer keeps while its description is unchanged."""
+        if torch.compiler.is_compiling():  # a compiler would guard every field of what is kept
+            selected, declared = select(self.spec.backend, self.cell, weights)
+            return selected.program, declared
+        suffix = self._suffixes[place]
+        kept = self._programs.get(suffix)
+        selected, declared = select(self.spec.backend, self.cell, weights, kept)
+        if selected is not kept:
+            self._programs[suffix] = selected
+        return selected.program, declared
 
     def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         order, back = packed.sorted_indices, packed.unsorted_indices
@@ -337,7 +351,7 @@ class Recurrent(CellHost):
         self._prepare_twin()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_torch_pattern"}
+        return {name: value for name, value in self.__dict__.items() if name != "_torch_pattern"} | {"_programs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -402,7 +416,8 @@ def _explained(layer: CellHost) -> str:
         weights = layer._weights(suffix)
         chosen = choose(layer.spec.backend, layer.cell, weights).name
         lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
-        for name, reason in refusals(layer.cell, weights).items():
+        for name, program in prepared(layer.cell, weights).items():
             if name != chosen:
-                lines.append(f"  {name}: " + ("supported" if reason is None else f"unsupported: {reason}"))
+                unsupported = isinstance(program, Unsupported)
+                lines.append(f"  {name}: " + (f"unsupported: {program.text}" if unsupported else "supported"))
     return "\n".join(lines)

@@ -93,11 +93,11 @@ SUBJECTS: dict[str, Callable[[Any], Sequence[Subject]]] = {
 
 
 def family_of(plugin: Any) -> str:
-    """Return the family of a spec or of a class of specs; an object with `run` is a backend."""
+    """Return the family of a spec or of a class of specs; an object with `prepare` is a backend."""
     family = getattr(plugin, "family", None)
     if family in SUBJECTS:
         return str(family)
-    if callable(getattr(plugin, "unsupported_reason", None)) and callable(getattr(plugin, "run", None)):
+    if callable(getattr(plugin, "prepare", None)):
         return "backend"
     raise TypeError(f"plugin: got {plugin!r:.70}; expected a spec of a {', a '.join(SUBJECTS)}, or a backend")
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from atn_norms.backends import refusals
+from atn_norms.backends import CellInputs, Program, Unsupported, prepared
 from atn_norms.backends.base import Backend
+from atn_norms.backends.description import describe
 from atn_norms.backends.reference import Reference
 from atn_norms.cells import CellSpec, GRUSpec, LSTMSpec, RNNSpec
 from atn_norms.layers import LayerSpec, Recurrent
@@ -176,9 +177,18 @@ def run_cell(
     backend: Any, layer: Recurrent, xs: Tensor, carried: tuple[Tensor, ...], lengths: Tensor | None = None
 ) -> tuple[Tensor, Tree]:
     """Run one cell of a layer over a sequence with a backend, from carried tensors and empty windows."""
+    state = layer.cell.initial(layer._weights("_l0"), xs.shape[1], carried)
+    return continue_cell(backend, layer, xs, state, lengths)
+
+
+def continue_cell(
+    backend: Any, layer: Recurrent, xs: Tensor, state: Tree, lengths: Tensor | None = None
+) -> tuple[Tensor, Tree]:
+    """Run one cell of a layer over a sequence with a backend, from a state."""
     weights = layer._weights("_l0")
-    state = layer.cell.initial(weights, xs.shape[1], carried)
-    return backend.run(layer.cell, weights, xs, state, lengths)
+    description, declared = describe(layer.cell, weights)
+    program = backend.prepare(layer.cell, description)
+    return program.run(CellInputs(xs, weights, declared), state, lengths)
 
 
 class BackendSubject(Subject):
@@ -214,15 +224,23 @@ class BackendSubject(Subject):
                 for window in WINDOWS if norm is not None else WINDOWS[:1]:
                     case = Case({"seed": 0, "hidden": 2, "cell": cell, "norm": norm, "window": window})
                     try:
-                        reason = self.unsupported_reason(self.make(case))
+                        program: Any = self.prepare(self.make(case))
                     except Exception as error:  # noqa: BLE001  a law reports it
-                        reason = error
-                    (accepted if reason is None else unsupported).append(case if reason is None else (case, reason))
+                        program = error
+                    if callable(getattr(program, "run", None)):
+                        accepted.append(case)
+                    else:
+                        unsupported.append((case, program))
         return accepted, unsupported
 
-    def unsupported_reason(self, layer: Recurrent) -> str | None:
-        """Return the backend's reason for not running the cell of a layer, or None."""
-        return self.backend.unsupported_reason(layer.cell, layer._weights("_l0"))
+    def prepare(self, layer: Recurrent) -> Program | Unsupported:
+        """Return the backend's program for the cell of a layer, or its reason."""
+        description, _ = describe(layer.cell, layer._weights("_l0"))
+        return self.backend.prepare(layer.cell, description)
+
+    def supports(self, layer: Recurrent) -> bool:
+        """Return whether the backend has a program for the cell of a layer."""
+        return not isinstance(self.prepare(layer), Unsupported)
 
     def make(self, case: Case) -> Recurrent:
         return built_layer(case, backend="reference")
@@ -233,7 +251,7 @@ class BackendSubject(Subject):
         return noise(case.seed + seed, case.steps, case.batch, INPUTS), *carried
 
     def run(self, made: Recurrent, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if self.unsupported_reason(made) is not None:
+        if not self.supports(made):
             return ()
         xs, *carried = inputs
         ys, state = run_cell(self.backend, made, xs, tuple(carried))
@@ -242,4 +260,5 @@ class BackendSubject(Subject):
 
 def backends_for(layer: Recurrent) -> list[str]:
     """Return the names of the backends that support a layer."""
-    return [name for name, reason in refusals(layer.cell, layer._weights("_l0")).items() if reason is None]
+    programs = prepared(layer.cell, layer._weights("_l0"))
+    return [name for name, program in programs.items() if not isinstance(program, Unsupported)]

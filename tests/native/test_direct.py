@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import atn_norms as an
-from atn_norms.backends import choose
-from atn_norms.backends.native import eager
+from atn_norms.backends.native.call import OPERATORS
 from atn_norms.pytree import tree_map
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
@@ -50,7 +49,7 @@ def operators(monkeypatch):
     calls = {"forward": 0, "backward": 0}
 
     def counted(name: str) -> Callable[..., Any]:
-        operator = getattr(eager.OPERATORS, name)
+        operator = getattr(OPERATORS, name)
 
         def call(*args: Any) -> Any:
             calls[name] += 1
@@ -59,7 +58,7 @@ def operators(monkeypatch):
         return call
 
     for name in calls:
-        monkeypatch.setattr(eager.OPERATORS, name, counted(name))
+        monkeypatch.setattr(OPERATORS, name, counted(name))
     return calls
 
 
@@ -145,18 +144,28 @@ def test_a_tensor_subclass_uses_the_operator(operators):
     compare(ys.as_subclass(torch.Tensor), layer.unroll(xs, state)[0], tolerance=0)
 
 
-def test_the_plan_of_a_support_check_is_used_for_one_run():
-    pair = Pair("gru", steps=3)
-    layer, xs = pair.layer("native"), pair.xs()
-    (weights,) = layer._cells()
-    backend = choose("native", layer.cell, weights)
-    state = layer.cell.initial(weights, pair.batch, None, False)
-    first, _ = backend.run(layer.cell, weights, xs, state)
-    compare(first, layer(xs)[0], tolerance=0)
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_a_layer_keeps_its_program_while_its_description_is_unchanged(backend):
+    pair = Pair("gru", steps=3, options={"num_layers": 2})
+    layer, xs = pair.layer(backend), pair.xs()
+    first, kept = layer(xs)[0], dict(layer._programs)
+    assert len(kept) == 2 and all(selected.program.name == "native" for selected in kept.values())
+    pair.layer(backend)(xs[:2])
+    layer(xs[:2, :1])
+    with torch.no_grad():
+        layer.eval()(xs)
+    assert all(layer._programs[name] is selected for name, selected in kept.items())
     layer.norm_ih_l0.eps = 0.5
-    again, _ = backend.run(layer.cell, weights, xs, state)
-    compare(again, layer(xs)[0], tolerance=0)
-    assert (again - first).abs().max() > 1e-3
+    assert (layer(xs)[0] - first).abs().max() > 1e-3
+    assert layer._programs["_l0"] is not kept["_l0"]
+    assert layer._programs["_l1"] is kept["_l1"]
+
+
+def test_equal_layers_share_a_plan():
+    first, second = (Pair("gru", steps=3, seed=seed).layer("native") for seed in (0, 1))
+    programs = [layer._programs["_l0"].program for layer in (first, second)]
+    assert programs[0].plan is programs[1].plan
+    assert copy.deepcopy(first)._programs == {}
 
 
 def test_lazy_gradients_are_materialized():

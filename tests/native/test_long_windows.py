@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import atn_norms as an
-from atn_norms.backends.fused.fused_backend import shortened
-from atn_norms.backends.fused.plan import planned
+from atn_norms.backends import choose
+from atn_norms.backends.fused.fused_backend import FusedProgram, shortened
 from tests.native.strategies import Pair, check, needs_kernels
 from tests.traced.gallery import GallerySpec
 
@@ -23,9 +23,9 @@ def test_values_states_and_gradients_equal_the_reference(norm, window, ragged):
 
 def test_a_plan_is_no_longer_than_its_sequence():
     layer = an.LSTM(2, 3, norm="layer", window=1_000_000)
-    found = planned(layer.cell, layer._weights("_l0"))
-    assert not isinstance(found, str)
-    plan, _ = found
+    program = choose("native", layer.cell, layer._weights("_l0"))
+    assert isinstance(program, FusedProgram)
+    plan = program.plan
     assert [site.steps for site in shortened(plan, 2).sites] == [3, 3, 3]
     assert shortened(plan, 2_000_000) is plan
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import atn_norms as an
+from atn_norms.backends.fused.inputs import Grads, Inputs
 from atn_norms.backends.fused.plan import Plan, SitePlan
 from atn_norms.backends.native.call import Kernels
-from atn_norms.backends.native.layout import Inputs
 from atn_norms.normalizers import BatchMoments, FeatureMoments
 from tests.native.strategies import Pair, needs_kernels
 from tests.native.test_operators import Recorded
@@ -134,7 +134,7 @@ def test_a_raw_operator_checks_its_lengths(lengths: list[int]) -> None:
     arguments = [*operands()[:-1], torch.tensor(lengths)]
     with pytest.raises(RuntimeError, match="lengths"):
         torch.ops.atn_norms.recurrent(*arguments, Plan("rnn_tanh", (site(),)).encode(), False)
-    assert not Inputs(Plan("rnn_tanh", (site(),)), *arguments).fits()  # the call that bypasses the dispatcher
+    assert Kernels().fit(Plan("rnn_tanh", (site(),)), Inputs(*arguments)) is None  # it bypasses the dispatcher
 
 
 def recorded_backward(cell: str = "lstm") -> list[Any]:
@@ -156,8 +156,8 @@ def test_a_raw_backward_checks_its_tensors(name: str, change: str) -> None:
     changes = {"short": lambda x: x[:1, :1], "dtype": torch.Tensor.float, "meta": lambda x: x.to("meta")}
     arguments[PLACES[name]] = changes[change](arguments[PLACES[name]])
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
-        grads, ys, kept = tuple(arguments[:4]), arguments[15], arguments[16]
-        Kernels.backward(Plan.decode(arguments[17]), arguments[4:15], grads, ys, kept, True)
+        grads, inputs, ys, kept = Grads(*arguments[:4]), Inputs(*arguments[4:15]), arguments[15], arguments[16]
+        Kernels().check_backward(Plan.decode(arguments[17]), inputs, grads, ys, kept)
 
 
 @pytest.mark.parametrize("place", range(4))

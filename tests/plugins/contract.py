@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from atn_norms.backends import Backend
+from atn_norms.backends import Backend, CellInputs, Program, Unsupported
 from atn_norms.cells import Cell, CellSpec, CellWeights, Placement
 from atn_norms.normalizers import BatchMoments, FeatureMoments, Normalizer, NormSpec
 from atn_norms.plugins import Hooks
@@ -36,6 +36,9 @@ SUBJECTS: tuple[Any, ...] = (
     Model,
     TaskSpec,
     Backend,
+    Program,
+    CellInputs,
+    Unsupported,
 )
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
 BLOCK = re.compile(r"^```text\n(class (\w+)\n.*?)^```$", re.M | re.S)

@@ -11,7 +11,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from atn_norms.backends.fused.plan import planned
+from atn_norms.backends.description import describe
+from atn_norms.backends.fused.fused_backend import plan_of
+from atn_norms.backends.fused.inputs import Grads, Inputs
+from atn_norms.backends.program import Unsupported
 from atn_norms.backends.triton import call
 from tests.native.strategies import Pair
 from tests.triton.variants import VARIANTS
@@ -45,9 +48,9 @@ def compile_all(pair: Pair, wanted: set[str]) -> None:
     """The launches of a case, forward and back, but of kernels that are not wanted."""
     layer = pair.layer("reference")
     weights = layer._weights("_l0")
-    found = planned(layer.cell, weights)
-    assert not isinstance(found, str), found
-    plan, moments = found
+    description, moments = describe(layer.cell, weights)
+    plan = plan_of(layer.cell, description)
+    assert not isinstance(plan, Unsupported), plan
     like = weights["weight_hh"].detach()
     xs = like.new_zeros(pair.steps, pair.batch, pair.inputs)
     h0 = like.new_zeros(pair.batch, pair.hidden)
@@ -57,17 +60,19 @@ def compile_all(pair: Pair, wanted: set[str]) -> None:
     if pair.before is not None:
         states = [torch.zeros(shape, dtype=torch.float64) for site in plan.sites for shape in site.shapes(pair.batch)]
     lengths = torch.full((pair.batch,), pair.steps) if pair.ragged else None
-    single = [xs, *(weights[name].detach() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")), h0, c0]
-    arguments = [*single, affine, [], states, lengths]
+    parameters = [weights[name].detach() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    inputs = Inputs._make([xs, *parameters, h0, c0, affine, [], states, lengths])
 
     def launch(kernel: Any, *rest: Any, **options: Any) -> None:
         if not wanted or kernel.fn.__name__ in wanted:
             compiled(kernel, *rest, **options)
 
     call.LAUNCH = launch
-    results, kept = call.forward(plan, arguments, True)
+    kernels = call.Kernels()
+    given = kernels.check(plan, inputs)
+    results, kept = kernels.forward(given, True)
     grads = [torch.zeros_like(leaf) if pair.before is not None else None for leaf in results[3:]]
-    call.backward(plan, arguments, (results[0], h0, c0, grads), results[0], kept, True)
+    kernels.backward(given, Grads(results[0], h0, c0, grads), results[0], kept, True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The way back, differentiable once more: the reference runs on the same tensors, and autograd does the rest."""
+"""A backward pass that is differentiable: the reference runs on the same tensors, and autograd does the rest."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm
+from atn_norms.backends.fused.inputs import SINGLE, Inputs
 from atn_norms.backends.fused.plan import BATCH, Plan, SitePlan
-from atn_norms.backends.reference import Reference
+from atn_norms.backends.program import CellInputs
+from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.backends.traced.normalizer import TracedNorm
 from atn_norms.backends.traced.program import Program
 from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, Placement, RNNEquations
@@ -23,29 +25,23 @@ from atn_norms.statistics import Average, Moments, NoStatistic, promoted
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 
-def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Gradients of the operator `recurrent`, in the order of its tensors, as functions that have a gradient.
+def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: Inputs) -> Inputs:
+    """Return the gradients of the operator `recurrent` as functions that have a gradient.
 
-    | symbol | meaning |
-    |---|---|
-    | `gradients` | of ys, hn, cn, and of every leaf of the final states (a list); None where absent |
-    | `inputs` | xs, the weights, the biases, h0, c0, affine, populations, states, lengths, as the operator took them |
+    `gradients` are those of ys, hn, cn, and of every leaf of the final states (a list); None where absent.
     """
-    *single, affine, populations, states, lengths = inputs
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A weight may itself depend on xs; views of the arguments make every gradient a partial one.
-        single = [None if tensor is None else tensor.view_as(tensor) for tensor in single]
-        affine, states = ([tensor.view_as(tensor) for tensor in tensors] for tensors in (affine, states))
-        results = _run(plan, single, affine, populations, states, lengths)
+        flat = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs.flatten()]
+        results = _run(plan, Inputs.unflatten(flat, inputs.counts))
         dys, dhn, dcn, dstates = gradients
         grad_outputs = [
             (result, gradient)
             for result, gradient in zip(results, (dys, dhn, dcn, *dstates), strict=True)
             if gradient is not None and result.requires_grad
         ]
-        arguments = [*single, *affine, *states]
-        wanted = [tensor for tensor in arguments if tensor is not None and tensor.requires_grad]
+        wanted = [tensor for tensor in flat if tensor is not None and tensor.requires_grad]
         if not grad_outputs or not wanted:
             found: Sequence[Tensor | None] = [None] * len(wanted)
         else:
@@ -57,37 +53,33 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: tupl
                 allow_unused=True,
             )
     rest = iter(found)
-    every = iter([next(rest) if tensor is not None and tensor.requires_grad else None for tensor in arguments])
-    return (
-        *islice(every, len(single)),
-        *(list(islice(every, len(many))) for many in (affine, states)),
-    )
+    every = [next(rest) if tensor is not None and tensor.requires_grad else None for tensor in flat]
+    return Inputs.unflatten(every, inputs.counts)
 
 
-def vector_jacobian(plan: Plan, arguments: Sequence[Any], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def vector_jacobian(plan: Plan, inputs: Inputs, gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """Return what the backward operator returns, inside transforms of torch.func too.
 
-    | symbol | meaning |
-    |---|---|
-    | `arguments` | the forward operator's, from xs to lengths |
-    | `gradients` | of ys, hn, cn, and of every leaf of the final states; None where absent |
+    `gradients` are those of ys, hn, cn, and of every leaf of the final states; None where absent.
     """
-    *single, affine, populations, states, lengths = arguments
-    places = [place for place, tensor in enumerate(single) if tensor is not None]
+    flat, counts, places = inputs.flatten(), inputs.counts, inputs.places
 
     def results(*given: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(given)
-        mine = [None if tensor is None else next(rest) for tensor in single]
-        factors = list(islice(rest, len(affine)))
-        return tuple(_run(plan, mine, factors, populations, _constant_weights(plan, list(rest)), lengths))
+        tensors = list(flat)
+        for place, tensor in zip(places, given, strict=True):
+            tensors[place] = tensor
+        full = Inputs.unflatten(tensors, counts)
+        return tuple(_run(plan, full._replace(states=_constant_weights(plan, list(full.states)))))
 
-    with torch.autocast(single[0].device.type, enabled=False):
-        pair: Any = torch.func.vjp(results, *(single[place] for place in places), *affine, *states)
+    with torch.autocast(inputs.xs.device.type, enabled=False):
+        pair: Any = torch.func.vjp(results, *(flat[place] for place in places))
         values, pull = pair
         pairs = zip(values, gradients, strict=True)
-        found = iter(pull(tuple(torch.zeros_like(value) if grad is None else grad for value, grad in pairs)))
-    none = single[0].new_zeros(0)  # where there is no bias
-    return [*(none if tensor is None else next(found) for tensor in single), *found]
+        found = pull(tuple(torch.zeros_like(value) if grad is None else grad for value, grad in pairs))
+    by_place = dict(zip(places, found, strict=True))
+    none = inputs.xs.new_zeros(0)  # where there is no bias
+    single = [by_place.pop(place, none) for place in range(len(SINGLE) - 1)]
+    return [*single, *by_place.values()]
 
 
 def _constant_weights(plan: Plan, states: list[Tensor]) -> list[Tensor]:
@@ -190,18 +182,10 @@ class _Site:
         return [leaf.reshape(shape) for leaf, shape in zip(tree_leaves(memory), shapes, strict=True)]
 
 
-def _run(
-    plan: Plan,
-    single: list[Any],
-    affine: list[Tensor],
-    populations: Sequence[Tensor],
-    states: list[Tensor],
-    lengths: Tensor | None,
-) -> list[Tensor]:
+def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
     """The operator's results that have a gradient, by the reference."""
-    xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = single
-    cell = _cell(plan, weight_hh.shape[1])
-    factors, given, stand_ins = iter(affine), iter(states), iter(populations)
+    cell = _cell(plan, inputs.weight_hh.shape[1])
+    factors, given, stand_ins = iter(inputs.affine), iter(inputs.states), iter(inputs.populations)
     sites = {}
     for site in plan.sites:
         gain, shift = (next(factors) if there else None for there in (site.gain, site.shift))
@@ -209,14 +193,14 @@ def _run(
         moments = _Moments(site, gain, shift, population) if site.traced is None else _Programs(site, site.traced, gain)
         norm = SiteNorm(moments, _window(site))
         sites[site.site] = _Site(site, norm, list(islice(given, site.tensors)))
-    tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    tensors: Any = {name: getattr(inputs, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})
     norms = tuple(sites[name].state() if name in sites else () for name in cell.sites)
-    carried = (h0, c0) if plan.is_lstm else (h0,)
-    ys, (after, norms) = Reference().run(cell, weights, xs, (carried, norms), lengths)
+    carried = (inputs.h0, inputs.c0) if plan.is_lstm else (inputs.h0,)
+    ys, (after, norms) = ReferenceProgram(cell).run(CellInputs(inputs.xs, weights), (carried, norms), inputs.lengths)
     of_site = dict(zip(cell.sites, norms, strict=True))
     leaves = [leaf for name, site in sites.items() for leaf in site.leaves(of_site[name])]
-    return [ys, after[0], after[1] if plan.is_lstm else c0, *leaves]
+    return [ys, after[0], after[1] if plan.is_lstm else inputs.c0, *leaves]
 
 
 def _cell(plan: Plan, hidden: int) -> Cell:

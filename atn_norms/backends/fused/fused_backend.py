@@ -1,21 +1,27 @@
-"""One call of a backend's operator: the cell's state into leaves, and back."""
+"""Programs of kernels: one call of an operator, with the cell's state into its leaves, and back."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
-from atn_norms.backends.fused.plan import HALF, PLACES, Plan, SitePlan, planned
-from atn_norms.backends.reference import Reference
-from atn_norms.cells import Cell, CellWeights
+from atn_norms.backends.fused.inputs import Inputs
+from atn_norms.backends.fused.plan import HALF, PLACES, Plan, SitePlan, kernel_of
+from atn_norms.backends.program import CellInputs, Program, Unsupported
+from atn_norms.backends.reference import ReferenceProgram
+from atn_norms.cells import Cell
 from atn_norms.pytree import Leaf, Tree, checked_state
+
+if TYPE_CHECKING:
+    from atn_norms.backends.description import Description
+    from atn_norms.backends.fused.operators import Operators
 
 
 class Fused(ABC):
@@ -23,31 +29,76 @@ class Fused(ABC):
 
     name: str
 
-    def attempt(self, plan: Plan, *arguments: Any) -> list[Tensor] | None:
-        """The operator's results without its operator; None where that must be called."""
-        return None
+    def prepare(self, cell: Cell, description: Description) -> Program | Unsupported:
+        """Return a program, or the first reason why there is none; missing kernels come last."""
+        unsupported = self.unsupported_type(description)
+        if unsupported is None and description.transform is not None:
+            unsupported = Unsupported("transform", description.transform)
+        plan = unsupported or plan_of(cell, description)
+        if isinstance(plan, Unsupported):
+            return plan
+        unsupported = self.unsupported_plan(plan, description) or self.missing()
+        return unsupported or FusedProgram(self.name, cell, plan, self.operators)
 
     @abstractmethod
-    def operate(self, *arguments: Any) -> list[Tensor]:
-        """Call the operator."""
+    def unsupported_type(self, description: Description) -> Unsupported | None:
+        """Return the reason why it does not run the device or the type of a layer, or None."""
 
-    def run(
-        self,
-        cell: Cell,
-        weights: CellWeights,
-        xs: Tensor,
-        state: Tree,
-        lengths: Tensor | None = None,
-        keep_state: bool = True,
-    ) -> tuple[Tensor, Tree]:
-        steps, batch, _ = xs.shape
-        planned_for, found = weights.plans.pop(self.name, (None, ""))
-        found = found if planned_for is cell else planned(cell, weights)
-        assert not isinstance(found, str), found  # refused otherwise
-        plan, moments = found
+    @abstractmethod
+    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
+        """Return the reason why it has no kernel for a plan, or None."""
+
+    @abstractmethod
+    def missing(self) -> Unsupported | None:
+        """Return the reason why its kernels cannot run here, or None."""
+
+    @staticmethod
+    @abstractmethod
+    def operators() -> Operators:
+        """Return its operators; registering them takes a while, so that it happens in the first call."""
+
+
+def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
+    """Return the plan of a case, or the reason why no kernel has it."""
+    kernel, placement = kernel_of(cell), cell.placement
+    if kernel is None:
+        return Unsupported("cell", f"it has no kernel for {type(cell).__name__}")
+    if getattr(cell, "proj_size", 0):
+        return Unsupported("placement", "it has no projection (proj_size)")
+    if placement.sum != "separate" or placement.carry != "raw":
+        text = "it runs the default placement (sums separate, cell state carried raw) only"
+        return Unsupported("placement", text)
+    if not description.normed:
+        return Unsupported("no norm", "it runs normed cells only")
+    sites: list[SitePlan] = []
+    for site in description.sites:
+        if isinstance(site, Unsupported):
+            return site
+        if sites and bool(sites[0].coupled) != bool(site.coupled):
+            text = "norms over the batch and norms of single rows are at different sites of it"
+            return Unsupported("placement", text)
+        sites.append(site)
+    # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
+    return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel, tuple(sites))
+
+
+_remembered_plan = lru_cache(maxsize=256)(Plan)
+
+
+class FusedProgram(Program):
+    """A plan with the operators that run it."""
+
+    def __init__(self, name: str, cell: Cell, plan: Plan, operators: Callable[[], Operators]) -> None:
+        super().__init__(cell)
+        self.name, self.plan, self._load = name, plan, operators
+        self._operators: Operators | None = None
+
+    def run(self, inputs: CellInputs, state: Tree, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
+        xs, weights, declared, keep_state = inputs
+        plan, (steps, batch, _) = self.plan, xs.shape
         # Without rows there is nothing to share out, and one is refused where a batch is measured.
         if batch == 0 or (batch == 1 and plan.measured):
-            return Reference().run(cell, weights, xs, state, lengths)
+            return ReferenceProgram(self.cell).run(inputs, state, lengths)
         carried, norms = state
         memories = [norms[PLACES[site.site]] for site in plan.sites]
         if lengths is not None:
@@ -57,31 +108,33 @@ class Fused(ABC):
         watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if all(memory is None for memory in memories) and not plan.coupled and not watched:
             plan = shortened(plan, steps)
-        affine = [tensor for m in moments for tensor in (m.gain, m.shift) if tensor is not None]
+        affine = [tensor for each in declared for tensor in (each.gain, each.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
-        parameters = [weights.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        single: list[Tensor | None] = [xs, *parameters, h0, c0]
+        single = [xs, *[weights.get(name) for name in PARAMETERS], h0, c0]
         dtype = weights["weight_hh"].dtype
         if dtype in HALF:  # computed in float32, and rounded once at the end
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
-            xs = xs.float()
-            single[0] = xs
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
         leaves = _opened(memories, plan, batch, xs.device) if rows is None else rows.leaves()
-        results = None if leaves is None else self.attempt(plan, *single, affine, populations, leaves, lengths)
+        operators = self._operators
+        if operators is None:
+            operators = self._operators = self._load()
+        results = None
+        if leaves is not None:
+            results = operators.eager(plan, Inputs._make([*single, affine, populations, leaves, lengths]))
         if results is None:
             leaves = _checked_leaves(memories, plan, batch, xs.device) if rows is None else rows.leaves()
             needs_gradients = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
             )
             keep = needs_gradients or torch.jit.is_tracing()  # a trace is checked without gradients
-            results = self.operate(*single, affine, populations, leaves, lengths, plan.encode(), keep)
+            results = operators(plan, Inputs._make([*single, affine, populations, leaves, lengths]), keep)
         ys, hn, cn, *after = [*(result.to(dtype) for result in results[:3]), *results[3:]]
         carried = (hn, cn) if plan.is_lstm else (hn,)
         if not keep_state and rows is None:
-            return ys, (carried, tuple(() for _ in norms))
+            return ys, (carried, tuple([() for _ in norms]))
         happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
         following, known, start = list(norms), [], 0
         for place, (memory, site) in enumerate(zip(memories, whole.sites, strict=True)):
@@ -103,12 +156,15 @@ class Fused(ABC):
         return ys, (carried, tuple(following))
 
 
+PARAMETERS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"  # of `Inputs`, by their names in `CellWeights`
+
+
 @lru_cache(maxsize=256)
 def shortened(plan: Plan, steps: int) -> Plan:
     """Return a plan whose windows are no longer than a whole sequence of so many steps with a fresh state needs."""
     if all(site.steps <= steps + 1 for site in plan.sites):
         return plan
-    return Plan(plan.cell, tuple(replace(site, steps=min(site.steps, steps + 1)) for site in plan.sites))
+    return Plan(plan.cell, tuple([site._replace(steps=min(site.steps, steps + 1)) for site in plan.sites]))
 
 
 def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:

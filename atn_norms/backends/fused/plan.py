@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from atn_norms.backends.traced.cache import traced_norm
-from atn_norms.backends.traced.normalizer import TracedNorm, tensors_of
-from atn_norms.cells import Cell, CellWeights, GRUEquations, LSTMEquations, RNNEquations
-from atn_norms.normalizers import (
-    BatchMoments,
-    FeatureMoments,
-    Normalizer,
-    PerGate,
-    batch_moments,
-    feature_moments,
-)
-from atn_norms.normalizers.base import has_hooks
-from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
+from atn_norms.backends.traced.normalizer import TracedNorm
+from atn_norms.cells import Cell, GRUEquations, LSTMEquations, RNNEquations
 
 DOUBLE = torch.float64
 HALF = (torch.bfloat16, torch.float16)  # types of layers that are computed in float32
@@ -34,11 +21,10 @@ PLACES = {"ih": 0, "hh": 1, "c": 2}  # of a site in a cell of the default placem
 BATCH, POPULATION, POPULATIONS = 1, 2, 3  # `SitePlan.coupled`; what norms: the batch, or a population, or one a step
 
 
-@dataclass(frozen=True)
-class SitePlan:
-    """One norm site: the statement, the window, and which affine tensors there are.
+class SitePlan(NamedTuple):
+    """One norm site: the statistic, the window, and which affine tensors there are.
 
-    Where the norm couples the batch, every feature has a statement, `groups` are gates, and there is one state.
+    With batch statistics every feature has a statistic, `groups` are gates, and there is one state.
     """
 
     site: str
@@ -73,9 +59,8 @@ class SitePlan:
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
         axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
         norm = None if traced == "-" else TracedNorm.decode(traced)
-        return SitePlan(
-            site, *numbers, gain == "1", shift == "1", axes, int(coupled), norm, int(parts), detached == "1"
-        )
+        has = gain == "1", shift == "1"
+        return SitePlan(site, *numbers, *has, axes, int(coupled), norm, int(parts), detached == "1")
 
     @property
     def is_valid(self) -> bool:
@@ -161,37 +146,26 @@ class SitePlan:
         return max(blocks * lanes * (3 * self.prefix + 6 * steps), 8)  # not even an empty timeline is NULL
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: what is remembered of a plan must be found fast
 class Plan:
-    """A cell and its sites, in the order of the cell."""
+    """A cell and its sites, in the order of the cell; compared by identity, so that its layouts are found fast.
 
-    cell: str
-    sites: tuple[SitePlan, ...]
+    | attribute | meaning |
+    |---|---|
+    | `gates`, `is_lstm` | gates of the cell; True where it has a cell state beside h |
+    | `coupled` | True where the norms use batch statistics; all sites do, or none |
+    | `tensors` | number of tensors of all sites' states |
+    | `measured` | the sites that return what they pooled, for a population's records |
+    | `results` | number of results: outputs, last h and c, every site's new state, and what it pooled |
+    """
 
-    @property
-    def is_lstm(self) -> bool:
-        """True where the cell has a cell state beside h."""
-        return self.cell == "lstm"
-
-    @property
-    def gates(self) -> int:
-        """Gates of the cell."""
-        return {"lstm": 4, "gru": 3}.get(self.cell, 1)
-
-    @property
-    def coupled(self) -> bool:
-        """True where the norms use batch statistics; all sites do, or none."""
-        return any(site.coupled for site in self.sites)
-
-    @property
-    def measured(self) -> list[SitePlan]:
-        """The sites that hand out what they pooled, for a population's records."""
-        return [site for site in self.sites if site.coupled == BATCH]
-
-    @property
-    def results(self) -> int:
-        """Number of results: outputs, last h and c, every site's new state and what it pooled."""
-        return 3 + sum(site.tensors for site in self.sites) + len(self.measured)
+    def __init__(self, cell: str, sites: tuple[SitePlan, ...]) -> None:
+        self.cell, self.sites = cell, sites
+        self.is_lstm = cell == "lstm"
+        self.gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+        self.coupled = any(site.coupled for site in sites)
+        self.tensors = sum([site.tensors for site in sites])
+        self.measured = [site for site in sites if site.coupled == BATCH]
+        self.results = 3 + self.tensors + len(self.measured)
 
     def encode(self) -> str:
         """As a text; nothing but formatting, so that a compiler can trace it."""
@@ -225,136 +199,11 @@ class Plan:
                 raise ValueError(f"plan: got {site}; expected a site of {features} features within the kernels' limits")
 
 
+KERNEL_CELLS = (LSTMEquations, GRUEquations, RNNEquations)  # a subclass may compute anything: the type must be exact
+
+
 def kernel_of(cell: Cell) -> str | None:
-    """The kernel's name for a cell, or None; a subclass may compute anything, so the type must be exact."""
+    """Return the kernel's name for a cell, or None."""
     if type(cell) is RNNEquations:
         return f"rnn_{cell.nonlinearity}"
     return {LSTMEquations: "lstm", GRUEquations: "gru"}.get(type(cell))
-
-
-def window_of(window: Window) -> tuple[int, float] | None:
-    """(steps, decay) of a window that the kernels know, or None."""
-    if type(window) is Detached:
-        return window_of(window.window)
-    if type(window) is Sliding:
-        return window.steps, 1.0
-    if type(window) is Cumulative:
-        return 0, 1.0
-    return (0, 2.0 ** (-1.0 / window.half_life)) if type(window) is Exponential else None
-
-
-@dataclass(frozen=True)
-class TracedSite:
-    """A traced normalizer at a site, once or for each gate, with its parameters one after the other."""
-
-    traced: TracedNorm
-    norms: tuple[Normalizer, ...]
-
-    @property
-    def gain(self) -> Tensor | None:
-        """All parameters and buffers as one tensor; None where there are none."""
-        tensors = [tensor for norm in self.norms for tensor in tensors_of(norm)]
-        if len(tensors) == 1 and tensors[0].dim() == 1:
-            return tensors[0]
-        return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else None
-
-    @property
-    def shift(self) -> None:
-        """Return nothing: what shifts is among the parameters."""
-        return None
-
-    def check(self, features: int) -> None:
-        """Do nothing: the programs were built for their number of features."""
-
-
-Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
-
-
-def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
-    """Return how a normalizer that declares no moments runs in the kernels, or the reason why it does not."""
-    norms = (normalizer,)
-    if type(normalizer) is PerGate:
-        norms = tuple(gate for gate in normalizer.gates if isinstance(gate, Normalizer))
-    every = [traced_norm(norm, features // len(norms)) for norm in norms]
-    first = every[0]
-    if isinstance(first, str):
-        return first
-    if any(other != first for other in every[1:]):
-        return "its gates have normalizers that differ"
-    if len(norms) > 1 and any(len(leaf) != 1 for leaf in first.leaves):
-        return "its gates have statistics with more than one axis"
-    return TracedSite(first, norms)
-
-
-def planned(cell: Cell, weights: CellWeights) -> tuple[Plan, list[Declared]] | str:
-    """The plan of a case and each site's moments with their tensors; or in one sentence why there is no kernel for it.
-
-    It runs for every call, since the declaration of a norm may have changed.
-    """
-    kernel, placement = kernel_of(cell), cell.placement
-    if kernel is None:
-        return f"it has no kernel for {type(cell).__name__}"
-    if getattr(cell, "proj_size", 0):
-        return "it has no projection (proj_size)"
-    if placement.sum != "separate" or placement.carry != "raw":
-        return "it runs the default placement (sums separate, cell state carried raw) only"
-    if not weights.norms:
-        return "it runs normed cells only"
-    dtype = weights["weight_hh"].dtype
-    sites, all_moments = [], []
-    apart = None
-    for site, norm in weights.norms.items():
-        if has_hooks(norm.normalizer):
-            return f"the norm at {site} has hooks, which only the reference calls"
-        moments = feature_moments(norm.normalizer) or batch_moments(norm.normalizer)
-        moments = moments or _traced_site(norm.normalizer, cell.sites[site])
-        if isinstance(moments, str):
-            return f"the norm at {site} ({type(norm.normalizer).__name__}): {moments}"
-        moments.check(cell.sites[site])
-        coupled = isinstance(moments, BatchMoments)
-        if apart is not None and apart != coupled:
-            return "norms over the batch and norms of single rows are at different sites of it"
-        apart = coupled
-        if isinstance(moments, FeatureMoments) and moments.groups > MOST_GROUPS:
-            return f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
-        gain, shift = moments.gain, moments.shift
-        if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
-            return f"the norm at {site} is of another type than the layer, {dtype}"
-        has = gain is not None, shift is not None
-        if isinstance(moments, TracedSite):
-            traced, parts = moments.traced, len(moments.norms)
-            window = window_of(norm.window) if traced.leaves else (1, 1.0)
-            if window is None:
-                return f"it has no kernel for the window {norm.window!r} at {site}"
-            groups = parts * traced.width
-            shape = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
-            shape = ((parts, *shape) if parts > 1 else shape) if groups else ()
-            cut = norm.window.detaches_past
-            sites.append((site, groups, traced.centred, 0.0, *window, *has, shape, 0, traced, parts, cut))
-            all_moments.append(moments)
-            continue
-        window = window_of(norm.window)
-        if window is None:
-            return f"it has no kernel for the window {norm.window!r} at {site}"
-        cut = norm.window.detaches_past
-        if isinstance(moments, BatchMoments):
-            gates, shape = cell.gates_at(site), moments.shape or (cell.sites[site],)
-            kind = BATCH if moments.measured else POPULATIONS if moments.per_step else POPULATION
-            sites.append((site, gates, True, moments.eps, *window, *has, shape, kind, None, 1, cut))
-        else:
-            fields = moments.groups, moments.centred, moments.eps, *window, *has, moments.leaf
-            sites.append((site, *fields, 0, None, 1, cut))
-        all_moments.append(moments)
-    # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
-    plan = (_plan if torch.compiler.is_compiling() else _remembered_plan)(kernel, cell.hidden_size, tuple(sites))
-    return plan, all_moments
-
-
-def _plan(kernel: str, hidden: int, sites: tuple[tuple[Any, ...], ...]) -> Plan:
-    gates = {"lstm": 4, "gru": 3}.get(kernel, 1)
-    return Plan(
-        kernel, tuple(SitePlan(site[0], hidden * (1 if site[0] == "c" else gates), *site[1:]) for site in sites)
-    )
-
-
-_remembered_plan = lru_cache(maxsize=256)(_plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,47 +10,26 @@ from torch import Tensor
 from torch._C._functorch import TransformType  # type: ignore[attr-defined]
 
 from atn_norms.backends.fused.double_backward import vector_jacobian
+from atn_norms.backends.fused.inputs import SINGLE, Grads, Inputs
 from atn_norms.backends.fused.plan import Plan
 
 if TYPE_CHECKING:
     from atn_norms.backends.fused.operators import Operators
 
-_INPUTS = 8  # single tensors of a call: xs, the weights, the biases, h0, c0, lengths
 _GRADS = 3  # single gradients of a call: of ys, hn, cn
 
 
-def active() -> bool:
-    """Return True inside a transform."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # type: ignore[attr-defined]
-
-
-def has_rules() -> bool:
-    """Return True where the operators have a rule for every active transform."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
-    return all(level.key() in (TransformType.Grad, TransformType.Vmap) for level in stack)
-
-
-def forward(operators: Operators, plan: Plan, arguments: Sequence[Any]) -> list[Tensor]:
-    """Return the results of the forward operator; `arguments` are the operator's, from xs to lengths.
+def forward(operators: Operators, plan: Plan, inputs: Inputs) -> list[Tensor]:
+    """Return the results of the forward operator.
 
     The innermost transform matters alone: its rule continues with the next one.
     """
-    *single, affine, populations, states, lengths = arguments
-    counts = len(affine), len(populations), len(states)
-    tensors = *single, lengths, *affine, *populations, *states
+    tensors = inputs.flatten()
     level = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     if level is None and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return operators.compute(plan, arguments, False)
+        return operators.compute(plan, inputs, False)
     keep = level is None or level.key() == TransformType.Grad
-    return list(_Forward.apply(operators, plan, counts, keep, *tensors)[: plan.results])
-
-
-def _arguments(counts: Sequence[int], tensors: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[Any]]:
-    """Return the operator's arguments from a flat list of them, and the tensors that follow."""
-    *single, lengths = tensors[:_INPUTS]
-    rest = iter(tensors[_INPUTS:])
-    many = [list(islice(rest, count)) for count in counts]
-    return (*single, *many, lengths), list(rest)
+    return list(_Forward.apply(operators, plan, inputs.counts, keep, *tensors)[: plan.results])
 
 
 class _Forward(torch.autograd.Function):
@@ -59,7 +37,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(operators: Any, plan: Plan, counts: Any, keep: bool, *tensors: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return tuple(operators.compute(plan, _arguments(counts, tensors)[0], keep))
+        return tuple(operators.compute(plan, Inputs.unflatten(tensors, counts), keep))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -70,18 +48,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        inputs = _INPUTS + sum(ctx.counts)
-        tensors, ys, kept = ctx.saved_tensors[:inputs], ctx.saved_tensors[inputs], ctx.saved_tensors[inputs + 1 :]
-        dys, dhn, dcn, *dstates = grads[: ctx.plan.results - len(ctx.plan.measured)]
-        h0, c0 = tensors[5:7]
-        dys, dhn, dcn = (torch.zeros_like(a) if g is None else g for g, a in ((dys, ys), (dhn, h0), (dcn, c0)))
-        wants_xs, grads = ctx.needs_input_grad[4], (dys, dhn, dcn, *dstates)
+        saved, many = ctx.saved_tensors, len(SINGLE) + sum(ctx.counts)
+        inputs, ys, kept = Inputs.unflatten(saved, ctx.counts), saved[many], saved[many + 1 :]
+        dys, dhn, dcn, *dstates = grads[: _GRADS + ctx.plan.tensors]
+        given = Grads.of((dys, dhn, dcn), dstates, (ys, inputs.h0, inputs.c0))
+        wants_xs, flat = ctx.needs_input_grad[4], (*given[:_GRADS], *dstates)
         if ctx.keep:
-            found = _Backward.apply(ctx.operators, ctx.plan, ctx.counts, wants_xs, *tensors, *grads, ys, *kept)
+            options = ctx.operators, ctx.plan, ctx.counts, wants_xs
+            found = _Backward.apply(*options, *saved[:many], *flat, ys, *kept)
         else:  # under a vmap that maps none of the tensors
-            found = vector_jacobian(ctx.plan, _arguments(ctx.counts, tensors)[0], grads)
-        dxs, *others = _as_gradients(ctx.counts, tensors, found)
-        return None, None, None, None, dxs if wants_xs else None, *others
+            found = vector_jacobian(ctx.plan, inputs, flat)
+        return None, None, None, None, *inputs.gradients(found, wants_xs).flatten()
 
     @staticmethod
     def vmap(
@@ -94,17 +71,9 @@ class _Forward(torch.autograd.Function):
         def one(each: Sequence[Any]) -> Sequence[Tensor]:
             if keep:
                 return _Forward.apply(operators, plan, counts, keep, *each)
-            return forward(operators, plan, _arguments(counts, each)[0])
+            return forward(operators, plan, Inputs.unflatten(each, counts))
 
         return _one_by_one(info.batch_size, dims, tensors, one)
-
-
-def _as_gradients(counts: Sequence[int], tensors: Sequence[Any], found: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the backward operator's results as gradients of the flat list of the forward operator's tensors."""
-    dxs, dwi, dwh, dbi, dbh, dh0, dc0, *rest = found
-    affine, populations, _ = counts
-    biases = (None, None) if tensors[3] is None else (dbi, dbh)
-    return [dxs, dwi, dwh, *biases, dh0, dc0, None, *rest[:affine], *[None] * populations, *rest[affine:]]
 
 
 class _Backward(torch.autograd.Function):
@@ -112,16 +81,16 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(operators: Any, plan: Plan, counts: Any, wants_xs: bool, *tensors: Any) -> Any:  # type: ignore[override]
-        arguments, (dys, dhn, dcn, *rest) = _arguments(counts, tensors)
-        states = plan.results - len(plan.measured) - _GRADS
-        grads = dys, dhn, dcn, rest[:states]
-        return tuple(operators.compute_backward(plan, arguments, grads, rest[states], rest[states + 1 :], wants_xs))
+        dys, dhn, dcn, *rest = tensors[len(SINGLE) + sum(counts) :]
+        inputs, grads = Inputs.unflatten(tensors, counts), Grads(dys, dhn, dcn, rest[: plan.tensors])
+        ys, *kept = rest[plan.tensors :]
+        return tuple(operators.compute_backward(plan, inputs, grads, ys, kept, wants_xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.plan, ctx.counts, ctx.wants_xs, *tensors = inputs
         ctx.many = len(tensors)
-        ctx.save_for_backward(*tensors[: _INPUTS + sum(ctx.counts) + ctx.plan.results - len(ctx.plan.measured)])
+        ctx.save_for_backward(*tensors[: len(SINGLE) + sum(ctx.counts) + _GRADS + ctx.plan.tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -132,8 +101,9 @@ class _Backward(torch.autograd.Function):
             tensors = list(saved)
             for place, tensor in zip(places, floats, strict=True):
                 tensors[place] = tensor
-            arguments, gradients = _arguments(counts, tensors)
-            dxs, *others = vector_jacobian(plan, arguments, gradients)
+            dxs, *others = vector_jacobian(
+                plan, Inputs.unflatten(tensors, counts), tensors[len(SINGLE) + sum(counts) :]
+            )
             return [dxs if ctx.wants_xs else dxs.new_zeros(0), *others]
 
         pull: Any = torch.func.vjp(first, *(saved[place] for place in places))[1]
@@ -167,7 +137,7 @@ def _one_by_one(size: int, dims: Sequence[int | None], tensors: Sequence[Any], f
 
 def _rows_alone(plan: Plan, counts: Sequence[int], dims: Sequence[int | None]) -> bool:
     """Return True where only rows are mapped, which the operator then takes as one batch."""
-    shared = [*dims[1:5], *dims[_INPUTS : _INPUTS + counts[0]]]
+    shared = [*dims[1:5], *dims[len(SINGLE) : len(SINGLE) + counts[0]]]
     return not plan.coupled and all(dim is None for dim in shared)
 
 
@@ -175,7 +145,7 @@ def _as_rows(
     size: int, dims: Sequence[int | None], operators: Any, plan: Plan, counts: Sequence[int], tensors: Sequence[Any]
 ) -> tuple[Any, Any]:
     """Return the results of one call for a batch of all rows."""
-    shared = {*range(1, 5), *range(_INPUTS, _INPUTS + counts[0])}
+    shared = {*range(1, 5), *range(len(SINGLE), len(SINGLE) + counts[0])}
     folded = list(tensors)
     for place, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         if place not in shared and tensor is not None:
@@ -184,7 +154,7 @@ def _as_rows(
             sizes = list(whole.shape)
             sizes[rows] = size
             folded[place] = whole.expand(sizes).flatten(rows, rows + 1)
-    ys, *others = forward(operators, plan, _arguments(counts, folded)[0])
+    ys, *others = forward(operators, plan, Inputs.unflatten(folded, counts))
     results = [ys.unflatten(1, (size, ys.shape[1] // size))]
     results += [other.unflatten(0, (size, other.shape[0] // size)) for other in others]
     return tuple(results), (1, *[0] * len(others))

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from atn_norms.backends.fused.fused_backend import Fused
-from atn_norms.backends.fused.operators import transformed
-from atn_norms.backends.fused.plan import HALF, Plan, planned
+from atn_norms.backends.fused.plan import HALF, Plan
 from atn_norms.backends.native.library import unavailable
-from atn_norms.cells import Cell, CellWeights
+from atn_norms.backends.program import Unsupported
+
+if TYPE_CHECKING:
+    from atn_norms.backends.description import Description
+    from atn_norms.backends.fused.operators import Operators
 
 
 class Native(Fused):
-    """Runs the built-in cells with norms that are moments over features, over the built-in windows, in C on the CPU."""
+    """Runs the built-in cells with declared and traced normalizers, over the built-in windows, in C on the CPU."""
 
     name = "native"
 
-    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
-        like = weights["weight_hh"]
-        if like.device.type != "cpu":
-            return f"it runs on the CPU, and the layer is on {like.device.type}"
-        if like.dtype not in (torch.float32, torch.float64, *HALF):
-            return f"it runs float64, float32, bfloat16 and float16, and the layer is {like.dtype}"
-        if (reason := transformed()) is not None:
-            return reason
-        found = planned(cell, weights)
-        if isinstance(found, str):  # the case first: compiling would not help it
-            return found
-        if found[0].coupled and like.dtype in HALF:
-            return f"it runs norms over the batch in float32 and float64, and the layer is {like.dtype}"
-        weights.plans[self.name] = cell, found
-        return unavailable()
+    def unsupported_type(self, description: Description) -> Unsupported | None:
+        if description.device != "cpu":
+            return Unsupported("device", f"it runs on the CPU, and the layer is on {description.device}")
+        if description.dtype not in (torch.float32, torch.float64, *HALF):
+            text = f"it runs float64, float32, bfloat16 and float16, and the layer is {description.dtype}"
+            return Unsupported("dtype", text)
+        return None
 
-    def attempt(self, plan: Plan, *arguments: Any) -> list[Tensor] | None:
-        from atn_norms.backends.native import eager  # not before it is needed: registering operators takes a while
+    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
+        if plan.coupled and description.dtype in HALF:
+            text = f"it runs norms over the batch in float32 and float64, and the layer is {description.dtype}"
+            return Unsupported("dtype", text)
+        return None
 
-        return eager.attempt(plan, *arguments)
+    def missing(self) -> Unsupported | None:
+        reason = unavailable()
+        return None if reason is None else Unsupported("kernels", reason)
 
-    def operate(self, *arguments: Any) -> list[Tensor]:
-        from atn_norms.backends.native import eager
+    @staticmethod
+    def operators() -> Operators:
+        from atn_norms.backends.native.call import OPERATORS
 
-        return eager.OPERATORS(*arguments)
+        return OPERATORS

@@ -1,43 +1,44 @@
-"""One call of the kernels: room for the results, and a structure full of addresses."""
+"""One call of the kernels: tensors for the results, and a structure full of addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.operators import Operators, empty_like
+from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
+from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
-from atn_norms.backends.native.layout import Inputs, kept_shapes
+from atn_norms.backends.modes import empty_like
+from atn_norms.backends.native.layout import check, check_backward, fits, kept_shapes, with_layout
 from atn_norms.backends.native.library import CallArgs, load, word
 
 MOST_THREADS = 256  # a kernel's work space grows with its threads
 _WRITTEN = [word(name) for name in ("output", "hn", "cn")]
 _KEPT = [word(name) for name in ("projected", "recurrent", "cells")]
-_ASKED = [word(name) for name in ("output", "doutput", "dh", "dc")]
+_GRADS = [word(name) for name in ("output", "doutput", "dh", "dc")]
 _FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")]
 
-# Everything here trusts what is `Given`: it was found to fit before.
+# Everything here trusts its layout and inputs: they were found to fit before.
 
 
 class _Call:
     """The structure, filled in with what both directions read, and what must stay alive until the kernels return."""
 
-    def __init__(self, given: Inputs, timelines: Tensor) -> None:
-        layout = given.layout
+    def __init__(self, given: Fitted, timelines: Tensor) -> None:
+        layout, inputs, tensors = given
         self._args = CallArgs.from_buffer_copy(layout.structure)
         self._args.threads = min(torch.get_num_threads(), MOST_THREADS)
         self._words = memoryview(self._args).cast("B").cast("q")
-        self._is_double = given.xs.dtype == DOUBLE
+        self._is_double = inputs.xs.dtype == DOUBLE
         self._alive: list[Tensor | None] = [timelines]
         start = timelines.data_ptr()
         for place, before in layout.timelines:
             self._words[place] = start + before
-        self.point(layout.given, [tensor.contiguous() for tensor in given.tensors])
+        self.point(layout.given, [tensor.contiguous() for tensor in tensors])
         if layout.absent:
-            self.point(layout.absent, [given.xs.new_full((features,), value) for features, value in layout.constants])
+            self.point(layout.absent, [inputs.xs.new_full((features,), value) for features, value in layout.constants])
 
     def point(self, places: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
         """Let words of the structure point at tensors, row by row in memory; None and what is empty become NULL."""
@@ -55,95 +56,83 @@ class _Call:
         library.run(direction, self._args, self._is_double)
 
 
-def forward(given: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, last h and c, every site's new state and what it pooled; and, to `keep`, what the way back needs."""
-    results, kept = room(given.plan, given.xs, given.weight_hh, given.h0, given.c0, given.states, keep)
-    timelines = kept[-1] if keep else given.xs.new_empty(given.layout.doubles, dtype=DOUBLE)
-    call = _Call(given, timelines)
-    call.point(_WRITTEN + given.layout.next + given.layout.pooled, results)
-    if keep:
+class Kernels:
+    """The kernels, as the operators call them."""
+
+    def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (steps, batch, features), hidden = inputs.xs.shape, inputs.weight_hh.shape[1]
+        states = [shape for site in plan.sites for shape in site.shapes(batch)]
+        pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
+        return _allocate(inputs, states, pooled, kept_shapes(plan, steps, batch, features, hidden) if keep else [])
+
+    def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
+        given = with_layout(plan, inputs)
+        return given if fits(given) else None
+
+    def check(self, plan: Plan, inputs: Inputs) -> Fitted:
+        given = with_layout(plan, inputs)
+        check(given)
+        return given
+
+    def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
+        given = with_layout(plan, inputs)
+        check_backward(given, grads, ys, kept)
+        return given
+
+    def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        layout, inputs, _ = fitted
+        results, kept = _allocate(inputs, layout.dstates, layout.pooled_shapes, layout.kept if keep else [])
+        timelines = kept[-1] if keep else inputs.xs.new_empty(layout.doubles, dtype=DOUBLE)
+        call = _Call(fitted, timelines)
+        call.point(_WRITTEN + layout.next + layout.pooled, results)
+        if keep:
+            call.point(_KEPT, kept[:-1])
+        call.run("forward")
+        return results, kept
+
+    def backward(
+        self, fitted: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
+    ) -> list[Tensor]:
+        layout, inputs, _ = fitted
+        xs, weights = inputs.xs, (inputs.weight_ih, inputs.weight_hh)
+        wide = 0 if inputs.bias_ih is None else inputs.bias_ih.shape[0]
+        dh, dc = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (grads.hn, grads.cn))
+        dxs = empty_like(xs) if wants_xs else xs.new_empty(0)
+        found = [dxs, *zeros_like(weights), xs.new_zeros(wide), xs.new_zeros(wide)]
+        daffine, dbefore = [empty_like(tensor) for tensor in inputs.affine], zeros_like(inputs.states)
+        call = _Call(fitted, kept[-1])
         call.point(_KEPT, kept[:-1])
-    call.run("forward")
-    return results, kept
+        call.point(_GRADS, [tensor.contiguous() for tensor in (ys, grads.ys, dh, dc)])
+        call.point(_FOUND, found)
+        call.point(layout.daffine, daffine)
+        call.point(layout.dabsent, [xs.new_empty(features) for features, _ in layout.constants])
+        call.point(layout.dnext, [None if leaf is None else leaf.contiguous() for leaf in grads.states])
+        if dbefore:
+            call.point(layout.dstate, dbefore)
+        call.run("backward")
+        return [*found, dh, dc, *daffine, *dbefore]
 
 
-def backward(
-    given: Inputs,
-    grad_outputs: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]],
-    ys: Tensor,
-    kept: Sequence[Tensor],
-    wants_xs: bool,
-) -> list[Tensor]:
-    """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves.
-
-    `grad_outputs` are the gradients of ys, hn, cn and, where there are any, of the new states.
-    """
-    dys, dhn, dcn, dnext = grad_outputs
-    layout, xs = given.layout, given.xs
-    dh, dc = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (dhn, dcn))
-    dxs = empty_like(xs) if wants_xs else xs.new_empty(0)
-    found = [dxs, *zeros_like((given.weight_ih, given.weight_hh)), xs.new_zeros(given.wide), xs.new_zeros(given.wide)]
-    daffine, dbefore = [empty_like(tensor) for tensor in given.affine], zeros_like(given.states)
-    call = _Call(given, kept[-1])
-    call.point(_KEPT, kept[:-1])
-    call.point(_ASKED, [tensor.contiguous() for tensor in (ys, dys, dh, dc)])
-    call.point(_FOUND, found)
-    call.point(layout.daffine, daffine)
-    call.point(layout.dabsent, [xs.new_empty(features) for features, _ in layout.constants])
-    call.point(layout.dnext, [None if leaf is None else leaf.contiguous() for leaf in dnext])
-    if dbefore:
-        call.point(layout.dstate, dbefore)
-    call.run("backward")
-    return [*found, dh, dc, *daffine, *dbefore]
-
-
-def room(
-    plan: Plan, xs: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, states: Sequence[Tensor], keep: bool
+def _allocate(
+    inputs: Inputs,
+    states: Sequence[tuple[int, ...]],
+    pooled: Sequence[tuple[int, ...]],
+    kept: Sequence[tuple[int, ...]],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Unwritten tensors: the results of `forward`, and what it is to keep.
-
-    Kept is what `kept_shapes` lists.
-    """
-    (steps, batch, inputs), hidden = xs.shape, weight_hh.shape[1]
-    results = [xs.new_empty(steps, batch, hidden)]
-    results += [torch.empty_like(tensor.contiguous()) for tensor in (h0, c0, *states)]
-    if not states:
-        results += [xs.new_empty(shape, dtype=DOUBLE) for site in plan.sites for shape in site.shapes(batch)]
-    results += [xs.new_empty(steps, 2 * site.features + 1, dtype=DOUBLE) for site in plan.measured]
-    if not keep:
+    """Return uninitialized tensors: results of `forward` with these shapes, and what it keeps."""
+    xs, old = inputs.xs, inputs.states
+    results = [xs.new_empty(*xs.shape[:2], inputs.weight_hh.shape[1])]
+    results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *old)]
+    results += [xs.new_empty(shape, dtype=DOUBLE) for shape in (*(() if old else states), *pooled)]
+    if not kept:
         return results, []
-    *values, timelines = kept_shapes(plan, steps, batch, inputs, hidden)
+    *values, timelines = kept
     return results, [*map(xs.new_empty, values), xs.new_empty(timelines, dtype=DOUBLE)]
 
 
 def zeros_like(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Zeros of these types and shapes, row by row."""
     return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-class Kernels:
-    """The kernels, as the operators call them."""
-
-    room = staticmethod(room)
-
-    @staticmethod
-    def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-        given = Inputs(plan, *arguments)
-        given.check()
-        return forward(given, keep)
-
-    @staticmethod
-    def backward(
-        plan: Plan,
-        arguments: Sequence[Any],
-        grad_outputs: tuple[Any, ...],
-        ys: Tensor,
-        kept: Sequence[Tensor],
-        wants_xs: bool,
-    ) -> list[Tensor]:
-        given = Inputs(plan, *arguments)
-        given.check_backward(grad_outputs, ys, kept)  # type: ignore[arg-type]
-        return backward(given, grad_outputs, ys, kept, wants_xs)
 
 
 OPERATORS = Operators("recurrent", Kernels())

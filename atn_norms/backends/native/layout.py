@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan
 from atn_norms.backends.native.library import CallArgs, word
 
@@ -17,12 +18,14 @@ class Layout:
 
     | attribute | meaning |
     |---|---|
-    | `names`, `shapes`, `dtypes` | of the tensors of `Given`, in order; the names are those of errors |
+    | `names`, `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None; the names are those of errors |
+    | `plan` | what it is the layout of |
     | `given` | which 8-byte words of the structure hold their addresses |
     | `structure` | a `CallArgs` in which nothing but threads and addresses is missing |
     | `next`, `dnext`, `dstate`, `daffine` | words of the states in their other roles, and of gradients |
     | `absent`, `dabsent` | words of the gains and shifts that the norms do not have, and of their gradients |
-    | `pooled` | words of what is pooled, of the sites that hand it out |
+    | `pooled`, `pooled_shapes` | words and shapes of what is pooled, of the sites that return it |
+    | `dstates`, `kept` | shapes of the states, and of what backward reads of forward |
     | `constants` | features and value of each that is absent |
     | `programs` | words of the traced normalizers' programs, and the programs |
     | `timelines`, `doubles` | of every site, the word of its timeline and the bytes before it; doubles of all |
@@ -37,7 +40,7 @@ class Layout:
         carried_on: bool,
         ragged: bool,
     ) -> None:
-        steps, batch, inputs, hidden = sizes
+        self.plan, (steps, batch, inputs, hidden) = plan, sizes
         plan.check(hidden)
         if min(sizes) < 1 or dtype not in (torch.float32, DOUBLE):
             raise ValueError(f"plan: got sizes {list(sizes)} of {dtype}; expected positive sizes of float32 or float64")
@@ -51,10 +54,12 @@ class Layout:
             *[(word(name), name, wide, dtype) for name in ("bias_ih", "bias_hh")[:biases]],
             (word("h0"), "h", rows, dtype),
             (word("c0"), "c", rows if plan.is_lstm else (0,), dtype),
+            *([(word("lengths"), "lengths", (batch,), torch.int64)] if ragged else []),
         ]
         states, populations = [], []
         self.next, self.dnext, self.dstate, self.daffine, self.absent, self.dabsent = ([] for _ in range(6))
         self.pooled: list[int] = []
+        self.pooled_shapes = [(steps, 2 * site.features + 1) for site in plan.measured]
         self.constants: list[tuple[int, float]] = []
         self.timelines: list[tuple[int, int]] = []
         self.doubles = 0
@@ -81,7 +86,6 @@ class Layout:
             self.doubles += site.doubles(steps, batch)
         entries += populations
         entries += states if carried_on else []
-        entries += [(word("lengths"), "lengths", (batch,), torch.int64)] if ragged else []
         self.given, self.names, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
         self.programs = {
             word("programs", PLACES[site.site]): torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
@@ -114,87 +118,76 @@ CHEAP_INPUTS = 64  # input features up to which the projected input is computed 
 _layout = lru_cache(maxsize=512)(Layout)
 
 
-class Inputs:
-    """The arguments of the operators: by name, as a list of the `tensors` that there are, and their `layout`."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        xs: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        h0: Tensor,
-        c0: Tensor,
-        affine: Sequence[Tensor],
-        populations: Sequence[Tensor],
-        states: Sequence[Tensor],
-        lengths: Tensor | None,
-    ) -> None:
-        if xs.ndim != 3 or weight_hh.ndim != 2:
-            raise RuntimeError(
-                f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
-            )
-        self.plan, self.xs, self.weight_ih, self.weight_hh = plan, xs, weight_ih, weight_hh
-        self.h0, self.c0, self.affine, self.states = h0, c0, affine, states
-        biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
-        self._lengths, counts = lengths, [] if lengths is None else [lengths]
-        self.wide = biases[0].shape[0] if biases else 0
-        self.tensors = [xs, weight_ih, weight_hh, *biases, h0, c0, *affine, *populations, *states, *counts]
-        sizes = (*xs.shape, weight_hh.shape[1])
-        self.layout = _layout(plan, weight_hh.dtype, sizes, len(biases), bool(states), bool(counts))
-
-    def fits(self) -> bool:
-        """Return True where the tensors fit; the kernels see addresses only."""
-        return (
-            len(self.layout.names) == len(self.tensors)
-            and [tensor.shape for tensor in self.tensors] == self.layout.shapes
-            and [tensor.dtype for tensor in self.tensors] == self.layout.dtypes
-            and False not in [tensor.is_cpu for tensor in self.tensors]
-            and self._lengths_fit()
+def layout_of(plan: Plan, inputs: Inputs) -> Layout:
+    """Return the layout of a plan for the sizes of its inputs."""
+    xs, weight_hh = inputs.xs, inputs.weight_hh
+    if xs.ndim != 3 or weight_hh.ndim != 2:
+        raise RuntimeError(
+            f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
         )
+    biases = (inputs.bias_ih is not None) + (inputs.bias_hh is not None)
+    sizes = (*xs.shape, weight_hh.shape[1])
+    return _layout(plan, weight_hh.dtype, sizes, biases, bool(inputs.states), inputs.lengths is not None)
 
-    def _lengths_fit(self) -> bool:
-        if self._lengths is None or not self._lengths.numel():
-            return True
-        least, most = torch.aminmax(self._lengths)
-        return 0 <= int(least) and int(most) <= self.xs.shape[0]
 
-    def check(self) -> None:
-        """`RuntimeError`, as torch raises it, where one of the tensors does not fit the rest."""
-        columns = self.layout.names, self.layout.shapes, self.layout.dtypes
-        if len(self.tensors) != len(self.layout.names):
-            raise RuntimeError(f"plan: got {len(self.tensors)} tensors; expected {', '.join(self.layout.names)}")
-        for tensor, name, shape, dtype in zip(self.tensors, *columns, strict=True):
-            check_tensor(name, tensor, tuple(shape), dtype)
-        if not self._lengths_fit():
-            raise RuntimeError(f"lengths: got {self._lengths}; expected 0 to {self.xs.shape[0]} steps")
+def with_layout(plan: Plan, inputs: Inputs) -> Fitted:
+    """Return inputs with their layout, unchecked."""
+    return Fitted(layout_of(plan, inputs), inputs, [tensor for tensor in inputs.flatten() if tensor is not None])
 
-    def check_backward(
-        self, grads: tuple[Tensor, Tensor, Tensor, Sequence[Tensor | None]], ys: Tensor, kept: Sequence[Tensor]
-    ) -> None:
-        """`RuntimeError` where what the backward kernels read beside the inputs does not fit them."""
-        self.check()
-        dys, dhn, dcn, dstates = grads
-        dtype, layout = self.weight_hh.dtype, self.layout
-        output = (*self.xs.shape[:2], self.weight_hh.shape[1])
-        for name, tensor, like in (("ys", ys, output), ("gradient of ys", dys, output)):
-            check_tensor(name, tensor, like, dtype)
-        check_tensor("gradient of h", dhn, tuple(self.h0.shape), dtype)
-        check_tensor("gradient of c", dcn, tuple(self.c0.shape), dtype)
-        if len(dstates) != len(layout.dstates) or len(kept) != len(layout.kept):
-            raise RuntimeError(
-                f"gradient of states: got {len(dstates)} tensors, kept: got {len(kept)}; "
-                f"expected {len(layout.dstates)} and {len(layout.kept)}"
-            )
-        for tensor, shape in zip(dstates, layout.dstates, strict=True):
-            if tensor is not None:
-                check_tensor("gradient of a state", tensor, shape, DOUBLE)
-        for tensor, shape in zip(kept, layout.kept, strict=True):
-            check_tensor("kept", tensor, shape, DOUBLE if len(shape) == 1 else dtype)
-            if not tensor.is_contiguous():
-                raise RuntimeError("kept: got a tensor that is not contiguous; expected what forward returned")
+
+def fits(given: Fitted) -> bool:
+    """Return True where the tensors fit; the kernels see addresses only."""
+    layout, inputs, tensors = given
+    return (
+        len(layout.names) == len(tensors)
+        and [tensor.shape for tensor in tensors] == layout.shapes
+        and [tensor.dtype for tensor in tensors] == layout.dtypes
+        and False not in [tensor.is_cpu for tensor in tensors]
+        and _lengths_fit(inputs)
+    )
+
+
+def _lengths_fit(inputs: Inputs) -> bool:
+    if inputs.lengths is None or not inputs.lengths.numel():
+        return True
+    least, most = torch.aminmax(inputs.lengths)
+    return 0 <= int(least) and int(most) <= inputs.xs.shape[0]
+
+
+def check(given: Fitted) -> None:
+    """`RuntimeError`, as torch raises it, where one of the tensors does not fit the rest."""
+    layout, inputs, tensors = given
+    columns = layout.names, layout.shapes, layout.dtypes
+    if len(tensors) != len(layout.names):
+        raise RuntimeError(f"plan: got {len(tensors)} tensors; expected {', '.join(layout.names)}")
+    for tensor, name, shape, dtype in zip(tensors, *columns, strict=True):
+        check_tensor(name, tensor, tuple(shape), dtype)
+    if not _lengths_fit(inputs):
+        raise RuntimeError(f"lengths: got {inputs.lengths}; expected 0 to {inputs.xs.shape[0]} steps")
+
+
+def check_backward(given: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> None:
+    """`RuntimeError` where what the backward kernels read beside the inputs does not fit them."""
+    check(given)
+    layout, inputs, _ = given
+    dtype = inputs.weight_hh.dtype
+    output = (*inputs.xs.shape[:2], inputs.weight_hh.shape[1])
+    for name, tensor, like in (("ys", ys, output), ("gradient of ys", grads.ys, output)):
+        check_tensor(name, tensor, like, dtype)
+    check_tensor("gradient of h", grads.hn, tuple(inputs.h0.shape), dtype)
+    check_tensor("gradient of c", grads.cn, tuple(inputs.c0.shape), dtype)
+    if len(grads.states) != len(layout.dstates) or len(kept) != len(layout.kept):
+        raise RuntimeError(
+            f"gradient of states: got {len(grads.states)} tensors, kept: got {len(kept)}; "
+            f"expected {len(layout.dstates)} and {len(layout.kept)}"
+        )
+    for tensor, shape in zip(grads.states, layout.dstates, strict=True):
+        if tensor is not None:
+            check_tensor("gradient of a state", tensor, shape, DOUBLE)
+    for tensor, shape in zip(kept, layout.kept, strict=True):
+        check_tensor("kept", tensor, shape, DOUBLE if len(shape) == 1 else dtype)
+        if not tensor.is_contiguous():
+            raise RuntimeError("kept: got a tensor that is not contiguous; expected what forward returned")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from atn_norms.backends.fused.fused_backend import Fused
-from atn_norms.backends.fused.operators import transformed
-from atn_norms.backends.fused.plan import planned
+from atn_norms.backends.fused.plan import Plan
+from atn_norms.backends.program import Unsupported
 from atn_norms.backends.triton.available import interpreted, unavailable
-from atn_norms.cells import Cell, CellWeights
+
+if TYPE_CHECKING:
+    from atn_norms.backends.description import Description
+    from atn_norms.backends.fused.operators import Operators
 
 
 class Triton(Fused):
@@ -19,33 +21,36 @@ class Triton(Fused):
 
     name = "triton"
 
-    def unsupported_reason(self, cell: Cell, weights: CellWeights) -> str | None:
-        like = weights["weight_hh"]
-        if like.device.type != "cuda" and not (like.device.type == "cpu" and interpreted()):
-            return f"it runs on a GPU, and the layer is on {like.device.type}"
-        if like.dtype not in (torch.float32, torch.float64):
-            return f"it runs float32 and float64, and the layer is {like.dtype}"
-        if (reason := transformed()) is not None:
-            return reason
-        found = planned(cell, weights)
-        if isinstance(found, str):
-            return found
-        plan, _ = found
+    def unsupported_type(self, description: Description) -> Unsupported | None:
+        if description.device != "cuda" and not (description.device == "cpu" and interpreted()):
+            return Unsupported("device", f"it runs on a GPU, and the layer is on {description.device}")
+        if description.dtype not in (torch.float32, torch.float64):
+            return Unsupported("dtype", f"it runs float32 and float64, and the layer is {description.dtype}")
+        return None
+
+    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
         if plan.coupled:
-            return "it has no kernel for norms over the rows of a batch"
+            return Unsupported("norm", "it has no kernel for norms over the rows of a batch")
         traced = [site.site for site in plan.sites if site.traced is not None]
         if traced:
-            return f"it has no kernel for traced normalizers, and there is one at {', '.join(traced)}"
+            text = f"it has no kernel for traced normalizers, and there is one at {', '.join(traced)}"
+            return Unsupported("norm", text)
         grouped = [site for site in plan.sites if site.groups > 1]
         if grouped:
-            return f"it has no kernel for a norm of groups, and the one at {grouped[0].site} has {grouped[0].groups}"
+            text = f"it has no kernel for a norm of groups, and the one at {grouped[0].site} has {grouped[0].groups}"
+            return Unsupported("norm", text)
         detached = [site.site for site in plan.sites if site.detached]
         if detached:
-            return f"it has no kernel for detached windows, and there is one at {', '.join(detached)}"
-        weights.plans[self.name] = cell, found
-        return unavailable()
+            text = f"it has no kernel for detached windows, and there is one at {', '.join(detached)}"
+            return Unsupported("window", text)
+        return None
 
-    def operate(self, *arguments: Any) -> list[Tensor]:
+    def missing(self) -> Unsupported | None:
+        reason = unavailable()
+        return None if reason is None else Unsupported("kernels", reason)
+
+    @staticmethod
+    def operators() -> Operators:
         from atn_norms.backends.triton.call import OPERATORS  # not before it is needed: it imports Triton
 
-        return OPERATORS(*arguments)
+        return OPERATORS

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import CELLS, DOUBLE, Plan
 from atn_norms.backends.triton.backward import recurrent_backward
@@ -24,30 +25,12 @@ LANES = 32
 NOTHING = Site._make([*[None] * 14, 1, 0])
 
 
-def room(
-    plan: Plan, xs: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, states: Sequence[Tensor], keep: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Unwritten tensors: the results of `forward`, and what it is to keep."""
-    (steps, batch, _), hidden = xs.shape, weight_hh.shape[1]
-    results = [xs.new_empty(steps, batch, hidden), xs.new_empty(h0.shape), xs.new_empty(c0.shape)]
-    results += [xs.new_empty(shape, dtype=DOUBLE) for site in plan.sites for shape in site.shapes(batch)]
-    if not keep:
-        return results, []
-    wide = plan.gates * hidden
-    return results, [
-        xs.new_empty(steps, batch, wide),
-        xs.new_empty(steps, batch, wide),
-        xs.new_empty(steps if plan.is_lstm else 0, batch, hidden),
-        *(xs.new_empty(3 * past(site, bool(states)) + 5 * steps, batch, dtype=DOUBLE) for site in plan.sites),
-    ]
-
-
 class _Call:
     """State that both directions share."""
 
-    def __init__(self, plan: Plan, arguments: Sequence[Any], kept: Sequence[Tensor]) -> None:
-        single, affine, states, self.lengths = arguments[:7], iter(arguments[7]), iter(arguments[9]), arguments[10]
-        laid_out: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in single]
+    def __init__(self, plan: Plan, inputs: Inputs, kept: Sequence[Tensor]) -> None:
+        affine, states, self.lengths = iter(inputs.affine), iter(inputs.states), inputs.lengths
+        laid_out: list[Any] = [None if tensor is None else tensor.contiguous() for tensor in inputs[:7]]
         self.plan = plan
         self.xs, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.h0, self.c0 = laid_out
         xs: Tensor = self.xs
@@ -60,7 +43,7 @@ class _Call:
                 next(affine).contiguous() if has else xs.new_full((one.features,), fill)
                 for has, fill in ((one.gain, 1.0), (one.shift, 0.0))
             ]
-            leaves = [next(states) for _ in range(1 + one.leaves)] if arguments[9] else []
+            leaves = [next(states) for _ in range(1 + one.leaves)] if inputs.states else []
             self.sites[one.site] = SiteCall(one, (self.steps, self.batch), own, leaves, kept_of)
         self.whole = self.hidden <= WHOLE
         self.compute = tl.float64 if xs.dtype == DOUBLE else tl.float32
@@ -124,15 +107,49 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any)
 LAUNCH: Callable[..., None] = _launch  # tests compile in its place, which needs no device
 
 
-def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, last h and c, every site's new state; and, to `keep`, what the way back needs.
+class Kernels:
+    """The kernels, as the operators call them; their layout is the plan, and the launches check nothing."""
 
-    `arguments` are the operator's, from xs to lengths.
-    """
-    xs, _, weight_hh, _, _, h0, c0, _, _, states, _ = arguments
-    results, kept = room(plan, xs, weight_hh, h0, c0, states, True)
-    call = _Call(plan, arguments, kept)
-    output, wide = results[0], plan.gates * call.hidden
+    def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        xs, states, c0 = inputs.xs, inputs.states, inputs.c0
+        (steps, batch, _), hidden = xs.shape, inputs.weight_hh.shape[1]
+        results = [xs.new_empty(steps, batch, hidden), xs.new_empty(inputs.h0.shape), xs.new_empty(c0.shape)]
+        results += [xs.new_empty(shape, dtype=DOUBLE) for site in plan.sites for shape in site.shapes(batch)]
+        if not keep:
+            return results, []
+        wide = plan.gates * hidden
+        return results, [
+            xs.new_empty(steps, batch, wide),
+            xs.new_empty(steps, batch, wide),
+            xs.new_empty(steps if plan.is_lstm else 0, batch, hidden),
+            *(xs.new_empty(3 * past(site, bool(states)) + 5 * steps, batch, dtype=DOUBLE) for site in plan.sites),
+        ]
+
+    def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
+        return None
+
+    def check(self, plan: Plan, inputs: Inputs) -> Fitted:
+        return Fitted(plan, inputs, [])
+
+    def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
+        return Fitted(plan, inputs, [])
+
+    def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        plan, inputs, _ = fitted
+        _, kept = self.allocate(plan, inputs, True)
+        return _forward(plan, inputs, kept), kept if keep else []
+
+    def backward(
+        self, fitted: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
+    ) -> list[Tensor]:
+        return _backward(fitted.layout, fitted.inputs, grads, ys, kept, wants_xs)
+
+
+def _forward(plan: Plan, inputs: Inputs, kept: list[Tensor]) -> list[Tensor]:
+    """Return the results of `Kernels.forward`, and fill in what backward reads."""
+    call = _Call(plan, inputs, kept)
+    xs = call.xs
+    output, wide = xs.new_empty(call.steps, call.batch, call.hidden), plan.gates * call.hidden
     flat = call.xs.reshape(-1, call.inputs)
     _product(flat, call.weight_ih, call.bias_ih, call.projected.view(-1, wide))
     for site in call.sites.values():
@@ -162,21 +179,15 @@ def forward(plan: Plan, arguments: Sequence[Any], keep: bool) -> tuple[list[Tens
             call.recurrent(recurrent_forward, tensors, t, t + 1, options)
     last = [_at_the_end(output, call.h0, call.lengths)]
     last.append(_at_the_end(call.cells, call.c0, call.lengths) if plan.is_lstm else torch.empty_like(call.c0))
-    results = [output, *last, *(leaf for site in call.sites.values() for leaf in site.following(call.lengths))]
-    return results, kept if keep else []
+    return [output, *last, *(leaf for site in call.sites.values() for leaf in site.following(call.lengths))]
 
 
-def backward(
-    plan: Plan,
-    arguments: Sequence[Any],
-    grad_outputs: tuple[Any, ...],
-    ys: Tensor,
-    kept: Sequence[Tensor],
-    wants_xs: bool,
+def _backward(
+    plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
 ) -> list[Tensor]:
     """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves."""
-    dys, dhn, dcn, dnext = grad_outputs
-    call = _Call(plan, arguments, kept)
+    dys, dhn, dcn, dnext = grads
+    call = _Call(plan, inputs, kept)
     wide, hidden, steps, batch = plan.gates * call.hidden, call.hidden, call.steps, call.batch
     leaves, passed = iter(dnext), {}
     extras = {
@@ -291,14 +302,6 @@ def _at_the_end(line: Tensor, initial: Tensor, lengths: Tensor | None) -> Tensor
         return line[-1].clone()
     place = (lengths - 1).clamp(min=0).reshape(1, -1, 1).expand(1, -1, line.shape[2])
     return torch.where((lengths > 0).unsqueeze(1), line.gather(0, place).squeeze(0), initial)
-
-
-class Kernels:
-    """The kernels, as the operators call them."""
-
-    room = staticmethod(room)
-    forward = staticmethod(forward)
-    backward = staticmethod(backward)
 
 
 OPERATORS = Operators("recurrent_triton", Kernels())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from atn_norms.backends.program import Code, Unsupported
 from atn_norms.backends.reference import Reference
 from atn_norms.layers import Recurrent
 from atn_norms.pytree import tree_leaves
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
-from atn_norms.testing.layered import BackendSubject, run_cell
+from atn_norms.testing.layered import BackendSubject, continue_cell, run_cell
 from atn_norms.testing.subjects import noise
 
 CLOSE = 1e-8  # float64: sums in another order, over a few steps, with norms over one or two features
@@ -21,23 +22,23 @@ SINGLE = 5e-3  # float32: the same sums, with a rounding error of 1e-7 each
 
 @law("backend")
 def refusals_are_sentences(subject: BackendSubject) -> None:
-    """`unsupported_reason` returns one sentence or None, raises nothing, and accepts at least one case.
+    """`prepare` returns a program, or `Unsupported` with a sentence; it raises nothing, and supports at least one case.
 
-    The sentence is the error message of a layer that requires this backend by name. A backend that supports no built-in
-    case cannot be tested.
+    The sentence is the error message of a layer that requires this backend by name, and code compares its code. A
+    backend that supports no built-in case cannot be tested.
     """
     for case, reason in subject.refusals:
-        fine = isinstance(reason, str) and len(reason.split()) > 2 and "\n" not in reason
-        demand(fine, f"unsupported_reason({case}): got {reason!r}; expected None, or a sentence of one line")
+        fine = isinstance(reason, Unsupported) and len(reason.text.split()) > 2 and "\n" not in reason.text
+        fine = fine and reason.code in get_args(Code)
+        demand(fine, f"prepare({case}): got {reason!r}; expected a program, or Unsupported with a code and one line")
     demand(len(subject.refusals) < subject.tried, "it supports no built-in case")
     layer = subject.make(subject.sample())
-    again = subject.unsupported_reason(layer)
-    demand(subject.unsupported_reason(layer) == again, "unsupported_reason: two calls return two different reasons")
+    demand(subject.supports(layer) == subject.supports(layer), "prepare: two calls return two different results")
 
 
 def _both(subject: BackendSubject, case: Case) -> tuple[Recurrent, tuple[Tensor, ...]] | None:
     layer = subject.make(case)
-    return None if subject.unsupported_reason(layer) is not None else (layer, subject.inputs(case))
+    return (layer, subject.inputs(case)) if subject.supports(layer) else None
 
 
 @law("backend")
@@ -48,7 +49,7 @@ def values_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
     """
     for dtype, tolerance in ((torch.float64, CLOSE), (torch.float32, SINGLE)):
         layer = subject.make(case).to(dtype)
-        if subject.unsupported_reason(layer) is not None:
+        if not subject.supports(layer):
             continue
         xs, *carried = (each.to(dtype) for each in subject.inputs(case))
         mine, theirs = (run_cell(backend, layer, xs, tuple(carried)) for backend in (subject.backend, Reference()))
@@ -113,11 +114,10 @@ def its_state_continues_in_the_reference(subject: BackendSubject, case: Case) ->
     if (supported := _both(subject, case)) is None:
         return
     layer, (xs, *carried) = supported
-    weights = layer._weights("_l0")
     whole, final = run_cell(Reference(), layer, xs, tuple(carried))
     cut = 1 + case.seed % (case.steps - 1)
     for order in ((subject.backend, Reference()), (Reference(), subject.backend)):
         first, state = run_cell(order[0], layer, xs[:cut], tuple(carried))
-        second, state = order[1].run(layer.cell, weights, xs[cut:], state)
+        second, state = continue_cell(order[1], layer, xs[cut:], state)
         compare(torch.cat([first, second]), whole, tolerance=CLOSE, what="outputs of two backends in turns")
         compare(list(tree_leaves(state[0])), list(tree_leaves(final[0])), tolerance=CLOSE, what="final state, in turns")

@@ -1,0 +1,163 @@
+"""A cell of a layer as a frozen value without tensors: everything that the choice of a program depends on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from atn_norms.backends.fused.plan import (
+    BATCH,
+    KERNEL_CELLS,
+    MOST_GROUPS,
+    POPULATION,
+    POPULATIONS,
+    SitePlan,
+)
+from atn_norms.backends.modes import unsupported_transform
+from atn_norms.backends.program import Unsupported
+from atn_norms.backends.traced.cache import traced_norm
+from atn_norms.backends.traced.normalizer import TracedNorm, tensors_of
+from atn_norms.cells import Cell, CellWeights
+from atn_norms.normalizers import (
+    BatchMoments,
+    FeatureMoments,
+    Normalizer,
+    PerGate,
+    batch_moments,
+    feature_moments,
+)
+from atn_norms.normalizers.base import has_hooks
+from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
+
+
+class Description(NamedTuple):
+    """Everything that a program depends on besides the cell; equal descriptions have equal programs.
+
+    | field | meaning |
+    |---|---|
+    | `dtype`, `device` | type of the weights, and kind of their device |
+    | `transform` | the transform of torch that is active and has no rule for operators, as a reason, or None |
+    | `normed` | names of the sites that have a norm |
+    | `sites` | each site's normalizer and window, or the reason why no kernel has them; empty where no kernel can run |
+    """
+
+    dtype: torch.dtype
+    device: str
+    transform: str | None
+    normed: tuple[str, ...]
+    sites: tuple[SitePlan | Unsupported, ...]
+
+
+class TracedSite(NamedTuple):
+    """A traced normalizer at a site, once or for each of `parts` gates; `gain` has its parameters and buffers, flat."""
+
+    traced: TracedNorm
+    parts: int
+    gain: Tensor | None
+    shift: None = None
+
+
+Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
+
+
+def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Declared, ...]]:
+    """Return the description of a cell with weights, and the norms' tensors as the normalizers declare them.
+
+    It runs for every call, since a normalizer may have changed.
+    """
+    like = weights["weight_hh"]
+    transform = unsupported_transform()
+    sites: list[SitePlan | Unsupported] = []
+    declared: list[Declared] = []
+    if transform is None and type(cell) in KERNEL_CELLS:
+        features = cell.sites
+        for site, norm in weights.norms.items():
+            found = _declared(norm.normalizer, site, features[site])
+            if not isinstance(found, Unsupported):
+                declared.append(found)
+                found = _site_plan(cell, site, features[site], found, norm.window, like.dtype)
+            sites.append(found)
+    return Description(like.dtype, like.device.type, transform, tuple(weights.norms), tuple(sites)), tuple(declared)
+
+
+def _declared(normalizer: Normalizer, site: str, features: int) -> Declared | Unsupported:
+    """Return how kernels compute a normalizer, or the reason why they do not."""
+    if has_hooks(normalizer):
+        return Unsupported("norm", f"the norm at {site} has hooks, which only the reference calls")
+    moments = feature_moments(normalizer) or batch_moments(normalizer)
+    if moments is None:
+        traced = _traced_site(normalizer, features)
+        if isinstance(traced, str):
+            return Unsupported("norm", f"the norm at {site} ({type(normalizer).__name__}): {traced}")
+        return traced
+    moments.check(features)
+    if isinstance(moments, FeatureMoments) and moments.groups > MOST_GROUPS:
+        text = f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
+        return Unsupported("norm", text)
+    return moments
+
+
+def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
+    """Return how a normalizer that declares no moments runs in the kernels, or the reason why it does not."""
+    norms = (normalizer,)
+    if type(normalizer) is PerGate:
+        norms = tuple(gate for gate in normalizer.gates if isinstance(gate, Normalizer))
+    every = [traced_norm(norm, features // len(norms)) for norm in norms]
+    first = every[0]
+    if isinstance(first, str):
+        return first
+    if any(other != first for other in every[1:]):
+        return "its gates have normalizers that differ"
+    if len(norms) > 1 and any(len(leaf) != 1 for leaf in first.leaves):
+        return "its gates have statistics with more than one axis"
+    tensors = [tensor for norm in norms for tensor in tensors_of(norm)]
+    if len(tensors) == 1 and tensors[0].dim() == 1:
+        return TracedSite(first, len(norms), tensors[0])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else None
+    return TracedSite(first, len(norms), flat)
+
+
+def _site_plan(
+    cell: Cell, site: str, features: int, declared: Declared, window: Window, dtype: torch.dtype
+) -> SitePlan | Unsupported:
+    gain, shift = declared.gain, declared.shift
+    if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
+        return Unsupported("norm", f"the norm at {site} is of another type than the layer, {dtype}")
+    stateless = isinstance(declared, TracedSite) and not declared.traced.leaves
+    pooled = (1, 1.0) if stateless else window_of(window)
+    if pooled is None:
+        return Unsupported("window", f"it has no kernel for the window {window!r} at {site}")
+    shared: dict[str, Any] = {"steps": pooled[0], "decay": pooled[1], "detached": window.detaches_past}
+    shared |= {"gain": gain is not None, "shift": shift is not None}
+    if isinstance(declared, TracedSite):
+        return _traced_plan(site, features, declared, shared)
+    own: dict[str, Any] = {"eps": declared.eps}
+    if isinstance(declared, FeatureMoments):
+        own |= {"groups": declared.groups, "centred": declared.centred, "leaf": declared.shape or (declared.groups,)}
+    else:
+        kind = BATCH if declared.measured else POPULATIONS if declared.per_step else POPULATION
+        leaf = declared.shape or (features,)
+        own |= {"groups": cell.gates_at(site), "centred": True, "leaf": leaf, "coupled": kind}
+    return SitePlan(site, features, **own, **shared)
+
+
+def _traced_plan(site: str, features: int, declared: TracedSite, shared: dict[str, Any]) -> SitePlan:
+    traced, parts = declared.traced, declared.parts
+    groups = parts * traced.width
+    leaf = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
+    leaf = ((parts, *leaf) if parts > 1 else leaf) if groups else ()
+    own: dict[str, Any] = {"groups": groups, "centred": traced.centred, "eps": 0.0, "leaf": leaf}
+    return SitePlan(site, features, **own, **shared, traced=traced, parts=parts)
+
+
+def window_of(window: Window) -> tuple[int, float] | None:
+    """Return (steps, decay) of a window that the kernels know, or None."""
+    if type(window) is Detached:
+        return window_of(window.window)
+    if type(window) is Sliding:
+        return window.steps, 1.0
+    if type(window) is Cumulative:
+        return 0, 1.0
+    return (0, 2.0 ** (-1.0 / window.half_life)) if type(window) is Exponential else None

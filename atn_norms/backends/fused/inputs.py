@@ -1,0 +1,120 @@
+"""Arguments of the operators, in one place: their order, their types, and their form as a flat list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; the operators' schemas, their fakes and their autograd are generated from it.
+
+    | field | meaning | shape |
+    |---|---|---|
+    | `xs` | inputs, time first | `[T, B, D]` |
+    | `weight_ih`, `weight_hh` | N = gates * H | `[N, D]`, `[N, H]` |
+    | `bias_ih`, `bias_hh` | or None | `[N]` |
+    | `h0`, `c0` | initial state; c0 of a cell without one is empty | `[B, H]` |
+    | `affine` | gain and shift of every site that has them, in order | `[F]` each |
+    | `populations` | population means and variances of every site that uses them | `[1 or T, 2 F]` each |
+    | `states` | every site's leaves, in order, or none where all are fresh | |
+    | `lengths` | steps of each row, or None | `[B]` |
+
+    A gradient of a call has the same form: None where there is none.
+    """
+
+    xs: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    h0: Tensor
+    c0: Tensor
+    affine: Sequence[Tensor]
+    populations: Sequence[Tensor]
+    states: Sequence[Tensor]
+    lengths: Tensor | None
+
+    def flatten(self) -> list[Tensor | None]:
+        """Return all tensors in one list: the single ones, then those of the sequences."""
+        fields: Sequence[Any] = list(self)
+        flat = [fields[place] for place in SINGLE]
+        for place in MANY:
+            flat += fields[place]
+        return flat
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Lengths of the sequences."""
+        fields: Sequence[Any] = list(self)
+        return tuple([len(fields[place]) for place in MANY])
+
+    def gradients(self, found: Sequence[Tensor], wants_xs: bool) -> Inputs:
+        """Return the results of the backward operator as gradients of these inputs."""
+        dxs, dwi, dwh, *biases, dh0, dc0 = found[:7]
+        biases = [None, None] if self.bias_ih is None else biases
+        affine, populations, states = self.counts
+        rest = found[7 : 7 + affine], [None] * populations, found[7 + affine : 7 + affine + states]
+        return Inputs._make([dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, *rest, None])
+
+    @property
+    def places(self) -> list[int]:
+        """Places of differentiable tensors in the flat list, in the order of the backward operator's results."""
+        affine, populations, states = self.counts
+        single = [place for place in range(len(SINGLE) - 1) if self[place] is not None]  # the last is `lengths`
+        start = len(SINGLE) + affine
+        return [*single, *range(len(SINGLE), start), *range(start + populations, start + populations + states)]
+
+    @staticmethod
+    def unflatten(flat: Sequence[Any], counts: Sequence[int]) -> Inputs:
+        """Return the inputs of a flat list, which may be longer."""
+        fields: list[Any] = [None] * len(Inputs._fields)
+        for place, tensor in zip(SINGLE, flat, strict=False):
+            fields[place] = tensor
+        start = len(SINGLE)
+        for place, count in zip(MANY, counts, strict=True):
+            fields[place] = list(flat[start : start + count])
+            start += count
+        return Inputs._make(fields)
+
+
+class Fitted(NamedTuple):
+    """Inputs that were checked against a plan: with their layout, and the tensors that are not None."""
+
+    layout: Any
+    inputs: Inputs
+    tensors: list[Tensor]
+
+
+class Grads(NamedTuple):
+    """Gradients of the results; None of `states` where a state leaf has none."""
+
+    ys: Tensor
+    hn: Tensor
+    cn: Tensor
+    states: Sequence[Tensor | None]
+
+    @staticmethod
+    def of(single: Sequence[Tensor | None], states: Sequence[Tensor | None], like: Sequence[Tensor]) -> Grads:
+        """Return gradients with zeros like these tensors where a single one is absent."""
+        ys, hn, cn = (torch.zeros_like(a) if g is None else g for g, a in zip(single, like, strict=True))
+        return Grads(ys, hn, cn, states)
+
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[Tensor | None]: "Tensor?[]",
+}
+_KINDS = [_TYPES[kind] for kind in get_type_hints(Inputs).values()]
+SINGLE = tuple(place for place, kind in enumerate(_KINDS) if not kind.endswith("[]"))
+MANY = tuple(place for place, kind in enumerate(_KINDS) if kind.endswith("[]"))
+
+
+def schema_of(kind: Any, prefix: str = "") -> list[str]:
+    """Return the fields of a named tuple of tensors as arguments of a torch operator."""
+    return [f"{_TYPES[hint]} {prefix}{name}" for name, hint in get_type_hints(kind).items()]

@@ -1,0 +1,76 @@
+"""Modes of torch around a call: transforms, compilers, tracers, profilers, and tensors that are no plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+
+_ORDINARY = {Tensor, nn.Parameter}
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+
+
+def in_transform() -> bool:
+    """Return True inside a transform of torch.func."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0  # type: ignore[attr-defined]
+
+
+def _has_rules() -> bool:
+    """Return True where the operators have a rule for every active transform."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
+    return all(level.key() in (TransformType.Grad, TransformType.Vmap) for level in stack)
+
+
+def unsupported_transform() -> str | None:
+    """Return why no operator can run: a transform that it has no rule for is active; None if it can run."""
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no form of its operator"
+    if in_transform() and torch.compiler.is_compiling():
+        return "it has no rule for compiled torch.func transforms (grad, vmap, jvp, ...), and one is active"
+    if forward_ad._current_level >= 0:
+        return "it has no rule for forward-mode AD (jvp, jacfwd, ...), and a dual level is active"
+    if in_transform() and not _has_rules():
+        return "it has rules for vmap and reverse-mode transforms of torch.func, and another one is active"
+    return None
+
+
+def check_no_tangents(name: str) -> None:
+    """Raise `RuntimeError` under forward-mode AD: a saved graph that holds the operator would drop the tangents."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(f"atn_norms::{name}: got a call under forward-mode AD; expected a call of the layer itself")
+
+
+def batched(grads: Sequence[Tensor | None]) -> bool:
+    """Return whether `is_grads_batched=True` or `vectorize=True` batches these gradients."""
+    return any(grad is not None and _is_batched(grad) for grad in grads)
+
+
+def unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Return True where kernels may read tensors directly, since nothing observes the call and they are ordinary.
+
+    Observers are compilers, tracers, profilers, modes and function transforms. Ordinary tensors are of torch's classes
+    and hold plain numbers: no negation bit, no zero tensor.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
+    ):
+        return False
+    there = [tensor for tensor in tensors if tensor is not None]
+    return (
+        {type(tensor) for tensor in there} <= _ORDINARY
+        and not any(map(Tensor.is_neg, there))
+        and not any(map(Tensor._is_zerotensor, there))
+    )
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Return an uninitialized tensor of this type and shape, contiguous however this one lies."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
