@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from atn_norms.backends import Reference, base
+from atn_norms.backends import Reference, Unsupported, base
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.bench import BenchSpec, Case, Size, contest, engine, laws, measure, memory
 from atn_norms.bench.records import Row, compared
@@ -153,7 +153,7 @@ def test_a_wrong_textbook_takes_the_figures_of_the_reference_too(monkeypatch):
 
 def test_a_backend_that_refuses_is_no_failure(wrong, monkeypatch, capsys):
     wrong(gradient_doubled)
-    monkeypatch.setattr(Wrong, "unsupported_reason", lambda self, cell, weights: "not today")
+    monkeypatch.setattr(Wrong, "prepare", lambda self, cell, description: Unsupported("cell", "not today"))
     arguments = ("bench", *QUICK[:4], "--runners", "wrong", "--modes", "training", *QUICK[6:], "--json")
     assert main(arguments) == 0
     row = json.loads(capsys.readouterr().out)["cases"][0]["rows"][1]
