@@ -619,7 +619,7 @@ def test_the_page_reports_the_time_to_a_level(tmp_path):
         first = [x["step"] for x in shown.curve if x["validation"] is not None and x["validation"] <= 0.1][:1]
         assert line["reached_at"] == "".join(map(str, first))
     with pytest.raises(
-        SpecError, match="--reach adding2: no task of this study; it has adding; did you mean 'adding'?"
+        SpecError, match="--reach adding2: got an unknown task; expected one of adding; did you mean 'adding'?"
     ):
         report.write(record, tmp_path, {"adding2": 0.1})
 
@@ -660,5 +660,5 @@ def test_a_level_that_is_none_is_refused(given):
 
 def test_levels_are_read_as_they_are_given():
     assert _levels(["adding=0.1", "a=b=1e-2"]) == {"adding": 0.1, "a=b": 0.01}
-    with pytest.raises(SpecError, match="must be a finite number, got nan"):
+    with pytest.raises(SpecError, match="got nan; expected a finite number"):
         findings(study(score, seeds=1), _levels(["adding=nan"]))

@@ -1,4 +1,4 @@
-"""Run every command and file of `Write a normalizer in ten minutes` in a new environment."""
+"""Run every command and file of docs/write-a-normalizer.md in a new environment."""
 
 import os
 import re

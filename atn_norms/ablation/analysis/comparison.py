@@ -1,4 +1,4 @@
-"""Points of the grid under a measure, each compared seed by seed with a named baseline."""
+"""Compare the points of the grid under a measure, seed by seed, with a named baseline."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Labels = dict[str, str]
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that trials are compared by.
+    """A number of each trial, by which trials are compared.
 
     | field   | meaning                                                                                             |
     |---------|-----------------------------------------------------------------------------------------------------|
     | `name`  | the name of the number                                                                              |
-    | `goal`  | `min` where smaller is better, `max` where larger is                                                |
-    | `score` | trial -> number; infinite, at the bad end, where it ended without one; None where it has not ended  |
-    | `limit` | value that replaces such an infinite number in a mean; None where it has no part in one             |
-    | `log`   | whether logarithms are averaged and compared: means are geometric, differences are ratios           |
+    | `goal`  | `min` if a smaller number is better, `max` if a larger number is better                             |
+    | `score` | trial -> number; the worst infinity if the trial ended without a number; None if it has not ended   |
+    | `limit` | value that replaces an infinite number in a mean; None: infinite numbers are excluded from means    |
+    | `log`   | True: logarithms are averaged and compared, so means are geometric and differences are ratios       |
     """
 
     name: str
@@ -38,22 +38,22 @@ class Measure:
     log: bool = False
 
     def scaled(self, value: float) -> float:
-        """A score on the scale where scores are averaged and subtracted; an infinite score stays as it is."""
+        """Convert a score to the scale on which scores are averaged and subtracted; infinite scores stay infinite."""
         return math.log(value) if self.log and math.isfinite(value) else value
 
     def unscaled(self, value: float) -> float:
-        """Return a mean to the unit of the scores, and a difference to a difference or, with `log`, to a ratio."""
+        """Convert a mean back to the unit of the scores; with `log`, a difference becomes a ratio."""
         return math.exp(min(value, 700.0)) if self.log and math.isfinite(value) else value
 
 
 def final(record: StudyRecord, task: str) -> Measure:
-    """The test metric at the end of training; a diverged trial ranks last and has no part in a mean."""
+    """Measure the test metric at the end of training; a diverged trial ranks last and is excluded from means."""
     facts = record.tasks[task]
     return in_logarithm(Measure(f"test {facts.metric}", facts.goal, lambda trial: score(trial, facts)), record, task)
 
 
 def tail(record: StudyRecord, task: str, validations: int) -> Measure:
-    """The mean of a trial's last validations; a diverged trial ranks last and has no part in a mean."""
+    """Measure the mean of the last validations; a diverged trial ranks last and is excluded from means."""
     facts = record.tasks[task]
 
     def last(trial: TrialRecord) -> float | None:
@@ -68,7 +68,7 @@ def tail(record: StudyRecord, task: str, validations: int) -> Measure:
 
 
 def in_logarithm(measure: Measure, record: StudyRecord, task: str) -> Measure:
-    """Compare in logarithm where the task's spread is multiplicative and every score is positive."""
+    """Return a measure of logarithms if the task's spread is multiplicative and every score is positive."""
     if record.tasks[task].spread != "multiplicative":
         return measure
     values = [measure.score(trial) for trial in record.trials if trial.points and trial.points[0].get("task") == task]
@@ -76,14 +76,14 @@ def in_logarithm(measure: Measure, record: StudyRecord, task: str) -> Measure:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a measured value is a number within bounds."""
+    """Return True for a number below 1e30 in size."""
     return isinstance(value, int | float) and abs(value) < EXPLODED
 
 
 def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
-    """The trial's metric on a split in the end; infinity at the bad end where it diverged; None without an outcome.
+    """Return the final metric of a trial on a split: the worst infinity if it diverged, None if it has not ended.
 
-    A trial whose final metric is not a number, or is beyond 1e30, counts as diverged, whatever its status.
+    A trial whose final metric is no number, or is beyond 1e30, counts as diverged, whatever its status.
     """
     worst = math.inf if facts.goal == "min" else -math.inf
     if trial.status == "diverged":
@@ -95,7 +95,7 @@ def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | 
 
 
 def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
-    """The trial's status, where one that ended with a metric out of all bounds counts as diverged."""
+    """Return the status of a trial; a trial whose final metric is beyond 1e30 counts as diverged."""
     task = trial.points[0].get("task", "") if trial.points else ""
     if trial.status != "done" or task not in record.tasks:
         return trial.status
@@ -107,15 +107,15 @@ def outcome(record: StudyRecord, trial: TrialRecord) -> Status:
 class Point:
     """One distinct point of the grid under one measure, with every seed of the study.
 
-    | field        | meaning                                                                              |
-    |--------------|--------------------------------------------------------------------------------------|
-    | `cells`      | the grid cells that resolve to it: one, or several (no norm: the window has no effect) |
-    | `trials`     | its trials, by seed, whatever their status                                           |
-    | `ends`       | seed -> status of its trial                                                          |
-    | `scores`     | seed -> its number, infinite where it has none (`Measure`); no entry without outcome |
-    | `measure`    | the measure of the numbers                                                           |
-    | `tuned`      | tuned option -> the value with the best validation; the trials are those at this value |
-    | `candidates` | all trials of the point, those at the other values of tuned options included         |
+    | field        | meaning                                                                                 |
+    |--------------|-----------------------------------------------------------------------------------------|
+    | `cells`      | the grid cells that resolve to the point: several if, without a norm, the window varies |
+    | `trials`     | the trials of the point, by seed, whatever their status                                 |
+    | `ends`       | seed -> status of the trial                                                             |
+    | `scores`     | seed -> number of the trial, which may be infinite (`Measure`); no entry if unfinished  |
+    | `measure`    | the measure of the numbers                                                              |
+    | `tuned`      | tuned option -> the value with the best validation, at which `trials` were trained      |
+    | `candidates` | the trials of the point at all values of the tuned options                              |
     """
 
     cells: tuple[Labels, ...]
@@ -128,7 +128,7 @@ class Point:
 
     @cached_property
     def counted(self) -> dict[int, float]:
-        """Seed -> the number that counts in a mean: finite, at most the measure's limit."""
+        """Seed -> number that enters a mean: finite, and at most the limit of the measure."""
         limit = self.measure.limit
         if limit is not None:
             return {seed: min(value, limit) for seed, value in self.scores.items()}
@@ -136,17 +136,17 @@ class Point:
 
     @property
     def values(self) -> list[float]:
-        """The numbers that count in a mean, by seed."""
+        """The numbers that enter a mean, by seed."""
         return list(self.counted.values())
 
     @cached_property
     def scaled(self) -> dict[int, float]:
-        """Seed -> the number on the scale where numbers are averaged and subtracted."""
+        """Seed -> number on the scale on which numbers are averaged and subtracted."""
         return {seed: self.measure.scaled(value) for seed, value in self.counted.items()}
 
     @property
     def lost(self) -> int:
-        """The number of seeds with an outcome and without a number: diverged, or the level was never reached."""
+        """The number of finished seeds without a finite number: the trial diverged, or never reached the level."""
         return sum(math.isinf(value) for value in self.scores.values())
 
     @property
@@ -161,12 +161,12 @@ class Point:
 
     @cached_property
     def mean(self) -> float:
-        """Mean of the numbers that count, geometric under a logarithmic measure; NaN when there is none."""
+        """Mean of `values`, geometric under a logarithmic measure; NaN without values."""
         return self.measure.unscaled(mean(list(self.scaled.values())))
 
     @cached_property
     def median(self) -> float:
-        """Median over all seeds with an outcome, those without a number last; infinite where half or more have none."""
+        """Median over all finished seeds; infinite if half of them or more have no finite number."""
         return median(self.scores.values())
 
     @cached_property
@@ -180,23 +180,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Difference:
-    """A point against its reference, paired by seed.
+    """The difference of a point and its reference, paired by seed.
 
         mean        = 1/n sum_s (point_s - reference_s)                                           (derived)
         improvement = 1/m sum_s [point_s better than reference_s] + [point_s = reference_s] / 2
 
-    Under a logarithmic measure the differences are those of logarithms, and `effect` is a ratio.
+    Under a logarithmic measure, `values` are differences of logarithms, and `effect` is a ratio.
 
     | field         | meaning                                                                                       |
     |---------------|-----------------------------------------------------------------------------------------------|
-    | `values`      | seed -> difference, on the measure's scale, of the n seeds where both have a number that counts |
-    | `mean`        | their mean; NaN without a pair                                                                |
-    | `paired`      | its tests and intervals; None below two pairs                                                 |
-    | `median`      | of the differences of all ranked pairs; infinite where most have a side without a number      |
-    | `improvement` | probability of improvement, 0 to 1; a side without a number loses, two of them tie            |
-    | `chance`      | its Wilson interval; None without a pair                                                      |
-    | `ranked`      | m, the seeds where both have an outcome                                                       |
-    | `diverged`    | of these, how many times the point diverged; `reference_diverged`: how many times the other   |
+    | `values`      | seed -> difference on the measure's scale, for the n seeds at which both sides enter a mean     |
+    | `mean`        | mean of `values`; NaN without a pair                                                            |
+    | `paired`      | tests and intervals of `mean`; None for fewer than two pairs                                    |
+    | `median`      | median difference of all ranked pairs; may be infinite if sides have no finite number           |
+    | `improvement` | probability of improvement, 0 to 1; a side without a finite number loses, two such sides tie    |
+    | `chance`      | Wilson interval of `improvement`; None without a pair                                           |
+    | `ranked`      | m, the number of seeds at which both trials ended                                               |
+    | `diverged`    | number of these seeds at which the point diverged                                               |
+    | `reference_diverged` | number of these seeds at which the reference diverged                                    |
     """
 
     reference: Point
@@ -219,7 +220,7 @@ class Difference:
         sign = 1 if measure.goal == "min" else -1
         scored = [(point.scores[seed], reference.scores[seed]) for seed in ranked]
         wins = sum(float(sign * mine < sign * other) + float(mine == other) / 2 for mine, other in scored)
-        # A limit makes numbers of all scores; without one the infinite ones still rank, and two of them tie.
+        # With a limit all numbers are finite; without a limit infinite scores still rank, and two of them tie.
         ends = [(ours.get(s, point.scores[s]), theirs.get(s, reference.scores[s])) for s in ranked]
         return cls(
             reference=reference,
@@ -241,22 +242,22 @@ class Difference:
 
     @property
     def pairs(self) -> int:
-        """The number of seeds where both sides have a number that counts."""
+        """The number of seeds at which both sides enter a mean."""
         return len(self.values)
 
     @property
     def interval(self) -> Interval | None:
-        """95% interval of `mean`; None below two pairs."""
+        """95% interval of `mean`; None for fewer than two pairs."""
         return self.paired.interval if self.paired else None
 
     @property
     def p(self) -> float | None:
-        """Two-sided p-value of "no difference", for this comparison alone; None below two pairs."""
+        """Two-sided p-value of "no difference", without correction; None for fewer than two pairs."""
         return self.paired.p if self.paired else None
 
     @property
     def effect(self) -> float:
-        """`mean` as readers see it: a difference in the measure's unit, a ratio under a logarithmic measure."""
+        """`mean` in the unit of the measure: a difference, or a ratio under a logarithmic measure."""
         return self.measure.unscaled(self.mean)
 
     @property
@@ -267,16 +268,16 @@ class Difference:
 
     @property
     def ahead(self) -> bool:
-        """True where the point is better than its reference on average."""
+        """True if the point is better than its reference on average."""
         return (self.mean < 0) == (self.measure.goal == "min") and self.mean != 0
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict of this comparison alone, which exploratory tables show."""
+        """The verdict of this comparison without correction, for exploratory tables."""
         return self.verdict_at(self.p)
 
     def verdict_at(self, p: float | None) -> Verdict:
-        """Return `helps` or `hurts` for five pairs, a p-value below 5% and a better side that never diverged."""
+        """Return `helps` or `hurts` if there are five pairs, p is below 5%, and the better side never diverged."""
         if p is None or self.pairs < ENOUGH_SEEDS or p >= ALPHA:
             return "undecided"
         if self.diverged if self.ahead else self.reference_diverged:
@@ -286,7 +287,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A point and, where its reference is another point, its difference to the reference."""
+    """A point, and its difference to the reference unless it is the reference."""
 
     point: Point
     against: Difference | None
@@ -295,7 +296,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One task under one measure: a row per distinct point in the grid's order; `index` maps each cell to its row."""
+    """One task under one measure: a row per distinct point, in the order of the grid; `index` maps cells to rows."""
 
     task: str
     measure: Measure
@@ -303,17 +304,17 @@ class Comparison:
     index: Mapping[Cell, Row]
 
     def at(self, cell: Mapping[str, str]) -> Row | None:
-        """The row of one grid cell (axis -> label)."""
+        """Return the row of one grid cell (axis -> label)."""
         return self.index.get(_key(cell))
 
     @property
     def has_reference(self) -> bool:
-        """True where any row is compared with another."""
+        """True if any row is compared with another row."""
         return any(row.against for row in self.rows)
 
     @property
     def best(self) -> Row | None:
-        """The row with the best mean, of equals the one that lost fewest seeds; None where no trial has finished."""
+        """The row with the best mean; of equal rows, the one with fewest lost seeds. None without a finished trial."""
         sign = 1 if self.measure.goal == "min" else -1
         finished = (row for row in self.rows if row.point.values)
         return min(finished, key=lambda row: (sign * row.point.mean, row.point.lost), default=None)
@@ -322,8 +323,8 @@ class Comparison:
 def compare(record: StudyRecord, baseline: Mapping[str, str] | None = None) -> tuple[Comparison, ...]:
     """Compare every point of every task by its final metric with the point that has the baseline's labels.
 
-    `baseline`: axis -> label; the study's own when None. Axes it does not name are matched: `{"norm": "none"}` compares
-    a GRU with the un-normalized GRU. Points without such a partner have no difference.
+    `baseline`: axis -> label; None selects the baseline of the study. On all other axes the two points are equal:
+    `{"norm": "none"}` compares a GRU with the GRU without a norm. A point without such a partner has no difference.
     """
     return tuple(compare_task(record, task, final(record, task), baseline) for task in record.tasks)
 
@@ -338,7 +339,7 @@ def compare_task(
     rows = []
     for point in points:
         partners = [home.get(_key({**cell, **named})) for cell in point.cells] if named else []
-        # Cells that collapsed into one point could name different partners; then there is no reference.
+        # The cells of one point may have different partners; then there is no reference.
         reference = partners[0] if partners and all(partner is partners[0] for partner in partners) else None
         is_reference = reference is point
         against = Difference.between(point, reference) if reference is not None and not is_reference else None
@@ -347,7 +348,7 @@ def compare_task(
 
 
 def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]:
-    """The distinct points of a task, each at its best values of tuned options."""
+    """Yield the distinct points of a task, each at its best values of the tuned options."""
     order = {axis: {label: place for place, label in enumerate(labels)} for axis, labels in record.axes.items()}
 
     def place(cell: Cell) -> list[int]:
@@ -376,9 +377,9 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
 
 
 def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> tuple[Labels, tuple[TrialRecord, ...]]:
-    """The tuned options' values with the best mean validation, and the trials at these values.
+    """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
-    The mean runs over the seeds for which every candidate has an outcome. A diverged trial is worse than any other.
+    The mean is over the seeds at which the trials of all values have ended. Fewer diverged trials are always better.
     """
     if not record.tune:
         return {}, trials

@@ -1,4 +1,4 @@
-"""The verdicts of a study: each declared comparison at its primary endpoint, corrected for how many there are."""
+"""The verdicts of a study: each declared comparison on its primary endpoint, with corrected p-values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Decision:
     | `difference`    | the comparison                                                                                |
     | `p`             | p-value of "no difference", adjusted by Holm's method over the family                         |
     | `p_equivalence` | p-value of "a difference of at least the margin", adjusted the same way; None without a margin |
-    | `margin`        | on the measure's scale (the logarithm of a ratio); None where the study names none            |
+    | `margin`        | margin on the measure's scale (the logarithm of a ratio); None if the study has no margin     |
     | `family`        | the number of declared comparisons of the study                                               |
     | `both_trivial`  | whether a trivial predictor scores better than both sides on average                          |
     """
@@ -37,7 +37,7 @@ class Decision:
     def verdict(self) -> Verdict:
         """`helps`, `hurts`, `no difference` (larger than the margin), or `undecided`.
 
-        A difference that is shown to be smaller than the margin is `no difference`, even where it is shown not to be 0.
+        If both tests reject, the verdict is `no difference`: the difference is not 0, but smaller than the margin.
         """
         difference = self.difference
         lost = difference.diverged or difference.reference_diverged
@@ -48,32 +48,33 @@ class Decision:
 
     @property
     def target(self) -> float:
-        """The difference that power is computed for: the margin, or the observed mean where there is no margin."""
+        """The difference for which power is computed: the margin, or the observed mean without a margin."""
         return self.difference.mean if self.margin is None else self.margin
 
     @property
     def alpha(self) -> float:
-        """The level of each test that Holm's method certainly reaches: 5% over the size of the family."""
+        """The strictest level in Holm's method: 5% over the size of the family."""
         return ALPHA / self.family
 
     @property
     def power(self) -> float | None:
-        """The probability to detect `target` with these seeds, at the observed spread; None below two pairs."""
+        """The probability of detecting `target` with these seeds at the observed spread; None below two pairs."""
         paired = self.difference.paired
         return student.power(paired.standardized(self.target), self.difference.pairs, self.alpha) if paired else None
 
     @property
     def needed(self) -> int | None:
-        """The seeds that detect `target` with a probability of 80%; None where unknown, or above 10,000."""
+        """The number of seeds that detect `target` with a probability of 80%; None if unknown, or above 10,000."""
         paired = self.difference.paired
         return student.needed(paired.standardized(self.target), self.alpha) if paired else None
 
 
 def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -> list[Decision]:
-    """Correct the declared comparisons of a study for how many there are.
+    """Correct the p-values of the declared comparisons of a study for their number.
 
-    `margins`: the margin of each, in the unit of its `effect`. A comparison without two pairs counts in the
-    family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each at 5%.
+    `margins`: the margin of each comparison, in the unit of its `effect`. A comparison of fewer than two pairs is part
+    of the family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each
+    with its own 5%.
     """
     scaled = [_scaled(each, margin) for each, margin in zip(differences, margins, strict=True)]
     tests = holm([each.p if each.p is not None else 1.0 for each in differences])

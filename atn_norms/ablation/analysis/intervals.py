@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 ENOUGH_SEEDS = 5
 COVERAGE = 0.95
-EXPLODED = 1e30  # next to a number of this size no mean and no axis shows the others
+EXPLODED = 1e30  # a number of this size hides all others in a mean or on an axis
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,17 @@ class Interval:
     high: float
 
     def excludes(self, value: float) -> bool:
-        """Return whether `value` lies strictly outside."""
+        """Return True if `value` is strictly outside the interval."""
         return value < self.low or value > self.high
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, from a sum without rounding, so that no order of the values changes it; NaN of none."""
+    """Return the mean, from an exact sum, so that the order of the values has no effect; NaN without values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def median(values: Iterable[float]) -> float:
-    """The middle value, or the mean of the middle two; infinities rank at their ends; NaN of none.
+    """Return the median, where infinite values rank first or last; NaN without values.
 
     >>> median([1.0, 2.0, float("inf")]), median([1.0, float("inf")])
     (2.0, inf)
@@ -43,11 +43,11 @@ def median(values: Iterable[float]) -> float:
 
 
 def wilson(wins: float, of: int) -> Interval | None:
-    """Wilson's score interval of a probability, 95% wide, from `wins` (ties as halves) in `of` trials.
+    """Return Wilson's 95% score interval of a probability, from `wins` in `of` trials; a tie is half a win.
 
         (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)        Wilson (1927)
 
-    It does not shrink to a point when all trials agree. None without a trial.
+    The interval has a positive width even if all trials agree. Return None for `of = 0`.
 
     >>> found = wilson(5, 5)
     >>> round(found.low, 3), found.high

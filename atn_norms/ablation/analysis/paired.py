@@ -1,4 +1,4 @@
-"""Tests and intervals of a mean paired difference that hold at the few seeds a study has."""
+"""Tests and intervals of a mean paired difference, for small numbers of seeds."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Method = Literal["paired t", "studentized bootstrap"]
 
 @dataclass(frozen=True)
 class Paired:
-    """A mean paired difference d with what is known about it; none of it depends on the order of the seeds.
+    """Statistics of the mean of paired differences d; none depends on the order of the seeds.
 
         T* = (mean(d*) - mean(d)) / se(d*)          se(d) = sd(d) / sqrt(n)
 
-    T* follows Student's t with n - 1 degrees of freedom: the paired t test (Student, 1908). From 15 pairs on, where
-    the skewness of d exceeds 1 in size, T* is resampled instead: the studentized bootstrap (Efron, 1981; Hall, 1988).
-    Every second resample mirrors the one before it, so that the interval of -d is minus the interval of d.
+    T* follows Student's t with n - 1 degrees of freedom: the paired t test (Student, 1908). With 15 pairs or more and
+    a skewness above 1 in size, T* is resampled instead: the studentized bootstrap (Efron, 1981; Hall, 1988). Resamples
+    are mirrored in pairs, so that the interval of -d is minus the interval of d.
 
     | symbol | meaning |
     |---|---|
-    | `values` | d, the differences, in order of size; finite, of one unit, at least two |
+    | `values` | d, at least two finite differences in one unit, in ascending order |
     | d* | n values drawn from d with replacement |
 
     >>> found = Paired.of([-1.2, -0.4, -0.9, -1.1, -0.6])
@@ -46,7 +46,7 @@ class Paired:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Paired | None:
-        """Return the statistics of differences; None below two, which have no spread."""
+        """Return the statistics of differences; None for fewer than two, which have no spread."""
         return cls(tuple(sorted(values))) if len(values) > 1 else None
 
     @cached_property
@@ -63,7 +63,7 @@ class Paired:
 
     @cached_property
     def skewness(self) -> float:
-        """The third central moment over the second to the power 3/2; 0 where nothing varies."""
+        """The third central moment over the second to the power 3/2; 0 if all differences are equal."""
         if not self.deviation:
             return 0.0
         n = len(self.values)
@@ -77,7 +77,7 @@ class Paired:
         return "studentized bootstrap" if resampled else "paired t"
 
     def interval_at(self, alpha: float) -> Interval:
-        """Return the interval that covers the true mean with probability 1 - `alpha`."""
+        """Return the interval that contains the true mean with probability 1 - `alpha`."""
         error = self._error
         if not error:
             return Interval(self.mean, self.mean)
@@ -97,7 +97,7 @@ class Paired:
     def p_equivalence(self, margin: float) -> float:
         """The p-value of "the mean difference is `margin` or more, in either direction" (two one-sided tests).
 
-        Schuirmann (1987). A small one shows that no difference larger than the margin is there.
+        Schuirmann (1987). A small p-value shows that the mean difference is smaller than the margin.
         """
         below, _ = self._tails(self.mean - margin)
         _, above = self._tails(self.mean + margin)
@@ -105,9 +105,10 @@ class Paired:
 
     @cached_property
     def p_sign_flip(self) -> float:
-        """The two-sided p-value of the sign-flip permutation test, which assumes symmetry and no distribution.
+        """The two-sided p-value of the sign-flip permutation test, which assumes a symmetric distribution.
 
-        All 2^n signs are counted up to 14 pairs, 10,000 random ones beyond. It is at least 2^(1-n): 0.0625 at 5 pairs.
+        Up to 14 pairs the test uses all 2^n signs, beyond 14 pairs 10,000 random ones. With all signs the p-value is
+        at least 2^(1-n): 0.0625 at 5 pairs.
         """
         values = np.asarray(self.values)
         if len(values) <= _EXACT:
@@ -122,11 +123,11 @@ class Paired:
 
     @property
     def effect(self) -> float:
-        """The mean difference in standard deviations; infinite where nothing varies but the sides differ."""
+        """The mean difference in standard deviations; infinite if the differences are equal and not 0."""
         return self.standardized(self.mean)
 
     def standardized(self, difference: float) -> float:
-        """A difference in standard deviations of the differences."""
+        """Return a difference in units of the standard deviation of the differences."""
         if not difference:
             return 0.0
         return abs(difference) / self.deviation if self.deviation else math.inf
@@ -137,7 +138,7 @@ class Paired:
 
     @cached_property
     def _resampled(self) -> np.ndarray:
-        """T* of 10,000 resamples, in order of size."""
+        """T* of 10,000 resamples, in ascending order."""
         sample, n = np.asarray(self.values), len(self.values)
         draws = np.random.default_rng(0).integers(0, n, size=(RESAMPLES // 2, n))
         resamples = np.concatenate([sample[draws], sample[n - 1 - draws]])
@@ -151,7 +152,7 @@ class Paired:
         return float(np.quantile(self._resampled, q, method="inverted_cdf" if q > 0.5 else "higher"))
 
     def _tails(self, distance: float) -> tuple[float, float]:
-        """P(T* <= distance / se) and P(T* >= distance / se)."""
+        """Return P(T* <= distance / se) and P(T* >= distance / se)."""
         if not self._error:
             return float(distance >= 0), float(distance <= 0)
         t = distance / self._error
@@ -164,7 +165,7 @@ class Paired:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Adjust p-values of one family for how many there are (Holm, 1979), in their order.
+    """Adjust the p-values of one family for their number (Holm, 1979); the order is kept.
 
         adjusted_(i) = max_(j <= i) min(1, (m - j + 1) p_(j))         p_(1) <= ... <= p_(m)
 

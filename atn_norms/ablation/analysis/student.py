@@ -8,13 +8,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-MOST_SEEDS = 10_000  # a study that needs more is not going to be run
+MOST_SEEDS = 10_000  # larger numbers of seeds are not practical
 POWER = 0.8
 _NODES = 2_000  # of the trapezoid rule over the logarithm of the spread; the error is below 1e-9
 
 
 def within(t: float, df: int) -> float:
-    """P(|T| <= t) of Student's t with `df` degrees of freedom (Abramowitz, Stegun, 26.7.3 and 26.7.4).
+    """Return P(|T| <= t) of Student's t with `df` degrees of freedom (Abramowitz, Stegun, 26.7.3 and 26.7.4).
 
     >>> round(within(2.776445, 4), 6), within(float("inf"), 3)
     (0.95, 1.0)
@@ -30,13 +30,13 @@ def within(t: float, df: int) -> float:
 
 
 def cdf(t: float, df: int) -> float:
-    """P(T <= t)."""
+    """Return P(T <= t) of Student's t with `df` degrees of freedom."""
     return 0.5 + math.copysign(within(t, df) / 2, t)
 
 
 @lru_cache(maxsize=1024)
 def quantile(q: float, df: int) -> float:
-    """The t with P(T <= t) = q, for 0 < q < 1.
+    """Return the t with P(T <= t) = q, for 0 < q < 1.
 
     >>> round(quantile(0.975, 4), 6), quantile(0.5, 7)
     (2.776445, 0.0)
@@ -82,7 +82,7 @@ def power(effect: float, n: int, alpha: float) -> float:
 
 
 def needed(effect: float, alpha: float, wanted: float = POWER) -> int | None:
-    """Return the fewest pairs with which a paired t test has the `wanted` power; None above `MOST_SEEDS`.
+    """Return the smallest number of pairs at which a paired t test has the `wanted` power; None above `MOST_SEEDS`.
 
     >>> needed(1.0, 0.05), needed(0.0, 0.05)
     (10, None)

@@ -1,4 +1,4 @@
-"""Steps until the validation metric of a trial first reaches a level, which is the same for every point."""
+"""The steps until the validation metric of a trial first reaches a level, which all points of a task share."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from atn_norms.ablation.analysis.comparison import Measure, compare_task, in_log
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.errors import SpecError, did_you_mean
 
-WAY = 0.75  # of the way from the best trivial predictor to the best point lies the default level
+WAY = 0.75  # position of the default level, from the best trivial predictor (0) to the best point (1)
 
 
 @dataclass(frozen=True)
 class Level:
-    """The level that the trials of one task have to reach.
+    """The level of the validation metric that the trials of one task have to reach.
 
     | field   | meaning                                                                                     |
     |---------|---------------------------------------------------------------------------------------------|
-    | `value` | of the validation metric; None where there is none to reach                                 |
-    | `limit` | steps that are looked at: what the shortest-trained trial of the task was given             |
-    | `given` | whether the study, or the caller, named it                                                   |
-    | `why`   | where the value comes from, or why there is none, as the end of a sentence                  |
+    | `value` | the level, in the unit of the metric; None if the task has no level                         |
+    | `limit` | the fewest training steps of any trial of the task; later steps are ignored                 |
+    | `given` | True if the study or the caller sets the level                                              |
+    | `why`   | the origin of the level, or the reason why there is none, as the end of a sentence          |
     """
 
     value: float | None
@@ -32,17 +32,17 @@ class Level:
 
 
 def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | None = None) -> Level:
-    """The level of a task: the one given, the study's own, or the one that its trivial predictors and best point set.
+    """Return the level of a task: `given`, or the `reach` of the study, or the default level.
 
         level = trivial + 3/4 (best - trivial)                                                  (derived)
 
     | symbol    | meaning                                                                              |
     |-----------|--------------------------------------------------------------------------------------|
-    | `trivial` | what the best of the task's trivial predictors scores, in the metric's unit          |
-    | `best`    | the best mean of the validation metric at the end of any point                       |
-    | `given`   | a level for every task, or task -> level; the study's `reach` when None              |
+    | `trivial` | score of the best trivial predictor of the task, in the unit of the metric           |
+    | `best`    | best final mean of the validation metric of any point                                |
+    | `given`   | a level for every task, or task -> level; None selects `reach` of the study          |
 
-    A level that was not named beforehand is picked after the fact, though the same for every point.
+    The default level is the same for all points, but it is chosen after the results are known.
     """
     named = record.study.get("reach") if given is None else given
     own = named.get(task) if isinstance(named, Mapping) else named
@@ -66,24 +66,24 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
 
 
 def check(record: StudyRecord, given: Mapping[str, float]) -> None:
-    """Refuse levels for tasks that the study does not have; `SpecError` names what it has."""
+    """Raise `SpecError` for the level of an unknown task, and for a level that is not finite."""
     for task, value in given.items():
         if task not in record.tasks:
-            known = ", ".join(record.tasks)
-            raise SpecError(f"--reach {task}: no task of this study; it has {known}{did_you_mean(task, record.tasks)}")
+            known = f"{', '.join(record.tasks)}{did_you_mean(task, record.tasks)}"
+            raise SpecError(f"--reach {task}: got an unknown task; expected one of {known}")
         if not math.isfinite(value):
-            raise SpecError(f"--reach {task}: must be a finite number, got {value}")
+            raise SpecError(f"--reach {task}: got {value}; expected a finite number")
 
 
 def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
-    """Steps to reach the level, fewer being better.
+    """Measure the steps until the level is reached; fewer steps are better.
 
-        steps   = first step at which the validation metric was measured and had reached the level, or never
+        steps   = first validated step at which the metric has reached the level, or never
         counted = min(steps, limit)
 
-    A trial that ended without reaching it, diverged or not, counts as `limit` in a mean: that is the mean of the steps,
-    out of the first `limit`, before the level was reached (a restricted mean, as of survival times), and is defined
-    where trials never reach it. A trial that still trains, or failed, has no outcome: counting the early ones flatters.
+    A trial that ended without reaching the level, diverged or not, counts as `limit` in a mean. This is a restricted
+    mean, as for survival times, and it is defined even if no trial reaches the level. A trial that failed, or is still
+    training, has no number. Excluding the trials that never reach the level would favour points that often fail.
     """
     if to.value is None:
         raise ValueError(f"task {task} has no level to reach: {to.why}")
@@ -102,6 +102,6 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
 
 
 def _limit(record: StudyRecord, task: str) -> int:
-    """The steps that every trial of the task was given."""
+    """Return the fewest training steps of any trial of the task."""
     given = [trial.trial["train"]["steps"] for trial in record.trials if trial.points[0].get("task") == task]
     return min(given, default=0)

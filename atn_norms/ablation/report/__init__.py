@@ -1,4 +1,4 @@
-"""A study as a page: pictures, tables and sentences, all derived from the record."""
+"""The report of a study: pictures, tables and sentences, all computed from the record."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def write(
 
     | symbol    | meaning                                                                                        |
     |-----------|------------------------------------------------------------------------------------------------|
-    | `record`  | a study, or its `findings`, which saves computing them again                                   |
-    | `reach`   | task -> the level whose first reaching is timed, in place of the study's own and the default   |
+    | `record`  | a study, or its `findings` if they are computed already                                        |
+    | `reach`   | task -> level for steps to a level; it replaces `reach` of the study and the default level     |
     | `formats` | the files of pictures (`svg`, `png`) and tables (`md`, `tex`) to write; the page has all       |
 
-    The same record always gives the same bytes. `read` returns the record of a folder that this wrote.
+    The same record always gives the same bytes. `read` returns the record of a folder that `write` wrote.
 
-    Errors: `SpecError` for a level of a task that the study does not have, or an unknown format; `StoreError` naming
-    the file that cannot be written.
+    Errors: `SpecError` for a level of an unknown task, or an unknown format; `StoreError` that names the file that
+    cannot be written.
     """
     import_matplotlib()
     from atn_norms.ablation.report import archive, csv_export, html, tables

@@ -1,4 +1,4 @@
-"""A published report as the record it was made from: `study.json`, `results.csv` and `curves.csv`, written and read."""
+"""Write and read the record of a published report: `study.json`, `results.csv` and `curves.csv`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from atn_norms.ablation.store.files import StoreError, named
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 FILE = "study.json"
-_KEPT = ("steps", "keep")  # of the training options, what a report reads
+_KEPT = ("steps", "keep")  # training options that a report reads
 _NUMBERS = ("seconds", "attempts")
 
 
 def study_json(record: StudyRecord) -> str:
-    """The contents of `study.json`: the study, its tasks and environment, and the points of each trial."""
+    """Return the contents of `study.json`: the study, its tasks and environment, and the points of each trial."""
     trials = [
         {
             "id": trial.id,
@@ -46,14 +46,14 @@ def study_json(record: StudyRecord) -> str:
 
 
 def is_report(folder: Path | str) -> bool:
-    """Return whether a folder is a published report."""
+    """Return True if a folder is a published report."""
     return (Path(folder) / FILE).is_file() and (Path(folder) / "results.csv").is_file()
 
 
 def read(folder: Path | str) -> StudyRecord:
     """Return the record of a published report, from which `write` makes the same report.
 
-    Errors: `StoreError` naming the file that cannot be read, or is damaged.
+    Errors: `StoreError` that names the file that cannot be read, or is damaged.
     """
     folder = Path(folder)
     try:
@@ -77,7 +77,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 
 def _plain(field: str) -> str:
-    """A field without the apostrophe that keeps spreadsheets from running it."""
+    """Return a field without the apostrophe that prevents spreadsheets from executing it."""
     return field[1:] if re.match(r"'[=+\-@\t\r]", field) else field
 
 

@@ -1,4 +1,4 @@
-"""The style all pictures share, and how they become bytes: the same record always gives the same file."""
+"""The style of all pictures, and their bytes: the same record always gives the same file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _STYLE = {
 
 
 def style() -> AbstractContextManager[None]:
-    """A context in which figures are drawn and saved in the report's style, whatever the user's matplotlibrc."""
+    """Return a context that draws and saves figures in the style of the report, without the user's matplotlibrc."""
     plain: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
     del plain["backend"]  # other code in this process may draw
     plain.update(_STYLE)
@@ -71,7 +71,7 @@ def style() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: `name` of its files, `title`, `text` for who cannot see it, `svg` and `png`."""
+    """A finished picture: `name` of its files, `title`, `text` for screen readers, `svg` and `png`."""
 
     name: str
     title: str
@@ -81,7 +81,7 @@ class Picture:
 
     @property
     def inline(self) -> str:
-        """The SVG for a page: its colours follow the page's, it shrinks with the page, and there is no XML prologue."""
+        """The SVG for a page: with the colours and the width of the page, and without an XML prologue."""
         names = {
             INK: "var(--ink)",
             MUTED: "var(--muted)",
@@ -121,41 +121,41 @@ def _accessible(svg: str, name: str, title: str, text: str) -> str:
 
 
 def _in_tags(svg: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> str:
-    """Substitute inside tags alone: text between them may be a label from a file that happens to look the same."""
+    """Substitute inside tags alone, because the text between tags may contain the same characters."""
     return re.sub(r"<[^<>]+>", lambda tag: re.sub(pattern, replace, tag[0]), svg)
 
 
 def tidy(axes: Axes, grid: str) -> None:
-    """Light grid lines along the axis that is read (`x`, `y` or `both`), no tick marks across them."""
+    """Draw light grid lines for an axis (`x`, `y` or `both`), without tick marks."""
     axes.grid(visible=True, axis=grid)  # type: ignore[arg-type]
     axes.tick_params(length=3)
 
 
 def inches(figure: Figure, *, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place of the figure in inches, so that nothing grows or shrinks with the number of cells."""
+    """Add axes at a position in inches, so that sizes do not depend on the number of cells."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def write(figure: Figure, left: float, bottom: float, text: str, **options: Any) -> None:
-    """Text at a place of the figure in inches."""
+    """Write a text at a position in inches."""
     across, up = figure.get_size_inches()
     figure.text(left / across, bottom / up, text, va="center", **options)
 
 
 def headline(figure: Figure, text: str) -> None:
-    """The title of a figure, cut where it would leave it."""
+    """Write the title of a figure, cut to the width of the figure."""
     width, height = figure.get_size_inches()
     write(figure, EDGE, height - 0.24, shortened(text, int(width / 0.1)), fontsize=11, fontweight="bold")
 
 
 def logarithmic(values: Sequence[float], goal: Goal) -> bool:
-    """Return whether an axis over these values is logarithmic: losses, all positive, tenfold apart or more."""
+    """Return True if an axis is logarithmic: for positive losses that differ by a factor of ten or more."""
     return goal == "min" and bool(values) and min(values) > 1 / EXPLODED and max(values) >= 10 * min(values)
 
 
 def scale(axes: Axes, which: str, values: Sequence[float], goal: Goal) -> None:
-    """Give the `x` or `y` axis its scale, limits and plain decimal labels from all the values it must hold."""
+    """Set scale, limits and plain decimal labels of the `x` or `y` axis from all of its values."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     axis = axes.xaxis if which == "x" else axes.yaxis
     limit = axes.set_xlim if which == "x" else axes.set_ylim
@@ -172,7 +172,7 @@ def scale(axes: Axes, which: str, values: Sequence[float], goal: Goal) -> None:
 
 
 def look(place: int | None) -> dict[str, Any]:
-    """Colour and dash of the n-th label of the axis that runs across; ink for what has no place on it."""
+    """Return colour and dash of the n-th label of the axis across; black for a point without a label on it."""
     if place is None:
         return {"color": INK, "linestyle": DASHES[0]}
     return {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place // len(SERIES) % len(DASHES)]}

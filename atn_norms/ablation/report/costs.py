@@ -1,4 +1,4 @@
-"""The cost of a study: the time of its trials, point by point, and where they ran."""
+"""The cost of a study: the time of its trials for each point, and the machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
 @dataclass(frozen=True)
 class Cost:
-    """One point of one task, as the page lists it."""
+    """The cost of one point of one task, as text for the page."""
 
     task: str
     point: str
@@ -26,7 +26,7 @@ class Cost:
 
 
 def costs(found: Findings) -> list[Cost]:
-    """The time of every point, where any of its trials has one."""
+    """Return the cost of every point that has a trial with a recorded time."""
     return [
         _cost(task.task, name(found.record, row.point), times)
         for task in found.tasks
@@ -50,17 +50,17 @@ def _cost(task: str, point: str, times: Mapping[str, tuple[TrialRecord, float]])
 
 
 def total(record: StudyRecord) -> str:
-    """The time of all trials together, in a sentence."""
+    """Return a sentence with the total time of all trials."""
     spent = [value for trial in record.trials if (value := seconds(trial)) is not None]
     if not spent:
-        return "No trial has noted its time."
+        return "No trial has recorded its time."
     again = sum(int((trial.run or {}).get("attempts", 1)) > 1 for trial in record.trials)
     taken = f", {again} of them in more than one attempt" if again else ""
     return f"{duration(sum(spent))} of computing in {plural(len(spent), 'trial')}{taken}."
 
 
 def machines(record: StudyRecord) -> list[tuple[str, str]]:
-    """Where the trials ran and with what: machine -> number of trials, and the versions where they are noted."""
+    """Return each machine with its number of trials and, if recorded, its versions."""
     found = Counter(
         (str(run.get("host", NOTHING)), ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()))
         for trial in record.trials
@@ -73,13 +73,13 @@ def machines(record: StudyRecord) -> list[tuple[str, str]]:
 
 
 def seconds(trial: TrialRecord) -> float | None:
-    """The seconds of a trial, all attempts together; None where it has not been noted."""
+    """Return the seconds of all attempts of a trial; None if they are not recorded."""
     value = (trial.run or {}).get("seconds")
     return float(value) if isinstance(value, int | float) else None
 
 
 def duration(spent: float) -> str:
-    """Seconds in readable units.
+    """Format seconds in readable units.
 
     >>> duration(4.25), duration(272), duration(7322)
     ('4.2 s', '4 min 32 s', '2 h 2 min')

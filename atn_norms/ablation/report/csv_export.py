@@ -1,4 +1,4 @@
-"""The raw numbers as CSV: every trial, every point, every measured step; whole, for programs and other reports."""
+"""The numbers of a study as CSV in full precision: every trial, every point, every measured step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
 
 def results_csv(found: Findings) -> str:
-    """Every trial as a line, whatever became of it; `any` where an axis means nothing to it.
+    """Return a line for every trial, whatever its status; the label is `any` if an axis has no effect on it.
 
-    `reached_at` is empty where the level was never reached within `level_limit` steps, or there is no outcome.
+    `reached_at` is empty if the trial has not ended, or did not reach the level within `level_limit` steps.
     """
     record = found.record
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
@@ -47,7 +47,7 @@ def results_csv(found: Findings) -> str:
 
 
 def _reached(task: TaskFindings) -> dict[str, int]:
-    """Trial -> the step at which it reached the level, where it did."""
+    """Return trial -> step at which it reached the level, for the trials that did."""
     if task.speed is None:
         return {}
     measure = task.speed.comparison.measure
@@ -56,7 +56,7 @@ def _reached(task: TaskFindings) -> dict[str, int]:
 
 
 def points_csv(found: Findings) -> str:
-    """Every point of every task under every measure, a line for each thing it is compared with, in full precision."""
+    """Return a line for every point, measure and reference of every task, in full precision."""
     record = found.record
     headers = ["task", "measure", "goal", *record.axes, *[f"{axis} (tuned)" for axis in record.tune]]
     headers += ["seeds", "counted", "without_number", "mean", "mean_low", "mean_high", "median", *_COMPARED]
@@ -94,7 +94,7 @@ _COMPARED = (
 
 
 def _compared(name: str, difference: Difference, decision: Decision | None) -> list[Any]:
-    """The fields of `_COMPARED`; `role` is `primary` for a declared comparison, otherwise `exploratory`."""
+    """Return the fields of `_COMPARED`; `role` is `primary` for a declared comparison, otherwise `exploratory`."""
     paired = difference.paired
     line = [name, "ratio" if difference.measure.log else "difference", difference.effect]
     line += [*_ends(difference.effect_interval), difference.pairs]
@@ -112,19 +112,19 @@ def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:
 
 
 def curves_csv(found: Findings) -> str:
-    """Every learning curve, a line per measured step; `trial` is the one of results.csv."""
+    """Return every learning curve, with a line for each measured step; `trial` is the id in results.csv."""
     columns = ("step", "train_loss", "validation")
     curves = ((trial.id, line) for trial in found.record.trials for line in trial.curve)
     return _csv(["trial", *columns], ([name, *map(line.get, columns)] for name, line in curves))
 
 
 def task_of(trial: TrialRecord) -> str:
-    """The task label of a trial."""
+    """Return the task label of a trial."""
     return trial.points[0].get("task", "") if trial.points else ""
 
 
 def reason(record: StudyRecord, trial: TrialRecord) -> str:
-    """The reason why a trial has no result or ended early, in one line; otherwise empty."""
+    """Return the reason why a trial has no result or ended early, in one line; empty otherwise."""
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
     if outcome(record, trial) == "diverged":
@@ -133,7 +133,7 @@ def reason(record: StudyRecord, trial: TrialRecord) -> str:
 
 
 def scored_step(record: StudyRecord, trial: TrialRecord) -> int | None:
-    """The step whose weights the metrics are of: the last, or under `keep: best` the first of the best validation."""
+    """Return the step whose weights were scored: the last, or with `keep: best` the first best validation."""
     result = trial.result or {}
     if trial.trial["train"].get("keep") != "best" or not result.get("metrics"):
         return result.get("step") if result.get("metrics") else None
@@ -148,7 +148,7 @@ def _metric(trial: TrialRecord, split: str, metric: str) -> Any:
 
 
 def _metrics(record: StudyRecord, trial: TrialRecord) -> dict[str, Any]:
-    """The numbers of a result other than the metric of the task."""
+    """Return the numbers of a result other than the metric of the task."""
     task = task_of(trial)
     own = record.tasks[task].metric if task in record.tasks else ""
     return {
@@ -164,7 +164,7 @@ def _splits(trial: TrialRecord) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _csv(headers: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """Lines of fields; text that a spreadsheet would run as a formula is quoted with an apostrophe."""
+    """Format lines; a text that a spreadsheet would execute as a formula gets an apostrophe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(map(_field, headers))

@@ -1,4 +1,4 @@
-"""Learning curves: every seed a thin line, the finished seeds' mean a thick one in the band that they span."""
+"""Learning curves: a thin line for each seed, a thick line for the mean of the finished seeds, and their band."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (6,
 def curves(record: StudyRecord, comparison: Comparison, file: str, level: float | None) -> Picture:
     """Draw a panel per label of the axis that runs down, a colour per label of the one across.
 
-    The best trivial predictor and the `level` to reach are horizontal lines.
-    The baseline is drawn behind every panel. Where nothing measured the validation metric, the training loss stands in.
+    The best trivial predictor and the `level` to reach are horizontal lines. The baseline is drawn behind every panel.
+    If the validation metric was never measured, the training loss replaces it.
     """
     facts = record.tasks[comparison.task]
     layout = Layout.of(record)
@@ -99,7 +99,7 @@ class _Guide(NamedTuple):
 
 
 def _guides(facts: TaskFacts, level: float | None) -> list[_Guide]:
-    """The horizontal lines: the best trivial predictor and the level."""
+    """Return the horizontal lines: the best trivial predictor and the level."""
     choose = min if facts.goal == "min" else max
     trivial = choose(facts.baselines.items(), key=lambda item: item[1], default=None)
     guides = [_Guide(*trivial, _TRIVIAL)] if trivial else []
@@ -114,7 +114,7 @@ def _columns(panels: int, facets: int) -> int:
 
 
 def _line(trial: TrialRecord, measure: str) -> tuple[list[int], list[float]]:
-    """The steps where a trial measured something within bounds, and what."""
+    """Return the steps and values of a trial's curve, without values out of bounds."""
     points = [(line["step"], line.get(measure)) for line in trial.curve]
     found = [(step, value) for step, value in points if isinstance(value, int | float) and abs(value) < EXPLODED]
     return [step for step, _ in found], [float(value) for _, value in found]
@@ -127,7 +127,7 @@ class _Panel(NamedTuple):
 
 
 def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list[_Panel]:
-    """The points of each panel and the baselines behind them; what is drawn behind others needs no other panel."""
+    """Return the points of each panel, and the baselines that are drawn behind them instead of in a panel."""
     panels = []
     downs = record.axes[layout.down] if layout.down else [""]
     acrosses = record.axes[layout.across] if layout.across else [""]
@@ -147,7 +147,7 @@ def _panels(record: StudyRecord, comparison: Comparison, layout: Layout) -> list
 
 
 def _beside(keys: list[Line2D], width: float) -> int:
-    """The number of keys in a row: columns of a legend, filled downwards, are as wide as their longest label."""
+    """Return the number of keys in a row of the legend, whose columns are as wide as their longest label."""
     words = [len(str(key.get_label())) for key in keys]
 
     def needed(columns: int) -> float:

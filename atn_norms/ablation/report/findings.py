@@ -1,4 +1,4 @@
-"""The findings of a report, computed once: each task by its primary endpoint, its metric and its speed."""
+"""The findings of a report, computed once: each task by its primary endpoint, its final metric and its speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINE_BREAKS = "\n\t"
 
 @dataclass(frozen=True)
 class Speed:
-    """The points of a task by the steps to a level, against the baseline and against window 1."""
+    """The points of a task by their steps to the level, compared with the baseline and with window 1."""
 
     comparison: Comparison
     windowed: Comparison | None
@@ -26,16 +26,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class TaskFindings:
-    """One task.
+    """The findings of one task.
 
     | field       | meaning                                                                                         |
     |-------------|-------------------------------------------------------------------------------------------------|
-    | `endpoint`  | the measure that decides, as the study declares it                                              |
-    | `primary`   | every point by this measure, against the baseline                                               |
-    | `decisions` | the verdicts of `primary`, by the place of their row                                            |
-    | `final`     | every point by its test metric, against the baseline                                            |
-    | `windowed`  | the same against window 1 of the same normalizer; None where the study does not compare so      |
-    | `level`     | the level to reach; `speed` is None where there is none                                         |
+    | `endpoint`  | the primary endpoint, as the study declares it                                                  |
+    | `primary`   | every point by the endpoint, compared with the baseline                                         |
+    | `decisions` | index of a row of `primary` -> its verdict                                                      |
+    | `final`     | every point by its test metric, compared with the baseline                                      |
+    | `windowed`  | `final`, compared with window 1 of the same normalizer; None if the study has no such comparison |
+    | `level`     | the level to reach                                                                              |
+    | `speed`     | every point by its steps to the level; None without a level                                     |
     """
 
     task: str
@@ -49,7 +50,7 @@ class TaskFindings:
     decisions: Mapping[int, Decision] = field(default_factory=dict)
 
     def decided(self) -> list[tuple[Row, Decision]]:
-        """Every declared comparison with its verdict, in the order of the grid."""
+        """Return every declared comparison with its verdict, in the order of the grid."""
         return [(self.primary.rows[place], decision) for place, decision in self.decisions.items()]
 
     def both_trivial(self, place: int) -> bool:
@@ -68,16 +69,16 @@ class TaskFindings:
 
 @dataclass(frozen=True)
 class Findings:
-    """A study's record and what follows from it."""
+    """The record of a study, and the findings of each task."""
 
     record: StudyRecord
     tasks: tuple[TaskFindings, ...]
 
 
 def findings(record: StudyRecord, reach: Mapping[str, float] | None = None) -> Findings:
-    """Compare and decide; `reach` (task -> level) replaces the levels that the study names.
+    """Compare the points and decide the verdicts; `reach` (task -> level) replaces the levels of the study.
 
-    Errors: `SpecError` for a level of a task that the study does not have.
+    Errors: `SpecError` for a level of an unknown task.
     """
     record = printable(record)
     if reach:
@@ -126,7 +127,7 @@ def _task(record: StudyRecord, task: str, facts: TaskFacts, reach: Mapping[str, 
 
 
 def _window_one(record: StudyRecord) -> dict[str, str] | None:
-    """Window 1 of the same normalizer as a baseline, where the study has it and another baseline."""
+    """Return window 1 as a baseline; None if no axis has it, or if the baseline of the study is a window."""
     axis = next((axis for axis in record.axes if leaf(axis) == "window"), None)
     if axis is None or "1" not in record.axes[axis] or len(record.axes[axis]) == 1 or set(record.baseline) == {axis}:
         return None
@@ -134,9 +135,9 @@ def _window_one(record: StudyRecord) -> dict[str, str] | None:
 
 
 def printable(record: StudyRecord) -> StudyRecord:
-    """The record with every control character in a text written out, such as `\\x07`.
+    """Return the record with every control character in its texts replaced by an escape, such as `\\x07`.
 
-    XML cannot hold them, terminals obey them, and marks of writing direction change how a name is read.
+    XML cannot contain control characters, terminals execute them, and marks of writing direction hide parts of a name.
     """
     trials = tuple(
         replace(

@@ -1,4 +1,4 @@
-"""The forest plot: every declared comparison as its paired difference with an interval, and the verdict."""
+"""The forest plot: the paired difference of every declared comparison, with its interval and verdict."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from atn_norms.ablation.report.names import (
 from atn_norms.ablation.store.records import StudyRecord
 
 _ROW, _WIDTH = 0.42, 4.6  # inches
-_FAR = 6  # times as far from 0 as the shortest interval: beyond, the axis is logarithmic
+_FAR = 6  # ratio of the farthest to the nearest interval end above which the axis is logarithmic
 COLOURS: dict[Verdict, str] = {"helps": SERIES[0], "hurts": ALERT, "no difference": MUTED, "undecided": MUTED}
 
 
 def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None:
     """Draw a row for each declared comparison: a dot for each seed, the mean, and its 95% interval.
 
-    A margin is a grey band. None where no comparison has a pair.
+    A margin is a grey band. Return None if no comparison has a pair.
     """
     rows = [(row, decision) for row, decision in task.decided() if decision.difference.pairs]
     if not rows:
@@ -86,7 +86,7 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
 
 
 def _scale(axes: Axes, decisions: list[Decision]) -> None:
-    """Limits that hold every interval and 0; ratios at equal distances where logarithms are compared."""
+    """Set limits that contain every interval and 0; a logarithmic measure gets ratios as ticks."""
     differences = [decision.difference for decision in decisions]
     ends = [0.0, *(each.mean for each in differences)]
     ends += [end for each in differences if each.interval for end in (each.interval.low, each.interval.high)]
@@ -118,7 +118,7 @@ def _signed(value: float, place: int | None = None) -> str:
 
 
 def _ratios(low: float, high: float) -> list[float]:
-    """About six round ratios between two logarithms."""
+    """Return about six round ratios between two logarithms."""
     for steps in ((1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5), (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 2.0, 5.0), (1.0,)):
         powers = range(math.floor(low / math.log(10)) - 1, math.ceil(high / math.log(10)) + 1)
         found = {float(f"{step * 10.0**power:.3g}") for power in powers for step in steps}
@@ -156,7 +156,7 @@ def _unit(measure: Measure) -> str:
 
 
 def _sides(axes: Axes, measure: Measure) -> None:
-    """Write at which side of 0 a point helps."""
+    """Label the sides of 0 with `helps` and `hurts`."""
     low, high = ("helps", "hurts") if measure.goal == "min" else ("hurts", "helps")
     zero = axes.transAxes.inverted().transform(axes.transData.transform((0, 0)))[0]
     left, right = f"\N{LEFTWARDS ARROW} {low}", f"{high} \N{RIGHTWARDS ARROW}"

@@ -48,7 +48,7 @@ from atn_norms.ablation.report.names import (
 )
 from atn_norms.ablation.store.records import StudyRecord
 
-# Blue against orange survives every common colour vision deficiency; dark ends print in grey as dark.
+# Blue and orange are distinct with every common colour vision; dark ends stay dark in grey print.
 _DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])
 _SEQUENTIAL = LinearSegmentedColormap.from_list("alone", ["#1f5fa8", "#8fb8de", "#f3f3f1"])
 _WIDTH, _NARROW, _HEIGHT = 1.75, 1.5, 0.62  # of a cell, alone and beside other facets, inches
@@ -58,7 +58,7 @@ _BIG, _SMALL = 12, 7.6  # points
 
 @dataclass(frozen=True)
 class Shade:
-    """From a row to its colour; the key to it, from a place in 0..1 to a colour, with its two ends; both described."""
+    """The colours of a heat map: row -> colour, and the key, position in 0..1 -> colour, with its two ends."""
 
     colour: Callable[[Row], str | None]
     key: Callable[[float], str]
@@ -67,10 +67,10 @@ class Shade:
 
 
 def shade(record: StudyRecord, comparison: Comparison) -> Shade:
-    """Colour by the difference to the baseline where there is one, otherwise by the mean; blue is better.
+    """Return the colours: by the difference to the baseline, or by the mean without a baseline; blue is better.
 
-    Full strength stands for the largest difference of the task, but never for less than two standard deviations between
-    seeds, so that noise stays pale. Ratios instead of differences where the means differ tenfold.
+    Full colour is the largest difference of the task, and at least two standard deviations between seeds, so that noise
+    stays pale. If the means differ by a factor of ten, ratios replace differences.
     """
     means = [row.point.mean for row in comparison.rows if row.point.values]
     goal = comparison.measure.goal
@@ -118,7 +118,7 @@ def shade(record: StudyRecord, comparison: Comparison) -> Shade:
 
 
 def _ends(lower: str, higher: str, sign: int) -> tuple[str, str]:
-    """The labels of the ends of the key, the better one first."""
+    """Return the labels of the ends of the key, the better end first."""
     return (lower, higher) if sign > 0 else (higher, lower)
 
 
@@ -137,7 +137,7 @@ class _Block(NamedTuple):
 def blocks(
     comparison: Comparison, layout: Layout, facet: dict[str, str], downs: list[str], acrosses: list[str]
 ) -> list[_Block]:
-    """The facet as rectangles: cells that are one point make one rectangle where they adjoin."""
+    """Return the rectangles of a facet: neighbouring cells of one point are one rectangle."""
     places: dict[int, list[tuple[int, int]]] = {}
     rows: dict[int, Row] = {}
     found = []
@@ -160,7 +160,7 @@ def blocks(
 
 
 def heatmap(record: StudyRecord, comparison: Comparison, file: str, what: str) -> Picture:
-    """Draw one facet per combination of the axes that are neither down nor across; `what` the numbers are."""
+    """Draw one facet per combination of the axes that are neither down nor across; `what` names the numbers."""
     layout = Layout.of(record)
     downs = record.axes[layout.down] if layout.down else [""]
     acrosses = record.axes[layout.across] if layout.across else [""]
@@ -254,7 +254,7 @@ def _draw(axes: Axes, block: _Block, shading: Shade, cell: float) -> None:
 
 
 def _words(row: Row) -> tuple[str, list[str]]:
-    """The value of a cell, and below it what it stands on."""
+    """Return the value of a cell, and below it the number of its seeds."""
     point, total = row.point, len(row.point.trials)
     wrong = ", ".join(filter(None, (never(point), unfinished(point))))
     if not point.values:

@@ -1,4 +1,4 @@
-"""The page: everything in one file, nothing loaded from elsewhere, every name from a file escaped."""
+"""The HTML page of a report: one file without external resources; every text from a study is escaped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from atn_norms.specs import to_yaml
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture with what a reader must know to read it."""
+    """A picture with its caption."""
 
     picture: Picture
     caption: str
@@ -37,7 +37,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """One task of the page: its verdict and answer, then pictures and a table by the test metric and by speed."""
+    """The section of one task: verdict and answer, then pictures and tables by test metric and by speed."""
 
     task: str
     facts: str
@@ -53,12 +53,12 @@ class Section:
     speed_table: Table | None
 
     def shown(self) -> list[Shown]:
-        """Every picture."""
+        """Return every picture of the section."""
         return [*([self.forest] if self.forest else []), *self.final, *self.speed]
 
 
 def sections(found: Findings) -> list[Section]:
-    """Everything the page shows, task by task, drawn."""
+    """Draw the section of every task."""
     names = slugs([task.task for task in found.tasks])
     return [_section(found, task, slug) for slug, task in zip(names, found.tasks, strict=True)]
 
@@ -68,7 +68,7 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     trivial = [f"“{label}” {number(value)}" for label, value in facts.baselines.items()]
     words = f"{facts.metric}, {lower(facts.goal)} is better."
     if trivial:
-        words += f" What trivial predictors score: {listed(trivial)}."
+        words += f" Scores of trivial predictors: {listed(trivial)}."
     if facts.notes:
         words += f" Data: {'; '.join(facts.notes)}."
     test, drawn = f"test {facts.metric}", forest(record, task, f"forest-{slug}")
@@ -102,48 +102,49 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
 
 
 _FOREST = (
-    "Each row is a declared comparison. The bar is the 95% interval of this comparison alone. The verdict uses the "
-    "adjusted p-value, so a bar may leave out 0 and the comparison still be undecided."
+    "Each row is a declared comparison. The bar is its 95% interval without correction. The verdict uses the "
+    "adjusted p-value. So a bar may exclude 0 while the comparison is undecided."
 )
 _HEATMAP = (
-    "Each cell is a point of the grid. A point that means the same in several cells, such as any window without a "
-    "norm, fills them all. Hatched: no number."
+    "Each cell is a point of the grid. If several cells are the same point, such as all windows without a norm, they "
+    "are one rectangle. Hatched: no number."
 )
 _CURVES = (
-    "Thin lines: single seeds. Thick line: mean of the finished seeds, in the band from the lowest to the highest of "
-    "them, as far as all of them trained. Cross: where a trial diverged or failed. Dashed black: the baseline, where "
-    "it belongs to another panel."
+    "Thin lines: single seeds. Thick line: mean of the finished seeds. Band: from the lowest to the highest of them, "
+    "up to the last step that all of them have. Cross: a trial diverged or failed. Dashed black: the baseline, if it "
+    "is in another panel."
 )
-_STRIP = "Every seed is a mark, in the order of the seeds from top to bottom of its row; none is left out."
-_STEPS = "As above, for the steps it took; a cell with “≥” holds seeds that never got there and count as all the steps."
+_STRIP = "Every seed is a mark. In each row, the seeds are in order from top to bottom."
+_STEPS = "The same for the steps to the level. “≥”: some seeds never reached the level and count with all steps."
 
 
 def _reach(task: TaskFindings) -> str:
-    """The level of this task and the counting of its steps, as text."""
+    """Return sentences about the level of the task and the count of its steps."""
     to, choose = task.level, min if task.facts.goal == "min" else max
     if to.value is None:
-        return f"No level is set whose first reaching could be timed: {to.why}. Name one with “reach” in the study."
+        return f"The task has no level: {to.why}. Set one with “reach” in the study."
     origin = f"The level, {number(to.value)}, was {to.why}."
     if not to.given:
         label, trivial = choose(task.facts.baselines.items(), key=lambda item: item[1])
         origin = (
             f"The level, {number(to.value)}, is {to.why} from the best trivial predictor ({label}, {number(trivial)}) "
-            "to the best mean validation of a point at its end; the study names none; its option “reach” does."
+            "to the best final mean validation of a point. It was chosen after the results were known, because the "
+            "study does not set “reach”."
         )
     return (
-        f"{origin} A trial reaches it at the first validation that is there, so these steps are as coarse as the "
-        f"validations are far apart. Only the first {to.limit} steps count, which every trial was given; one that is "
-        "not there by then counts as all of them in a mean and in a difference, and ties with others like it."
+        f"{origin} The resolution is the distance of two validations. Only the first {to.limit} steps count, which "
+        "every trial has. A trial that does not reach the level counts with all of these steps in a mean and in a "
+        "difference. Two such trials tie."
     )
 
 
 def study(record: StudyRecord) -> dict[str, Any]:
-    """The options that the study's file names."""
+    """Return the options that the study file sets."""
     return {name: each for name, each in record.study.items() if each is not None and each != {}}
 
 
 def page(found: Findings, shown: list[Section], formats: Sequence[str]) -> str:
-    """The page as text, with its pictures as inline SVG and links to the files of the `formats`."""
+    """Return the page, with its pictures as inline SVG and links to the files of the `formats`."""
     here = resources.files("atn_norms.ablation.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
@@ -173,7 +174,7 @@ def page(found: Findings, shown: list[Section], formats: Sequence[str]) -> str:
 
 
 def _lines(found: Findings) -> list[dict[str, Any]]:
-    """Every trial as the page lists it."""
+    """Return a line for every trial, as the page shows it."""
     rows = {trial.id: row.point for task in found.tasks for row in task.final.rows for trial in row.point.trials}
     return [_line(found.record, trial, rows.get(trial.id)) for trial in found.record.trials]
 
@@ -201,7 +202,7 @@ def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[
 
 
 def _step(record: StudyRecord, trial: TrialRecord) -> str:
-    """The last step, of how many where it ended early, and the one whose weights were scored where that is another."""
+    """Return the last step; all steps if the trial ended early; the scored step if it is not the last."""
     last = (trial.result or {}).get("step", trial.curve[-1].get("step", NOTHING) if trial.curve else NOTHING)
     scored, steps = scored_step(record, trial), trial.trial["train"]["steps"]
     early = f" of {steps}: {reason(record, trial)}" if trial.status == "done" and last < steps else ""
@@ -209,7 +210,7 @@ def _step(record: StudyRecord, trial: TrialRecord) -> str:
 
 
 def _data(record: StudyRecord) -> list[tuple[str, str]]:
-    """The data that the trials read, by content: the same files make the same trials."""
+    """Return the content hashes of the data that the trials read."""
     found = {(task_of(t), option): str(h) for t in record.trials for option, h in (t.trial.get("data") or {}).items()}
     return [(f"{task} {option}", content) for (task, option), content in found.items()]
 

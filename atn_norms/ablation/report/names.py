@@ -1,4 +1,4 @@
-"""Names in a report: numbers, points of the grid, files; and which axes span its pictures."""
+"""Texts of a report: numbers, names of points and of files; and the layout of its pictures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}"
 _BARE = ("norm", "cell")
-_LEAST = 12  # signs that a word keeps while others can be cut
+_LEAST = 12  # characters of a word that are never cut while other words can be cut
 
 
 def number(value: float | None, lost: str = "diverged") -> str:
-    """Three significant digits below one, four above, whole numbers whole, a power of ten outside everyday sizes.
+    """Format a number: three significant digits below 1, four above; whole numbers without decimals.
 
-    An infinite number is a seed without a number, and gives `lost`.
+    Numbers below 1e-4 or from 1e6 have a power of ten. An infinite number gives `lost`.
 
     >>> [number(x) for x in (0.01234, 2.5, 137.26, 1234.5678, 200.0, 2.5e-7, float("inf"))]
     ['0.0123', '2.500', '137.3', '1235', '200', '2.50e-07', 'diverged']
@@ -49,7 +49,7 @@ def _form(value: float, most: int = 4) -> str:
 
 
 def alike(*values: float, most: int = 4) -> list[str]:
-    """Numbers that belong together, decimals alike: `most` digits for the largest, more where they would look equal.
+    """Format numbers with the same decimals: `most` digits for the largest, and more if they would look equal.
 
     >>> alike(0.0123, 0.0009, 0.1)
     ['0.012', '0.001', '0.100']
@@ -66,7 +66,7 @@ def alike(*values: float, most: int = 4) -> list[str]:
 
 
 def signed(*values: float) -> list[str]:
-    """Differences that belong together: their signs always written, decimals alike, three digits for the largest.
+    """Format differences with a sign and with the same decimals, three digits for the largest.
 
     >>> signed(-0.05, -0.123, 0.004)
     ['−0.050', '−0.123', '+0.004']
@@ -79,25 +79,25 @@ def signed(*values: float) -> list[str]:
 
 
 def span(low: str, high: str) -> str:
-    """An interval in brackets, which no line break parts."""
+    """Format an interval in brackets, without a line break inside."""
     return f"[{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def share(difference: Difference) -> str:
-    """At how many of the paired seeds the point was better, a tie counting half."""
+    """Return the number of paired seeds at which the point is better; a tie counts as half."""
     wins = difference.improvement * difference.ranked
     return f"{wins:g} of {difference.ranked}" if difference.ranked else NOTHING
 
 
 def chance(difference: Difference) -> str:
-    """`share` with the interval of the probability of improvement, where the seeds are enough for one."""
+    """Return `share` with the interval of the probability of improvement, if there are at least five seeds."""
     if difference.chance is None or difference.ranked < ENOUGH_SEEDS:
         return share(difference)
     return f"{share(difference)} {span(f'{difference.chance.low:.2f}', f'{difference.chance.high:.2f}')}"
 
 
 def change(difference: Difference) -> str:
-    """A paired difference, or ratio, with its interval, or with its number of seeds where these are few."""
+    """Format a paired difference or ratio with its interval, or with the number of seeds if they are few."""
     if not difference.pairs:
         return NOTHING
     write = ratios if difference.measure.log else signed
@@ -109,7 +109,7 @@ def change(difference: Difference) -> str:
 
 
 def ratios(*values: float) -> list[str]:
-    """Ratios, each with three significant digits at most and a sign of multiplication.
+    """Format ratios with a multiplication sign and at most three significant digits.
 
     >>> ratios(0.4872, 12.345, 1234.5)
     ['×0.487', '×12.3', '×1234']
@@ -118,7 +118,7 @@ def ratios(*values: float) -> list[str]:
 
 
 def margin(decision: Decision) -> str:
-    """The margin of a declared comparison: `0.01`, or `×1.25` where ratios are compared."""
+    """Format the margin of a declared comparison: `0.01`, or `×1.25` for ratios."""
     if decision.margin is None:
         return NOTHING
     size = decision.difference.measure.unscaled(decision.margin)
@@ -140,7 +140,7 @@ def qualified(decision: Decision) -> str:
 
 
 def chances(p: float | None) -> str:
-    """A p-value.
+    """Format a p-value.
 
     >>> chances(0.03217), chances(0.00004), chances(0.9997)
     ('0.032', '<0.001', '1.00')
@@ -151,7 +151,7 @@ def chances(p: float | None) -> str:
 
 
 def seeds_needed(decision: Decision) -> str:
-    """The seeds that would detect the margin, or the observed difference, with a power of 80%."""
+    """Format the number of seeds that detect the margin, or the observed difference, with a power of 80%."""
     if decision.difference.paired is None:
         return NOTHING
     return f">{MOST_SEEDS}" if decision.needed is None else str(decision.needed)
@@ -184,7 +184,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def listed(words: Sequence[str], joint: str = "and") -> str:
-    """Words as a sentence enumerates them.
+    """Join words to an enumeration.
 
     >>> listed(["a", "b", "c"])
     'a, b and c'
@@ -193,17 +193,17 @@ def listed(words: Sequence[str], joint: str = "and") -> str:
 
 
 def leaf(axis: str) -> str:
-    """The last part of an axis path: `model.norm` -> `norm`."""
+    """Return the last part of an axis path: `model.norm` -> `norm`."""
     return axis.rsplit(".", 1)[-1]
 
 
 def labels(record: StudyRecord, point: Point) -> dict[str, str]:
-    """Axis -> label of a point; `any` on an axis whose every value resolves to it."""
+    """Return axis -> label of a point; `any` on an axis that has no effect on the point."""
     return {axis: "any" if own is None else " | ".join(own) or NOTHING for axis, own in _own(record, point).items()}
 
 
 def name(record: StudyRecord, point: Point) -> str:
-    """A point as text: `layer, window 25`."""
+    """Return the name of a point: `layer, window 25`."""
     return ", ".join(_words(record, point))
 
 
@@ -214,7 +214,7 @@ def _words(record: StudyRecord, point: Point) -> list[str]:
 
 
 def short_names(record: StudyRecord, points: Sequence[Point], width: int) -> list[str]:
-    """Points as text, cut to a width as far as they stay apart: the longest words of each first."""
+    """Return the names of points, cut to a width if they stay distinct; the longest words are cut first."""
     words = [_words(record, point) for point in points]
     wanted = len({", ".join(each) for each in words})
     while True:
@@ -236,7 +236,7 @@ def _fitted(words: Sequence[str], width: int) -> str:
 
 
 def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:
-    """Axis -> the labels a point has there, None when they are all the axis has."""
+    """Return axis -> labels of a point on it, or None if the point has every label of the axis."""
     found: dict[str, list[str] | None] = {}
     for axis, known in record.axes.items():
         own = list(dict.fromkeys(cell[axis] for cell in point.cells if axis in cell))
@@ -245,33 +245,33 @@ def _own(record: StudyRecord, point: Point) -> dict[str, list[str] | None]:
 
 
 def called_baseline(record: StudyRecord) -> str:
-    """The baseline as a reader calls it: `none`, or `window 1`."""
+    """Return the name of the baseline: `none`, or `window 1`."""
     words = [label if leaf(axis) in _BARE else f"{leaf(axis)} {label}" for axis, label in record.baseline.items()]
     return ", ".join(words) or "the baseline"
 
 
 def factor(record: StudyRecord) -> str:
-    """The option that the study compares: the axes of its baseline, such as `Window`."""
+    """Return the option that the study compares, such as `Window`: the axes of its baseline."""
     words = listed([leaf(axis) for axis in record.baseline]) or "points"
     return words[0].upper() + words[1:]
 
 
 def never(point: Point) -> str:
-    """At how many seeds a level was never reached; empty where it always was, or there is none."""
+    """Return the number of seeds at which the level was never reached; empty if there is no such seed or level."""
     if point.measure.limit is None or not point.lost:
         return ""
     return f"never at {point.lost} of {len(point.scores)}"
 
 
 def unfinished(point: Point) -> str:
-    """The status of the seeds without a value: `1 diverged, 2 pending`; empty when all finished."""
+    """Return the status of the seeds without a value: `1 diverged, 2 pending`; empty if all finished."""
     counts = point.counts
     return ", ".join(f"{counts[what]} {what}" for what in ("diverged", "failed", "running", "pending") if counts[what])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which axes run down and across a picture; the others make facets, one picture each."""
+    """The axes of a picture, down and across; each combination of the other axes is a facet."""
 
     down: str | None
     across: str | None
@@ -279,7 +279,7 @@ class Layout:
 
     @classmethod
     def of(cls, record: StudyRecord) -> Layout:
-        """Normalizer down and window across where the study has them, else its first two axes."""
+        """Return the layout of a study: normalizer down and window across, or its first two axes."""
         axes = list(record.axes)
         down = next((axis for axis in axes if leaf(axis) == "norm"), None)
         across = next((axis for axis in axes if leaf(axis) == "window"), None)
@@ -293,7 +293,7 @@ class Layout:
         return cls(down, across, tuple(facets))
 
     def cell(self, facet: dict[str, str], down: str, across: str) -> dict[str, str]:
-        """The grid cell at a place of a facet's picture."""
+        """Return the grid cell at a position of a facet."""
         found = dict(facet)
         if self.down is not None:
             found[self.down] = down
@@ -302,7 +302,7 @@ class Layout:
         return found
 
     def place(self, record: StudyRecord, point: Point) -> int | None:
-        """Which label across a point has; None where that axis means nothing to it."""
+        """Return the index of a point's label on the axis across; None if this axis has no effect on the point."""
         own = {cell[self.across] for cell in point.cells} if self.across else {""}
         if len(own) > 1:
             return None
@@ -310,12 +310,12 @@ class Layout:
 
 
 def title(facet: dict[str, str]) -> str:
-    """A facet as text, empty for the only one."""
+    """Return the title of a facet; empty for the only facet."""
     return ", ".join(f"{leaf(axis)} {label}" for axis, label in facet.items())
 
 
 def shortened(label: str, width: int) -> str:
-    """A label cut to a width in its middle, since names that begin alike often end differently.
+    """Cut a label to a width in its middle, because names with equal beginnings often have different ends.
 
     >>> shortened("layer(per_step=true), window 25", 20)
     'layer(per_st…ndow 25'
@@ -327,7 +327,7 @@ def shortened(label: str, width: int) -> str:
 
 
 def slugs(words: Sequence[str]) -> list[str]:
-    """File names for arbitrary labels: plain ASCII, short, distinct.
+    """Return file names for labels: plain ASCII, short and distinct.
 
     >>> slugs(["adding", "../Adding", "ä"])
     ['adding', 'adding-2', 'task']

@@ -1,4 +1,4 @@
-"""The verdict and the answer as sentences, made from the statistics."""
+"""Sentences of the report: the verdict and the answer, built from the statistics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _VERDICTS: tuple[Verdict, ...] = ("helps", "hurts", "no difference", "undecided"
 
 
 def question(record: StudyRecord) -> list[tuple[str, str]]:
-    """The setup of the study as terms with their description."""
+    """Return the setup of the study as terms with their descriptions."""
     axes = [f"{leaf(axis)}: {', '.join(values)}" for axis, values in record.axes.items()]
     tasks = [f"{task} ({facts.metric}, {lower(facts.goal)} is better)" for task, facts in record.tasks.items()]
     seeds = len({trial.seed for trial in record.trials})
@@ -56,7 +56,7 @@ def question(record: StudyRecord) -> list[tuple[str, str]]:
 
 
 def _fixed(record: StudyRecord, section: str) -> dict[str, Any]:
-    """The options of a section of the study, without those that an axis or a tuned option replaces."""
+    """Return the options of a section of the study, without the options that an axis or `tune` replaces."""
     options = deepcopy(record.study.get(section))
     if not isinstance(options, dict):
         return {}
@@ -79,7 +79,7 @@ def _options(value: object) -> str:
 
 
 def coverage(record: StudyRecord) -> str:
-    """The number of trials by how they ended."""
+    """Return a sentence with the number of trials by status."""
     ends = [outcome(record, trial) for trial in record.trials]
     counts = {status: ends.count(status) for status in _ORDER}
     if counts["done"] == len(record.trials):
@@ -89,7 +89,7 @@ def coverage(record: StudyRecord) -> str:
 
 
 def caution(found: Findings) -> str:
-    """A warning where the seeds are too few for any verdict."""
+    """Return a warning if the seeds are too few for any verdict, else an empty text."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
     if not most or most >= ENOUGH_SEEDS:
@@ -101,7 +101,7 @@ def caution(found: Findings) -> str:
 
 
 def verdict_line(found: Findings, task: TaskFindings) -> str:
-    """The verdict of a task in one line, such as `Window: helps at 0, hurts at 2, undecided at 4 of 6`."""
+    """Return the verdict of a task in one line, such as `Window: helps at 0, hurts at 2, undecided at 4 of 6`."""
     decisions = [decision for _, decision in task.decided()]
     if task.primary.best is None:
         return f"No trial of {task.task} has finished."
@@ -129,7 +129,7 @@ def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
 
 
 def endpoint(found: Findings, task: TaskFindings) -> str:
-    """The primary endpoint of a task and the correction, in a sentence or two."""
+    """Return one or two sentences about the primary endpoint of a task and the correction."""
     measure, family = task.primary.measure, sum(len(each.decisions) for each in found.tasks)
     origin = "as the study declares" if task.endpoint.declared else "the default, since the study declares none"
     words = f"Primary endpoint: {measure.name}, {origin}."
@@ -141,7 +141,7 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
 
 
 def answer(found: Findings, task: TaskFindings) -> list[str]:
-    """The sentences below the verdict: the decided comparisons, the best point, and the exploratory results."""
+    """Return the sentences below the verdict: decided comparisons, the best point, and exploratory results."""
     record = found.record
     if task.final.best is None:
         return []
@@ -171,7 +171,7 @@ def _claim(record: StudyRecord, row: Row, decision: Decision) -> str:
 
 
 def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
-    """The best point on average, and whether a trivial predictor does as well."""
+    """Return a sentence about the point with the best mean, and the trivial predictor that is as good, if any."""
     comparison = task.final
     what = "geometric mean of the" if comparison.measure.log else "mean"
     if len(comparison.rows) == 1:
@@ -185,7 +185,7 @@ def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
 
 
 def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
-    """The best point by its name, and the points with the same mean and as few seeds without a number."""
+    """Return the name of the best point, and of the points that tie with it."""
     mark = best.point.mean, best.point.lost
     tied = [row for row in comparison.rows if row is not best and (row.point.mean, row.point.lost) == mark]
     words = name(record, best.point) + (", the baseline" if best.is_reference and comparison.has_reference else "")
@@ -197,7 +197,7 @@ def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
 
 
 def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
-    """The trivial predictor that scores at least as well as the best point on average; empty where none does."""
+    """Return the trivial predictor that is at least as good as the best point; empty if there is none."""
     sign = 1 if task.facts.goal == "min" else -1
     ahead = [(label, value) for label, value in task.facts.baselines.items() if sign * value <= sign * best.point.mean]
     if not ahead:
@@ -207,13 +207,13 @@ def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
 
 
 def _exploratory(comparison: Comparison) -> str:
-    """The verdicts of comparisons taken one by one; empty where there is no pair."""
+    """Return the counts of uncorrected verdicts; empty if no comparison has a pair."""
     compared = [row.against for row in comparison.rows if row.against]
     return _counted(each.verdict for each in compared) if any(each.pairs for each in compared) else ""
 
 
 def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
-    """The point that reaches the level soonest, and the exploratory verdicts about the steps."""
+    """Return a sentence about the point that reaches the level first, and the exploratory verdicts on the steps."""
     level = task.level
     what = f"A validation {task.facts.metric} of {number(level.value)} is reached"
     best = speed.comparison.best

@@ -1,4 +1,4 @@
-"""The strip plot: every seed of every point as a mark, nothing hidden behind a mean."""
+"""The strip plot: every seed of every point as a mark."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.1}
 
 
 def strip(record: StudyRecord, comparison: Comparison, file: str, what: str, guides: Mapping[str, float]) -> Picture:
-    """Draw one line per point: a dot per seed, a bar at their mean, words for the seeds without a value.
+    """Draw one row per point: a dot for each seed, a bar at their mean, and a text for the seeds without a value.
 
-    `guides` are values to compare with, as dotted lines, or in a note where a line would squeeze the dots together.
+    `guides` are values to compare with: dotted lines, or a note if a line would squeeze the dots together.
     """
     layout, limit = Layout.of(record), comparison.measure.limit
     rows = comparison.rows
@@ -100,7 +100,7 @@ def _guide(axes: Axes, value: float, words: str, place: int) -> None:
 
 
 def _dots(axes: Axes, place: int, point: Point, colour: str) -> None:
-    # Spread by rank within the row, so equal values stay visible; the order of seeds decides, not chance.
+    # Spread the seeds of a row in their order, so that equal values stay visible.
     counted = point.counted
     spread = np.linspace(-0.2, 0.2, len(counted)) if len(counted) > 1 else np.zeros(len(counted))
     for found in (True, False):
@@ -120,7 +120,7 @@ def _dots(axes: Axes, place: int, point: Point, colour: str) -> None:
 def _guides(
     baselines: Mapping[str, float], values: list[float], goal: Goal
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The trivial predictors that get a line, and those that would leave the dots too little of the axis."""
+    """Return the guides that get a line, and the guides whose line would squeeze the dots together."""
     finite = {label: value for label, value in baselines.items() if math.isfinite(value)}
     alike = not values or max(values) == min(values)
     near = {label for label, value in finite.items() if alike or _room(values, value, goal) > 0.3}
@@ -129,7 +129,7 @@ def _guides(
 
 
 def _room(values: list[float], value: float, goal: Goal) -> float:
-    """The share of the axis that the values keep when it must reach `value` too."""
+    """Return the share of the axis that the values keep if the axis includes `value`."""
     measure = math.log if logarithmic([*values, value], goal) else float
     low, high = measure(min(values)), measure(max(values))
     return (high - low) / (max(high, measure(value)) - min(low, measure(value)))

@@ -1,4 +1,4 @@
-"""The numbers as tables: for a terminal, a program, Markdown and LaTeX."""
+"""The tables of a report, for a terminal, a program, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from atn_norms.ablation.report.names import (
 from atn_norms.ablation.store.records import StudyRecord
 
 NUMERIC = ("mean", "geometric mean", "median", "n", "p", "adjusted p", "power", "seeds needed")
-HEAD = 13  # signs in a line of a header in LaTeX
-FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # shrinks what is wider than the page
+HEAD = 13  # characters in a line of a header in LaTeX
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"  # shrinks tables wider than the page
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "^": r"\textasciicircum{}",
     "_": r"\_", "~": r"\textasciitilde{}", "%": r"\%", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
@@ -44,7 +44,7 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """`headers` and `rows` as text to print; `records` the same rows as JSON values, None where there is no number."""
+    """`headers` and `rows` are texts to print; `records` has the same rows as JSON values, with None for no number."""
 
     title: str
     headers: tuple[str, ...]
@@ -53,7 +53,7 @@ class Table:
 
 
 def table(record: StudyRecord | Findings, reach: Mapping[str, float] | None = None) -> Table:
-    """All tasks in one table, as the command line shows it; `record` and `reach` as in `write`."""
+    """Return all tasks in one table, as the command line prints it; `record` and `reach` as in `write`."""
     found = record if isinstance(record, Findings) else findings(record, reach)
     parts = [(each, final_table(found.record, each)) for each in found.tasks]
     rows = [(each.task, each.facts.metric, *row) for each, part in parts for row in part.rows]
@@ -63,7 +63,7 @@ def table(record: StudyRecord | Findings, reach: Mapping[str, float] | None = No
 
 
 def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
-    """Every declared comparison of a task with its verdict; None where there is none."""
+    """Return the declared comparisons of a task with their verdicts; None if there are none."""
     base = called_baseline(record)
     effect = "ratio" if task.primary.measure.log else "difference"
     headers = (
@@ -94,13 +94,13 @@ def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
 
 
 def final_table(record: StudyRecord, task: TaskFindings) -> Table:
-    """Every distinct point of a task by its test metric."""
+    """Return every distinct point of a task by its test metric."""
     title = f"{task.task}: test {task.facts.metric}, {lower(task.facts.goal)} is better"
     return _table(record, title, task.final, task.windowed)
 
 
 def speed_table(record: StudyRecord, task: TaskFindings) -> Table | None:
-    """Every distinct point of a task by the steps it took to the level, where there is one."""
+    """Return every distinct point of a task by its steps to the level; None without a level."""
     if task.speed is None:
         return None
     return _table(
@@ -109,7 +109,7 @@ def speed_table(record: StudyRecord, task: TaskFindings) -> Table | None:
 
 
 def speed_words(task: TaskFindings) -> str:
-    """The level as text: `steps to a validation mean squared error of 0.0456`."""
+    """Return the name of the level: `steps to a validation mean squared error of 0.0456`."""
     return f"steps to a validation {task.facts.metric} of {number(task.level.value)}"
 
 
@@ -150,7 +150,7 @@ def _against(row: Row) -> str:
 
 
 def seeds(row: Row) -> str:
-    """The number of seeds with a value, and the status of the others."""
+    """Return the number of seeds with a value, and the status of the others."""
     point = row.point
     wrong, missed = unfinished(point), never(point)
     own = f"{len(point.values)} of {len(point.trials)} ({wrong})" if wrong else str(len(point.trials))
@@ -198,12 +198,12 @@ def _statistics(comparison: Comparison, contrast: Comparison | None, place: int)
 
 
 def plain(value: float) -> float | None:
-    """A number for a file, None where there is none."""
+    """Return a finite number for a file, or None."""
     return value if math.isfinite(value) else None
 
 
 def ends(interval: Interval | None) -> list[float] | None:
-    """An interval for a file."""
+    """Return the ends of an interval for a file, or None."""
     return [interval.low, interval.high] if interval else None
 
 
@@ -223,7 +223,7 @@ def _numbers(difference: Difference | None) -> dict[str, Any] | None:
 
 
 def _decision(task: TaskFindings, place: int) -> dict[str, Any] | None:
-    """The verdict of a declared comparison as JSON values."""
+    """Return the verdict of a declared comparison as JSON values."""
     decision = task.decisions.get(place)
     if decision is None:
         return None
@@ -242,14 +242,14 @@ def _decision(task: TaskFindings, place: int) -> dict[str, Any] | None:
 
 
 def printed(found: Findings) -> list[Table]:
-    """The tables of every task in the order of the page."""
+    """Return the tables of every task, in the order of the page."""
     kinds = (verdict_table, final_table, speed_table)
     parts = [kind(found.record, task) for task in found.tasks for kind in kinds]
     return [part for part in parts if part]
 
 
 def markdown(found: Findings) -> str:
-    """The tables in Markdown."""
+    """Return the tables in Markdown."""
     parts = []
     for part in printed(found):
         rule = ["---:" if header in NUMERIC else "---" for header in part.headers]
@@ -266,7 +266,7 @@ def _markdown(text: str) -> str:
 
 
 def latex(found: Findings) -> str:
-    """The tables in LaTeX, for the packages booktabs and graphicx."""
+    """Return the tables in LaTeX, for the packages booktabs and graphicx."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
     for part in printed(found):
         columns = "".join("r" if header in NUMERIC else "l" for header in part.headers)
@@ -285,7 +285,7 @@ def latex(found: Findings) -> str:
 
 
 def _stacked(header: str, column: str) -> str:
-    """A header over its column, in lines about as short as the numbers below."""
+    """Return a header in several short lines, about as wide as the numbers below."""
     lines = textwrap.wrap(header, HEAD, break_long_words=False, break_on_hyphens=False)
     if len(lines) < 2:
         return _latex(header)
@@ -294,5 +294,5 @@ def _stacked(header: str, column: str) -> str:
 
 
 def _latex(text: str) -> str:
-    # A bracket right after a row's end would be read as its optional argument.
+    # LaTeX would read a bracket after the end of a row as an optional argument.
     return "".join(_LATEX.get(sign, sign) for sign in re.sub(r"[\r\n\t ]+", " ", text)).replace("[", "{[}")
