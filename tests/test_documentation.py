@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import atn_norms
 from atn_norms.plugins import Hooks
 from atn_norms.registry import FAMILIES, registry
 
