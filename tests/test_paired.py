@@ -190,7 +190,7 @@ def test_the_coverage_of_an_interval_matches_the_page(shape, n):
 
 
 def test_skewed_samples_of_20_are_covered_more_often_by_the_studentized_bootstrap_than_by_t_or_bca():
-    """Why skewed samples of many seeds are resampled, and why not by BCa."""
+    """The reason for resampling skewed samples of many seeds, and for not using BCa."""
     draw, centre = SHAPES["log-normal"]
     rows = [row for row in draw(np.random.default_rng(20), (400, 20)) if paired(row).method != "paired t"]
     covered = {"studentized": 0, "t": 0, "BCa": 0}
