@@ -58,11 +58,17 @@ class Op(IntEnum):
     WHERE = 33
     SUM = 34
     DOT = 35
+    MUL_ADD = 36  # a b + c
+    MUL_SUB = 37  # a b - c
+    SUB_MUL = 38  # c - a b
+    MUL_MUL = 39  # a b c
+    POW_LOG = 40  # a to the power c, where b is log a
 
 
 UNARY = frozenset(op for op in Op if op <= Op.COS)
 BINARY = frozenset(op for op in Op if Op.ADD <= op <= Op.OR)
-ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), Op.WHERE: 3, Op.SUM: 1, Op.DOT: 2}
+TERNARY = frozenset((Op.WHERE, Op.MUL_ADD, Op.MUL_SUB, Op.SUB_MUL, Op.MUL_MUL, Op.POW_LOG))
+ARITY = {**dict.fromkeys(UNARY, 1), **dict.fromkeys(BINARY, 2), **dict.fromkeys(TERNARY, 3), Op.SUM: 1, Op.DOT: 2}
 REGISTER, CONSTANT, INPUT, SMALL, SMALL_INPUT = range(5)
 REGISTERS, INPUTS, ROWS = (REGISTER, SMALL), (INPUT, SMALL_INPUT), (REGISTER, INPUT)
 REDUCTIONS = (Op.SUM, Op.DOT)
@@ -371,6 +377,11 @@ TORCH: dict[Op, Callable[..., Tensor]] = {
     Op.AND: _truth(torch.logical_and),
     Op.OR: _truth(torch.logical_or),
     Op.WHERE: lambda mask, a, b: torch.where(mask != 0, a, b),
+    Op.MUL_ADD: lambda a, b, c: a * b + c,
+    Op.MUL_SUB: lambda a, b, c: a * b - c,
+    Op.SUB_MUL: lambda a, b, c: c - a * b,
+    Op.MUL_MUL: lambda a, b, c: a * b * c,
+    Op.POW_LOG: lambda a, b, c: torch.pow(a, c),
 }
 
 

@@ -32,7 +32,8 @@ class Draft:
 
 def allot(draft: Draft) -> Program:
     """Return the program of a draft without what no output needs, and with registers used again."""
-    code = _fused(draft, _needed(draft))
+    code = _shared_logarithms(draft, _needed(draft))
+    code = _without_copies(draft, _fused_products(draft, _fused_sums(draft, code)))
     kinds = _kinds(draft, code)
     last: dict[int, int] = dict.fromkeys(draft.outputs, len(code))
     for place, instruction in enumerate(code):
@@ -88,29 +89,129 @@ def _kinds(draft: Draft, code: list[Instruction]) -> dict[int, int]:
     return kinds
 
 
-def _fused(draft: Draft, code: list[Instruction]) -> list[Instruction]:
-    """Return instructions in which a sum of products that nothing else reads is one instruction."""
-    uses: dict[int, int] = dict.fromkeys(draft.outputs, 1)
+def _shared_logarithms(draft: Draft, code: list[Instruction]) -> list[Instruction]:
+    """Return instructions in which several powers of one base, or a power and a logarithm, share the logarithm."""
+    users: dict[tuple[Operand, int], list[Instruction]] = {}
+    for instruction in code:
+        if instruction.op in (Op.LOG, Op.POW):
+            users.setdefault((instruction.operands[0], instruction.count), []).append(instruction)
+    logarithms: dict[tuple[Operand, int], int] = {}
+    shared = []
+    for instruction in code:
+        key = (instruction.operands[0], instruction.count)
+        if instruction.op not in (Op.LOG, Op.POW) or len(users[key]) < 2:
+            shared.append(instruction)
+            continue
+        if key not in logarithms:
+            own = [user.target for user in users[key] if user.op == Op.LOG and _is_whole(draft, user)]
+            if not own:
+                draft.slots.append(Slot(REGISTER, instruction.count))
+            logarithms[key] = own[0] if own else len(draft.slots) - 1
+            target = logarithms[key]
+            count = instruction.count
+            shared.append(Instruction(Op.LOG, target, 0, count, 1, count, instruction.operands[:1]))
+        if instruction.op == Op.POW:
+            base, exponent = instruction.operands
+            logarithm = Operand(logarithms[key], 0, 1, instruction.count)
+            instruction = replace(instruction, op=Op.POW_LOG, operands=(base, logarithm, exponent))
+        elif instruction.target == logarithms[key]:
+            continue
+        shared.append(instruction)
+    return shared
+
+
+def _is_whole(draft: Draft, instruction: Instruction) -> bool:
+    return (instruction.offset, instruction.length) == (0, draft.slots[instruction.target].length)
+
+
+def _read_once(draft: Draft, code: list[Instruction]) -> dict[int, Instruction]:
+    """Return the instructions whose result fills a register alone and is read once, by their register."""
+    uses: dict[int, int] = dict.fromkeys(draft.outputs, 2)
     writers: dict[int, list[Instruction]] = {}
     for instruction in code:
         writers.setdefault(instruction.target, []).append(instruction)
         for operand in instruction.operands:
             uses[operand.slot] = uses.get(operand.slot, 0) + 1
+    return {
+        slot: own[0]
+        for slot, own in writers.items()
+        if len(own) == 1 and uses.get(slot) == 1 and own[0].op not in REDUCTIONS and _is_whole(draft, own[0])
+    }
+
+
+def _without_copies(draft: Draft, code: list[Instruction]) -> list[Instruction]:
+    """Return instructions that compute what is only copied into a part of a register there."""
+    kinds, single = _kinds(draft, code), _read_once(draft, code)
+    moved = {}
+    for instruction in code:
+        operand = instruction.operands[0]
+        if (
+            instruction.op == Op.COPY
+            and operand.slot in single
+            and single[operand.slot].op != Op.COPY
+            and _is_vector(operand, instruction.count)
+            and instruction.count == draft.slots[operand.slot].length > 1
+            and kinds[operand.slot] == kinds[instruction.target]
+        ):
+            moved[operand.slot] = instruction
+    kept = [instruction for instruction in code if not (instruction.op == Op.COPY and instruction in moved.values())]
+    return [
+        replace(i, target=moved[i.target].target, offset=moved[i.target].offset) if i.target in moved else i
+        for i in kept
+    ]
+
+
+_WITH_PRODUCT = {(Op.ADD, 0): Op.MUL_ADD, (Op.ADD, 1): Op.MUL_ADD, (Op.SUB, 0): Op.MUL_SUB, (Op.SUB, 1): Op.SUB_MUL}
+_WITH_PRODUCT |= {(Op.MUL, 0): Op.MUL_MUL, (Op.MUL, 1): Op.MUL_MUL}
+
+
+def _fused_products(draft: Draft, code: list[Instruction]) -> list[Instruction]:
+    """Return instructions in which a product of vectors that one sum or product alone reads is a part of that."""
+    kinds, products = _kinds(draft, code), _read_once(draft, code)
+    dropped: set[int] = set()
+    fused = []
+    for instruction in code:
+        for place, operand in enumerate(instruction.operands):
+            op, product = _WITH_PRODUCT.get((instruction.op, place)), products.get(operand.slot)
+            if (
+                op is None
+                or product is None
+                or product.op != Op.MUL
+                or operand.slot in dropped
+                or product.target in dropped
+                or any(part.slot in dropped for part in product.operands)
+                or not _is_vector(operand, instruction.count)
+                or instruction.count == 1
+                or kinds[operand.slot] != kinds[instruction.target]
+            ):
+                continue
+            other = instruction.operands[1 - place]
+            operands = (*product.operands, other)
+            if all(part.length == 1 or _is_vector(part, instruction.count) for part in operands):
+                dropped.add(operand.slot)
+                fused.append(replace(instruction, op=op, operands=operands))
+                break
+        else:
+            fused.append(instruction)
+    return [instruction for instruction in fused if instruction.target not in dropped]
+
+
+def _fused_sums(draft: Draft, code: list[Instruction]) -> list[Instruction]:
+    """Return instructions in which a sum of products that nothing else reads is one instruction."""
+    products = _read_once(draft, code)
     dropped: set[int] = set()
     fused = []
     for instruction in code:
         if instruction.op == Op.SUM:
             (operand,) = instruction.operands
-            product = writers.get(operand.slot, [])
+            product = products.get(operand.slot)
             if (
-                len(product) == 1
-                and product[0].op == Op.MUL
-                and uses[operand.slot] == 1
-                and product[0].count == instruction.count == draft.slots[operand.slot].length
-                and all(_is_vector(part, instruction.count) for part in (*product[0].operands, operand))
+                product is not None
+                and product.op == Op.MUL
+                and all(_is_vector(part, instruction.count) for part in (*product.operands, operand))
             ):
                 dropped.add(operand.slot)
-                instruction = replace(instruction, op=Op.DOT, operands=product[0].operands)
+                instruction = replace(instruction, op=Op.DOT, operands=product.operands)
         fused.append(instruction)
     return [instruction for instruction in fused if instruction.target not in dropped]
 

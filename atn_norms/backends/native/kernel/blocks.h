@@ -36,7 +36,7 @@ typedef struct {
     double *carry;           /* [2, L] what comes back in time */
     double *dgain, *dshift;  /* sums: [F], or [L] where norms couple the batch */
     double *room;            /* where all that is not in the timeline lies */
-    const Program *programs; /* of NORM_TRACED: as in Site, but for the parameters, which are all double here */
+    const Ready *ready;      /* of NORM_TRACED: its four programs; the rest as in Site, but for the parameters, which are all double here */
     int64_t parts, parameters;
     int centred, detached;
     double *parameter;       /* [parts, parameters] */
@@ -75,8 +75,8 @@ int atn_norms_run_avx2(const Work *work, int backward, int is_double);
 int atn_norms_run_avx512(const Work *work, int backward, int is_double);
 
 /* Run a program on at most a tile of rows. */
-void atn_norms_interpret_base(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
-void atn_norms_interpret_avx2(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
-void atn_norms_interpret_avx512(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_base(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx2(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);
+void atn_norms_interpret_avx512(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);
 
 #endif

@@ -1,150 +1,174 @@
-/* One loop per operation, over vectors of ELEMENT: double or float, selected by IN_DOUBLE; OPS names what belongs to it. Included twice by
-   interpret.inc.h. */
-
-#define STRIDE ((long)(VECTOR_BYTES / sizeof(ELEMENT)))
+/* One loop per operation over vectors of REAL, and sums. Included by level.inc.h for each REAL. */
 
 /* `blocks` blocks of n elements; an operand is a vector, `apart` elements from block to block, or one double number for a block. */
 typedef struct {
-    ELEMENT *out;
+    REAL *out;
     long out_apart;
-    const ELEMENT *vector[3];
+    const REAL *vector[3];
     const double *number[3];
     long apart[3], n, blocks;
-} OPS(Run);
+} FN(Run);
 
-/* One number for a block, and what ELEMENT leaves out of it. */
-typedef struct { OPS(vec) high, low; } OPS(Number);
+/* One operand of one block: where its elements are, and how far apart its vectors are, 0 for a number. */
+typedef struct {
+    const REAL *at;
+    long step;
+    REAL same[VECTOR_BYTES / sizeof(REAL)];
+} FN(Source);
 
-NUM_INLINE OPS(Number) OPS(number_of)(const OPS(Run) *run, int k, long block) {
-    const double x = run->number[k] ? run->number[k][block * run->apart[k]] : 0.0;
-    const ELEMENT high = (ELEMENT)x;
-    const OPS(Number) number = {OPS(all)(high), OPS(all)((ELEMENT)(x - (double)high == x - (double)high ? x - (double)high : 0.0))};
-    return number;
+/* Returns what REAL leaves out of a number. */
+INLINE REAL FN(source)(FN(Source) *source, const FN(Run) *run, int k, long block) {
+    if (run->vector[k]) {
+        source->at = run->vector[k] + block * run->apart[k];
+        source->step = VL;
+        return (REAL)-0.0; /* which changes nothing where it is added */
+    }
+    const double x = run->number[k][block * run->apart[k]];
+    const REAL high = (REAL)x;
+    FN(store)(source->same, FN(all)(high), VL);
+    source->at = source->same;
+    source->step = 0;
+    return x - (double)high == 0.0 || x - (double)high != x - (double)high ? (REAL)-0.0 : (REAL)(x - (double)high);
 }
 
-#define LOOP(A, B, unused, expression)                                                             \
-    for (long block = 0; block < run.blocks; block++) {                                          \
-        const OPS(Number) na = OPS(number_of)(&run, 0, block), nb = OPS(number_of)(&run, 1, block); \
-        const ELEMENT *va = run.vector[0] ? run.vector[0] + block * run.apart[0] : NULL;          \
-        const ELEMENT *vb = run.vector[1] ? run.vector[1] + block * run.apart[1] : NULL;          \
-        (void)na; (void)nb; (void)va; (void)vb;                                                   \
-        for (long i = 0; i < run.n; i += STRIDE) {                                                \
-            const long left = run.n - i;                                                          \
-            const OPS(vec) a = A, b = B;                                                          \
-            (void)b;                                                                              \
-            OPS(store)(run.out + block * run.out_apart + i, (expression), left);                  \
-        }                                                                                         \
-    }
-#define UNARY(op, expression)                                                                     \
-    case op:                                                                                      \
-        if (run.number[0]) LOOP(na.high, a, a, expression)                                        \
-        else LOOP(OPS(load)(va + i, left), a, a, expression)                                      \
+/* For `arity` operands a, b and c; `la`, `lb` and `lc` are what REAL leaves out of those that are numbers. */
+#define LOOP(op, arity, expression)                                                                                    \
+    case op:                                                                                                           \
+        for (long block = 0; block < run->blocks; block++) {                                                            \
+            FN(Source) from[3];                                                                                        \
+            REAL low[3] = {0};                                                                                         \
+            for (int k = 0; k < arity; k++) low[k] = FN(source)(from + k, run, k, block);                               \
+            const REAL *pa = from[0].at, *pb = from[arity > 1].at, *pc = from[arity > 2 ? 2 : 0].at;                      \
+            const long sa = from[0].step, sb = from[arity > 1].step, sc = from[arity > 2 ? 2 : 0].step;                   \
+            const REAL la = low[0], lb = low[1], lc = low[2];                                                          \
+            REAL *to = run->out + block * run->out_apart;                                                              \
+            (void)la; (void)lb; (void)lc;                                                                              \
+            for (long left = run->n; left > 0; left -= VL, to += VL, pa += sa, pb += sb, pc += sc) {                     \
+                const FN(vec) a = FN(load_or)(pa, sa ? left : VL, 1), b = arity > 1 ? FN(load_or)(pb, sb ? left : VL, 1) : a; \
+                const FN(vec) c = arity > 2 ? FN(load_or)(pc, sc ? left : VL, 1) : a;                                    \
+                (void)b; (void)c;                                                                                      \
+                FN(store)(to, (expression), left);                                                                     \
+            }                                                                                                          \
+        }                                                                                                              \
         break;
-/* `result` is computed of the operands, and `correction` adds what numbers leave out of themselves. */
-#define BINARY(op, result, correction)                                                                 \
-    case op:                                                                                      \
-        if (!run.number[0] && !run.number[1]) LOOP(OPS(load)(va + i, left), OPS(load)(vb + i, left), a, result)    \
-        else if (run.number[0] && !run.number[1]) LOOP(na.high, OPS(load)(vb + i, left), a, (result) correction)          \
-        else if (!run.number[0]) LOOP(OPS(load)(va + i, left), nb.high, a, (result) correction)            \
-        else LOOP(na.high, nb.high, a, (result) correction)                                                \
-        break;
-#define TRUTH(comparison) OPS(truth)((OPS(whole))(comparison))
-#if IN_DOUBLE
-#define ADDED
-#define SUBTRACTED
+#define TRUTH(comparison) FN(truth)((FN(whole))(comparison))
+/* The same number in REAL and what that leaves out of it: in double, nothing is. */
+#if IS_DOUBLE
+#define LESS(low)
+#define MORE(low)
 #else
-#define ADDED + (na.low + nb.low)
-#define SUBTRACTED + (na.low - nb.low)
+#define LESS(low) - (low)
+#define MORE(low) + (low)
 #endif
 
-static void OPS(loop)(int32_t op, OPS(Run) run) {
+static void FN(loop)(int32_t op, const FN(Run) *run) {
     switch (op) {
-        UNARY(OP_COPY, a)
-        UNARY(OP_NEG, -a)
-        UNARY(OP_ABS, OPS(absolute)(a))
-        UNARY(OP_SIGN, OPS(signs)(a))
-        UNARY(OP_RECIPROCAL, (ELEMENT)1 / a)
-        UNARY(OP_SQRT, OPS(root)(a))
-        UNARY(OP_RSQRT, (ELEMENT)1 / OPS(root)(a))
-        UNARY(OP_EXP, OPS(exponential)(a))
-        UNARY(OP_LOG, OPS(logarithm)(a))
-        UNARY(OP_TANH, OPS(hyperbolic)(a))
-        UNARY(OP_SIGMOID, OPS(logistic)(a))
-        UNARY(OP_ROUND, OPS(rounded)(a))
-        UNARY(OP_NOT, TRUTH(a == (ELEMENT)0))
-        UNARY(OP_LOG1P, OPS(libm_log1p)(a))
-        UNARY(OP_EXPM1, OPS(libm_expm1)(a))
-        UNARY(OP_ERF, OPS(libm_erf)(a))
-        UNARY(OP_SIN, OPS(libm_sin)(a))
-        UNARY(OP_COS, OPS(libm_cos)(a))
-        BINARY(OP_ADD, a + b, ADDED)
-        BINARY(OP_SUB, a - b, SUBTRACTED)
-        BINARY(OP_MUL, a * b, )
-        BINARY(OP_DIV, a / b, )
-        BINARY(OP_POW, OPS(power)(a, b), )
-        BINARY(OP_MAX, OPS(larger)(a, b), )
-        BINARY(OP_MIN, OPS(smaller)(a, b), )
-        BINARY(OP_GT, TRUTH(a > b), )
-        BINARY(OP_GE, TRUTH(a >= b), )
-        BINARY(OP_LT, TRUTH(a < b), )
-        BINARY(OP_LE, TRUTH(a <= b), )
-        BINARY(OP_EQ, TRUTH(a == b), )
-        BINARY(OP_NE, TRUTH(a != b), )
-        BINARY(OP_AND, TRUTH(a != (ELEMENT)0) * TRUTH(b != (ELEMENT)0), )
-        BINARY(OP_OR, OPS(truth)((OPS(whole))(a != (ELEMENT)0) | (OPS(whole))(b != (ELEMENT)0)), )
-    case OP_WHERE:
-        for (long block = 0; block < run.blocks; block++)
-            for (long i = 0; i < run.n; i += STRIDE) {
-                const long left = run.n - i;
-                OPS(vec) from[3];
-                for (int k = 0; k < 3; k++) {
-                    if (run.number[k]) from[k] = OPS(all)((ELEMENT)run.number[k][block * run.apart[k]]);
-                    else from[k] = OPS(load)(run.vector[k] + block * run.apart[k] + i, left);
-                }
-                OPS(store)(run.out + block * run.out_apart + i, OPS(choose)((OPS(whole))(from[0] != (ELEMENT)0), from[1], from[2]), left);
-            }
-        break;
+        LOOP(OP_COPY, 1, a)
+        LOOP(OP_NEG, 1, -a)
+        LOOP(OP_ABS, 1, FN(absolute)(a))
+        LOOP(OP_SIGN, 1, FN(signs)(a))
+        LOOP(OP_RECIPROCAL, 1, (REAL)1 / a)
+        LOOP(OP_SQRT, 1, FN(root)(a))
+        LOOP(OP_RSQRT, 1, (REAL)1 / FN(root)(a))
+        LOOP(OP_EXP, 1, FN(exponential)(a))
+        LOOP(OP_LOG, 1, FN(logarithm)(a))
+        LOOP(OP_TANH, 1, FN(hyperbolic)(a))
+        LOOP(OP_SIGMOID, 1, FN(logistic)(a))
+        LOOP(OP_ROUND, 1, FN(rounded)(a))
+        LOOP(OP_NOT, 1, TRUTH(a == (REAL)0))
+        LOOP(OP_LOG1P, 1, FN(libm_log1p)(a))
+        LOOP(OP_EXPM1, 1, FN(libm_expm1)(a))
+        LOOP(OP_ERF, 1, FN(libm_erf)(a))
+        LOOP(OP_SIN, 1, FN(libm_sin)(a))
+        LOOP(OP_COS, 1, FN(libm_cos)(a))
+        LOOP(OP_ADD, 2, a + b MORE(la + lb))
+        LOOP(OP_SUB, 2, a - b MORE(la - lb))
+        LOOP(OP_MUL, 2, a * b)
+        LOOP(OP_DIV, 2, a / b)
+        LOOP(OP_POW, 2, FN(power)(a, b))
+        LOOP(OP_MAX, 2, FN(larger)(a, b))
+        LOOP(OP_MIN, 2, FN(smaller)(a, b))
+        LOOP(OP_GT, 2, TRUTH(a > b))
+        LOOP(OP_GE, 2, TRUTH(a >= b))
+        LOOP(OP_LT, 2, TRUTH(a < b))
+        LOOP(OP_LE, 2, TRUTH(a <= b))
+        LOOP(OP_EQ, 2, TRUTH(a == b))
+        LOOP(OP_NE, 2, TRUTH(a != b))
+        LOOP(OP_AND, 2, TRUTH(a != (REAL)0) * TRUTH(b != (REAL)0))
+        LOOP(OP_OR, 2, FN(truth)((FN(whole))(a != (REAL)0) | (FN(whole))(b != (REAL)0)))
+        LOOP(OP_WHERE, 3, FN(choose)((FN(whole))(a != (REAL)0), b, c))
+        LOOP(OP_MUL_ADD, 3, a * b + c MORE(lc))
+        LOOP(OP_MUL_SUB, 3, a * b - c LESS(lc))
+        LOOP(OP_SUB_MUL, 3, c - a * b MORE(lc))
+        LOOP(OP_MUL_MUL, 3, a * b * c)
+        LOOP(OP_POW_LOG, 3, FN(power_of)(a, b, c))
     }
 }
 
 /* A vector as doubles, added to sums. */
-NUM_INLINE void OPS(gather)(OPS(vec) x, NUM(vec) *sums) {
-#if IN_DOUBLE
-    sums[0] += (NUM(vec))x;
+INLINE void FN(onto_doubles)(FN(vec) x, F64(vec) *sums) {
+#if IS_DOUBLE
+    sums[0] += x;
 #else
     typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
     half halves[2];
     memcpy(halves, &x, sizeof halves);
-    sums[0] += __builtin_convertvector(halves[0], NUM(vec));
-    sums[1] += __builtin_convertvector(halves[1], NUM(vec));
+    sums[0] += __builtin_convertvector(halves[0], F64(vec));
+    sums[1] += __builtin_convertvector(halves[1], F64(vec));
 #endif
 }
 
-/* The sum of n numbers, in double; or of the products of two times n, in double but for stretches of 8 vectors. Always in the same
+#if IS_DOUBLE
+/* The sum of a vector's numbers. */
+INLINE double FN(reduce)(FN(vec) x) {
+#if VECTOR_BYTES == 64
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+#elif VECTOR_BYTES == 32
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1);
+#endif
+    return x[0] + x[1];
+}
+#endif
+
+/* The sum of n numbers, in double; or of the products of two times n, in double but for stretches of 4 vectors. Always in the same
    order. */
-static double OPS(sum)(int dot, const ELEMENT *a, const ELEMENT *b, long n) {
-    NUM(vec) sums[2] = {{0}};
+INLINE double FN(sum)(const int dot, const REAL *a, const REAL *b, long n) {
+    F64(vec) sums[2] = {{0}};
     long i = 0;
-    if (dot)
-        while (i + STRIDE <= n) {
-            OPS(vec) products = {0};
-            for (const long until = i + 8 * STRIDE; i + STRIDE <= n && i < until; i += STRIDE)
-                products += *(const OPS(vec) *)(a + i) * *(const OPS(vec) *)(b + i);
-            OPS(gather)(products, sums);
-        }
-    else
-        for (; i + STRIDE <= n; i += STRIDE) OPS(gather)(*(const OPS(vec) *)(a + i), sums);
-    sums[0] += sums[1];
-    double total = 0.0;
-    for (long j = 0; j < WIDTH; j++) total += sums[0][j];
-    for (; i < n; i++) total += dot ? (double)a[i] * (double)b[i] : (double)a[i];
-    return total;
+    for (; dot && i + 4 * VL <= n; i += 4 * VL) {
+        FN(vec) products = {0};
+        for (long j = i; j < i + 4 * VL; j += VL) products += *(const FN(vec) *)(a + j) * *(const FN(vec) *)(b + j);
+        FN(onto_doubles)(products, sums);
+    }
+    if (dot && i < n) {
+        FN(vec) products = {0};
+        for (; i + VL <= n; i += VL) products += *(const FN(vec) *)(a + i) * *(const FN(vec) *)(b + i);
+        if (i < n) products += FN(load)(a + i, n - i) * FN(load)(b + i, n - i);
+        FN(onto_doubles)(products, sums);
+    } else if (!dot) {
+        for (; i + VL <= n; i += VL) FN(onto_doubles)(*(const FN(vec) *)(a + i), sums);
+        if (i < n) FN(onto_doubles)(FN(load)(a + i, n - i), sums);
+    }
+    return F64(reduce)(sums[0] + sums[1]);
 }
 
-#undef STRIDE
+/* Add `rows` rows of n numbers, `apart` from one to the next, to n doubles: in REAL over the rows, of which there are few. */
+static void FN(add_rows)(const REAL *from, long apart, long rows, long n, double *to) {
+    for (long i = 0; i < n; i += VL) {
+        const long left = n - i < VL ? n - i : VL;
+        FN(vec) total = FN(load)(from + i, left);
+        for (long r = 1; r < rows; r++) total += FN(load)(from + r * apart + i, left);
+        F64(vec) halves[2] = {{0}};
+        FN(onto_doubles)(total, halves);
+        for (long j = 0, wide = VECTOR_BYTES / (long)sizeof(double); j < left; j += wide) {
+            const long part = left - j < wide ? left - j : wide;
+            F64(store)(to + i + j, F64(load)(to + i + j, part) + halves[j / wide], part);
+        }
+    }
+}
+
 #undef LOOP
-#undef UNARY
-#undef BINARY
 #undef TRUTH
-#undef ADDED
-#undef SUBTRACTED
+#undef LESS
+#undef MORE

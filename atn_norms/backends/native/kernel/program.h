@@ -13,6 +13,7 @@ enum {
     OP_LOG1P, OP_EXPM1, OP_ERF, OP_SIN, OP_COS,
     OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_POW, OP_MAX, OP_MIN, OP_GT, OP_GE, OP_LT, OP_LE, OP_EQ, OP_NE, OP_AND, OP_OR,
     OP_WHERE, OP_SUM, OP_DOT,
+    OP_MUL_ADD, OP_MUL_SUB, OP_SUB_MUL, OP_MUL_MUL, OP_POW_LOG,
     OPERATIONS
 };
 /* Registers and inputs hold numbers of rows, or (small) of statistics, which are double in narrow programs too. */
@@ -36,6 +37,32 @@ typedef struct { int64_t words, instructions, slots, outputs, constants, row_dou
 /* Rows of one input or output, double, or float where a narrow program has rows: row r starts at r * apart. */
 typedef struct { const void *at; int64_t apart; } Input;
 
+/* Where numbers of a step start: the registers that are no output, the constants, then every input, then every output. */
+enum { BASE_REGISTERS, BASE_CONSTANTS, BASE_INPUTS };
+/* An operand of a step: bytes from its base; numbers from row to row, but of inputs and outputs; the pattern as in Operand. */
+typedef struct { int32_t base, is_float; int64_t bytes, apart, repeat, length; } Source;
+
+/* An instruction, made ready once for all tiles. */
+enum { STEP_ROWS, STEP_PARTS, STEP_PIECES, STEP_SUMS, STEP_ANY_SUMS };
+typedef struct {
+    int32_t op, kind, operands, is_float;
+    int32_t vectors;       /* bit k: operand k is as long as the result, not one number for a row (or for a part of it) */
+    int32_t spread;        /* bit k: operand k has one number for each part of a row */
+    int64_t count, parts;  /* of a sum: elements that are added, and sums */
+    int64_t repeat;        /* of a sum */
+    Source to, from[3];
+} Step;
+
+/* A program ready to run. direct: whether its first output may be computed where it is wanted, apart from all inputs or also over the
+   last one. */
+enum { DIRECT_APART = 1, DIRECT_OVER = 2 };
+typedef struct {
+    const Program *program;
+    int32_t narrow, direct;
+    int64_t steps;
+    Step *step;
+} Ready;
+
 /* The program after this one. */
 static inline const Program *next_program(const Program *program) {
     return (const Program *)((const int64_t *)program + program->words);
@@ -50,9 +77,13 @@ static inline const double *program_constants(const Program *program) {
     return (const double *)(program_outputs(program) + program->outputs);
 }
 
-/* Whether an output of a program that runs narrow holds floats. */
-static inline int is_float_output(const Program *program, int64_t output) {
-    return is_row_slot(program_slots(program) + program_outputs(program)[output]);
+
+/* Make a program ready, in room for as many steps as it has instructions. */
+Ready atn_norms_ready(const Program *program, int narrow, Step *step);
+
+/* Whether an output holds floats. */
+static inline int is_float_output(const Ready *ready, int64_t output) {
+    return ready->narrow && is_row_slot(program_slots(ready->program) + program_outputs(ready->program)[output]);
 }
 
 #endif

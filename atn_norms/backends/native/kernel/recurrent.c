@@ -69,13 +69,13 @@ static int run_level(const Work *work, int backward, int32_t is_double) {
     return atn_norms_run_base(work, backward, is_double);
 }
 
-static void interpret_level(const Program *program, int narrow, const Input *input, int64_t rows, double *room, Input *output) {
+static void interpret_level(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output) {
 #if defined(__x86_64__) && defined(__GNUC__)
     const int32_t level = atn_norms_level(-1);
-    if (level == 2) { atn_norms_interpret_avx512(program, narrow, input, rows, room, output); return; }
-    if (level == 1) { atn_norms_interpret_avx2(program, narrow, input, rows, room, output); return; }
+    if (level == 2) { atn_norms_interpret_avx512(ready, input, rows, room, output); return; }
+    if (level == 1) { atn_norms_interpret_avx2(ready, input, rows, room, output); return; }
 #endif
-    atn_norms_interpret_base(program, narrow, input, rows, room, output);
+    atn_norms_interpret_base(ready, input, rows, room, output);
 }
 
 static int run(const Call *call, int backward, int32_t is_double) {
@@ -101,24 +101,28 @@ int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1
 int32_t atn_norms_interpret(const int64_t *words, int32_t narrow, const void *const *inputs, int64_t rows, void *const *outputs) {
     const Program *program = (const Program *)words;
     const Slot *slot = program_slots(program);
-    double *room = atn_norms_memory((size_t)(program->tile_rows * program->row_doubles) * sizeof(double));
+    const size_t steps = (size_t)program->instructions * sizeof(Step);
+    char *memory = atn_norms_memory(steps + (size_t)(program->tile_rows * program->row_doubles) * sizeof(double));
     Input input[MOST_SLOTS], output[MOST_SLOTS];
-    if (!room) return 1;
+    if (!memory) return 1;
+    const Ready ready = atn_norms_ready(program, narrow, (Step *)memory);
+    double *room = (double *)(memory + steps);
     for (int64_t row = 0; row < rows; row += program->tile_rows) {
         const int64_t count = rows - row < program->tile_rows ? rows - row : program->tile_rows;
         for (int64_t i = 0; i < program->inputs; i++) {
             const int64_t size = narrow && is_row_slot(slot + i) ? sizeof(float) : sizeof(double);
             input[i] = (Input){(const char *)inputs[i] + row * slot[i].length * size, slot[i].length};
         }
-        interpret_level(program, narrow, input, count, room, output);
+        output[0].at = NULL;
+        interpret_level(&ready, input, count, room, output);
         for (int64_t o = 0; o < program->outputs; o++) {
             const int64_t length = slot[program_outputs(program)[o]].length;
-            const int64_t size = narrow && is_float_output(program, o) ? sizeof(float) : sizeof(double);
+            const int64_t size = is_float_output(&ready, o) ? sizeof(float) : sizeof(double);
             for (int64_t r = 0; r < count; r++)
                 memcpy((char *)outputs[o] + (row + r) * length * size, (const char *)output[o].at + r * output[o].apart * size, (size_t)(length * size));
         }
     }
-    free(room);
+    free(memory);
     return 0;
 }
 

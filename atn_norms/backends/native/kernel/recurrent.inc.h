@@ -163,6 +163,3 @@ static int FN(run)(const Work *work, int backward) {
 #undef LANES
 #undef MERGE
 #undef EVERY_UNIT
-#undef INLINE
-#undef VL
-#undef PANEL

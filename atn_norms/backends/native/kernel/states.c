@@ -169,24 +169,34 @@ static int count(Work *work) {
 
 /* What a thread needs to run the programs of a site: registers of a tile, and rows of the input and its gradient as doubles. */
 static int64_t program_doubles(const SiteBuffers *line) {
-    const Program *program = line->programs;
     int64_t most = 0;
-    for (int i = 0; i < PROGRAMS; i++, program = next_program(program)) {
+    for (int i = 0; i < PROGRAMS; i++) {
+        const Program *program = line->ready[i].program;
         const int64_t own = program->tile_rows * (program->row_doubles + 2 * (line->features / line->parts));
         if (own > most) most = own;
     }
     return most;
 }
 
-/* The parameters of a site's programs, as doubles. 0 if well. */
-static int load_parameters(SiteBuffers *line, const Site *site, int is_double) {
+/* A site's programs made ready, and their parameters as doubles. 0 if well. */
+static int load_programs(SiteBuffers *line, const Site *site, int is_double) {
     const int64_t many = site->parts * site->parameters;
-    line->programs = site->programs;
+    int64_t steps = 0;
+    const Program *program = site->programs;
+    for (int i = 0; i < PROGRAMS; i++, program = next_program(program)) steps += program->instructions;
     line->parts = site->parts;
     line->parameters = site->parameters;
     line->centred = site->centred != 0;
     line->parameter = malloc((size_t)(many + 1) * sizeof(double));
-    if (!line->parameter) return 1;
+    Ready *ready = malloc(PROGRAMS * sizeof(Ready) + (size_t)steps * sizeof(Step));
+    line->ready = ready;
+    if (!line->parameter || !ready) return 1;
+    Step *step = (Step *)(ready + PROGRAMS);
+    program = site->programs;
+    for (int i = 0; i < PROGRAMS; i++, program = next_program(program)) {
+        ready[i] = atn_norms_ready(program, program->narrow && !is_double, step);
+        step += program->instructions;
+    }
     for (int64_t i = 0; i < many; i++) line->parameter[i] = is_double ? ((const double *)site->gain)[i] : (double)((const float *)site->gain)[i];
     return 0;
 }
@@ -208,7 +218,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         if (site->norm == NORM_NONE) continue;
         lay_out(work, line, site);
         if (site->norm == NORM_TRACED) {
-            if (load_parameters(line, site, is_double)) {
+            if (load_programs(line, site, is_double)) {
                 atn_norms_end(work, -1, 0);
                 return 1;
             }
@@ -309,6 +319,7 @@ void atn_norms_end(Work *work, int backward, int is_double) {
         if (backward == 0) store_state(work, line, work->call->site + s);
         else if (backward == 1) store_grads(work, line, work->call->site + s, is_double);
         free(line->parameter);
+        free((void *)line->ready);
         free(line->room);
     }
     free(work->counts);

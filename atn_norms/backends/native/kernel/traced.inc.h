@@ -9,12 +9,9 @@ INLINE long FN(next_live)(const Work *work, long t, long first, long row, long r
     return row;
 }
 
-/* Whether a program runs narrow. */
-INLINE int FN(narrow)(const Program *program) { return !IS_DOUBLE && program->narrow; }
-
 /* Rows of REAL as an input: themselves, or converted into a room. */
-INLINE Input FN(as_input)(const Program *program, const REAL *rows, long apart, long count, long width, double **room) {
-    if (IS_DOUBLE || FN(narrow)(program)) return (Input){rows, apart};
+INLINE Input FN(as_input)(const Ready *ready, const REAL *rows, long apart, long count, long width, double **room) {
+    if (IS_DOUBLE || ready->narrow) return (Input){rows, apart};
     double *to = *room;
     for (long r = 0; r < count; r++)
         for (long i = 0; i < width; i++) to[r * width + i] = (double)rows[r * apart + i];
@@ -29,15 +26,9 @@ typedef struct {
     double *room;
 } FN(Tile);
 
-INLINE const Program *FN(program)(const SiteBuffers *site, int which) {
-    const Program *program = site->programs;
-    while (which-- > 0) program = next_program(program);
-    return program;
-}
-
-INLINE Input FN(parameters)(const FN(Tile) *tile, const Program *program) {
+INLINE Input FN(parameters)(const FN(Tile) *tile, const Ready *ready) {
     const long before = tile->part * tile->site->parameters;
-    if (FN(narrow)(program)) return (Input){(const REAL *)tile->site->gain + before, 0};
+    if (ready->narrow) return (Input){(const REAL *)tile->site->gain + before, 0};
     return (Input){tile->site->parameter + before, 0};
 }
 
@@ -92,50 +83,53 @@ INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, int is_float, REAL
 INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output, int is_float) {
     const long many = tile->site->parameters;
     double *to = tile->site->dgain + tile->part * many;
-    for (long r = 0; r < tile->count; r++) {
-        if (is_float)
-            for (long i = 0; i < many; i++) to[i] += (double)OUTPUT(float);
-        else
-            for (long i = 0; i < many; i++) to[i] += OUTPUT(double);
-    }
+    if (is_float) F32(add_rows)(output.at, output.apart, tile->count, many, to);
+    else F64(add_rows)(output.at, output.apart, tile->count, many, to);
 }
 
 #undef OUTPUT
 
-#define EACH_TILE(program, rows)                                                                                   \
-    for (long r_ = 0, end_; (r_ = FN(next_live)(work, t, first, r_, rows, &end_)) < (rows); r_ = end_)             \
-        for (long part_ = 0; part_ < site->parts; part_++)                                                         \
-            for (long at_ = r_; at_ < end_; at_ += (program)->tile_rows)                                           \
-                for (FN(Tile) tile = {site, t, part_, at_, end_ - at_ < (program)->tile_rows ? end_ - at_ : (program)->tile_rows, room}; \
-                     tile.count; tile.count = 0)
+/* Where a program may compute the first output itself: rows of REAL, over the last input or apart from every input. */
+INLINE Input FN(wanted)(const Ready *ready, REAL *to, long apart, int over) {
+    const int fits = (IS_DOUBLE ? !is_float_output(ready, 0) : is_float_output(ready, 0)) && ready->direct & (over ? DIRECT_OVER : DIRECT_APART);
+    return fits ? (Input){to, apart} : (Input){NULL, 0};
+}
+
+#define EACH_TILE(ready, rows)                                                                                                        \
+    for (long r_ = 0, most_ = (ready)->program->tile_rows, end_; (r_ = FN(next_live)(work, t, first, r_, rows, &end_)) < (rows); r_ = end_) \
+        for (long part_ = 0; part_ < site->parts; part_++)                                                                            \
+            for (long at_ = r_, tiles_ = (end_ - r_ + most_ - 1) / most_, n_; tiles_ > 0; tiles_--, at_ += n_)                            \
+                for (FN(Tile) tile = {site, t, part_, at_, n_ = (end_ - at_ + tiles_ - 1) / tiles_, room}; tile.count; tile.count = 0)
 
 /* Own statistics of a block's live rows at step t. */
 static void FN(traced_measure)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, double *room) {
-    const Program *program = FN(program)(site, MEASURE);
+    const Ready *ready = site->ready + MEASURE;
     const long width = site->features / site->parts, ahead = site->prefix, at = (ahead + t) * site->lanes;
     if (site->groups == 0) return;
     memset(site->mean + at, 0, (size_t)site->lanes * sizeof(double));
     memset(site->var + at, 0, (size_t)site->lanes * sizeof(double));
-    EACH_TILE(program, rows) {
-        Input output[2], input[2] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, program)};
-        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
-        if (site->centred) FN(into_lanes)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), site->mean, ahead, 0);
-        FN(into_lanes)(&tile, output[site->centred], FN(narrow)(program) && is_float_output(program, site->centred), site->var, ahead, 0);
+    EACH_TILE(ready, rows) {
+        Input output[2] = {{NULL, 0}};
+        const Input input[2] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, ready)};
+        RUN_PROGRAM(ready, input, tile.count, tile.room, output);
+        if (site->centred) FN(into_lanes)(&tile, output[0], is_float_output(ready, 0), site->mean, ahead, 0);
+        FN(into_lanes)(&tile, output[site->centred], is_float_output(ready, site->centred), site->var, ahead, 0);
     }
 }
 
 /* Normalized live rows of a block at step t, into rows `ldo` apart; other rows as they are. */
 static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *out,
                                  long ldo, double *room) {
-    const Program *program = FN(program)(site, NORMALIZE);
+    const Ready *ready = site->ready + NORMALIZE;
     const long width = site->features / site->parts;
     for (long r = 0; r < rows && work->call->lengths; r++)
         if (!FN(alive)(work, t, first + r)) FN(copy)(out + r * ldo, x + r * ldx, site->features);
-    EACH_TILE(program, rows) {
-        Input output[1], input[4] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
-        input[1 + FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0)] = FN(parameters)(&tile, program);
-        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), out + tile.r * ldo + tile.part * width, ldo, width, 0);
+    EACH_TILE(ready, rows) {
+        REAL *to = out + tile.r * ldo + tile.part * width;
+        Input output[1] = {FN(wanted)(ready, to, ldo, 0)}, input[4] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        input[1 + FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0)] = FN(parameters)(&tile, ready);
+        RUN_PROGRAM(ready, input, tile.count, tile.room, output);
+        if (output[0].at != to) FN(into_rows)(&tile, output[0], is_float_output(ready, 0), to, ldo, width, 0);
     }
 }
 
@@ -143,28 +137,29 @@ static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long
 static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
                             double *room) {
     const long width = site->features / site->parts;
-    const Program *program = FN(program)(site, NORMALIZE_BACK);
-    EACH_TILE(program, rows) {
+    const Ready *ready = site->ready + NORMALIZE_BACK;
+    EACH_TILE(ready, rows) {
         REAL *to = dx + tile.r * ldd + tile.part * width;
-        Input output[4], input[5] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        Input output[4] = {FN(wanted)(ready, to, ldd, 1)}, input[5] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
         const long leaves = FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0);
-        input[1 + leaves] = FN(parameters)(&tile, program);
-        input[2 + leaves] = FN(as_input)(program, to, ldd, tile.count, width, &tile.room);
-        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), to, ldd, width, 0);
-        if (leaves == 2) FN(into_lanes)(&tile, output[1], FN(narrow)(program) && is_float_output(program, 1), site->dmu, 0, 1);
-        if (leaves) FN(into_lanes)(&tile, output[leaves], FN(narrow)(program) && is_float_output(program, leaves), site->dv, 0, 1);
-        if (program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves], FN(narrow)(program) && is_float_output(program, 1 + leaves));
+        input[1 + leaves] = FN(parameters)(&tile, ready);
+        input[2 + leaves] = FN(as_input)(ready, to, ldd, tile.count, width, &tile.room);
+        RUN_PROGRAM(ready, input, tile.count, tile.room, output);
+        if (output[0].at != to) FN(into_rows)(&tile, output[0], is_float_output(ready, 0), to, ldd, width, 0);
+        if (leaves == 2) FN(into_lanes)(&tile, output[1], is_float_output(ready, 1), site->dmu, 0, 1);
+        if (leaves) FN(into_lanes)(&tile, output[leaves], is_float_output(ready, leaves), site->dv, 0, 1);
+        if (ready->program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves], is_float_output(ready, 1 + leaves));
     }
     if (site->groups == 0) return;
     FN(unpool)(site, work->steps, t);
-    program = FN(program)(site, MEASURE_BACK);
-    EACH_TILE(program, rows) {
-        Input output[2], input[4] = {FN(as_input)(program, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, program)};
+    ready = site->ready + MEASURE_BACK;
+    EACH_TILE(ready, rows) {
+        Input output[2] = {{NULL, 0}};
+        Input input[4] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, ready)};
         FN(lane_inputs)(&tile, input + 2, site->dmean, site->dvar, site->prefix);
-        RUN_PROGRAM(program, FN(narrow)(program), input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], FN(narrow)(program) && is_float_output(program, 0), dx + tile.r * ldd + tile.part * width, ldd, width, 1);
-        if (program->outputs > 1) FN(into_parameters)(&tile, output[1], FN(narrow)(program) && is_float_output(program, 1));
+        RUN_PROGRAM(ready, input, tile.count, tile.room, output);
+        FN(into_rows)(&tile, output[0], is_float_output(ready, 0), dx + tile.r * ldd + tile.part * width, ldd, width, 1);
+        if (ready->program->outputs > 1) FN(into_parameters)(&tile, output[1], is_float_output(ready, 1));
     }
 }
 

@@ -1,0 +1,192 @@
+/* Elementary functions of vectors of REAL, for programs. Included by level.inc.h for each REAL. */
+
+INLINE FN(vec) FN(choose)(FN(whole) mask, FN(vec) yes, FN(vec) no) {
+    return (FN(vec))((mask & (FN(whole))yes) | (~mask & (FN(whole))no));
+}
+
+INLINE FN(vec) FN(truth)(FN(whole) mask) { return (FN(vec))(mask & (FN(whole))FN(all)(1)); }
+
+INLINE FN(vec) FN(absolute)(FN(vec) x) { return (FN(vec))((FN(whole))x & (IS_DOUBLE ? INT64_MAX : INT32_MAX)); }
+
+/* Whether the sign of any element is set. */
+INLINE int FN(any)(FN(whole) mask) {
+#if VECTOR_BYTES == 64 && IS_DOUBLE
+    return _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif VECTOR_BYTES == 64
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__x86_64__) && IS_DOUBLE
+    return X86(movemask_pd)(X86_DOUBLES mask) != 0;
+#elif defined(__x86_64__)
+    return X86(movemask_ps)(X86_FLOATS mask) != 0;
+#else
+    int either = 0;
+    for (long i = 0; i < VL; i++) either |= mask[i] < 0;
+    return either;
+#endif
+}
+
+INLINE FN(vec) FN(root)(FN(vec) x) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(sqrt_pd)(X86_DOUBLES x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(sqrt_ps)(X86_FLOATS x);
+#else
+    for (long i = 0; i < VL; i++) x[i] = (REAL)sqrt((double)x[i]);
+    return x;
+#endif
+}
+
+/* A function of libm, number by number: for what vectors do not cover. */
+#define EACH_NUMBER(call)                                      \
+    do {                                                       \
+        for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
+    } while (0)
+
+/* exp of what is well within the range of REAL: |r| <= ln(2) / 2, and Taylor's polynomial there. */
+INLINE FN(vec) FN(near_exp)(FN(vec) x) {
+#if IS_DOUBLE
+    const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10;
+    FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+#else
+    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    FN(vec) p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+#endif
+    p = p * r + (REAL)(1.0 / 24.0);
+    p = p * r + (REAL)(1.0 / 6.0);
+    p = p * r + (REAL)0.5;
+    p = p * r * r + r; /* added to 1 last, which keeps the digits of a small r */
+    return (p + (REAL)1) * (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
+}
+
+INLINE FN(vec) FN(exponential)(FN(vec) x) {
+    if (!FN(any)(~(FN(whole))(FN(absolute)(x) <= (REAL)(IS_DOUBLE ? 708.0 : 87.0)))) return FN(near_exp)(x);
+    FN(vec) y = x;
+    EACH_NUMBER(exp((double)x[i]));
+    return y;
+}
+
+/* log of positive normal numbers: x = 2^n m with m within a factor sqrt(2) of 1, s = (m - 1) / (m + 1), log m = 2 artanh s. */
+INLINE FN(vec) FN(near_log)(FN(vec) x) {
+    const FN(whole) bits = (FN(whole))x;
+#if IS_DOUBLE
+    const FN(whole) up = (bits & 0xfffffffffffffLL) - 0x6a09e667f3bcdLL; /* < 0 where m < sqrt(2) */
+    const FN(whole) half = (FN(whole))(up >= 0) & 1, power = ((bits >> 52) & 0x7ff) - 1023 + half;
+    const FN(vec) m = (FN(vec))((bits & 0xfffffffffffffLL) | ((1023 - half) << 52));
+    const FN(vec) n = (FN(vec))(power + 0x4338000000000000LL) - 6755399441055744.0;
+#else
+    const FN(whole) up = (bits & 0x7fffff) - 0x3504f3;
+    const FN(whole) half = (FN(whole))(up >= 0) & 1, power = (bits >> 23) - 127 + half;
+    const FN(vec) m = (FN(vec))((bits & 0x7fffff) | ((127 - half) << 23)), n = __builtin_convertvector(power, FN(vec));
+#endif
+    const FN(vec) d = m - (REAL)1, s = d / (m + (REAL)1), z = s * s;
+#if IS_DOUBLE
+    FN(vec) p = z * (2.0 / 23.0) + 2.0 / 21.0;
+    p = p * z + 2.0 / 19.0;
+    p = p * z + 2.0 / 17.0;
+    p = p * z + 2.0 / 15.0;
+    p = p * z + 2.0 / 13.0;
+    p = p * z + 2.0 / 11.0;
+    p = p * z + 2.0 / 9.0;
+#else
+    FN(vec) p = z * (2.0f / 11.0f) + 2.0f / 9.0f;
+#endif
+    p = p * z + (REAL)(2.0 / 7.0);
+    p = p * z + (REAL)(2.0 / 5.0);
+    p = p * z + (REAL)(2.0 / 3.0);
+    /* 2 s = d - s d, exact enough where d is small; then the rest of the series and n ln 2 in two parts */
+    const REAL high = (REAL)(IS_DOUBLE ? 6.93147180369123816490e-1 : 0.693359375), low = (REAL)(IS_DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4);
+    return n * high + (d + (n * low - s * (d - z * p)));
+}
+
+INLINE int FN(all_normal)(FN(vec) x) {
+    const REAL least = (REAL)(IS_DOUBLE ? 0x1p-1022 : 0x1p-126), most = (REAL)(IS_DOUBLE ? 0x1.fffffffffffffp1023 : 0x1.fffffep127);
+    return !FN(any)(~((FN(whole))(x >= least) & (FN(whole))(x <= most)));
+}
+
+INLINE FN(vec) FN(logarithm)(FN(vec) x) {
+    if (FN(all_normal)(x)) return FN(near_log)(x);
+    FN(vec) y = x;
+    EACH_NUMBER(log((double)x[i]));
+    return y;
+}
+
+/* x to the power e, where l is log x. */
+INLINE FN(vec) FN(power_of)(FN(vec) x, FN(vec) l, FN(vec) e) {
+    const FN(vec) product = l * e;
+    if (FN(all_normal)(x) && !FN(any)(~(FN(whole))(FN(absolute)(product) <= (REAL)(IS_DOUBLE ? 700.0 : 86.0)))) return FN(near_exp)(product);
+    FN(vec) y = x;
+    EACH_NUMBER(pow((double)x[i], (double)e[i]));
+    return y;
+}
+
+INLINE FN(vec) FN(power)(FN(vec) x, FN(vec) e) { return FN(power_of)(x, FN(near_log)(x), e); }
+
+INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
+    const FN(vec) size = FN(absolute)(x);
+    FN(vec) y = x;
+    if (FN(any)(~(FN(whole))(size <= (REAL)(IS_DOUBLE ? 300.0 : 40.0)))) { /* NaN included */
+        EACH_NUMBER(tanh((double)x[i]));
+        return y;
+    }
+    const FN(whole) small = (FN(whole))(size < (REAL)(IS_DOUBLE ? 0.2 : 0.3));
+    const FN(vec) e = FN(near_exp)((REAL)-2 * x), z = x * x;
+    y = ((REAL)1 - e) / ((REAL)1 + e);
+#if IS_DOUBLE
+    if (!FN(any)(small)) return y;
+    FN(vec) p = z * (-443861162.0 / 1856156927625.0) + 6404582.0 / 10854718875.0; /* Taylor's polynomial, to 1e-17 of x */
+    p = p * z - 929569.0 / 638512875.0;
+    p = p * z + 21844.0 / 6081075.0;
+    p = p * z - 1382.0 / 155925.0;
+    p = p * z + 62.0 / 2835.0;
+    p = p * z - 17.0 / 315.0;
+#else
+    FN(vec) p = z * (62.0f / 2835.0f) - 17.0f / 315.0f;
+#endif
+    p = p * z + (REAL)(2.0 / 15.0);
+    p = p * z - (REAL)(1.0 / 3.0);
+    return FN(choose)(small, x + x * (z * p), y);
+}
+
+INLINE FN(vec) FN(logistic)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exponential)(-x)); }
+
+INLINE FN(vec) FN(signs)(FN(vec) x) {
+    return FN(truth)((FN(whole))(x > (REAL)0)) - FN(truth)((FN(whole))(x < (REAL)0)); /* of NaN: 0, as torch has it */
+}
+
+INLINE FN(vec) FN(rounded)(FN(vec) x) {
+#if IS_DOUBLE
+    typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
+    return __builtin_convertvector(__builtin_convertvector(x, half), FN(vec));
+#else
+    return x;
+#endif
+}
+
+/* The larger; NaN where one is NaN. */
+INLINE FN(vec) FN(larger)(FN(vec) a, FN(vec) b) { return FN(choose)((FN(whole))(a > b) | (FN(whole))(a != a), a, b); }
+
+INLINE FN(vec) FN(smaller)(FN(vec) a, FN(vec) b) { return FN(choose)((FN(whole))(a < b) | (FN(whole))(a != a), a, b); }
+
+#define LIBM(name)                               \
+    INLINE FN(vec) FN(libm_##name)(FN(vec) x) {  \
+        FN(vec) y = x;                           \
+        EACH_NUMBER(name((double)x[i]));         \
+        return y;                                \
+    }
+LIBM(log1p)
+LIBM(expm1)
+LIBM(erf)
+LIBM(sin)
+LIBM(cos)
+#undef LIBM
+#undef EACH_NUMBER
