@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_DOUBLES = 2048  # numbers of the longest register that are computed at a time
+TILE_DOUBLES = 4096  # numbers of the longest register that are computed at a time
 TILE_ROWS = 16  # rows of a block
 MOST_DOUBLES = 1 << 22  # of all registers of a row
 MOST_SLOTS = 512  # as in program.h
