@@ -15,6 +15,7 @@ from atn_norms.backends.fused.plan import (
     POPULATIONS,
     SitePlan,
 )
+from atn_norms.backends.fused.plugin_windows import recognized
 from atn_norms.backends.modes import unsupported_transform
 from atn_norms.backends.program import Unsupported
 from atn_norms.backends.traced.cache import traced_norm
@@ -126,11 +127,10 @@ def _site_plan(
     if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
         return Unsupported("norm", f"the norm at {site} is of another type than the layer, {dtype}")
     stateless = isinstance(declared, TracedSite) and not declared.traced.leaves
-    pooled = (1, 1.0) if stateless else window_of(window)
-    if pooled is None:
+    pooled = WindowPlan(1, 1.0, window.detaches_past) if stateless else window_of(window)
+    if pooled is None or (pooled.past and isinstance(declared, BatchMoments)):
         return Unsupported("window", f"it has no kernel for the window {window!r} at {site}")
-    shared: dict[str, Any] = {"steps": pooled[0], "decay": pooled[1], "detached": window.detaches_past}
-    shared |= {"gain": gain is not None, "shift": shift is not None}
+    shared: dict[str, Any] = {**pooled._asdict(), "gain": gain is not None, "shift": shift is not None}
     if isinstance(declared, TracedSite):
         return _traced_plan(site, features, declared, shared)
     own: dict[str, Any] = {"eps": declared.eps}
@@ -152,12 +152,28 @@ def _traced_plan(site: str, features: int, declared: TracedSite, shared: dict[st
     return SitePlan(site, features, **own, **shared, traced=traced, parts=parts)
 
 
-def window_of(window: Window) -> tuple[int, float] | None:
-    """Return (steps, decay) of a window that the kernels know, or None."""
-    if type(window) is Detached:
-        return window_of(window.window)
-    if type(window) is Sliding:
-        return window.steps, 1.0
-    if type(window) is Cumulative:
-        return 0, 1.0
-    return (0, 2.0 ** (-1.0 / window.half_life)) if type(window) is Exponential else None
+class WindowPlan(NamedTuple):
+    """The fields of a `SitePlan` that describe the window."""
+
+    steps: int
+    decay: float
+    detached: bool = False
+    taps: tuple[float, ...] = ()
+    past: bool = False
+
+
+def window_of(window: Window) -> WindowPlan | None:
+    """Return the plan of a window that the kernels know, or None."""
+    inner = window.window if type(window) is Detached else window
+    detached = window.detaches_past
+    if type(inner) is Sliding:
+        return WindowPlan(inner.steps, 1.0, detached)
+    if type(inner) is Cumulative:
+        return WindowPlan(0, 1.0, detached)
+    if type(inner) is Exponential:
+        return WindowPlan(0, 2.0 ** (-1.0 / inner.half_life), detached)
+    found = recognized(inner)
+    if found is None:
+        return None
+    taps = () if set(found.taps) == {1.0} else found.taps
+    return WindowPlan(len(found.taps), found.decay, detached, taps, found.past)

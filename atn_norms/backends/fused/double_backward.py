@@ -14,6 +14,7 @@ from torch import Tensor
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.backends.fused.inputs import SINGLE, Inputs
 from atn_norms.backends.fused.plan import BATCH, Plan, SitePlan
+from atn_norms.backends.fused.plugin_windows import Past, Weighted
 from atn_norms.backends.program import CellInputs
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.backends.traced.normalizer import TracedNorm
@@ -214,7 +215,9 @@ def _cell(plan: Plan, hidden: int) -> Cell:
 def _window(plan: SitePlan) -> Window[Any]:
     window: Window[Any]
     if plan.steps:
-        window = Sliding(plan.steps)
+        window = Weighted(plan.taps) if plan.taps else Sliding(plan.steps)
+    elif plan.past:
+        window = Past(plan.decay)
     else:
         window = Cumulative() if plan.decay == 1.0 else Exponential(-1.0 / log2(plan.decay))
     return Detached(window) if plan.detached else window

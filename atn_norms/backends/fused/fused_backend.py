@@ -164,7 +164,11 @@ def shortened(plan: Plan, steps: int) -> Plan:
     """Return a plan whose windows are no longer than a whole sequence of so many steps with a fresh state needs."""
     if all(site.steps <= steps + 1 for site in plan.sites):
         return plan
-    return Plan(plan.cell, tuple([site._replace(steps=min(site.steps, steps + 1)) for site in plan.sites]))
+    return Plan(plan.cell, tuple([_shortened(site, steps + 1) for site in plan.sites]))
+
+
+def _shortened(site: SitePlan, most: int) -> SitePlan:
+    return site._replace(steps=most, taps=site.taps[:most]) if site.steps > most else site
 
 
 def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class SitePlan(NamedTuple):
     traced: TracedNorm | None = None  # what computes it where no moments are declared
     parts: int = 1  # on how many equal parts of the features the traced normalizer runs, one after the other
     detached: bool = False  # no gradient flows through the past of the window
+    taps: tuple[float, ...] = ()  # weights by age, as many as `steps`, of a window where they differ
+    past: bool = False  # a decaying window excludes the current step
 
     def encode(self) -> str:
         """As a text: the fields in order."""
@@ -48,19 +50,22 @@ class SitePlan(NamedTuple):
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
-            f"{int(self.detached)} {'-' if self.traced is None else self.traced.encode()}"
+            f"{int(self.detached)} {','.join(map(float.hex, self.taps)) or '-'} {int(self.past)} "
+            f"{'-' if self.traced is None else self.traced.encode()}"
         )
 
     @staticmethod
     def decode(text: str) -> SitePlan:
         """From a text."""
         site, features, groups, centred, eps, steps, decay, gain, shift, leaf, *others = text.split()
-        coupled, parts, detached, traced = others
+        coupled, parts, detached, taps, past, traced = others
+        ages = () if taps == "-" else tuple(map(float.fromhex, taps.split(",")))
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
         axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
         norm = None if traced == "-" else TracedNorm.decode(traced)
         has = gain == "1", shift == "1"
-        return SitePlan(site, *numbers, *has, axes, int(coupled), norm, int(parts), detached == "1")
+        window = detached == "1", ages, past == "1"
+        return SitePlan(site, *numbers, *has, axes, int(coupled), norm, int(parts), *window)
 
     @property
     def is_valid(self) -> bool:
@@ -69,7 +74,9 @@ class SitePlan(NamedTuple):
 
     @property
     def _window_is_valid(self) -> bool:
-        return self.steps >= 0 and 0 <= self.decay <= 1 and 0 <= self.eps < math.inf
+        known = not self.taps or (len(self.taps) == self.steps and all(0 <= tap < math.inf for tap in self.taps))
+        known = known and not (self.past and (self.steps or self.coupled))
+        return known and self.steps >= 0 and 0 <= self.decay <= 1 and 0 <= self.eps < math.inf
 
     @property
     def _programs_are_valid(self) -> bool:
@@ -143,7 +150,7 @@ class SitePlan(NamedTuple):
             blocks = (batch + 15) // 16
             many = (batch + blocks - 1) // blocks
         lanes = (many * self.groups + 7) // 8 * 8
-        return max(blocks * lanes * (3 * self.prefix + 6 * steps), 8)  # not even an empty timeline is NULL
+        return max(blocks * lanes * (3 * self.prefix + 6 * steps + 4), 8)  # not even an empty timeline is NULL
 
 
 class Plan:

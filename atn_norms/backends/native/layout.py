@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
-from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan
+from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.backends.native.library import CallArgs, word
 
 
@@ -27,7 +27,7 @@ class Layout:
     | `pooled`, `pooled_shapes` | words and shapes of what is pooled, of the sites that return it |
     | `dstates`, `kept` | shapes of the states, and of what backward reads of forward |
     | `constants` | features and value of each that is absent |
-    | `programs` | words of the traced normalizers' programs, and the programs |
+    | `fixed` | words of programs and of weights by age, and what they point at |
     | `timelines`, `doubles` | of every site, the word of its timeline and the bytes before it; doubles of all |
     """
 
@@ -87,29 +87,36 @@ class Layout:
         entries += populations
         entries += states if carried_on else []
         self.given, self.names, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
-        self.programs = {
+        self.fixed = {
             word("programs", PLACES[site.site]): torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
             for site in plan.sites
             if site.traced is not None
         }
-        self.structure = _structure(plan, sizes, self.programs)
+        self.fixed |= {
+            word("taps", PLACES[site.site]): torch.tensor(site.taps, dtype=DOUBLE) for site in plan.sites if site.taps
+        }
+        self.structure = _structure(plan, sizes, self.fixed)
 
 
-def _structure(plan: Plan, sizes: tuple[int, int, int, int], programs: Mapping[int, Tensor]) -> bytes:
+def _window(site: SitePlan) -> int:
+    return 3 if site.past else 2 if site.taps else 0 if site.steps else 1
+
+
+def _structure(plan: Plan, sizes: tuple[int, int, int, int], fixed: Mapping[int, Tensor]) -> bytes:
     args = CallArgs()
     args.cell = CELLS[plan.cell]
     args.steps, args.batch, args.inputs, args.hidden = sizes
     for one in plan.sites:
         site = args.site[PLACES[one.site]]
         site.norm = (3 if one.coupled == BATCH else 4) if one.coupled else 1 if one.centred else 2
-        site.window, site.populations = (0 if one.steps else 1), one.populations(args.steps)
+        site.window, site.populations = _window(one), one.populations(args.steps)
         site.features, site.groups, site.prefix = one.features, one.groups, one.prefix
         site.decay, site.eps, site.detached = one.decay, one.eps, one.detached
         if one.traced is not None:
             site.norm, site.parts, site.parameters, site.centred = 5, one.parts, one.traced.parameters, one.centred
     words = memoryview(args).cast("B").cast("q")
-    for place, program in programs.items():
-        words[place] = program.data_ptr()
+    for place, tensor in fixed.items():
+        words[place] = tensor.data_ptr()
     return bytes(args)
 
 

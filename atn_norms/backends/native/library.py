@@ -18,7 +18,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 5
+INTERFACE = 6
 SITES = 3
 
 
@@ -36,6 +36,7 @@ class SiteArgs(ctypes.Structure):
         ("populations", c_int64),
         *((name, c_void_p) for name in ("population", "timeline", "programs")),
         *((name, c_int64) for name in ("parts", "parameters", "centred", "detached")),
+        ("taps", c_void_p),
     ]
 
 

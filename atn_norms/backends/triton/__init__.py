@@ -43,6 +43,10 @@ class Triton(Fused):
         if detached:
             text = f"it has no kernel for detached windows, and there is one at {', '.join(detached)}"
             return Unsupported("window", text)
+        other = [site.site for site in plan.sites if site.taps or site.past]
+        if other:
+            text = f"it has no kernel for windows of plugins, and there is one at {', '.join(other)}"
+            return Unsupported("window", text)
         return None
 
     def missing(self) -> Unsupported | None:

@@ -26,13 +26,15 @@ typedef struct {
     double decay, eps;
     const void *gain, *shift;
     const double *counts;    /* [T] what each step weighs; NULL: 1 */
+    const double *taps;      /* [prefix + 1] of a weighted window */
     double *weight;          /* [prefix, L] weights of the prefix */
     double *mean, *var;      /* [prefix + T, L] own statements, the prefix first; a mean square is `var` */
-    double *mu, *v, *share;  /* [T, L] pooled statements, and 1 / total weight of the window */
-    double *scale;           /* [T, L] 1 / sqrt(v + eps) */
+    double *mu, *v, *share;  /* [T + 1, L] pooled statements, and 1 / total weight of the window; of a window over the past the weight
+                                itself, and what is pooled before step t, until step T */
+    double *scale;           /* [T + 1, L] 1 / sqrt(v + eps) */
     double *late, *run;      /* forward: [3, prefix, L] and [2, L] and one more, parts of windows: weight, mean, variance */
     double *dmean, *dvar;    /* [prefix + T, L] gradient of own statements */
-    double *dmu, *dv;        /* [T, L] gradient of pooled statements */
+    double *dmu, *dv;        /* [T + 1, L] gradient of pooled statements */
     double *carry;           /* [2, L] what comes back in time */
     double *dgain, *dshift;  /* sums: [F], or [L] where norms couple the batch */
     double *room;            /* where all that is not in the timeline lies */

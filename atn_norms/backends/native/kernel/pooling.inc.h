@@ -50,12 +50,107 @@ static void FN(merge_late)(const SiteBuffers *site, long t) {
     }
 }
 
+/* The weight of the statement before, at or after the first step in a window, in every lane: of a statement of the state its own. */
+#define WEIGHT_AT(site, place, lanes) \
+    ((place) < (site)->prefix ? (site)->weight[(place) * (lanes) + l] : (site)->counts ? (site)->counts[(place) - (site)->prefix] : 1.0)
+
+/* The pooled statement of step t in a window with weights by age: two sums over the steps that have a weight, around the mean. Where
+   every weight is 0 it is 0, as in the reference. */
+static void FN(pool_weighted)(const SiteBuffers *site, long t) {
+    const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
+    double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
+    LANES { mu[l] = v[l] = share[l] = 0.0; }
+    for (int pass = 0; pass < 3; pass++) {
+        for (long age = prefix; age >= 0; age--) {
+            const double tap = site->taps[age];
+            const long place = prefix + t - age;
+            const double *restrict mean = site->mean + place * lanes, *restrict var = site->var + place * lanes;
+            if (tap == 0.0) continue;
+            LANES {
+                const double weight = tap * WEIGHT_AT(site, place, lanes), apart = mean[l] - mu[l];
+                if (pass == 0) share[l] += weight;
+                else if (pass == 1) mu[l] += weight > 0.0 ? weight * share[l] * mean[l] : 0.0;
+                else v[l] += weight > 0.0 ? weight * share[l] * (var[l] + apart * apart) : 0.0;
+            }
+        }
+        if (pass == 0) LANES { share[l] = share[l] > 0.0 ? 1.0 / share[l] : 1.0; }
+    }
+    LANES { scale[l] = 1.0 / sqrt(v[l] + site->eps); }
+}
+
+/* The statement of the steps before step t, which is that of step t itself where there are none; and that of the steps up to it,
+   which is kept as the next one. */
+static void FN(pool_past)(const SiteBuffers *site, long t) {
+    const long lanes = site->lanes, at = t * lanes;
+    const double eps = site->eps, decay = site->decay;
+    const double *restrict own_mean = site->mean + lanes + at, *restrict own_var = site->var + lanes + at;
+    double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict total = site->share + at, *restrict scale = site->scale + at;
+    if (t == 0) LANES { mu[l] = site->mean[l]; v[l] = site->var[l]; total[l] = site->weight[l]; }
+    LANES {
+        const double past = total[l] * decay;
+        double mean = mu[l], var = v[l];
+        MERGE(past, mean, var, 1.0, own_mean[l], own_var[l]);
+        mu[lanes + l] = mean;
+        v[lanes + l] = var;
+        total[lanes + l] = past + 1.0;
+        mu[l] = total[l] > 0.0 ? mu[l] : own_mean[l];
+        v[l] = total[l] > 0.0 ? v[l] : own_var[l];
+        scale[l] = 1.0 / sqrt(v[l] + eps);
+    }
+}
+
+/* Gradients back through step t of such a window. The gradient of the statement of all steps up to t comes in `carry`, and that of
+   the steps before it is left there. */
+static void FN(unpool_past)(const SiteBuffers *site, long steps, long t) {
+    const long lanes = site->lanes, at = t * lanes;
+    const double *restrict own = site->mean + lanes + at, *restrict mu = site->mu + at, *restrict after = mu + lanes, *restrict total = site->share + at;
+    const double *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
+    double *restrict dmean = site->dmean + lanes + at, *restrict dvar = site->dvar + lanes + at, *restrict sum_mean = site->carry, *restrict sum_var = site->carry + lanes;
+    if (t == steps - 1) LANES { sum_mean[l] = dmu[lanes + l]; sum_var[l] = dv[lanes + l]; }
+    LANES {
+        const double before = total[l] * site->decay, now = 1.0 / (before + 1.0), past = before * now, gm = sum_mean[l], gv = sum_var[l];
+        const int any = total[l] > 0.0;
+        dmean[l] += now * (gm + (gv != 0.0 ? 2.0 * gv * (own[l] - after[l]) : 0.0)) + (any ? 0.0 : dmu[l]);
+        dvar[l] += now * gv + (any ? 0.0 : dv[l]);
+        sum_mean[l] = any ? past * (gm + (gv != 0.0 ? 2.0 * gv * (mu[l] - after[l]) : 0.0)) + dmu[l] : 0.0;
+        sum_var[l] = any ? past * gv + dv[l] : 0.0;
+        if (site->detached) sum_mean[l] = sum_var[l] = 0.0;
+    }
+}
+
+/* The gradient of the statement pooled at step t, added to those of all statements in its window. */
+static void FN(unpool_weighted)(const SiteBuffers *site, long t) {
+    const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
+    const double *restrict mu = site->mu + at, *restrict share = site->share + at, *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
+    for (long age = site->detached ? 0 : prefix; age >= 0; age--) {
+        const double tap = site->taps[age];
+        const long place = prefix + t - age;
+        const double *restrict mean = site->mean + place * lanes;
+        double *restrict dmean = site->dmean + place * lanes, *restrict dvar = site->dvar + place * lanes;
+        if (tap == 0.0) continue;
+        LANES {
+            const double part = tap * WEIGHT_AT(site, place, lanes) * share[l];
+            if (part > 0.0) {
+                dmean[l] += part * (dmu[l] + (dv[l] != 0.0 ? 2.0 * dv[l] * (mean[l] - mu[l]) : 0.0));
+                dvar[l] += part * dv[l];
+            }
+        }
+    }
+}
+
+#undef WEIGHT_AT
+
 /* The pooled statement of step t, and what a deviation of it divides by. */
 static void FN(pool)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double eps = site->eps, count = site->counts ? site->counts[t] : 1.0;
     double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
     const double *restrict now_mean = site->mean + prefix * lanes + at, *restrict now_var = site->var + prefix * lanes + at;
+    if (site->window == WINDOW_WEIGHTED || site->window == WINDOW_PAST) {
+        if (site->window == WINDOW_PAST) FN(pool_past)(site, t);
+        else FN(pool_weighted)(site, t);
+        return;
+    }
     if (site->window == WINDOW_DECAYING) {
         const double decay = site->decay;
         const double *restrict mean = t ? mu - lanes : site->mean, *restrict var = t ? v - lanes : site->var;
@@ -120,6 +215,11 @@ static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
     const double *restrict own = site->mean + prefix * lanes + at, *restrict mu = site->mu + at, *restrict share = site->share + at;
     double *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
     double *restrict sum_mean = site->carry, *restrict sum_var = site->carry + lanes;
+    if (site->window == WINDOW_WEIGHTED || site->window == WINDOW_PAST) {
+        if (site->window == WINDOW_PAST) FN(unpool_past)(site, steps, t);
+        else FN(unpool_weighted)(site, t);
+        return;
+    }
     if (site->detached) {
         LANES {
             const double now = count * share[l], gm = dmu[l], gv = dv[l];
@@ -177,8 +277,8 @@ static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
 /* The gradient of the statements the given state brought, after step 0 has been worked back. */
 static void FN(unpool_prefix)(const SiteBuffers *site, long steps) {
     const long lanes = site->lanes, prefix = site->prefix;
-    if (site->detached) return; /* no gradient reaches the given state */
-    if (site->window == WINDOW_DECAYING) {
+    if (site->detached || site->window == WINDOW_WEIGHTED) return; /* no gradient reaches the given state, or it is there already */
+    if (site->window == WINDOW_DECAYING || site->window == WINDOW_PAST) {
         LANES { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
         return;
     }

@@ -14,14 +14,15 @@ enum { CELL_LSTM = 0, CELL_GRU = 1, CELL_RNN_TANH = 2, CELL_RNN_RELU = 3 };
    (then every site that has a norm is of that kind), with which it is normed, or else with a population's; or what programs
    compute of every row by itself (program.h). */
 enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2, NORM_BATCH = 3, NORM_POPULATION = 4, NORM_TRACED = 5 };
-enum { WINDOW_SLIDING = 0, WINDOW_DECAYING = 1 };
+/* WINDOW_PAST: a decaying window over the steps before the one at hand, or over that one where there are none. */
+enum { WINDOW_SLIDING = 0, WINDOW_DECAYING = 1, WINDOW_WEIGHTED = 2, WINDOW_PAST = 3 };
 enum { SITE_IH = 0, SITE_HH = 1, SITE_C = 2, SITES = 3 };
 
 typedef struct {
     int32_t norm;    /* NORM_* */
     int32_t window;  /* WINDOW_* */
     int64_t features, groups; /* where norms couple the batch, groups are the gates of the site */
-    int64_t prefix;  /* statements the state brings: k - 1 for a sliding window of k steps, 1 for a decaying one */
+    int64_t prefix;  /* statements the state brings: k - 1 for a sliding or weighted window of k steps, 1 for another */
     double decay;    /* what remains of a step's weight one step later; 1 for a cumulative window */
     double eps;
     const void *gain, *shift; /* REAL [F] */
@@ -43,6 +44,7 @@ typedef struct {
     const void *programs;
     int64_t parts, parameters, centred;
     int64_t detached;       /* whether no gradient flows through the past of the window: not into the given state, not out of the next */
+    const double *taps;     /* of WINDOW_WEIGHTED [prefix + 1]: the weight of a step by its age */
 } Site;
 
 /* Doubles in the timeline of a site. */

@@ -6,7 +6,7 @@
 #include "blocks.h"
 
 /* Doubles of one block: its share of the timeline, and of what either way needs beside it. */
-static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { return lanes * (3 * prefix + 6 * steps); }
+static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { return lanes * (3 * prefix + 6 * steps + 4); }
 
 static int64_t forward_doubles(const SiteBuffers *line) { return line->lanes * (3 * line->prefix + 3); }
 
@@ -18,7 +18,7 @@ static int64_t sums(const SiteBuffers *line) {
     return is_coupled(line->norm) ? line->lanes : line->features;
 }
 
-static int64_t backward_doubles(const SiteBuffers *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 2) + 2 * sums(line); }
+static int64_t backward_doubles(const SiteBuffers *line, int64_t steps) { return line->lanes * (2 * line->prefix + 4 * steps + 4) + 2 * sums(line); }
 
 static int64_t filled(int64_t lanes) { return (lanes + LANE_STEP - 1) / LANE_STEP * LANE_STEP; }
 
@@ -85,6 +85,12 @@ static int64_t live(const Work *work, const SiteBuffers *line, int64_t row) {
     return work->call->lengths ? work->call->lengths[row] : work->steps;
 }
 
+/* Whether the state keeps statements of single steps, not a pooled one. */
+static int is_kept(int32_t window) { return window == WINDOW_SLIDING || window == WINDOW_WEIGHTED; }
+
+/* Where the statement is that was pooled after a row's last step, of which there are so many. */
+static int64_t after(const SiteBuffers *line, int64_t last) { return line->window == WINDOW_PAST ? last : last - 1; }
+
 static void load_state(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     for (int64_t block = 0; block < first->blocks; block++) {
@@ -123,12 +129,13 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->lanes = work->coupled ? lanes_of_units(work->hidden, site->groups) : lanes_of(work->batch, site->groups);
     line->blocks = work->coupled ? atn_norms_unit_blocks(work->hidden) : atn_norms_blocks(work->batch);
     line->counts = work->counts;
+    line->taps = site->taps;
     line->decay = site->decay;
     line->detached = site->detached != 0;
     line->eps = site->eps;
     line->gain = site->gain;
     line->shift = site->shift;
-    const int64_t own = (site->prefix + work->steps) * line->lanes, pooled = work->steps * line->lanes;
+    const int64_t own = (site->prefix + work->steps) * line->lanes, pooled = (work->steps + 1) * line->lanes;
     line->weight = site->timeline;
     line->mean = line->weight + site->prefix * line->lanes;
     line->var = line->mean + own;
@@ -148,8 +155,8 @@ static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
         for (int leaf = 1; leaf < 3; leaf++)
             for (int64_t j = 0; j < P && site->dnext[leaf]; j++) {
                 const double d = site->dnext[leaf][(b * P + j) * G + g];
-                if (line->window == WINDOW_SLIDING) own[leaf][(last + j) * L + lane] = d;
-                else if (last > 0) pooled[leaf][(last - 1) * L + lane] = d;
+                if (is_kept(line->window)) own[leaf][(last + j) * L + lane] = d;
+                else if (last > 0) pooled[leaf][after(line, last) * L + lane] = d;
                 else own[leaf][lane] = d; /* no step happened: the given state is the one that follows */
             }
     }
@@ -225,7 +232,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
             const int64_t room = program_doubles(line);
             if (room > work->program_doubles) work->program_doubles = room;
         }
-        const int64_t blocks = line->blocks, own = (line->prefix + call->steps) * line->lanes, pooled = call->steps * line->lanes;
+        const int64_t blocks = line->blocks, own = (line->prefix + call->steps) * line->lanes, pooled = (call->steps + 1) * line->lanes;
         double *room = backward ? calloc((size_t)(blocks * backward_doubles(line, call->steps) + 1), sizeof(double))
                                 : malloc((size_t)(blocks * forward_doubles(line) + 1) * sizeof(double));
         line->room = room;
@@ -259,11 +266,11 @@ static void store_state(const Work *work, const SiteBuffers *first, const Site *
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     EACH_LANE(first) {
         const int64_t last = live(work, line, b);
-        const int sliding = line->window == WINDOW_SLIDING, stay = sliding || last == 0; /* statements, or a pooled one */
+        const int sliding = is_kept(line->window), stay = sliding || last == 0; /* statements, or a pooled one */
         const double *mean = stay ? line->mean : line->mu, *var = stay ? line->var : line->v;
         for (int64_t j = 0; j < P; j++) {
-            const int64_t at = sliding ? last + j : 0, from = stay ? at : last - 1, to = (b * P + j) * G + g;
-            if (!stay) site->next[0][b] = 1.0 / line->share[from * L + lane];
+            const int64_t at = sliding ? last + j : 0, from = stay ? at : after(line, last), to = (b * P + j) * G + g;
+            if (!stay) site->next[0][b] = line->window == WINDOW_PAST ? line->share[from * L + lane] : 1.0 / line->share[from * L + lane];
             else if (at < P) site->next[0][b * P + j] = line->weight[at * L + lane];
             else site->next[0][b * P + j] = line->counts ? line->counts[at - P] : 1.0;
             if (site->next[1]) site->next[1][to] = mean[from * L + lane];

@@ -1,0 +1,179 @@
+"""Windows of plugins that the kernels run: with weights by age, or with a running state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
+from atn_norms.statistics import Average, CountedMoments, Moments
+from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
+
+MOST_AGES = 1024  # weights of a window; a window must not have a weight at an age from here to four times this
+_TOLERANCE = 1e-12  # of sums over as many steps of numbers near 1
+_TINY = 2.0**-70  # weight of a step that leaves the rounded total weight of the past as it is
+_KINDS: tuple[tuple[Any, tuple[int, ...]], ...] = ((Average, (2,)), (Moments, (2, 2)), (CountedMoments, (2, 2, 1)))
+
+
+@dataclass(frozen=True)
+class Weighted(Window[Any]):
+    """A weight for each age, zero beyond; the state is that of the sliding window of the same length.
+
+    | symbol | meaning | |
+    |---|---|---|
+    | `taps` | weights by age in unmasked steps, the last one positive | |
+    """
+
+    taps: tuple[float, ...]
+
+    @property
+    def reach(self) -> Sliding[Any]:
+        """The sliding window of the same length."""
+        return Sliding(len(self.taps))
+
+    def initial(self, now: Any) -> Tree:
+        return self.reach.initial(now)
+
+    def layout(self, now: Any) -> Any:
+        return self.reach.layout(now)
+
+    def push(self, now: Any, weight: Tensor, state: Tree) -> tuple[Any, Tree]:
+        weights = torch.cat([state[0].detach(), weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        pooled = type(now)(*leaves).pool(weights * weights.new_tensor(self.taps[::-1]), 1)
+        return pooled, where_mask(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+
+
+@dataclass(frozen=True)
+class Past(Window[Any]):
+    """The unmasked steps before the current step with weights that fall by `decay` per step; without any, that step."""
+
+    decay: float
+
+    def initial(self, now: Any) -> Tree:
+        return Cumulative[Any]().initial(now)
+
+    def layout(self, now: Any) -> Any:
+        return Cumulative[Any]().layout(now)
+
+    def push(self, now: Any, weight: Tensor, state: Tree) -> tuple[Any, Tree]:
+        total, past = state[0].detach(), state[1]
+        pairs = list(zip(past, now, strict=True))
+        pooled = type(now)(*(torch.where(expand_mask(total > 0, new), old, new) for old, new in pairs))
+        both = type(now)(*(torch.stack(pair, 1) for pair in pairs))
+        after = both.pool(torch.stack([total * self.decay, weight], 1), 1)
+        return pooled, where_mask(weight > 0, (total * self.decay + weight, tuple(after)), state)
+
+
+class Recognized(NamedTuple):
+    """A window as the kernels run it: weights by age, or the decay per step of a running state."""
+
+    taps: tuple[float, ...] = ()
+    decay: float = 1.0
+    past: bool = False  # the current step is excluded
+
+
+def recognized(window: Window[Any]) -> Recognized | None:
+    """Return how the kernels run the window of a plugin, or None.
+
+    The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
+    state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
+    """
+    parameters = getattr(type(window), "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen or type(window).scan is not Window.scan:
+        return None
+    try:
+        return _recognized(window)
+    except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
+        return None
+
+
+@lru_cache(maxsize=256)
+def _recognized(window: Window[Any]) -> Recognized | None:
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        taps = _taps(window)
+        if taps:
+            return Recognized(taps) if _agrees(window, Weighted(taps)) else None
+        decay = _decay(window)
+        if decay is None:
+            return None
+        if _agrees(window, Past(decay)):
+            return Recognized(decay=decay, past=True)
+        known = Cumulative[Any]() if decay == 1.0 else Exponential[Any](-1.0 / log2(decay))
+        return Recognized(decay=decay) if _agrees(window, known) else None
+
+
+def _taps(window: Window[Any]) -> tuple[float, ...]:
+    """Return the declared weights by age, or nothing where there are none, or too many."""
+    weights = window.weight_at(torch.arange(4 * MOST_AGES, dtype=torch.float64))
+    if weights is None or not bool((weights.isfinite() & (weights >= 0)).all()):
+        return ()
+    ages = torch.nonzero(weights).flatten()
+    if len(ages) == 0 or int(ages[-1]) >= MOST_AGES:
+        return ()
+    return tuple(weights[: int(ages[-1]) + 1].double().tolist())
+
+
+def _decay(window: Window[Any]) -> float | None:
+    """Return by what one step multiplies the total weight of a running state; None where the state is another."""
+    now = Average(torch.zeros(1, 1, dtype=torch.float64))
+    if window.layout(now) != Cumulative[Any]().layout(now):
+        return None
+    one, tiny = torch.ones(1, dtype=torch.float64), torch.full((1,), _TINY, dtype=torch.float64)
+    total = float(window.push(now, tiny, (one, (now.mean,)))[1][0])
+    return total if 0.0 < total <= 1.0 else None
+
+
+def _agrees(window: Window[Any], known: Window[Any]) -> bool:
+    """Return whether two windows agree in values, states and gradients, over masked steps from a random state."""
+    other = Detached(known) if window.detaches_past else known
+    for kind, sizes in _KINDS:
+        now = kind(*(torch.zeros(3, size, dtype=torch.float64) for size in sizes))
+        if window.layout(now) != known.layout(now):
+            return False
+        found, expected = (_outcome(each, kind, sizes, known.initial(now)) for each in (window, other))
+        if len(found) != len(expected) or not all(map(_close, found, expected)):
+            return False
+    return True
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a - b).abs() <= _TOLERANCE).all())
+
+
+def _outcome(window: Window[Any], kind: Any, sizes: tuple[int, ...], like: Tree) -> list[Tensor]:
+    """Return pooled statistics, states and gradients of three steps from a random state and from the initial one."""
+    source = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=source, dtype=torch.float64) + 0.5
+
+    steps = [kind(*(random(3, size) for size in sizes)) for _ in range(3)]
+    if kind is CountedMoments:  # a window of one step returns the count of the step, and others their total weight
+        steps = [kind(mean, var, torch.ones_like(count)) for mean, var, count in steps]
+    for step in steps:
+        for leaf in step:
+            leaf.requires_grad_()
+    factors = [random(3, size) for size in sizes]
+    weights = random(*like[0].shape).gt(0.8).double()
+    weights[2:] = 1.0
+    opened = weights, tuple(random(*leaf.shape).requires_grad_() for leaf in like[1])
+    masks = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    results: list[Tensor] = []
+    losses = []
+    for state in (opened, window.initial(steps[0])):
+        for step, mask in zip(steps, masks, strict=True):
+            pooled, state = window.push(step, mask, state)
+            shown = [torch.where((mask > 0).unsqueeze(1), leaf, 0.0) for leaf in pooled]
+            losses += [(leaf * factor).sum() for leaf, factor in zip(shown, factors, strict=True)]
+            results += shown
+        results += list(tree_leaves(state))
+    wanted = [leaf for step in steps for leaf in step] + list(opened[1])
+    found = torch.autograd.grad(torch.stack(losses).sum(), wanted, allow_unused=True)
+    results += [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+    return [leaf.detach() for leaf in results]
