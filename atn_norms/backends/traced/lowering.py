@@ -300,6 +300,14 @@ class Lowering:
         if op in (Op.MUL, Op.DIV) and any(inner):
             bare = tuple(a if a is not None else b for a, b in zip(inner, operands, strict=True))
             return op, bare, inner.count(None) == 1
+        if op in _MIRRORED and inner[0] is not None and len(self._constants.get(operands[1].slot, ())) == 1:
+            limit = self._constants[operands[1].slot][0]
+            mirrored = replace(operands[1], slot=self.constant((0.0 - limit,)), offset=0)
+            return _MIRRORED[op], (inner[0], mirrored), op in (Op.MAX, Op.MIN)
+        if op == Op.NEG and (chosen := self._definition(operands[0], Op.WHERE)):
+            values = [self._elementwise(Op.NEG, (value,), 1)[0] for value in chosen[1:] if value.length == 1]
+            if len(values) == 2:
+                return Op.WHERE, (chosen[0], *(Operand(slot, 0, 1, 1) for slot in values)), False
         if op in (Op.ADD, Op.SUB) and inner[1] is not None:
             return Op.SUB if op == Op.ADD else Op.ADD, (operands[0], inner[1]), False
         if op == Op.WHERE:
@@ -416,6 +424,8 @@ class Lowering:
         self._places[storage_of(result)] = Place(slot, by_storage)
 
 
+# What compares or limits a number does so to its negative, mirrored.
+_MIRRORED = {Op.MAX: Op.MIN, Op.MIN: Op.MAX, Op.GT: Op.LT, Op.GE: Op.LE, Op.LT: Op.GT, Op.LE: Op.GE}
 _NUMBERS = (torch.float64, torch.float32, torch.bool)
 
 

@@ -57,66 +57,53 @@ static void NUM(any_sums)(const Step *step, NUM(View) to, const NUM(View) *view,
     }
 }
 
-/* One loop of an operation on blocks of n elements. */
-typedef struct {
-    char *out;
-    long out_apart;
-    const char *vector[3];
-    const double *number[3];
-    long apart[3], n, blocks;
-    double spare[3];
-} NUM(Blocks);
-
-INLINE void NUM(loop_of)(const Step *step, const NUM(Blocks) *blocks) {
-    if (step->is_float) {
-        F32(Run) run = {.out = (float *)blocks->out, .out_apart = blocks->out_apart, .n = blocks->n, .blocks = blocks->blocks};
-        for (int k = 0; k < step->operands; k++) { run.vector[k] = (const float *)blocks->vector[k]; run.number[k] = blocks->number[k]; run.apart[k] = blocks->apart[k]; }
-        F32(loop)(step->op, &run);
-    } else {
-        F64(Run) run = {.out = (double *)blocks->out, .out_apart = blocks->out_apart, .n = blocks->n, .blocks = blocks->blocks};
-        for (int k = 0; k < step->operands; k++) { run.vector[k] = (const double *)blocks->vector[k]; run.number[k] = blocks->number[k]; run.apart[k] = blocks->apart[k]; }
-        F64(loop)(step->op, &run);
-    }
+INLINE void NUM(loop_of)(const Step *step, const Run *run) {
+    if (step->is_float) F32(loop)(step->op, run);
+    else F64(loop)(step->op, run);
 }
 
 /* Let operand k of a loop be a vector, or one number for each block, `apart` numbers from one to the next. */
-INLINE void NUM(operand)(NUM(Blocks) *blocks, int k, NUM(View) view, int vector, long at, long apart) {
+INLINE void NUM(operand)(Run *run, int k, NUM(View) view, int vector, long at, long apart) {
     const char *from = view.at + at * NUM(size)(view.is_float);
-    blocks->vector[k] = vector ? from : NULL;
-    blocks->number[k] = vector ? NULL : (const double *)from;
-    blocks->apart[k] = apart;
+    run->vector[k] = vector ? from : NULL;
+    run->number[k] = vector ? NULL : (const double *)from;
+    run->apart[k] = apart;
     if (vector || !view.is_float) return;
-    blocks->spare[k] = (double)*(const float *)from; /* a parameter, the same for all rows */
-    blocks->number[k] = &blocks->spare[k];
-    blocks->apart[k] = 0;
+    run->spare[k] = (double)*(const float *)from; /* a parameter, the same for all rows */
+    run->number[k] = &run->spare[k];
+    run->apart[k] = 0;
 }
 
 /* An operation on whole rows: one loop over all of them where they follow one another. */
 static void NUM(whole_rows)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
-    NUM(Blocks) blocks = {.out = (char *)to.at, .out_apart = to.apart, .n = step->count, .blocks = rows};
+    Run run;
+    run.out = (char *)to.at;
+    run.out_apart = to.apart;
+    run.n = step->count;
+    run.blocks = rows;
     int flat = to.apart == step->count;
     for (int k = 0; k < step->operands; k++) {
         const int vector = step->vectors >> k & 1;
         flat &= vector ? view[k].apart == step->count : view[k].apart == 0;
-        NUM(operand)(&blocks, k, view[k], vector, 0, view[k].apart);
+        NUM(operand)(&run, k, view[k], vector, 0, view[k].apart);
     }
     if (flat) {
-        blocks.n *= rows;
-        blocks.blocks = 1;
+        run.n *= rows;
+        run.blocks = 1;
     }
-    NUM(loop_of)(step, &blocks);
+    NUM(loop_of)(step, &run);
 }
 
 /* ... on equal parts of each row, for each of which an operand may have one number. */
 static void NUM(row_parts)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
     const long n = step->count / step->parts;
     for (long r = 0; r < rows; r++) {
-        NUM(Blocks) blocks = {.out = (char *)to.at + r * to.apart * NUM(size)(step->is_float), .out_apart = n, .n = n, .blocks = step->parts};
+        Run run = {.out = (char *)to.at + r * to.apart * NUM(size)(step->is_float), .out_apart = n, .n = n, .blocks = step->parts};
         for (int k = 0; k < step->operands; k++) {
             const int vector = step->vectors >> k & 1;
-            NUM(operand)(&blocks, k, view[k], vector, r * view[k].apart, vector ? n : step->spread >> k & 1);
+            NUM(operand)(&run, k, view[k], vector, r * view[k].apart, vector ? n : step->spread >> k & 1);
         }
-        NUM(loop_of)(step, &blocks);
+        NUM(loop_of)(step, &run);
     }
 }
 
@@ -129,14 +116,14 @@ static void NUM(pieces)(const Step *step, NUM(View) to, const NUM(View) *view, l
                 const long stretch = NUM(stretch)(view[k], i);
                 if (stretch < n) n = stretch;
             }
-            NUM(Blocks) blocks = {.out = (char *)to.at + (r * to.apart + i) * NUM(size)(step->is_float), .n = n, .blocks = 1};
-            for (int k = 0; k < step->operands; k++) NUM(operand)(&blocks, k, view[k], view[k].repeat == 1 && view[k].length > 1, NUM(place)(view[k], r, i), 0);
-            NUM(loop_of)(step, &blocks);
+            Run run = {.out = (char *)to.at + (r * to.apart + i) * NUM(size)(step->is_float), .n = n, .blocks = 1};
+            for (int k = 0; k < step->operands; k++) NUM(operand)(&run, k, view[k], view[k].repeat == 1 && view[k].length > 1, NUM(place)(view[k], r, i), 0);
+            NUM(loop_of)(step, &run);
         }
 }
 
 /* Run a program on at most `tile_rows` rows. `room` holds tile_rows * row_doubles numbers; `output` becomes where the outputs are,
-   row after row. A first output with an address is put there, which `direct` says is possible. */
+   row after row. A first output with an address is put there, as far as `direct` allows that. */
 static void NUM(interpret)(const Ready *ready, const Input *input, long rows, double *room, Input *output) {
     const Program *program = ready->program;
     const Slot *slot = program_slots(program);
@@ -153,7 +140,7 @@ static void NUM(interpret)(const Ready *ready, const Input *input, long rows, do
         else found[o] = input[own->at];
     }
     for (const Step *step = ready->step; step < ready->step + ready->steps; step++) {
-        NUM(View) view[3] = {{0}};
+        NUM(View) view[3];
         const NUM(View) to = NUM(view)(&step->to, base);
         for (int k = 0; k < step->operands; k++) view[k] = NUM(view)(step->from + k, base);
         if (step->kind == STEP_ROWS) NUM(whole_rows)(step, to, view, rows);

@@ -1,14 +1,5 @@
 /* One loop per operation over vectors of REAL, and sums. Included by level.inc.h for each REAL. */
 
-/* `blocks` blocks of n elements; an operand is a vector, `apart` elements from block to block, or one double number for a block. */
-typedef struct {
-    REAL *out;
-    long out_apart;
-    const REAL *vector[3];
-    const double *number[3];
-    long apart[3], n, blocks;
-} FN(Run);
-
 /* One operand of one block: where its elements are, and how far apart its vectors are, 0 for a number. */
 typedef struct {
     const REAL *at;
@@ -17,9 +8,9 @@ typedef struct {
 } FN(Source);
 
 /* Returns what REAL leaves out of a number. */
-INLINE REAL FN(source)(FN(Source) *source, const FN(Run) *run, int k, long block) {
+INLINE REAL FN(source)(FN(Source) *source, const Run *run, int k, long block) {
     if (run->vector[k]) {
-        source->at = run->vector[k] + block * run->apart[k];
+        source->at = (const REAL *)run->vector[k] + block * run->apart[k];
         source->step = VL;
         return (REAL)-0.0; /* which changes nothing where it is added */
     }
@@ -41,7 +32,7 @@ INLINE REAL FN(source)(FN(Source) *source, const FN(Run) *run, int k, long block
             const REAL *pa = from[0].at, *pb = from[arity > 1].at, *pc = from[arity > 2 ? 2 : 0].at;                      \
             const long sa = from[0].step, sb = from[arity > 1].step, sc = from[arity > 2 ? 2 : 0].step;                   \
             const REAL la = low[0], lb = low[1], lc = low[2];                                                          \
-            REAL *to = run->out + block * run->out_apart;                                                              \
+            REAL *to = (REAL *)run->out + block * run->out_apart;                                                              \
             (void)la; (void)lb; (void)lc;                                                                              \
             for (long left = run->n; left > 0; left -= VL, to += VL, pa += sa, pb += sb, pc += sc) {                     \
                 const FN(vec) a = FN(load_or)(pa, sa ? left : VL, 1), b = arity > 1 ? FN(load_or)(pb, sb ? left : VL, 1) : a; \
@@ -61,7 +52,7 @@ INLINE REAL FN(source)(FN(Source) *source, const FN(Run) *run, int k, long block
 #define MORE(low) + (low)
 #endif
 
-static void FN(loop)(int32_t op, const FN(Run) *run) {
+static void FN(loop)(int32_t op, const Run *run) {
     switch (op) {
         LOOP(OP_COPY, 1, a)
         LOOP(OP_NEG, 1, -a)

@@ -53,6 +53,17 @@ typedef struct {
     Source to, from[3];
 } Step;
 
+/* One loop of an operation over `blocks` blocks of n elements, float or double: an operand is a vector, `apart` elements from block to
+   block, or one double number for a block. */
+typedef struct {
+    void *out;
+    long out_apart;
+    const void *vector[3];
+    const double *number[3];
+    long apart[3], n, blocks;
+    double spare[3]; /* numbers that were float */
+} Run;
+
 /* A program ready to run. direct: whether its first output may be computed where it is wanted, apart from all inputs or also over the
    last one. */
 enum { DIRECT_APART = 1, DIRECT_OVER = 2 };
