@@ -24,7 +24,7 @@ class Runner:
     Errors: `Refused` where it cannot do the case.
     """
 
-    def __init__(self, case: Case, name: str, window: int | None) -> None:
+    def __init__(self, case: Case, name: str, window: int | str | None) -> None:
         self.case, self.name, self.window = case, name, window
         torch.manual_seed(0)
         self.module = module_of(case, name, window).train(case.mode == "training")
@@ -36,6 +36,12 @@ class Runner:
         """Return a callable that does the work over the first `steps` steps."""
         return getattr(self, f"_{self.case.mode}")(self._xs[:steps], self._upstream[:steps])
 
+    def _run(self, xs: Tensor, *state: Any) -> Any:
+        """Call the module as the case does; a layer of this package is called by `unroll` where a state is given."""
+        run: Any = self.module.unroll if state and isinstance(self.module, Recurrent) else self.module
+        with autocast(self.case):
+            return run(xs, *state)
+
     def _training(self, xs: Tensor, upstream: Tensor) -> Callable[[], object]:
         xs = xs.clone().requires_grad_(self.case.input_gradient)
         leaves = [xs, *self.module.parameters()]
@@ -43,31 +49,37 @@ class Runner:
         def step() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            self.module(xs)[0].backward(upstream)
+            ys = self._run(xs)[0]
+            ys.backward(upstream.to(ys.dtype))
 
         return step
 
     def _inference(self, xs: Tensor, upstream: Tensor) -> Callable[[], object]:
         @torch.no_grad()
         def infer() -> None:
-            self.module(xs)
+            self._run(xs)
 
         return infer
 
     def _streaming(self, xs: Tensor, upstream: Tensor) -> Callable[[], object]:
-        run: Any = self.module.unroll if isinstance(self.module, Recurrent) else self.module
+        steps = self.window if isinstance(self.window, int) else 1
         with torch.no_grad():
-            _, state = run(torch.randn(self.window or 1, *xs.shape[1:], dtype=xs.dtype))  # the window is full
+            _, state = self._run(torch.randn(steps, *xs.shape[1:], dtype=xs.dtype), None)  # the window is full
 
         @torch.no_grad()
         def step() -> None:
             nonlocal state
-            _, state = run(xs, state)
+            _, state = self._run(xs, state)
 
         return step
 
 
-def module_of(case: Case, name: str, window: int | None) -> nn.Module:
+def autocast(case: Case) -> torch.autocast:
+    """Return the autocast of a case, which may be none."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=case.autocast)
+
+
+def module_of(case: Case, name: str, window: int | str | None) -> nn.Module:
     """Build the module of a runner: torch's, the textbook's, or a layer on the named backend.
 
     Errors: `Refused`, with the reason.
@@ -75,7 +87,8 @@ def module_of(case: Case, name: str, window: int | None) -> nn.Module:
     dtype = getattr(torch, case.dtype)
     if name == TORCH:
         layer = case.layer(None).build(dtype=dtype)
-        module = getattr(nn, str(layer.cell.torch_name))(case.size.input, case.size.hidden, dtype=dtype)
+        own = {"nonlinearity": layer.cell.nonlinearity} if hasattr(layer.cell, "nonlinearity") else {}  # type: ignore[attr-defined]
+        module = getattr(nn, str(layer.cell.torch_name))(case.size.input, case.size.hidden, dtype=dtype, **own)
         module.load_state_dict(layer.state_dict())
         return module
     assert window is not None

@@ -85,7 +85,8 @@ def _admitted(case: Case, row: Row, judged: dict[tuple[object, ...], str | None]
         module_of(replace(case, size=PROBES[1].size), row.runner, row.window)
         if row.runner == TEXTBOOK and (reason := _too_large(case, row.window)):
             return replace(row, status="skipped", reason=reason)
-        key = (case.cell, case.norm, case.mode == "training", case.threads, case.dtype, row.runner, row.window)
+        same = replace(case, size=PROBES[0].size, mode=str(case.mode == "training"), malloc="", input_gradient=False)
+        key = (same, row.runner, row.window)
         if key not in judged:
             judged[key] = broken_law(case, row.runner, row.window)
         if (broken := judged[key]) is not None:
@@ -95,7 +96,9 @@ def _admitted(case: Case, row: Row, judged: dict[tuple[object, ...], str | None]
         return replace(row, status="refused", reason=str(refused))
 
 
-def _too_large(case: Case, window: int) -> str | None:
+def _too_large(case: Case, window: int | str) -> str | None:
+    if not isinstance(window, int):
+        return None
     cell = case.layer(window).equations()
     itemsize = torch.finfo(getattr(torch, case.dtype)).bits // 8
     steps = case.size.steps if case.mode == "training" else 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atn_norms.bench.contest import autocast
 from atn_norms.bench.spec import TEXTBOOK, Case, Size
 from atn_norms.bench.textbook import Textbook
 from atn_norms.layers import Recurrent
@@ -34,7 +35,7 @@ PROBES = (
 )
 
 
-def broken_law(case: Case, name: str, window: int) -> str | None:
+def broken_law(case: Case, name: str, window: int | str) -> str | None:
     """Describe where a runner differs from the reference on a case's cell, norm, mode and window; None if nowhere.
 
     Values, states, and the gradients of inputs, starting states and parameters are compared, in float64 and in the
@@ -48,12 +49,13 @@ def broken_law(case: Case, name: str, window: int) -> str | None:
                 difference = f"it raises {type(error).__name__}: {error}"
             if difference is not None:
                 start = "full windows" if probe.full else "empty windows"
-                return f"{case.cell}, norm {case.norm}, k = {window}, {probe.size}, {start}, {dtype}: {difference}"
+                label = f"{'k =' if isinstance(window, int) else 'window'} {window}"
+                return f"{case.cell}, norm {case.norm}, {label}, {probe.size}, {start}, {dtype}: {difference}"
     return None
 
 
-def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.dtype) -> str | None:
-    case = Case(case.cell, case.norm, probe.size, case.threads, case.mode, case.dtype)
+def _difference(case: Case, name: str, window: int | str, probe: Probe, dtype: torch.dtype) -> str | None:
+    case = replace(case, size=probe.size, malloc="default")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         truth = case.layer(window, "reference").build(dtype=torch.float64).train(case.mode == "training")
@@ -71,19 +73,26 @@ def _difference(case: Case, name: str, window: int, probe: Probe, dtype: torch.d
         expected = _outcome(truth, xs, start, lengths)
         own = tree_map(lambda leaf, like: leaf.to(like.dtype), start, mine.initial(size.batch))
         found = _compare(_outcome(mine, xs.to(dtype), own, lengths), expected, dtype, size.steps)
-        return found or (None if probe.full else _as_timed(truth, mine, xs, dtype))
+        return found or (None if probe.full else _as_timed(case, truth, mine, xs, dtype))
 
 
-def _as_timed(truth: Recurrent, mine: Recurrent, xs: Tensor, dtype: torch.dtype) -> str | None:
-    """Compare the timed calls, which may take other paths: torch.nn's call, and the call without gradients."""
-    found = _compare(_of_values(mine, mine(xs.to(dtype))[0]), _of_values(truth, truth(xs)[0]), dtype, len(xs))
+def _as_timed(case: Case, truth: Recurrent, mine: Recurrent, xs: Tensor, dtype: torch.dtype) -> str | None:
+    """Compare the timed calls, which may take other paths: torch.nn's call, and the call without gradients.
+
+    Under autocast the limits stay the same, since layers compute in their own type there.
+    """
+    with autocast(case):
+        ys = mine(xs.to(dtype))[0]
+    found = _compare(_of_values(mine, ys), _of_values(truth, truth(xs)[0]), dtype, len(xs))
     if found is None:
         with torch.no_grad():
-            found = _compare({"y": mine(xs.to(dtype))[0]}, {"y": truth(xs)[0]}, dtype, len(xs))
+            with autocast(case):
+                ys = mine(xs.to(dtype))[0]
+            found = _compare({"y": ys}, {"y": truth(xs)[0]}, dtype, len(xs))
     return found
 
 
-def _from_textbook(truth: Recurrent, window: int, xs: Tensor, dtype: torch.dtype) -> str | None:
+def _from_textbook(truth: Recurrent, window: int | str, xs: Tensor, dtype: torch.dtype) -> str | None:
     expected = _of_values(truth, truth(xs)[0])
     mine = truth.spec.build(dtype=dtype)
     mine.load_state_dict(truth.state_dict())

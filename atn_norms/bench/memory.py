@@ -20,7 +20,7 @@ def can_measure() -> bool:
     return os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def growth(case: Case, name: str, window: int | None, timeout: float) -> int | str:
+def growth(case: Case, name: str, window: int | str | None, timeout: float) -> int | str:
     """Growth of a fresh process's peak over its first step of that size in bytes, or the reason why it is unknown.
 
     The libraries are loaded and one step of a tiny layer is done before; the gradients are made in the step.

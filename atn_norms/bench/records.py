@@ -21,7 +21,7 @@ class Row:
     """
 
     runner: str
-    window: int | None
+    window: int | str | None
     status: str = "measured"
     reason: str = ""
     runs: int = 0
@@ -36,7 +36,9 @@ class Row:
     @property
     def label(self) -> str:
         """The runner, and its window."""
-        return self.runner if self.window is None else f"{self.runner}, k = {self.window}"
+        if self.window is None:
+            return self.runner
+        return f"{self.runner}, {'k =' if isinstance(self.window, int) else 'window'} {self.window}"
 
     def timed(self, samples: Sequence[float]) -> Row:
         """Return the row with its times."""

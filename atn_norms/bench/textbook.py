@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atn_norms.cells import Placement
 from atn_norms.layers import Recurrent
 from atn_norms.normalizers import LayerNorm, RMSNorm
 
@@ -27,8 +28,12 @@ class Textbook(nn.Module):
     True
     """
 
-    def __init__(self, layer: Recurrent, window: int) -> None:
+    def __init__(self, layer: Recurrent, window: int | str) -> None:
         super().__init__()
+        if not isinstance(window, int):
+            raise ValueError("it is written for windows of k steps")
+        if layer.spec.placement != Placement():
+            raise ValueError("it is written for the default placement")
         self.layer, self.window, self.kind = layer, window, layer.spec.cell.kind
         self.sites: dict[str, Any] = {site: getattr(layer, f"norm_{site}_l0") for site in layer.cell.sites}
         unknown = [type(norm).__name__ for norm in self.sites.values() if type(norm) not in (LayerNorm, RMSNorm)]

@@ -29,11 +29,20 @@ Names = "Separated by commas."
 
 def bench(
     cells: Annotated[_List, typer.Option("--cells", metavar="LSTM,GRU,RNN", help=f"Cells. {Names}")] = None,
-    norms: Annotated[_List, typer.Option("--norms", metavar="KIND,...", help=f"Norms, by kind. {Names}")] = None,
+    norms: Annotated[
+        _List,
+        typer.Option("--norms", metavar="KIND,...", help="Norms: a kind, or {kind: rms, eps: 1e-3}. " + Names),
+    ] = None,
+    placements: Annotated[
+        _List,
+        typer.Option("--placements", metavar="{...},...", help="Placements, such as {sum: joint}; {}: the default."),
+    ] = None,
     sizes: Annotated[
         list[str] | None, typer.Option("--size", metavar="INPUT,HIDDEN,BATCH,STEPS", help="May be repeated.")
     ] = None,
-    windows: Annotated[_List, typer.Option("--windows", metavar="K,...", help="Windows, in steps.")] = None,
+    windows: Annotated[
+        _List, typer.Option("--windows", metavar="K,...", help="Windows: steps, a kind, or a mapping with its options.")
+    ] = None,
     threads: Annotated[_List, typer.Option("--threads", metavar="N,...", help="Numbers of threads.")] = None,
     modes: Annotated[
         _List, typer.Option("--modes", metavar="training,inference,streaming", help="Streaming: one row, step by step.")
@@ -49,6 +58,7 @@ def bench(
         _List,
         typer.Option("--malloc", metavar="default|keep|both", help="keep: freed memory stays in the process."),
     ] = None,
+    autocast: Annotated[bool, typer.Option("--autocast", help="Call every runner under autocast to bfloat16.")] = False,
     input_gradient: Annotated[
         bool, typer.Option("--input-gradient", help="Compute the input's gradient in training too, as in a stack.")
     ] = False,
@@ -82,10 +92,11 @@ def bench(
     if check or device is not None:
         return _check_device(device, check, tiny, out)
     options = {
-        "cells": _names(cells),
-        "norms": _names(norms),
+        "cells": _entries("--cells", cells),
+        "norms": _entries("--norms", norms),
+        "placements": _entries("--placements", placements),
         "sizes": None if sizes is None else [_size(size) for size in sizes],
-        "windows": _numbers("--windows", windows),
+        "windows": _entries("--windows", windows),
         "threads": _numbers("--threads", threads),
         "modes": _names(modes),
         "dtype": dtype,
@@ -103,7 +114,7 @@ def bench(
     from atn_norms.bench import BenchSpec, measure
     from atn_norms.specs import validate
 
-    spec = validate(BenchSpec, {**chosen, "memory": memory, "input_gradient": input_gradient})
+    spec = validate(BenchSpec, {**chosen, "memory": memory, "autocast": autocast, "input_gradient": input_gradient})
     results = measure(spec, None if as_json else _print_case)
     if as_json:
         print_json(results.to_dict())
@@ -177,6 +188,27 @@ def _ratio(value: float | None) -> str:
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip().lower() for word in text.split(",") if word.strip()]
+
+
+def _entries(option: str, text: str | None) -> list[Any] | None:
+    """Return kinds, numbers and mappings, separated by commas outside of brackets."""
+    if text is None:
+        return None
+    from atn_norms.specs import value
+
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "{[") - (character in "}]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    words = [part.strip() for part in parts if part.strip()]
+    return [value(word, f"{option} {word}: not a YAML value") if word[0] in "{[" else _scalar(word) for word in words]
+
+
+def _scalar(word: str) -> str | int:
+    return int(word) if word.lstrip("-").isdigit() else word.lower()
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
