@@ -28,7 +28,6 @@ from atn_norms.backends.traced.program import (
     INPUT,
     REGISTER,
     SMALL_INPUT,
-    TORCH,
     Instruction,
     Op,
     Operand,
@@ -38,24 +37,23 @@ from atn_norms.backends.traced.program import (
 from atn_norms.backends.traced.recorder import Call, Untraceable
 from atn_norms.backends.traced.registers import Draft, allot
 from atn_norms.backends.traced.rules import RULES
+from atn_norms.backends.traced.simplifier import Simplifier
 
 
-class Lowering:
+class Lowering(Simplifier):
     """Build the program of recorded calls, from tensors that are inputs to tensors that are outputs.
 
     Slots are unlimited here and each is written once (a concatenation: once per part); `finish` allots registers.
     """
 
     def __init__(self) -> None:
-        self._slots: list[Slot] = []
+        super().__init__()
         self._code: list[Instruction] = []
-        self._constants: dict[int, tuple[float, ...]] = {}
         self._places: dict[int, Place] = {}
         self._given: set[int] = set()
         self._alive: list[Tensor] = []
         self._inputs = 0
         self._known: dict[Any, int] = {}
-        self._made: dict[int, tuple[Op, tuple[Operand, ...]]] = {}
 
     # -- inputs and outputs
 
@@ -285,90 +283,6 @@ class Lowering:
             self._made[target] = op, operands
         return self._known[key], torch.arange(size)
 
-    def _simplified(self, op: Op, operands: tuple[Operand, ...]) -> tuple[Op, tuple[Operand, ...], bool]:
-        """Return an operation of equal result that costs less, and whether its result is negated.
-
-        Divisions by one number for a row or for a part of it become products with a reciprocal; signs move outwards; a
-        choice between multiples of one operand becomes a multiple of a choice.
-        """
-        if op == Op.DIV and operands[0].length > 1 and (operands[1].length == 1 or operands[1].repeat > 1):
-            divisor = operands[1]
-            slot, table = self._elementwise(Op.RECIPROCAL, (replace(divisor, repeat=1),), divisor.length)
-            offset = int(table[0])
-            return self._simplified(Op.MUL, (operands[0], replace(divisor, slot=slot, offset=offset)))
-        inner = [self._negated(operand) for operand in operands]
-        if op in (Op.MUL, Op.DIV) and any(inner):
-            bare = tuple(a if a is not None else b for a, b in zip(inner, operands, strict=True))
-            return op, bare, inner.count(None) == 1
-        if op in _MIRRORED and inner[0] is not None and len(self._constants.get(operands[1].slot, ())) == 1:
-            limit = self._constants[operands[1].slot][0]
-            mirrored = replace(operands[1], slot=self.constant((0.0 - limit,)), offset=0)
-            return _MIRRORED[op], (inner[0], mirrored), op in (Op.MAX, Op.MIN)
-        if op == Op.NEG and (chosen := self._definition(operands[0], Op.WHERE)):
-            values = [self._elementwise(Op.NEG, (value,), 1)[0] for value in chosen[1:] if value.length == 1]
-            if len(values) == 2:
-                return Op.WHERE, (chosen[0], *(Operand(slot, 0, 1, 1) for slot in values)), False
-        if op in (Op.ADD, Op.SUB) and inner[1] is not None:
-            return Op.SUB if op == Op.ADD else Op.ADD, (operands[0], inner[1]), False
-        if op == Op.WHERE:
-            return self._chosen(operands)
-        return op, operands, False
-
-    def _chosen(self, operands: tuple[Operand, ...]) -> tuple[Op, tuple[Operand, ...], bool]:
-        mask, *values = operands
-        factors = [self._definition(value, Op.MUL) for value in values]
-        if factors[0] and factors[1] and factors[0][0] == factors[1][0] and factors[0][0].length > 1:
-            size = factors[0][0].length
-            slot, table = self._elementwise(Op.WHERE, (mask, factors[0][1], factors[1][1]), size)
-            pattern = pattern_of(slot, table)
-            if pattern is not None and factors[0][1].length == factors[1][1].length == 1:
-                return Op.MUL, (factors[0][0], pattern), False
-        return Op.WHERE, operands, False
-
-    def _definition(self, operand: Operand, op: Op) -> tuple[Operand, ...] | None:
-        """Return what an operand was computed of by an operation, where it is the whole result."""
-        whole = Operand(operand.slot, 0, 1, self._slots[operand.slot].length)
-        made, parts = self._made.get(operand.slot, (None, ()))
-        return parts if made == op and operand == whole else None
-
-    def _is_positive(self, operand: Operand) -> bool:
-        """Return whether an operand is known never to be 0: a positive number added to magnitudes or squares."""
-        for terms in (self._definition(operand, Op.ADD) or (),):
-            for term, other in (terms, terms[::-1]) if terms else ():
-                number = self._constants.get(other.slot)
-                factors = self._definition(term, Op.MUL)
-                magnitude = self._definition(term, Op.ABS) or (factors and factors[0] == factors[1])
-                if number is not None and min(number) > 0.0 and magnitude:
-                    return True
-        return False
-
-    def _negated(self, operand: Operand) -> Operand | None:
-        parts = self._definition(operand, Op.NEG)
-        return parts[0] if parts else None
-
-    def _folded(self, op: Op, operands: tuple[Operand, ...], size: int) -> tuple[int, Tensor] | None:
-        """Return the elements of an operation that changes nothing, or of constants alone."""
-        values = [self._constants.get(operand.slot) if operand.length == 1 else None for operand in operands]
-        scalars = [
-            None if value is None else value[operand.offset] for value, operand in zip(values, operands, strict=True)
-        ]
-        if None not in scalars and op not in (Op.COPY,):
-            result = TORCH[op](*(torch.tensor(scalar, dtype=torch.float64) for scalar in scalars))
-            return self.constant((float(result),)), torch.zeros(size, dtype=torch.int64)
-        one = [scalar == 1.0 for scalar in scalars]
-        kept = None
-        if op in (Op.EQ, Op.AND) and 0.0 in scalars:
-            other = operands[1 if scalars[0] == 0.0 else 0]
-            if op == Op.AND or self._is_positive(other):
-                return self.constant((0.0,)), torch.zeros(size, dtype=torch.int64)
-        if op == Op.WHERE and scalars[0] is not None:
-            kept = operands[1 if scalars[0] != 0.0 else 2]
-        if op == Op.COPY or (op in (Op.MUL, Op.DIV, Op.POW) and one[1]):
-            kept = operands[0]
-        elif op == Op.MUL and one[0]:
-            kept = operands[1]
-        return None if kept is None else (kept.slot, kept.offset + (torch.arange(size) // kept.repeat) % kept.length)
-
     def total(self, slot: int, table: Tensor, repeat: int, length: int, call: Call) -> tuple[int, Tensor]:
         """Return sums: element i of so many goes to sum `(i // repeat) % length`."""
         count = len(table)
@@ -391,28 +305,6 @@ class Lowering:
             self._known[key] = target
         return self._known[key], torch.arange(length)
 
-    def _outer_factor(self, operand: Operand, count: int) -> tuple[Op, Operand, Operand | None] | None:
-        """Return the operation, vector and factor of a sum of negatives, or of multiples by one number for a row.
-
-        Such a factor is not taken out of a multiple of an input, whose products may be far from 1.
-        """
-        negated = self._negated(operand)
-        if negated is not None and negated.length == count and negated.repeat == 1:
-            return Op.NEG, negated, None
-        product = self._definition(operand, Op.MUL)
-        for vector, factor in (product, product[::-1]) if product else ():
-            if vector.length != count or vector.repeat != 1:
-                continue
-            if factor.length == 1:
-                return Op.MUL, vector, factor
-            multiple = self._definition(factor, Op.MUL)
-            for inner, single in (multiple, multiple[::-1]) if multiple else ():
-                if inner.length == count and single.length == 1 and self._slots[inner.slot].kind == REGISTER:
-                    slot, table = self._elementwise(Op.MUL, (vector, inner), count)
-                    pattern = pattern_of(slot, table)
-                    return None if pattern is None else (Op.MUL, pattern, single)
-        return None
-
     def _store(self, result: Tensor, value: Expression) -> None:
         """Let a dense tensor be the elements of a value, which are in its logical order."""
         slot, table = value.slot, value.table
@@ -424,8 +316,6 @@ class Lowering:
         self._places[storage_of(result)] = Place(slot, by_storage)
 
 
-# What compares or limits a number does so to its negative, mirrored.
-_MIRRORED = {Op.MAX: Op.MIN, Op.MIN: Op.MAX, Op.GT: Op.LT, Op.GE: Op.LE, Op.LT: Op.GT, Op.LE: Op.GE}
 _NUMBERS = (torch.float64, torch.float32, torch.bool)
 
 

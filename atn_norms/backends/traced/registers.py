@@ -57,7 +57,7 @@ def allot(draft: Draft) -> Program:
                 slots.append(slot)
         operands = tuple(replace(operand, slot=names[operand.slot]) for operand in instruction.operands)
         final.append(replace(instruction, target=names[instruction.target], operands=operands))
-        for used in {operand.slot for operand in instruction.operands}:
+        for used in dict.fromkeys(operand.slot for operand in instruction.operands):
             if used in kinds and last[used] == place:
                 free.setdefault(slots[names[used]], []).append(names[used])
     try:
