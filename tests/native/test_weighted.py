@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import atn_norms as an
-from atn_norms.backends.fused.plan import WindowPlan, window_of
+from atn_norms.backends.description import WindowPlan, window_of
 from atn_norms.backends.fused.plugin_windows import MOST_AGES, Recognized, Weighted, recognized
 from atn_norms.pytree import expand_mask, where_mask
 from tests.native.strategies import EXACT, Pair, agree, check, functional, needs_kernels, outcome
