@@ -83,7 +83,16 @@ def test_a_treebank_has_its_own_splits(treebank):
     corpus = corpora.read(str(treebank), "words")
     assert [*corpus.train[:8]] == ["the", "cat", "<unk>", "\n", "a", "cat", "sat", "\n"]
     assert [*corpus.validation] == ["the", "cat", "sat", "\n"] * 3
-    assert "".join(corpora.read(str(treebank), "characters").test) == PTB["test"]
+
+
+def test_the_spaces_around_a_line_of_a_treebank_are_no_characters(treebank):
+    corpus = corpora.read(str(treebank), "characters")
+    assert "".join(corpus.test) == "a dog <unk> sat\nthe cat\n" * 3
+    assert PTB["train"].count("\n") * 2 == len(PTB["train"]) - len(corpus.train), "one at each end"
+    padded = corpora.fingerprint(str(treebank), "characters")
+    for part in PTB:
+        (treebank / f"ptb.{part}.txt").write_text("".join(f"{line.strip()}\n" for line in PTB[part].splitlines()))
+    assert corpora.fingerprint(str(treebank), "characters") == padded
 
 
 def test_the_characters_of_a_treebank_are_separated_by_spaces(treebank):

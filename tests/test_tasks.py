@@ -258,6 +258,14 @@ def test_a_curve_in_bits_is_the_loss_in_nats_over_ln_2():
     assert CharLMSpec().build(0).in_metric(math.log(2)) == pytest.approx(1)
 
 
+def test_a_score_is_reported_in_bits_and_in_nats(text):
+    task = CharLMSpec(text=text).build(0)
+    scores = task.evaluate(Unigram(task), "test")
+    assert list(scores) == ["bits per character", "nats per character"]
+    assert scores["nats per character"] == pytest.approx(scores["bits per character"] * math.log(2), rel=1e-12)
+    assert scores["bits per character"] == pytest.approx(task.baselines["character frequencies"], rel=1e-6)
+
+
 def test_invalid_texts_are_named(tmp_path):
     missing, binary, short = tmp_path / "missing.txt", tmp_path / "binary.txt", tmp_path / "short.txt"
     binary.write_bytes(b"abc\xff\xfe" * 100)

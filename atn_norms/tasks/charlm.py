@@ -63,3 +63,6 @@ class CharLM(Language):
 
     def score(self, nats: float) -> float:
         return nats / math.log(2)
+
+    def other_scores(self, nats: float) -> dict[str, float]:
+        return {"nats per character": nats}

@@ -37,7 +37,8 @@ def read(path: str | None, unit: Unit, validation: float = 0.05, test: float = 0
     A text is split in reading order: training, then the shares of `validation` and `test`. Its words are runs of
     letters, marks and digits, runs of other signs, and line ends; an ideograph is a word. A folder has its own splits
     in files `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`, with words separated by spaces. For characters, files
-    `ptb.char.*` with characters separated by spaces have precedence.
+    `ptb.char.*` with characters separated by spaces have precedence; of `ptb.*` files the spaces at both ends of a line
+    are no characters.
 
     A file is read in the normal form NFC, so that an accent is part of its letter. LF, CRLF and CR are the same line
     end.
@@ -91,9 +92,15 @@ def _texts(path: str | None, unit: Unit) -> tuple[list[str], str]:
         return [_decoded(folder)], ""
     for layout in LAYOUTS[unit]:
         if (folder / f"{layout}.train.txt").exists():
-            return [_decoded(folder / f"{layout}.{part}.txt") for part in PARTS], layout
+            texts = [_decoded(folder / f"{layout}.{part}.txt") for part in PARTS]
+            # The Treebank pads every line; padding that is easy to predict would flatter a score in characters by 1.6%.
+            return [_stripped(text) for text in texts] if (layout, unit) == ("ptb", "characters") else texts, layout
     wanted = " or ".join(f"{layout}.train.txt" for layout in LAYOUTS[unit])
     raise SpecError("text", f"{path}, a folder without {wanted}", "a UTF-8 file, or a folder with that layout")
+
+
+def _stripped(text: str) -> str:
+    return "\n".join(line.strip(" ") for line in text.split("\n"))
 
 
 def _decoded(path: Path) -> str:

@@ -107,6 +107,10 @@ class Language(Task):
     def score(self, nats: float) -> float:
         """Convert a cross-entropy in nats per token into the metric."""
 
+    def other_scores(self, nats: float) -> dict[str, float]:
+        """Return scores that are reported next to the metric."""
+        return {}
+
     def in_metric(self, loss: float) -> float:
         return self.score(loss)
 
@@ -189,7 +193,7 @@ class Language(Task):
                 nats += nn.functional.cross_entropy(
                     predictions.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="sum"
                 ).double()
-        return {self.metric: self.score(nats.item() / count)}
+        return {self.metric: self.score(nats.item() / count), **self.other_scores(nats.item() / count)}
 
     def baselines_of(self, frequencies: str) -> dict[str, float]:
         """Return the test scores of uniform predictions, and of the training frequencies, named `frequencies`."""
