@@ -136,7 +136,10 @@ def test_a_difference_of_squares_gives_negative_variances_and_the_centred_form_d
 # ---- gradients
 
 
-def layer_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+def layer_gradient(
+    a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.Tensor, reach: int | None = None
+) -> torch.Tensor:
+    """Return dL/da; `reach`: the steps whose gradient arrives at a step, k by default."""
     mean = a.mean(-1, keepdim=True)
     mu, v, m = pooled(a, k)
     r = (v + EPS).rsqrt()
@@ -144,7 +147,7 @@ def layer_gradient(a: torch.Tensor, k: int, gain: torch.Tensor, upstream: torch.
     d_mu, d_v = -r * w.sum(-1, keepdim=True), -0.5 * r.square() * (w * x).sum(-1, keepdim=True)
     rows = []
     for s in range(len(a)):
-        reached = range(s, min(len(a), s + k))  # the step itself and at most k - 1 later ones
+        reached = range(s, min(len(a), s + (reach or k)))  # the step itself and at most k - 1 later ones
         slope = sum(2 * d_v[t] / (m[t] * D) for t in reached)
         level = sum((d_mu[t] + 2 * d_v[t] * (mean[s] - mu[t])) / (m[t] * D) for t in reached)
         rows.append(w[s] * r[s] + slope * (a[s] - mean[s]) + level)
@@ -172,6 +175,24 @@ def test_the_backward_pass_is_a_sliding_sum_of_scalars(norm, formula, k):
     (gain * norm(a, k) + shift).backward(upstream)
     assert a.grad is not None
     assert apart(a.grad, formula(a.detach(), k, gain, upstream)) < EXACT
+
+
+@pytest.mark.parametrize("k", [1, 2, K, T])
+def test_a_detached_window_keeps_the_term_of_the_step_alone(k):
+    a, gain, upstream = normal(T, D), normal(D), normal(T, D)
+    norm = an.AssortedTime(an.LayerNorm(D, eps=EPS).double(), an.Detached(k))
+    with torch.no_grad():
+        norm.normalizer.get_parameter("weight").copy_(gain)
+    leaf = a.clone().requires_grad_()
+    norm.scan(leaf.unsqueeze(1))[0].squeeze(1).backward(upstream)
+    assert leaf.grad is not None
+    assert apart(leaf.grad, layer_gradient(a, k, gain, upstream, reach=1)) < EXACT
+    full = an.AssortedTime(norm.normalizer, k)
+    jacobian = derivative(lambda a: norm.scan(a.unsqueeze(1))[0].squeeze(1), a)
+    whole = derivative(lambda a: full.scan(a.unsqueeze(1))[0].squeeze(1), a)
+    for t in range(T):
+        assert apart(jacobian[t, :, t], whole[t, :, t]) < EXACT
+        assert not jacobian[t, :, [s for s in range(T) if s != t]].any()
 
 
 @pytest.mark.parametrize("k", [1, 2, K, T])
