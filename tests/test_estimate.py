@@ -189,3 +189,9 @@ def test_a_trial_of_another_process_takes_no_worker_and_a_failed_one_no_time():
     for step in (1, 11):
         see(81.0 + step - 1, "busy", 1, step)
     assert remaining.seconds(91.0) == pytest.approx(89), "the run waits for the trial of the other process"
+
+
+def test_an_arm_that_has_run_takes_its_own_time_instead_of_the_predicted_one():
+    trials = [trial("fast", 0), *(trial("slow", seed) for seed in range(4))]
+    (factor,) = errors(trials, [10.0, *[100.0] * 4], 1, at=[0.27])  # all are predicted to take equally long
+    assert factor < 1.01

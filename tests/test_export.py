@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -142,13 +143,110 @@ def test_a_file_that_computes_something_else_is_refused_and_removed(tmp_path, mo
     assert not (tmp_path / "m.pt2").exists()
 
 
-def test_the_command_exports_a_saved_layer(tmp_path, capsys):
+ALONE = """
+import sys
+sys.modules["atn_norms"] = None  # as if it were not installed
+import numpy as np
+kind, file, numbers = sys.argv[1:]
+sequence = np.load(numbers)
+if kind == "onnx":
+    sys.modules["torch"] = None
+    import onnxruntime
+    session = onnxruntime.InferenceSession(file)
+    names = [each.name for each in session.get_inputs()]
+    shapes = [(each.shape, np.int64 if "int64" in each.type else np.float64 if "double" in each.type else np.float32)
+              for each in session.get_inputs()[1:]]
+    state = [np.zeros(shape, dtype) for shape, dtype in shapes]
+    run = lambda *inputs: session.run(None, dict(zip(names, inputs)))
+else:
+    import torch
+    if kind == "pt2":
+        program = torch.export.load(file)
+        model, state = program.module(), [torch.zeros_like(each) for each in program.example_inputs[0][1:]]
+    else:
+        model = torch._inductor.aoti_load_package(file)
+        state = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in __STATE__]
+    sequence = torch.from_numpy(sequence)
+    def run(*inputs):
+        with torch.no_grad():
+            outputs = model(*inputs)
+        return outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+if state:
+    outputs = []
+    for frame in sequence:
+        output, *state = run(frame, *state)
+        outputs.append(np.asarray(output))
+    output = np.stack(outputs)
+else:
+    (output,) = run(sequence)
+np.save(numbers, np.asarray(output))
+"""
+
+
+def exported_by_the_command(layer, kind, streaming, folder, capsys):
+    """Export a layer with the command; return what the file computes, in a process without this package."""
+    path = an.save(layer, folder / "m.safetensors")
+    options = ["--streaming"] if streaming else ["--length", "7"]
+    assert main(["export", str(path), "--format", kind, "--batch", "2", "--json", *options]) == 0
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    assert facts["difference"] <= 1e-6 and facts["microseconds"] > 0 and printed.err == ""
+    xs = torch.randn(7, 2, 3)
+    numpy = pytest.importorskip("numpy")
+    numpy.save(folder / "x.npy", xs.numpy())
+    _, *state = [(each["type"], each["shape"]) for each in facts["inputs"].values()]
+    script = ALONE.replace("__STATE__", repr(state))
+    ran = subprocess.run(
+        [sys.executable, "-c", script, kind, facts["file"], str(folder / "x.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return torch.from_numpy(numpy.load(folder / "x.npy")), layer.unroll(xs)[0].detach()
+
+
+@pytest.mark.parametrize("streaming", [True, False], ids=["step", "sequence"])
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_files_of_the_command_equal_unroll_without_this_package(kind, streaming, tmp_path, capsys):
+    for module in ("safetensors", *(["onnxscript", "onnxruntime"] if kind == "onnx" else [])):
+        pytest.importorskip(module)
+    layer = trained(an.GRU(3, 4, norm="layer", window=3))
+    compare(*exported_by_the_command(layer, kind, streaming, tmp_path, capsys), tolerance=1e-6)
+
+
+compiled = pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+
+
+@compiled
+@pytest.mark.parametrize("streaming", [True, False], ids=["step", "sequence"])
+def test_compiled_files_equal_unroll_without_this_package(streaming, tmp_path, capsys):
     pytest.importorskip("safetensors")
-    path = an.save(trained(an.GRU(3, 4, norm="layer", window=3)), tmp_path / "m.safetensors")
-    assert main(["export", str(path), "--format", "pt2", "--streaming", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["file"].endswith("m-step.pt2") and facts["difference"] <= 1e-6 and facts["microseconds"] > 0
-    assert facts["inputs"]["frame"] == {"type": "float32", "shape": [1, 3]}
+    layer = trained(an.LSTM(3, 4, norm="batch", window=3))
+    compare(*exported_by_the_command(layer, "aoti", streaming, tmp_path, capsys), tolerance=1e-6)
+
+
+@compiled
+@pytest.mark.deep
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kind", [an.LSTM, an.GRU, an.RNN])
+def test_compiled_steps_of_every_window_equal_unroll(kind, norm, window, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    layer = trained(kind(3, 4, norm=norm, window=window))
+    compare(*exported_by_the_command(layer, "aoti", True, tmp_path, capsys), tolerance=1e-6)
+
+
+def test_a_long_sequence_is_not_optimized_by_the_exporter(monkeypatch):
+    """Its time grows with the cube of the length: 100 steps took over 10 minutes."""
+    optimized = []
+    monkeypatch.setattr(torch.onnx, "export", lambda *inputs, **options: optimized.append(options["optimize"]) or 1 / 0)
+    monkeypatch.setattr("atn_norms.layers.export._need", lambda *modules: None)
+    layer = an.LSTM(3, 4, norm="layer", window=3)
+    for length in (2, 30):
+        with pytest.raises(SpecError, match="ONNX has no form"):
+            export(WholeSequence(layer), [torch.randn(length, 1, 3)], "never.onnx", names=["sequence"])
+    assert optimized == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,38 @@ def test_a_function_that_fails_is_one_failed_trial_with_one_message(tmp_path, bo
     assert re.search(message, trial.error["error"])
 
 
-def test_other_trials_continue_after_a_failure(tmp_path):
-    body = "def train(norm, seed):\n    assert norm == 'none'\n    return 1.0 + seed\n"
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "raise RuntimeError('no')",
+        "raise SystemExit(3)",
+        "raise KeyError",
+        "return None",
+        "trial.report(1, 'low')",
+        "import torch; torch.set_default_dtype(torch.float64); raise ValueError('and left a setting')",
+        "import subprocess; train.left = subprocess.Popen(['sleep', '60']); raise ValueError('and left a process')",
+    ],
+)
+def test_other_trials_continue_after_a_failure(tmp_path, fault):
+    body = f"def train(norm, seed, trial):\n    if norm == 'layer': {fault}\n    return 1.0 + seed\n"
     found = trials(tmp_path / "study", written(tmp_path, body), axes={"norm": ["layer", "none"]})
     assert [t.status for t in found] == ["failed", "done", "failed", "done"]
+    assert torch.get_default_dtype() == torch.float32
+    assert all("\n" not in t.error["error"] for t in found if t.error)
+
+
+def test_the_verdict_and_the_report_are_printed(tmp_path):
+    body = GOOD + (
+        "\nfrom atn_norms import ablation\nimport numpy\n"
+        "ablation.ablate(train, axes={'norm': ['none', 'layer'], 'window': numpy.array([1])}, seeds=numpy.int64(2), "
+        "goal='max', out='study', workers=0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, written(tmp_path, body)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    verdict, report = done.stdout.splitlines()[-2:]
+    assert verdict.startswith("train: Norm: ") and report == "report: study/report/report.html"
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,24 @@ def test_a_regression_sees_covariates_up_to_the_step_and_no_target(tmp_path):
     assert [task.starts[part][[0, -1]].tolist() for part in task.starts] == [[0, 27], [28, 33], [34, 39]]
 
 
+def test_columns_known_in_advance_are_inputs_of_the_forecast_steps(tmp_path):
+    made = columns()
+    made["heat"][38] = None
+    task = spec(tmp_path, made, covariates=["price"], known=["heat"]).build(0)
+    assert task.input_size == 2 + 2 * 2, "two columns; a known column and its mask at each of two steps"
+    values = torch.tensor([math.nan if value is None else value for value in made["heat"]], dtype=torch.float64)
+    scaled = (values - values[:28].mean()) / values[:28].std(correction=0)
+    for part in task.starts:
+        starts = task.starts[part]
+        inputs = task._cut(starts).inputs
+        for step in range(4):
+            for ahead in (1, 2):
+                row = scaled[starts + step + ahead]
+                expected = torch.stack([row.nan_to_num(0.0), row.isnan()], 1).float()
+                compare(inputs[step, :, 2 * ahead : 2 * ahead + 2], expected, tolerance=1e-6)
+    assert "column 'heat': 1 of 40 values are missing" in task.notes[-1]
+
+
 def test_the_stride_leaves_windows_out(tmp_path):
     assert spec(tmp_path, stride=3).build(0).starts["test"].tolist() == [30, 33]
 
@@ -239,6 +257,16 @@ def test_irregular_steps_of_time_are_reported(tmp_path):
     task = spec(tmp_path, columns(time=times)).build(0)
     note = "column 'time': 2 of 39 steps differ from the median, 86400 s (first at load.csv:21)"
     assert task.notes[1:] == (note,)
+
+
+@pytest.mark.parametrize("step", [1, 3, 12])
+def test_months_quarters_and_years_are_regular_steps(tmp_path, step):
+    months = range(0, step * ROWS, step)
+    for form in ("{:04}-{:02}", "{:04}-{:02}-15", "{:04}-{:02}-01 06:00:00"):
+        times = [form.format(1960 + month // 12, month % 12 + 1) for month in months]
+        assert spec(tmp_path, columns(time=times)).build(0).notes[1:] == ()
+    times[-1] = "2099-12-31 06:00:00"
+    assert "steps differ from the median" in spec(tmp_path, columns(time=times)).build(0).notes[1]
 
 
 def test_rounding_of_a_time_is_not_an_irregular_step(tmp_path):
@@ -317,6 +345,12 @@ MISSING = [*[None] * 28, *range(12)]
 FAULTS = [
     ({}, {"targets": ["laod"]}, f"targets: got 'laod'; expected {KNOWN}; did you mean 'load'?"),
     ({}, {"covariates": ["het"]}, f"covariates: got 'het'; expected {KNOWN}; did you mean 'heat'?"),
+    ({}, {"known": ["het"]}, f"known: got 'het'; expected {KNOWN}; did you mean 'heat'?"),
+    (
+        {"heat": MISSING},
+        {"known": ["heat"]},
+        "FILE: known: got no value in the 28 training rows of column 'heat'; expected at least one value",
+    ),
     ({}, {"time": "tmie"}, f"time: got 'tmie'; expected {KNOWN}; did you mean 'time'?"),
     (
         {"time": swapped(TIMES, 7, 8)},
@@ -377,6 +411,11 @@ REGRESS = {"mode": "regress", "horizon": None}
 DISPUTES = [
     ({"targets": ["load", "load"]}, "targets: got 'load' 2 times; expected each column once"),
     ({"covariates": ["load"]}, "covariates: got 'load', which is a target; expected other columns"),
+    ({"known": ["load"]}, "known: got 'load', which is a target or a covariate; expected other columns"),
+    (
+        REGRESS | {"known": ["heat"], "covariates": ["price"]},
+        "known: got columns with mode regress; expected covariates, whose values at the step are inputs",
+    ),
     (REGRESS, "covariates: got no covariates; expected at least one with mode regress"),
     (
         REGRESS | {"covariates": ["heat"], "horizon": 2},

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import UserDict
 from datetime import date
 
 import pytest
@@ -557,3 +558,23 @@ def test_a_window_without_a_norm_is_refused_as_in_a_layer(norm):
         StudySpec.model_validate({**study, "model": {**study["model"], **change}})
     varied = StudySpec.model_validate({**study, "axes": {"norm": ["none", "layer"]}})
     assert [each.trial["model"]["window"]["steps"] for each in make_plan(varied).trials] == [1, 5]
+
+
+def test_numbers_and_arrays_of_numpy_and_any_mapping_give_the_same_trials():
+    numpy = pytest.importorskip("numpy")
+    plain = {
+        "model": {"cell": "rnn", "hidden_size": 3},
+        "task": {"kind": "adding", "length": 5},
+        "axes": {"norm": ["layer"], "window": [1, 5], "train.optimizer.lr": [0.5]},
+        "seeds": [0, 2],
+    }
+    other = UserDict(
+        model=UserDict(cell="rnn", hidden_size=numpy.int64(3)),
+        task=UserDict(kind="adding", length=numpy.int32(5)),
+        axes=UserDict(norm=["layer"], window=numpy.array([1, 5])) | {"train.optimizer.lr": [numpy.float32(0.5)]},
+        seeds=numpy.array([0, 2]),
+    )
+    expected, got = (make_plan(StudySpec.model_validate(each)).trials for each in (plain, other))
+    assert [trial.id for trial in got] == [trial.id for trial in expected]
+    with pytest.raises(ValidationError, match="seeds"):
+        StudySpec.model_validate({**plain, "seeds": numpy.bool_(True)})

@@ -54,6 +54,7 @@ def test_a_parquet_file_reads_like_a_csv_file(tmp_path):
         (["2020-01-01 00:00", "2020-01-01T01:00:00", "2020-01-01 01:00:00.5"], None, [3600e9, 5e8], "ns"),
         (["2020-01-01T00:00:00Z", "2020-01-01T02:00:00+01:00"], None, [3600e9], "ns"),
         (["31/12/2020", "01/01/2021"], "%d/%m/%Y", [86400e9], "ns"),
+        (["2020-02", "2020-03"], None, [29 * 86400e9], "ns"),
     ],
 )
 def test_times_are_numbers_or_dates(tmp_path, values, pattern, steps, unit):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
-from atn_norms.ablation.report import write
+from atn_norms.ablation.report import findings, write
+from atn_norms.ablation.report.sentences import verdict_line
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.ablation.studies import create
 
@@ -71,14 +73,17 @@ def ablate(
         "task": task,
         "train": train,
         "axes": {axis: list(values) for axis, values in axes.items()},
-        "seeds": seeds if isinstance(seeds, int) else list(seeds),
+        "seeds": seeds if isinstance(seeds, Integral) else list(cast("Sequence[int]", seeds)),
         "baseline": dict(baseline or {}),
     }
     folder = create(study, out)
     with _main_not_run_again():
         record = run(folder, workers=workers, scheduler=scheduler, on_event=on_event or _print)
-    page = write(record, folder / "report")[0]
+    result = findings(record)
+    page = write(result, folder / "report")[0]
     if on_event is None:
+        for each in result.tasks:
+            print(f"{each.task}: {verdict_line(result, each)}")
         print(f"report: {page}")
     return record
 

@@ -334,5 +334,8 @@ def _report(
     print_table(results.title, results.headers, results.rows)
     emit()
     for task in result.tasks:
+        if baselines := record.tasks[task.task].baselines:
+            scores = ", ".join(f"{name} {score:.4g}" for name, score in baselines.items())
+            emit(f"{task.task}: trivial predictors: {scores}")
         emit(f"{task.task}: {verdict_line(result, task)}")
     emit(f"\nreport: {page}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ SUFFIX = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".aoti.pt2"}
 TOLERANCE = 1e-6  # relative to the largest element: float32 rounds at 6e-8, and an exporter may reorder sums
 FRAMES = 12  # consecutive frames on which an exported step is compared
 TIMED = 200  # frames that are timed
+# Nodes of a graph that torch's ONNX exporter optimizes: its time grows with their cube, and onnxruntime optimizes too.
+MOST_OPTIMIZED = 2000
 
 
 class StreamingStep(nn.Module):
@@ -132,13 +136,17 @@ def export(
     | `pt2` | torch alone: `torch.export.load(path).module()` |
     | `aoti` | torch alone, compiled for this machine: `torch._inductor.aoti_load_package(path)` |
 
+    `names` are those of the inputs; by default `frame`, `state_0`, `state_1` and so on.
+
     Errors: `SpecError` for an unknown format, where a tool is missing, where torch cannot export the module, and where
     the file computes something else.
     """
     path = Path(path)
+    names = names or [("frame" if i == 0 else f"state_{i - 1}") for i in range(len(inputs))]
     if format not in FORMATS:
         raise SpecError("format", got=repr(format), expected=one_of(FORMATS))
-    written, run, note = _WRITERS[format](module, tuple(inputs), path, list(names))
+    with _quiet():
+        written, run, note = _WRITERS[format](module, tuple(inputs), path, list(names))
     difference = None if run is None else _difference(module, run, inputs)
     allowed = _tolerance(module)
     if difference is not None and difference > allowed:
@@ -151,6 +159,20 @@ def export(
         for name, each in zip(names, inputs, strict=True)
     }
     return Exported(path, shapes, written, difference, None if run is None else _microseconds(run, inputs), note)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what the exporters log and warn about themselves, such as packages that they could use."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 Run = Callable[..., Sequence[Tensor]]
@@ -169,17 +191,14 @@ def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
     _need("onnx", "onnxscript")
     outputs = ["output", *(f"{name}_next" for name in names[1:])]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                _exported(module, inputs), inputs, dynamo=True, input_names=names, output_names=outputs, verbose=False
-            )
-        except SpecError:
-            raise
-        except Exception as error:
-            reason = str(error).partition("No ONNX function found for ")[2].partition(".")[0]
-            raise SpecError(f"ONNX has no form of the model's operations: {reason or type(error).__name__}") from error
+    traced = _exported(module, inputs)
+    details: dict[str, Any] = {"input_names": names, "output_names": outputs, "dynamo": True, "verbose": False}
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(traced, inputs, optimize=len(traced.graph.nodes) <= MOST_OPTIMIZED, **details)
+    except Exception as error:
+        reason = str(error).partition("No ONNX function found for ")[2].partition(".")[0]
+        raise SpecError(f"ONNX has no form of the model's operations: {reason or type(error).__name__}") from error
     assert program is not None
     program.save(str(path), external_data=False)
     try:
@@ -188,6 +207,7 @@ def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
         return tuple(outputs), None, "not checked: onnxruntime is not installed"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(str(path), options)
 
     def run(*tensors: Tensor) -> list[Tensor]:

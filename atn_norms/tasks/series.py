@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -19,6 +21,8 @@ EVALUATION_ROWS = 500  # windows at a time: fixed, so that a score never depends
 Metric = Literal["MAE", "MSE", "MASE"]
 METRICS: tuple[Metric, ...] = ("MAE", "MSE", "MASE")
 PARTS = ("train", "validation", "test")
+EPOCH = datetime(1970, 1, 1)
+MONTH = 28 * 86400 * 10**9  # nanoseconds of the shortest month
 
 
 class SeriesSpec(TaskSpec):
@@ -29,6 +33,7 @@ class SeriesSpec(TaskSpec):
     | `file` | a CSV or Parquet file, one row per time step (relative to the working directory) | path |
     | `targets` | columns to predict | |
     | `covariates` | additional input columns | |
+    | `known` | columns known in advance, such as a calendar: their values at the next `horizon` steps are inputs | |
     | `mode` | `forecast`: predict the targets of the next `horizon` steps from the targets and covariates so far; `regress`: predict the targets of a step from the covariates up to it | |
     | `time` | column of times, which must increase; None: the rows are in order | |
     | `time_format` | format of the times as in `strptime`; None: numbers, or ISO 8601 dates and times | |
@@ -58,6 +63,7 @@ class SeriesSpec(TaskSpec):
     file: Annotated[str, AfterValidator(absolute)]
     targets: tuple[str, ...] = Field(min_length=1)
     covariates: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
     mode: Literal["forecast", "regress"] = "forecast"
     time: str | None = None
     time_format: str | None = None
@@ -73,13 +79,17 @@ class SeriesSpec(TaskSpec):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        for option in ("targets", "covariates"):
+        for option in ("targets", "covariates", "known"):
             columns = getattr(self, option)
             for column in columns:
                 if columns.count(column) > 1:
                     raise fault(option, "", f"{column!r} {columns.count(column)} times", "each column once")
         if both := [column for column in self.covariates if column in self.targets]:
             raise fault("covariates", "", f"{both[0]!r}, which is a target", "other columns")
+        if both := [column for column in self.known if column in (*self.targets, *self.covariates)]:
+            raise fault("known", "", f"{both[0]!r}, which is a target or a covariate", "other columns")
+        if self.mode == "regress" and self.known:
+            raise fault("known", "", "columns with mode regress", "covariates, whose values at the step are inputs")
         if self.mode == "regress" and not self.covariates:
             raise fault("covariates", "", "no covariates", "at least one with mode regress")
         if self.mode == "regress" and self.horizon is not None:
@@ -118,7 +128,7 @@ class Series(Task):
 
     | symbol | meaning | shape |
     |---|---|---|
-    | inputs | standardized columns; a mask column (1: missing) for each column with missing values | `[T, B, F]` |
+    | inputs | standardized columns; a mask column (1: missing) for each column with missing values; `known` columns of the next `horizon` steps | `[T, B, F]` |
     | targets | standardized targets minus the last observed values, and 1 for each observed value | `[B, H, J, 2]` |
 
     The rows are split in time order. A window belongs to the split that holds its target steps; its input steps may
@@ -130,7 +140,7 @@ class Series(Task):
     `seasonal`, the values of the last whole season.
 
     Errors: `SpecError` naming the option, and the line of the file if there is one.
-    """
+    """  # noqa: E501
 
     batch_size = 32
 
@@ -138,12 +148,12 @@ class Series(Task):
         self.spec, self.seed, self.metric = spec, seed, spec.metric
         path = Path(spec.file)
         table = read(content(path, "file"), path, "file", spec.delimiter, spec.missing)
-        for option in ("targets", "covariates"):
+        for option in ("targets", "covariates", "known"):
             table.require(getattr(spec, option), option)
         notes = [*_checked_times(table, spec.time, spec.time_format)]
         self.parts = self._divided(table.rows)
         counts = ", ".join(f"{len(rows)} {part}" for part, rows in self.parts.items())
-        names = (*spec.targets, *spec.covariates)
+        names = (*spec.targets, *spec.covariates, *spec.known)
         values = torch.stack([table.numbers(column) for column in names], 1)  # [N, columns], float64
         self.notes = (f"{path.name}: {table.rows} rows ({counts})", *notes, *missing_values(table, names, values))
         self._require_values(values)
@@ -229,9 +239,12 @@ class Series(Task):
     def _require_values(self, values: Tensor) -> None:
         """Require two different values of every target, and one value of every covariate, among the training rows."""
         spec, train = self.spec, self.parts["train"]
-        for option, columns, several in (("targets", spec.targets, True), ("covariates", spec.covariates, False)):
+        columns_of = {"targets": spec.targets, "covariates": spec.covariates, "known": spec.known}
+        names = [column for columns in columns_of.values() for column in columns]
+        for option, columns in columns_of.items():
+            several = option == "targets"
             for column in columns:
-                known = values[train.start : train.stop, (*spec.targets, *spec.covariates).index(column)]
+                known = values[train.start : train.stop, names.index(column)]
                 known = known[~known.isnan()]
                 if not len(known) or (several and known.min() == known.max()):
                     value = f"only {known[0].item():g}" if len(known) else "no value"
@@ -246,8 +259,13 @@ class Series(Task):
         spec, count = self.spec, len(self.spec.targets)
         mean, deviation = moments(values[: len(self.parts["train"])])
         scaled = (values - mean) / deviation
-        history = scaled if spec.mode == "forecast" else scaled[:, count:]
+        past, future = scaled.split((scaled.shape[1] - len(spec.known), len(spec.known)), 1)
+        history = past if spec.mode == "forecast" else past[:, count:]
         self.inputs = masked(history, history.isnan().any(0))
+        if spec.known:
+            ahead = masked(future, future.isnan().any(0))
+            steps = [_shifted(ahead, step) for step in range(1, self.horizon + 1)]
+            self.inputs = torch.cat((self.inputs, *steps), 1)
         self.input_size = self.inputs.shape[1]
         self.targets, self.deviation = scaled[:, :count], deviation[:count]
         self.last = filled(self.targets) if spec.mode == "forecast" else torch.zeros_like(self.targets)
@@ -306,6 +324,11 @@ def predict(model: Model, inputs: Tensor) -> Tensor:
     return model.readout(y[-1])
 
 
+def _shifted(values: Tensor, steps: int) -> Tensor:
+    """Return the values [N, C] of `steps` rows later; the last rows, after which no window can forecast, are 0."""
+    return torch.cat((values[steps:], torch.zeros_like(values[:steps])))
+
+
 def filled(values: Tensor) -> Tensor:
     """Return `values` [N, C] with each missing value replaced by the last value before it, or by 0.
 
@@ -323,6 +346,13 @@ def missing_values(table: Table, columns: tuple[str, ...], values: Tensor) -> It
         if len(rows):
             first = table.place(int(rows[0]), folder=False)
             yield f"column {column!r}: {len(rows)} of {len(each)} values are missing and masked (first at {first})"
+
+
+def _are_monthly(times: Tensor) -> bool:
+    """Check whether times (nanoseconds) are a constant number of calendar months apart: months, quarters or years."""
+    dates = [EPOCH + timedelta(microseconds=time // 1000) for time in times.tolist()]
+    months = {12 * (b.year - a.year) + b.month - a.month for a, b in pairwise(dates)}
+    return len(months) == 1 and len({date - date.replace(day=1) for date in dates}) == 1
 
 
 def _checked_times(table: Table, column: str | None, pattern: str | None) -> Iterator[str]:
@@ -346,7 +376,7 @@ def _checked_times(table: Table, column: str | None, pattern: str | None) -> Ite
     usual = steps.double().median()
     rounding = 0.0 if unit else 4 * torch.finfo(times.dtype).eps * times.abs().max()  # of two times
     odd = ((steps - usual).abs() > rounding).nonzero()
-    if len(odd):
+    if len(odd) and not (unit and usual >= MONTH and _are_monthly(times)):
         step = f"{usual.item() / 1e9:g} s" if unit else f"{usual.item():g}"
         first = f"first at {table.place(int(odd[0]) + 1, folder=False)}"
         yield f"column {column!r}: {len(odd)} of {len(steps)} steps differ from the median, {step} ({first})"

@@ -123,7 +123,7 @@ class Table:
     def times(self, column: str, pattern: str | None = None) -> tuple[Tensor, str]:
         """Return a time column, `[rows]` float64 numbers or int64 nanoseconds, and its unit (`""` or `"ns"`).
 
-        `pattern` is a format of `strptime`; without one, numbers and ISO 8601 dates and times are read.
+        `pattern` is a format of `strptime`; without one, numbers and ISO 8601 months, dates and times are read.
 
         Errors: `SpecError` naming the first value that is missing or not a time.
         """
@@ -141,6 +141,9 @@ class Table:
                 first = pa.compute.index(parsed.is_null(), True).as_py()
                 raise self._invalid(column, first, values, f"a time of the format {pattern!r}")
             return torch.from_dlpack(parsed.cast(pa.timestamp("ns")).cast(pa.int64())), "ns"
+        months = pa.compute.strptime(values.cast(pa.string()), "%Y-%m", "us", error_is_null=True)
+        if not months.null_count:
+            return torch.from_dlpack(months.cast(pa.timestamp("ns")).cast(pa.int64())), "ns"
         furthest = -1
         for kind in (pa.float64(), pa.timestamp("ns"), pa.timestamp("ns", "UTC")):
             converted = self._cast(values, kind)

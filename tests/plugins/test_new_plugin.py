@@ -70,6 +70,10 @@ def test_a_generated_plugin_passes_its_tests(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
 
 
+def test_ci_installs_a_generated_plugin_of_every_family():
+    assert f"for family in {' '.join(STARTS)}; do" in (ROOT / ".ci" / "plugins").read_text()
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["x", "my-own", LONG])
 @pytest.mark.parametrize("family", STARTS)

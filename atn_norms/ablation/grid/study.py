@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -151,6 +153,20 @@ def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return seeds
 
 
+def _native(value: Any) -> Any:
+    """Return a part of a study with numpy's numbers and arrays as Python's numbers and lists, and mappings as dicts."""
+    if isinstance(value, Mapping):
+        return {name: _native(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_native(each) for each in value]
+    if isinstance(value, Integral) and not isinstance(value, int):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        return float(value)
+    numpy = sys.modules.get("numpy")
+    return value.tolist() if numpy is not None and isinstance(value, numpy.ndarray) else value
+
+
 def _refuse_what_is_not_json(data: Any) -> Any:
     problems = list(_not_json(data, ()))
     if problems:
@@ -236,7 +252,7 @@ class StudySpec(Options):
     @model_validator(mode="before")
     @classmethod
     def _is_json(cls, data: Any) -> Any:
-        return rename_study(_refuse_what_is_not_json(data)) if isinstance(data, Mapping) else data
+        return rename_study(_refuse_what_is_not_json(_native(data))) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
