@@ -12,10 +12,10 @@ from atn_norms.errors import dotted, short_repr
 
 Position = tuple[int, int]  # line and column, from 1
 Locate = Callable[[tuple[Any, ...]], Position | None]
-MOST_VALUES = 100_000  # of a file, each counted as often as aliases repeat it
+MOST_VALUES = 100_000  # values of a file; an alias counts as many values as it repeats
 MOST_WRITTEN = 10_000  # values of a YAML text: ruamel.yaml reads about as many in a second
-DEEPEST = 100  # levels: all that walks through data may do so recursively
-MOST_DIGITS = 50  # of an integer, so that arithmetic on options does not overflow
+DEEPEST = 100  # levels, so that code may walk through data recursively
+MOST_DIGITS = 50  # digits of an integer, so that arithmetic on options does not overflow
 
 
 class Misplaced(Exception):
@@ -58,7 +58,7 @@ def read_yaml(text: str) -> tuple[Any, Locate]:
 
 
 def _yaml() -> Any:
-    """Return a reader of YAML whose limits hold while it reads, and whose every error has a position."""
+    """Return a reader of YAML that checks the limits while it reads; every error has a position."""
     from ruamel.yaml import YAML
     from ruamel.yaml.composer import Composer
     from ruamel.yaml.constructor import SafeConstructor
@@ -100,7 +100,7 @@ def _yaml() -> Any:
 
 
 def _count(node: Any, above: tuple[int, ...], counted: dict[int, int]) -> int:
-    """Count the values of a node with all aliases written out; refuse endless, too many and too deep ones."""
+    """Count the values of a node with all aliases expanded; raise an error for endless, too many or too deep values."""
     position = node.start_mark.line + 1, node.start_mark.column + 1
     if id(node) in above:
         raise Misplaced("got an alias (*name) inside the value that it names; expected a finite value", position)
@@ -146,12 +146,12 @@ def read_json(text: str) -> tuple[Any, Locate]:
             raise Misplaced(message, position_of(text, text.index(digits)))
         return int(digits)
 
-    def refuse_constant(name: str) -> None:
+    def reject_constant(name: str) -> None:
         word = re.search(rf"(?<![\w\"]){re.escape(name)}", text)
         raise Misplaced(f"got {name}; expected a finite number", word and position_of(text, word.start()))
 
     try:
-        data = json.loads(text, parse_constant=refuse_constant, parse_int=integer)
+        data = json.loads(text, parse_constant=reject_constant, parse_int=integer)
     except json.JSONDecodeError as error:
         raise Misplaced(error.msg[:1].lower() + error.msg[1:], (error.lineno, error.colno)) from None
     except RecursionError:
@@ -171,7 +171,7 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}:,]|[^][{}:,"\s]+')
 
 
 def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
-    """Find where each key and each item of a JSON text starts; refuse duplicate keys."""
+    """Return the start of each key and item of a JSON text; raise an error for duplicate keys."""
     starts: dict[tuple[Any, ...], int] = {}
     path: list[Any] = []  # the step into each open container: an index, or a key, or None before the first key
     expects_key = False
@@ -210,7 +210,7 @@ def read_toml(text: str) -> tuple[Any, Locate]:
         message = str(error)[: match.start()] if match else str(error)
         position = (int(match[1]), int(match[2])) if match else None
         raise Misplaced(message[:1].lower() + message[1:], position) from None
-    except ValueError:  # Python refuses to read an integer of thousands of digits
+    except ValueError:  # Python does not parse an integer of thousands of digits
         digits = re.search(rf"\d[\d_]{{{MOST_DIGITS},}}", text)
         if digits is None:
             raise

@@ -21,9 +21,9 @@ from atn_norms.windows import Window
 
 
 class CellHost(nn.Module):
-    """Registers `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, ... and `norm_<site>`, each with a suffix per cell.
+    """Register `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh` and `norm_<site>`, each with the suffix of its cell.
 
-    The norm's module is the Normalizer itself. Cell and windows are plain values; a window that is a module is
+    The module of a norm is the `Normalizer` itself. Cells and windows are plain values. A window that is a module is
     registered as `window_<site>` with the same suffix.
     """
 
@@ -49,11 +49,11 @@ class CellHost(nn.Module):
 
     @property
     def bias(self) -> bool:
-        """True if the layer has `bias_ih` and `bias_hh`; norms keep their own shifts."""
+        """True if the layer has `bias_ih` and `bias_hh`; the shifts of norms do not depend on it."""
         return self.spec.bias
 
     def reset_parameters(self) -> None:
-        """Initialize weights and biases by the option `init`, in torch's order, then every norm."""
+        """Initialize weights and biases by the option `init`, in the order of torch, then every norm."""
         with torch.no_grad():
             for suffix in self._suffixes:
                 for name in self.cell.shapes(1, self.bias):
@@ -70,7 +70,7 @@ class CellHost(nn.Module):
     def _register(
         self, cells: Mapping[str, int], given: Mapping[str, nn.Parameter] | None, factory: dict[str, Any]
     ) -> None:
-        """Register the parameters of every cell (suffix -> input features), then their norms; torch's order."""
+        """Register the parameters of every cell (suffix -> input features) in the order of torch, then the norms."""
         dtype = factory.get("dtype")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(mismatch("dtype", str(dtype), "a floating-point type, such as torch.float32"))
@@ -130,7 +130,7 @@ class CellHost(nn.Module):
         norm = norms.get("sum", norms.get("ih"))
         if norm is not None:
             shift = forget_shift(self.cell, norm)
-            assert shift is not None  # LayerSpec refuses other options
+            assert shift is not None  # LayerSpec rejects other options
             shift.fill_(value)
             return
         place = self.cell.gates.index("f")
@@ -185,7 +185,7 @@ _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional
 
 
 def _label(spec: Any) -> str:
-    """Return a norm or window as a person would write it."""
+    """Return the shortest form of a norm or window, for `repr`."""
     if spec is None:
         return "none"
     if hasattr(spec, "sites"):

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 LayerClass = TypeVar("LayerClass", bound="type[Recurrent]")
 _CLASSES: dict[str, type[Recurrent]] = {}
-ANY = ""  # the class for cells that torch does not have
+ANY = ""  # key of the class for cells that torch does not have
 
 
 def layer_class(kind: str = ANY) -> Callable[[LayerClass], LayerClass]:
-    """Register a class as the layer of a cell kind, or of all kinds without their own class."""
+    """Register a class as the layer of a kind of cell, or of all kinds that have no class."""
 
     def register(cls: LayerClass) -> LayerClass:
         _CLASSES[kind] = cls

@@ -45,22 +45,24 @@ def replace(
 ) -> nn.Module:
     """Replace every `nn.LSTM`, `nn.GRU` and `nn.RNN` inside a model with our layer of the same sizes.
 
-    The parameters stay the same objects, so `state_dict` keeps working. Norms add new parameters: build the optimizer
-    after this call, or add `norm_parameters(model)` to it. `model` is changed in place and returned. A model that is
-    itself such a layer is returned as the new layer. A module used in several places is replaced once.
+    `model` is changed in place and returned. If `model` itself is such a layer, the new layer is returned. A module
+    that the model uses in several places is replaced once.
+
+    The parameters of torch stay the same objects. Norms add new parameters: build the optimizer after this call, or
+    add `norm_parameters(model)` to it.
 
     | option | meaning |
     |---|---|
     | `norm`, `window`, `placement`, `backend` | those of `LSTM` |
-    | `only`, `skip` | qualified names of layers to replace or to leave, `*` as in file names; default: all |
+    | `only`, `skip` | qualified names of layers to replace or to keep, `*` as in file names; default: replace all |
 
-    A layer whose own behaviour would be lost stays as it is, and a warning names it with the reason: a subclass, a
-    parametrized or pruned layer, a layer with hooks or modules inside, a single-step cell such as `nn.LSTMCell`. There
-    is a warning too where nothing is replaced, and where an optimizer already trains the model without its new norms.
+    A layer that cannot be replaced stays unchanged, and a warning names it with the reason: a subclass, a parametrized
+    or pruned layer, a layer with hooks or modules inside, or a single-step cell such as `nn.LSTMCell`. Two other cases
+    give a warning: no layer is replaced, or an existing optimizer does not have the new parameters.
 
-    Errors: `TypeError` for what is not a module, and where no layer can be replaced or one named by `only` cannot.
-    `ValueError` for a name that matches no layer. `SpecError` for options that do not fit, also where the model has no
-    layer to replace. The model is unchanged after an error.
+    Errors: `TypeError` if `model` is not a module, if none of its layers can be replaced, or if a layer of `only`
+    cannot. `ValueError` for a name that matches no layer. `SpecError` for options that do not fit. The model is
+    unchanged after an error.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.LSTM(3, 5))
@@ -121,7 +123,7 @@ def _warn_about(left: Sequence[TypeError], ours: Mapping[nn.Module, nn.Module], 
 
 
 def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
-    """Warn where a live optimizer holds weights of a replaced layer, and so not its new norms."""
+    """Warn if an existing optimizer has the weights of a replaced layer, and so lacks its new norms."""
     norms = [parameter for layer in ours.values() for parameter in norm_parameters(layer).values()]
     if not norms:
         return
@@ -131,8 +133,8 @@ def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
             id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]
         ):
             warnings.warn(
-                f"replace: got a model that a {type(optimizer).__name__} already trains; its {len(norms)} new norm "
-                "parameters are not in the optimizer. Build the optimizer after replace, or call "
+                f"optimizer: got {type(optimizer).__name__} with the weights of the model, without its {len(norms)} new "
+                "norm parameters; expected all of them. Build the optimizer after replace, or call "
                 'optimizer.add_param_group({"params": list(atn_norms.norm_parameters(model).values())})',
                 stacklevel=3,
             )
@@ -141,10 +143,10 @@ def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
 def with_backend(model: nn.Module, backend: str) -> nn.Module:
     """Return a copy of a model whose layers run on one backend.
 
-    `torch.export.export(with_backend(model, "reference"), ...)` gives a program of torch's operators alone, which
-    loads and runs where this package is not installed. The number of steps is then fixed.
+    `torch.export.export(with_backend(model, "reference"), ...)` gives a program with operators of torch alone. It runs
+    without this package, and its number of steps is fixed.
 
-    Errors: `ValueError` for a backend that cannot run one of the layers, with its reason.
+    Errors: `ValueError` with the reason if the backend does not support one of the layers.
 
     >>> import torch, atn_norms as an
     >>> print(an.explain(an.with_backend(an.GRU(3, 5, norm="rms"), "reference")).splitlines()[1])
@@ -161,7 +163,7 @@ def with_backend(model: nn.Module, backend: str) -> nn.Module:
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the gains and shifts of every normalizer in a model, by qualified name.
 
-    A weight decay usually leaves them out:
+    They are usually excluded from weight decay:
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(an.LSTM(3, 5, norm="layer"))
@@ -177,13 +179,12 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Load a checkpoint whose recurrent layers have norms where those of the model have none, or the other way round.
+    """Load a checkpoint without norms into a model with norms, or a checkpoint with norms into a model without.
 
-    Weights and biases have torch.nn's names in both, so a checkpoint of `nn.LSTM` loads into a layer with norms, whose
-    norms keep their values. A checkpoint with norms loads into `nn.LSTM` without them. Return the names of the entries
-    that kept their values, and of those that were dropped.
+    Weights and biases have the names of torch.nn in both. Norms that the checkpoint lacks keep their values, and norms
+    that the model lacks are dropped. Return the names of the entries that kept their values, and of the dropped ones.
 
-    Errors: `RuntimeError` as `load_state_dict` raises it, for any other missing or unexpected entry.
+    Errors: `RuntimeError` of `load_state_dict` for any other missing or unexpected entry.
 
     >>> import torch, atn_norms as an
     >>> theirs, ours = torch.nn.LSTM(3, 5), an.LSTM(3, 5, norm="rms")
@@ -202,7 +203,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[
 
 
 def _belongs_to_a_norm(key: str, own: Mapping[str, Any]) -> bool:
-    """Return whether a key names an entry of a norm in a layer whose weights the model has."""
+    """Return True if a key is an entry of a norm, in a layer whose weights the model has."""
     match = re.fullmatch(r"(.*?)norm_[a-z]+(_l\d+(?:_reverse)?)?\..+", key)
     return match is not None and f"{match[1]}weight_hh{match[2] or ''}" in own
 
@@ -234,7 +235,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Recurrent:
-    """Build our layer on the parameters of a torch.nn layer; `name` is its place in the model, for errors."""
+    """Build our layer on the parameters of a torch.nn layer; errors contain its `name` in the model."""
     name = name or type(module).__name__
     if not isinstance(module, nn.RNNBase):
         raise TypeError(

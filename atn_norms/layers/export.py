@@ -30,16 +30,16 @@ MOST_OPTIMIZED = 2000
 
 
 class StreamingStep(nn.Module):
-    """A map of one frame and a state to one output and the next state, with fixed shapes and without a loop.
+    """One time step of a layer: map a frame and a state to an output and the next state, with fixed shapes.
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `frame` | one time step of the input | `[B, D]`, or what `before` takes without its time axis |
-    | `state` | leaves of the state, in the order of `pytree.tree_leaves`; all zeros at the beginning | axis 0: B or 1 |
-    | output | the layer's output for this frame, through `after` | `[B, R]` |
+    | `frame` | one time step of the input | `[B, D]`, or the input of `before` without the time axis |
+    | `state` | leaves of the state, in the order of `pytree.tree_leaves`; zeros at the beginning | axis 0: B or 1 |
+    | output | output of `after` for this frame, or of the layer without `after` | `[B, R]` |
 
-    The outputs equal those of `unroll` on the whole sequence. `before` and `after` are modules around the layer,
-    such as an embedding and a read-out.
+    The outputs equal those of `unroll` on the whole sequence. `before` and `after` are modules around the layer, such
+    as an embedding and a read-out.
 
     Errors: `SpecError` for a bidirectional layer, and for a layer whose fresh state is not all zeros.
 
@@ -71,9 +71,7 @@ class StreamingStep(nn.Module):
         with torch.no_grad():
             self._state = self.layer.initial(batch)
         if any(bool(leaf.any()) for leaf in tree_leaves(self._state)):
-            raise SpecError(
-                "window", got="a fresh state that is not all zeros", expected="zeros, which any program can make"
-            )
+            raise SpecError("window", got="a fresh state that is not all zeros", expected="zeros")
 
     def initial(self) -> list[Tensor]:
         """Return the leaves of a fresh state."""
@@ -92,7 +90,7 @@ class StreamingStep(nn.Module):
 
 
 class WholeSequence(nn.Module):
-    """A model of sequences of one fixed length, from a fresh state; it returns the output alone."""
+    """A model of sequences with one fixed length and a fresh state; it returns the output alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -132,14 +130,14 @@ def export(
 
     | format | runs with |
     |---|---|
-    | `onnx` | onnxruntime, and whatever reads ONNX |
+    | `onnx` | onnxruntime, and other programs that read ONNX |
     | `pt2` | torch alone: `torch.export.load(path).module()` |
     | `aoti` | torch alone, compiled for this machine: `torch._inductor.aoti_load_package(path)` |
 
-    `names` are those of the inputs; by default `frame`, `state_0`, `state_1` and so on.
+    `names` are the names of the inputs; the default is `frame`, `state_0`, `state_1` and so on.
 
-    Errors: `SpecError` for an unknown format, where a tool is missing, where torch cannot export the module, and where
-    the file computes something else.
+    Errors: `SpecError` for an unknown format or a missing tool, if torch cannot export the module, and if the results
+    of the file differ from those of the module.
     """
     path = Path(path)
     names = names or [("frame" if i == 0 else f"state_{i - 1}") for i in range(len(inputs))]
@@ -264,7 +262,7 @@ def _tuple(run: Callable[..., Any]) -> Run:
 
 
 def _difference(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> float:
-    """Return the largest difference between an exported model and its module; a step runs several frames."""
+    """Return the largest difference between an exported model and its module; a step is run for several frames."""
     mine, worst = list(inputs), 0.0
     random = torch.Generator().manual_seed(0)
     for _ in range(FRAMES if len(inputs) > 1 else 1):
@@ -280,20 +278,20 @@ def _difference(module: nn.Module, run: Run, inputs: Sequence[Tensor]) -> float:
 
 
 def _relative(expected: Tensor, got: Tensor) -> float:
-    """Return the largest difference, relative to the largest element where it is above 1."""
+    """Return the largest difference, divided by the largest element if this is above 1."""
     if not expected.numel():
         return 0.0
     return float((expected - got).abs().max()) / max(1.0, float(expected.abs().max()))
 
 
 def _tolerance(module: nn.Module) -> float:
-    """Return the tolerance for sums in another order: rounding grows like the root of the number of terms."""
+    """Return the tolerance: the rounding of reordered sums grows with the root of the number of terms."""
     terms = max((each.shape[-1] for each in module.parameters() if each.ndim > 1), default=1)
     return max(TOLERANCE, torch.finfo(torch.float32).eps * terms**0.5)
 
 
 def _microseconds(run: Run, inputs: Sequence[Tensor]) -> float:
-    """Measure the time of a call, the best of five rounds."""
+    """Return the time of a call, the best of five rounds."""
     times, calls = [], TIMED if len(inputs) > 1 else 3
     run(*inputs)
     for _ in range(5):
@@ -305,5 +303,5 @@ def _microseconds(run: Run, inputs: Sequence[Tensor]) -> float:
 
 
 def _filled(tree: Tree, leaves: Iterator[Tensor]) -> Tree:
-    """Return a tree of the same structure with other leaves."""
+    """Return a tree of the same structure with the next leaves."""
     return next(leaves) if isinstance(tree, Tensor) else tuple(_filled(branch, leaves) for branch in tree)

@@ -1,4 +1,4 @@
-"""Save a model that holds our layers to one file, and load it again: options as JSON, tensors as safetensors."""
+"""Save a model with our layers to one file, and load it: options as JSON, tensors as safetensors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from atn_norms.layers.convert import replacement, substitute
 from atn_norms.layers.structure import class_name, construct, describe, layer_of, layer_options
 from atn_norms.registry import registry
 
-FORMAT = 1  # of the description in a file; raised when an older program could not read it correctly
-SHOWN = 5  # differences between a file and a model that an error lists
-KEY = "atn-norms"  # of the description among a file's metadata
+FORMAT = 1  # version of the description in a file; raised when an older program cannot read it correctly
+SHOWN = 5  # number of differences between a file and a model that an error lists
+KEY = "atn-norms"  # key of the description in the metadata of a file
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Save a module with the options of its layers to one safetensors file, and return the path.
 
-    The file holds every parameter and buffer, the options of each layer of this package, the versions of the plugins
-    they use, and a checksum. It holds no code. A crash leaves the old file or the new one, never a part.
+    The file holds every parameter and buffer, the options of each layer of this package, the versions of their plugins,
+    and a checksum. It holds no code. After a crash the old file or the new file exists, never a part.
 
-    Errors: `TypeError` for a module with state that is no tensor; `OSError` where the file cannot be written;
-    `SpecError` where safetensors is not installed.
+    Errors: `TypeError` for a module with state other than tensors; `OSError` if the file cannot be written; `SpecError`
+    if safetensors is not installed.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), an.GRU(2, 4, norm="rms", window=5))
@@ -65,20 +65,20 @@ def load(
 ) -> nn.Module:
     """Load a module that `save` wrote, in evaluation mode.
 
-    Layers of this package, classes of `torch.nn` and containers of them are constructed from the file. For a class of
-    your own, pass a fresh `model`: its `torch.nn.LSTM`, `GRU` and `RNN` layers become the saved ones, as `replace` did
-    before training, and its parameters and buffers are loaded. `model` is changed in place and returned.
+    Layers of this package, classes of `torch.nn` and their containers are constructed from the file. For a class of
+    your own, pass a new `model` of this class. Its `torch.nn.LSTM`, `GRU` and `RNN` layers are replaced by the saved
+    layers, and its parameters and buffers are loaded. `model` is changed in place and returned.
 
-    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`, for a plugin
-    that is not installed, and for a `model` whose layers, parameters or shapes differ from the saved ones. A plugin of
-    another version than the saved one is a `UserWarning`.
+    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`; for a plugin
+    that is not installed; for a `model` with other layers, parameters or shapes than the file. A plugin of another
+    version gives a `UserWarning`.
     """
     file = Path(path)
     return _loaded(file, *_read(file), model).to(device).eval()
 
 
 def constructs(path: str | os.PathLike[str]) -> bool:
-    """Check whether `load` constructs the module of a file without a `model`."""
+    """Return True if `load` can construct the module of a file without a `model`."""
     return _read(Path(path))[0]["structure"] is not None
 
 
@@ -87,7 +87,7 @@ def from_bytes(
 ) -> nn.Module:
     """Load a module from the content of a file that `save` wrote, in evaluation mode.
 
-    `make` returns a fresh model where neither `model` nor the content defines its structure. Errors: as `load`.
+    `make` returns a new model; it is called if there is no `model` and the content has no structure. Errors: as `load`.
     """
     description, tensors = _parse(file, content)
     if model is None and make is not None and description["structure"] is None:
@@ -127,7 +127,7 @@ def to_bytes(module: nn.Module) -> bytes:
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return every tensor of a module once, and other name -> name for tensors with several names."""
+    """Return every tensor of a module once, and alias -> name for tensors with several names."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -205,7 +205,7 @@ def _built(file: Path, description: Mapping[str, Any]) -> nn.Module:
 
 
 def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Return `model` with torch's layers replaced by the saved ones; `SpecError` for a missing or different layer."""
+    """Return `model` with torch's layers replaced by the saved layers; `SpecError` for a missing or different layer."""
     modules = dict(model.named_modules())
     ours: dict[nn.Module, nn.Module] = {}
     problems = []
@@ -224,14 +224,14 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
 
 
 def _same(layer: CellHost, saved: CellHost) -> bool:
-    """Check whether two layers compute equal outputs from equal parameters."""
+    """Return True if two layers compute equal outputs from equal parameters."""
     irrelevant = {"init", "forget_bias", "backend"}
     mine, theirs = (each.spec.model_dump(exclude=irrelevant) for each in (layer, saved))
     return mine == theirs and layer_options(layer)["step"] == layer_options(saved)["step"]
 
 
 def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Load the saved tensors into a module, with their types, ties and `requires_grad`."""
+    """Load the saved tensors into a module, with their types, shared tensors and `requires_grad`."""
     aliases: dict[str, str] = description["aliases"]
     state = tensors | {name: tensors[first] for name, first in aliases.items()}
     problems = list(_differences(model, state))

@@ -1,4 +1,4 @@
-"""The check that parameters fit the memory of the machine."""
+"""Check that parameters fit into the memory of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLOAT = 4  # bytes of a float32 number
 
 
 def check_memory(path: str, sizes: str, parameters: float, *, copies: int = 1, note: str = "") -> None:
-    """Raise `SpecError` where `copies` of float32 parameters exceed the memory of the machine.
+    """Raise `SpecError` if `copies` of float32 parameters exceed the memory of the machine.
 
     | symbol | meaning | unit |
     |---|---|---|
@@ -26,7 +26,7 @@ def check_memory(path: str, sizes: str, parameters: float, *, copies: int = 1, n
 
 
 def physical_memory() -> int | None:
-    """Return the memory of the machine in bytes, or None where the system does not report it."""
+    """Return the memory of the machine in bytes, or None if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

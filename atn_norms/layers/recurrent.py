@@ -29,12 +29,12 @@ class Recurrent(CellHost):
     | symbol | meaning | shape |
     |---|---|---|
     | `x` | input; `[B, T, D]` with `batch_first`, `[T, D]` unbatched, or a `PackedSequence` | `[T, B, D]` |
-    | `hx` | torch's initial state: h, or (h, c); L layers, 1 or 2 directions | `[L * directions, B, R]` |
-    | `state` | everything `unroll` carries: `state[layer][direction] = (carried, norms)` | axis 0 of every leaf: B |
-    | `lengths` | live steps of each row, 0 to T | `[B]`, int |
+    | `hx` | torch's hidden state: h, or (h, c), for L layers and 1 or 2 directions | `[L * directions, B, R]` |
+    | `state` | hidden states and windows: `state[layer][direction] = (carried, norms)` | axis 0 of every leaf: B |
+    | `lengths` | number of unmasked steps of each row, 0 to T | `[B]`, int |
     | `y` | output, 0 beyond a row's length | `[T, B, directions * R]` |
 
-    With no norm at all a layer is torch's: it delegates to `torch.nn`, with the same keys, numbers and errors.
+    Without a norm, `torch.nn` runs the layer: keys of the state dict, numbers and errors are the same.
 
     Errors: those of torch.nn for a wrong shape or type; `ValueError` for lengths or a state that do not fit.
 
@@ -110,12 +110,12 @@ class Recurrent(CellHost):
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
-        """torch.nn's nested list of weights and biases, one list a layer and direction; norms are not in it."""
+        """Weights and biases as in torch.nn: one list for each layer and direction, without norms."""
         return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     @property
     def _all_weights(self) -> list[list[str]]:
-        """torch.nn's nested list of parameter names, which code that fills forget biases reads."""
+        """Names of `all_weights`, as in torch.nn; code that initializes forget biases reads them."""
         names = self.cell.shapes(1, self.bias)
         return [[name + suffix for name in names] for suffix in self._suffixes]
 
@@ -125,16 +125,16 @@ class Recurrent(CellHost):
 
     @property
     def _flat_weights(self) -> list[nn.Parameter]:
-        """torch.nn's flat list of weights and biases, read at every access."""
+        """Flat list of weights and biases, as in torch.nn; computed at every access."""
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
-        """Compact the weights for torch's fused kernels, where those run the layer."""
+        """Compact the weights for torch's fused kernels, if these run the layer."""
         if self._delegates():
             self._twin().flatten_parameters()
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Return torch.nn's outputs and last hidden state; every window starts fresh, as in the paper."""
+        """Return outputs and last hidden state, as torch.nn does; every window starts empty, as in the paper."""
         if self._delegates():
             return self._twin().forward(input, hx)
         x = input
@@ -156,17 +156,17 @@ class Recurrent(CellHost):
     def unroll(
         self, x: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tree]:
-        """Run with explicit state: pass `state` to the next call to stream or to train by segments.
+        """Run with explicit state: pass the returned state to the next call, to stream or to train on segments.
 
-        A sequence cut anywhere and continued gives the uncut result, and a padded row gives the result of the row
-        alone. `state` comes from `unroll` or `initial`; `detach` it to truncate back-propagation.
+        A sequence in segments gives the result of the whole sequence. A padded row gives the result of the row alone.
+        `state` comes from `unroll` or `initial`. Use `detach` on it to truncate back-propagation.
 
-        The windows in `state` hold statistics of the weights that computed them. After a step of the optimizer, carried
-        windows make the output depend on the scale of the weights, which fresh windows do not (docs/mathematics.md).
-        `initial(batch, hidden(state))` keeps the hidden state and starts fresh windows.
+        After a step of the optimizer, the windows in `state` hold statistics of the old weights. The output then
+        depends on the scale of the weights, which it does not with empty windows (docs/mathematics.md).
+        `initial(batch, hidden(state))` keeps the hidden state and starts with empty windows.
 
-        Errors: `ValueError` for a carried state of a bidirectional layer (the reverse direction starts at the end of
-        the sequence, which a later segment would move), for T = 0, and for lengths or a state that do not fit.
+        Errors: `ValueError` for a carried state of a bidirectional layer, for T = 0, and for lengths or a state that do
+        not fit. The reverse direction starts at the end of the sequence, so its state cannot be continued.
         """
         if isinstance(x, PackedSequence):
             expected = "a padded tensor with `lengths`, or packed input to `forward`"
@@ -191,11 +191,11 @@ class Recurrent(CellHost):
         return self._as_given(ys, batched), state
 
     def initial(self, batch: int, hx: Any = None) -> Tree:
-        """Return the state before the first step, with fresh windows: zeros, or torch's `hx`."""
+        """Return the state before the first step: empty windows, and the hidden state `hx` or zeros."""
         return self._initial(self._cells(), batch, hx, shown=True)
 
     def _cells(self) -> list[CellWeights]:
-        """Return the weights and norms of every cell, layer by layer, one or two directions each."""
+        """Return the weights and norms of every cell, in the order of layers and directions."""
         return [self._weights(suffix) for suffix in self._suffixes]
 
     def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
@@ -217,7 +217,7 @@ class Recurrent(CellHost):
         return tuple(tuple(states[first : first + per]) for first in range(0, len(states), per))
 
     def hidden(self, state: Tree) -> Any:
-        """Return the part of a state that torch.nn carries: h, or (h, c), `[layers * directions, B, size]`."""
+        """Return the hidden state as in torch.nn: h, or (h, c), of shape `[layers * directions, B, size]`."""
         cells = [cell for layer in state for cell in layer]
         h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
         return (h, *others) if others else h
@@ -225,7 +225,7 @@ class Recurrent(CellHost):
     def _run(
         self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
     ) -> tuple[Tensor, Tree]:
-        """Run every layer in turn, time first; under autocast in the type of the layer."""
+        """Run every layer in turn, time first; autocast is disabled, and inputs have the type of the weights."""
         kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
@@ -299,7 +299,7 @@ class Recurrent(CellHost):
         return hx if batched else _each(lambda h: h.unsqueeze(1), hx)
 
     def _check_shapes(self, cells: list[CellWeights], x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        """Run torch's checks with torch's code, for a cell that torch has."""
+        """Run the checks of torch for a cell that torch has."""
         fits = x.dtype == cells[0]["weight_ih"].dtype and x.shape[-1] == self.input_size and x.dim() == 3
         if fits and hx is None and batch_sizes is None:
             return  # torch's checks would pass, more slowly
@@ -328,19 +328,19 @@ class Recurrent(CellHost):
             self.cell.check_state(weights, cell, batch)
 
     def _delegates(self) -> bool:
-        """Return whether torch's module runs the layer; a compiler follows torch's functions, not its modules."""
+        """Return True if torch's module runs the layer; a compiler traces the functions of torch instead."""
         unnormed = not any(name.startswith("norm_") for name in self._modules)
         torch_has_it = self.cell.torch_name is not None and self.spec.backend in ("auto", "torch")
         return unnormed and torch_has_it and not torch.compiler.is_compiling()
 
     def _prepare_twin(self) -> None:
-        """Build the pattern of `_twin` once; no call changes it, so replicas in threads may share it."""
+        """Build torch's module for `_twin` once; no call changes it, so replicas in threads may share it."""
         if self.cell.torch_name is not None:
             with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was built
                 self.__dict__["_torch_pattern"] = torch_twin(self.cell.torch_name, **_torch_options(self.spec))
 
     def _twin(self) -> Any:
-        """Return torch's module of the same options on this layer's current weights, for one call."""
+        """Return torch's module with the same options and the current weights of this layer, for one call."""
         pattern = self.__dict__["_torch_pattern"]
         twin = object.__new__(type(pattern))
         twin.__dict__.update(pattern.__dict__, training=self.training, _flat_weights=self._flat_weights)
@@ -359,12 +359,12 @@ class Recurrent(CellHost):
 
 
 def _cast_carried(state: Tree, dtype: torch.dtype) -> Tree:
-    """Return a state with the hidden states of every cell in `dtype`; statistics keep their float64."""
+    """Return a state with the hidden states of every cell in `dtype`; statistics stay in float64."""
     return tuple(tuple((tuple(c.to(dtype) for c in carried), norms) for carried, norms in layer) for layer in state)
 
 
 def torch_twin(name: str | None, **options: Any) -> Any:
-    """Return torch.nn's module of these options on the meta device, or raise torch's errors."""
+    """Return torch.nn's module with these options on the meta device; torch's errors are raised."""
     return getattr(nn, str(name))(**options, device="meta")
 
 
@@ -388,9 +388,9 @@ def _each(function: Any, hx: Any) -> Any:
 
 
 def explain(model: nn.Module) -> str:
-    """Name the backend that runs each cell of a layer, and the reason each other backend does not.
+    """Return the backend that runs each cell of a layer, and the reason why each other backend does not.
 
-    `model` is a layer, a cell, or any module that contains some; each is listed under its name in the model.
+    `model` is a layer, a cell, or a module that contains layers or cells. Each is listed under its name in the model.
 
     Errors: `TypeError` if `model` is not a module.
 

@@ -1,4 +1,4 @@
-"""The options of a whole layer: one model, which every constructor of a layer uses."""
+"""The options of a layer: one model, which every constructor of a layer uses."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ AnyNorm = Annotated[NormSpec | None, KindField("normalizer", _no_norm, {"const":
 
 
 class NormSites(Options):
-    """One norm per site; a site that is not named has no norm."""
+    """One norm for each named site; other sites have no norm."""
 
     family: ClassVar[str | None] = "normalizer"
     sites: dict[str, AnyNorm]
 
 
 class WindowSites(Options):
-    """One window per site; a site that is not named has a window of 1."""
+    """One window for each named site; other sites have a window of 1."""
 
     family: ClassVar[str | None] = "window"
     sites: dict[str, AnyWindow]
@@ -81,9 +81,9 @@ class LayerSpec(Options):
     | `norm` | `none`, a kind, a mapping with `kind`, or `{sites: {ih: ..., hh: ..., c: ...}}` |
     | `window` | an integer k (the last k steps), a kind, a mapping with `kind`, or `{sites: ...}` |
     | `init` | `torch`: uniform within 1 / sqrt(hidden_size); `paper`: W orthogonal, U one identity per gate, biases 0 |
-    | `forget_bias` | what the forget gate's shift starts at: in the norm's `bias`, or in `bias_ih` without a norm |
+    | `forget_bias` | start of the forget gate's shift: in the `bias` of the norm, or in `bias_ih` without a norm |
 
-    Errors: `ValidationError` (a `ValueError`) that names the path; `to_spec_error` makes one line a problem of it.
+    Errors: `ValidationError` (a `ValueError`); `to_spec_error` converts it to a `SpecError`.
 
     >>> LayerSpec(cell="lstm", input_size=2, hidden_size=60, norm="layer", window=25).build()
     LSTM(2, 60, norm=layer, window=25)
@@ -141,7 +141,7 @@ class LayerSpec(Options):
         return self.window
 
     def normalizer(self, cell: Cell, site: str) -> Normalizer | None:
-        """Build the normalizer of one site, per gate with `placement.gates` of `per_gate`."""
+        """Build the normalizer of one site: one for each gate if `placement.gates` is `per_gate`."""
         spec = self.norm_at(site)
         if spec is None:
             return None
@@ -162,7 +162,7 @@ class LayerSpec(Options):
         return any(norm is not None and not norm.stateless for norm in norms)
 
     def _sketched(self, cell: Cell, site: str) -> Normalizer | None:
-        """`normalizer` without memory behind it, unless it reads the numbers it starts with."""
+        """Build the normalizer on the meta device, or on the CPU if its constructor needs numbers."""
         try:
             with torch.device("meta"):
                 return self.normalizer(cell, site)
@@ -174,7 +174,7 @@ class LayerSpec(Options):
         return self.input_size if layer == 0 else self.equations().output_size * self.directions
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Recurrent:
-        """Build a layer: `LSTM`, `GRU` or `RNN`, or `Recurrent` for another cell."""
+        """Build the layer: an `LSTM`, `GRU` or `RNN`, or a `Recurrent` for another cell."""
         return class_of(self.cell.kind).from_spec(self, device, dtype)
 
     def _refuse_unknown_sites(self, cell: Cell) -> None:
@@ -245,7 +245,7 @@ def _kinds(norm: NormSpec | NormSites | None) -> str:
 
 
 def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
-    """Return the part of a norm's shift that belongs to the forget gate, or None where it has no shift."""
+    """Return the part of a norm's shift for the forget gate, or None if the norm has no shift."""
     place = cell.gates.index("f")
     if isinstance(norm, PerGate):
         return getattr(norm.gates[place], "bias", None)
@@ -254,7 +254,7 @@ def forget_shift(cell: Cell, norm: Normalizer) -> torch.Tensor | None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return an option with numpy's numbers as Python's and every mapping as a dict."""
+    """Convert the numbers of numpy in an option to numbers of Python, and every mapping to a dict."""
     if isinstance(value, Mapping):
         return {key: to_plain(entry) for key, entry in value.items()}
     if isinstance(value, Integral) and not isinstance(value, (bool, int)):
@@ -265,7 +265,7 @@ def to_plain(value: Any) -> Any:
 
 
 def make_layer_spec(**options: Any) -> LayerSpec:
-    """Build a layer's options from keyword arguments; `SpecError` (a `ValueError`) names the invalid one."""
+    """Build the options of a layer from keyword arguments; `SpecError` (a `ValueError`) for an invalid option."""
     options = to_plain(options)
     try:
         return LayerSpec.model_validate(options)

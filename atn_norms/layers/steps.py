@@ -21,11 +21,11 @@ class _StepCell(CellHost):
     | symbol | meaning | shape |
     |---|---|---|
     | `x` | one step's input, `[D]` unbatched | `[B, D]` |
-    | `state` | `(carried, norms)`; None starts fresh | axis 0 of every leaf: B |
+    | `state` | `(carried, norms)`; None: zeros and empty windows | axis 0 of every leaf: B |
     | `y` | the step's output | `[B, R]` |
 
-    Parameters bear the names of torch's cell modules: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`; norms are
-    `norm_ih`, `norm_hh` and so on.
+    Parameters have the names of torch's cell modules: `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`. Norms are
+    `norm_ih`, `norm_hh` and, in an LSTM, `norm_c`.
 
     Errors: `ValueError` for an input or a state that does not fit.
     """
@@ -65,7 +65,7 @@ class _StepCell(CellHost):
         choose(spec.backend, self.cell, self._weights(""))
 
     def initial(self, batch: int) -> Tree:
-        """Return the state before the first step, with fresh windows."""
+        """Return the state before the first step: zeros and empty windows."""
         return self.cell.initial(self._weights(""), batch)
 
     def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:

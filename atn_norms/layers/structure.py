@@ -1,4 +1,4 @@
-"""Modules as JSON: describe how a module is constructed, and construct it again without running stored code."""
+"""Describe the construction of a module as JSON, and construct the module again without stored code."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Describe how to construct a module, as JSON; None where it contains a class of the caller.
+    """Return the description of a module as JSON, or None if it contains a class of another package.
 
-    Understood are the layers and normalizers of this package, and every class of `torch.nn` whose constructor
-    arguments are attributes. The description is verified: the module that `construct` makes of it must have the same
-    parameters, buffers and options.
+    Layers and normalizers of this package can be described, and every class of `torch.nn` whose constructor arguments
+    are attributes. The description is verified: `construct` must give a module with the same parameters, buffers and
+    options.
     """
     try:
         described = _described(module)
         layers = iter([each for each in module.modules() if isinstance(each, CellHost)])
         with torch.random.fork_rng(devices=[]):
             same = _outline(construct(described, layers)) == _outline(module)
-    except Exception:  # noqa: BLE001  a constructor may raise anything; the caller then provides the module
+    except Exception:  # noqa: BLE001  a constructor may raise any error; the caller then provides the module
         return None
     return described if same else None
 
 
 def construct(described: dict[str, Any], layers: Iterator[CellHost] | None = None) -> nn.Module:
-    """Construct a module from its description, with fresh parameters; `layers` replace those of this package.
+    """Construct a module from its description, with new parameters; `layers` replace the layers of this package.
 
     Errors: `SpecError` for a class outside `torch.nn` and this package, and for options that do not fit.
     """
@@ -137,7 +137,7 @@ def _class(name: str) -> Any:
 
 
 def _outline(module: nn.Module) -> list[Any]:
-    """Return the facts that are equal in two modules of equal behaviour, without their parameters."""
+    """Return what must be equal in two modules that compute the same: names, types, options and shapes."""
     simple = (bool, int, float, str, tuple, type(None))
     options = [
         (name, type(each), {k: v for k, v in vars(each).items() if isinstance(v, simple) and k != "training"})

@@ -1,4 +1,4 @@
-"""torch.nn's classes over `Recurrent`: torch's arguments first, in torch's order, then ours by keyword."""
+"""Layers with the constructors of torch.nn: torch's arguments in torch's order, then our options by keyword."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from atn_norms.layers.classes import layer_class
 from atn_norms.layers.recurrent import Recurrent, torch_twin
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec, to_plain
 
-_LARGEST = 2**24  # torch overflows on larger sizes; the options report those
-_DEEPEST = 1_000  # a deeper module of torch costs time and memory; the options report more layers
+_LARGEST = 2**24  # torch overflows on larger sizes; the check of the options reports them
+_DEEPEST = 1_000  # a deeper module of torch costs time and memory; the check of the options reports it
 _WRONG_SIZE = "Expected hidden size {}, got {}"  # torch's own default
 
 
 class _Skin(Recurrent):
-    """Raise torch's errors for torch's arguments, then check the options; the base of the three layers."""
+    """Base of the three layers: torch checks torch's arguments, then the options are checked."""
 
     kind: ClassVar[str]
 
@@ -39,7 +39,7 @@ class _Skin(Recurrent):
 
     @property
     def mode(self) -> str:
-        """torch.nn's name of the recurrence: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`."""
+        """Name of the recurrence in torch.nn: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`."""
         return self._twin().mode
 
     @property
@@ -60,7 +60,7 @@ class _Skin(Recurrent):
         self._twin().check_forward_args(input, hidden, batch_sizes)
 
     def get_expected_hidden_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
-        """Return the shape of the hidden state for an input."""
+        """Return the expected shape of the hidden state for an input."""
         return self._twin().get_expected_hidden_size(input, batch_sizes)
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
@@ -70,11 +70,22 @@ class _Skin(Recurrent):
 
 @layer_class("lstm")
 class LSTM(_Skin):
-    """A drop-in for `torch.nn.LSTM` with a norm pooled over a time window; `LSTMEquations` has the equations.
+    """`torch.nn.LSTM` with norms pooled over a time window; `LSTMEquations` has the equations.
 
-    `norm` is None, a kind (`"layer"`, `"batch"`, `"rms"`, a plugin's), a mapping with `kind`, a spec, or a mapping of
-    site (`ih`, `hh`, `c`) to any of these under `sites`. `window` is an integer k (the last k steps, the current one
-    included), a kind, a mapping, a spec, or a mapping under `sites`. The defaults are torch's layer.
+    The arguments up to `dtype` are those of `torch.nn.LSTM`. Without a norm the layer equals it.
+
+    | option | meaning |
+    |---|---|
+    | `norm` | None, a kind (`"layer"`, `"batch"`, `"rms"` or a plugin's), a mapping with `kind`, or a spec |
+    | `window` | k for the last k steps, including the current step; or a kind, a mapping, a spec, or a `Window` |
+    | `placement` | the places of the norms (`cells.Placement`) |
+    | `init` | initialization of the weights, `"torch"` or `"paper"` (`LayerSpec`) |
+    | `forget_bias` | start of the forget gate's shift; None: 0 with a norm, else by `init` |
+    | `backend` | `"auto"`, or the name of a backend |
+
+    `norm` and `window` may differ between the sites: `norm={"sites": {"ih": "layer", "hh": "rms"}}`.
+
+    Errors: those of `torch.nn.LSTM`; `SpecError` (a `ValueError`) for options that do not fit.
 
     >>> import torch, atn_norms as an
     >>> layer = an.LSTM(2, 60, norm="layer", window=25)
@@ -116,7 +127,7 @@ class LSTM(_Skin):
 
 @layer_class("gru")
 class GRU(_Skin):
-    """A drop-in for `torch.nn.GRU` with a norm pooled over a time window; `GRUEquations` has the equations.
+    """`torch.nn.GRU` with norms pooled over a time window, and the options of `LSTM`; see `GRUEquations`.
 
     >>> import torch, atn_norms as an
     >>> an.GRU(2, 60, norm="rms", window=25)(torch.randn(100, 50, 2))[0].shape
@@ -155,7 +166,7 @@ class GRU(_Skin):
 
 @layer_class("rnn")
 class RNN(_Skin):
-    """A drop-in for `torch.nn.RNN` with a norm pooled over a time window; `RNNEquations` has the equations.
+    """`torch.nn.RNN` with norms pooled over a time window, and the options of `LSTM`; see `RNNEquations`.
 
     >>> import torch, atn_norms as an
     >>> an.RNN(2, 60, nonlinearity="relu", norm="layer", window=25)(torch.randn(100, 50, 2))[0].shape
@@ -201,7 +212,7 @@ class RNN(_Skin):
 def _torch(
     input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, both: bool
 ) -> dict[str, Any]:
-    """Return the arguments that all of torch's classes share."""
+    """Return the arguments that the three classes of torch share."""
     return {
         "input_size": input_size,
         "hidden_size": hidden_size,
