@@ -133,7 +133,7 @@ def _warn_about_optimizers(ours: Mapping[nn.Module, nn.Module]) -> None:
             id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]
         ):
             warnings.warn(
-                f"optimizer: got {type(optimizer).__name__} with the weights of the model, without its {len(norms)} new "
+                f"optimizer: got {type(optimizer).__name__} with the weights of the model, without its {len(norms)} "
                 "norm parameters; expected all of them. Build the optimizer after replace, or call "
                 'optimizer.add_param_group({"params": list(atn_norms.norm_parameters(model).values())})',
                 stacklevel=3,

@@ -53,7 +53,7 @@ class WordLMSpec(LanguageSpec):
 class WordLM(Language):
     r"""Perplexity of the next word, the exponential of its cross-entropy; line ends are words as well.
 
-    $$\mathrm{ppl} = \exp\Big(-\frac{1}{N} \sum_{n=1}^{N} \ln p(w_n \mid w_{<n})\Big)$$
+    $$\mathrm{ppl} = \exp\left(-\frac{1}{N} \sum_{n=1}^{N} \ln p(w_n \mid w_{<n})\right)$$
 
     Compare perplexities only for the same vocabulary: a smaller vocabulary has more `<unk>` words, which are easy.
 
