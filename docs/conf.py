@@ -35,6 +35,7 @@ autodoc_default_options = {
 }
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {name: f"atn_norms.layers.{name}" for name in ("NormLike", "WindowLike", "PlacementLike")}
 
 
 class Markdown(SphinxDirective):
@@ -56,6 +57,11 @@ def as_markdown(app, what, name, obj, options, lines) -> None:
     lines[:] = ["", ".. markdown::", "", *(f"   {line}" for line in text.splitlines()), ""]
 
 
+def public_bases(app, name, obj, options, bases) -> None:
+    """Show the public base of a private base class."""
+    bases[:] = [base.__base__ if getattr(base, "__name__", "").startswith("_") else base for base in bases]
+
+
 def mathml(translator, node) -> None:
     """Formulas as MathML, which browsers draw themselves: the pages need no network."""
     # docutils knows no \dots, and takes a subscript that follows an accent for part of the accent
@@ -68,3 +74,4 @@ def setup(app) -> None:
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
     app.add_directive("markdown", Markdown)
     app.connect("autodoc-process-docstring", as_markdown)
+    app.connect("autodoc-process-bases", public_bases)

@@ -16,7 +16,7 @@ _DEEPEST = 1_000  # a deeper module of torch costs time and memory; the check of
 _WRONG_SIZE = "Expected hidden size {}, got {}"  # torch's own default
 
 
-class _Skin(Recurrent):
+class _TorchLayer(Recurrent):
     """Base of the three layers: torch checks torch's arguments, then the options are checked."""
 
     kind: ClassVar[str]
@@ -69,7 +69,7 @@ class _Skin(Recurrent):
 
 
 @layer_class("lstm")
-class LSTM(_Skin):
+class LSTM(_TorchLayer):
     """`torch.nn.LSTM` with norms pooled over a time window; `LSTMEquations` has the equations.
 
     The arguments up to `dtype` are those of `torch.nn.LSTM`. Without a norm the layer equals it.
@@ -126,7 +126,7 @@ class LSTM(_Skin):
 
 
 @layer_class("gru")
-class GRU(_Skin):
+class GRU(_TorchLayer):
     """`torch.nn.GRU` with norms pooled over a time window, and the options of `LSTM`; see `GRUEquations`.
 
     >>> import torch, atn_norms as an
@@ -165,7 +165,7 @@ class GRU(_Skin):
 
 
 @layer_class("rnn")
-class RNN(_Skin):
+class RNN(_TorchLayer):
     """`torch.nn.RNN` with norms pooled over a time window, and the options of `LSTM`; see `RNNEquations`.
 
     >>> import torch, atn_norms as an
