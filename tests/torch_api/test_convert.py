@@ -67,9 +67,7 @@ def test_nothing_to_replace_warns():
 def test_an_optimizer_without_the_new_norms_is_noticed():
     model: Any = nn.Sequential(nn.LSTM(3, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(
-        UserWarning, match=r"got SGD with the weights of the model, without its 6 norm parameters"
-    ):
+    with pytest.warns(UserWarning, match=r"got SGD with the weights of the model, without its 6 norm parameters"):
         an.replace(model, norm="layer")
     optimizer.add_param_group({"params": list(an.norm_parameters(model).values())})
     gain = model[0].norm_ih_l0.weight.detach().clone()
