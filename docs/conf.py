@@ -59,7 +59,7 @@ def as_markdown(app, what, name, obj, options, lines) -> None:
 
 def public_bases(app, name, obj, options, bases) -> None:
     """Show the public base of a private base class."""
-    bases[:] = [base.__base__ if getattr(base, "__name__", "").startswith("_") else base for base in bases]
+    bases[:] = [base.__base__ if isinstance(base, type) and base.__name__.startswith("_") else base for base in bases]
 
 
 def mathml(translator, node) -> None:

@@ -16,7 +16,7 @@ _MIRRORED = {Op.MAX: Op.MIN, Op.MIN: Op.MAX, Op.GT: Op.LT, Op.GE: Op.LE, Op.LT: 
 
 
 class Simplifier(ABC):
-    """What a lowering knows of the slots that it has written, and the simplifications that follow.
+    """Properties of the slots that a lowering has written, and the simplifications that they allow.
 
     | attribute | meaning |
     |---|---|
