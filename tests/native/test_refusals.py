@@ -57,14 +57,6 @@ class LatelySpec(an.WindowSpec):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "joint sum": (
-        lambda: an.LSTM(2, 3, norm="layer", placement={"sum": "joint"}),
-        "it runs the default placement (sums separate, cell state carried raw) only",
-    ),
-    "normed carry": (
-        lambda: an.LSTM(2, 3, norm="layer", placement={"carry": "normed"}),
-        "it runs the default placement (sums separate, cell state carried raw) only",
-    ),
     "projection": (lambda: an.LSTM(2, 3, norm="layer", proj_size=2), "it has no projection (proj_size)"),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec()),

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "joint sum": (
         lambda: an.LSTM(2, 3, norm="layer", placement={"sum": "joint"}, device=DEVICE),
-        "it runs the default placement (sums separate, cell state carried raw) only",
+        "it runs the default placement only, and the cell is lstm-joint",
     ),
     "no norm": (lambda: an.RNN(2, 3, device=DEVICE), "it runs normed cells only"),
     "another device": (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.plan import BATCH, DOUBLE, PLACES, Plan, SitePlan
+from atn_norms.backends.fused.plan import BATCH, DOUBLE, Plan, SitePlan
 from atn_norms.cells import CellWeights
 from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.pytree import Leaf, Tree, checked_state
@@ -29,7 +29,7 @@ class Batch:
         else:
             self._live = lengths.max().reshape(1)
             self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)
-        self._memories = [_checked(site, norms[PLACES[site.site]], batch) for site in plan.sites]
+        self._memories = [_checked(site, norms[at], batch) for at, site in zip(plan.indices, plan.sites, strict=True)]
         self._time = time
 
     def leaves(self) -> list[Tensor]:

@@ -205,11 +205,13 @@ def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
 
 
 def _cell(plan: Plan, hidden: int) -> Cell:
+    joint: Any = "joint" if plan.joint else "separate"
+    placement = Placement(sum=joint, carry="normed" if plan.normed_carry else "raw")
     if plan.is_lstm:
-        return LSTMEquations(hidden, Placement())
-    if plan.cell == "gru":
-        return GRUEquations(hidden, Placement())
-    return RNNEquations(hidden, Placement(), "relu" if plan.cell == "rnn_relu" else "tanh")
+        return LSTMEquations(hidden, placement)
+    if plan.kind == "gru":
+        return GRUEquations(hidden, placement)
+    return RNNEquations(hidden, placement, "relu" if plan.kind == "rnn_relu" else "tanh")
 
 
 def _window(plan: SitePlan) -> Window[Any]:

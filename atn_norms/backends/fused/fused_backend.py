@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
 from atn_norms.backends.fused.inputs import Inputs
-from atn_norms.backends.fused.plan import HALF, PLACES, Plan, SitePlan, kernel_of
+from atn_norms.backends.fused.plan import HALF, JOINT, NORMED, PLACEMENTS, Plan, SitePlan, kernel_of
 from atn_norms.backends.program import CellInputs, Program, Unsupported
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.cells import Cell
@@ -60,14 +60,14 @@ class Fused(ABC):
 
 def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
     """Return the plan of a case, or the reason why no kernel has it."""
-    kernel, placement = kernel_of(cell), cell.placement
+    kernel = kernel_of(cell)
     if kernel is None:
         return Unsupported("cell", f"it has no kernel for {type(cell).__name__}")
     if getattr(cell, "proj_size", 0):
         return Unsupported("placement", "it has no projection (proj_size)")
-    if placement.sum != "separate" or placement.carry != "raw":
-        text = "it runs the default placement (sums separate, cell state carried raw) only"
-        return Unsupported("placement", text)
+    placement = f"-{JOINT}" * (cell.placement.sum == "joint") + f"-{NORMED}" * (cell.placement.carry == "normed")
+    if placement not in PLACEMENTS[kernel]:
+        return Unsupported("placement", f"it has no kernel for {type(cell).__name__} with {cell.placement!r}")
     if not description.normed:
         return Unsupported("no norm", "it runs normed cells only")
     sites: list[SitePlan] = []
@@ -79,7 +79,7 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
             return Unsupported("placement", text)
         sites.append(site)
     # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
-    return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel, tuple(sites))
+    return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel + placement, tuple(sites))
 
 
 _remembered_plan = lru_cache(maxsize=256)(Plan)
@@ -100,7 +100,7 @@ class FusedProgram(Program):
         if batch == 0 or (batch == 1 and plan.measured):
             return ReferenceProgram(self.cell).run(inputs, state, lengths)
         carried, norms = state
-        memories = [norms[PLACES[site.site]] for site in plan.sites]
+        memories = [norms[place] for place in plan.indices]
         if lengths is not None:
             lengths = lengths.to(xs.device)
             xs = torch.where((torch.arange(steps, device=xs.device).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
@@ -140,7 +140,7 @@ class FusedProgram(Program):
         for place, (memory, site) in enumerate(zip(memories, whole.sites, strict=True)):
             end = start + site.tensors
             if rows is not None:
-                following[PLACES[site.site]] = rows.following(place, after[start:end])
+                following[plan.indices[place]] = rows.following(place, after[start:end])
                 start = end
                 continue
             index = None if memory is None else memory[0]
@@ -149,7 +149,7 @@ class FusedProgram(Program):
                 counted = happened if index is None else index + happened
                 known.append((index, counted))
             tensors = [_lengthened(site, tensor) for tensor in after[start:end]]
-            following[PLACES[site.site]] = (counted, _rebuilt(site, tensors))
+            following[plan.indices[place]] = (counted, _rebuilt(site, tensors))
             start = end
         if rows is not None:
             rows.record(weights, after[start:])

@@ -15,10 +15,19 @@ DOUBLE = torch.float64
 HALF = (torch.bfloat16, torch.float16)  # types of layers that are computed in float32
 MOST_GROUPS = 64  # lanes of a block live on the kernel's stack
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # of a cell, in the kernels
-PLACES = {"ih": 0, "hh": 1, "c": 2}  # of a site in a cell of the default placement, and in the kernels
+PLACES = {"ih": 0, "hh": 1, "sum": 1, "c": 2}  # of a site in the kernels
 
 
 BATCH, POPULATION, POPULATIONS = 1, 2, 3  # `SitePlan.coupled`; what norms: the batch, or a population, or one a step
+
+
+JOINT, NORMED = "joint", "normed"  # parts of a cell's name in a plan: of the sum of both products, of the cell state
+PLACEMENTS = {
+    "lstm": ("", "-joint", "-normed", "-joint-normed"),
+    "gru": ("",),
+    "rnn_tanh": ("", "-joint"),
+    "rnn_relu": ("", "-joint"),
+}
 
 
 class SitePlan(NamedTuple):
@@ -158,6 +167,9 @@ class Plan:
 
     | attribute | meaning |
     |---|---|
+    | `cell`, `kind` | the cell, such as `lstm-joint-normed`, with its placement; and without it |
+    | `joint`, `normed_carry` | its placement: one norm of the sum of both products; a normalized carried state |
+    | `order`, `indices` | names of the cell's sites; for each site of the plan its place among them |
     | `gates`, `is_lstm` | gates of the cell; True where it has a cell state beside h |
     | `coupled` | True where the norms use batch statistics; all sites do, or none |
     | `tensors` | number of tensors of all sites' states |
@@ -167,8 +179,13 @@ class Plan:
 
     def __init__(self, cell: str, sites: tuple[SitePlan, ...]) -> None:
         self.cell, self.sites = cell, sites
-        self.is_lstm = cell == "lstm"
-        self.gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+        self.kind, *placement = cell.split("-")
+        self.joint, self.normed_carry = JOINT in placement, NORMED in placement
+        self.is_lstm = self.kind == "lstm"
+        self.gates = {"lstm": 4, "gru": 3}.get(self.kind, 1)
+        self.order = ["sum"] if self.joint else ["ih", "hh"]
+        self.order += ["c"] if self.is_lstm else []
+        self.indices = [self.order.index(site.site) if site.site in self.order else 0 for site in sites]
         self.coupled = any(site.coupled for site in sites)
         self.tensors = sum([site.tensors for site in sites])
         self.measured = [site for site in sites if site.coupled == BATCH]
@@ -193,9 +210,9 @@ class Plan:
     def check(self, hidden: int | None = None) -> None:
         """Raise `ValueError` where the kernels cannot run the plan, or not with this number of hidden units."""
         names = [site.site for site in self.sites]
-        known = list(PLACES) if self.is_lstm else ["ih", "hh"]
-        if self.cell not in CELLS:
-            raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}")
+        known, supported = self.order, PLACEMENTS.get(self.kind, ())
+        if self.kind not in CELLS or self.cell.removeprefix(self.kind) not in supported:
+            raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}, with its placement")
         if not names or names != [name for name in known if name in names]:
             raise ValueError(f"plan: got sites {names}; expected some of {known}, in this order")
         if len({bool(site.coupled) for site in self.sites}) > 1:

@@ -104,7 +104,7 @@ def _window(site: SitePlan) -> int:
 
 def _structure(plan: Plan, sizes: tuple[int, int, int, int], fixed: Mapping[int, Tensor]) -> bytes:
     args = CallArgs()
-    args.cell = CELLS[plan.cell]
+    args.cell, args.joint, args.normed_carry = CELLS[plan.kind], plan.joint, plan.normed_carry
     args.steps, args.batch, args.inputs, args.hidden = sizes
     for one in plan.sites:
         site = args.site[PLACES[one.site]]
@@ -212,7 +212,7 @@ def kept_shapes(plan: Plan, steps: int, batch: int, inputs: int, hidden: int) ->
     """
     wide = plan.gates * hidden
     return [
-        (steps if inputs > CHEAP_INPUTS else 0, batch, wide),
+        (steps if inputs > CHEAP_INPUTS and not plan.joint else 0, batch, wide),
         (steps, batch, wide),
         (steps if plan.is_lstm else 0, batch, hidden),
         (sum(site.doubles(steps, batch) for site in plan.sites),),

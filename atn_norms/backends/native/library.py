@@ -46,7 +46,7 @@ class CallArgs(ctypes.Structure):
     _fields_ = [
         ("cell", c_int32),
         ("threads", c_int32),
-        *((name, c_int64) for name in ("steps", "batch", "inputs", "hidden")),
+        *((name, c_int64) for name in ("steps", "batch", "inputs", "hidden", "joint", "normed_carry")),
         *((name, c_void_p) for name in ("lengths", "xs", "weight_ih", "weight_hh", "bias_ih", "bias_hh")),
         *((name, c_void_p) for name in ("projected", "recurrent", "cells", "output", "h0", "c0", "hn", "cn")),
         *((name, c_void_p) for name in ("doutput", "dh", "dc", "dxs")),

@@ -29,6 +29,8 @@ class Triton(Fused):
         return None
 
     def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
+        if plan.joint or plan.normed_carry:
+            return Unsupported("placement", f"it runs the default placement only, and the cell is {plan.cell}")
         if plan.coupled:
             return Unsupported("norm", "it has no kernel for norms over the rows of a batch")
         traced = [site.site for site in plan.sites if site.traced is not None]

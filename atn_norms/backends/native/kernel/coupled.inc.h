@@ -74,7 +74,7 @@ static int FN(coupled_forward)(const Work *work) {
         }
         for (long b = low; b < high && work->cell == CELL_LSTM; b++) {
             const FN(Units) *units = all.units + b;
-            const REAL *c = live == 0 || !call->cells ? units->c : units->cells + (live - 1) * B * units->width;
+            const REAL *c = call->normed_carry ? units->back : live == 0 || !call->cells ? units->c : units->cells + (live - 1) * B * units->width;
             FN(units_copy)(work, units, (REAL *)call->cn + units->from, H, c, units->width);
         }
         for (long b = low; b < high; b++) { /* steps that did not happen */

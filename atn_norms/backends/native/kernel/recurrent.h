@@ -56,15 +56,17 @@ typedef struct {
     int32_t cell; /* CELL_* */
     int32_t threads;
     int64_t steps, batch, inputs, hidden;
+    int64_t joint;             /* whether one norm, that of SITE_HH, takes the sum of both products; SITE_IH has none then */
+    int64_t normed_carry;      /* whether an LSTM carries its normalized cell state */
     const int64_t *lengths;    /* [B] live steps of each row, or NULL: all */
     const void *xs;            /* REAL [T, B, D] inputs */
     const void *weight_ih;     /* REAL [N, D] */
     const void *weight_hh;     /* REAL [N, H] */
     const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
     /* Where norms couple the batch, these three lie block of units by block, as in coupled.inc.h. */
-    void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, and computed again */
-    void *recurrent;           /* REAL [T, B, N] recurrent products before their norm; NULL: not kept (forward only) */
-    void *cells;               /* REAL [T, B, H] cell states of an LSTM; NULL: not kept (forward only) */
+    void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, and computed again; NULL if joint */
+    void *recurrent;           /* REAL [T, B, N] recurrent products, or sums, before their norm; NULL: not kept (forward only) */
+    void *cells;               /* REAL [T, B, H] cell states of an LSTM before their norm; NULL: not kept (forward only) */
     void *output;              /* REAL [T, B, H] */
     const void *h0, *c0;       /* REAL [B, H] */
     void *hn, *cn;             /* REAL [B, H] */

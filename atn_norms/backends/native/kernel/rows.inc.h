@@ -3,7 +3,7 @@
 
 /* Work space of a group of blocks, R rows in all. */
 typedef struct {
-    REAL *h, *c[2], *gate, *hidden; /* [R, H] */
+    REAL *h, *c[2], *carry, *gate, *hidden; /* [R, H] */
     REAL *recurrent, *projected;    /* [R, N] */
     REAL *spare[SITES];             /* [N] each: rows normed ahead of time */
     REAL *sums;                     /* [blocks, 4 N + 2 H] sums of gains and shifts */
@@ -14,13 +14,13 @@ typedef struct {
 
 static size_t FN(space_size)(const Work *work, long blocks, long H, long N) {
     const long programs = work->program_doubles ? blocks * BLOCK_ROWS * (2 * N + H) + work->program_doubles * (long)(sizeof(double) / sizeof(REAL)) : 0;
-    return (size_t)(blocks * BLOCK_ROWS * (5 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
+    return (size_t)(blocks * BLOCK_ROWS * (6 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
 }
 
 static FN(Space) FN(space_at)(const Work *work, REAL *at, long blocks, long H, long N) {
     const long rows = blocks * BLOCK_ROWS;
     FN(Space) space;
-    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.gate, &space.hidden};
+    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.carry, &space.gate, &space.hidden};
     for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++, at += rows * H) *narrow[i] = at;
     space.recurrent = at; at += rows * N;
     space.projected = at; at += rows * N;
@@ -140,6 +140,30 @@ INLINE void FN(row_output)(const int each, long H, FN(Side) y, const REAL *gate,
     EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out));
 }
 
+/* Add input products to recurrent ones, and leave zeros. */
+INLINE void FN(join)(REAL *restrict recurrent, REAL *restrict in, long n) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        recurrent[i] += in[i];
+        in[i] = (REAL)0;
+    }
+}
+
+/* Add to the gradient of a normalized cell state what comes from the next step that carries it. */
+INLINE void FN(add_carried)(REAL *restrict hidden, REAL *restrict dc, long n) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) {
+        hidden[i] += dc[i];
+        dc[i] = (REAL)0;
+    }
+}
+
+/* A row of normalized units. */
+INLINE void FN(row_normed)(const int each, long H, FN(Side) y, REAL *out) {
+    y.each = each;
+    EVERY_UNIT(H, FN(store)(out + at, FN(normed)(&y, 0, at, n), n));
+}
+
 static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
     const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
@@ -148,6 +172,10 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
     FN(gather)(&group, work, first, last);
     const long row = group.row, rows = group.rows;
     const REAL *h = (const REAL *)call->h0 + row * H, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
+    if (call->normed_carry) {
+        if (me.id == 0) memcpy(space.carry, c, (size_t)(rows * H) * sizeof(REAL));
+        c = space.carry;
+    }
     for (long t = 0; t < T; t++) {
         REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
         REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
@@ -159,6 +187,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
         for (long b = me.id; b < group.blocks; b += me.team) {
             const SiteBuffers *line = group.line[b];
             const long start = group.start[b], end = group.start[b + 1];
+            if (call->joint) FN(join)(recurrent + start * N, in + start * N, (end - start) * N);
             FN(site_forward)(work, line, SITE_IH, t, row, start, end, in, N, space);
             FN(site_forward)(work, line, SITE_HH, t, row, start, end, recurrent, N, space);
             for (long r = start; r < end; r++) {
@@ -172,6 +201,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
             for (long r = start; r < end && lstm; r++) {
                 const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H));
                 FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
+                if (call->normed_carry && FN(alive)(work, t, row + r)) FN(row_normed)(0, H, y, space.carry + r * H);
             }
             for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
                 const int alive = FN(alive)(work, t, row + r);
@@ -179,7 +209,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
                 if (!alive) memset(out + r * H, 0, (size_t)H * sizeof(REAL));
             }
         }
-        if (lstm) c = now;
+        if (lstm && !call->normed_carry) c = now;
         h = call->lengths ? space.h : out;
         FN(wait)(me);
     }
@@ -263,14 +293,22 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + now;
         const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
-        const REAL *old = t == 0 ? start_at : (const REAL *)(lstm ? call->cells : call->output) + before;
+        const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
-        if (!call->projected)
+        if (call->joint) {
+            if (me.id == 0) memset(space.projected, 0, (size_t)(rows * N) * sizeof(REAL));
+        } else if (!call->projected)
             FN(weigh)(me, chunk->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, space.projected);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
             const SiteBuffers *line = group.line[b];
             const long start = group.start[b], end = group.start[b + 1];
+            if (call->normed_carry && t) { /* what the step before carried */
+                FN(renormalize)(work, line, SITE_C, t - 1, row, start, end, cells - B * H, H, space);
+                for (long r = start; r < end; r++)
+                    FN(row_normed)(0, H, FN(side)(line + SITE_C, t - 1, r - start, 1, cells + (r - B) * H, space.plain, FN(spare)(line, SITE_C, space, r, H)),
+                                   space.carry + r * H);
+            }
             for (int s = 0; s < 2 + lstm; s++) {
                 const REAL *x = s == SITE_IH ? in : s == SITE_HH ? recurrent : cells;
                 FN(renormalize)(work, line, s, t, row, start, end, x, s == SITE_C ? H : N, space);
@@ -291,7 +329,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                         FN(fetch)(recurrent + (r - B) * N, N, 0);
                         FN(fetch)(dout + (r - B) * H, H, 0);
                         if (call->projected) FN(fetch)(in + (r - B) * N, N, 0);
-                        if (t > 1) FN(fetch)(old + (r - B) * H, H, 0);
+                        if (t > 1 && !call->normed_carry) FN(fetch)(old + (r - B) * H, H, 0);
                     }
                     const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
                     if (!lstm) FN(row_back)(work->cell, 0, H, each);
@@ -300,6 +338,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                 }
                 if (lstm && part == 0) {
                     REAL *hidden = space.hidden + start * H;
+                    for (long r = start; r < end && call->normed_carry; r++)
+                        if (FN(alive)(work, t, row + r)) FN(add_carried)(space.hidden + r * H, dc + r * H, H);
                     const FN(SiteGrads) grads = {line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)};
                     FN(any_site_back)(work, grads, t, row + start, end - start, hidden, H, space.room);
                 }
@@ -312,6 +352,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             else {
                 if (work->cell != CELL_GRU) memcpy(grads[1].dx, grads[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
                 for (int s = 0; s < 2; s++) FN(any_site_back)(work, grads[s], t, row + start, end - start, grads[s].dx, N, space.room);
+                if (call->joint) memcpy(grads[0].dx, grads[1].dx, (size_t)((end - start) * N) * sizeof(REAL));
             }
         }
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }

@@ -8,9 +8,10 @@ static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const 
     const int lstm = work->cell == CELL_LSTM;
     REAL *in = units->projected + (call->projected ? t * B * wide : 0), *recurrent = units->recurrent + (call->recurrent ? t * B * wide : 0);
     REAL *cells = units->cells, *now = cells + (call->cells ? t * B * width : 0), *out = (REAL *)call->output + t * B * H + from;
-    const REAL *c = t == 0 || !call->cells ? units->c : now - B * width;
+    const REAL *c = call->normed_carry ? units->back : t == 0 || !call->cells ? units->c : now - B * width;
     FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, in);
     FN(product)(0, 1, B, H, wide, h, H, units->hh.panels, units->hh.bias, recurrent);
+    if (call->joint) FN(join)(recurrent, in, B * wide);
     FN(state_columns)(work, units, SITE_IH, t, in, rows);
     FN(state_columns)(work, units, SITE_HH, t, recurrent, rows);
     for (long i = 0; i < rows.count; i++) {
@@ -23,7 +24,9 @@ static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const 
         FN(state_columns)(work, units, SITE_C, t, now, rows);
         for (long i = 0; i < rows.count; i++) {
             const long r = rows.row[i];
-            FN(row_output)(1, width, FN(by_columns)(now + r * width, units->columns + SITE_C), units->gate + r * width, out + r * H);
+            const FN(Side) y = FN(by_columns)(now + r * width, units->columns + SITE_C);
+            FN(row_output)(1, width, y, units->gate + r * width, out + r * H);
+            if (call->normed_carry) FN(row_normed)(1, width, y, units->back + r * width);
         }
     }
     for (long r = 0; r < B && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
@@ -45,10 +48,16 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
     const int lstm = work->cell == CELL_LSTM, gru = work->cell == CELL_GRU;
     const REAL *in = units->projected + (call->projected ? t * B * wide : 0), *recurrent = units->recurrent + t * B * wide;
     const REAL *cells = units->cells + t * B * width, *dout = (const REAL *)call->doutput + t * B * H + from;
-    const REAL *old = lstm ? t ? cells - B * width : (const REAL *)call->c0 + from : t ? (const REAL *)call->output + (t - 1) * B * H + from : (const REAL *)call->h0 + from;
+    const REAL *old = lstm ? t ? call->normed_carry ? units->back : cells - B * width : (const REAL *)call->c0 + from : t ? (const REAL *)call->output + (t - 1) * B * H + from : (const REAL *)call->h0 + from;
     const long apart = lstm && t ? width : H; /* between rows of `old` */
     REAL *din = units->din + (t - first) * B * wide, *drec = units->drec + (t - first) * B * wide, *dc = units->dc[0], *dold = units->dc[1];
-    if (!call->projected) FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, units->projected);
+    if (call->joint) memset(units->projected, 0, (size_t)(B * wide) * sizeof(REAL));
+    else if (!call->projected) FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, units->projected);
+    if (call->normed_carry && t) { /* what the step before carried */
+        FN(set_columns)(work, units, SITE_C, t - 1);
+        for (long r = 0; r < B; r++)
+            FN(row_normed)(1, width, FN(by_columns)(cells + (r - B) * width, units->columns + SITE_C), units->back + r * width);
+    }
     for (int s = 0; s < SITES; s++) FN(set_columns)(work, units, s, t);
     for (int part = 0; part < 1 + lstm; part++) {
         for (long i = 0; i < rows.count; i++) {
@@ -62,10 +71,13 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
             else if (part) FN(row_cell_back)(1, width, each, dc + r * width, dold + r * width);
             else FN(row_output_back)(1, width, each, FN(by_columns)(cells + r * width, units->columns + SITE_C));
         }
+        for (long i = 0; i < rows.count && call->normed_carry && part == 0; i++)
+            FN(add_carried)(units->hidden[0] + rows.row[i] * width, dc + rows.row[i] * width, width);
         if (lstm && part == 0) FN(columns_back)(work, units, SITE_C, t, cells, units->hidden[0], rows, units->hidden[1]);
     }
     FN(columns_back)(work, units, SITE_IH, t, in, units->dz[0], rows, din);
     FN(columns_back)(work, units, SITE_HH, t, recurrent, units->dz[gru], rows, drec);
+    if (call->joint) memcpy(din, drec, (size_t)(B * wide) * sizeof(REAL));
     if (!lstm) return;
     for (long r = 0; r < B && rows.count < B; r++)
         if (!FN(alive)(work, t, r)) FN(copy)(dold + r * width, dc + r * width, width);
@@ -207,6 +219,7 @@ static void FN(units_begin)(const FN(Coupled) *all, FN(Units) *units, int backwa
     if (!backward) {
         FN(pack_units)(work, units, call->weight_hh, call->bias_hh, H, units->hh);
         if (work->cell == CELL_LSTM) FN(units_copy)(work, units, units->c, units->width, (const REAL *)call->c0 + units->from, H);
+        if (call->normed_carry) FN(units_copy)(work, units, units->back, units->width, (const REAL *)call->c0 + units->from, H);
         return;
     }
     const long N = all->gates * H;

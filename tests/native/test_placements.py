@@ -1,0 +1,146 @@
+"""Joint sums and a normed carry on the native backend: values, states and gradients equal those of the reference."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import atn_norms as an
+from tests.compare import compare
+from tests.laws.strategies import level
+from tests.native.batched import check as check_batch
+from tests.native.strategies import EXACT, Pair, agree, check, functional, needs_kernels, outcome
+from tests.traced.gallery import GallerySpec
+
+pytestmark = needs_kernels
+
+PLACEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm joint": ("lstm", {"sum": "joint"}),
+    "lstm normed": ("lstm", {"carry": "normed"}),
+    "lstm joint normed": ("lstm", {"sum": "joint", "carry": "normed"}),
+    "tanh joint": ("tanh", {"sum": "joint"}),
+    "relu joint": ("relu", {"sum": "joint"}),
+}
+NORMS: dict[str, Any] = {
+    "layer": "layer",
+    "rms": {"kind": "rms", "bias": True},
+    "batch": "batch",
+    "traced": GallerySpec(name="TwoSided"),
+    "stateless": GallerySpec(name="DynamicTanh"),
+    "c": {"sites": {"c": "layer"}},
+    "sum": {"sites": {"sum": "layer"}},
+    "mixed": {"sites": {"sum": "rms", "c": GallerySpec(name="TwoSided")}},
+}
+
+
+def pair_of(name: str, norm: str = "layer", gates: str = "joint", **fields: Any) -> Pair:
+    """Return a pair of layers with a placement."""
+    cell, placement = PLACEMENTS[name]
+    own = {"placement": placement | {"gates": gates}, "norm": NORMS[norm]} | fields.pop("options", {})
+    return Pair(cell, options=own, **fields)
+
+
+def fits(name: str, norm: str) -> bool:
+    """Return whether a placement has the sites of a norm."""
+    sites = NORMS[norm]["sites"] if isinstance(NORMS[norm], dict) and "sites" in NORMS[norm] else {}
+    return not ("sum" in sites and "joint" not in name) and not ("c" in sites and "lstm" not in name)
+
+
+CASES = [(name, norm) for name in PLACEMENTS for norm in NORMS if fits(name, norm)]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_every_norm_in_every_placement(name, norm, ragged):
+    pair = pair_of(name, norm, batch=4, steps=6, hidden=5, ragged=ragged, before=3 if ragged else None)
+    (check_batch if norm == "batch" else check)(pair)
+
+
+@pytest.mark.parametrize("window", ["1", "2", "100", "cumulative", "exponential"])
+@pytest.mark.parametrize("gates", ["joint", "per_gate"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_window_and_gates_of_their_own(name, gates, window):
+    check(pair_of(name, gates=gates, window=window, batch=3, steps=7, ragged=True, before=2, inputs=70))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_layers_and_directions(name):
+    check(pair_of(name, batch=3, steps=6, ragged=True, options={"num_layers": 2, "bidirectional": True}))
+    check(pair_of(name, batch=3, steps=6, before=2, options={"num_layers": 2, "bias": False}))
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("name", ["lstm joint normed", "tanh joint"])
+def test_more_rows_and_units_than_a_block(name, norm):
+    pair = pair_of(name, norm, batch=37, steps=5, hidden=37, ragged=True, before=2)
+    (check_batch if norm == "batch" else check)(pair)
+
+
+def test_threads_that_share_large_weights():
+    """Above a megabyte of recurrent weights, the threads share the work of each step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(pair_of("lstm joint normed", batch=40, steps=4, hidden=184, ragged=True), tolerance=1e-9)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_second_derivatives_and_transforms(name):
+    pair = pair_of(name, batch=2, steps=3)
+    found = []
+    for backend in ("native", "reference"):
+        layer, xs = pair.layer(backend), pair.xs().requires_grad_()
+        parameters = [xs, *layer.parameters()]
+        first = torch.autograd.grad(functional([layer(xs)[0]]), parameters, create_graph=True)
+        second = torch.autograd.grad(functional(first), parameters)
+        rows = torch.func.vmap(lambda x, layer=layer: layer(x)[0], in_dims=1, out_dims=1)(xs.detach())
+        slope = torch.func.grad(lambda x, layer=layer: layer(x)[0].square().sum())(xs.detach())
+        found.append((first, second, rows, slope))
+    compare(found[0], found[1], tolerance=EXACT, scale=level(*found[1][1]))
+
+
+def test_a_compiled_layer_holds_the_operator():
+    torch._dynamo.reset()
+    pair = pair_of("lstm joint normed", batch=2, steps=4, dtype=torch.float32)
+    layer = pair.layer("native")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compare(compiled(pair.xs()), layer(pair.xs()), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_float32_and_half_precision(name):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.05)):
+        pair = pair_of(name, batch=3, steps=5, dtype=dtype)
+        ys = pair.layer("native")(pair.xs())[0]
+        assert ys.dtype == dtype
+        compare(ys.double(), pair.layer("reference", torch.float64)(pair.xs().double())[0], tolerance=tolerance)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(CASES), st.integers(1, 20), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**20))
+def test_any_size(case, hidden, batch, steps, seed):
+    name, norm = case
+    if norm == "batch":
+        return
+    before = [None, 0, 3][seed % 3]
+    check(pair_of(name, norm, hidden=hidden, batch=batch, steps=steps, seed=seed, ragged=True, before=before))
+
+
+def test_two_backends_continue_each_other():
+    pair = pair_of("lstm joint normed", batch=3, steps=8, ragged=False)
+    native, reference = pair.layer("native"), pair.layer("reference")
+    whole = outcome(reference, pair.xs())
+    first, state = native.unroll(pair.xs()[:3])
+    second, after = reference.unroll(pair.xs()[3:5], state)
+    third, _ = native.unroll(pair.xs()[5:], after)
+    compare(torch.cat([first, second, third]).detach(), whole.ys, tolerance=EXACT)
+    agree(outcome(native, pair.xs()), whole)
+
+
+def test_auto_selects_the_native_backend():
+    for _, placement in PLACEMENTS.values():
+        assert "backend 'native'" in an.explain(an.LSTM(2, 3, norm="layer", placement=placement))
