@@ -4,7 +4,9 @@ import re
 from dataclasses import replace
 
 from atn_norms.ablation.analysis.comparison import compare
+from atn_norms.ablation.report.canvas import MUTED
 from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.forest import colour_of
 from atn_norms.ablation.report.names import qualified, short_names
 from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
 from atn_norms.ablation.report.tables import verdict_table
@@ -56,6 +58,8 @@ def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
     )
     cells = {row.point.cells[0]["norm"]: qualified(decision) for row, decision in task.decided()}
     assert cells == {"layer": "helps", "rms": "helps (both worse than a guess)"}
+    colours = {row.point.cells[0]["norm"]: colour_of(decision) for row, decision in task.decided()}
+    assert colours["rms"] == MUTED != colours["layer"], "no colour of a verdict for a comparison of two failures"
     table = verdict_table(record, task)
     assert table is not None
     assert [row[-1] for row in table.rows] == ["helps"] * 2 + ["helps (both worse than a guess)"] * 2

@@ -16,7 +16,7 @@ from atn_norms.ablation import report
 from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row
 from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.report.canvas import EDGE, INK, MUTED, headline, inches, save, style, tidy, write
-from atn_norms.ablation.report.forest import COLOURS
+from atn_norms.ablation.report.forest import colour_of
 from atn_norms.ablation.report.names import NOTHING, TIMES, chances, change, name, qualified, seeds_needed
 from atn_norms.ablation.store.records import StudyRecord
 
@@ -156,7 +156,7 @@ def draw(target: Path = FIGURE) -> None:
         axes.spines["left"].set_visible(False)
         axes.axvline(1, color=INK, linewidth=0.9)
         for place, (_, decision, (middle, low, high)) in enumerate(rows):
-            colour = MUTED if decision.both_trivial else COLOURS[decision.verdict]
+            colour = colour_of(decision)
             axes.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
             axes.plot([middle], [place], marker="D", markersize=5, color=colour, markeredgewidth=0)
             height = 1 - (place + 0.5) / len(rows)

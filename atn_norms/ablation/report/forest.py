@@ -48,6 +48,11 @@ _FAR = 6  # ratio of the farthest to the nearest interval end above which the ax
 COLOURS: dict[Verdict, str] = {"helps": SERIES[0], "hurts": ALERT, "no difference": MUTED, "undecided": MUTED}
 
 
+def colour_of(decision: Decision) -> str:
+    """The colour of a verdict; grey where both sides are worse than a guess."""
+    return MUTED if decision.both_trivial else COLOURS[decision.verdict]
+
+
 def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None:
     """Draw a row for each declared comparison: a dot for each seed, the mean, and its 95% interval.
 
@@ -103,14 +108,27 @@ def _scale(axes: Axes, decisions: list[Decision]) -> None:
     if sizes and max(sizes) > _FAR * min(sizes) > 0:  # one scale would hide the smaller intervals
         near = float(f"{min(sizes):.1g}")
         axes.set_xscale("symlog", linthresh=near, linscale=1.0)
-        powers = [10.0**k for k in range(math.ceil(math.log10(near * 1.5)), math.floor(math.log10(max(sizes))) + 1)]
-        ticks = [sign * tick for tick in (near, *powers[:: math.ceil(len(powers) / 4) or 1]) for sign in (1, -1)]
+        ticks = [sign * tick for tick in _apart(near, max(sizes)) for sign in (1, -1)]
         ticks = [0.0, *(tick for tick in ticks if low - edge <= tick <= high + edge)]
         axes.set_xticks(ticks, [_signed(tick) for tick in ticks])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(_signed))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _apart(first: float, last: float) -> list[float]:
+    """Round numbers up to `last`, each at least three times the one before, so that their labels do not touch.
+
+    >>> _apart(0.05, 0.75), _apart(0.03, 0.9)
+    ([0.05, 0.2], [0.03, 0.1, 0.5])
+    """
+    found = [first]
+    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
+    for tick in (float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)):
+        if 3 * found[-1] <= tick <= last:
+            found.append(tick)
+    return found[:1] + found[1 :: math.ceil(len(found) / 5)]
 
 
 def _signed(value: float, place: int | None = None) -> str:
@@ -136,7 +154,7 @@ def _margin(axes: Axes, decisions: list[Decision]) -> None:
 
 
 def _draw(axes: Axes, place: int, decision: Decision, note: str) -> None:
-    difference, colour = decision.difference, COLOURS[decision.verdict]
+    difference, colour = decision.difference, colour_of(decision)
     values = list(difference.values.values())
     spread = place - 0.26 + np.linspace(-0.08, 0.08, len(values)) if len(values) > 1 else [place - 0.26]
     axes.plot(values, spread, linewidth=0, marker="o", markersize=3.2, color=colour, alpha=0.45, markeredgewidth=0)
@@ -145,7 +163,7 @@ def _draw(axes: Axes, place: int, decision: Decision, note: str) -> None:
         axes.plot(ends, [place, place], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.plot([difference.mean], [place], marker="D", markersize=6, color=colour, markeredgewidth=0)
     edge = blended_transform_factory(axes.transAxes, axes.transData)
-    decided = decision.verdict != "undecided"
+    decided = decision.verdict != "undecided" and not decision.both_trivial
     weight = "bold" if decided else "normal"
     axes.text(1.02, place, note, transform=edge, va="center", fontsize=8.5, color=colour, weight=weight)
 

@@ -219,7 +219,14 @@ def _frame(axes: Axes, layout: Layout, facet: dict[str, str], downs: list[str], 
 
 
 def _wrap(label: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")) or label[:width]
+    """A label in at most two lines; options start a line where they do not fit beside their kind.
+
+    >>> _wrap("detached(window=45)", 17)
+    'detached(\\nwindow=45)'
+    """
+    apart = label.replace("(", "( ", 1) if len(label) > width else label
+    lines = textwrap.wrap(apart, width, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
+    return "\n".join(lines).replace("( ", "(") or label[:width]
 
 
 def _draw(axes: Axes, block: _Block, shading: Shade, cell: float) -> None:
