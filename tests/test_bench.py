@@ -14,7 +14,7 @@ from atn_norms.bench.records import Row, compared
 from atn_norms.bench.textbook import Textbook, footprint
 from atn_norms.bench.timing import LEAST, interleaved, whole_call
 from atn_norms.cli import main
-from atn_norms.layers import LayerSpec
+from atn_norms.layers import LayerSpec, Recurrent
 from atn_norms.pytree import tree_map
 from tests.compare import compare
 
@@ -320,7 +320,6 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
             "--size: got '2,60'; expected INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100",
         ),
         (("--size", "2,60,0,5"), "sizes[0][2]: got 0; expected at least 1"),
-        (("--windows", "a"), "--windows: got 'a'; expected integers of at least 1, separated by commas"),
         (("--windows", "3,3"), "windows: 3 is listed twice"),
         (
             ("--runners", "nativ"),
@@ -330,6 +329,14 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
         (("--cells", "lstn"), "cell: got unknown cell 'lstn'"),
         (("--norms", "laier"), "did you mean 'layer'?"),
         (("--norms", "none"), "norms: 'none' leaves nothing to compare"),
+        (
+            ("--norms", "{kind: rms, epss: 1}"),
+            "norm.epss: got an unknown key; expected one of kind, eps, bias",
+        ),
+        (("--norms", "{kind: rms"), "--norms {kind: rms: not a YAML value"),
+        (("--windows", "cumulativ"), "did you mean 'cumulative'?"),
+        (("--windows", "0"), "windows[0]: got 0; expected at least 1"),
+        (("--placements", "{sum: jiont}"), "placement.sum: got 'jiont'; expected 'separate' or 'joint'"),
         (("--budget", "0"), "budget: got 0.0; expected a number above 0"),
         (("--dtype", "float16"), "dtype: got 'float16'; expected 'float32' or 'float64'"),
         (("--csv", "nowhere/b.csv"), "nowhere/b.csv: got no folder nowhere; expected one to write the file to"),
@@ -349,3 +356,55 @@ def test_options_make_cases_in_order():
     cases = spec.cases()
     assert [case.malloc for case in cases] == ["default"] * 6 + ["keep"] * 6  # two sizes stream alike
     assert len(set(cases)) == 12
+
+
+def results(capsys, *arguments):
+    code = main(("bench", *QUICK[:2], "--budget", "3", "--no-memory", "--json", *arguments))
+    return code, json.loads(capsys.readouterr().out)["cases"]
+
+
+def test_placements_and_windows_are_those_of_the_layer(capsys):
+    arguments = ("--modes", "training", "--runners", "reference,textbook", "--placements", "{}, {carry: normed}")
+    code, cases = results(capsys, *arguments, "--windows", "2, {kind: exponential, half_life: 3}")
+    assert code == 0
+    assert [case["placement"] for case in cases] == ["", '{"carry": "normed"}']
+    rows = {(case["placement"], row["runner"], row["window"]): row for case in cases for row in case["rows"]}
+    kind = '{"kind": "exponential", "half_life": 3}'
+    assert rows["", "reference", kind]["status"] == "measured"
+    assert rows["", "textbook", kind]["reason"] == "it is written for windows of k steps"
+    assert rows[cases[1]["placement"], "textbook", 2]["reason"] == "it is written for the default placement"
+    assert rows[cases[1]["placement"], "reference", 2]["status"] == "measured"
+
+
+def test_a_case_builds_the_layer_of_its_options():
+    options = {"norms": [{"kind": "rms", "eps": 1e-3}], "placements": [{"gates": "per_gate"}], "modes": ["training"]}
+    (case,) = BenchSpec.model_validate(options).cases()
+    layer = case.layer('{"kind": "exponential", "half_life": 2.0}')
+    assert layer.norm is not None
+    assert layer.norm.model_dump()["eps"] == 1e-3
+    assert layer.placement.gates == "per_gate"
+    assert layer.window.model_dump()["half_life"] == 2.0
+    assert case.layer(None).norm is None
+
+
+def test_autocast_is_on_in_every_call_and_in_the_gate(monkeypatch, capsys):
+    forward = Recurrent.forward
+
+    def shifted(self, *given):
+        ys, after = forward(self, *given)
+        return (ys + 1.0 if torch.is_autocast_enabled("cpu") else ys), after
+
+    monkeypatch.setattr(Recurrent, "forward", shifted)
+    assert laws.broken_law(TINY, "native", 3) is None
+    assert "y is off by 1" in str(laws.broken_law(replace(TINY, autocast=True), "native", 3))
+    monkeypatch.undo()
+    enabled = []
+    forward = torch.nn.LSTM.forward
+    monkeypatch.setattr(
+        torch.nn.LSTM, "forward", lambda self, *a: enabled.append(torch.is_autocast_enabled("cpu")) or forward(self, *a)
+    )
+    code, (case,) = results(capsys, "--modes", "training", "--runners", "reference", "--windows", "2", "--autocast")
+    assert code == 0
+    assert case["autocast"] is True
+    assert enabled
+    assert all(enabled)
