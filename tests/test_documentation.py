@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -199,6 +200,22 @@ def test_a_published_study_still_plans_the_trials_it_published(study):
 def test_published_reports_are_small():
     files = [path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) < 3_000_000
+
+
+def test_the_verdicts_in_prose_are_those_of_the_reports():
+    script = runpy.run_path(str(RESULTS / "summary.py"))
+    decisions = [decision for _, decision in script["decided"](script["collected"]()[0])]
+    counts = Counter(decision.verdict for decision in decisions)
+    trivial = sum(decision.both_trivial for decision in decisions)
+    of = f"undecided at {counts['undecided']} of {len(decisions)}; both worse than a guess at {trivial}."
+    line = f"**Window against window 1: helps at {counts['helps']}, hurts at {counts['hurts']}, {of}**"
+    assert line in (RESULTS / "index.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"Of {len(decisions)} comparisons with window 1, corrected for their number, {counts['undecided']} are"
+        in readme
+    )
+    assert [each.both_trivial for each in decisions if each.verdict != "undecided"] == [True], "as the README states"
 
 
 def test_the_figure_of_the_results_follows_from_the_reports(tmp_path):
