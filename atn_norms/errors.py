@@ -188,6 +188,16 @@ def unknown(
     return Problem(path, f"unknown {what} {short_repr(word)}", one_of(choices), near)
 
 
+def not_installed(packages: str, extra: str, path: str = "", cure: str = "") -> SpecError:
+    """Return the error for missing packages of an extra of this package; `cure` is another way out.
+
+    >>> str(not_installed("onnx", "export"))
+    "got no package onnx; expected an installed package. Run pip install 'atn-norms[export]'"
+    """
+    detail = f"Run pip install 'atn-norms[{extra}]'{cure}"
+    return SpecError(path, f"no package {packages}", "an installed package", detail=detail)
+
+
 def one_of(choices: Iterable[str]) -> str:
     """Render the allowed words: `one of a, b`.
 

@@ -320,10 +320,10 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
             "--size: got '2,60'; expected INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100",
         ),
         (("--size", "2,60,0,5"), "sizes[0][2]: got 0; expected at least 1"),
-        (("--windows", "3,3"), "windows: 3 is listed twice"),
+        (("--windows", "3,3"), "windows: got 3 twice; expected each value once"),
         (
             ("--runners", "nativ"),
-            "runners: got unknown 'nativ'; expected one of native, reference, textbook; did you mean 'native'?",
+            "runners: got unknown runner 'nativ'; expected one of native, reference, textbook; did you mean 'native'?",
         ),
         (("--modes", "trainin"), "modes[0]: got 'trainin'; expected 'training', 'inference' or 'streaming'"),
         (("--cells", "lstn"), "cell: got unknown cell 'lstn'"),
@@ -339,8 +339,8 @@ def test_a_textbook_that_would_not_fit_is_not_begun(monkeypatch):
         (("--placements", "{sum: jiont}"), "placement.sum: got 'jiont'; expected 'separate' or 'joint'"),
         (("--budget", "0"), "budget: got 0.0; expected a number above 0"),
         (("--dtype", "float16"), "dtype: got 'float16'; expected 'float32' or 'float64'"),
-        (("--csv", "nowhere/b.csv"), "nowhere/b.csv: got no folder nowhere; expected one to write the file to"),
-        (("--size", "2,60,100000000,100000000"), "makes sequences that do not fit"),
+        (("--csv", "nowhere/b.csv"), "nowhere/b.csv: got no folder nowhere; expected a folder for the file"),
+        (("--size", "2,60,100000000,100000000"), "expected sequences that fit the"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, capsys):

@@ -89,7 +89,7 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     assert main(["bench", "--device", "cpu"]) == 2
-    assert "--check: missing; expected --device cuda --check" in capsys.readouterr().err
+    assert "--check: got nothing; expected --device cuda --check" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

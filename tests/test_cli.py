@@ -22,6 +22,7 @@ from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[1]
 
+CHANGED = "got a changed file; expected the file that created the study"
 STUDY = """\
 model: {cell: lstm, hidden_size: 4}
 task: {kind: adding, length: 6, train: 40, validation: 10, test: 10}
@@ -100,10 +101,13 @@ BAD = [
         "got unknown family 'norms'; expected one of normalizers, windows, cells, tasks, studies; did you mean 'normalizers'?",  # noqa: E501
     ),
     (["schema", "studdy"], "got unknown schema 'studdy'; expected one of study, model; did you mean 'study'?"),
-    (["schema", "--out", "no/where.json"], "no/where.json: cannot be written: No such file or directory"),
-    (["init", "study.yaml"], "study.yaml: already there; choose another name, or overwrite with --force"),
-    (["init", "study.json"], "study.json: must end in .yaml or .yml"),
-    (["init", "no/where.yaml"], "cannot be written: No such file or directory"),
+    (["schema", "--out", "no/where.json"], "no/where.json: got No such file or directory; expected a writable file"),
+    (
+        ["init", "study.yaml"],
+        "study.yaml: got an existing file; expected a new name. Choose another name, or overwrite with --force",
+    ),
+    (["init", "study.json"], "study.json: got the ending '.json'; expected .yaml or .yml"),
+    (["init", "no/where.yaml"], "where.schema.json: got No such file or directory; expected a writable file"),
     (["status", "."], "not a study's folder"),
     (["report", "nowhere"], "nowhere: no such folder"),
     (["resume", "nowhere"], "nowhere: no such folder"),
@@ -131,7 +135,7 @@ BAD = [
     (["ablate", "study.yaml", "--set", "axis=3"], "did you mean 'axes'?"),
     (["ablate", "study.yaml", "--set", "model.3=4"], "--set model.3: model.3: got an unknown key"),
     (["ablate", "study.yaml", "--set", "seeds=[2, 2]", "--set", "seeds[0]=x"], "--set seeds[0]"),
-    (["report", ".", "--reach", "a=1", "--reach", "a=2"], "--reach 'a=2': got 'a' twice; expected one level"),
+    (["report", ".", "--reach", "a=1", "--reach", "a=2"], "--reach: got 'a' twice; expected one level for each task"),
     (["ablate", "study.yaml", "--set", "train.steps=0"], "--set train.steps: train.steps: got 0; expected"),
     (
         ["ablate", "study.yaml", "--set", "task=addding"],
@@ -158,7 +162,7 @@ BAD = [
     (["ablate", "study.yaml", "--set", "axes.norm=!!set {layer}"], "axes.norm: got set {'layer'}; expected text"),
     (
         ["ablate", "study.yaml", "--set", "model.window=3"],
-        "--set model.window: got an option that the axis window sets; use",
+        "--set model.window: got an option that the axis window sets; expected another option. Use",
     ),
     (
         ["ablate", "study.yaml", "--set", "model.norm.eps=1"],
@@ -183,9 +187,12 @@ BAD = [
         "--set train.steps: not a YAML value: got an integer of more",
     ),
     (["ablate", "."], ".: got a folder; expected a study file. To resume a study in it: atn-norms resume ."),
-    (["init", "quick", "study.yaml/other.yaml"], "study.yaml/other.schema.json: cannot be written: Not a directory"),
+    (
+        ["init", "quick", "study.yaml/other.yaml"],
+        "study.yaml/other.schema.json: got Not a directory; expected a writable file",
+    ),
     (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
-    (["ablate", "study.yaml", "--out", "."], "not empty and not a study's folder"),
+    (["ablate", "study.yaml", "--out", "."], "expected an empty folder, or the folder of a study"),
     (["ablate", "study.yaml", "--out", "/proc/nowhere"], "/proc/nowhere"),
 ]
 
@@ -246,7 +253,7 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     file.write_text(file.read_text().replace("seeds: 1", "seeds: 2"))
     error = error_of(capsys, "resume", "here", "--workers", "0")
     command = "atn-norms ablate here/study.yaml --out here"
-    assert error == f"atn-norms: here/study.yaml: changed since the study was created. To extend the study: {command}\n"
+    assert error == f"atn-norms: here/study.yaml: {CHANGED}. To extend the study: {command}\n"
     out = printed(capsys, *command.split()[1:], "--workers", "0")
     assert "training 1 of 2 trials" in out
     printed(capsys, "resume", "here", "--workers", "0")
@@ -268,7 +275,7 @@ def test_the_suggested_command_applies_an_edited_file(edit, capsys, folder):
     file = folder / "here/study.yaml"
     assert edit[0] in file.read_text()
     file.write_text(file.read_text().replace(*edit))
-    assert "changed since the study was created" in error_of(capsys, "resume", "here", "--workers", "0")
+    assert CHANGED in error_of(capsys, "resume", "here", "--workers", "0")
     printed(capsys, "ablate", "here/study.yaml", "--out", "here", "--workers", "0")
     assert edit[1] in file.read_text()
     printed(capsys, "resume", "here", "--workers", "0")
@@ -342,7 +349,9 @@ def test_init_writes_a_study_and_overwrites_only_with_force(capsys):
     assert "hidden_size" in Path("mine.schema.json").read_text()
     assert "40 trials" in printed(capsys, "ablate", "mine.yaml", "--dry-run")
     Path("mine.yaml").write_text("mine")
-    assert "mine.yaml and mine.schema.json: already there" in error_of(capsys, "init", "mine.yaml")
+    assert "mine.yaml and mine.schema.json: got an existing file; expected a new name" in error_of(
+        capsys, "init", "mine.yaml"
+    )
     assert Path("mine.yaml").read_text() == "mine"
     printed(capsys, "init", "mine.yaml", "--force")
     assert Path("mine.yaml").read_text().startswith(first)
@@ -405,7 +414,9 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])
     assert json.loads(printed(capsys, "resume", "here", "--workers", "0", "--json"))["results"] == results["results"]
-    assert "holds another study" in error_of(capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here")
+    assert "with 1 trials that this study lacks" in error_of(
+        capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here"
+    )
 
 
 def test_status_reports_why_a_trial_ended_early(capsys, folder):
@@ -425,7 +436,7 @@ def test_a_missing_extra_is_reported_before_training(capsys, folder, monkeypatch
     ]:
         monkeypatch.setattr("importlib.util.find_spec", lambda name, gone=absent: None if name == gone else real(name))
         error = error_of(capsys, *command)
-        assert f"{absent}: not installed, and studies need it; run pip install" in error
+        assert f"got no package {absent}; expected an installed package. Run pip install" in error
         assert cure in error
     assert not (folder / "studies").exists()
 
@@ -433,7 +444,7 @@ def test_a_missing_extra_is_reported_before_training(capsys, folder, monkeypatch
 def test_a_study_file_is_never_overwritten_by_its_own_study(capsys, folder):
     (folder / "model.yaml").unlink()
     error = error_of(capsys, "ablate", "study.yaml", "--out", ".")
-    assert "not empty and not a study's folder (it holds 'study.yaml')" in error
+    assert "got a folder with 'study.yaml'; expected an empty folder, or the folder of a study" in error
     assert [path.name for path in folder.iterdir()] == ["study.yaml"]
     assert (folder / "study.yaml").read_text() == STUDY
 

@@ -138,7 +138,9 @@ def test_a_file_that_computes_something_else_is_refused_and_removed(tmp_path, mo
 
     monkeypatch.setitem(module._WRITERS, "pt2", wrong)
     layer = trained(an.RNN(3, 4, norm="rms", window=2))
-    with pytest.raises(SpecError, match="the exported model differs from the module by 0.001; expected at most"):
+    with pytest.raises(
+        SpecError, match="got an exported model that differs from the module by 0.001; expected at most"
+    ):
         export(WholeSequence(layer), [torch.randn(3, 1, 3)], tmp_path / "m.pt2", "pt2", names=["sequence"])
     assert not (tmp_path / "m.pt2").exists()
 

@@ -118,7 +118,7 @@ def test_damage_is_detected_at_every_byte(tmp_path):
     with pytest.raises(SpecError, match="damaged"):
         an.load(path)
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    with pytest.raises(SpecError, match="do not match the checksum"):
+    with pytest.raises(SpecError, match="expected tensors that match the checksum"):
         an.load(path)
     path.write_bytes(b"")
     with pytest.raises(SpecError, match="damaged"):
@@ -129,10 +129,10 @@ def test_foreign_missing_and_newer_files_are_rejected(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(SpecError, match="without a model's description"):
+    with pytest.raises(SpecError, match="without a description of a model"):
         an.load(tmp_path / "foreign.safetensors")
     an.save(an.GRU(2, 3), tmp_path / "model.safetensors")
-    with pytest.raises(SpecError, match=r"no such file; did you mean 'model.safetensors'?|did you mean"):
+    with pytest.raises(SpecError, match=r"got no such file; expected a file; did you mean 'model.safetensors'\?"):
         an.load(tmp_path / "modle.safetensors")
     monkeypatch.setattr(io, "FORMAT", io.FORMAT + 1)
     an.save(an.GRU(2, 3), tmp_path / "newer.safetensors")
@@ -203,7 +203,9 @@ def test_without_safetensors_the_message_names_the_extra(tmp_path):
         "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "not installed: run pip install 'atn-norms[export]'" in done.stdout
+    assert (
+        "got no package safetensors; expected an installed package. Run pip install 'atn-norms[export]'" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(1, 2), an.GRU(2, 3)), Tagger(), an.LSTM(2, 3)])

@@ -60,9 +60,9 @@ def test_best_accepts_labels_of_the_study_file(finished):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"nrom": "layer"}, "nrom: got an unknown axis; expected task, seed, norm, window; .*'norm'"),
-        ({"norm": "laier"}, "norm: got laier; expected none, layer, batch; .*'layer'"),
-        ({"window": 4}, "window: got 4; expected 1, 3"),
+        ({"nrom": "layer"}, "nrom: got an unknown axis; expected one of task, seed, norm, window; .*'norm'"),
+        ({"norm": "laier"}, "norm: got laier; expected one of none, layer, batch; .*'layer'"),
+        ({"window": 4}, "window: got 4; expected one of 1, 3"),
     ],
 )
 def test_best_rejects_unknown_labels(finished, labels, message):
@@ -113,7 +113,9 @@ def test_keep_model_selects_the_saved_and_keep_the_scored_weights(tmp_path, keep
 def test_keep_model_none_saves_nothing_and_is_reported(tmp_path):
     study = {**STUDY, "axes": {}, "seeds": 1, "train": {**STUDY["train"], "keep_model": "none"}}
     record = run(create(study, tmp_path / "study"), workers=0)
-    with pytest.raises(SpecError, match=r"model\.safetensors: no model was saved \(train\.keep_model is none\)"):
+    with pytest.raises(
+        SpecError, match=r"model\.safetensors: got no model; expected a saved model. train\.keep_model is none"
+    ):
         record.best().model()
 
 
@@ -162,5 +164,5 @@ def test_keep_model_is_not_part_of_the_identity():
 
 
 def test_a_record_without_a_folder_has_no_model():
-    with pytest.raises(SpecError, match="no model was saved"):
+    with pytest.raises(SpecError, match="got no model; expected a saved model"):
         recorded(lambda norm, window, seed: 1.0).trials[0].model()

@@ -119,6 +119,6 @@ def test_a_preset_is_written_out_to_be_edited(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mine.yaml").read_text().endswith(presets.text("charlm"))
     assert main(["init", "other.yaml"]) == 0
     assert (tmp_path / "other.yaml").read_text().endswith(presets.text("quick"))
-    assert main(["init", "charlm", "other.yaml"]) == 2 and "already there" in capsys.readouterr().err
+    assert main(["init", "charlm", "other.yaml"]) == 2 and "got an existing file" in capsys.readouterr().err
     assert main(["init", "charml"]) == 2
     assert "got unknown study 'charml'" in capsys.readouterr().err

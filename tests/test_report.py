@@ -156,7 +156,7 @@ def test_only_the_formats_that_are_named_are_written_and_linked(whole, tmp_path)
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     links = {attributes["href"] for tag, attributes in page.tags if tag == "a" and attributes.get("href")}
     assert {link for link in links if link and link[0] != "#"} == files - {"report.html", "study.json"}
-    with pytest.raises(SpecError, match=r"formats: got 'pgn'; expected svg, png, md, tex.*'png'"):
+    with pytest.raises(SpecError, match=r"formats: got unknown format 'pgn'; expected one of svg, png, md, tex.*'png'"):
         report.write(whole[0], tmp_path, formats=["pgn"])
 
 
@@ -619,7 +619,7 @@ def test_the_page_reports_the_time_to_a_level(tmp_path):
         first = [x["step"] for x in shown.curve if x["validation"] is not None and x["validation"] <= 0.1][:1]
         assert line["reached_at"] == "".join(map(str, first))
     with pytest.raises(
-        SpecError, match="--reach adding2: got an unknown task; expected one of adding; did you mean 'adding'?"
+        SpecError, match="--reach: got unknown task 'adding2'; expected one of adding; did you mean 'adding'?"
     ):
         report.write(record, tmp_path, {"adding2": 0.1})
 
@@ -654,11 +654,11 @@ def test_costs_are_reported_for_each_point():
 
 @pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
 def test_a_level_that_is_none_is_refused(given):
-    with pytest.raises(SpecError, match=re.escape(f"--reach {given!r}: expected TASK=LEVEL with a number")):
+    with pytest.raises(SpecError, match=re.escape(f"--reach: got {given!r}; expected TASK=LEVEL with a number")):
         _levels([given])
 
 
 def test_levels_are_read_as_they_are_given():
     assert _levels(["adding=0.1", "a=b=1e-2"]) == {"adding": 0.1, "a=b": 0.01}
-    with pytest.raises(SpecError, match="got nan; expected a finite number"):
+    with pytest.raises(SpecError, match="--reach adding: got nan; expected a finite number"):
         findings(study(score, seeds=1), _levels(["adding=nan"]))

@@ -319,7 +319,7 @@ def test_a_study_reports_its_data_and_rejects_a_changed_file(tmp_path, monkeypat
         result.unlink()
     capsys.readouterr()
     assert main(["resume", "here", "--workers", "0"]) != 0
-    assert "task.file: its content has changed since the study was made" in "".join(capsys.readouterr())
+    assert "task.file: got changed content; expected the content of the time when" in "".join(capsys.readouterr())
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):

@@ -411,7 +411,10 @@ def test_a_setting_that_an_axis_overrides_is_rejected(axis, setting, refused):
         override(data, [setting])
         return
     name = setting.partition("=")[0]
-    with pytest.raises(SpecError, match=re.escape(f"--set {name}: got an option that the axis {axis} sets; use --set")):
+    with pytest.raises(
+        SpecError,
+        match=re.escape(f"--set {name}: got an option that the axis {axis} sets; expected another option. Use --set"),
+    ):
         override(data, [setting])
 
 

@@ -317,7 +317,7 @@ def test_a_text_that_changed_since_the_study_was_created_is_rejected(tmp_path, t
     trial = make(tmp_path / "study", **variants(text)["charlm, state carried"])
     with open(text, "a") as file:
         file.write("!")
-    with pytest.raises(SpecError, match="task.text: its content has changed since the study was made"):
+    with pytest.raises(SpecError, match="task.text: got changed content; expected the content of the time when"):
         run_trial(trial)
 
 

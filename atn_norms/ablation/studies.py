@@ -78,7 +78,9 @@ def refuse_edited(folder: Path | str) -> None:
     file, text = store.path / "study.yaml", store.source()
     if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
-        raise SpecError(f"{file}: changed since the study was created. To extend the study: {take}")
+        expected = "the file that created the study"
+        cure = f"To extend the study: {take}"
+        raise SpecError(position=str(file), got="a changed file", expected=expected, detail=cure)
 
 
 def status(folder: Path | str) -> dict[str, int]:

@@ -151,7 +151,7 @@ def run(plan: Plan, folder: Path, on_finding: Callable[[Finding], None] = lambda
     Errors: `SpecError` where the device is not there.
     """
     if plan.device not in DEVICES or (plan.device == "cuda" and not torch.cuda.is_available()):
-        raise SpecError(f"--device: got {plan.device!r}; expected a device of this machine: {', '.join(present())}")
+        raise SpecError("--device", repr(plan.device), f"a device of this machine: {', '.join(present())}")
     results, begin = Results(folder, plan.device), perf_counter()
     broken: set[tuple[str, str]] = set()
     for stage in (_checks(plan), _times(plan, broken)):

@@ -70,4 +70,4 @@ def set_malloc(mode: str) -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)):
-        raise SpecError("malloc: 'keep' needs glibc's mallopt, which this system does not have; allowed: default")
+        raise SpecError("malloc", "'keep' without the mallopt of glibc", "'default' on this system")

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from atn_norms.backends import known
 from atn_norms.bench.machine import available_memory
-from atn_norms.errors import SpecError, did_you_mean
+from atn_norms.errors import SpecError, unknown
 from atn_norms.layers import LayerSpec
 from atn_norms.options import Options
 from atn_norms.specs import validate
@@ -96,14 +96,15 @@ def runners() -> list[str]:
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
     if not values or twice is not None:
-        raise ValueError("empty; allowed: at least one" if not values else f"{twice!r} is listed twice")
+        got = f"{twice!r} twice" if values else "an empty list"
+        raise SpecError(got=got, expected="each value once" if values else "at least one value")
     return values
 
 
 def _known_runners(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
-        if name not in (allowed := runners()):
-            raise ValueError(f"got unknown {name!r}; expected one of {', '.join(allowed)}{did_you_mean(name, allowed)}")
+        if name not in (choices := runners()):
+            raise SpecError.of([unknown("runner", name, choices)])
     return names
 
 
@@ -185,8 +186,8 @@ class BenchSpec(Options):
 def _refuse_impossible(case: Case, window: int | str) -> None:
     layer = validate(LayerSpec, case.options(window))
     if layer.equations().torch_name is None:
-        raise SpecError(f"cells: {case.cell!r} has no torch.nn layer to compare with; allowed: lstm, gru, rnn")
+        raise SpecError("cells", f"{case.cell!r}, which torch.nn does not have", "lstm, gru or rnn")
     free = available_memory()
     width = max(case.size.input, layer.equations().pre_activations)
     if free is not None and 8 * prod((case.size.batch, case.size.steps, width)) > free:
-        raise SpecError(f"sizes: {case.size} makes sequences that do not fit the {free / 2**30:.1f} GiB that are free")
+        raise SpecError("sizes", str(case.size), f"sequences that fit the {free / 2**30:.1f} GiB of free memory")

@@ -10,7 +10,7 @@ import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.commands.output import emit
-from atn_norms.errors import SpecError
+from atn_norms.errors import SpecError, not_installed
 
 if TYPE_CHECKING:
     from atn_norms.bench import Bench, CaseResult
@@ -107,9 +107,9 @@ def bench(
     chosen = (FULL if full else {}) | {name: value for name, value in options.items() if value is not None}
     for path in (csv, picture):
         if path is not None and not path.absolute().parent.is_dir():
-            raise SpecError(f"{path}: got no folder {path.parent}; expected one to write the file to")
+            raise SpecError(position=str(path), got=f"no folder {path.parent}", expected="a folder for the file")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise SpecError("--picture: matplotlib is not installed; run pip install 'atn-norms[ablation]'")
+        raise not_installed("matplotlib", "ablation", path="--picture")
 
     from atn_norms.bench import BenchSpec, measure
     from atn_norms.specs import validate
@@ -138,7 +138,7 @@ def _check_device(device: str | None, check: bool, tiny: bool, out: Path) -> Non
     """Run the device check, print each finding, and exit with 1 when a check fails."""
     if device is None or not check:
         missing = "--device" if device is None else "--check"
-        raise SpecError(f"{missing}: missing; expected --device cuda --check")
+        raise SpecError(missing, "nothing", "--device cuda --check")
 
     from atn_norms.bench.device import TINY, Finding, Plan, label, run
 
@@ -217,7 +217,7 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise SpecError(f"{option}: got {text!r}; expected integers of at least 1, separated by commas") from None
+        raise SpecError(option, repr(text), "integers of at least 1, separated by commas") from None
 
 
 def _size(text: str) -> list[Any]:
@@ -226,5 +226,5 @@ def _size(text: str) -> list[Any]:
     except ValueError:
         numbers = []
     if len(numbers) != 4:
-        raise SpecError(f"--size: got {text!r}; expected INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100")
+        raise SpecError("--size", repr(text), "INPUT,HIDDEN,BATCH,STEPS, such as 2,60,50,100")
     return numbers

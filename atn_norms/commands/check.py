@@ -10,7 +10,7 @@ import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
 from atn_norms.commands.output import emit
-from atn_norms.errors import did_you_mean, short_repr, unknown
+from atn_norms.errors import SpecError, brief, dotted, not_installed, one_of, to_spec_error, unknown
 
 if TYPE_CHECKING:
     from atn_norms.testing import CheckResult
@@ -35,7 +35,6 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Run the conformance tests of one kind; exit code 1 if one fails."""
-    from atn_norms.errors import SpecError
 
     reasons = _reasons(expected or [])
     found = _family(kind, family)
@@ -46,7 +45,7 @@ def check(
 
         need_hypothesis()
     except ModuleNotFoundError as error:
-        raise SpecError(str(error)) from None
+        raise not_installed(str(error.name), "testing") from None
     results = getattr(checks, f"check_{found}")(plugin, expected_failures=reasons)
     failed = [result for result in results if result.status == "failed"]
     if as_json:
@@ -59,13 +58,11 @@ def check(
 
 
 def _reasons(expected: Sequence[str]) -> dict[str, str]:
-    from atn_norms.errors import SpecError, brief
-
     reasons = {}
     for each in expected:
         law, equals, reason = each.partition("=")
         if not (law.strip() and equals and reason.strip()):
-            raise SpecError(f"--expect-failure: got {brief(each)!r}; expected LAW=REASON")
+            raise SpecError("--expect-failure", repr(brief(each)), "LAW=REASON")
         reasons[law.strip()] = reason.strip()
     return reasons
 
@@ -88,17 +85,15 @@ def _family(kind: str, family: str | None) -> str:
     Errors: `SpecError` for an unknown kind, and for a kind of several families where `family` is None.
     """
     from atn_norms.backends.base import known
-    from atn_norms.errors import SpecError
     from atn_norms.registry import FAMILIES, registry
 
     families = (*FAMILIES, BACKEND)
     if family is not None and family not in families:
-        choices = f"expected one of {', '.join(families)}{did_you_mean(family, families)}"
-        raise SpecError(f"--family: unknown family {short_repr(family)}; {choices}")
+        raise SpecError.of([unknown("family", family, families, path=("--family",))])
     kinds = {name: (*registry.kinds(name), *registry.conflicts(name)) for name in FAMILIES} | {BACKEND: tuple(known())}
     having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
     if len(having) > 1:
-        raise SpecError(f"{kind!r} is the kind of a {' and of a '.join(having)}; select one with --family")
+        raise SpecError("--family", f"the kind {kind!r} of several families", one_of(having))
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
         raise SpecError.of([unknown(family or "kind", kind, choices)])
@@ -110,19 +105,18 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known
-    from atn_norms.errors import SpecError, brief, dotted, to_spec_error
     from atn_norms.registry import registry
     from atn_norms.specs import value as yaml_value
 
     if family == BACKEND:
         if settings:
-            raise SpecError(f"--set {brief(settings[0])}: a backend has no options")
+            raise SpecError((f"--set {brief(settings[0])}",), "an option of a backend", "no options")
         return known()[kind]
     data: dict[str, Any] = {"kind": kind}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise SpecError(f"--set {brief(setting)}: expected OPTION=VALUE, such as eps=1e-3")
+            raise SpecError((f"--set {brief(setting)}",), "no OPTION=VALUE", "OPTION=VALUE, such as eps=1e-3")
         data[name.strip()] = yaml_value(text, f"--set {name}: not a YAML value")
     try:
         return registry.lookup(family, kind).model_validate(data)

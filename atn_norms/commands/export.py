@@ -9,6 +9,7 @@ import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.commands.output import emit
+from atn_norms.errors import SpecError, nearest, one_of
 
 
 def export(
@@ -29,7 +30,6 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a saved model, run the file, compare it with the model, and time it."""
-    from atn_norms.errors import SpecError, nearest, one_of
     from atn_norms.layers.export import FORMATS, SUFFIX, WholeSequence
     from atn_norms.layers.export import export as write
 
@@ -67,21 +67,18 @@ def export(
 
 
 def _loaded(file: Path) -> Any:
-    from atn_norms.errors import SpecError
     from atn_norms.layers import load
     from atn_norms.layers.io import constructs
 
     if not constructs(file):
-        raise SpecError(
-            f"{file}: got a custom class; expected a class that a command can construct. "
-            "In Python, pass atn_norms.load(file, model) to atn_norms.layers.export.export"
-        )
+        expected = "a class that a command can construct"
+        cure = "In Python, pass atn_norms.load(file, model) to atn_norms.layers.export.export"
+        raise SpecError(position=str(file), got="a custom class", expected=expected, detail=cure)
     return load(file)
 
 
 def _step(model: Any, batch: int) -> tuple[Any, list[Any]]:
     """Return the streaming step of a layer or of a trial's model, with example inputs."""
-    from atn_norms.errors import SpecError
     from atn_norms.layers import Recurrent
     from atn_norms.layers.export import StreamingStep
     from atn_norms.tasks import Model
@@ -91,10 +88,9 @@ def _step(model: Any, batch: int) -> tuple[Any, list[Any]]:
     elif isinstance(model, Recurrent):
         step = StreamingStep(model, batch=batch)
     else:
-        raise SpecError(
-            f"--streaming: got a {type(model).__name__}; expected a layer, or a model of a trial. "
-            "In Python, build atn_norms.StreamingStep(layer, before, after)"
-        )
+        cure = "In Python, build atn_norms.StreamingStep(layer, before, after)"
+        got = f"a {type(model).__name__}"
+        raise SpecError("--streaming", got, "a layer, or a model of a trial", detail=cure)
     return step, [_example(model, (1, batch))[0], *step.initial()]
 
 

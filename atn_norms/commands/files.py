@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from atn_norms.commands.output import emit
-from atn_norms.errors import unknown
+from atn_norms.errors import SpecError, unknown
 
 MODELINE = "# yaml-language-server: $schema={schema}\n"
 
@@ -29,7 +29,6 @@ def init(
     One argument is the name of a ready-made study, or a file for the study `quick`.
     """
     from atn_norms.ablation.grid import presets
-    from atn_norms.errors import SpecError
 
     if file is None:
         name, file = (study, Path(f"{study}.yaml")) if presets.is_name(study) else (presets.DEFAULT, Path(study))
@@ -37,11 +36,13 @@ def init(
         name = study
     content = presets.text(name)
     if file.suffix not in (".yaml", ".yml"):
-        raise SpecError(f"{file}: must end in .yaml or .yml, since a study file with comments is YAML")
+        got = f"the ending {file.suffix!r}"
+        raise SpecError(position=str(file), got=got, expected=".yaml or .yml, since the file has comments")
     beside = file.with_suffix(".schema.json")
     present = [str(path) for path in (file, beside) if path.exists()]
     if present and not force:
-        raise SpecError(f"{' and '.join(present)}: already there; choose another name, or overwrite with --force")
+        cure = "Choose another name, or overwrite with --force"
+        raise SpecError(position=" and ".join(present), got="an existing file", expected="a new name", detail=cure)
     text = MODELINE.format(schema=beside.name) + content
     write_new(beside, schema_text("study"), force)
     write_new(file, text, force)
@@ -50,7 +51,6 @@ def init(
 
 def schema_text(what: str) -> str:
     """Render the JSON schema of a `study` or a `model` file."""
-    from atn_norms.errors import SpecError
     from atn_norms.specs import schema
 
     if what == "study":
@@ -64,8 +64,6 @@ def schema_text(what: str) -> str:
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
     """Write a file atomically; an existing file is kept unless `force` is set."""
-    from atn_norms.errors import SpecError
-
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -74,7 +72,7 @@ def write_new(path: Path, text: str, force: bool = False) -> None:
         else:
             path.hardlink_to(temporary)  # unlike a rename, this fails where the file exists by now
     except OSError as error:
-        raise SpecError(f"{path}: cannot be written: {error.strerror}") from error
+        raise SpecError(position=str(path), got=str(error.strerror), expected="a writable file") from error
     finally:
         with suppress(OSError):  # without its folder, there is nothing to remove
             temporary.unlink(missing_ok=True)

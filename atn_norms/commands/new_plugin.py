@@ -15,7 +15,7 @@ import typer
 
 from atn_norms.commands.console import at_home
 from atn_norms.commands.output import emit
-from atn_norms.errors import short_repr, unknown
+from atn_norms.errors import SpecError, short_repr, unknown
 
 LONGEST = 24  # characters of a name, so that lines with it stay within the limit
 NAME = r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*"
@@ -65,8 +65,6 @@ def new_plugin(
     ] = None,
 ) -> None:
     """Write a working plugin to edit: a distribution with one kind, its tests and a README."""
-    from atn_norms.errors import SpecError
-
     if kind not in STARTS:
         raise SpecError.of([unknown("kind", kind, list(STARTS), path=("--kind",))])
     _require_free_name(name, kind)
@@ -109,10 +107,9 @@ def contents(name: str, family: str) -> dict[str, str]:
 
 def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
     """Write a new folder atomically; return its files in order."""
-    from atn_norms.errors import SpecError
-
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise SpecError(f"{folder}: already there; choose another folder with --out, or move it away")
+        cure = "Choose another folder with --out, or move this one away"
+        raise SpecError(position=str(folder), got="an existing folder", expected="a new folder", detail=cure)
     target = folder.absolute()
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -122,27 +119,26 @@ def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
             file.write_text(text, encoding="utf-8")
         partial.rename(target)  # replaces only an empty folder; a folder created meanwhile is kept
     except OSError as error:
-        raise SpecError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise SpecError(position=str(folder), got=str(error.strerror), expected="a writable folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return list(texts)
 
 
 def _require_free_name(name: str, family: str) -> None:
-    from atn_norms.errors import SpecError
     from atn_norms.registry import registry
 
     bare = name.removeprefix("atn-norms-").removeprefix("atn_norms_")
     if bare != name:
-        raise SpecError(f"NAME: got {short_repr(name)}; expected the kind's name, {bare!r}, without the prefix")
+        raise SpecError("NAME", short_repr(name), f"the name of the kind, {bare!r}, without the prefix")
     if not re.fullmatch(NAME, name) or name == "none" or len(name) > LONGEST:
-        allowed = f"up to {LONGEST} lower-case letters and digits, a letter first, joined by '-' or '_', and not 'none'"
-        raise SpecError(f"NAME: got {short_repr(name)}; expected {allowed}")
+        words = f"up to {LONGEST} lower-case letters and digits, a letter first, joined by '-' or '_', and not 'none'"
+        raise SpecError("NAME", short_repr(name), words)
     alone = registry.kinds(family).get(name)
     entries = registry.conflicts(family).get(name, ()) if alone is None else (alone,)
     if entries:
         sources = " and ".join(sorted(entry.distribution for entry in entries))
-        raise SpecError(f"NAME: {family} {name!r} exists in {sources}; choose another name")
+        raise SpecError("NAME", f"{family} {name!r}, which {sources} has", "a new name")
     module = "atn_norms_" + name.replace("-", "_")
     if importlib.util.find_spec(module) is not None:
-        raise SpecError(f"NAME: module {module} is already installed; choose another name")
+        raise SpecError("NAME", f"{short_repr(name)}, whose module {module} is installed already", "a new name")

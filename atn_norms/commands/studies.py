@@ -15,7 +15,7 @@ import typer
 from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.commands.output import emit
 from atn_norms.commands.signals import exit_code, handle
-from atn_norms.errors import short_repr
+from atn_norms.errors import SpecError, not_installed, short_repr
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Event, OnEvent, Plan, StudyRecord, StudySpec
@@ -77,8 +77,6 @@ def resume(
 
 
 def _require_no_settings(folder: Path, settings: Sequence[str]) -> None:
-    from atn_norms.errors import SpecError
-
     if settings:
         words = ["atn-norms", "ablate", str(folder / "study.yaml"), "--out", str(folder)]
         command = shlex.join([*words, *(word for setting in settings for word in ("--set", setting))])
@@ -157,8 +155,6 @@ def report(
 
 
 def _levels(settings: Sequence[str]) -> dict[str, float]:
-    from atn_norms.errors import SpecError
-
     levels = {}
     for count, each in enumerate(settings, start=1):
         task, equals, level = each.rpartition("=")
@@ -167,24 +163,21 @@ def _levels(settings: Sequence[str]) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not (equals and task):
-            raise SpecError(f"--reach {short_repr(each)}: expected TASK=LEVEL with a number, such as adding=0.05")
+            expected = "TASK=LEVEL with a number, such as adding=0.05"
+            raise SpecError("--reach", short_repr(each), expected)
         if len(levels) < count:
-            raise SpecError(f"--reach {short_repr(each)}: got {short_repr(task)} twice; expected one level")
+            raise SpecError("--reach", f"{short_repr(task)} twice", "one level for each task")
     return levels
 
 
 def _need(workers: int, scheduler: str | None = None) -> None:
     """Require every package that a study needs before training begins."""
-    from atn_norms.errors import SpecError
 
     processes = ["distributed"] if scheduler else ["distributed", "cryptography"] if workers else []
     missing = [module for module in ("numpy", "matplotlib", *processes) if importlib.util.find_spec(module) is None]
     if missing:
         alternative = ", or use --workers 0" if set(missing) <= {"distributed", "cryptography"} else ""
-        raise SpecError(
-            f"{' and '.join(missing)}: not installed, and studies need it; "
-            f"run pip install 'atn-norms[ablation]'{alternative}"
-        )
+        raise not_installed(" and ".join(missing), "ablation", cure=alternative)
     if scheduler is not None:
         from atn_norms.ablation.execution.engine import check_scheduler
 
@@ -195,13 +188,11 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
     from atn_norms.ablation import StudySpec, override
     from atn_norms.ablation.grid import presets
     from atn_norms.ablation.grid.overrides import placed
-    from atn_norms.errors import SpecError
     from atn_norms.specs import parse, read, validate
 
     if not presets.is_name(study) and Path(study).is_dir():
-        raise SpecError(
-            f"{study}: got a folder; expected a study file. To resume a study in it: atn-norms resume {study}"
-        )
+        cure = f"To resume a study in it: atn-norms resume {study}"
+        raise SpecError(position=study, got="a folder", expected="a study file", detail=cure)
     data, where = parse(presets.text(study), f"{study}.yaml") if presets.is_name(study) else read(Path(study))
     if not presets.is_name(study):
         data.setdefault("name", _name_of(Path(study)))

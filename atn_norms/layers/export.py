@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atn_norms.errors import SpecError, one_of
+from atn_norms.errors import SpecError, not_installed, one_of
 from atn_norms.layers.convert import with_backend
 from atn_norms.layers.recurrent import Recurrent
 from atn_norms.pytree import Tree, tree_leaves
@@ -146,12 +146,11 @@ def export(
     with _quiet():
         written, run, note = _WRITERS[format](module, tuple(inputs), path, list(names))
     difference = None if run is None else _difference(module, run, inputs)
-    allowed = _tolerance(module)
-    if difference is not None and difference > allowed:
+    tolerance = _tolerance(module)
+    if difference is not None and difference > tolerance:
         path.unlink(missing_ok=True)
-        raise SpecError(
-            f"{path}: the exported model differs from the module by {difference:.2g}; expected at most {allowed:.2g}"
-        )
+        got = f"an exported model that differs from the module by {difference:.2g}"
+        raise SpecError(position=str(path), got=got, expected=f"at most {tolerance:.2g}")
     shapes = {
         name: (str(each.dtype).removeprefix("torch."), tuple(each.shape))
         for name, each in zip(names, inputs, strict=True)
@@ -183,7 +182,8 @@ def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
             return torch.export.export(module, inputs, strict=False)
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise SpecError(f"torch.export cannot trace the model: {type(error).__name__}: {first}") from error
+        got = f"{type(error).__name__}: {first}"
+        raise SpecError("model", got, "a model that torch.export can trace") from error
 
 
 def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
@@ -196,7 +196,8 @@ def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
             program = torch.onnx.export(traced, inputs, optimize=len(traced.graph.nodes) <= MOST_OPTIMIZED, **details)
     except Exception as error:
         reason = str(error).partition("No ONNX function found for ")[2].partition(".")[0]
-        raise SpecError(f"ONNX has no form of the model's operations: {reason or type(error).__name__}") from error
+        got = reason or type(error).__name__
+        raise SpecError("model", got, "a model whose operations ONNX has") from error
     assert program is not None
     program.save(str(path), external_data=False)
     try:
@@ -219,7 +220,8 @@ def _write_pt2(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names:
     program = _exported(module, inputs)
     foreign = sorted({str(n.target) for n in program.graph.nodes if str(n.target).startswith("atn_norms")})
     if foreign:
-        raise SpecError(f"{path}: the traced model calls {', '.join(foreign)}, which only this package has")
+        got = f"a traced model that calls {', '.join(foreign)}"
+        raise SpecError(position=str(path), got=got, expected="operators of torch alone")
     torch.export.save(program, str(path))
     return ("output", *(f"{name}_next" for name in names[1:])), _tuple(torch.export.load(str(path)).module()), ""
 
@@ -234,7 +236,8 @@ def _write_aoti(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
         raise
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
-        raise SpecError(f"AOTInductor cannot compile the model (is a C++ compiler installed?): {first}") from error
+        cure = "A C++ compiler must be installed."
+        raise SpecError("model", first, "a model that AOTInductor can compile", detail=cure) from error
     return ("output", *(f"{name}_next" for name in names[1:])), _tuple(aoti_load_package(str(path))), ""
 
 
@@ -250,7 +253,7 @@ def _need(*modules: str) -> None:
 
     missing = [each for each in modules if find_spec(each) is None]
     if missing:
-        raise SpecError(f"{' and '.join(missing)}: not installed; run pip install 'atn-norms[export]'")
+        raise not_installed(" and ".join(missing), "export")
 
 
 def _tuple(run: Callable[..., Any]) -> Run:

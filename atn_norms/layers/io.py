@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from atn_norms.errors import SpecError, beside, to_spec_error
+from atn_norms.errors import SpecError, nearest_file, not_installed, to_spec_error
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.convert import replacement, substitute
 from atn_norms.layers.structure import class_name, construct, describe, layer_of, layer_options
@@ -148,7 +148,7 @@ def _serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     try:
         from safetensors.torch import save as serialize
     except ModuleNotFoundError as error:
-        raise SpecError(f"{error.name} is not installed: run pip install 'atn-norms[export]'") from error
+        raise not_installed(str(error.name), "export") from error
     return serialize(tensors, metadata)
 
 
@@ -161,9 +161,10 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         content = file.read_bytes()
     except FileNotFoundError:
-        raise SpecError(f"{file}: no such file{beside(file)}") from None
+        near = nearest_file(file)
+        raise SpecError(position=str(file), got="no such file", expected="a file", nearest=near) from None
     except OSError as error:
-        raise SpecError(f"{file}: cannot be read: {error.strerror}") from None
+        raise SpecError(position=str(file), got=str(error.strerror), expected="a readable file") from None
     return _parse(file, content)
 
 
@@ -172,34 +173,36 @@ def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor
         from safetensors import SafetensorError
         from safetensors.torch import load as deserialize
     except ModuleNotFoundError as error:
-        raise SpecError(f"{error.name} is not installed: run pip install 'atn-norms[export]'") from error
+        raise not_installed(str(error.name), "export") from error
     try:
         tensors = deserialize(content)
     except (SafetensorError, ValueError) as error:
-        raise SpecError(f"{file}: got a damaged or foreign file; expected safetensors ({error})") from None
+        raise _error(file, f"a damaged or foreign file ({error})", "safetensors") from None
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     text = header.get("__metadata__", {}).get(KEY)
     if text is None:
-        raise SpecError(f"{file}: got safetensors without a model's description; expected a file of atn_norms.save")
+        raise _error(file, "safetensors without a description of a model", "a file of atn_norms.save")
     description = json.loads(text)
     if description["format"] > FORMAT:
         written = description["versions"]["atn-norms"]
-        raise SpecError(
-            f"{file}: got format {description['format']}, written by atn-norms {written}; expected at most {FORMAT}, "
-            f"which atn-norms {_own_version()} reads. Upgrade atn-norms"
-        )
+        got = f"format {description['format']}, written by atn-norms {written}"
+        expected = f"at most {FORMAT}, which atn-norms {_own_version()} reads"
+        raise _error(file, got, expected, "Upgrade atn-norms")
     if hashlib.sha256(_data(content)).hexdigest() != description["sha256"]:
-        raise SpecError(f"{file}: damaged; its tensors do not match the checksum in the file")
+        raise _error(file, "damaged tensors", "tensors that match the checksum in the file")
     return description, tensors
+
+
+def _error(file: Path, got: str, expected: str, cure: str = "") -> SpecError:
+    return SpecError(position=str(file), got=got, expected=expected, detail=cure)
 
 
 def _built(file: Path, description: Mapping[str, Any]) -> nn.Module:
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
-        raise SpecError(
-            f"{file}: got a {description['class']}, whose code is not in the file; "
-            f"expected a fresh one as the second argument: load({str(file)!r}, {name}(...))"
-        )
+        got = f"a {description['class']}, whose code is not in the file"
+        expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
+        raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):
         return construct(description["structure"])
 

@@ -129,10 +129,10 @@ def _window(stored: Any) -> Window[Any]:
 def _class(name: str) -> Any:
     path, _, qualname = name.rpartition(".")
     if not name.startswith(TRUSTED):
-        raise SpecError(f"class: got {name}; expected a class of torch.nn or atn_norms")
+        raise SpecError("class", name, "a class of torch.nn or atn_norms")
     found = getattr(importlib.import_module(path), qualname, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise SpecError(f"class: got {name}; expected a torch.nn.Module")
+        raise SpecError("class", name, "a torch.nn.Module")
     return found
 
 

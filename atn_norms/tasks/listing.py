@@ -188,7 +188,7 @@ def _array(item: Item, spec: SequencesSpec) -> Tensor:
     try:
         import numpy as np
     except ImportError:
-        raise SpecError(f"path: reading {item.name} needs numpy, which is not installed; {INSTALL}") from None
+        raise SpecError("path", f"{item.name} without numpy", "numpy to read it", detail=INSTALL) from None
     if spec.columns is not None:
         raise fault("columns", item.path, "an array, which has no names", "CSV or Parquet files, or no `columns`")
     try:

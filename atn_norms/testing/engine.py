@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atn_norms.errors import Problem, SpecError, short_repr, unknown
+from atn_norms.errors import Problem, SpecError, not_installed, short_repr, unknown
 from atn_norms.testing.law import LAWS, Case, Law
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str
 def need_hypothesis() -> None:
     """Raise an error with the command to install hypothesis, if it is missing."""
     if importlib.util.find_spec("hypothesis") is None:
-        raise ModuleNotFoundError(
-            "hypothesis: not installed, and the laws draw their cases with it; run pip install 'atn-norms[testing]'",
-            name="hypothesis",
-        )
+        raise ModuleNotFoundError(str(not_installed("hypothesis", "testing")), name="hypothesis")
 
 
 def _tried(law: Law, subject: Any) -> tuple[Exception, str] | None:

@@ -108,8 +108,8 @@ def test_a_generated_plugin_passes_the_linter(tmp_path, family, name):
         (["none"], "NAME: got 'none'; expected "),
         ([LONG + "i"], "NAME: got 'abcdefghij-abcdefghij-abi'; expected up to 24"),
         (["atn-norms-mine"], "NAME: got 'atn-norms-mine'; expected the kind's name, 'mine', without the prefix"),
-        (["layer"], "NAME: normalizer 'layer' exists in atn-norms; choose another name"),
-        (["sliding", "--kind", "window"], "NAME: window 'sliding' exists in atn-norms; choose another name"),
+        (["layer"], "NAME: got normalizer 'layer', which atn-norms has; expected a new name"),
+        (["sliding", "--kind", "window"], "NAME: got window 'sliding', which atn-norms has; expected a new name"),
         (
             ["mine", "--kind", "windw"],
             "--kind: got unknown kind 'windw'; expected one of normalizer, window, cell, task; did you mean 'window'?",
@@ -130,7 +130,7 @@ def test_a_kind_of_another_family_may_have_the_name(tmp_path):
 def test_a_module_that_is_installed_is_not_shadowed(tmp_path, site, capsys):
     (site.folder / "atn_norms_mine.py").write_text("")
     assert write(tmp_path, "mine") == 2
-    assert "module atn_norms_mine is already installed; choose another name" in capsys.readouterr().err
+    assert "module atn_norms_mine is installed already; expected a new name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", ["a file", "a folder with a file", "a link to nowhere"])
@@ -144,7 +144,8 @@ def test_nothing_is_overwritten(tmp_path, capsys, there):
         target.mkdir()
         (target / "notes.txt").write_text("kept")
     assert write(tmp_path, "mine") == 2
-    message = "atn-norms: atn-norms-mine: already there; choose another folder with --out, or move it away\n"
+    cure = "Choose another folder with --out, or move this one away"
+    message = f"atn-norms: atn-norms-mine: got an existing folder; expected a new folder. {cure}\n"
     assert capsys.readouterr().err == message
     assert [path.name for path in tmp_path.iterdir()] == ["atn-norms-mine"]
     assert there == "a link to nowhere" or "kept" in (target if target.is_file() else target / "notes.txt").read_text()
@@ -162,7 +163,7 @@ def test_an_empty_folder_is_used_and_parent_folders_are_created(tmp_path):
 def test_a_failed_write_leaves_nothing_behind(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert write(tmp_path, "mine", "--out", "file/mine") == 2
-    assert capsys.readouterr().err == "atn-norms: file/mine: cannot be written: Not a directory\n"
+    assert capsys.readouterr().err == "atn-norms: file/mine: got Not a directory; expected a writable folder\n"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

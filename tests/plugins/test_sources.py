@@ -120,5 +120,7 @@ def test_a_function_is_hashed_with_its_file(tmp_path):
     module.write_text("def train(): return helper()\ndef helper(): return 2\n")
     assert sources.hash_source(space["train"]) != before
     exec("def nowhere(): pass", space)
-    with pytest.raises(SpecError, match="nowhere: got a function without source; expected one defined in a file"):
+    with pytest.raises(
+        SpecError, match="nowhere: got a function without source; expected a function or class defined in a file"
+    ):
         sources.hash_source(space["nowhere"])

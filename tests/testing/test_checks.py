@@ -254,7 +254,7 @@ from atn_norms.cli import main
 print(main(["check", "cumulative"]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    line = "hypothesis: not installed, and the laws draw their cases with it; run pip install 'atn-norms[testing]'"
+    line = "got no package hypothesis; expected an installed package. Run pip install 'atn-norms[testing]'"
     assert done.stdout.splitlines() == [line, "2"], done.stderr
     assert done.stderr == f"atn-norms: {line}\n"
 

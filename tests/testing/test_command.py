@@ -86,7 +86,10 @@ def test_backends_are_kinds_too(capsys):
 
 def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
     assert main(["check", "layer"]) == 2
-    assert "'layer' is the kind of a normalizer and of a window; select one with --family" in capsys.readouterr().err
+    assert (
+        "--family: got the kind 'layer' of several families; expected one of normalizer, window"
+        in capsys.readouterr().err
+    )
     assert main(["check", "layer", "--family", "window", "--set", "steps=0"]) == 1
     output = capsys.readouterr().out
     assert output.startswith("window 'layer': 19 laws\n")
@@ -102,13 +105,13 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
         (["lstm", "--family", "window"], "got unknown window 'lstm'; expected one of cumulative, "),
         (
             ["lstm", "--family", "windows"],
-            "--family: unknown family 'windows'; expected one of normalizer, window, ",
+            "--family: got unknown family 'windows'; expected one of normalizer, window, ",
         ),
         (["layer", "--set", "ep=1"], "ep: got an unknown key; expected one of kind, eps; did you mean 'eps'?"),
         (["layer", "--set", "eps=-1"], "eps: got -1; expected at least 0"),
-        (["layer", "--set", "eps"], "--set eps: expected OPTION=VALUE, such as eps=1e-3"),
+        (["layer", "--set", "eps"], "--set eps: got no OPTION=VALUE; expected OPTION=VALUE, such as eps=1e-3"),
         (["sliding"], "steps: got nothing; expected a value"),
-        (["native", "--set", "threads=2"], "a backend has no options"),
+        (["native", "--set", "threads=2"], "--set threads=2: got an option of a backend; expected no options"),
     ],
 )
 def test_bad_input_is_a_sentence(words, message, capsys):

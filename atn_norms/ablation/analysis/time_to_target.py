@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from atn_norms.ablation.analysis.comparison import Measure, compare_task, in_logarithm, is_number, score
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
-from atn_norms.errors import SpecError, did_you_mean
+from atn_norms.errors import SpecError, unknown
 
 WAY = 0.75  # position of the default level, from the best trivial predictor (0) to the best point (1)
 
@@ -69,10 +69,9 @@ def check(record: StudyRecord, given: Mapping[str, float]) -> None:
     """Raise `SpecError` for the level of an unknown task, and for a level that is not finite."""
     for task, value in given.items():
         if task not in record.tasks:
-            known = f"{', '.join(record.tasks)}{did_you_mean(task, record.tasks)}"
-            raise SpecError(f"--reach {task}: got an unknown task; expected one of {known}")
+            raise SpecError.of([unknown("task", task, list(record.tasks), path=("--reach",))])
         if not math.isfinite(value):
-            raise SpecError(f"--reach {task}: got {value}; expected a finite number")
+            raise SpecError((f"--reach {task}",), str(value), "a finite number")
 
 
 def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:

@@ -23,6 +23,7 @@ from atn_norms.errors import SpecError
 
 log = logging.getLogger(__name__)
 
+KEPT = "Finished trials are kept."
 POLL = 0.5  # seconds between looks at the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 DESERTED = 600.0  # seconds to wait for a worker after the last one has left
@@ -47,7 +48,7 @@ def run_with_dask(store: StudyFolder, progress: Progress, workers: int, schedule
                 dispatcher.collect()
                 dispatcher.drop_silent()
         except (CancelledError, CommClosedError) as error:  # nothing else cancels these futures
-            raise SpecError("the connection to the Dask scheduler is lost; what is finished is kept") from error
+            raise SpecError("scheduler", "a lost connection", "a running Dask scheduler", detail=KEPT) from error
         finally:
             progress.hold.end()  # stops the workers of every machine within a second
             if client.status == "running":
@@ -69,9 +70,8 @@ class Dispatcher:
         if workers:
             self.patience, self.manned = DESERTED, time.monotonic()
         elif time.monotonic() - self.manned > self.patience:
-            raise SpecError(
-                f"the Dask scheduler has had no worker for {self.patience:.0f} s; start some. What is finished is kept"
-            )
+            got = f"no worker of the Dask scheduler for {self.patience:.0f} s"
+            raise SpecError("scheduler", got, "at least one worker", detail=KEPT)
         for trial in self.progress.due(workers - len(self.running)):
             job = json.dumps({"folder": str(self.store.path.absolute()), "trial": trial, "versions": self.versions})
             self.running[self.client.submit(work, job, key=f"{trial}-{time.time_ns()}", pure=False)] = trial
@@ -121,9 +121,8 @@ class Dispatcher:
         try:
             return self.client.sync(function, **arguments, callback_timeout=PATIENCE)
         except TimeoutError as error:
-            raise SpecError(
-                f"the Dask scheduler has not answered for {PATIENCE:.0f} s; what is finished is kept"
-            ) from error
+            got = f"no answer of the Dask scheduler for {PATIENCE:.0f} s"
+            raise SpecError("scheduler", got, "an answer", detail=KEPT) from error
 
 
 def _outcome(future: Any) -> dict[str, str]:
@@ -173,9 +172,8 @@ def _client(workers: int, scheduler: str | None, threads: int, folder: Path) -> 
         if scheduler is None:
             import cryptography  # noqa: F401  Dask needs it for the certificates of local processes
     except ModuleNotFoundError as error:
-        raise SpecError(
-            f"{error.name} is not installed: run pip install 'atn-norms[ablation]', or use --workers 0"
-        ) from error
+        cure = "Run pip install 'atn-norms[ablation]', or use --workers 0"
+        raise SpecError(got=f"no package {error.name}", expected="an installed package", detail=cure) from error
     settings: dict[str, Any] = {
         "distributed.scheduler.allowed-failures": 1,
         "distributed.scheduler.worker-ttl": None,
@@ -217,10 +215,9 @@ def _started(workers: int, folder: Path) -> Any:
             if attempt == STARTS - 1:
                 reason = line(error.__cause__ or error)
                 resume = shlex.join(["atn-norms", "resume", str(folder), "--workers", "0"])
-                raise SpecError(
-                    f"workers: a local process ended while starting, {STARTS} times ({reason}); finished trials are "
-                    f"kept. To resume without processes: {resume}"
-                ) from error
+                got = f"a local process that ended while starting, {STARTS} times ({reason})"
+                cure = f"{KEPT} To resume without processes: {resume}"
+                raise SpecError("workers", got, "a process that starts", detail=cure) from error
     raise AssertionError("unreachable")
 
 
@@ -230,4 +227,5 @@ def _connected(scheduler: str) -> Any:
     try:
         return Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
-        raise SpecError(f"scheduler: {scheduler} cannot be reached ({line(error)})") from error
+        got = f"{scheduler}, which cannot be reached ({line(error)})"
+        raise SpecError("scheduler", got, "the address of a Dask scheduler") from error

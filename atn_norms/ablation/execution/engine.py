@@ -46,7 +46,7 @@ def run(
     `StoreError` where the folder cannot be used (`Busy`: another process runs this study).
     """
     if workers < 0:
-        raise SpecError(f"workers: got {workers}; expected at least 0 (0 trains in this process)")
+        raise SpecError("workers", str(workers), "at least 0 (0 trains in this process)")
     check_scheduler(scheduler)
     store = StudyFolder(folder)
     store.refuse_no_study()  # before the lock, which writes a file
@@ -75,7 +75,7 @@ def check_scheduler(address: str | None) -> None:
         return
     if re.fullmatch(r"(?:(?:tcp|tls|ws|wss|ucx)://)?\[[0-9a-fA-F:.]+\]:\d{1,5}/?", address):  # IPv6
         return
-    raise SpecError(f"scheduler: got {short_repr(address)}; expected an address such as tcp://host:port")
+    raise SpecError("scheduler", short_repr(address), "an address such as tcp://host:port")
 
 
 def _run_here(store: StudyFolder, progress: Progress) -> None:

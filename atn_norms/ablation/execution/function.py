@@ -24,7 +24,7 @@ from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.trial import TrialFolder
-from atn_norms.errors import SpecError, did_you_mean, short_repr
+from atn_norms.errors import SpecError, nearest, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
 
 MOST_LINES = 1000  # lines of a function's output in a trial's log
@@ -155,7 +155,7 @@ def run_function(
     task = FunctionSpec.model_validate(trial["task"])
     for option, content in trial["data"].items():
         if task.data()[option] != content:
-            raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+            raise changed_data(option)
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     with _contained(folder, task.function):
@@ -182,30 +182,34 @@ def _called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any
     try:
         returned = function(**arguments, **provided)
     except SystemExit as error:
-        raise SpecError(
-            f"{name}: called sys.exit({error.code if error.code is not None else ''}); "
-            "expected it to return its metrics, or to raise an exception"
-        ) from None
+        got = f"a call of sys.exit({error.code if error.code is not None else ''})"
+        raise SpecError(name, got, "returned metrics, or an exception") from None
     if trial._end is not None:  # the function caught the exception that ends it
         raise trial._end
     return returned
 
 
+def changed_data(option: str) -> SpecError:
+    """Return the error for data of a task that changed after the study was created."""
+    expected = "the content of the time when the study was created"
+    return SpecError(f"task.{option}", "changed content", expected, detail="Restore it, or make a new study.")
+
+
 def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
     """Return the metrics as numbers, the compared metric first."""
     named = {task.metric or "score": returned} if _number(returned) is not None else returned
-    shape = "expected a number, or a mapping of metric to number such as {'test accuracy': 0.9}"
+    expected = "a number, or a mapping of metric to number such as {'test accuracy': 0.9}"
     if not isinstance(named, Mapping) or not named:
-        raise SpecError(f"{task.function}: got {type(returned).__name__} {short_repr(returned)}; {shape}")
+        raise SpecError(task.function, typed_repr(returned), expected)
     numbers = {}
     for name, value in named.items():
         number = _number(value)
         if number is None or not isinstance(name, str):
-            raise SpecError(f"{task.function}: got {short_repr(value)} for {short_repr(name)}; {shape}")
+            raise SpecError(task.function, f"{short_repr(value)} for {short_repr(name)}", expected)
         numbers[name] = number
     if task.metric is not None and task.metric not in numbers:
-        near = did_you_mean(task.metric, numbers)
-        raise SpecError(f"{task.function}: got metrics {', '.join(numbers)}; expected {task.metric!r} among them{near}")
+        got, expected = f"metrics {', '.join(numbers)}", f"{task.metric!r} among them"
+        raise SpecError(task.function, got, expected, nearest(task.metric, numbers))
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise Diverged(f"the returned {name} is {number}")
@@ -221,10 +225,8 @@ def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapp
             done = TrialFolder(Folder(other.parent)).result(whole=False)
             theirs = done["metrics"].get("test") if done else None
             if theirs and task.metric is None and next(iter(theirs)) != mine:
-                raise SpecError(
-                    f"{task.function}: got {mine!r} as its first metric; expected {next(iter(theirs))!r}, as in trial "
-                    f"{other.parent.name}"
-                )
+                expected = f"{next(iter(theirs))!r}, as in trial {other.parent.name}"
+                raise SpecError(task.function, f"{mine!r} as its first metric", expected)
 
 
 def _number(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.ablation.execution.function import Diverged, OnStep, run_function
+from atn_norms.ablation.execution.function import Diverged, OnStep, changed_data, run_function
 from atn_norms.ablation.grid import optimizers
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.plan import VERSION
@@ -50,17 +50,16 @@ class Trainer:
 
     def __init__(self, trial: dict[str, Any]) -> None:
         if trial["version"] != VERSION:
-            raise SpecError(
-                f"version: got {trial['version']}; expected {VERSION}, since this program cannot train others"
-            )
+            expected = f"{VERSION}, since this program cannot train others"
+            raise SpecError("version", str(trial["version"]), expected)
         self.train, seed = trial["train"], trial["seed"]
         spec = TASK.validate_python(trial["task"])
         for option, content in trial["data"].items():
             if spec.data()[option] != content:
-                raise SpecError(f"task.{option}: its content has changed since the study was made; make a new study")
+                raise changed_data(option)
         layer_spec = LayerSpec.model_validate(trial["model"])
         if changes := describe_changes(trial.get("plugins", {}), plugin_sources(layer_spec, spec)):
-            raise SpecError(f"plugins: {changes}; {CURE}")
+            raise SpecError("plugins", detail=f"{changes}. {CURE}")
         torch.set_num_threads(self.train["threads"])
         self.task = spec.build(seed)
         torch.set_rng_state(generator(seed, "weights").get_state())

@@ -58,7 +58,7 @@ def attempt(folder: TrialFolder, wanted: dict[str, str], on_step: Callable[[int]
             raise StoreError(f"{folder.path}: got no folder; expected the study's folder, which workers must share")
         here = versions()
         if missing := differences(wanted, here):
-            raise SpecError(f"this worker has {missing}; install the same versions everywhere")
+            raise SpecError("worker", missing, "the versions of the computer that submits the trials")
         run_trial(folder, step, here)
     except Busy as error:
         return {"busy": str(error)}

@@ -20,7 +20,8 @@ from pydantic import AfterValidator, Field
 
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
-from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file
+from atn_norms.errors import Problem as SpecProblem
+from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
 from atn_norms.options import Options
 
 KIND = "python"
@@ -149,17 +150,17 @@ def load_function(task: FunctionSpec) -> Callable[..., Any]:
     except Exception as error:
         frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
         line = f":{frames[-1].lineno}" if frames else ""
-        raise SpecError(f"{file}{line}: cannot be loaded: {type(error).__name__}: {error}") from error
+        got = f"{type(error).__name__}: {error}"
+        raise SpecError(position=f"{file}{line}", got=got, expected="a file that Python can load") from error
     except SystemExit as error:
-        raise SpecError(
-            f"{file}: called sys.exit({error.code}) while it was loaded; guard that with __main__"
-        ) from None
+        got, cure = f"a call of sys.exit({error.code})", "Guard the call with __main__."
+        raise SpecError(position=str(file), got=got, expected="a file that Python can load", detail=cure) from None
     finally:
         _loading = False
     function = module.get(task.function)
     if not callable(function):
         names = [name for name, value in module.items() if inspect.isfunction(value)]
-        raise SpecError(f"{file}: got no function {task.function!r}{did_you_mean(task.function, names)}")
+        raise SpecError.of([replace(unknown("function", task.function, names), position=str(file))])
     return function
 
 
@@ -170,19 +171,18 @@ def task_of(function: Callable[..., Any]) -> dict[str, Any]:
     """
     name = getattr(function, "__qualname__", type(function).__name__)
     if not inspect.isfunction(function) or "<" in name or "." in name:
-        raise SpecError(f"function: got {name}; expected a function defined by def at the top level of a file")
+        raise SpecError("function", name, "a function defined by def at the top level of a file")
     file = inspect.getsourcefile(function)
     if file is None or not Path(file).is_file():
-        raise SpecError(
-            f"function: got {name}, defined at a prompt or in a notebook; expected one in a file, which worker "
-            "processes can load. In a notebook, write its cell to a file with %%writefile"
-        )
+        got = f"{name}, defined at a prompt or in a notebook"
+        expected = "a function in a file, which worker processes can load"
+        raise SpecError("function", got, expected, detail="In a notebook, write its cell to a file with %%writefile")
     return {"kind": KIND, "file": file, "function": name}
 
 
 def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
     """Raise `SpecError` where the code or the files of a study's functions have changed since it was created."""
-    changes: dict[str, None] = {}
+    changes: dict[tuple[str, str], None] = {}
     here: dict[str, dict[str, str]] = {}
     for trial in trials:
         if is_function(trial["task"]):
@@ -190,10 +190,11 @@ def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) 
             data = here.setdefault(repr((task.file, task.files)), task.data())
             for option, content in trial["data"].items():
                 if data[option] != content:
-                    what = task.file if option == "file" else ", ".join(task.files)
-                    changes[f"task.{option}: {what} has changed since the study was made"] = None
-    if changes:
-        raise SpecError(f"{folder}: {'; '.join(changes)}; put it back, or make a new study in another folder")
+                    changes[(option, task.file if option == "file" else ", ".join(task.files))] = None
+    expected, cure = "the content of the time when the study was created", "Restore it, or make a new study."
+    problems = [SpecProblem(("task", option), f"changed {name}", expected, detail=cure) for option, name in changes]
+    if problems:
+        raise SpecError.of(replace(problem, position=str(folder)) for problem in problems)
 
 
 class AlreadyStarted(BaseException):

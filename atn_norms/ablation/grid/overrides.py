@@ -38,8 +38,12 @@ def setting(assignment: str) -> Setting:
     name = name.strip()
     path = _path(name)
     if not (equals and all(step != "" for step in path)):
-        raise SpecError(f"--set {brief(assignment)}: got no path=value; expected path=value, such as train.steps=100")
+        raise _error(assignment, "no path=value", "path=value, such as train.steps=100")
     return Setting(name, path, yaml_value(text, f"--set {name}: not a YAML value"))
+
+
+def _error(name: str, got: str, expected: str, near: str | None = None, detail: str = "") -> SpecError:
+    return SpecError((f"--set {brief(name)}",), got, expected, near, detail=detail)
 
 
 def _path(name: str) -> Path:
@@ -110,8 +114,8 @@ def _refuse_overruled(data: dict[str, Any], settings: Sequence[Setting]) -> None
             common = min(len(place), len(path))
             if place[:common] == path[:common] and any(_holds(value, path[common:]) for value in values):
                 source = f"the axis {axis}" if section == "axes" else f"tune.{axis}"
-                use = f"use --set '{section}.{axis}=[...]'"
-                raise SpecError(f"--set {each.name}: got an option that {source} sets; {use}")
+                cure = f"Use --set '{section}.{axis}=[...]'"
+                raise _error(each.name, f"an option that {source} sets", "another option", detail=cure)
 
 
 def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:
@@ -138,23 +142,23 @@ def _assign(data: Any, given: Setting) -> None:
         step: Any = each
         if isinstance(data, list):
             if not isinstance(step, int) or step >= len(data):
-                got = f"got index {short_repr(step)} of {inside}; expected an index below {len(data)}"
-                raise SpecError(f"--set {given.name}: {got}")
+                got = f"index {short_repr(step)} of {inside}"
+                raise _error(given.name, got, f"an index below {len(data)}")
         elif isinstance(data, dict):
             step = str(step)
         else:
-            got = f"got {short_repr(step)} of {inside}, which is {short_repr(data)}; expected a mapping or a list there"
-            raise SpecError(f"--set {given.name}: {got}")
+            got = f"{short_repr(step)} of {inside}, which is {short_repr(data)}"
+            raise _error(given.name, got, "a mapping or a list there")
         if depth == len(given.path) - 1:
             data[step] = given.value
             return
         inner = data[step] if isinstance(data, list) else data.get(step)
         if inner is None and isinstance(given.path[depth + 1], int):
-            got = f"got an index; expected the whole list, since the file has no {dotted(given.path[: depth + 1])}"
             if step == "tasks" and "task" in data:
-                near = f"did you mean {dotted(('task', *given.path[2:]))!r}?"
-                got = f"got an index; expected none, since the file has one task; {near}"
-            raise SpecError(f"--set {given.name}: {got}")
+                near = dotted(("task", *given.path[2:]))
+                raise _error(given.name, "an index", "none, since the file has one task", near)
+            expected = f"the whole list, since the file has no {dotted(given.path[: depth + 1])}"
+            raise _error(given.name, "an index", expected)
         if inner is None or inner == "none":
             data[step] = {}
         elif isinstance(inner, str):

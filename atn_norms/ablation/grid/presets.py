@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from importlib import resources
 
-from atn_norms.errors import SpecError, did_you_mean, short_repr
+from atn_norms.errors import SpecError, unknown
 
 DEFAULT = "quick"
 
@@ -43,8 +44,6 @@ def text(name: str) -> str:
     """Return the file of a ready-made study, as YAML text with comments; `SpecError` for an unknown name."""
     known = names()
     if name not in known:
-        raise SpecError(
-            f"got unknown study {short_repr(name)}; expected a file or one of {', '.join(known)}"
-            f"{did_you_mean(name, known)}"
-        )
+        problem = unknown("study", name, known)
+        raise SpecError.of([replace(problem, expected=f"a file or {problem.expected}")])
     return (resources.files("atn_norms.ablation.grid") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")

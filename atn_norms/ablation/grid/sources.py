@@ -19,7 +19,7 @@ OWN = "atn-norms"  # the distribution of the built-in kinds: the version of a tr
 UNKNOWN = "unknown"  # replaces the hash of a kind that no file defines, such as one of a notebook
 COMPILED = {".pyc", ".pyo", ".so", ".pyd", ".dylib"}  # made from sources, and different from machine to machine
 DIGITS = 16
-CURE = "install what the study was made with, or make a new study"
+CURE = "Install the versions of the study, or make a new study."
 
 Sources = dict[str, dict[str, str]]  # distribution -> {"version": ..., "source": ...}
 
@@ -41,7 +41,7 @@ def hash_files(path: Path) -> str:
         try:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
-            raise SpecError(f"{file}: cannot be read: {error.strerror}") from error
+            raise SpecError(position=str(file), got=str(error.strerror), expected="a readable file") from error
         name = "" if file == path else file.relative_to(path).as_posix()
         total.update(f"{name}\0{content}\n".encode())
     return total.hexdigest()[:DIGITS]
@@ -57,7 +57,7 @@ def hash_source(thing: Callable[..., Any] | type) -> str:
     >>> hash_source(len)
     Traceback (most recent call last):
     ...
-    atn_norms.errors.SpecError: len: got a builtin_function_or_method without source; expected one defined in a file
+    atn_norms.errors.SpecError: len: got a builtin_function_or_method without source; expected a function or class ...
     """
     try:
         file = inspect.getsourcefile(thing)
@@ -66,9 +66,8 @@ def hash_source(thing: Callable[..., Any] | type) -> str:
         return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()[:DIGITS]
     except (TypeError, OSError):
         name = getattr(thing, "__qualname__", short_repr(thing))
-        raise SpecError(
-            f"{name}: got a {type(thing).__name__} without source; expected one defined in a file"
-        ) from None
+        got, expected = f"a {type(thing).__name__} without source", "a function or class defined in a file"
+        raise SpecError(name, got, expected) from None
 
 
 def plugin_sources(*specs: Any) -> Sources:
@@ -118,7 +117,7 @@ def refuse_changed_plugins(folder: Path, trials: Iterable[Mapping[str, Any]]) ->
         describe_changes(plugins, {name: here[name] for name in plugins if name in here}) for plugins in recorded
     }
     if text := "; ".join(sorted(filter(None, changes))):
-        raise SpecError(f"{folder}: plugins: {text}; {CURE}")
+        raise SpecError("plugins", position=str(folder), detail=f"{text}. {CURE}")
 
 
 def _change(name: str, recorded: Mapping[str, str] | None, here: Mapping[str, str] | None) -> str:

@@ -11,7 +11,7 @@ from atn_norms.ablation.report.tables import Table, table
 from atn_norms.ablation.store.files import Folder
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.drawing import import_matplotlib
-from atn_norms.errors import SpecError, did_you_mean, short_repr
+from atn_norms.errors import SpecError, unknown
 
 __all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "table", "write"]
 
@@ -46,8 +46,7 @@ def write(
 
     for each in formats:
         if each not in FORMATS:
-            near = did_you_mean(each, FORMATS)
-            raise SpecError(f"formats: got {short_repr(each)}; expected {', '.join(FORMATS)}{near}")
+            raise SpecError.of([unknown("format", each, FORMATS, path=("formats",))])
     found = record if isinstance(record, Findings) else findings(record, reach)
     sections = html.sections(found)
     content: dict[str, bytes] = {"report.html": html.page(found, sections, formats).encode()}

@@ -25,6 +25,7 @@ from atn_norms.errors import SpecError, beside
 if TYPE_CHECKING:
     from atn_norms.ablation.grid.plan import Plan
 
+ELSEWHERE = "Choose another folder."
 RESOLVED = "study.resolved.json"
 MOST_BYTES = 2**28  # of the resolved study: 256 MiB
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", LOCK}
@@ -86,7 +87,8 @@ class StudyFolder:
         try:
             return self.folder.read("study.yaml").decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise SpecError(f"{self.path / 'study.yaml'}: not UTF-8 text ({error.reason})") from error
+            got, file = f"bytes that are not UTF-8 ({error.reason})", str(self.path / "study.yaml")
+            raise SpecError(position=file, got=got, expected="UTF-8 text") from error
 
     def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
         """Create a study, or find it there already (then False); a folder of anything else is refused.
@@ -96,9 +98,9 @@ class StudyFolder:
         with named("read", self.path):
             if self.path.is_symlink() and not self.path.exists():
                 link = f"a symbolic link to {self.path.readlink()}, which does not exist"
-                raise SpecError(f"{self.path}: got {link}; expected a folder")
+                raise self._unusable(link, "a folder")
             if self.path.exists() and not self.path.is_dir():
-                raise SpecError(f"{self.path} is a file, and the study needs a folder")
+                raise self._unusable("a file", "a folder")
         if self.path.exists() and not self.folder.has(RESOLVED):
             self._require_empty_or_study()  # before the lock, so that a refusal leaves none behind
         with self._all_or_nothing() as made:
@@ -156,24 +158,20 @@ class StudyFolder:
             return
         mine, theirs = {trial.id for trial in plan.trials}, {trial["id"] for trial in there["trials"]}
         if mine < theirs:
-            raise SpecError(
-                f"{self.path} has grown beyond this study: it holds all its {len(mine)} trials and {lacking} more; "
-                f"atn-norms resume {self.path} continues with all of them, or choose another folder"
-            )
+            got = f"a study with all {len(mine)} trials of this study and {lacking} more"
+            cure = f"To resume all of them: atn-norms resume {self.path}. Or choose another folder."
+            raise self._unusable(got, "this study", cure)
         if changes := plan.changed_plugins(there):
-            raise SpecError(
-                f"{self.path} holds this study with other plugins: {changes}; install what it was made with, or "
-                "choose another folder"
-            )
+            cure = "Install the versions of the study, or choose another folder."
+            raise self._unusable(f"this study with other plugins ({changes})", "this study", cure)
         if changes := plan.changed_data(there):
-            raise SpecError(
-                f"{self.path} holds this study with other data or code: {changes}, so it is another study; "
-                "choose another folder for it"
-            )
-        raise SpecError(
-            f"{self.path} holds another study ({there['name']!r}, key {there['key']}), of which this one "
-            f"({plan.name!r}, key {plan.key}) lacks {lacking} trials; choose another folder"
-        )
+            got = f"this study with other data or code ({changes}), which makes it another study"
+            raise self._unusable(got, "this study", ELSEWHERE)
+        got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
+        raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", ELSEWHERE)
+
+    def _unusable(self, got: str, expected: str, cure: str = "") -> SpecError:
+        return SpecError(position=str(self.path), got=got, expected=expected, detail=cure)
 
     def restore(self, resolved: dict[str, Any]) -> None:
         """Restore what a kill left incomplete: lost trials, and what finished ones no longer need.
@@ -195,8 +193,7 @@ class StudyFolder:
         ours = OURS if self.folder.has("trials") else OURS - {"study.yaml"}
         others = [name for name in self.folder.names() if name not in ours and not name.endswith(".tmp")]
         if others:
-            holds = f"it holds {others[0]!r}"
-            raise SpecError(f"{self.path} is not empty and not a study's folder ({holds}); choose another")
+            raise self._unusable(f"a folder with {others[0]!r}", "an empty folder, or the folder of a study", ELSEWHERE)
 
     def load(self, resolved: dict[str, Any] | None = None, curves: bool = True) -> StudyRecord:
         """Read everything; `StoreError` names a file that is damaged.

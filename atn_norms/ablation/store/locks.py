@@ -35,7 +35,7 @@ def _seconds(variable: str, default: float) -> float:
     with suppress(ValueError):
         if not text or 0 < float(text) < float("inf"):
             return float(text or default)
-    raise SpecError(f"{variable}: got {short_repr(text)}; expected a number of seconds above 0")
+    raise SpecError(variable, short_repr(text), "a number of seconds above 0")
 
 
 SILENCE = _seconds("ATN_NORMS_SILENCE", 120.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atn_norms.errors import SpecError, did_you_mean
+from atn_norms.errors import SpecError, nearest, one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,8 +121,8 @@ class TrialRecord:
         folder = None if self.folder is None else Folder(self.folder.parents[1], *self.folder.parts[-2:])
         if folder is None or not folder.has(MODEL):
             kept = self.trial.get("train", {}).get("keep_model")
-            why = "train.keep_model is none" if kept == "none" else f"the trial is {self.status}"
-            raise SpecError(f"{path}: no model was saved ({why})")
+            why = "train.keep_model is none" if kept == "none" else f"The trial is {self.status}"
+            raise SpecError(position=str(path), got="no model", expected="a saved model", detail=f"{why}.")
         content = folder.read(MODEL, most_bytes())
         return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._fresh)
 
@@ -169,19 +169,17 @@ class StudyRecord:
         for name, value in wanted.items():
             known = {"task": list(self.tasks), "seed": sorted({str(t.seed) for t in self.trials})} | self.axes
             if name not in known:
-                raise SpecError(f"{name}: got an unknown axis; expected {', '.join(known)}{did_you_mean(name, known)}")
+                raise SpecError((name,), "an unknown axis", one_of(known), nearest(name, known))
             if value not in known[name]:
-                near = did_you_mean(value, known[name])
-                raise SpecError(f"{name}: got {value}; expected {', '.join(known[name])}{near}")
+                raise SpecError((name,), value, one_of(known[name]), nearest(value, known[name]))
         found = [trial for trial in self.trials if trial.status == "done" and _fits(trial, wanted)]
         tasks = list(dict.fromkeys(trial.points[0]["task"] for trial in found))
         if len(tasks) > 1:
-            raise SpecError(
-                f"task: got {len(tasks)} tasks, whose scores do not compare; expected one: {', '.join(tasks)}"
-            )
+            got, expected = f"{len(tasks)} tasks, whose scores do not compare", one_of(tasks)
+            raise SpecError("task", got, expected)
         if not found:
             description = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any label"
-            raise SpecError(f"study {self.name!r}: got no finished trial with {description}; expected at least one")
+            raise SpecError((f"study {self.name!r}",), f"no finished trial with {description}", "at least one")
         facts = self.tasks[tasks[0]]
         return (min if facts.goal == "min" else max)(found, key=lambda trial: _selection(trial, facts))
 
