@@ -40,7 +40,7 @@ class Hooks:
 
     @hookspec
     def atn_norms_register(self, registry: Registry) -> None:
-        """Register kinds: `registry.normalizer(Spec)`, and `.window`, `.cell`, `.task` alike."""
+        """Register kinds with `registry.normalizer(Spec)`, `.window`, `.cell` and `.task`."""
 
 
 class BuiltIn:
@@ -81,9 +81,15 @@ class PluginError(Exception):
 class PluginRecord:
     """Result of loading one plugin.
 
-    Symbols: `name` of its entry point; `status` `"loaded"`, `"blocked"` or `"failed"`; `reason` why it is not
-    loaded, or the fault of a loaded plugin; `kinds` what it registered, as `family:kind`; `traceback` of a
-    failure; `seconds` its loading took; `disputed` its kinds that other plugins also register.
+    | attribute | meaning |
+    |---|---|
+    | `name` | name of the entry point |
+    | `status` | `"loaded"`, `"blocked"` or `"failed"` |
+    | `reason` | reason why the plugin is not loaded, or the fault of a loaded plugin |
+    | `kinds` | registered kinds, as `family:kind` |
+    | `traceback` | traceback of a failure |
+    | `seconds` | time of loading |
+    | `disputed` | kinds that other plugins register too |
     """
 
     name: str
@@ -124,7 +130,7 @@ def report(strict: bool = False) -> tuple[PluginRecord, ...]:
 def examined(records: tuple[PluginRecord, ...], into: Registry) -> tuple[PluginRecord, ...]:
     """Return the records of a `load`, with disputed kinds added to the reasons.
 
-    Disputes are known after all plugins are loaded, and end when one of the kinds is removed.
+    A dispute is known after all plugins are loaded, and ends when one of the kinds is removed.
     """
     disputes = {
         f"{family}:{kind}": disputed(family, kind, entries)
@@ -155,19 +161,19 @@ def load(into: Registry) -> tuple[PluginRecord, ...]:
     with into.transaction(own) as claimed:
         _register(BuiltIn, own, into)
     records = [replace(_loaded(own, claimed), seconds=_since(began))]
-    found = list(_discover())
-    for source, point in found:
+    entry_points = list(_discover())
+    for source, point in entry_points:
         reason = _blocked(source.plugin)
         if reason:
             record = PluginRecord(source.plugin, source.distribution, source.version, "blocked", reason)
         else:
             record = _guarded(source, point, into)
         records.append(record)
-    return (*records, *_unknown_names({source.plugin for source, _ in found}))
+    return (*records, *_unknown_names({source.plugin for source, _ in entry_points}))
 
 
 def _discover() -> Iterator[tuple[Source, Any]]:
-    """Yield every entry point of the group with its source; where a distribution is damaged, an error in its place."""
+    """Yield every entry point of the group with its source; for a damaged distribution, yield an error instead."""
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         folder = str(getattr(distribution, "_path", "a nameless distribution"))
@@ -189,7 +195,7 @@ def _discover() -> Iterator[tuple[Source, Any]]:
 
 
 def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, PluginError | None]:
-    """Return a distribution's name and version, and the error where one is missing or another atn-norms is required."""
+    """Return name and version of a distribution, and an error if one is missing or another atn-norms is required."""
     try:
         # Read from the file: `distribution.metadata` treats missing fields differently between Pythons,
         # and where the backport of importlib.metadata is loaded, all distributions are the backport's.
@@ -208,7 +214,7 @@ def _named(distribution: importlib.metadata.Distribution) -> tuple[str, str, Plu
 
 
 def _version_refused(requirements: list[str]) -> PluginError | None:
-    """Return the error where a distribution requires another version of this package.
+    """Return an error if a distribution requires another version of this package.
 
     The installation checked it, but either package may have changed since.
     """
@@ -216,9 +222,9 @@ def _version_refused(requirements: list[str]) -> PluginError | None:
     from packaging.utils import canonicalize_name
 
     for requirement in map(Requirement, requirements):
-        ours = canonicalize_name(requirement.name) == OWN
-        ours = ours and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
-        if ours and not requirement.specifier.contains(__version__, prereleases=True):
+        applies = canonicalize_name(requirement.name) == OWN
+        applies = applies and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+        if applies and not requirement.specifier.contains(__version__, prereleases=True):
             wanted = f"is written for {OWN}{requirement.specifier}, and this is {__version__}"
             return PluginError(f"{wanted}; install versions of the two that go together")
     return None
@@ -261,7 +267,7 @@ def _since(began: float) -> float:
 
 @contextmanager
 def _watched(source: Source) -> Iterator[None]:
-    """Name a plugin that is still loading after a while, so that one that hangs can be found and blocked."""
+    """Log the name of a plugin that is still loading after `SLOW` seconds, so that users can block it."""
     message = "plugin %r of %s is still loading after %g s; %s=%s leaves it out"
     timer = threading.Timer(SLOW, log.warning, (message, source.plugin, source, SLOW, DISABLE, source.plugin))
     timer.daemon = True
@@ -288,7 +294,7 @@ def _register(plugin: Any, source: Source, into: Registry) -> None:
 
 
 def _refuse_indescribable(claimed: dict[str, type[Options]]) -> None:
-    """Refuse options without a JSON schema, or that JSON cannot hold: lists of kinds or every trial would fail."""
+    """Reject options without a JSON schema or without a JSON form: `list` or every trial would fail."""
     for kind, spec in claimed.items():
         try:
             spec.model_json_schema()
@@ -321,7 +327,7 @@ def _refuse_misspelt(plugin: Any) -> None:
 
 
 def _is_own_function(function: Any, plugin: Any) -> bool:
-    # What a module merely imports may have any name; what it defines under our prefix was meant as a hook.
+    # An imported function may have any name; a function that the module defines under our prefix is meant as a hook.
     owner = plugin.__name__ if inspect.ismodule(plugin) else getattr(plugin, "__module__", None)
     return inspect.isroutine(function) and getattr(function, "__module__", None) == owner
 
@@ -338,15 +344,15 @@ def _names(variable: str) -> list[str] | None:
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
 
 
-def _unknown_names(found: set[str]) -> Iterator[PluginRecord]:
+def _unknown_names(installed: set[str]) -> Iterator[PluginRecord]:
     for variable in (DISABLE, LOAD):
         for name in _names(variable) or ():
             if name == BUILT_IN and variable == DISABLE:
                 reason = f"named in {variable}, but the kinds of atn-norms itself cannot be blocked"
                 log.warning("plugin %r: %s", name, reason)
                 yield PluginRecord(name, "", "", "failed", reason)
-            elif name not in found and name != BUILT_IN:
-                reason = f"named in {variable}, but no plugin of this name is installed{did_you_mean(name, found)}"
+            elif name not in installed and name != BUILT_IN:
+                reason = f"named in {variable}, but no plugin of this name is installed{did_you_mean(name, installed)}"
                 log.warning("plugin %r: %s", name, reason)
                 yield PluginRecord(name, "", "", "failed", reason)
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Where = Callable[[tuple[Any, ...]], str]
 LARGEST = 1_000_000  # bytes of a file
 Model = TypeVar("Model", bound=BaseModel)
-LARGEST = 1_000_000  # bytes of a file
 
 
 def build(
@@ -70,7 +69,7 @@ def build(
     spec = validate(LayerSpec, data, where)
     try:
         return spec.build(device=device, dtype=dtype)
-    except ValueError as error:  # found only while building, such as a size too large
+    except ValueError as error:  # a fault that validation does not detect, such as a size too large
         problems = error.problems if isinstance(error, SpecError) else [Problem(detail=str(error))]
         raise SpecError.of(replace(problem, position=os.fspath(source)) for problem in problems) from error
 
@@ -90,7 +89,7 @@ def validate(model_class: type[Model], data: Any, where: Where | None = None) ->
     try:
         return model_class.model_validate(data)
     except ValidationError as error:
-        raise to_spec_error(error, where, data) from None  # pydantic's own text would repeat it
+        raise to_spec_error(error, where, data) from None  # the text of pydantic's error would repeat the message
 
 
 def _refuse_impossible(data: Any, where: Where | None) -> None:
@@ -101,21 +100,21 @@ def _refuse_impossible(data: Any, where: Where | None) -> None:
 
 
 def _impossible(data: Any) -> Problem | None:
-    """Find the first value that no option can have; None where there is none."""
-    waiting: list[tuple[tuple[Any, ...], Any]] = [((), data)]
+    """Return a problem for the first value that no option can have, or None."""
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), data)]
     count = 0
-    while waiting:
-        path, value = waiting.pop()
+    while stack:
+        path, value = stack.pop()
         count += len(value) if isinstance(value, Mapping | list | tuple) else 0
         if count > MOST_VALUES:
             return Problem((), f"more than {MOST_VALUES} values", f"at most {MOST_VALUES}")
         if len(path) > DEEPEST:
             return Problem(path[:DEEPEST], "a value nested too deeply", f"at most {DEEPEST} levels")
         if isinstance(value, Mapping):
-            waiting += [((*path, key), each) for key, each in reversed(list(value.items()))]
-            waiting += [(path, key) for key in value if isinstance(key, str)]
+            stack += [((*path, key), each) for key, each in reversed(list(value.items()))]
+            stack += [(path, key) for key in value if isinstance(key, str)]
         elif isinstance(value, list | tuple):
-            waiting += [((*path, index), each) for index, each in reversed(list(enumerate(value)))]
+            stack += [((*path, index), each) for index, each in reversed(list(enumerate(value)))]
         elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
             return Problem(path, f"an integer of more than {MOST_DIGITS} digits", f"at most {MOST_DIGITS} digits")
         elif isinstance(value, str) and not _is_unicode(value):
@@ -140,12 +139,12 @@ def schema(model_class: type[BaseModel]) -> dict[str, Any]:
     >>> schema(Blur)["properties"]
     {'size': {'title': 'Size', 'type': 'integer'}}
     """
-    described = _without_examples(model_class.model_json_schema())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **described}
+    content = _without_examples(model_class.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **content}
 
 
 def _without_examples(schema: Any) -> Any:
-    """Remove from every description the examples at the end of a docstring: editors show descriptions unchanged."""
+    """Remove the examples at the end of every description: editors show descriptions unchanged."""
     if isinstance(schema, list):
         return [_without_examples(each) for each in schema]
     if not isinstance(schema, dict):
@@ -159,11 +158,10 @@ def _without_examples(schema: Any) -> Any:
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
     """Read a YAML, JSON or TOML file; return its mapping, and a function from a path in it to `file:line:column`.
 
-    The place is that of the key or the item. The place of a missing key is that of the mapping that should have it. For
-    TOML it is the file's name.
+    The position is that of the key or the item; for a missing key, that of its mapping. For TOML it is the file's name.
 
     Errors: `SpecError` for a file that is not regular or has more than 1,000,000 bytes, for duplicate keys, numbers
-    that are too large, JSON numbers that are not finite, more than 100 levels, and where the top level is no mapping.
+    that are too large, JSON numbers that are not finite, more than 100 levels, and a top level that is no mapping.
     """
     file = Path(path)
     reader = _reader(file)
@@ -171,7 +169,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Where]:
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
-    """Read a text as `read` reads a file with this name.
+    """Parse a text as `read` parses the content of a file with this name.
 
     >>> parse("norm: {kind: layer}", "example.yaml")[0]
     {'norm': {'kind': 'layer'}}
@@ -180,7 +178,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Where]:
 
 
 def value(text: str, place: str) -> Any:
-    """Read a text as one YAML value, with the checks of `read`; errors start with `place`.
+    """Parse a text as one YAML value, with the checks of `read`; errors start with `place`.
 
     >>> value("[none, layer]", "--set axes.norm")
     ['none', 'layer']
@@ -252,7 +250,7 @@ def _text(file: Path) -> str:
         raise SpecError(position=str(file), got="no such file", expected="a file", nearest=near) from None
     except OSError as error:
         raise SpecError(position=str(file), got=str(error.strerror), expected="a readable file") from None
-    except ValueError as error:  # the system's names hold no zero character
+    except ValueError as error:  # a name with a zero character, which no file can have
         raise SpecError(
             position=short_repr(str(file)), got=str(error), expected="a name that a file can have"
         ) from None

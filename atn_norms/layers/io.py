@@ -148,7 +148,7 @@ def _serialized(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     try:
         from safetensors.torch import save as serialize
     except ModuleNotFoundError as error:
-        raise not_installed(str(error.name), "export") from error
+        raise not_installed("safetensors", "export") from error
     return serialize(tensors, metadata)
 
 
@@ -173,7 +173,7 @@ def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor
         from safetensors import SafetensorError
         from safetensors.torch import load as deserialize
     except ModuleNotFoundError as error:
-        raise not_installed(str(error.name), "export") from error
+        raise not_installed("safetensors", "export") from error
     try:
         tensors = deserialize(content)
     except (SafetensorError, ValueError) as error:

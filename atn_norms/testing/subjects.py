@@ -35,21 +35,21 @@ def noise(seed: int, *shape: int) -> Tensor:
 
 
 def stirred(module: nn.Module, seed: int) -> nn.Module:
-    """Perturb every parameter, so that a gain of 1 and a shift of 0 hide no error."""
+    """Perturb every parameter, so that a gain of 1 or a shift of 0 cannot hide an error."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             if parameter.is_floating_point():
-                away = 0.3 * noise(seed + 1000 + number, *parameter.shape).clamp(-2, 2)
-                parameter.add_(away.to(parameter.dtype))
+                change = 0.3 * noise(seed + 1000 + number, *parameter.shape).clamp(-2, 2)
+                parameter.add_(change.to(parameter.dtype))
     return module
 
 
 def importable(kind: type) -> bool:
     """Return True if pickle can find a class again by its module and name."""
-    found: Any = sys.modules.get(kind.__module__)
+    value: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is kind
+        value = getattr(value, name, None)
+    return value is kind
 
 
 class Subject:

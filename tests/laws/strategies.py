@@ -217,12 +217,12 @@ def textbook(
     lengths: Tensor | None = None,
     suffix: str = "_l0",
     groups: int = 1,
-    kept: dict[str, oracle.Site | None] | None = None,
+    sites_out: dict[str, oracle.Site | None] | None = None,
     **placement: Any,
 ):
     """Return the oracle's outputs and final states for one layer and direction, with the parameters of the layer.
 
-    `kept` receives the sites with all their pooled statistics.
+    `sites_out` receives the sites with all their pooled statistics.
     """
     parts: dict[str, Any] = {
         name: getattr(layer, name + suffix, None)
@@ -241,8 +241,8 @@ def textbook(
         )
         hx = hx if case.cell == "LSTM" else hx[0]
     state = tuple(s[0] for s in hx) if case.cell == "LSTM" else (hx[0],)
-    if kept is not None:
-        kept.update({names[place]: found for place, found in sites.items()})
+    if sites_out is not None:
+        sites_out.update({names[place]: norm for place, norm in sites.items()})
     ys, state = oracle.unroll(STEPS[case.cell], parts, xs, state, sites, lengths, **placement)
     final = tuple(s[None] for s in state)
     return ys, final if case.cell == "LSTM" else final[0]

@@ -73,7 +73,7 @@ def test_every_site_of_a_layer_is_updated_once_a_call(case: LayerCase, ragged):
     layer, kept = case.layer(), {}
     limit = lengths(case) if ragged else torch.full((case.batch,), case.steps)
     layer.unroll(case.xs(), layer.initial(case.batch, case.hx(layer)), lengths=limit)
-    textbook(layer, case, case.xs(), case.hx(layer), limit, kept=kept)
+    textbook(layer, case, case.xs(), case.hx(layer), limit, sites_out=kept)
     for name, site in kept.items():
         compare(buffers(getattr(layer, f"norm_{name}_l0")), expected(site), tolerance=EXACT, what=name)
 

@@ -147,13 +147,12 @@ class Outcome:
 def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Any = None, retain: bool = False) -> Outcome:
     """Run the layer, and compute all gradients of a functional of all results."""
     xs = xs.detach().clone().requires_grad_()
-    given, opened = (None, []) if state is None else open_state(state)
-    ys, after = layer.unroll(xs, given, lengths)
-    ends = [leaf for leaf in (ys, *leaves(after)) if leaf.is_floating_point()]
-    loss = functional(ends)
-    wanted = [xs, *layer.parameters(), *opened]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=retain)
-    gradients = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+    start, opened = (None, []) if state is None else open_state(state)
+    ys, after = layer.unroll(xs, start, lengths)
+    loss = functional([leaf for leaf in (ys, *leaves(after)) if leaf.is_floating_point()])
+    sources = [xs, *layer.parameters(), *opened]
+    raw = torch.autograd.grad(loss, sources, allow_unused=True, create_graph=retain)
+    gradients = [torch.zeros_like(source) if g is None else g for g, source in zip(raw, sources, strict=True)]
     return Outcome(ys.detach(), [leaf.detach() for leaf in leaves(after)], gradients)
 
 
@@ -164,24 +163,25 @@ def functional(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def agree(found: Outcome, expected: Outcome, tolerance: float = EXACT) -> None:
+def agree(actual: Outcome, expected: Outcome, tolerance: float = EXACT) -> None:
     """Compare values and states by element, and gradients relative to the largest gradient."""
-    compare(found.ys, expected.ys, tolerance=tolerance, what="ys")
-    compare(found.state, expected.state, tolerance=tolerance, what="final state")
-    compare(found.gradients, expected.gradients, tolerance=tolerance, scale=level(*expected.gradients), what="gradient")
+    compare(actual.ys, expected.ys, tolerance=tolerance, what="ys")
+    compare(actual.state, expected.state, tolerance=tolerance, what="final state")
+    largest = level(*expected.gradients)
+    compare(actual.gradients, expected.gradients, tolerance=tolerance, scale=largest, what="gradient")
 
 
 def check(pair: Pair, tolerance: float = EXACT) -> None:
     """Check that native equals the reference in values, states and every gradient."""
-    given = pair.xs(), pair.state(), pair.lengths()
-    agree(outcome(pair.layer("native"), *given), outcome(pair.layer("reference"), *given), tolerance)
+    inputs = pair.xs(), pair.state(), pair.lengths()
+    agree(outcome(pair.layer("native"), *inputs), outcome(pair.layer("reference"), *inputs), tolerance)
 
 
 @st.composite
 def pairs(draw, **fixed: Any) -> Pair:
     """Draw any small case of any structure."""
     cell = draw(st.sampled_from(sorted(CELLS)))
-    both = draw(st.booleans()) if "before" not in fixed else False
+    bidirectional = draw(st.booleans()) if "before" not in fixed else False
     named = {
         "cell": cell,
         "norm": draw(st.sampled_from([name for name in NORMS if name != "c" or cell == "lstm"])),
@@ -193,13 +193,13 @@ def pairs(draw, **fixed: Any) -> Pair:
         "seed": draw(st.integers(0, 2**20)),
         "per_gate": draw(st.booleans()),
         "ragged": draw(st.booleans()),
-        "before": None if both else draw(st.sampled_from([None, 0, 1, 3, 6])),
+        "before": None if bidirectional else draw(st.sampled_from([None, 0, 1, 3, 6])),
     }
     options = {
         "num_layers": draw(st.integers(1, 2)),
         "batch_first": draw(st.booleans()),
         "bias": draw(st.booleans()),
-        "bidirectional": both,
+        "bidirectional": bidirectional,
     }
     fields: dict[str, Any] = named | {"options": options} | fixed
     return Pair(**fields)

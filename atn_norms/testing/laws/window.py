@@ -192,7 +192,7 @@ def a_spike_is_forgotten(subject: WindowSubject, case: Case) -> None:
     steps = subject.statistics(longer)
     weights = torch.ones(longer.steps, case.batch, dtype=torch.float64)
     spiked = type(steps)(*(torch.cat([torch.full_like(leaf[:1], SPIKE), leaf[1:]]) for leaf in steps))
-    for name, run in (("push", pushed), ("scan", lambda w, *rest: w.scan(*rest))):
+    for name, run in (("push", pushed), ("scan", lambda w, *arguments: w.scan(*arguments))):
         mine, theirs = (run(window, each, weights, subject.fresh(window, each))[0] for each in (spiked, steps))
         after = [leaf[reach:] for leaf in mine]
         compare(after, [leaf[reach:] for leaf in theirs], tolerance=1e-12, what=f"{name}, {reach} steps after a spike")
@@ -236,14 +236,14 @@ def no_gradient_reaches_the_past(subject: WindowSubject, case: Case) -> None:
     for leaf in steps:
         leaf.requires_grad_()
     probe = subject.statistics(case, seed=5)
-    for name, run in (("push", pushed), ("scan", lambda w, *rest: w.scan(*rest))):
+    for name, run in (("push", pushed), ("scan", lambda w, *arguments: w.scan(*arguments))):
         results, after = run(window, steps, weights, fresh)
         demand(not any(leaf.requires_grad for leaf in tree_leaves(after)), f"{name}: the returned state has a gradient")
         for t in range(case.steps):
             loss = torch.stack([(a[t] * b[t])[weights[t] > 0].sum() for a, b in zip(results, probe, strict=True)]).sum()
             demand(loss.requires_grad, f"{name}: the pooled statistic does not depend on its own step")
-            found = torch.autograd.grad(loss, list(steps), retain_graph=True, allow_unused=True)
-            gradients = [torch.zeros_like(a) if g is None else g for g, a in zip(found, steps, strict=True)]
+            raw = torch.autograd.grad(loss, list(steps), retain_graph=True, allow_unused=True)
+            gradients = [torch.zeros_like(a) if g is None else g for g, a in zip(raw, steps, strict=True)]
             others = [torch.cat([gradient[:t], gradient[t + 1 :]]) for gradient in gradients]
             nothing = [torch.zeros_like(each) for each in others]
             compare(others, nothing, tolerance=0, what=f"{name}, gradient by other steps")
