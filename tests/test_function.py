@@ -309,7 +309,7 @@ def test_changed_code_is_another_study(tmp_path):
     path = written(tmp_path, GOOD)
     folder = ablation.create(study(path), tmp_path / "study")
     path.write_text(path.read_text().replace("0.5", "0.6"))
-    with pytest.raises(SpecError, match=r"other data or code: task\.file \(.*mine\.py\) has changed"):
+    with pytest.raises(SpecError, match=r"other data or code \(task\.file \(.*mine\.py\) has changed\)"):
         ablation.create(study(path), folder)
     with pytest.raises(SpecError, match=r"task\.file: got changed .*mine\.py; expected the content of the time"):
         ablation.resume(folder, workers=0)

@@ -107,7 +107,7 @@ def test_a_generated_plugin_passes_the_linter(tmp_path, family, name):
         ([""], "NAME: got ''; expected up to 24"),
         (["none"], "NAME: got 'none'; expected "),
         ([LONG + "i"], "NAME: got 'abcdefghij-abcdefghij-abi'; expected up to 24"),
-        (["atn-norms-mine"], "NAME: got 'atn-norms-mine'; expected the kind's name, 'mine', without the prefix"),
+        (["atn-norms-mine"], "NAME: got 'atn-norms-mine'; expected the name of the kind, 'mine', without the prefix"),
         (["layer"], "NAME: got normalizer 'layer', which atn-norms has; expected a new name"),
         (["sliding", "--kind", "window"], "NAME: got window 'sliding', which atn-norms has; expected a new name"),
         (
