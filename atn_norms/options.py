@@ -136,6 +136,14 @@ class Options(BaseModel):
         return nearest(key, cls.model_fields)
 
 
+def option_schemas(spec: type[Options]) -> dict[str, Any]:
+    """Return the JSON schema of each option of a model, by name."""
+    schema = spec.model_json_schema()
+    if "$ref" in schema:  # a kind with an option of its family: pydantic puts the model among the definitions
+        schema = schema["$defs"][schema["$ref"].rpartition("/")[2]]
+    return schema["properties"]
+
+
 def changed_options(spec: Options) -> dict[str, Any]:
     """Return the options of a spec, without its kind, that differ from their defaults."""
     fields = type(spec).model_fields

@@ -191,7 +191,7 @@ BAD = [
         ["init", "quick", "study.yaml/other.yaml"],
         "study.yaml/other.schema.json: got Not a directory; expected a writable file",
     ),
-    (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml is a file"),
+    (["ablate", "study.yaml", "--out", "model.yaml"], "model.yaml: got a file; expected a folder"),
     (["ablate", "study.yaml", "--out", "."], "expected an empty folder, or the folder of a study"),
     (["ablate", "study.yaml", "--out", "/proc/nowhere"], "/proc/nowhere"),
 ]

@@ -13,6 +13,7 @@ import typer
 from atn_norms.commands.console import Json, Strict, at_home, print_json, print_table
 from atn_norms.commands.output import emit
 from atn_norms.errors import unknown
+from atn_norms.options import option_schemas
 
 if TYPE_CHECKING:
     from atn_norms.registry import Options
@@ -129,8 +130,7 @@ def _first_paragraph(described: type) -> str:
 
 def options(spec: type[Options]) -> dict[str, Any]:
     """Return the JSON schema and the default of each option of a kind."""
-    properties = spec.model_json_schema()["properties"]
-    return {name: option for name, option in properties.items() if name != "kind"}
+    return {name: option for name, option in option_schemas(spec).items() if name != "kind"}
 
 
 def _option(item: tuple[str, Any]) -> str:
