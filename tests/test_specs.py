@@ -1,5 +1,6 @@
 """Read files into mappings with positions, and mappings into layers; errors have a path and a position."""
 
+import ast
 import io
 import json
 import os
@@ -331,3 +332,14 @@ def test_the_schema_of_a_layer_shows_every_kind():
     text = json.dumps(specs.schema(an.LayerSpec))
     for kind in ("layer", "batch", "rms", "sliding", "cumulative", "exponential", "lstm", "gru", "rnn"):
         assert f'"{kind}"' in text
+
+
+def test_no_code_passes_a_whole_sentence_to_a_spec_error():
+    """An error has fields (`position`, `path`, `got`, `expected`), from which one function builds the text."""
+    sentences = []
+    for path in sorted((Path(__file__).parents[1] / "atn_norms").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "SpecError":
+                whole = len(node.args) == 1 and not node.keywords
+                sentences += [f"{path.name}:{node.lineno}"] if whole else []
+    assert sentences == []
