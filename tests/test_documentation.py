@@ -1,5 +1,6 @@
 """Compare the pages with the code: hooks, kinds, options, commands and public names; run the examples."""
 
+import csv
 import inspect
 import json
 import os
@@ -216,6 +217,18 @@ def test_the_verdicts_in_prose_are_those_of_the_reports():
         in readme
     )
     assert [each.both_trivial for each in decisions if each.verdict != "undecided"] == [True], "as the README states"
+
+
+def test_the_steps_to_learn_adding_in_prose_are_those_of_the_trials():
+    with (RESULTS / "adding" / "results.csv").open(encoding="utf-8") as file:
+        done = [line for line in csv.DictReader(file) if line["status"] == "done"]
+    plain, normed = (
+        [int(line["reached_at"]) for line in done if (line["norm"] == "none") == is_plain] for is_plain in (True, False)
+    )
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    assert f"below 0.02 between step {min(plain):,} and step {max(plain):,}, a normalized" in page
+    assert f"LSTM between step {min(normed):,} and step {max(normed):,}." in page
+    assert f"trials {len(done)} have finished" in page or len(done) == 50
 
 
 def test_the_figure_of_the_results_follows_from_the_reports(tmp_path):
