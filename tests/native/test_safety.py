@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -18,6 +22,7 @@ from tests.native.test_operators import Recorded
 
 pytestmark = needs_kernels
 HIDDEN = 3
+ROOT = Path(__file__).parents[2]
 DECLARATIONS: dict[str, tuple[Any, str]] = {
     "no groups": (lambda d, own: FeatureMoments(0, True, 1e-5, own, own), "FeatureMoments.groups: got 0"),
     "groups of a fraction": (lambda d, own: FeatureMoments(1.5, True, 1e-5, own, own), "FeatureMoments.groups: got"),  # type: ignore[arg-type]
@@ -88,6 +93,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "a decay above 1": {"steps": 0, "decay": 7.0},
     "no eps": {"eps": float("nan")},
     "an unknown norm": {"coupled": 9},
+    "groups that are no gates": {"groups": 3, "leaf": (3,), "coupled": 1},
     "an unknown site": {"site": "elsewhere"},
 }
 
@@ -193,3 +199,19 @@ def test_a_huge_number_of_threads_is_capped(monkeypatch: pytest.MonkeyPatch) -> 
     y = layer(x)[0]
     y.sum().backward()
     assert torch.equal(y, expected)
+
+
+def fuzzed(operator: str, count: int, **environment: str) -> str:
+    """Call a raw operator with damaged arguments in another process, and return what it prints."""
+    command = [sys.executable, "-m", "tests.native.fuzz", operator, "1", str(count)]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit code {done.returncode} after {done.stdout[-400:]} {done.stderr[-400:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(20_000, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("operator", ["recurrent", "recurrent_backward"])
+def test_damaged_arguments_of_a_raw_operator_raise(operator: str, count: int) -> None:
+    accepted = int(fuzzed(operator, count).split()[-3])
+    assert 0 < accepted < count / 2

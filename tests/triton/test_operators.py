@@ -7,6 +7,7 @@ from tests.compare import compare
 from tests.laws.strategies import leaves, level
 from tests.native.strategies import EXACT, Pair, agree, functional
 from tests.native.test_operators import Recorded, poisoned
+from tests.native.test_safety import fuzzed
 from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
@@ -119,3 +120,11 @@ def test_poisoned_memory_has_no_effect(mode, request):
     request.getfixturevalue("poisoned")
     for pair, expected in zip(PAIRS, clean, strict=True):
         agree(outcome(made(pair), pair.xs(), pair.state(), pair.lengths()), expected, 0)
+
+
+@pytest.mark.parametrize("operator", ["recurrent_triton", "recurrent_triton_backward"])
+def test_damaged_arguments_of_a_raw_operator_raise(operator):
+    if place("triton") != "cpu":
+        pytest.skip("the damaged tensors are on the CPU, where Triton's interpreter runs")
+    accepted = int(fuzzed(operator, 150, TRITON_INTERPRET="1").split()[-3])
+    assert 0 < accepted < 75

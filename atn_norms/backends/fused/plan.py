@@ -219,7 +219,8 @@ class Plan:
             raise ValueError("plan: got sites with and without batch statistics; expected only one of the two")
         for site in self.sites:
             features = site.features if hidden is None else hidden * (1 if site.site == "c" else self.gates)
-            if not site.is_valid or site.features != features:
+            gates = 1 if site.site == "c" else self.gates
+            if not site.is_valid or site.features != features or (site.coupled and site.groups != gates):
                 raise ValueError(f"plan: got {site}; expected a site of {features} features within the kernels' limits")
 
 

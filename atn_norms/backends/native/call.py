@@ -7,14 +7,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from atn_norms.backends.fused.checks import check_gradients, check_inputs
 from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.modes import empty_like
-from atn_norms.backends.native.layout import check, check_backward, fits, kept_shapes, with_layout
+from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
 from atn_norms.backends.native.library import CallArgs, load, word
 
 MOST_THREADS = 256  # a kernel's work space grows with its threads
+CPU = torch.device("cpu")
 _WRITTEN = [word(name) for name in ("output", "hn", "cn")]
 _KEPT = [word(name) for name in ("projected", "recurrent", "cells")]
 _GRADS = [word(name) for name in ("output", "doutput", "dh", "dc")]
@@ -46,7 +48,9 @@ class _Call:
         self._alive += tensors
         for place, tensor in zip(places, tensors, strict=True):
             if tensor is not None:
-                words[place] = tensor.data_ptr()
+                words[place] = address = tensor.data_ptr()
+                if not address and tensor.numel():
+                    raise RuntimeError("tensor: got a storage that was freed; expected one with memory")
 
     def run(self, direction: str) -> None:
         """Run the kernel."""
@@ -70,14 +74,14 @@ class Kernels:
         return given if fits(given) else None
 
     def check(self, plan: Plan, inputs: Inputs) -> Fitted:
-        given = with_layout(plan, inputs)
-        check(given)
-        return given
+        check_inputs(plan, inputs, CPU)
+        return with_layout(plan, inputs)
 
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
-        given = with_layout(plan, inputs)
-        check_backward(given, grads, ys, kept)
-        return given
+        fitted, dtype = self.check(plan, inputs), inputs.xs.dtype
+        like = [(shape, DOUBLE if len(shape) == 1 else dtype) for shape in fitted.layout.kept]
+        check_gradients(plan, inputs, grads, ys, kept, like)
+        return fitted
 
     def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         layout, inputs, _ = fitted

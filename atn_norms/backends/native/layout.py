@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
+from atn_norms.backends.fused.inputs import Fitted, Inputs
 from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.backends.native.library import CallArgs, word
 
@@ -18,7 +18,7 @@ class Layout:
 
     | attribute | meaning |
     |---|---|
-    | `names`, `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None; the names are those of errors |
+    | `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None |
     | `plan` | what it is the layout of |
     | `given` | which 8-byte words of the structure hold their addresses |
     | `structure` | a `CallArgs` in which nothing but threads and addresses is missing |
@@ -44,17 +44,19 @@ class Layout:
         plan.check(hidden)
         if min(sizes) < 1 or dtype not in (torch.float32, DOUBLE):
             raise ValueError(f"plan: got sizes {list(sizes)} of {dtype}; expected positive sizes of float32 or float64")
+        if biases == 1:
+            raise ValueError("bias_hh: got one of two biases; expected both or none")
         wide, rows = (plan.gates * hidden,), (batch, hidden)
         self.kept = kept_shapes(plan, steps, batch, inputs, hidden)
         self.dstates = [shape for site in plan.sites for shape in site.shapes(batch)]
         entries = [
-            (word("xs"), "x", (steps, batch, inputs), dtype),
-            (word("weight_ih"), "weight_ih", (*wide, inputs), dtype),
-            (word("weight_hh"), "weight_hh", (*wide, hidden), dtype),
-            *[(word(name), name, wide, dtype) for name in ("bias_ih", "bias_hh")[:biases]],
-            (word("h0"), "h", rows, dtype),
-            (word("c0"), "c", rows if plan.is_lstm else (0,), dtype),
-            *([(word("lengths"), "lengths", (batch,), torch.int64)] if ragged else []),
+            (word("xs"), (steps, batch, inputs), dtype),
+            (word("weight_ih"), (*wide, inputs), dtype),
+            (word("weight_hh"), (*wide, hidden), dtype),
+            *[(word(name), wide, dtype) for name in ("bias_ih", "bias_hh")[:biases]],
+            (word("h0"), rows, dtype),
+            (word("c0"), rows if plan.is_lstm else (0,), dtype),
+            *([(word("lengths"), (batch,), torch.int64)] if ragged else []),
         ]
         states, populations = [], []
         self.next, self.dnext, self.dstate, self.daffine, self.absent, self.dabsent = ([] for _ in range(6))
@@ -67,7 +69,7 @@ class Layout:
             at, leaves = PLACES[site.site], (0, 1, 2) if site.centred else (0, 2) if site.leaves else ()
             for name, there, value in (("gain", site.gain, 1.0), ("shift", site.shift, 0.0)):
                 if there:
-                    entries.append((word(name, at), "norm", (site.affine,), dtype))
+                    entries.append((word(name, at), (site.affine,), dtype))
                 elif site.traced is None:
                     self.absent.append(word(name, at))
                     self.constants.append((site.features, value))
@@ -77,16 +79,16 @@ class Layout:
                 self.pooled.append(word("population", at))
             elif site.coupled:
                 shape = site.populations(steps), 2 * site.features
-                populations.append((word("population", at), "population", shape, DOUBLE))
+                populations.append((word("population", at), shape, DOUBLE))
             for leaf, shape in zip(leaves, site.shapes(batch), strict=True):
-                states.append((word("state", at, leaf), "state of a window", shape, DOUBLE))
+                states.append((word("state", at, leaf), shape, DOUBLE))
             for role, words in (("next", self.next), ("dnext", self.dnext), ("dstate", self.dstate)):
                 words += [word(role, at, leaf) for leaf in leaves]
             self.timelines.append((word("timeline", at), 8 * self.doubles))
             self.doubles += site.doubles(steps, batch)
         entries += populations
         entries += states if carried_on else []
-        self.given, self.names, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
+        self.given, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
         self.fixed = {
             word("programs", PLACES[site.site]): torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
             for site in plan.sites
@@ -146,7 +148,7 @@ def fits(given: Fitted) -> bool:
     """Return True where the tensors fit; the kernels see addresses only."""
     layout, inputs, tensors = given
     return (
-        len(layout.names) == len(tensors)
+        len(layout.shapes) == len(tensors)
         and [tensor.shape for tensor in tensors] == layout.shapes
         and [tensor.dtype for tensor in tensors] == layout.dtypes
         and False not in [tensor.is_cpu for tensor in tensors]
@@ -159,50 +161,6 @@ def _lengths_fit(inputs: Inputs) -> bool:
         return True
     least, most = torch.aminmax(inputs.lengths)
     return 0 <= int(least) and int(most) <= inputs.xs.shape[0]
-
-
-def check(given: Fitted) -> None:
-    """`RuntimeError`, as torch raises it, where one of the tensors does not fit the rest."""
-    layout, inputs, tensors = given
-    columns = layout.names, layout.shapes, layout.dtypes
-    if len(tensors) != len(layout.names):
-        raise RuntimeError(f"plan: got {len(tensors)} tensors; expected {', '.join(layout.names)}")
-    for tensor, name, shape, dtype in zip(tensors, *columns, strict=True):
-        check_tensor(name, tensor, tuple(shape), dtype)
-    if not _lengths_fit(inputs):
-        raise RuntimeError(f"lengths: got {inputs.lengths}; expected 0 to {inputs.xs.shape[0]} steps")
-
-
-def check_backward(given: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> None:
-    """`RuntimeError` where what the backward kernels read beside the inputs does not fit them."""
-    check(given)
-    layout, inputs, _ = given
-    dtype = inputs.weight_hh.dtype
-    output = (*inputs.xs.shape[:2], inputs.weight_hh.shape[1])
-    for name, tensor, like in (("ys", ys, output), ("gradient of ys", grads.ys, output)):
-        check_tensor(name, tensor, like, dtype)
-    check_tensor("gradient of h", grads.hn, tuple(inputs.h0.shape), dtype)
-    check_tensor("gradient of c", grads.cn, tuple(inputs.c0.shape), dtype)
-    if len(grads.states) != len(layout.dstates) or len(kept) != len(layout.kept):
-        raise RuntimeError(
-            f"gradient of states: got {len(grads.states)} tensors, kept: got {len(kept)}; "
-            f"expected {len(layout.dstates)} and {len(layout.kept)}"
-        )
-    for tensor, shape in zip(grads.states, layout.dstates, strict=True):
-        if tensor is not None:
-            check_tensor("gradient of a state", tensor, shape, DOUBLE)
-    for tensor, shape in zip(kept, layout.kept, strict=True):
-        check_tensor("kept", tensor, shape, DOUBLE if len(shape) == 1 else dtype)
-        if not tensor.is_contiguous():
-            raise RuntimeError("kept: got a tensor that is not contiguous; expected what forward returned")
-
-
-def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """`RuntimeError`, as torch raises it, where a tensor is not what the kernels read."""
-    if not (tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu):
-        raise RuntimeError(
-            f"{name}: got {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {dtype} {list(shape)} on cpu"
-        )
 
 
 def kept_shapes(plan: Plan, steps: int, batch: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:

@@ -10,12 +10,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from atn_norms.backends.fused.checks import check_gradients, check_inputs
 from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import CELLS, DOUBLE, Plan
 from atn_norms.backends.triton.backward import recurrent_backward
 from atn_norms.backends.triton.forward import recurrent_forward
 from atn_norms.backends.triton.gates import Tensors
+from atn_norms.backends.triton.limits import unsupported
 from atn_norms.backends.triton.pooling import Site
 from atn_norms.backends.triton.rows import ask_rows, give_rows, pool_steps, state_rows, sum_affine, sum_steps
 from atn_norms.backends.triton.sites import SiteCall, past
@@ -108,7 +110,7 @@ LAUNCH: Callable[..., None] = _launch  # tests compile in its place, which needs
 
 
 class Kernels:
-    """The kernels, as the operators call them; their layout is the plan, and the launches check nothing."""
+    """The kernels, as the operators call them; their layout is the plan."""
 
     def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         xs, states, c0 = inputs.xs, inputs.states, inputs.c0
@@ -129,10 +131,17 @@ class Kernels:
         return None
 
     def check(self, plan: Plan, inputs: Inputs) -> Fitted:
+        reason = unsupported(plan)
+        if reason is not None:
+            raise ValueError(f"plan: got a plan without a kernel: {reason.text}")
+        check_inputs(plan, inputs, inputs.xs.device)
         return Fitted(plan, inputs, [])
 
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
-        return Fitted(plan, inputs, [])
+        fitted = self.check(plan, inputs)
+        _, like = self.allocate(plan, inputs._replace(xs=inputs.xs.to("meta")), True)
+        check_gradients(plan, inputs, grads, ys, kept, [(tuple(each.shape), each.dtype) for each in like])
+        return fitted
 
     def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         plan, inputs, _ = fitted
