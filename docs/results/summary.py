@@ -17,7 +17,7 @@ from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row
 from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.report.canvas import EDGE, INK, MUTED, headline, inches, save, style, tidy, write
 from atn_norms.ablation.report.forest import colour_of
-from atn_norms.ablation.report.names import NOTHING, TIMES, chances, change, name, qualified, seeds_needed
+from atn_norms.ablation.report.names import NOTHING, TIMES, chances, change, name, qualified, seeds_needed, shortened
 from atn_norms.ablation.store.records import StudyRecord
 
 HERE = Path(__file__).parent
@@ -42,7 +42,8 @@ def main() -> str:
     """Return the tables of verdicts, of studies that still run, and of steps to a level, in Markdown."""
     ends, steps, interim = collected()
     start = ["study", "point", "n"]
-    headers = [*start, "difference to window 1", "p", "p, sign flip", "adjusted p", "power", "seeds needed", "verdict"]
+    middle = ["difference to window 1", "p", "p, sign flip", "adjusted p", "power", "seeds needed"]
+    headers = ["study", "point", "verdict", "n", *middle]
     tables = [_markdown(headers, [_line(*pair) for pair in decided(ends)])]
     if interim:
         running = [[*_start(each), change(each.difference), chances(each.difference.p)] for each in interim]
@@ -88,15 +89,18 @@ def decided(ends: list[Compared]) -> list[tuple[Compared, Decision]]:
 
 def _line(each: Compared, decision: Decision) -> list[str]:
     difference = each.difference
+    study, point, pairs = _start(each)
     return [
-        *_start(each),
+        study,
+        point,
+        qualified(decision),
+        pairs,
         change(difference),
         chances(difference.p),
         chances(difference.paired.p_sign_flip) if difference.paired else NOTHING,
         chances(decision.p),
         NOTHING if decision.power is None else f"{decision.power:.2f}",
         seeds_needed(decision) if decision.verdict == "undecided" else "",
-        qualified(decision),
     ]
 
 
@@ -137,7 +141,7 @@ def ratios(difference: Difference) -> tuple[float, float, float] | None:
 def draw(target: Path = FIGURE) -> None:
     """Write the figure: every declared comparison of the page as a ratio to window 1."""
     rows = [(each, decision, found) for each, decision in decided(collected()[0]) if (found := ratios(each.difference))]
-    labels = [f"{each.study}: {each.point}" for each, *_ in rows]
+    labels = [shortened(f"{each.study}: {each.point}", 44) for each, *_ in rows]
     notes = [f"{qualified(decision)}, n {each.difference.pairs}" for each, decision, _ in rows]
     left, wide, tall = 0.2 + 0.073 * max(map(len, labels)), 3.6, 0.3 * len(rows)
     right = 0.3 + 0.066 * max(map(len, notes))
