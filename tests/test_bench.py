@@ -112,7 +112,7 @@ def wrong(monkeypatch):
         (state_cut_off, "the gradient of"),
     ],
 )
-def test_the_gate_sees_what_is_wrong(wrong, change, message):
+def test_a_wrong_backend_fails_the_check(wrong, change, message):
     wrong(change)
     broken = laws.broken_law(TINY, "wrong", 3)
     assert broken is not None
@@ -122,7 +122,7 @@ def test_the_gate_sees_what_is_wrong(wrong, change, message):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
-def test_the_gate_lets_through_what_is_right(wrong, cell, norm):
+def test_a_correct_backend_passes_the_check(wrong, cell, norm):
     wrong(lambda ys, after, lengths: (ys, after))
     mode, window = ("inference", 1) if cell == "rnn" else ("training", 4)
     assert laws.broken_law(replace(TINY, cell=cell, norm=norm, mode=mode), "wrong", window) is None
@@ -151,7 +151,7 @@ def test_a_wrong_textbook_takes_the_figures_of_the_reference_too(monkeypatch):
         assert "y is off by" in str(laws.broken_law(replace(TINY, cell="rnn"), name, 2))
 
 
-def test_a_backend_that_refuses_is_no_failure(wrong, monkeypatch, capsys):
+def test_an_unsupported_case_is_no_failure(wrong, monkeypatch, capsys):
     wrong(gradient_doubled)
     monkeypatch.setattr(Wrong, "prepare", lambda self, cell, description: Unsupported("cell", "not today"))
     arguments = ("bench", *QUICK[:4], "--runners", "wrong", "--modes", "training", *QUICK[6:], "--json")

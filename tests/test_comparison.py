@@ -367,7 +367,7 @@ def test_without_a_start_or_an_end_there_is_no_level():
         steps_to(empty, "adding", level(empty, "adding"))
 
 
-def test_the_median_ranks_what_has_no_number_at_its_end():
+def test_the_median_ranks_missing_numbers_last():
     assert median([3.0, 1.0, INF]) == 3.0
     assert median([-INF, 1.0, INF]) == 1.0
     assert median([-INF, INF]) == 0.0

@@ -244,7 +244,7 @@ def test_every_study_file_of_the_results_is_on_their_page():
         assert f"[{file.stem}](studies/{file.name})" in page
 
 
-def test_the_figure_is_what_its_script_draws(tmp_path):
+def test_the_figure_equals_the_output_of_its_script(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "figures" / "window.py"))
     script["draw"](tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_bytes() == script["TARGET"].read_bytes()

@@ -67,7 +67,7 @@ def test_the_model_is_left_as_it_was():
     assert layer.training and layer.spec.backend == "auto" and all(p.requires_grad for p in layer.parameters())
 
 
-def test_bidirectional_layers_are_refused():
+def test_bidirectional_layers_are_rejected():
     with pytest.raises(SpecError, match="layer: got a bidirectional layer, .*; expected a layer of one direction"):
         an.StreamingStep(an.LSTM(3, 4, bidirectional=True))
     with pytest.raises(TypeError, match=r"layer: got LSTM|layer: got Linear; expected a layer of atn_norms"):
@@ -126,7 +126,7 @@ def test_a_whole_sequence_with_a_sliding_window_runs_in_onnx(tmp_path):
     assert done.outputs == ("output",) and done.difference is not None and done.difference <= 1e-6
 
 
-def test_a_file_that_computes_something_else_is_refused_and_removed(tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_rejected_and_removed(tmp_path, monkeypatch):
     from atn_norms.layers import export as module
 
     write = module._WRITERS["pt2"]
@@ -258,7 +258,7 @@ def test_a_long_sequence_is_not_optimized_by_the_exporter(monkeypatch):
         (["--streaming"], "a bidirectional layer"),
     ],
 )
-def test_the_command_refuses_bad_input(tmp_path, capsys, arguments, message):
+def test_the_command_rejects_bad_input(tmp_path, capsys, arguments, message):
     pytest.importorskip("safetensors")
     path = an.save(an.GRU(3, 4, bidirectional=True), tmp_path / "m.safetensors")
     assert main(["export", str(path), *arguments]) == 2

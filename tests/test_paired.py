@@ -90,7 +90,7 @@ def test_the_sign_flip_test_is_scipys_permutation_test():
 
 
 @pytest.mark.parametrize("values", [[0.01, 0.04, 0.03], [0.5, 0.5], [1e-6], [0.02] * 4, []])
-def test_holm_rejects_what_its_step_down_procedure_rejects(values):
+def test_holm_equals_its_step_down_procedure(values):
     adjusted = holm(values)
     assert len(adjusted) == len(values)
     for alpha in (0.001, 0.05, 0.0601, 0.3):

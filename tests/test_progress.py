@@ -77,7 +77,7 @@ def on_screen(progress, width, height):
 
 @pytest.mark.parametrize("width", [30, 40, 80, 99, 100, 200])
 @pytest.mark.parametrize("height", [17, 24, 50])
-def test_the_table_fits_the_terminal_and_counts_what_it_leaves_out(clock, width, height):
+def test_the_table_fits_the_terminal_and_counts_the_omitted_rows(clock, width, height):
     progress = Progress(remaining(), 3, 44)
     for number in range(40):
         progress.see(event("started", f"normalizer-{number:02}(with=options)"))

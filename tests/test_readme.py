@@ -58,7 +58,7 @@ def test_the_continuous_check_fails_where_a_command_is_missing(tmp_path):
     assert "no command marked 'test'" in done.stderr
 
 
-def test_the_pinned_versions_cover_what_is_declared():
+def test_the_pinned_versions_cover_the_declared_dependencies():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -207,7 +207,7 @@ def test_pictures_describe_their_content(whole):
     assert "layer, window 25: " in described
 
 
-def test_the_heat_map_writes_every_mean_and_merges_what_is_one_point(whole):
+def test_the_heat_map_writes_every_mean_and_merges_cells_of_one_point(whole):
     record, folder = whole
     svg = (folder / "heatmap-adding.svg").read_text(encoding="utf-8")
     (comparison, _) = compare(record)
@@ -309,7 +309,7 @@ def test_names_from_files_are_escaped_everywhere(tmp_path):
     assert {line[EVIL] for line in lines} == {EVIL}
 
 
-def test_tables_escape_what_their_language_would_read():
+def test_tables_escape_special_characters():
     record = evil(study(score, seeds=2))
     text = latex(findings(record))
     assert r"\$x\_1\$ \& \{a\}\#\textbar{}\%" in text
@@ -653,7 +653,7 @@ def test_costs_are_reported_for_each_point():
 
 
 @pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
-def test_a_level_that_is_none_is_refused(given):
+def test_an_invalid_level_is_rejected(given):
     with pytest.raises(SpecError, match=re.escape(f"--reach: got {given!r}; expected TASK=LEVEL with a number")):
         _levels([given])
 

@@ -14,7 +14,7 @@ from atn_norms.ablation.store.records import TaskFacts
 from tests.recorded import grid, score, study, verdict_text
 
 
-def test_the_answer_begins_with_the_verdict_and_names_what_is_decided():
+def test_the_answer_begins_with_the_verdict_and_names_the_decided_points():
     words = verdict_text(study(score))
     assert words.startswith("Norm: helps at 4, hurts at 0, undecided at 0 of 4 All 30 trials finished.")
     assert re.search(r"The lowest mean test mean squared error is 0.0090 \[0.0076, 0.0104\] \(rms, ", words)

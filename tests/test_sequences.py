@@ -126,7 +126,7 @@ def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("options", [{}, {"norm": "layer", "window": 3}, {"norm": "rms", "bidirectional": True}])
-def test_a_ragged_batch_predicts_what_each_sequence_predicts_alone(folder, pool, options):
+def test_a_ragged_batch_equals_its_sequences_alone(folder, pool, options):
     task = SequencesSpec(path=str(folder), pool=pool).build(0)
     model = model_of(task, **options).eval()
     rows = task.rows["train"][[0, 5, 9, 30]]

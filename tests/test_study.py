@@ -552,7 +552,7 @@ def test_a_folder_is_loaded_once_by_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["none", None])
-def test_a_window_without_a_norm_is_refused_as_in_a_layer(norm):
+def test_a_window_without_a_norm_is_rejected_as_in_a_layer(norm):
     """Unless norms or windows vary: then the points without a norm have no window."""
     study = {"model": {"cell": "gru", "hidden_size": 3, "norm": norm, "window": 5}, "task": "adding", "seeds": 1}
     with pytest.raises(ValueError, match=r"a 'sliding' window without a norm"):

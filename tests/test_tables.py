@@ -171,7 +171,7 @@ def test_a_missing_file_is_named_with_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_special_file_is_refused_without_reading_it(tmp_path, kind, monkeypatch):
+def test_a_special_file_is_rejected_without_reading_it(tmp_path, kind, monkeypatch):
     path = tmp_path / "load.csv"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     # A file may be replaced after a check by its path, so only the opened file is checked.
@@ -180,7 +180,7 @@ def test_a_special_file_is_refused_without_reading_it(tmp_path, kind, monkeypatc
         content(path, "file")
 
 
-def test_a_file_above_the_limit_or_of_an_impossible_name_is_refused(tmp_path, monkeypatch):
+def test_a_file_above_the_limit_or_of_an_impossible_name_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "LARGEST", 3)
     (tmp_path / "load.csv").write_text("a\n1\n")
     with pytest.raises(SpecError, match=r"load.csv \(a file of more than 3 bytes\)"):

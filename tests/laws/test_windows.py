@@ -239,7 +239,7 @@ def test_ragged_streams_are_the_textbook_form_over_unmasked_steps(case: Case, cu
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_window_pools_what_the_textbook_form_pools(kind):
+def test_a_window_equals_the_textbook_form(kind):
     xs = sequence("normal", 3, (6, 2, 3))
     now = an.Moments.of(xs)
     pooled, _ = window(kind).scan(

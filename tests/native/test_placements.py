@@ -61,7 +61,7 @@ def test_every_norm_in_every_placement(name, norm, ragged):
 @pytest.mark.parametrize("window", ["1", "2", "100", "cumulative", "exponential"])
 @pytest.mark.parametrize("gates", ["joint", "per_gate"])
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_every_window_and_gates_of_their_own(name, gates, window):
+def test_every_window_and_separate_gates(name, gates, window):
     check(pair_of(name, gates=gates, window=window, batch=3, steps=7, ragged=True, before=2, inputs=70))
 
 

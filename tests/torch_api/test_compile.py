@@ -187,7 +187,7 @@ def test_a_trace_takes_every_shape(cell, norm, training, runs):
 @feature(GROUP, "`torch.jit.script`", "refused", "Deprecated in torch; use `torch.export`.")
 @pytest.mark.parametrize("norm", [None, "layer"])
 @every_layer
-def test_script_is_refused_with_the_alternatives(cell, norm):
+def test_script_is_rejected_with_the_alternatives(cell, norm):
     model = nn.Sequential(CELLS[cell](3, 4, norm=norm))
     with pytest.raises(TypeError, match=r"torch.jit.script: got a .*; expected .* Use torch.export.export"):
         torch.jit.script(model)

@@ -115,7 +115,7 @@ def test_checkpoints_load_both_ways(cell, norm):
     compare(dict(plain.state_dict()), dict(theirs.state_dict()), tolerance=0)
 
 
-def test_load_weights_refuses_what_is_not_a_norm():
+def test_load_weights_rejects_keys_other_than_norms():
     ours, state = an.LSTM(3, 4, norm="layer"), nn.LSTM(3, 4).state_dict()
     with pytest.raises(RuntimeError, match="Missing key"):
         an.load_weights(ours, {key: value for key, value in state.items() if key != "weight_hh_l0"})

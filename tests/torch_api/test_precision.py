@@ -96,7 +96,7 @@ def test_autocast_without_a_norm_is_torch_s(cell, half):
 
 @pytest.mark.parametrize("half", HALVES)
 @every_layer
-def test_without_autocast_a_half_input_is_refused_as_by_torch(cell, half):
+def test_without_autocast_a_half_input_is_rejected_as_by_torch(cell, half):
     with pytest.raises(Exception, match="dtype|type") as theirs:
         getattr(nn, cell.upper())(3, 4)(torch.randn(5, 2, 3).to(half))
     with pytest.raises(type(theirs.value), match="dtype|type"):

@@ -294,7 +294,7 @@ def test_batched_gradients_are_single_ones(cell, norm):
 
 
 @pytest.mark.parametrize("transform", ["jvp", "jvp of grad", "functionalize"])
-def test_explain_names_the_transform_and_native_by_name_refuses_it(transform):
+def test_explain_names_the_transform_and_native_by_name_rejects_it(transform):
     layer, x = layer_of("lstm"), numbers(2, 2, 2)
     named = layer_of("lstm", backend="native")
     reason = "it has rules for vmap" if transform == "functionalize" else "it has no rule for forward-mode AD"
@@ -338,7 +338,7 @@ def test_a_traced_transform_holds_the_operator(transform):
     compare(graph(2 * xs), apply(2 * xs), tolerance=EXACT)
 
 
-def test_a_graph_that_holds_the_operator_refuses_a_tangent():
+def test_a_graph_that_holds_the_operator_rejects_a_tangent():
     """A graph made without a transform holds the native operator; a tangent would be dropped."""
     layer, x = layer_of("lstm").requires_grad_(False), numbers(2, 2, 2)
     graph = make_fx(lambda x: layer(x)[0])(x)

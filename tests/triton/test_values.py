@@ -186,7 +186,7 @@ def test_every_run_gives_the_same_bits():
         agree(outcome(made(pair), *given), first, 0)
 
 
-def test_a_row_is_what_it_is_alone():
+def test_a_row_of_a_batch_equals_the_row_alone():
     pair = Pair("gru", "rms", "4", hidden=5, batch=20, steps=6)
     whole = outcome(made(pair), pair.xs())
     compare(outcome(made(pair), pair.xs()[:, :7]).ys, whole.ys[:, :7], tolerance=EXACT)

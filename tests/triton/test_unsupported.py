@@ -13,7 +13,7 @@ import torch
 import atn_norms as an
 from atn_norms.backends import choose
 from atn_norms.backends.triton import available
-from tests.native.test_refusals import ForeignSpec, LatelySpec
+from tests.native.test_unsupported import ForeignSpec, LatelySpec
 from tests.triton.strategies import DEVICE, needs_triton
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec(), device=DEVICE),
-        "the norm at ih (Foreign): median has no native instruction (test_refusals.py, line 35: "
+        "the norm at ih (Foreign): median has no native instruction (test_unsupported.py, line 35: "
         "return an.Average(x.double().median(-1, keepdim=True).values))",
     ),
     "joint sum": (
@@ -65,7 +65,7 @@ def test_an_unsupported_case_has_a_reason(case):
     assert refused(make()) == sentence
 
 
-def test_a_layer_on_the_cpu_is_refused_when_it_is_made(monkeypatch):
+def test_a_layer_on_the_cpu_is_rejected_when_it_is_made(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="'triton' cannot run this layer: it runs on a GPU, and the layer is on cpu"):
         an.LSTM(2, 3, norm="layer", backend="triton")
@@ -77,21 +77,21 @@ def test_a_layer_on_the_cpu_is_refused_when_it_is_made(monkeypatch):
 
 
 @pytest.fixture
-def looked_for_anew():
+def fresh_lookup():
     """Detect Triton for this test only."""
     available._unavailable.cache_clear()
     yield
     available._unavailable.cache_clear()
 
 
-@pytest.mark.usefixtures("looked_for_anew")
+@pytest.mark.usefixtures("fresh_lookup")
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(available, "find_spec", lambda name: None)
     layer = an.LSTM(2, 3, norm="layer", device=DEVICE)
     assert refused(layer) == "Triton is not installed (torch's builds for CUDA bring it along)"
 
 
-@pytest.mark.usefixtures("looked_for_anew")
+@pytest.mark.usefixtures("fresh_lookup")
 @pytest.mark.parametrize("found", ["3.5.1", "2.3.1", "3.6.0.dev20251001"])
 def test_with_a_triton_too_old(monkeypatch, found):
     monkeypatch.setattr(available, "find_spec", lambda name: object())
@@ -100,7 +100,7 @@ def test_with_a_triton_too_old(monkeypatch, found):
     assert refused(layer) == f"Triton {found} is installed, and it needs 3.6 or newer"
 
 
-@pytest.mark.usefixtures("looked_for_anew")
+@pytest.mark.usefixtures("fresh_lookup")
 @pytest.mark.parametrize("found", ["3.6.0", "3.10.0", "4.0+git1", None])
 def test_with_a_triton_new_enough(monkeypatch, found):
     def version(name):

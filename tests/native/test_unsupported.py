@@ -60,12 +60,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "projection": (lambda: an.LSTM(2, 3, norm="layer", proj_size=2), "it has no projection (proj_size)"),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec()),
-        "the norm at ih (Foreign): median has no native instruction (test_refusals.py, line 35: "
+        "the norm at ih (Foreign): median has no native instruction (test_unsupported.py, line 35: "
         "return an.Average(x.double().median(-1, keepdim=True).values))",
     ),
     "a subclass that normalizes otherwise": (
         lambda: an.RNN(2, 3, norm={"sites": {"hh": HalvedSpec()}}),
-        "the norm at hh (Halved): sort has no native instruction (test_refusals.py, line 21: "
+        "the norm at hh (Halved): sort has no native instruction (test_unsupported.py, line 21: "
         "return super().normalize(x, pooled).sort(-1).values / 2)",
     ),
     "gates that differ": (
