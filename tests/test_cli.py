@@ -108,7 +108,7 @@ BAD = [
     ),
     (["init", "study.json"], "study.json: got the ending '.json'; expected .yaml or .yml"),
     (["init", "no/where.yaml"], "where.schema.json: got No such file or directory; expected a writable file"),
-    (["status", "."], "not a study's folder"),
+    (["status", "."], "got no study.resolved.json; expected a study's folder"),
     (["report", "nowhere"], "nowhere: no such folder"),
     (["resume", "nowhere"], "nowhere: no such folder"),
     (["ablate", "stduy.yaml"], "stduy.yaml: got no such file; expected a file; did you mean 'study.yaml'?"),

@@ -56,7 +56,11 @@ def bench(
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each runner in a separate process.")] = True,
     malloc: Annotated[
         _List,
-        typer.Option("--malloc", metavar="default|keep|both", help="keep: freed memory stays in the process."),
+        typer.Option(
+            "--malloc",
+            metavar="default|keep|both",
+            help="keep: freed memory stays in the process.",
+        ),
     ] = None,
     autocast: Annotated[bool, typer.Option("--autocast", help="Call every runner under autocast to bfloat16.")] = False,
     input_gradient: Annotated[
@@ -66,7 +70,7 @@ def bench(
         bool, typer.Option("--full", help="Four sizes, windows 1, 25, 100, threads 1 and 2; about ten minutes.")
     ] = False,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write every figure as CSV.", callback=at_home)
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every number as CSV.", callback=at_home)
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="cuda|cpu", help="Check and time a device; with --check.")

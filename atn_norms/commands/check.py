@@ -24,7 +24,7 @@ def check(
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Set an option; may be repeated.")
     ] = None,
     family: Annotated[
-        str | None, typer.Option(metavar="FAMILY", help="normalizer, window, cell, task or backend.")
+        str | None, typer.Option(metavar="FAMILY", help="Family of KIND, if two families have the kind.")
     ] = None,
     expected: Annotated[
         list[str] | None,

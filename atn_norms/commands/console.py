@@ -13,7 +13,7 @@ import typer
 from atn_norms.commands.output import CONTROLS, emit, encodes_unicode, escape_controls, results
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit code 1 unless every plugin works.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a plugin failed or is slow to load.")]
 
 
 def at_home(path: Path | None) -> Path | None:

@@ -38,7 +38,7 @@ class Check:
 
 
 def doctor(as_json: Json = False, strict: Strict = False) -> None:
-    """Check environment, backends, plugins and optional parts; exit code 1 when a check fails."""
+    """Check environment, backends, plugins and optional libraries; exit code 1 if a check fails."""
     checks = [_python(), *_core(), *_backends(), *_extras(), *_plugins(strict)]
     failed = any(check.status == "failed" for check in checks)
     if as_json:

@@ -24,9 +24,9 @@ def init(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: STUDY.yaml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Write a commented study file, and the schema for its editor modeline in the same folder.
+    """Write a commented study file, and in the same folder its JSON schema for editors.
 
-    One argument is the name of a ready-made study, or a file for the study `quick`.
+    A single argument is the name of a ready-made study, or the file to write for the study `quick`.
     """
     from atn_norms.ablation.grid import presets
 

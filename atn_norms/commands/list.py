@@ -24,7 +24,8 @@ STUDIES = "studies"
 
 def list_kinds(
     families: Annotated[
-        list[str] | None, typer.Argument(metavar="[normalizers|windows|cells|tasks|studies]...")
+        list[str] | None,
+        typer.Argument(metavar="[normalizers|windows|cells|tasks|studies]...", help="Families; default: all kinds."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -59,7 +59,7 @@ STARTS = {
 
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The kind's name, such as pmean.")],
-    kind: Annotated[str, typer.Option(metavar="normalizer|window|cell|task", help="Its family.")] = "normalizer",
+    kind: Annotated[str, typer.Option(metavar="normalizer|window|cell|task", help="The family.")] = "normalizer",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder; default: atn-norms-NAME.", callback=at_home)
     ] = None,

@@ -134,7 +134,7 @@ def report(
     ] = None,
     reach: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=LEVEL", help="Compare the time to this validation score; may be repeated."),
+        typer.Option(metavar="TASK=LEVEL", help="Compare the steps until validation reaches LEVEL; may be repeated."),
     ] = None,
     formats: Annotated[
         str, typer.Option(metavar="LIST", help="File formats of pictures and tables: svg, png, md, tex.")

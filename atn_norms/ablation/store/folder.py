@@ -68,7 +68,7 @@ class StudyFolder:
             if not self.path.exists():
                 raise StoreError(f"{self.path}: no such folder{beside(self.path)}")
             if not self.path.is_dir() or not self.folder.has(RESOLVED):
-                raise StoreError(f"{self.path} is not a study's folder: it has no {RESOLVED}")
+                raise StoreError(f"{self.path}: got no {RESOLVED}; expected a study's folder")
 
     def resolved(self) -> dict[str, Any]:
         """Read the study with every default filled in, which is written last when a study is created."""
