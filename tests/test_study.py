@@ -526,8 +526,8 @@ def test_a_layer_is_validated_once_in_the_plan_and_once_where_it_trains(tmp_path
     from atn_norms.layers import LayerSpec
 
     count = []
-    equations = LayerSpec._refuse_unknown_sites
-    monkeypatch.setattr(LayerSpec, "_refuse_unknown_sites", lambda *a: count.append(1) or equations(*a))
+    equations = LayerSpec._check_sites
+    monkeypatch.setattr(LayerSpec, "_check_sites", lambda *a: count.append(1) or equations(*a))
     study = {
         **NEW_NAMES,
         "train": {"steps": 2, "batch_size": 5},

@@ -69,9 +69,9 @@ def load(
     your own, pass a new `model` of this class. Its `torch.nn.LSTM`, `GRU` and `RNN` layers are replaced by the saved
     layers, and its parameters and buffers are loaded. `model` is changed in place and returned.
 
-    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`; for a plugin
-    that is not installed; for a `model` with other layers, parameters or shapes than the file. A plugin of another
-    version gives a `UserWarning`.
+    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`. `SpecError` for
+    a plugin that is not installed, and for a `model` with other layers, parameters or shapes than the file. A plugin of
+    another version gives a `UserWarning`.
     """
     file = Path(path)
     return _loaded(file, *_read(file), model).to(device).eval()

@@ -109,16 +109,16 @@ class LayerSpec(Options):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         cell = self.equations()
-        self._refuse_unknown_sites(cell)
-        self._refuse_windows_without_a_norm(cell)
+        self._check_sites(cell)
+        self._check_windows_have_norms(cell)
         if self.backend not in (names := ["auto", *known()]):
             raise SpecError.of([unknown("backend", self.backend, names, path=("backend",))])
-        self._refuse_impossible_size(cell, {})  # before a norm is built for such a size
+        self._check_size(cell, {})  # before a norm is built for such a size
         norms = {site: self._sketched(cell, site) for site in cell.sites}
-        self._refuse_impossible_size(cell, norms)
-        self._refuse_windows_that_a_norm_refuses(norms)
+        self._check_size(cell, norms)
+        self._check_windows(norms)
         if self.forget_bias is not None:
-            self._refuse_homeless_forget_bias(cell, norms)
+            self._check_forget_bias(cell, norms)
         return self
 
     @property
@@ -177,7 +177,7 @@ class LayerSpec(Options):
         """Build the layer: an `LSTM`, `GRU` or `RNN`, or a `Recurrent` for another cell."""
         return class_of(self.cell.kind).from_spec(self, device, dtype)
 
-    def _refuse_unknown_sites(self, cell: Cell) -> None:
+    def _check_sites(self, cell: Cell) -> None:
         sites = list(cell.sites)
         for option, value in (("norm", self.norm), ("window", self.window)):
             for site in value.sites if isinstance(value, (NormSites, WindowSites)) else ():
@@ -185,7 +185,7 @@ class LayerSpec(Options):
                     what = f"site of cell {self.cell.kind!r} with sum {self.placement.sum!r}"
                     raise SpecError.of([unknown(what, site, sites, path=(option, "sites", site))])
 
-    def _refuse_windows_without_a_norm(self, cell: Cell) -> None:
+    def _check_windows_have_norms(self, cell: Cell) -> None:
         alone = SlidingSpec(steps=1)
         explicit = self.window.sites if isinstance(self.window, WindowSites) else dict.fromkeys(cell.sites, self.window)
         if not isinstance(self.window, WindowSites) and any(self.norm_at(site) for site in cell.sites):
@@ -195,7 +195,7 @@ class LayerSpec(Options):
                 got = f"a {window.kind!r} window without a norm whose statistics it could pool"
                 raise SpecError(self._window_path(site), got, "a norm, or a window of 1")
 
-    def _refuse_windows_that_a_norm_refuses(self, norms: Mapping[str, Normalizer | None]) -> None:
+    def _check_windows(self, norms: Mapping[str, Normalizer | None]) -> None:
         for site, norm in norms.items():
             spec = self.window_at(site)
             try:
@@ -209,7 +209,7 @@ class LayerSpec(Options):
     def _window_path(self, site: str) -> tuple[str, ...]:
         return ("window", "sites", site) if isinstance(self.window, WindowSites) else ("window",)
 
-    def _refuse_impossible_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
+    def _check_size(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         inner = self.directions * cell.output_size
         layers = [self.input_size] + [inner] * min(self.num_layers - 1, 1)
         sizes = [self.directions * sum(map(prod, cell.shapes(i, self.bias).values())) for i in layers]
@@ -219,7 +219,7 @@ class LayerSpec(Options):
         sizes = f"{self.hidden_size} with input_size {self.input_size} and num_layers {self.num_layers}"
         check_memory("hidden_size", sizes, parameters, note=f" with norm {_kinds(self.norm)}" if kept else "")
 
-    def _refuse_homeless_forget_bias(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
+    def _check_forget_bias(self, cell: Cell, norms: Mapping[str, Normalizer | None]) -> None:
         if "f" not in cell.gates:
             got = f"{self.forget_bias} for cell {self.cell.kind!r}, which has no forget gate"
             raise SpecError("forget_bias", got, "no forget_bias")

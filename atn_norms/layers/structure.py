@@ -27,7 +27,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def describe(module: nn.Module) -> dict[str, Any] | None:
     """Return the description of a module as JSON, or None if it contains a class of another package.
 
-    Layers and normalizers of this package can be described, and every class of `torch.nn` whose constructor arguments
+    Supported are the layers and normalizers of this package, and every class of `torch.nn` whose constructor arguments
     are attributes. The description is verified: `construct` must give a module with the same parameters, buffers and
     options.
     """

@@ -172,7 +172,7 @@ def scale(axes: Axes, which: str, values: Sequence[float], goal: Goal) -> None:
 
 
 def look(place: int | None) -> dict[str, Any]:
-    """Return colour and dash of the n-th label of the axis across; black for a point without a label on it."""
+    """Return colour and dash of the n-th label of the axis across; black for a point without a label."""
     if place is None:
         return {"color": INK, "linestyle": DASHES[0]}
     return {"color": SERIES[place % len(SERIES)], "linestyle": DASHES[place // len(SERIES) % len(DASHES)]}
