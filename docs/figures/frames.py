@@ -1,4 +1,4 @@
-"""Time one frame by each route of deployment, interleaved: `python docs/figures/frames.py [ROUNDS]`."""
+"""Processor time of one frame by each route of deployment, interleaved: `python docs/figures/frames.py [ROUNDS]`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _torchs() -> Callable[[torch.Tensor], Any]:
 
 
 def main(rounds: int = 15) -> None:
-    """Print the best and the median round of each route, in microseconds a frame."""
+    """Print the best and the median round of each route, in microseconds of this thread per frame."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -91,10 +91,10 @@ def main(rounds: int = 15) -> None:
         times: dict[tuple[str, int], list[float]] = {each: [] for each in timed}
         for _ in range(rounds + 1):  # the first round is not counted
             for each, run in timed.items():
-                started = time.perf_counter()
+                started = time.thread_time()
                 for frame in frames:
                     run(frame)
-                times[each].append((time.perf_counter() - started) / FRAMES * 1e6)
+                times[each].append((time.thread_time() - started) / FRAMES * 1e6)
     for (name, window), found in times.items():
         counted = sorted(found[1:])
         print(f"{name:14} window {window:2}: best {counted[0]:6.0f}, median {statistics.median(counted):6.0f}")

@@ -111,3 +111,12 @@ def test_a_study_uses_them_and_maximizes_their_score(bundled, tmp_path):
     assert all(0 <= result["metrics"]["test"]["accuracy"] <= 1 for result in results)
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["versions"]["atn-norms-digits"] == "0.1.0"
+
+
+def test_a_misspelt_option_of_a_plugins_task_is_located_in_the_study_file(bundled, tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text("model: {cell: gru, hidden_size: 8}\ntask:\n  kind: digits\n  stpes: 8\n")
+    done = bundled.run("-m", "atn_norms", "ablate", str(study), "--workers", "0", "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert f"{study}:4:3: task.stpes: got an unknown key; expected one of kind, " in done.stderr
+    assert "did you mean 'steps'?" in done.stderr

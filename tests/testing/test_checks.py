@@ -162,6 +162,26 @@ def test_a_normalizer_with_nested_statistics_fails_one_law_and_skips_the_rest():
     }
 
 
+def test_a_pool_of_another_type_fails_one_law_and_skips_the_rest():
+    class Spread(an.Average):
+        def pool(self, weights, dim):
+            return tuple(super().pool(weights, dim))
+
+    class PoolsToTuples(Layer):
+        def measure(self, x):
+            return Spread(an.Average.of(x.abs()).mean)  # type: ignore[return-value]
+
+        def normalize(self, x, pooled):
+            return self.weight * x / (1 + pooled.mean)
+
+    results = by_law(check_normalizer(norm_spec(PoolsToTuples)))
+    (failed,) = [result for result in results.values() if result.status == "failed"]
+    assert (failed.law, failed.message) == (
+        "a_statement_is_a_tuple_of_tensors",
+        "Spread.pool: got tuple; expected Spread",
+    )
+
+
 def test_an_error_in_measure_is_reported_once_with_its_position():
     class Raises(Layer):
         def measure(self, x):

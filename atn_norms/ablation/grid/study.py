@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -159,12 +158,8 @@ def _native(value: Any) -> Any:
         return {name: _native(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_native(each) for each in value]
-    if isinstance(value, Integral) and not isinstance(value, int):
-        return int(value)
-    if isinstance(value, Real) and not isinstance(value, int | float):
-        return float(value)
-    numpy = sys.modules.get("numpy")
-    return value.tolist() if numpy is not None and isinstance(value, numpy.ndarray) else value
+    numpy: Any = sys.modules.get("numpy")
+    return value.tolist() if numpy is not None and isinstance(value, numpy.ndarray | numpy.number) else value
 
 
 def _refuse_what_is_not_json(data: Any) -> Any:
