@@ -138,7 +138,9 @@ def test_the_verdict_and_the_report_are_printed(tmp_path):
         [sys.executable, written(tmp_path, body)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    verdict, report = done.stdout.splitlines()[-2:]
+    start, first, *_, verdict, report = done.stdout.splitlines()
+    assert start == "study 'mine': 4 of 4 trials to run; folder: study"
+    assert re.fullmatch(r"\[1/4\] done norm=none, window=1, seed=0  \(about .* left\)", first)
     assert verdict.startswith("train: Norm: ") and report == "report: study/report/report.html"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
+from atn_norms.ablation.execution.estimate import costs
+from atn_norms.ablation.execution.remaining import RemainingTime
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
 from atn_norms.ablation.report import findings, write
+from atn_norms.ablation.report.costs import duration
 from atn_norms.ablation.report.sentences import verdict_line
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.ablation.studies import create
@@ -59,7 +63,7 @@ def ablate(
     | `reports` | whether `trial.report` gets losses, or values of the `metric` |
     | `threads` | threads of torch per trial |
     | `workers`, `scheduler` | as in `run` |
-    | `on_event` | called with each `Event`; by default a line is printed for each trial that ends |
+    | `on_event` | called with each `Event`; by default, progress and verdict are printed |
 
     Errors: `SpecError` for a function that worker processes cannot load, for arguments that it does not take, for a
     bad point, and for a folder that holds another study. A trial that fails is recorded and the others continue.
@@ -77,8 +81,15 @@ def ablate(
         "baseline": dict(baseline or {}),
     }
     folder = create(study, out)
+    log = _Log(folder, None if scheduler else max(1, workers))
     with _main_not_run_again():
-        record = run(folder, workers=workers, scheduler=scheduler, on_event=on_event or _print)
+        record = run(
+            folder,
+            workers=workers,
+            scheduler=scheduler,
+            on_start=log.start if on_event is None else None,
+            on_event=on_event or log.see,
+        )
     result = findings(record)
     page = write(result, folder / "report")[0]
     if on_event is None:
@@ -88,11 +99,30 @@ def ablate(
     return record
 
 
-def _print(event: Event) -> None:
-    if event.kind in ("done", "diverged", "failed", "busy"):
+class _Log:
+    """Print the start of a run, and a line for each trial that ends, with the remaining time."""
+
+    def __init__(self, folder: Path, workers: int | None) -> None:
+        self._folder, self._remaining = folder, RemainingTime((), workers)
+        self._workers = workers
+
+    def start(self, record: StudyRecord) -> None:
+        left = sum(trial.status not in ("done", "diverged") for trial in record.trials)
+        print(
+            f"study {record.name!r}: {left} of {len(record.trials)} trials to run; folder: {self._folder}", flush=True
+        )
+        self._remaining = RemainingTime(record.trials, self._workers, costs(record))
+
+    def see(self, event: Event) -> None:
+        now = time.monotonic()
+        self._remaining.see(event, now)
+        if event.kind not in ("done", "diverged", "failed", "busy"):
+            return
         point = ", ".join(f"{name}={label}" for name, label in event.point.items() if name != "task")
         why = f": {event.message}" if event.message else ""
-        print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}", flush=True)
+        seconds = self._remaining.seconds(now) if event.finished < event.total else None
+        left = "" if seconds is None else f"  (about {duration(seconds)} left)"
+        print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}{left}", flush=True)
 
 
 @contextmanager
