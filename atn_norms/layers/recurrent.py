@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from atn_norms.assorted_time import checked_lengths
-from atn_norms.backends import CellInputs, Program, Unsupported, choose, prepared, select
+from atn_norms.backends import CellInputs, Program, Unsupported, choose, describe, prepared, select
 from atn_norms.backends.base import Selected
 from atn_norms.cells import CellWeights
 from atn_norms.errors import mismatch
@@ -74,6 +74,14 @@ class Recurrent(CellHost):
         layer = cls.__new__(cls)
         Recurrent.__init__(layer, spec, device, dtype, parameters)
         return layer
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, and describe the norms in it, since a compiler cannot do this later."""
+        super().train(mode)
+        if self.spec.backend != "reference":
+            for weights in self._cells():
+                describe(self.cell, weights)
+        return self
 
     @property
     def num_layers(self) -> int:

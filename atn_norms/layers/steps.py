@@ -77,6 +77,8 @@ class _StepCell(CellHost):
         weights = self._weights("")
         if state is None:
             state = self.cell.initial(weights, rows.shape[0])
+            if torch.is_autocast_enabled(x.device.type):  # as in torch.nn the state has the type of the input
+                state = (tuple(c.to(x.dtype) for c in state[0]), state[1])
         else:
             self.cell.check_state(weights, state, rows.shape[0])
         with scanning([norm.normalizer for norm in weights.norms.values()]):

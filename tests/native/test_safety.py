@@ -162,7 +162,7 @@ def test_a_raw_backward_checks_its_tensors(name: str, change: str) -> None:
     changes = {"short": lambda x: x[:1, :1], "dtype": torch.Tensor.float, "meta": lambda x: x.to("meta")}
     arguments[PLACES[name]] = changes[change](arguments[PLACES[name]])
     with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
-        grads, inputs, ys, kept = Grads(*arguments[:4]), Inputs(*arguments[4:15]), arguments[15], arguments[16]
+        grads, inputs, ys, kept = Grads(*arguments[:4]), Inputs.of(arguments[4:15]), arguments[15], arguments[16]
         Kernels().check_backward(Plan.decode(arguments[17]), inputs, grads, ys, kept)
 
 

@@ -103,6 +103,44 @@ def test_without_autocast_a_half_input_is_rejected_as_by_torch(cell, half):
         layer_of(cell)(torch.randn(5, 2, 3).to(half))
 
 
+@feature(
+    GROUP,
+    "autocast of `LSTMCell`, `GRUCell`, `RNNCell`",
+    "reference",
+    "Products in half precision and the types of results are those of `torch.nn`.",
+)
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@every_half
+@every_layer
+def test_autocast_of_single_steps_has_the_types_of_torch(cell, half, norm):
+    name = f"{cell.upper()}Cell"
+    theirs, ours = getattr(nn, name)(3, 4), getattr(an, name)(3, 4, norm=norm, window=2 if norm else 1)
+    if norm is None:
+        ours.load_state_dict(theirs.state_dict())
+    x, eps = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.finfo(half).eps
+    for of_input in (torch.float32, half):
+        for of_state in (None, torch.float32, half):
+            h = None if of_state is None else torch.linspace(-1, 1, 4).expand(5, 4).to(of_state)
+            hx, state = h, None
+            if h is not None:
+                hx = (h, h) if cell == "lstm" else h
+                carried, norms = ours.initial(5)
+                state = (tuple(h for _ in carried), norms)
+            exact = ours(x.to(of_input).float(), None if state is None else (up(state[0]), state[1]))[0]
+            with torch.autocast("cpu", dtype=half):
+                expected = theirs(x.to(of_input), hx)
+                found, after = ours(x.to(of_input), state)
+            first = expected[0] if cell == "lstm" else expected
+            assert found.dtype == first.dtype
+            assert [c.dtype for c in after[0]] == [e.dtype for e in (expected if cell == "lstm" else (expected,))]
+            if norm is None:
+                compare(found.float(), first.float(), tolerance=4 * eps)
+            # products of 3 and 4 numbers, each rounded; a norm divides by a spread of about 0.5, and adds two of them
+            compare(found.float(), exact.float(), tolerance=16 * eps)
+            found.float().sum().backward()
+    assert {p.grad.dtype for p in ours.parameters()} == {torch.float32}
+
+
 @feature(GROUP, "`torch.amp.GradScaler`", "native")
 @every_norm
 @every_layer

@@ -47,6 +47,17 @@ class Inputs(NamedTuple):
         return flat
 
     @property
+    def arguments(self) -> list[Any]:
+        """Return the arguments of an operator: None for an empty sequence, which AOTInductor cannot pass."""
+        fields: Sequence[Any] = list(self)
+        return [None if place in MANY and not field else field for place, field in enumerate(fields)]
+
+    @staticmethod
+    def of(arguments: Sequence[Any]) -> Inputs:
+        """Return the inputs from the arguments of an operator."""
+        return Inputs._make([[] if place in MANY and a is None else a for place, a in enumerate(arguments)])
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Lengths of the sequences."""
         fields: Sequence[Any] = list(self)
@@ -107,12 +118,12 @@ class Grads(NamedTuple):
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    Sequence[Tensor]: "Tensor[]",
+    Sequence[Tensor]: "Tensor[]?",
     Sequence[Tensor | None]: "Tensor?[]",
 }
 _KINDS = [_TYPES[kind] for kind in get_type_hints(Inputs).values()]
-SINGLE = tuple(place for place, kind in enumerate(_KINDS) if not kind.endswith("[]"))
-MANY = tuple(place for place, kind in enumerate(_KINDS) if kind.endswith("[]"))
+SINGLE = tuple(place for place, kind in enumerate(_KINDS) if "[]" not in kind)
+MANY = tuple(place for place, kind in enumerate(_KINDS) if "[]" in kind)
 
 
 def schema_of(kind: Any, prefix: str = "") -> list[str]:

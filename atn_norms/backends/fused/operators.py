@@ -74,7 +74,7 @@ class Operators:
     def __call__(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
         """Call the forward operator, by the rules of the active transforms."""
         if torch.compiler.is_compiling() or not in_transform():
-            return self.forward(*inputs, plan.encode(), keep)
+            return self.forward(*inputs.arguments, plan.encode(), keep)
         return transforms.forward(self, plan, inputs)
 
     def eager(self, plan: Plan, inputs: Inputs) -> list[Tensor] | None:
@@ -90,7 +90,7 @@ class Operators:
     def compute(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
         """Return the results of the forward operator, without the dispatcher where nothing observes the call."""
         if not unobserved(inputs.flatten()):
-            return self.forward(*inputs, plan.encode(), keep)
+            return self.forward(*inputs.arguments, plan.encode(), keep)
         results, kept = self._kernels.forward(self._kernels.check(plan, inputs), keep)
         return results + kept
 
@@ -99,20 +99,20 @@ class Operators:
     ) -> list[Tensor]:
         """Return the results of the backward operator in the same way."""
         if not unobserved([*inputs.flatten(), *grads[:3], *grads.states, ys, *kept]):
-            return self.backward(*grads, *inputs, ys, kept, plan.encode(), wants_xs)
+            return self.backward(*grads, *inputs.arguments, ys, kept, plan.encode(), wants_xs)
         fitted = self._kernels.check_backward(plan, inputs, grads, ys, kept)
         return self._kernels.backward(fitted, grads, ys, kept, wants_xs)
 
     def _run(self, *arguments: Any) -> list[Tensor]:
         *fields, text, keep = arguments
         check_no_tangents(self._name)
-        plan, inputs = Plan.decode(text), Inputs._make(fields)
+        plan, inputs = Plan.decode(text), Inputs.of(fields)
         results, kept = self._kernels.forward(self._kernels.check(plan, inputs), keep)
         return results + kept
 
     def _fake(self, *arguments: Any) -> list[Tensor]:
         *fields, text, keep = arguments
-        results, kept = self._kernels.allocate(Plan.decode(text), Inputs._make(fields), keep)
+        results, kept = self._kernels.allocate(Plan.decode(text), Inputs.of(fields), keep)
         return results + kept
 
     def _run_back(self, *arguments: Any) -> list[Tensor]:
@@ -155,11 +155,11 @@ class Operators:
         *fields, text, keep = inputs
         if keep:
             plan = Plan.decode(text)
-            inputs, many = Inputs._make(fields), plan.results
+            inputs, many = Inputs.of(fields), plan.results
             self.remember(ctx, plan, inputs.flatten(), inputs.counts, output[:many], output[many:])
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        return *self.gradients(ctx, grads, ctx.needs_input_grad[0]), None, None
+        return *self.gradients(ctx, grads, ctx.needs_input_grad[0]).arguments, None, None
 
 
 class _Eager(torch.autograd.Function):
@@ -180,7 +180,7 @@ class _Eager(torch.autograd.Function):
 def _parts(arguments: Sequence[Any]) -> tuple[Grads, Inputs, Sequence[Any]]:
     """Return the parts of the backward operator's arguments."""
     start, end = len(Grads._fields), len(Grads._fields) + len(Inputs._fields)
-    return Grads._make(arguments[:start]), Inputs._make(arguments[start:end]), arguments[end:]
+    return Grads._make(arguments[:start]), Inputs.of(arguments[start:end]), arguments[end:]
 
 
 def _register_flops(name: str) -> None:

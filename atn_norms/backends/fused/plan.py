@@ -159,7 +159,9 @@ class SitePlan(NamedTuple):
             blocks = (batch + 15) // 16
             many = (batch + blocks - 1) // blocks
         lanes = (many * self.groups + 7) // 8 * 8
-        return max(blocks * lanes * (3 * self.prefix + 6 * steps + 4), 8)  # not even an empty timeline is NULL
+        if not self.groups:  # not even an empty timeline is NULL; a static choice, since an exporter forbids others
+            return 8
+        return blocks * lanes * (3 * self.prefix + 6 * steps + 4)
 
 
 class Plan:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import PurePath
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from atn_norms.backends.native.library import Library, load
+from atn_norms.backends.modes import in_transform
+from atn_norms.backends.native.library import Library, constant_to_compilers, load
 from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, tensors_of, trace
 from atn_norms.backends.traced.program import Program
 from atn_norms.normalizers import Normalizer
@@ -23,6 +26,10 @@ TOLERANCE = 1e-10  # of random rows of a few dozen features in float64, whose ro
 NARROW = 1e-6  # of an element and of the root mean square of all rows: a dozen roundings of float32
 NARROW_ROWS = 32
 MOST = 1024  # traced normalizers that are kept
+
+UNPREPARED = (
+    "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"
+)
 
 _kept: dict[Any, TracedNorm | str] = {}
 
@@ -33,12 +40,18 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
         return "it overrides population, which has no native kernel"
     if normalizer.uses_batch_statistics:
         return "it merges the rows of a batch before the window and is not declared as batch_moments"
+    if torch.jit.is_tracing():
+        with _paused_trace():
+            return traced_norm(normalizer, features)
     try:
         key = features, fingerprint(normalizer)
         found = _kept.get(key)
     except _Unfrozen as error:
         return str(error)
     if found is None:
+        if torch.compiler.is_compiling() or in_transform() or not _is_plain(normalizer):
+            warn_unprepared()
+            return UNPREPARED  # not kept: the next call may trace it
         found = _checked(normalizer, features)
         if len(_kept) >= MOST:
             _kept.clear()
@@ -46,9 +59,36 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
     return found
 
 
+@contextmanager
+def _paused_trace() -> Iterator[None]:
+    """Pause `torch.jit.trace`, where sizes are tensors."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+@constant_to_compilers
+def warn_unprepared() -> None:
+    """Warn that a norm has no program yet where none can be made."""
+    warnings.warn(f"got a norm that {UNPREPARED}; the reference runs it", RuntimeWarning, stacklevel=2)
+
+
+def _is_plain(normalizer: Normalizer) -> bool:
+    """Return True where all tensors of a normalizer have elements: no fake, functional or distributed one."""
+    return {type(tensor) for tensor in (*normalizer.parameters(), *normalizer.buffers())} <= {Tensor, nn.Parameter}
+
+
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
     # The first layer of a kind may be built inside any of torch's modes; none of them may count here.
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        _disable_current_modes(),
+    ):
         traced = trace(normalizer, features)
         if isinstance(traced, str):
             return traced

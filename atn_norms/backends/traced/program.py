@@ -139,7 +139,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self._check_slots()
-        written = [torch.full((slot.length,), slot.kind not in REGISTERS) for slot in self.slots]
+        # Plain bytes: a compiler decodes programs where tensors have no elements.
+        written = [bytearray([slot.kind not in REGISTERS]) * slot.length for slot in self.slots]
         for place, instruction in enumerate(self.instructions):
             self._check_instruction(f"instruction {place}", instruction, written)
         if self.narrow and not self.narrowable:
@@ -147,7 +148,7 @@ class Program:
         for output in self.outputs:
             if not (_is_size(output) and output < len(self.slots)):
                 raise ProgramError(f"outputs: got slot {output!r}; expected 0 to {len(self.slots) - 1}")
-            if not bool(written[output].all()):
+            if not all(written[output]):
                 raise ProgramError(f"outputs: got slot {output}, which is not written; expected a complete register")
 
     def _check_slots(self) -> None:
@@ -167,7 +168,7 @@ class Program:
         if len(self.constants) != wanted or not all(isinstance(value, float) for value in self.constants):
             raise ProgramError(f"constants: got {len(self.constants)} values; expected {wanted} floats")
 
-    def _check_instruction(self, name: str, instruction: Instruction, written: list[Tensor]) -> None:
+    def _check_instruction(self, name: str, instruction: Instruction, written: list[bytearray]) -> None:
         op, target, count = instruction.op, instruction.target, instruction.count
         if not isinstance(op, Op):
             raise ProgramError(f"{name}: got operation {op!r}; expected an Op")
@@ -189,13 +190,13 @@ class Program:
             self._check_operand(name, operand)
             if operand.slot == target:
                 raise ProgramError(f"{name}: got slot {target} as operand and as target; expected two registers")
-            if not bool(written[operand.slot][operand.offset : operand.offset + operand.length].all()):
+            if not all(written[operand.slot][operand.offset : operand.offset + operand.length]):
                 raise ProgramError(f"{name}: got slot {operand.slot} as operand; expected one that was written before")
         if op in REDUCTIONS and self.slots[target].kind != SMALL:
             raise ProgramError(f"{name}: got a sum into a register of rows; expected a small one")
-        if op in REDUCTIONS and bool(written[target].any()) and not instruction.length == self.slots[target].length:
+        if op in REDUCTIONS and any(written[target]) and not instruction.length == self.slots[target].length:
             raise ProgramError(f"{name}: got a sum into a part of a register; expected a whole one")
-        written[target][instruction.offset : instruction.offset + instruction.length] = True
+        written[target][instruction.offset : instruction.offset + instruction.length] = b"\1" * instruction.length
 
     def _check_operand(self, name: str, operand: Operand) -> None:
         numbers = operand.slot, operand.offset, operand.repeat, operand.length
