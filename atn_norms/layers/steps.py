@@ -76,9 +76,10 @@ class _StepCell(CellHost):
         rows = x if x.dim() == 2 else x.unsqueeze(0)
         weights = self._weights("")
         if state is None:
-            state = self.cell.initial(weights, rows.shape[0])
+            carried, norms = self.cell.initial(weights, rows.shape[0])  # type: ignore[misc]
             if torch.is_autocast_enabled(x.device.type):  # as in torch.nn the state has the type of the input
-                state = (tuple(c.to(x.dtype) for c in state[0]), state[1])
+                carried = tuple(c.to(x.dtype) for c in carried)
+            state = carried, norms
         else:
             self.cell.check_state(weights, state, rows.shape[0])
         with scanning([norm.normalizer for norm in weights.norms.values()]):
