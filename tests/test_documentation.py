@@ -1,5 +1,6 @@
 """Compare the pages with the code: hooks, kinds, options, commands and public names; run the examples."""
 
+import ast
 import csv
 import inspect
 import json
@@ -40,11 +41,31 @@ def test_every_hook_is_documented_with_its_exact_signature():
     "module", ["", "ablation", "ablation.report", "bench", "cells", "layers", "normalizers", "tasks", "testing"]
 )
 def test_every_public_name_is_in_the_reference(module):
-    listed = set(re.findall(r"^\.\. auto\w+:: (atn_norms[\w.]+)$", PAGES["api"], flags=re.M))
-    parts = [path.rpartition(".") for path in listed]
-    documented = {id(getattr(import_module(owner), name)) for owner, _, name in parts}  # under any of its paths
+    documented = _documented()
     public = import_module(f"atn_norms.{module}".rstrip("."))
     assert not [name for name in public.__all__ if id(getattr(public, name)) not in documented]
+
+
+def _documented() -> set[int]:
+    """Return the ids of the objects in the reference, under any of their paths."""
+    listed = set(re.findall(r"^\.\. auto\w+:: (atn_norms[\w.]+)$", PAGES["api"], flags=re.M))
+    parts = [path.rpartition(".") for path in listed]
+    return {id(getattr(import_module(owner), name)) for owner, _, name in parts}
+
+
+def test_the_conformance_suite_uses_the_documented_interface_alone():
+    """`atn_norms.testing` imports names of the reference, and reads no private attribute of another object."""
+    documented, private = _documented(), []
+    for path in sorted((ROOT / "atn_norms" / "testing").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                private += [] if ast.unparse(node.value) in ("self", "cls") else [f"{path.name}: {ast.unparse(node)}"]
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if re.match(r"atn_norms(?!\.testing)", module):
+                for alias in node.names:
+                    public = id(getattr(import_module(module), alias.name)) in documented
+                    private += [] if public else [f"{path.name}: {alias.name}"]
+    assert private == []
 
 
 def test_every_page_is_linked_from_the_index():

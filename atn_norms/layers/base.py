@@ -98,8 +98,11 @@ class CellHost(nn.Module):
         plain = self._windows.get(site)
         return self._modules[f"window_{site}{suffix}"] if plain is None else plain  # type: ignore[return-value]
 
-    def _weights(self, suffix: str) -> CellWeights:
-        """Gather the weights and norms of a cell for one call; parameters and modules may be replaced between calls."""
+    def cell_weights(self, suffix: str) -> CellWeights:
+        """Return the weights and norms of one cell, for one call: parameters and modules may be replaced between calls.
+
+        `suffix` is the end of torch's parameter names, such as `_l0` or `_l0_reverse`; it is empty for a step cell.
+        """
         norms = {
             site: SiteNorm(normalizer, self._window(site, suffix))
             for site, normalizer in self._normalizers(suffix).items()

@@ -81,7 +81,7 @@ class StreamingStep(nn.Module):
         leaves, after = iter(state), []
         y = self.before(frame.unsqueeze(0))
         for suffix, (before,) in zip(self.layer._suffixes, self._state, strict=True):
-            weights = self.layer._weights(suffix)
+            weights = self.layer.cell_weights(suffix)
             us, cell_state = self.layer.cell.project(weights, y, _filled(before, leaves))
             y, cell_state = self.layer.cell.step(weights, us[0], cell_state)
             y = y.unsqueeze(0)

@@ -204,7 +204,7 @@ class Recurrent(CellHost):
 
     def _cells(self) -> list[CellWeights]:
         """Return the weights and norms of every cell, in the order of layers and directions."""
-        return [self._weights(suffix) for suffix in self._suffixes]
+        return [self.cell_weights(suffix) for suffix in self._suffixes]
 
     def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
         carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else hx
@@ -421,7 +421,7 @@ def explain(model: nn.Module) -> str:
 def _explained(layer: CellHost) -> str:
     lines = [repr(layer)]
     for suffix in layer._suffixes:
-        weights = layer._weights(suffix)
+        weights = layer.cell_weights(suffix)
         chosen = choose(layer.spec.backend, layer.cell, weights).name
         lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
         for name, program in prepared(layer.cell, weights).items():

@@ -62,11 +62,11 @@ class _StepCell(CellHost):
         )
         super().__init__(spec)
         self._register({"": input_size}, None, {"device": device, "dtype": dtype})
-        choose(spec.backend, self.cell, self._weights(""))
+        choose(spec.backend, self.cell, self.cell_weights(""))
 
     def initial(self, batch: int) -> Tree:
         """Return the state before the first step: zeros and empty windows."""
-        return self.cell.initial(self._weights(""), batch)
+        return self.cell.initial(self.cell_weights(""), batch)
 
     def forward(self, x: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
         """Run one step; return the output and the state for the next step."""
@@ -74,7 +74,7 @@ class _StepCell(CellHost):
             expected = f"[batch, {self.input_size}] or [{self.input_size}]"
             raise ValueError(mismatch("x", f"shape {list(x.shape)}", expected))
         rows = x if x.dim() == 2 else x.unsqueeze(0)
-        weights = self._weights("")
+        weights = self.cell_weights("")
         if state is None:
             carried, norms = self.cell.initial(weights, rows.shape[0])  # type: ignore[misc]
             if torch.is_autocast_enabled(x.device.type):  # as in torch.nn the state has the type of the input

@@ -177,7 +177,7 @@ def run_cell(
     backend: Any, layer: Recurrent, xs: Tensor, carried: tuple[Tensor, ...], lengths: Tensor | None = None
 ) -> tuple[Tensor, Tree]:
     """Run one cell of a layer over a sequence with a backend, from carried tensors and empty windows."""
-    state = layer.cell.initial(layer._weights("_l0"), xs.shape[1], carried)
+    state = layer.cell.initial(layer.cell_weights("_l0"), xs.shape[1], carried)
     return continue_cell(backend, layer, xs, state, lengths)
 
 
@@ -185,7 +185,7 @@ def continue_cell(
     backend: Any, layer: Recurrent, xs: Tensor, state: Tree, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tree]:
     """Run one cell of a layer over a sequence with a backend, from a state."""
-    weights = layer._weights("_l0")
+    weights = layer.cell_weights("_l0")
     description, declared = describe(layer.cell, weights)
     program = backend.prepare(layer.cell, description)
     return program.run(CellInputs(xs, weights, declared), state, lengths)
@@ -235,7 +235,7 @@ class BackendSubject(Subject):
 
     def prepare(self, layer: Recurrent) -> Program | Unsupported:
         """Return the backend's program for the cell of a layer, or its reason."""
-        description, _ = describe(layer.cell, layer._weights("_l0"))
+        description, _ = describe(layer.cell, layer.cell_weights("_l0"))
         return self.backend.prepare(layer.cell, description)
 
     def supports(self, layer: Recurrent) -> bool:
@@ -260,5 +260,5 @@ class BackendSubject(Subject):
 
 def backends_for(layer: Recurrent) -> list[str]:
     """Return the names of the backends that support a layer."""
-    programs = prepared(layer.cell, layer._weights("_l0"))
+    programs = prepared(layer.cell, layer.cell_weights("_l0"))
     return [name for name, program in programs.items() if not isinstance(program, Unsupported)]

@@ -23,7 +23,7 @@ def test_values_states_and_gradients_equal_the_reference(norm, window, ragged):
 
 def test_a_plan_is_no_longer_than_its_sequence():
     layer = an.LSTM(2, 3, norm="layer", window=1_000_000)
-    program = choose("native", layer.cell, layer._weights("_l0"))
+    program = choose("native", layer.cell, layer.cell_weights("_l0"))
     assert isinstance(program, FusedProgram)
     plan = program.plan
     assert [site.steps for site in shortened(plan, 2).sites] == [3, 3, 3]

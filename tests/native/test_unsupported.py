@@ -98,7 +98,7 @@ def test_an_unsupported_case_has_a_reason(case):
     make, sentence = REFUSED[case]
     layer = make()
     assert f"  native: unsupported: {sentence}" in an.explain(layer).splitlines()
-    weights = layer._weights(layer._suffixes[0])
+    weights = layer.cell_weights(layer._suffixes[0])
     with pytest.raises(ValueError, match="'native' cannot run this layer") as caught:
         choose("native", layer.cell, weights)
     assert str(caught.value) == f"backend: 'native' cannot run this layer: {sentence}"
@@ -112,7 +112,7 @@ def test_an_unsupported_layer_fails_when_it_is_built():
 
 def test_batch_statistics_run_or_have_a_reason():
     layer = an.GRU(2, 3, norm="batch")
-    weights = layer._weights("_l0")
+    weights = layer.cell_weights("_l0")
     chosen = choose("auto", layer.cell, weights).name
     if chosen != "native":
         assert "the norm at ih (BatchNorm): " in an.explain(layer)
@@ -123,7 +123,7 @@ def test_a_subclass_of_a_cell_is_unsupported():
         """A third-party cell."""
 
     layer = an.GRU(2, 3, norm="layer")
-    weights = layer._weights("_l0")
+    weights = layer.cell_weights("_l0")
     with pytest.raises(ValueError, match="'native' cannot run this layer: it has no kernel for Other"):
         choose("native", Other(3, layer.cell.placement), CellWeights(weights.tensors, weights.norms))
 

@@ -47,7 +47,7 @@ def compiled(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any
 def compile_all(pair: Pair, wanted: set[str]) -> None:
     """The launches of a case, forward and back, but of kernels that are not wanted."""
     layer = pair.layer("reference")
-    weights = layer._weights("_l0")
+    weights = layer.cell_weights("_l0")
     description, moments = describe(layer.cell, weights)
     plan = plan_of(layer.cell, description)
     assert not isinstance(plan, Unsupported), plan

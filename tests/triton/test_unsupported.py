@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def refused(layer: Any) -> str:
     """The reason is the same from every entry point."""
     with pytest.raises(ValueError, match="'triton' cannot run this layer") as caught:
-        choose("triton", layer.cell, layer._weights("_l0"))
+        choose("triton", layer.cell, layer.cell_weights("_l0"))
     reason = str(caught.value).removeprefix("backend: 'triton' cannot run this layer: ")
     assert f"  triton: unsupported: {reason}" in an.explain(layer).splitlines()
     return reason
@@ -111,15 +111,15 @@ def test_with_a_triton_new_enough(monkeypatch, found):
     monkeypatch.setattr(available, "find_spec", lambda name: object())
     monkeypatch.setattr(available, "version", version)
     layer = an.LSTM(2, 3, norm="layer", device=DEVICE)
-    assert choose("triton", layer.cell, layer._weights("_l0")).name == "triton"
+    assert choose("triton", layer.cell, layer.cell_weights("_l0")).name == "triton"
 
 
 @needs_triton
 def test_auto_never_takes_it():
     for make, norm in ((an.LSTM, "layer"), (an.GRU, "rms"), (an.RNN, "layer")):
         layer = make(2, 3, norm=norm, device=DEVICE)
-        assert choose("triton", layer.cell, layer._weights("_l0")).name == "triton"
-        assert choose("auto", layer.cell, layer._weights("_l0")).name in ("native", "reference")
+        assert choose("triton", layer.cell, layer.cell_weights("_l0")).name == "triton"
+        assert choose("auto", layer.cell, layer.cell_weights("_l0")).name in ("native", "reference")
         assert "  triton: supported" in an.explain(layer).splitlines()
         chosen = make(2, 3, norm=norm, device=DEVICE, backend="triton")
         assert "cell _l0: backend 'triton'" in an.explain(chosen).splitlines()

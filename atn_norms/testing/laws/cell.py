@@ -23,7 +23,7 @@ def sizes_are_as_declared(subject: CellSubject, case: Case) -> None:
     one hidden unit.
     """
     layer, (xs, *carried) = subject.make(case), subject.inputs(case)
-    cell, weights = layer.cell, layer._weights("_l0")
+    cell, weights = layer.cell, layer.cell_weights("_l0")
     demand(
         len(cell.carried) == len(cell.carried_sizes()),
         f"carried: got {cell.carried} for sizes {cell.carried_sizes()}",
@@ -62,7 +62,7 @@ def an_ended_row_stands_still(subject: CellSubject, case: Case) -> None:
     Rows of a batch end at different times. The final state of a shorter row is its state at its own last step.
     """
     layer, (xs, *carried) = subject.make(case), subject.inputs(case)
-    cell, weights = layer.cell, layer._weights("_l0")
+    cell, weights = layer.cell, layer.cell_weights("_l0")
     carried = [each.requires_grad_() for each in carried]
     us, before = cell.project(weights, xs, cell.initial(weights, case.batch, tuple(carried)))
     mask = torch.arange(case.batch) != 0
@@ -87,7 +87,7 @@ def projecting_is_not_recurrent(subject: CellSubject, case: Case) -> None:
     not look ahead.
     """
     layer, (xs, *carried) = subject.make(case), subject.inputs(case)
-    cell, weights = layer.cell, layer._weights("_l0")
+    cell, weights = layer.cell, layer.cell_weights("_l0")
     start = cell.initial(weights, case.batch, tuple(carried))
     whole, final = cell.project(weights, xs, start)
     for cut in range(1, case.steps):
