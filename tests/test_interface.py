@@ -25,6 +25,7 @@ WINDOWS = [
     an.Sliding(3),
 ]
 LAYERS = [an.LSTM, an.GRU, an.RNN]
+ROOT = Path(__file__).parents[1]
 LENGTHS = torch.tensor([6, 2, 4])
 
 
@@ -105,3 +106,23 @@ def test_the_commands_are_there():
     program = Path(sys.executable).parent / "atn-norms"
     listing = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
     assert not [command for command in COMMANDS if f" {command} " not in listing]
+
+
+CHECKED = {
+    "an.NoSuchThing\n": "NoSuchThing",
+    "an.LSTM(2, 3, norm='layer', windows=5)\n": "windows",
+    "an.LSTM(2, 3, norm='layer', window=5)\nan.LayerNorm(3)\n": None,
+}
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_know_the_public_names(checker, tmp_path):
+    pytest.importorskip(checker)
+    options = ["--follow-imports=silent", "--cache-dir", tmp_path / "cache"] if checker == "mypy" else []
+    for place, (line, error) in enumerate(CHECKED.items()):
+        file = tmp_path / f"use_{place}.py"
+        file.write_text(f"import atn_norms as an\n{line}")
+        command = [sys.executable, "-m", checker, *options, file]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode == 0) == (error is None), done.stdout
+        assert error is None or error in done.stdout
