@@ -1,6 +1,7 @@
 """Sequences from files: listing, splits, batches by length, scores, and errors of invalid files."""
 
 import csv
+import io
 import math
 from collections import Counter
 
@@ -15,7 +16,7 @@ from torch import nn
 
 import atn_norms as an
 from atn_norms.errors import SpecError
-from atn_norms.tasks import Model, SequencesSpec
+from atn_norms.tasks import Model, SequencesSpec, tables
 from tests.compare import compare
 
 
@@ -454,3 +455,51 @@ def test_inconsistent_options_are_rejected():
 def test_a_batch_larger_than_the_training_split_is_rejected(folder):
     with pytest.raises(SpecError, match="train.batch_size: got 43; expected 1 to 42, the training sequences"):
         SequencesSpec(path=str(folder)).build(0).batch(0, 43)
+
+
+def header(shape, kind="<f8", version=(1, 0)):
+    """Return the header of an .npy file."""
+    file = io.BytesIO()
+    fields = {"shape": shape, "fortran_order": False, "descr": kind}
+    if version == (1, 0):
+        np.lib.format.write_array_header_1_0(file, fields)
+    else:
+        np.lib.format.write_array_header_2_0(file, fields)
+    return file.getvalue()
+
+
+BOMBS = {
+    "more values than the file holds": (header((100, 2)), r"float64 of shape \[100, 2\] in .* bytes; expected a whole"),
+    "more memory than any machine has": (header((10**15, 2)), ".*; expected at most 268435456 values"),
+    "many values of one bit of memory": (header((10**9, 2), "|b1"), ".*; expected at most 268435456 values"),
+    "another version of the format": (header((10**15,), version=(2, 0)), ".*; expected at most 268435456 values"),
+    "objects": (header((2,), "|O") + b"0" * 16, "unreadable content .*Object arrays"),
+    "no magic number": (b"cos\nsystem\n(S'true'\ntR.", "unreadable content"),
+    "half a header": (header((2, 2))[:20], "unreadable content"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_an_array_is_checked_before_it_is_read(name, folder, monkeypatch):
+    data, message = BOMBS[name]
+    (folder / "a" / "00.npy").write_bytes(data)
+    monkeypatch.setattr(np, "load", np.load if "Object" in message or "content" in message else None)
+    with pytest.raises(SpecError, match=rf"00\.npy: path: got {message}|00\.npy.* got {message}"):
+        SequencesSpec(path=str(folder)).build(0)
+
+
+def test_a_parquet_file_of_too_many_values_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(tables, "MOST_VALUES", 5)
+    monkeypatch.setattr(pq, "read_table", None)
+    with pytest.raises(SpecError, match=r"\.parquet: path: got \d+ rows of 2 columns; expected at most 5 values"):
+        SequencesSpec(path=str(folder)).build(0)
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_a_file_above_the_limit_is_not_read(ending, folder, monkeypatch):
+    monkeypatch.setattr(tables, "LARGEST", 100)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != f".{ending}":
+            path.unlink()
+    with pytest.raises(SpecError, match=rf"\.{ending} \(a file of more than 100 bytes\)"):
+        SequencesSpec(path=str(folder)).build(0)

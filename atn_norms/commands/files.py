@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -64,9 +64,10 @@ def schema_text(what: str) -> str:
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
     """Write a file atomically; an existing file is kept unless `force` is set."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
         if force:
             temporary.replace(path)
         else:

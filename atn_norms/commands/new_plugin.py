@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
+import secrets
 import shutil
 import string
 from importlib.resources import files
@@ -111,8 +111,9 @@ def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
         cure = "Choose another folder with --out, or move this one away"
         raise SpecError(position=str(folder), got="an existing folder", expected="a new folder", detail=cure)
     target = folder.absolute()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
+        partial.mkdir(parents=True)
         for path, text in texts.items():
             file = partial / path
             file.parent.mkdir(parents=True, exist_ok=True)

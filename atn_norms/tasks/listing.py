@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from atn_norms.errors import SpecError, short_repr
 from atn_norms.tasks.base import generator
-from atn_norms.tasks.tables import INSTALL, TABLES, content, fault, plural, read
+from atn_norms.tasks.tables import INSTALL, MOST_VALUES, TABLES, content, fault, plural, read
 
 if TYPE_CHECKING:
     from atn_norms.tasks.sequences import SequencesSpec
@@ -184,6 +185,21 @@ def _rows(item: Item, spec: SequencesSpec, names: list[str] | None) -> tuple[Ten
     return torch.stack([table.numbers(column) for column in columns], 1), columns
 
 
+def _check_size(data: bytes, item: Item) -> None:
+    """Raise `SpecError` for an array that its file does not hold whole, or of too many values, before it is read."""
+    from numpy.lib import format as npy
+
+    if not data.startswith(npy.MAGIC_PREFIX):
+        return
+    file = io.BytesIO(data)
+    shape, _, kind = (npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0)(file)
+    got, size = f"{kind} of shape {list(shape)} in {plural(len(data), 'byte')}", math.prod(shape)
+    if size > MOST_VALUES:
+        raise fault("path", item.path, got, f"at most {MOST_VALUES} values")
+    if size * kind.itemsize > len(data) - file.tell():
+        raise fault("path", item.path, got, "a whole array")
+
+
 def _array(item: Item, spec: SequencesSpec) -> Tensor:
     try:
         import numpy as np
@@ -191,9 +207,13 @@ def _array(item: Item, spec: SequencesSpec) -> Tensor:
         raise SpecError("path", f"{item.name} without numpy", "numpy to read it", detail=INSTALL) from None
     if spec.columns is not None:
         raise fault("columns", item.path, "an array, which has no names", "CSV or Parquet files, or no `columns`")
+    data = content(item.path, "path")
     try:
-        array: Any = np.load(io.BytesIO(content(item.path, "path")), allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        _check_size(data, item)
+        array: Any = np.load(io.BytesIO(data), allow_pickle=False)
+    except SpecError:
+        raise
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise fault("path", item.path, f"unreadable content ({short_repr(str(error), 100)})", "an .npy file") from error
     if (
         not isinstance(array, np.ndarray)

@@ -19,7 +19,8 @@ from atn_norms.files import read_regular
 
 TABLES = (".csv", ".parquet")
 INSTALL = "Run pip install 'atn-norms[data]'"
-LARGEST = 2**31 - 1  # bytes of a CSV file: the largest block that Arrow can parse
+LARGEST = 2**31 - 1  # bytes of a file: the largest block of CSV that Arrow can parse
+MOST_VALUES = 2**28  # of a file whose format may compress them: 2 GiB of float64
 
 
 def absolute(path: str) -> str:
@@ -40,12 +41,12 @@ def fault(
 
 
 def content(path: Path, option: str) -> bytes:
-    """Return the bytes of a regular file, of at most `LARGEST` bytes where it is a CSV file.
+    """Return the bytes of a regular file of at most `LARGEST` bytes.
 
     Errors: `SpecError` naming the option and the file that cannot be read.
     """
     try:
-        return read_regular(path, LARGEST if path.suffix.lower() == ".csv" else None)
+        return read_regular(path, LARGEST)
     except IsADirectoryError:
         raise fault(option, path, "a folder", "a regular file") from None
     except OSError as error:
@@ -214,6 +215,11 @@ def read(data: bytes, path: Path, option: str, delimiter: str = ",", missing: It
 def _read_parquet(data: bytes, path: Path, option: str) -> Table:
     pa = _arrow(option, path)
     try:
+        sizes = pa.parquet.ParquetFile(pa.BufferReader(data)).metadata
+        if sizes.num_rows * sizes.num_columns > MOST_VALUES:
+            raise fault(
+                option, path, f"{sizes.num_rows} rows of {sizes.num_columns} columns", f"at most {MOST_VALUES} values"
+            )
         columns = pa.parquet.read_table(pa.BufferReader(data), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise fault(option, path, f"unreadable content ({_first_line(error)})", "a Parquet file") from error
