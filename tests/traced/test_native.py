@@ -14,7 +14,13 @@ from tests.traced.gallery import EVERY, L1, GallerySpec
 
 pytestmark = needs_kernels
 
-WINDOWS = {"1": 1, "3": 3, "cumulative": "cumulative", "exponential": {"kind": "exponential", "half_life": 1.5}}
+WINDOWS = {
+    "1": 1,
+    "3": 3,
+    "cumulative": "cumulative",
+    "exponential": {"kind": "exponential", "half_life": 1.5},
+    "detached": {"kind": "detached", "window": 3},
+}
 
 
 def pair(name: str, cell: str = "lstm", window: Any = 3, **fields: Any) -> Pair:

@@ -33,6 +33,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: an.GRU(2, 3, norm="layer", window=LatelySpec(), device=DEVICE),
         "it has no kernel for the window Lately(steps=3) at ih",
     ),
+    "a detached window": (
+        lambda: an.GRU(2, 3, norm="layer", window={"sites": {"hh": an.Detached(an.Sliding(3))}}, device=DEVICE),
+        "it has no kernel for detached windows, and there is one at hh",
+    ),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec(), device=DEVICE),
         "the norm at ih (Foreign): median has no native instruction (test_unsupported.py, line 35: "
