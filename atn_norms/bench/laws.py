@@ -13,6 +13,7 @@ from atn_norms.bench.spec import TEXTBOOK, Case, Size
 from atn_norms.bench.textbook import Textbook
 from atn_norms.layers import Recurrent
 from atn_norms.pytree import Tree, tree_leaves, tree_map
+from atn_norms.testing import compare
 
 # Rounding per step, times how much 1 / sqrt(variance + 1e-5) can magnify it, with room for eight roundings a step.
 _MAGNIFIED = 8 * 1e-5**-0.5
@@ -134,18 +135,17 @@ def _outcome(layer: Recurrent, xs: Tensor, start: Tree, lengths: Tensor | None) 
 
 
 def _compare(mine: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, steps: int) -> str | None:
-    allowed = _MAGNIFIED * steps * torch.finfo(dtype).eps
+    """Return the first difference beyond rounding, relative to the largest element of its tensor, or None."""
+    tolerance = _MAGNIFIED * steps * torch.finfo(dtype).eps
     for name, value in expected.items():
-        found = mine.get(name)
-        if found is None or found.shape != value.shape:
-            shape = "missing" if found is None else f"of shape {list(found.shape)}"
-            return f"{name} is {shape}, expected {list(value.shape)}"
-        if value.numel() == 0:
-            continue
+        if name not in mine:
+            return f"{name}: got nothing; expected shape {list(value.shape)}"
         right = value.detach().double()
-        apart = float((found.detach().double() - right).abs().max()) / max(1.0, float(right.abs().max()))
-        if not apart <= allowed:  # a NaN differs from everything
-            return f"{name} is off by {apart:.2g}, allowed {allowed:.2g}"
+        scale = max(1.0, float(right.abs().max())) if right.numel() else 1.0
+        try:
+            compare(mine[name].double(), right, tolerance=tolerance, scale=scale, what=name)
+        except AssertionError as error:
+            return str(error)
     return None
 
 
