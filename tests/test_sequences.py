@@ -110,6 +110,16 @@ def test_scaling_uses_only_the_training_sequences(folder):
     assert task.batch(0, 8).inputs.shape[2] == 2 and len(before) == 60
 
 
+def test_scaling_standardizes_new_sequences_and_numbers(tmp_path):
+    task = numbered(tmp_path).build(0)
+    mean, deviation = torch.tensor(list(task.scaling.values()), dtype=torch.float64).T
+    assert [*task.scaling] == ["feature 0", "feature 1"]
+    for row in range(30):
+        compare(((torch.from_numpy(values(row)) - mean) / deviation).float(), task.inputs[row], tolerance=1e-6)
+        middle, scale = task.label_scaling
+        assert middle + scale * task.targets[row].item() == pytest.approx(10 * values(row)[0, 0], abs=1e-4)
+
+
 def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder):
     task = SequencesSpec(path=str(folder)).build(0)
     epochs = [[task._batches(epoch, 6)[i] for i in range(7)] for epoch in range(2)]

@@ -81,6 +81,24 @@ def test_a_window_holds_standardized_columns_and_the_changes_to_predict(tmp_path
     assert (batch.targets[..., 1] == 1).all()
 
 
+def test_scaling_makes_forecasts_of_raw_rows(tmp_path):
+    made = columns()
+    task = spec(tmp_path, made, covariates=["heat"]).build(0)
+    torch.manual_seed(0)
+    model = Model(task.encoder(), an.GRU(2, 8, norm="layer", window=3), task.readout(8)).eval()
+    mean, deviation = torch.tensor([task.scaling["load"], task.scaling["heat"]], dtype=torch.float64).T
+    rows = torch.tensor([made["load"], made["heat"]], dtype=torch.float64).T
+    errors = []
+    for start in task.starts["test"].tolist():
+        recent = rows[start : start + 4]
+        with torch.no_grad():
+            output, _ = model(((recent - mean) / deviation).float().unsqueeze(1))
+        forecast = recent[-1, 0] + deviation[0] * output[-1, 0, :, 0]
+        errors.append((forecast - rows[start + 4 : start + 6, 0]).abs())
+    with torch.no_grad():
+        assert torch.cat(errors).mean().item() == pytest.approx(task.evaluate(model, "test")["MAE"], rel=1e-5)
+
+
 def test_training_never_uses_later_rows(tmp_path):
     made = columns()
     before = spec(tmp_path, made, covariates=["heat"]).build(0)

@@ -109,7 +109,8 @@ class Sequences(Task):
     | targets | classes (int64), or standardized numbers | `[B]` |
     | lengths | steps of each sequence, if they differ | `[B]` |
 
-    Means and deviations are those of the training sequences. A training batch has sequences of similar lengths: each
+    Means and deviations are those of the training sequences: `scaling` maps each feature to both, for new data, and
+    `label_scaling` holds those of the numbers. A training batch has sequences of similar lengths: each
     epoch draws an order, sorts every 16 batches by length, and draws the order of the batches. A missing input is 0.
     The loss of a regression is the metric, up to a constant factor.
 
@@ -213,6 +214,7 @@ class Sequences(Task):
             name = names[int(absent[0])]
             raise fault("path", self.spec.path, f"no value of {name} in the training sequences", "at least one")
         mean, deviation = moments(train)
+        self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         flagged = torch.stack([each.isnan().any(0) for each in values]).any(0)
         return [masked((each - mean) / deviation, flagged) for each in values]
 
@@ -222,6 +224,7 @@ class Sequences(Task):
             got = f"only {known[0].item():g} for {len(known)} training sequences"
             raise fault("label_column", self.spec.path, got, "numbers that differ")
         mean, deviation = moments(known.unsqueeze(1))
+        self.label_scaling = mean.item(), deviation.item()
         self.deviation = deviation.item()
         self.targets = ((numbers - mean) / deviation).to(torch.get_default_dtype())
         self.metric_per_loss = self.deviation ** (2 if self.metric == "MSE" else 1)

@@ -133,7 +133,7 @@ class Series(Task):
 
     The rows are split in time order. A window belongs to the split that holds its target steps; its input steps may
     reach into the split before. Means and deviations are those of the training rows. A forecast is the last observed
-    value plus the output of the read-out. A missing value is 0 as an input, and a missing target is left out of losses
+    value plus the output of the read-out. `scaling` maps each column to its mean and deviation, for new data. A missing value is 0 as an input, and a missing target is left out of losses
     and scores. The loss is the metric, up to a constant factor.
 
     Baselines, on the test split: `training mean`; of a forecast also `last value`, the last observed one, and
@@ -259,6 +259,8 @@ class Series(Task):
         spec, count = self.spec, len(self.spec.targets)
         mean, deviation = moments(values[: len(self.parts["train"])])
         scaled = (values - mean) / deviation
+        names = (*spec.targets, *spec.covariates, *spec.known)
+        self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         past, future = scaled.split((scaled.shape[1] - len(spec.known), len(spec.known)), 1)
         history = past if spec.mode == "forecast" else past[:, count:]
         self.inputs = masked(history, history.isnan().any(0))
