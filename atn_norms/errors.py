@@ -225,11 +225,17 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
 
 
 def nearest_file(path: Path) -> str | None:
-    """Return the name in the folder of a missing file that is closest to its own, or None."""
+    """Return the name in the folder of a missing file that is closest to its own, or None.
+
+    Names with the same suffix are compared without it: a long suffix would make any two names similar.
+    """
     try:
-        return nearest(path.name, [other.name for other in path.parent.iterdir()])
+        others = sorted(path.parent.iterdir())
     except OSError:
         return None
+    alike = {other.stem: other.name for other in others if other.suffix == path.suffix}
+    stem = nearest(path.stem, alike)
+    return alike[stem] if stem else nearest(path.name, [other.name for other in others if other.suffix != path.suffix])
 
 
 def beside(path: Path) -> str:

@@ -354,7 +354,7 @@ def test_replace_checks_its_arguments_without_a_layer_to_replace():
     with pytest.raises(TypeError, match="^model: got int; expected a torch.nn.Module"):
         an.replace(3)  # pyright: ignore[reportArgumentType]
     model = nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="no nn.LSTM, nn.GRU or nn.RNN to replace"):
+    with pytest.warns(UserWarning, match="expected a model with an nn.LSTM, nn.GRU or nn.RNN"):
         assert an.replace(model, norm={"sites": {"c": "layer"}}) is model
 
 

@@ -343,3 +343,20 @@ def test_no_code_passes_a_whole_sentence_to_a_spec_error():
                 whole = len(node.args) == 1 and not node.keywords
                 sentences += [f"{path.name}:{node.lineno}"] if whole else []
     assert sentences == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "near"),
+    [
+        ("modle.safetensors", "model.safetensors"),
+        ("tagger.safetensors", None),
+        ("stduy.yaml", "study.yml"),
+        ("x", None),
+    ],
+)
+def test_the_nearest_file_is_compared_without_a_shared_suffix(tmp_path, missing, near):
+    from atn_norms.errors import nearest_file
+
+    for name in ("model.safetensors", "ok.safetensors", "study.yml"):
+        (tmp_path / name).touch()
+    assert nearest_file(tmp_path / missing) == near

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import did_you_mean, one_of
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
@@ -102,22 +102,19 @@ def _selected(recurrent: Mapping[str, nn.Module], only: Any, skip: Any) -> list[
         for pattern in names or ():
             hits = {name for name in recurrent if fnmatchcase(name, pattern)}
             if not hits:
-                known = ", ".join(recurrent) or "none"
-                raise ValueError(
-                    f"{option}: got {pattern!r}; expected recurrent layers of the model: {known}"
-                    f"{did_you_mean(pattern, recurrent)}"
-                )
+                known = one_of(map(repr, recurrent)) if recurrent else "no name, since the model has no recurrent layer"
+                raise ValueError(f"{option}: got {pattern!r}; expected {known}{did_you_mean(pattern, recurrent)}")
             matched[option] |= hits
     return [name for name in recurrent if name in matched["only"] - matched["skip"]]
 
 
 def _warn_about(left: Sequence[TypeError], ours: Mapping[nn.Module, nn.Module], model: nn.Module) -> None:
     if left:
-        warnings.warn(f"replace left {len(left)} layer(s) as they are. {'. '.join(map(str, left))}", stacklevel=3)
+        warnings.warn(f"replace: {len(left)} recurrent layer(s) unchanged. {'. '.join(map(str, left))}", stacklevel=3)
     if not ours:
         warnings.warn(
-            f"replace: got a {type(model).__name__} with no nn.LSTM, nn.GRU or nn.RNN to replace; "
-            "the model is unchanged",
+            f"replace: got {type(model).__name__}; expected a model with an nn.LSTM, nn.GRU or nn.RNN. "
+            "The model is unchanged",
             stacklevel=3,
         )
 
@@ -239,7 +236,7 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
     name = name or type(module).__name__
     if not isinstance(module, nn.RNNBase):
         raise TypeError(
-            f"{name}: got a {type(module).__name__}, which runs single steps; expected nn.LSTM, nn.GRU or nn.RNN. "
+            f"{name}: got {type(module).__name__}, which runs single steps; expected nn.LSTM, nn.GRU or nn.RNN. "
             f"Use atn_norms.{type(module).__name__} in the code that passes its state"
         )
     kind = _KINDS.get(type(module))
@@ -248,7 +245,7 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
             f"{name}: got a parametrized {module._get_name()}; expected plain parameters. Remove the parametrizations"
         )
     if kind is None:
-        raise TypeError(f"{name}: got a {type(module).__name__}; expected exactly nn.LSTM, nn.GRU or nn.RNN")
+        raise TypeError(f"{name}: got {type(module).__name__}; expected exactly nn.LSTM, nn.GRU or nn.RNN")
     names = {weight for cell in module._all_weights for weight in cell}
     if names != set(dict(module.named_parameters(recurse=False))):  # pruning and the old weight_norm rename them
         raise TypeError(

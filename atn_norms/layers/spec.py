@@ -182,8 +182,7 @@ class LayerSpec(Options):
         for option, value in (("norm", self.norm), ("window", self.window)):
             for site in value.sites if isinstance(value, (NormSites, WindowSites)) else ():
                 if site not in sites:
-                    what = f"site of cell {self.cell.kind!r} with sum {self.placement.sum!r}"
-                    raise SpecError.of([unknown(what, site, sites, path=(option, "sites", site))])
+                    raise SpecError.of([unknown("site", site, sites, path=(option, "sites", site))])
 
     def _check_windows_have_norms(self, cell: Cell) -> None:
         alone = SlidingSpec(steps=1)

@@ -196,7 +196,7 @@ def test_an_unsupported_replacement_leaves_the_model_unchanged():
         pass
 
     model = nn.Sequential(nn.GRU(3, 4), Own(4, 4))
-    with pytest.raises(TypeError, match="1: got a Own"):
+    with pytest.raises(TypeError, match="1: got Own"):
         an.replace(model, norm="layer", only=["0", "1"])
     assert type(model[0]) is nn.GRU
     with pytest.raises(ValueError, match="laier"):

@@ -29,11 +29,11 @@ def model_of() -> Any:
 @feature(GROUP, "`replace` on a model with subclasses, hooks or `nn.LSTMCell`", "left, with a warning")
 def test_what_cannot_be_replaced_is_named_and_left():
     model = model_of()
-    with pytest.warns(UserWarning, match="replace left 2 layer") as caught:
+    with pytest.warns(UserWarning, match="replace: 2 recurrent layer") as caught:
         an.replace(model, norm="layer")
     text = str(caught[0].message)
-    assert "own: got a Own; expected exactly nn.LSTM, nn.GRU or nn.RNN" in text
-    assert "steps: got a GRUCell, which runs single steps" in text and "atn_norms.GRUCell" in text
+    assert "own: got Own; expected exactly nn.LSTM, nn.GRU or nn.RNN" in text
+    assert "steps: got GRUCell, which runs single steps" in text and "atn_norms.GRUCell" in text
     assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, an.GRU]
 
 
@@ -46,20 +46,20 @@ def test_only_and_skip_select_by_qualified_name():
     an.replace(model, norm="rms", skip=["own", "steps", "last"])
     assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, nn.GRU]
     model = model_of()
-    with pytest.raises(TypeError, match="own: got a Own; expected exactly nn.LSTM"):
+    with pytest.raises(TypeError, match="own: got Own; expected exactly nn.LSTM"):
         an.replace(model, norm="rms", only="own")
     for option in ("only", "skip"):
-        with pytest.raises(ValueError, match=f"{option}: got 'encodr'; expected recurrent layers.*'encoder'"):
+        with pytest.raises(ValueError, match=f"{option}: got 'encodr'; expected .*did you mean 'encoder'"):
             an.replace(model, norm="rms", **{option: "encodr"})
     assert type(model["encoder"]) is nn.LSTM
 
 
 def test_nothing_to_replace_warns():
-    with pytest.warns(UserWarning, match="replace: got a Linear with no nn.LSTM, nn.GRU or nn.RNN to replace"):
+    with pytest.warns(UserWarning, match="replace: got Linear; expected a model with an nn.LSTM, nn.GRU or nn.RNN"):
         an.replace(nn.Linear(2, 2), norm="layer")
-    with pytest.warns(UserWarning, match="no nn.LSTM"):
+    with pytest.warns(UserWarning, match="expected a model with an nn.LSTM"):
         an.replace(nn.Sequential(nn.LSTM(3, 4)), norm="layer", skip="0")
-    with pytest.raises(TypeError, match="0: got a Own"):
+    with pytest.raises(TypeError, match="0: got Own"):
         an.replace(nn.Sequential(Own(3, 4)), norm="layer")
 
 
