@@ -7,7 +7,7 @@ import atn_norms as an
 from atn_norms.backends.native.library import unavailable
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
-from tests.native.strategies import CELLS, EXACT, WINDOWS, Pair, functional
+from tests.native.strategies import CELLS, EXACT, PLAIN_WINDOWS, Pair, functional
 from tests.native.test_hidden import hiding
 from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
@@ -34,7 +34,7 @@ def in_segments(pair, backends, cuts):
 
 
 CUTS = [[4], [1, 2], [3, 8], [2, 4, 6], [1, 5, 6]]
-CASES = [(cell, window) for cell in CELLS for window in WINDOWS if "detached" not in window]  # without a kernel
+CASES = [(cell, window) for cell in CELLS for window in PLAIN_WINDOWS]
 SOME = {("lstm", "4"), ("gru", "100"), ("tanh", "exponential"), ("lstm", "cumulative"), ("relu", "2")}
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
-from tests.native.strategies import CELLS, EXACT, NORMS, WINDOWS, Pair, agree, functional, open_state, pairs
+from tests.native.strategies import CELLS, EXACT, NORMS, PLAIN_WINDOWS, Pair, agree, functional, open_state, pairs
 from tests.triton.strategies import DEVICE, both, check, made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
@@ -35,19 +35,19 @@ def test_cells_and_norms(number, kernels, monkeypatch):
     """Every cell with every norm, the windows in turn, every third a launch a step."""
     if number % 3 == 0:
         monkeypatch.setattr(kernels, "WHOLE", 0)
-    windows = list(WINDOWS)
+    windows = list(PLAIN_WINDOWS)
     cell, norm = STRUCTURES[number]
     check(a_pair(cell, norm, windows[(number + number // 6) % len(windows)], number))
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", PLAIN_WINDOWS)
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
 def test_every_structure(number, window, mode):
     """Several sizes each."""
     cell, norm = STRUCTURES[number]
     for seed in range(3):
-        check(a_pair(cell, norm, window, number + 7 * seed + list(WINDOWS).index(window)))
+        check(a_pair(cell, norm, window, number + 7 * seed + list(PLAIN_WINDOWS).index(window)))
 
 
 @pytest.mark.deep
@@ -80,7 +80,7 @@ def any_structure(pair, step_by_step):
 
 
 @settings(max_examples=4)
-@given(pairs(per_gate=False), st.booleans())
+@given(pairs(tuple(PLAIN_WINDOWS), per_gate=False), st.booleans())
 def test_any_structure(pair: Pair, step_by_step):
     any_structure(pair, step_by_step)
 
@@ -88,7 +88,7 @@ def test_any_structure(pair: Pair, step_by_step):
 @pytest.mark.deep
 @pytest.mark.timeout(3000)
 @settings(max_examples=100)
-@given(pairs(per_gate=False), st.booleans())
+@given(pairs(tuple(PLAIN_WINDOWS), per_gate=False), st.booleans())
 def test_any_structure_at_length(pair: Pair, step_by_step):
     any_structure(pair, step_by_step)
 
