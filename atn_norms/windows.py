@@ -167,6 +167,8 @@ class Sliding(Window[S]):
     def scan(self, steps: S, weights: Tensor, state: Tree) -> tuple[S, Tree]:
         if self.steps == 1:
             return steps, state
+        if weights.shape[0] == 1:
+            return scan_by_steps(self, steps, weights, state)
         state = _constant_weights(state)
         row = torch.arange(weights.shape[1], device=weights.device)
         mask = weights > 0

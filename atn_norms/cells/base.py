@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atn_norms.assorted_time import SiteNorm, masked, steps_mask
 from atn_norms.errors import Problem, SpecError, mismatch
+from atn_norms.normalizers import scanning
 from atn_norms.options import Options
 from atn_norms.pytree import Tree, describe_structure, where_mask
 
@@ -174,15 +175,20 @@ class Cell(ABC):
         self, weights: CellWeights, xs: Tensor, state: Tree, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tree]:
         """Compute the input product of all T steps, which is not recurrent; normalized if the site `ih` has a norm."""
-        if lengths is not None:
-            xs = masked(xs, steps_mask(lengths, xs))
+        mask = None if lengths is None else steps_mask(lengths, xs)
+        xs = xs if mask is None else masked(xs, mask)
         us = F.linear(xs, weights["weight_ih"], weights.get("bias_ih"))
-        if "ih" not in weights.norms:
+        norm = weights.norms.get("ih")
+        if norm is None:
             return us, state
         carried, norms = state
         place = list(self.sites).index("ih")
-        us, memory = weights.norms["ih"].scan(us, norms[place], lengths)
-        return us, (carried, (*norms[:place], memory, *norms[place + 1 :]))
+        memory, normalized = norms[place], []
+        with scanning([norm.normalizer]):
+            for step, u in enumerate(us.unbind(0)):
+                u, memory = norm.step(u, memory, None if mask is None else mask[step])
+                normalized.append(u)
+        return torch.stack(normalized), (carried, (*norms[:place], memory, *norms[place + 1 :]))
 
     @abstractmethod
     def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
