@@ -60,6 +60,9 @@ class TracedSite(NamedTuple):
     shift: None = None
 
 
+WRITE = "write the normalizer with the operations that docs/backends.md lists"
+WINDOWS = "use a window of this package"
+
 Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
 
 
@@ -86,17 +89,17 @@ def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Decla
 def _declared(normalizer: Normalizer, site: str, features: int) -> Declared | Unsupported:
     """Return how kernels compute a normalizer, or the reason why they do not."""
     if has_hooks(normalizer):
-        return Unsupported("norm", f"the norm at {site} has hooks, which only the reference calls")
+        return Unsupported("norm", f"the norm at {site} has hooks, which only the reference calls", "remove the hooks")
     moments = feature_moments(normalizer) or batch_moments(normalizer)
     if moments is None:
         traced = _traced_site(normalizer, features)
         if isinstance(traced, str):
-            return Unsupported("norm", f"the norm at {site} ({type(normalizer).__name__}): {traced}")
+            return Unsupported("norm", f"the norm at {site} ({type(normalizer).__name__}): {traced}", WRITE)
         return traced
     moments.check(features)
     if isinstance(moments, FeatureMoments) and moments.groups > MOST_GROUPS:
         text = f"the norm at {site} has {moments.groups} groups, and it takes at most {MOST_GROUPS}"
-        return Unsupported("norm", text)
+        return Unsupported("norm", text, f"use at most {MOST_GROUPS} groups")
     return moments
 
 
@@ -125,11 +128,13 @@ def _site_plan(
 ) -> SitePlan | Unsupported:
     gain, shift = declared.gain, declared.shift
     if (gain is not None and gain.dtype != dtype) or (shift is not None and shift.dtype != dtype):
-        return Unsupported("norm", f"the norm at {site} is of another type than the layer, {dtype}")
+        return Unsupported(
+            "norm", f"the norm at {site} is of another type than the layer, {dtype}", f"convert it to {dtype}"
+        )
     stateless = isinstance(declared, TracedSite) and not declared.traced.leaves
     pooled = WindowPlan(1, 1.0, window.detaches_past) if stateless else window_of(window)
     if pooled is None or (pooled.past and isinstance(declared, BatchMoments)):
-        return Unsupported("window", f"it has no kernel for the window {window!r} at {site}")
+        return Unsupported("window", f"it has no kernel for the window {window!r} at {site}", WINDOWS)
     shared: dict[str, Any] = {**pooled._asdict(), "gain": gain is not None, "shift": shift is not None}
     if isinstance(declared, TracedSite):
         return _traced_plan(site, features, declared, shared)

@@ -19,6 +19,8 @@ Code = Literal["device", "dtype", "transform", "cell", "placement", "no norm", "
 class Unsupported(NamedTuple):
     """The reason why a backend has no program for a description: a `code` to compare, and a `text` to read.
 
+    `change` is an instruction that makes the backend run the layer, if there is one.
+
     | code | the backend does not run |
     |---|---|
     | `device`, `dtype` | the device or the type of the layer |
@@ -31,6 +33,7 @@ class Unsupported(NamedTuple):
 
     code: Code
     text: str
+    change: str = ""
 
 
 class CellInputs(NamedTuple):

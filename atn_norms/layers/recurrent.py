@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import CellInputs, Program, Unsupported, choose, describe, prepared, select
 from atn_norms.backends.base import Selected
+from atn_norms.backends.costs import cost_of_reference
 from atn_norms.cells import CellWeights
 from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
@@ -398,6 +399,9 @@ def _each(function: Any, hx: Any) -> Any:
 def explain(model: nn.Module) -> str:
     """Return the backend that runs each cell of a layer, and the reason why each other backend does not.
 
+    If the reference runs a cell that the native backend does not support, the text has the measured cost, and a change
+    that makes the native backend run it.
+
     `model` is a layer, a cell, or a module that contains layers or cells. Each is listed under its name in the model.
 
     Errors: `TypeError` if `model` is not a module.
@@ -424,8 +428,12 @@ def _explained(layer: CellHost) -> str:
         weights = layer.cell_weights(suffix)
         chosen = choose(layer.spec.backend, layer.cell, weights).name
         lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
-        for name, program in prepared(layer.cell, weights).items():
+        programs = prepared(layer.cell, weights)
+        for name, program in programs.items():
             if name != chosen:
                 unsupported = isinstance(program, Unsupported)
                 lines.append(f"  {name}: " + (f"unsupported: {program.text}" if unsupported else "supported"))
+        native = programs["native"]
+        if chosen == "reference" and isinstance(native, Unsupported):
+            lines += [f"  cost: {cost_of_reference()}", f"  change: {native.change}"]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import atn_norms as an
-from atn_norms.backends import choose
+from atn_norms.backends import choose, costs
 from atn_norms.cells import CellWeights, GRUEquations
 from tests.native.strategies import CELLS, NORMS, RMS_SHIFTED, WINDOWS, needs_kernels
 
@@ -97,7 +97,11 @@ def changed_gate(layer: Any) -> Any:
 def test_an_unsupported_case_has_a_reason(case):
     make, sentence = REFUSED[case]
     layer = make()
-    assert f"  native: unsupported: {sentence}" in an.explain(layer).splitlines()
+    text = an.explain(layer)
+    assert f"  native: unsupported: {sentence}" in text.splitlines()
+    if "backend 'reference'" in text:
+        assert f"  cost: {costs.cost_of_reference()}" in text.splitlines()
+        assert any(line.startswith("  change: ") and len(line.split()) > 2 for line in text.splitlines())
     weights = layer.cell_weights(layer._suffixes[0])
     with pytest.raises(ValueError, match="'native' cannot run this layer") as caught:
         choose("native", layer.cell, weights)

@@ -33,7 +33,7 @@ class Fused(ABC):
         """Return a program, or the first reason why there is none; missing kernels come last."""
         unsupported = self.unsupported_type(description)
         if unsupported is None and description.transform is not None:
-            unsupported = Unsupported("transform", description.transform)
+            unsupported = Unsupported("transform", description.transform, "call the layer outside the transform")
         plan = unsupported or plan_of(cell, description)
         if isinstance(plan, Unsupported):
             return plan
@@ -62,21 +62,25 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
     """Return the plan of a case, or the reason why no kernel has it."""
     kernel = kernel_of(cell)
     if kernel is None:
-        return Unsupported("cell", f"it has no kernel for {type(cell).__name__}")
+        return Unsupported("cell", f"it has no kernel for {type(cell).__name__}", "use LSTM, GRU or RNN")
     if getattr(cell, "proj_size", 0):
-        return Unsupported("placement", "it has no projection (proj_size)")
+        return Unsupported("placement", "it has no projection (proj_size)", "set proj_size to 0")
     placement = f"-{JOINT}" * (cell.placement.sum == "joint") + f"-{NORMED}" * (cell.placement.carry == "normed")
     if placement not in PLACEMENTS[kernel]:
-        return Unsupported("placement", f"it has no kernel for {type(cell).__name__} with {cell.placement!r}")
+        return Unsupported(
+            "placement",
+            f"it has no kernel for {type(cell).__name__} with {cell.placement!r}",
+            "use the default placement",
+        )
     if not description.normed:
-        return Unsupported("no norm", "it runs normed cells only")
+        return Unsupported("no norm", "it runs normed cells only", "give the layer a norm")
     sites: list[SitePlan] = []
     for site in description.sites:
         if isinstance(site, Unsupported):
             return site
         if sites and bool(sites[0].coupled) != bool(site.coupled):
             text = "norms over the batch and norms of single rows are at different sites of it"
-            return Unsupported("placement", text)
+            return Unsupported("placement", text, "use batch norms at all sites or at none")
         sites.append(site)
     # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
     return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel + placement, tuple(sites))

@@ -23,21 +23,25 @@ class Native(Fused):
 
     def unsupported_type(self, description: Description) -> Unsupported | None:
         if description.device != "cpu":
-            return Unsupported("device", f"it runs on the CPU, and the layer is on {description.device}")
+            return Unsupported(
+                "device", f"it runs on the CPU, and the layer is on {description.device}", "move the layer to the CPU"
+            )
         if description.dtype not in (torch.float32, torch.float64, *HALF):
             text = f"it runs float64, float32, bfloat16 and float16, and the layer is {description.dtype}"
-            return Unsupported("dtype", text)
+            return Unsupported("dtype", text, "convert the layer to one of these types")
         return None
 
     def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
         if plan.coupled and description.dtype in HALF:
             text = f"it runs norms over the batch in float32 and float64, and the layer is {description.dtype}"
-            return Unsupported("dtype", text)
+            return Unsupported("dtype", text, "convert the layer to float32, and call it under autocast")
         return None
 
     def missing(self) -> Unsupported | None:
         reason = unavailable()
-        return None if reason is None else Unsupported("kernels", reason)
+        return (
+            None if reason is None else Unsupported("kernels", reason, "run `atn-norms doctor`, which prints the cure")
+        )
 
     @staticmethod
     def operators() -> Operators:
