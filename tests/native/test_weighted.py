@@ -241,3 +241,18 @@ def test_a_step_at_a_time_equals_the_whole_sequence():
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts), whole, rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(state, end, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("spec", [PluginSpec(taps=TAPS["triangular"]), BeforeSpec(decay=0.8)])
+def test_compiled_layers_run_the_same_kernels(spec):
+    layer, xs = an.GRU(3, 4, norm="layer", window=spec), torch.randn(6, 2, 3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(xs)[0], layer(xs)[0])
+
+
+def test_a_window_of_another_process_is_compared_again():
+    window = Plugin(TAPS["triangular"])
+    assert recognized(window) == Recognized(TAPS["triangular"])
+    object.__setattr__(window, "_atn_norms_recognized", ("of another process", ((1.0, 2.0), 1.0, False)))
+    assert recognized(window) == Recognized(TAPS["triangular"])
+    assert window == Plugin(TAPS["triangular"])

@@ -59,7 +59,7 @@ class SitePlan(NamedTuple):
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
-            f"{int(self.detached)} {','.join(map(float.hex, self.taps)) or '-'} {int(self.past)} "
+            f"{int(self.detached)} {','.join([repr(tap) for tap in self.taps]) or '-'} {int(self.past)} "
             f"{'-' if self.traced is None else self.traced.encode()}"
         )
 
@@ -68,7 +68,7 @@ class SitePlan(NamedTuple):
         """From a text."""
         site, features, groups, centred, eps, steps, decay, gain, shift, leaf, *others = text.split()
         coupled, parts, detached, taps, past, traced = others
-        ages = () if taps == "-" else tuple(map(float.fromhex, taps.split(",")))
+        ages = () if taps == "-" else tuple(map(float, taps.split(",")))
         numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
         axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
         norm = None if traced == "-" else TracedNorm.decode(traced)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
+from os import urandom
 from typing import Any, NamedTuple
 
 import torch
@@ -84,13 +86,26 @@ def recognized(window: Window[Any]) -> Recognized | None:
     The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
     state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
     """
+    kept = getattr(window, _KEPT, None)
+    if kept is not None and kept[0] == _PROCESS:
+        return None if kept[1] is None else Recognized(*kept[1])
     parameters = getattr(type(window), "__dataclass_params__", None)
-    if parameters is None or not parameters.frozen or type(window).scan is not Window.scan:
+    if torch.compiler.is_compiling() or parameters is None or not parameters.frozen:
+        return None
+    if type(window).scan is not Window.scan:
         return None
     try:
-        return _recognized(window)
+        found = _recognized(window)
     except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
-        return None
+        found = None
+    with suppress(AttributeError):  # a dataclass with slots
+        object.__setattr__(window, _KEPT, (_PROCESS, None if found is None else tuple(found)))
+    return found
+
+
+# The attribute of a window in which a compiler finds the result without running the comparison. A window from another
+# process, where the plugin may have been different, is compared again.
+_KEPT, _PROCESS = "_atn_norms_recognized", urandom(8).hex()
 
 
 @lru_cache(maxsize=256)
