@@ -80,16 +80,17 @@ def _difference(case: Case, name: str, window: int | str, probe: Probe, dtype: t
 def _as_timed(case: Case, truth: Recurrent, mine: Recurrent, xs: Tensor, dtype: torch.dtype) -> str | None:
     """Compare the timed calls, which may take other paths: torch.nn's call, and the call without gradients.
 
-    Under autocast the limits stay the same, since layers compute in their own type there.
+    Under autocast layers compute in their own type, and round outputs and their gradients to the type of autocast.
     """
+    rounding = torch.finfo(torch.bfloat16).eps if case.autocast else 0.0
     with autocast(case):
         ys = mine(xs.to(dtype))[0]
-    found = _compare(_of_values(mine, ys), _of_values(truth, truth(xs)[0]), dtype, len(xs))
+    found = _compare(_of_values(mine, ys), _of_values(truth, truth(xs)[0]), dtype, len(xs), rounding)
     if found is None:
         with torch.no_grad():
             with autocast(case):
                 ys = mine(xs.to(dtype))[0]
-            found = _compare({"y": ys}, {"y": truth(xs)[0]}, dtype, len(xs))
+            found = _compare({"y": ys}, {"y": truth(xs)[0]}, dtype, len(xs), rounding)
     return found
 
 
@@ -134,9 +135,14 @@ def _outcome(layer: Recurrent, xs: Tensor, start: Tree, lengths: Tensor | None) 
     }
 
 
-def _compare(mine: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, steps: int) -> str | None:
-    """Return the first difference beyond rounding, relative to the largest element of its tensor, or None."""
-    tolerance = _MAGNIFIED * steps * torch.finfo(dtype).eps
+def _compare(
+    mine: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, steps: int, rounding: float = 0.0
+) -> str | None:
+    """Return the first difference beyond rounding, relative to the largest element of its tensor, or None.
+
+    `rounding` is the relative error of outputs and their gradients that are rounded to a shorter type.
+    """
+    tolerance = _MAGNIFIED * steps * torch.finfo(dtype).eps + rounding
     for name, value in expected.items():
         if name not in mine:
             return f"{name}: got nothing; expected shape {list(value.shape)}"

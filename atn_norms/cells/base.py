@@ -117,6 +117,10 @@ class Cell(ABC):
         """Return the number of features of each carried tensor, in the order of `carried`."""
         return (self.output_size,)
 
+    def autocast_type(self, half: torch.dtype, state: torch.dtype) -> torch.dtype:
+        """Return the type of outputs and states under autocast to `half`, from the type of the initial state."""
+        return half
+
     def initial(
         self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None, shown: bool = True
     ) -> Tree:

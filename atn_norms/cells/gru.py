@@ -34,6 +34,9 @@ class GRUEquations(Cell):
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
     torch_name: ClassVar[str | None] = "GRU"
 
+    def autocast_type(self, half: torch.dtype, state: torch.dtype) -> torch.dtype:
+        return torch.promote_types(half, state)  # as in torch.nn, the new state is a sum with the old one
+
     def step(self, weights: CellWeights, u: Tensor, state: Tree, mask: Tensor | None = None) -> tuple[Tensor, Tree]:
         (h,), states = state
         norm = SiteStates(self, weights, states, mask)

@@ -158,7 +158,7 @@ class Recurrent(CellHost):
         xs = self._time_first(given)
         if xs.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), None, keep_state=False)
+        ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), None, keep_state=False)
         last = self.hidden(state)
         return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
 
@@ -193,7 +193,7 @@ class Recurrent(CellHost):
         if lengths is not None:
             lengths = checked_lengths(lengths, xs.shape[0], xs.shape[1]).to(xs.device)
         if state is None:
-            state = self._initial(cells, xs.shape[1], None, shown=False)
+            state = self._fresh(cells, xs, None)
         else:
             self._check_state(cells, state, xs.shape[1])
         ys, state = self._run(cells, xs, state, lengths)
@@ -206,6 +206,12 @@ class Recurrent(CellHost):
     def _cells(self) -> list[CellWeights]:
         """Return the weights and norms of every cell, in the order of layers and directions."""
         return [self.cell_weights(suffix) for suffix in self._suffixes]
+
+    def _fresh(self, cells: list[CellWeights], xs: Tensor, hx: Any) -> Tree:
+        """Return the state before the first step of a call; under autocast, zeros have the type of the input."""
+        state = self._initial(cells, xs.shape[1], hx, shown=False)
+        mixed = hx is None and torch.is_autocast_enabled(xs.device.type)
+        return _cast_carried(state, xs.dtype) if mixed else state
 
     def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
         carried = None if hx is None else (hx,) if isinstance(hx, Tensor) else hx
@@ -234,11 +240,17 @@ class Recurrent(CellHost):
     def _run(
         self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
     ) -> tuple[Tensor, Tree]:
-        """Run every layer in turn, time first; autocast is disabled, and inputs have the type of the weights."""
+        """Run every layer in turn, time first.
+
+        Autocast is disabled: every layer computes in the type of its weights, and the results are rounded at the end.
+        """
         kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
         if torch.is_autocast_enabled(kind):
+            half, ((((h, *_), _), *_), *_) = torch.get_autocast_dtype(kind), state
+            result = dtype if dtype == torch.float64 else self.cell.autocast_type(half, h.dtype)
             with torch.autocast(kind, enabled=False):
-                return self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths, keep_state)
+                ys, state = self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths, keep_state)
+            return ys.to(result), _cast_carried(state, result)
         rest = iter(enumerate(cells))
         after = []
         for layer, before in enumerate(state):
@@ -275,7 +287,7 @@ class Recurrent(CellHost):
         cells = self._cells()
         self._check_shapes(cells, packed.data, hx, packed.batch_sizes)
         xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
-        ys, state = self._run(cells, xs, self._initial(cells, xs.shape[1], hx, shown=False), lengths.to(xs.device))
+        ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), lengths.to(xs.device))
         data = pack_padded_sequence(ys, lengths).data
         last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
         return PackedSequence(data, packed.batch_sizes, order, back), last

@@ -264,8 +264,10 @@ def test_transforms_keep_the_types_of_mixed_precision(cell, dtype, autocast):
         expected = torch.stack([layer(x)[0] for x in xs])
         found = vmap(lambda x: layer(x)[0])(xs)
         slopes = vmap(grad(lambda x: layer(x)[0].float().square().sum()))(xs)
-    tolerance = 8 * torch.finfo(dtype).eps  # other batches are summed in another order, a few roundings a step
-    compare(found, expected, tolerance=tolerance)
+    # other batches are summed in another order, a few roundings a step
+    tolerance = 8 * torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    assert found.dtype == (torch.bfloat16 if autocast else dtype)
+    compare(found.float(), expected.float(), tolerance=tolerance)
     leaf = xs.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         total = torch.stack([layer(x)[0].float().square().sum() for x in leaf]).sum()
