@@ -116,7 +116,7 @@ def errors(trials, seconds, workers, predicted=None, at=TENTHS, **options):
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
 def test_the_remaining_time_of_a_recorded_study_is_within_a_factor_after_a_tenth(file, workers):
     """Recorded trials with the median time of their arm: the machine had other, changing load meanwhile."""
-    rows = list(csv.DictReader(file.open()))
+    rows = [row for row in csv.DictReader(file.open()) if row["seconds"]]  # a study may be unfinished
     arms = [f"{row['norm']} {row['window']}" for row in rows]
     times = {arm: [float(row["seconds"]) for row, of in zip(rows, arms, strict=True) if of == arm] for arm in arms}
     trials = [trial(arm, number, int(row["steps"])) for number, (row, arm) in enumerate(zip(rows, arms, strict=True))]
@@ -150,7 +150,7 @@ def test_trials_that_stop_early_are_expected_to_stop_early_again(workers):
 
 @pytest.mark.parametrize("looks", [1, 20])
 def test_functions_with_an_unknown_number_of_reports_are_estimated_by_ended_trials(looks):
-    trials = [trial("layer", seed, 1000, "python") for seed in range(20)]
+    trials = [trial("layer", seed, 1, "python") for seed in range(20)]
     last = 0 if looks == 1 else 20  # 20 epochs, or no reports at all
     assert errors(trials, [30.0] * 20, 1, ends=[last] * 20, looks=looks, at=[0.02]) == [math.inf], "nothing is known"
     found = errors(trials, [30.0] * 20, 2, ends=[last] * 20, looks=looks)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from atn_norms import ablation
+from atn_norms.ablation import report
 from atn_norms.ablation.grid.functions import hash_code, task_of
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import main
@@ -57,6 +58,29 @@ def test_points_without_a_norm_are_one_trial_and_the_report_is_written(tmp_path)
     assert record.tasks["train"].metric == "accuracy"
     best = record.best()
     assert best.points[0]["norm"] == "layer" and [line["step"] for line in best.curve] == [1, 2, 3]
+
+
+def test_every_reported_step_counts_where_the_study_sets_no_steps(tmp_path, capsys):
+    body = """
+    import torch
+
+    def train(norm, window, trial):
+        for step in range(1, 8):
+            trial.report(step, torch.ones((), requires_grad=True) / step)
+        return {"test accuracy": 0.5}
+    """
+    record: Any = ablation.run(ablation.create(study(written(tmp_path, body)), tmp_path / "study"), workers=0)
+    assert {trial.step for trial in record.trials} == {7} == {trial.result["step"] for trial in record.trials}
+    assert "Warning" not in log(record.trials[0]) and "finished after step 7" in log(record.trials[0])
+    assert main(["status", str(tmp_path / "study")]) == 0
+    assert "1 of 1" not in capsys.readouterr().out
+    page = report.write(report.findings(record), tmp_path / "report")[0].read_text(encoding="utf-8")
+    assert "test accuracy" in page and "test test" not in page
+
+
+def test_more_steps_than_the_study_sets_are_no_damage(tmp_path):
+    trial = only(tmp_path, "def train(trial):\n    trial.report(9, 1.0)\n    return 1.0\n", train={"steps": 5})
+    assert (trial.status, trial.step) == ("done", 9)
 
 
 def test_the_same_trial_gives_the_same_number(tmp_path):

@@ -129,9 +129,12 @@ class _Lines:
 
 def _running(progress: Progress) -> str:
     events = list(progress.running.values())
-    running = [f"{called(each.point)} at step {each.step} of {each.steps}{_loss(each, ', loss ')}" for each in events]
-    more = [f"and {len(running) - SHOWN} more"] if len(running) > SHOWN else []
-    return "; ".join([*running[:SHOWN], *more])
+    running = [
+        f"{called(each.point)} at step {step_of(each.step, each.steps)}{_loss(each, ', loss ')}"
+        for each in events[:SHOWN]
+    ]
+    more = [f"and {len(events) - SHOWN} more"] if len(events) > SHOWN else []
+    return "; ".join([*running, *more])
 
 
 def _loss(event: Event, before: str = "") -> str:
@@ -173,11 +176,20 @@ def _picture(progress: Progress, events: list[Event], room: int, width: int) -> 
     for event in events[:room]:
         name = called(event.point) + (" (elsewhere)" if event.trial in progress.elsewhere else "")
         bar = [_bar(event.step, event.steps)] if bars else []
-        table.add_row(*map(Text, [name, f"{event.step} of {event.steps}", *bar, _loss(event)]))
+        table.add_row(*map(Text, [name, step_of(event.step, event.steps), *bar, _loss(event)]))
     hidden = len(events) - room
     return Group(summary, table, *([Text(f"  and {hidden} more")] if hidden else []))
 
 
+def step_of(step: int, steps: int) -> str:
+    """Format a step with the steps of its trial; alone where a function exceeds them, or its study sets none.
+
+    >>> step_of(3, 10), step_of(0, 10), step_of(400, 1)
+    ('3 of 10', '0 of 10', '400')
+    """
+    return f"{step} of {steps}" if step <= steps and steps > 1 else str(step)
+
+
 def _bar(step: int, steps: int, width: int = 20) -> str:
-    full = round(width * step / steps) if steps else width
+    full = min(width, round(width * step / steps)) if steps else width
     return "━" * full + "╌" * (width - full)

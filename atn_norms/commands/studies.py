@@ -91,7 +91,7 @@ def _require_no_settings(folder: Path, settings: Sequence[str]) -> None:
 def status(folder: Folder, as_json: Json = False) -> None:
     """Show the progress of a study, trial by trial."""
     from atn_norms.ablation import load
-    from atn_norms.commands.progress import called
+    from atn_norms.commands.progress import called, step_of
 
     record = load(folder, curves=False)
     count = record.counts()
@@ -115,7 +115,7 @@ def status(folder: Folder, as_json: Json = False) -> None:
         (
             t["id"],
             t["status"],
-            f"{t['step']} of {t['steps']}",
+            step_of(t["step"], t["steps"]),
             f"{called(t['points'][0])} seed={t['seed']}",
             t["error"] or t["reason"],
         )

@@ -46,10 +46,19 @@ class Measure:
         return math.exp(min(value, 700.0)) if self.log and math.isfinite(value) else value
 
 
+def score_name(metric: str) -> str:
+    """Return the name of a metric on the test split, which the name of a function's metric may hold already.
+
+    >>> score_name("accuracy"), score_name("test accuracy")
+    ('test accuracy', 'test accuracy')
+    """
+    return metric if metric.split(" ")[0].split("_")[0].lower() == "test" else f"test {metric}"
+
+
 def final(record: StudyRecord, task: str) -> Measure:
     """Measure the test metric at the end of training; a diverged trial ranks last and is excluded from means."""
     facts = record.tasks[task]
-    return in_logarithm(Measure(f"test {facts.metric}", facts.goal, lambda trial: score(trial, facts)), record, task)
+    return in_logarithm(Measure(score_name(facts.metric), facts.goal, lambda trial: score(trial, facts)), record, task)
 
 
 def tail(record: StudyRecord, task: str, validations: int) -> Measure:

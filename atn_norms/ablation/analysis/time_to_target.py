@@ -102,5 +102,10 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
 
 def _limit(record: StudyRecord, task: str) -> int:
     """Return the fewest training steps of any trial of the task."""
-    given = [trial.trial["train"]["steps"] for trial in record.trials if trial.points[0].get("task") == task]
-    return min(given, default=0)
+    trials = [trial for trial in record.trials if trial.points[0].get("task") == task]
+    return min((max(trial.step, trial.trial["train"]["steps"]) for trial in trials if _has_steps(trial)), default=0)
+
+
+def _has_steps(trial: TrialRecord) -> bool:
+    """Check that the steps of a trial are known: a function may have none before it ends."""
+    return trial.trial["train"]["steps"] > 1 or trial.status == "done"

@@ -117,7 +117,7 @@ class Trial:
         self._watch.see(-number if metric and self._task["goal"] == "max" else number)
         self._folder.measure({"step": step, "train_loss": number, "validation": number if metric else None})
         try:
-            self._on_step(min(step, self._train["steps"]))
+            self._on_step(step)
         except BaseException as end:
             self._end = end
             raise
@@ -171,7 +171,7 @@ def run_function(
         except Diverged as reason:
             folder.log(f"diverged at step {handle._step}: {reason}")
             result |= {"outcome": "diverged", "reason": str(reason)}
-    return result | {"step": min(handle._step, trial["train"]["steps"])}
+    return result | {"step": handle._step}
 
 
 def _called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any], trial: Trial) -> Any:
@@ -234,7 +234,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool | str | bytes) or value is None:
         return None
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         return None
 

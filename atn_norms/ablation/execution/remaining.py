@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atn_norms.ablation.execution.events import Event
-from atn_norms.ablation.grid.functions import is_function
-from atn_norms.ablation.grid.training import TrainSpec
+from atn_norms.ablation.grid.functions import UNKNOWN_STEPS, is_function
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import TrialRecord
 
@@ -159,17 +158,13 @@ class RemainingTime:
         declared = self._steps[trial]
         if not shares:
             return declared
-        return max(1.0, (declared or _default_steps()) * sum(shares) / len(shares))
-
-
-def _default_steps() -> int:
-    return TrainSpec.model_fields["steps"].default
+        return max(1.0, (declared or UNKNOWN_STEPS) * sum(shares) / len(shares))
 
 
 def _declared_steps(trial: Mapping[str, Any]) -> float | None:
     """Return the steps of a trial; None for a function whose study does not set them."""
     steps = trial["train"]["steps"]
-    return None if is_function(trial["task"]) and steps == _default_steps() else steps
+    return None if is_function(trial["task"]) and steps == UNKNOWN_STEPS else steps
 
 
 def _steps_or_one(trial: Mapping[str, Any]) -> float:

@@ -27,6 +27,7 @@ from atn_norms.options import Options
 KIND = "python"
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
+UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
 ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
 
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
@@ -271,11 +272,9 @@ def _definition(task: FunctionSpec) -> ast.FunctionDef:
 
 def _counted(file: Path) -> str:
     """Return the text of a file without the statements that only start studies."""
-    lines = _text(file).splitlines()
-    for node in _tree(file).body:
-        if _starts_a_study(node):
-            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[number] = ""
+    starts = [node for node in _tree(file).body if _starts_a_study(node)]
+    skipped = {number for node in starts for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    lines = [line for number, line in enumerate(_text(file).splitlines(), 1) if number not in skipped]
     return "\n".join(lines).rstrip()
 
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, problems_of
-from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, check_arguments, is_function, placed_in, shorthand
+from atn_norms.ablation.grid.functions import (
+    TRAINING,
+    UNKNOWN_STEPS,
+    FunctionSpec,
+    check_arguments,
+    is_function,
+    placed_in,
+    shorthand,
+)
 from atn_norms.ablation.grid.renames import rename_path, rename_train
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.errors import SpecError, did_you_mean, one_of
@@ -131,7 +139,7 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
         if name not in TRAINING
     ]
     try:
-        train = TrainSpec.model_validate({"steps": 1, **data["train"]})
+        train = TrainSpec.model_validate({"steps": UNKNOWN_STEPS, **data["train"]})
     except ValidationError as error:
         return problems + [p._replace(path=("train", *p.path)) for p in problems_of(error, data["train"])], {}
     return problems, {"model": arguments, "task": task.model_copy(update={"arguments": {}}), "train": train}

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from atn_norms.ablation.analysis.comparison import Point, outcome
+from atn_norms.ablation.analysis.comparison import Point, outcome, score_name
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.paired import RESAMPLED_FROM, RESAMPLES
 from atn_norms.ablation.report import costs
@@ -71,7 +71,7 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
         words += f" Scores of trivial predictors: {listed(trivial)}."
     if facts.notes:
         words += f" Data: {'; '.join(facts.notes)}."
-    test, drawn = f"test {facts.metric}", forest(record, task, f"forest-{slug}")
+    test, drawn = score_name(facts.metric), forest(record, task, f"forest-{slug}")
     grid = len(task.final.rows) > 1
     final = [
         *([Shown(heatmap(record, task.final, f"heatmap-{slug}", test), _HEATMAP)] if grid else []),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row
+from atn_norms.ablation.analysis.comparison import Comparison, Difference, Row, score_name
 from atn_norms.ablation.analysis.intervals import Interval
 from atn_norms.ablation.report.findings import Findings, TaskFindings, findings
 from atn_norms.ablation.report.names import (
@@ -95,7 +95,7 @@ def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
 
 def final_table(record: StudyRecord, task: TaskFindings) -> Table:
     """Return every distinct point of a task by its test metric."""
-    title = f"{task.task}: test {task.facts.metric}, {lower(task.facts.goal)} is better"
+    title = f"{task.task}: {score_name(task.facts.metric)}, {lower(task.facts.goal)} is better"
     return _table(record, title, task.final, task.windowed)
 
 
