@@ -225,12 +225,12 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
 
 
 def nearest_file(path: Path) -> str | None:
-    """Return the name in the folder of a missing file that is closest to its own, or None.
+    """Return the name of another file in the folder of a path that is closest to its own, or None.
 
     Names with the same suffix are compared without it: a long suffix would make any two names similar.
     """
     try:
-        others = sorted(path.parent.iterdir())
+        others = sorted(other for other in path.parent.iterdir() if other.name != path.name)
     except OSError:
         return None
     alike = {other.stem: other.name for other in others if other.suffix == path.suffix}

@@ -323,6 +323,9 @@ def test_an_invalid_folder_is_rejected(folder):
     expected = "a folder for each class, or an index file as `path`"
     refused(folder, f"ROOT/data/notes.txt: path: got a file; expected {expected}", root)
     (folder / "notes.txt").unlink()
+    (folder / "d").mkdir()
+    refused(folder, f"ROOT/data/d: path: got no sequences; expected {ENDINGS}", root)
+    (folder / "d").rmdir()
     (folder / "a" / "deeper").mkdir()
     refused(folder, f"ROOT/data/a/deeper: path: got a folder; expected {ENDINGS}", root)
     (root / "empty").mkdir()
@@ -439,6 +442,13 @@ def test_an_invalid_index_is_rejected(tmp_path, rows, options, message):
     for number in range(2):
         write(tmp_path / f"{number}.npy", values(number))
     refused(index(tmp_path, rows), message, tmp_path, **options)
+
+
+def test_a_missing_file_of_the_index_is_suggested_with_its_folder(tmp_path):
+    write(tmp_path / "tone" / "loud.npy", values(0))
+    path = index(tmp_path, [("tone/loud.npy", "a"), ("tone/luod.npy", "b")])
+    got = "got 'tone/luod.npy' in column 'file', and no such file; expected a file relative to ROOT"
+    refused(path, f"ROOT/index.csv:3: path: {got}; did you mean 'tone/loud.npy'?", tmp_path)
 
 
 def test_a_missing_column_of_the_index_is_rejected(tmp_path):

@@ -287,6 +287,16 @@ def test_months_quarters_and_years_are_regular_steps(tmp_path, step):
     assert "steps differ from the median" in spec(tmp_path, columns(time=times)).build(0).notes[1]
 
 
+def test_dates_that_are_read_as_numbers_are_named(tmp_path):
+    times = [f"2020{month:02}{day:02}" for month in (1, 2) for day in range(1, 21)]
+    (note,) = spec(tmp_path, columns(time=times)).build(0).notes[1:]
+    assert note.endswith("differ from the median, 1 (first at load.csv:22); for dates, set `time_format: '%Y%m%d'`")
+    (note,) = spec(tmp_path, columns(time=times), time_format="%Y%m%d").build(0).notes[1:]
+    assert "86400 s" in note and "time_format" not in note
+    times[-1] = "20209999"
+    assert "time_format" not in spec(tmp_path, columns(time=times)).build(0).notes[1]
+
+
 def test_rounding_of_a_time_is_not_an_irregular_step(tmp_path):
     times = [f"{0.0125 * row:.4f}" for row in range(ROWS)]
     assert len({float(b) - float(a) for a, b in pairwise(times)}) > 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atn_norms.errors import SpecError, short_repr
+from atn_norms.errors import SpecError, nearest_file, short_repr
 from atn_norms.tasks.base import generator
 from atn_norms.tasks.tables import INSTALL, MOST_VALUES, TABLES, content, fault, plural, read
 
@@ -63,7 +63,9 @@ def _of_classes(path: Path, part: str | None, root: Path) -> Iterator[Item]:
     for folder in _visible(path):
         if not folder.is_dir():
             raise fault("path", folder, "a file", "a folder for each class, or an index file as `path`")
-        for file in _visible(folder):
+        if not (files := _visible(folder)):
+            raise fault("path", folder, "no sequences", ENDINGS)
+        for file in files:
             if file.suffix.lower() not in FILES:
                 raise fault("path", file, f"the ending {file.suffix!r}" if file.is_file() else "a folder", ENDINGS)
             yield Item(file.relative_to(root).as_posix(), file, folder.name, part, str(file))
@@ -103,10 +105,10 @@ def _in_index(path: Path, spec: SequencesSpec) -> list[Item]:
             raise fault("path", place, f"{cell} again, after {table.place(seen[name])}", "each file once")
         file = path.parent / name
         if not file.is_file():
-            near = [each.name for each in file.parent.iterdir()] if file.parent.is_dir() else []
-            raise fault(
-                "path", place, f"{cell}, and no such file", f"a file relative to {path.parent}", near, file.name
-            )
+            near = nearest_file(file)
+            whole = near and Path(name).with_name(near).as_posix()
+            expected = f"a file relative to {path.parent}"
+            raise SpecError("path", f"{cell}, and no such file", expected, whole, str(place))
         seen[name] = row
         items.append(Item(name, file, label, part, table.place(row)))
     return items

@@ -269,7 +269,8 @@ class Sequences(Task):
             f"of {steps} and {plural(features, 'feature')}"
         )
         if self.spec.mode == "classify":
-            sizes = Counter(labels).values()
-            yield f"{len(sizes)} classes of {min(sizes)} to {max(sizes)} sequences"
+            sizes = sorted(Counter(labels).values())
+            least = f"{sizes[0]} to " if sizes[0] < sizes[-1] else ""
+            yield f"{len(sizes)} classes of {least}{plural(sizes[-1], 'sequence')}"
 
     _epoch: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)

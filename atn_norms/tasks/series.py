@@ -12,6 +12,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
+from atn_norms.errors import SpecError
 from atn_norms.pytree import Tree
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.tasks.scaling import masked, moments
@@ -22,6 +23,7 @@ Metric = Literal["MAE", "MSE", "MASE"]
 METRICS: tuple[Metric, ...] = ("MAE", "MSE", "MASE")
 PARTS = ("train", "validation", "test")
 EPOCH = datetime(1970, 1, 1)
+COMPACT = "%Y%m%d"  # dates that are numbers otherwise
 MONTH = 28 * 86400 * 10**9  # nanoseconds of the shortest month
 
 
@@ -381,4 +383,13 @@ def _checked_times(table: Table, column: str | None, pattern: str | None) -> Ite
     if len(odd) and not (unit and usual >= MONTH and _are_monthly(times)):
         step = f"{usual.item() / 1e9:g} s" if unit else f"{usual.item():g}"
         first = f"first at {table.place(int(odd[0]) + 1, folder=False)}"
-        yield f"column {column!r}: {len(odd)} of {len(steps)} steps differ from the median, {step} ({first})"
+        dates = f"; for dates, set `time_format: '{COMPACT}'`" if not unit and _are_dates(table, column) else ""
+        yield f"column {column!r}: {len(odd)} of {len(steps)} steps differ from the median, {step} ({first}){dates}"
+
+
+def _are_dates(table: Table, column: str) -> bool:
+    """Check whether all numbers of a column are dates without separators, such as 20240131."""
+    try:
+        return bool(table.times(column, COMPACT))
+    except SpecError:
+        return False
