@@ -132,6 +132,9 @@ def test_foreign_missing_and_newer_files_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(SpecError, match="without a description of a model"):
         an.load(tmp_path / "foreign.safetensors")
     an.save(an.GRU(2, 3), tmp_path / "model.safetensors")
+    (tmp_path / "models").mkdir()
+    with pytest.raises(SpecError, match=r"modles: got no such folder; expected a folder; did you mean 'models'\?$"):
+        an.save(nn.Linear(1, 1), tmp_path / "modles" / "model.safetensors")
     with pytest.raises(SpecError, match=r"got no such file; expected a file; did you mean 'model.safetensors'\?"):
         an.load(tmp_path / "modle.safetensors")
     monkeypatch.setattr(io, "FORMAT", io.FORMAT + 1)

@@ -33,7 +33,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     and a checksum. It holds no code. After a crash the old file or the new file exists, never a part.
 
     Errors: `TypeError` for a module with state other than tensors; `OSError` if the file cannot be written; `SpecError`
-    if safetensors is not installed.
+    for a missing folder, and if safetensors is not installed.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), an.GRU(2, 4, norm="rms", window=5))
@@ -46,6 +46,9 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     )
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        near = nearest_file(target.parent)
+        raise SpecError(position=str(target.parent), got="no such folder", expected="a folder", nearest=near)
     content = to_bytes(module)
     new = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:

@@ -240,10 +240,7 @@ class Recurrent(CellHost):
     def _run(
         self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
     ) -> tuple[Tensor, Tree]:
-        """Run every layer in turn, time first.
-
-        Autocast is disabled: every layer computes in the type of its weights, and the results are rounded at the end.
-        """
+        """Run every layer in turn, time first; under autocast, compute in the weights' type and round the results."""
         kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
         if torch.is_autocast_enabled(kind):
             half, ((((h, *_), _), *_), *_) = torch.get_autocast_dtype(kind), state
