@@ -11,6 +11,7 @@ from atn_norms.ablation.grid.plan import Plan, make_plan
 from atn_norms.ablation.grid.study import StudySpec, TrainSpec
 from atn_norms.ablation.store.files import Busy, StoreError
 from atn_norms.ablation.store.folder import load
+from atn_norms.ablation.store.merge import merge
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.studies import create, refuse_edited, resume, status
 
@@ -30,6 +31,7 @@ __all__ = [
     "create",
     "load",
     "make_plan",
+    "merge",
     "override",
     "presets",
     "refuse_edited",

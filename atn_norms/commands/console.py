@@ -21,6 +21,11 @@ def at_home(path: Path | None) -> Path | None:
     return None if path is None else Path(os.path.expanduser(path))
 
 
+def all_at_home(paths: list[Path]) -> list[Path]:
+    """Expand a leading ~ of each path."""
+    return [Path(os.path.expanduser(path)) for path in paths]
+
+
 def example(*lines: str) -> str:
     """Lay out the examples that end a command's help."""
     return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])  # \b keeps the parser from filling lines

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atn_norms.commands.console import Json, at_home, print_json, print_table
+from atn_norms.commands.console import Json, all_at_home, at_home, print_json, print_table
 from atn_norms.commands.output import emit
 from atn_norms.commands.signals import exit_code, handle
 from atn_norms.errors import SpecError, not_installed, short_repr
@@ -128,7 +128,10 @@ def status(folder: Folder, as_json: Json = False) -> None:
 
 
 def report(
-    folder: Folder,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="A study's folder, or several to merge.", callback=all_at_home),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the report; default: DIR/report.", callback=at_home)
     ] = None,
@@ -141,17 +144,22 @@ def report(
     ] = "svg,png,md,tex",
     as_json: Json = False,
 ) -> None:
-    """Rebuild the report of a study, or a published report from its own files, and print its table."""
+    """Rebuild the report of a study, or a published report from its own files, and print its table.
+
+    Several folders of one study, such as of other seeds on other machines, give one report. It needs --out.
+    """
     _need(0)
     levels = _levels(reach or [])
-    with _resumable(shlex.join(["atn-norms", "report", str(folder)])):
-        from atn_norms.ablation import load
+    folder, *others = folders
+    if others and out is None:
+        raise SpecError("--out", "nothing", "a folder for the report of several studies")
+    with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
+        from atn_norms.ablation import load, merge
         from atn_norms.ablation.report import is_report, read
 
-        published = is_report(folder)
-        record = read(folder) if published else load(folder)
+        records = {str(each): read(each) if is_report(each) else load(each) for each in folders}
         wanted = [each.strip() for each in formats.split(",") if each.strip()]
-        _report(record, folder, as_json, out or (folder if published else None), levels, wanted)
+        _report(merge(records), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted)
 
 
 def _levels(settings: Sequence[str]) -> dict[str, float]:

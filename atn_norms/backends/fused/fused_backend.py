@@ -198,9 +198,8 @@ def _rebuilt(site: SitePlan, tensors: list[Tensor]) -> Tree:
     weights, *leaves = tensors
     shapes = _split_leaves(site)
     if shapes:
-        parts = leaves[0].unflatten(-1, (-1,)) if site.parts == 1 else leaves[0]
         sizes = [math.prod(shape) // site.parts for shape in shapes]
-        pieces = zip(parts.split(sizes, -1), shapes, strict=True)
+        pieces = zip(leaves[0].split(sizes, -1), shapes, strict=True)
         leaves = [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
     return weights.detach(), tuple(leaves)  # they count samples: no backend has a gradient for them
 

@@ -1,0 +1,83 @@
+"""Merge the records of one study whose seeds were trained in several folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
+from atn_norms.errors import SpecError, short_repr
+
+_FREE = ("name", "seeds", "reach")  # keys of a study that may differ, as they do not change a trial
+_PROGRESS = ("pending", "running", "failed", "diverged", "done")
+
+
+def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
+    """Return one record with the trials of all records, which must be the same study but for its seeds.
+
+    The keys of `records` name them in messages, such as their folders. Name, environment and level come from the first.
+    Of a trial in several records, the one that got furthest is taken.
+
+    Errors: `SpecError` where two studies differ in more than their seeds; `StoreError` where they have other results
+    of the same trial.
+    """
+    (first, start), *others = records.items()
+    if not others:
+        return start
+    for name, record in others:
+        _require_same(first, start, name, record)
+    found: dict[str, tuple[str, TrialRecord]] = {}
+    for name, record in records.items():
+        for trial in record.trials:
+            found[trial.id] = _further(*found.get(trial.id, (name, trial)), name, trial)
+    trials = tuple(sorted((trial for _, trial in found.values()), key=lambda trial: trial.seed))
+    seeds = list(dict.fromkeys(trial.seed for trial in trials))
+    count = len(seeds)
+    study = {**start.study, "seeds": count if seeds == list(range(count)) else seeds}
+    return replace(start, study=study, trials=trials)
+
+
+def _require_same(first: str, start: StudyRecord, name: str, record: StudyRecord) -> None:
+    ours, theirs = _compared(start), _compared(record)
+    for path in _differing(ours, theirs):
+        got, expected = (_at(each, path) for each in (theirs, ours))
+        detail = "Folders can be merged if their studies differ in nothing but the seeds."
+        raise SpecError(path, got, f"{expected}, as in {first}", position=name, detail=detail)
+
+
+def _compared(record: StudyRecord) -> dict[str, Any]:
+    kept = {key: value for key, value in record.study.items() if key not in _FREE}
+    return {**kept, "task notes": {label: list(facts.notes) for label, facts in record.tasks.items()}}
+
+
+def _differing(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the paths at which two values differ, as deep as both are mappings."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return [] if ours == theirs else [path]
+    keys = dict.fromkeys((*ours, *theirs))
+    return [deeper for key in keys for deeper in _differing(ours.get(key), theirs.get(key), (*path, key))]
+
+
+def _at(value: Any, path: Sequence[str]) -> str:
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "nothing" if value is None else short_repr(value)
+
+
+def _further(first: str, kept: TrialRecord, name: str, trial: TrialRecord) -> tuple[str, TrialRecord]:
+    """Return the trial that got further, with the name of its record; refuse two different results."""
+    ours, theirs = _outcome(kept), _outcome(trial)
+    if ours and theirs and ours != theirs:
+        results = f"{first} has {short_repr(ours)}, {name} has {short_repr(theirs)}"
+        cure = "remove the seeds of one of them from its study; processors differ in the last digits of a result"
+        raise StoreError(f"two results of trial {trial.id}, seed {trial.seed}: {results}; {cure}")
+    ahead = _PROGRESS.index(trial.status) > _PROGRESS.index(kept.status)
+    return (name, trial) if ahead else (first, kept)
+
+
+def _outcome(trial: TrialRecord) -> tuple[str, Any] | None:
+    if trial.status not in ("done", "diverged"):
+        return None
+    return trial.status, (trial.result or {}).get("metrics", {}).get("test")
