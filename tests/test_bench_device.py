@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from atn_norms.backends.native import Native
+from atn_norms.backends.fused.fused_backend import FusedProgram
 from atn_norms.backends.native.library import unavailable
 from atn_norms.bench import device
 from atn_norms.bench.device import TINY, Finding, Plan, run
@@ -39,13 +39,13 @@ def test_every_stage_is_run_and_written(tmp_path):
 
 @needs_kernels
 def test_a_wrong_backend_fails_its_checks_and_is_not_timed(tmp_path, monkeypatch):
-    right = Native.run
+    right = FusedProgram.run
 
-    def wrong(self, cell, *arguments, **options):
-        ys, state = right(self, cell, *arguments, **options)
-        return (ys * 1.001, state) if type(cell).__name__ == "GRUEquations" else (ys, state)
+    def wrong(self, *arguments, **options):
+        ys, state = right(self, *arguments, **options)
+        return (ys * 1.001, state) if type(self.cell).__name__ == "GRUEquations" else (ys, state)
 
-    monkeypatch.setattr(Native, "run", wrong)
+    monkeypatch.setattr(FusedProgram, "run", wrong)
     results = run(TRY, tmp_path)
     assert {(finding.cell, finding.stage) for finding in results.failed} == {("gru", "check")}
     assert all("times the allowed difference" in finding.note for finding in results.failed)
@@ -55,14 +55,14 @@ def test_a_wrong_backend_fails_its_checks_and_is_not_timed(tmp_path, monkeypatch
 
 @needs_kernels
 def test_a_race_is_found(tmp_path, monkeypatch):
-    right, calls = Native.run, []
+    right, calls = FusedProgram.run, []
 
-    def racing(self, cell, weights, xs, *arguments, **options):
-        ys, state = right(self, cell, weights, xs, *arguments, **options)
+    def racing(self, inputs, *arguments, **options):
+        ys, state = right(self, inputs, *arguments, **options)
         calls.append(1)
-        return ys + len(calls) * 1e-9 * (xs.dtype == torch.float32), state
+        return ys + len(calls) * 1e-9 * (inputs.xs.dtype == torch.float32), state
 
-    monkeypatch.setattr(Native, "run", racing)
+    monkeypatch.setattr(FusedProgram, "run", racing)
     found = device.repeat("cpu", "native", "rnn", "rms", 2, TRY.checked[0], 3)
     assert (found.status, found.value) == ("failed", 2.0)
     assert found.note == "2 of 2 runs differ from the first"

@@ -211,7 +211,7 @@ def moments(state):
     return list(state["optimizer"]["state"].values())
 
 
-@fault("a foreign state with a valid checksum as checkpoint", "renamed and named in the log; identical")
+@fault("a checkpoint with a valid checksum and a foreign state", "renamed and named in the log; identical")
 @pytest.mark.parametrize("change", FOREIGN)
 def test_a_checkpoint_with_a_foreign_state(interrupted, bases, change):
     state, mark = checkpoints.unpack(interrupted.id, (interrupted.path / "checkpoint.pt").read_bytes())

@@ -22,10 +22,9 @@ def check_tensor(name: str, tensor: Tensor, shape: Shape, dtype: torch.dtype, de
     | `shape`, `dtype`, `device` | the expected ones |
     """
     if tensor.layout != torch.strided or tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
-        raise RuntimeError(
-            f"{name}: got {tensor.dtype} {list(tensor.shape)} {tensor.layout} on {tensor.device}; "
-            f"expected {dtype} {list(shape)} {torch.strided} on {device}"
-        )
+        other = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{other}"
+        raise RuntimeError(f"{name}: got {got}; expected {dtype} {list(shape)} on {device}")
     last = tensor.storage_offset() + sum(
         step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

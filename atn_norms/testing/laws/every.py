@@ -35,7 +35,7 @@ def _dumped_off_default(spec: Options, name: str) -> bool:
     if getattr(spec, name) != default:
         return False
     numeric = isinstance(default, int | float) and not isinstance(default, bool)
-    for other in (not default, default + 1 if numeric else 1.0, "other"):
+    for other in (not default, *((default + 1, default / 2) if numeric else (1.0,)), "other"):
         try:
             changed = type(spec).model_validate({**spec.model_dump(), name: other})
         except ValueError:
