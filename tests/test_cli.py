@@ -409,7 +409,8 @@ def test_a_study_from_start_to_report(capsys, folder):
     small = json.loads(printed(capsys, "report", "small", "--formats", "svg, md", "--json"))["report"]
     assert {Path(path).suffix for path in small} == {".html", ".csv", ".yaml", ".json", ".svg", ".md"}
     assert main(["report", "here", "--formats", "pgn"]) == 2
-    assert "formats: got 'pgn'; expected svg, png, md, tex" in capsys.readouterr().err
+    expected = "formats: got unknown format 'pgn'; expected one of svg, png, md, tex; did you mean 'png'?"
+    assert expected in capsys.readouterr().err
     results = json.loads(printed(capsys, "report", "here", "--json"))
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])
