@@ -415,7 +415,7 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert len(results["results"]) == 3
     assert all(Path(path).exists() for path in results["report"])
     assert json.loads(printed(capsys, "resume", "here", "--workers", "0", "--json"))["results"] == results["results"]
-    assert "with 1 trials that this study lacks" in error_of(
+    assert "with 3 trials that this study lacks" in error_of(
         capsys, "ablate", "study.yaml", "--set", "train.steps=5", "--out", "here"
     )
 
