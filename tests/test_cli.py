@@ -423,9 +423,9 @@ def test_a_study_from_start_to_report(capsys, folder):
 def test_status_reports_why_a_trial_ended_early(capsys, folder):
     early = ["train.patience=1", "train.eval_every=1", "train.optimizer={kind: sgd, lr: 0.0}", "axes={}"]
     printed(capsys, "ablate", "study.yaml", "--workers=0", "--out=here", *(f"--set={each}" for each in early))
-    assert "2 of 4  adding seed=0  no better validation in 1 looks" in printed(capsys, "status", "here")
+    assert "2 of 4  adding seed=0  no improvement in 1 validation" in printed(capsys, "status", "here")
     (trial,) = json.loads(printed(capsys, "status", "here", "--json"))["trials"]
-    assert (trial["status"], trial["reason"]) == ("done", "no better validation in 1 looks")
+    assert (trial["status"], trial["reason"]) == ("done", "no improvement in 1 validation")
 
 
 def test_a_missing_extra_is_reported_before_training(capsys, folder, monkeypatch):

@@ -239,7 +239,7 @@ def test_patience_stops_a_trial_and_logs_the_reason(tmp_path):
     """
     trial = only(tmp_path, body, train={"patience": 3})
     assert trial.result["metrics"]["test"] == {"score": 4.0}
-    assert trial.result["reason"] == "no better report in 3 looks"
+    assert trial.result["reason"] == "no improvement in 3 reports"
 
 
 @pytest.mark.parametrize(("goal", "stops"), [("max", 13), ("min", 4)])

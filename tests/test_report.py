@@ -264,13 +264,13 @@ def test_the_step_whose_weights_are_scored_is_reported(tmp_path, keep, goal, ste
 def test_a_trial_that_ended_early_reports_its_steps_and_reason(tmp_path):
     record = study(score, norms=("none",), seeds=1)
     (only,) = record.trials
-    ended = {**(only.result or {}), "reason": "no better validation in 2 looks"}
+    ended = {**(only.result or {}), "reason": "no improvement in 2 validations"}
     record = replace(record, trials=(replace(only, trial={"seed": 0, "train": {"steps": 60}}, result=ended),))
     (line,) = csv.DictReader(io.StringIO(results_csv(findings(record))))
-    assert (line["step"], line["steps"], line["reason"]) == ("20", "60", "no better validation in 2 looks")
+    assert (line["step"], line["steps"], line["reason"]) == ("20", "60", "no improvement in 2 validations")
     report.write(record, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "20 of 60: no better validation in 2 looks" in page
+    assert "20 of 60: no improvement in 2 validations" in page
 
 
 def test_the_study_file_on_the_page_has_only_declared_options(tmp_path):
@@ -287,7 +287,7 @@ def test_failed_and_diverged_trials_are_shown_with_their_reason(tmp_path):
     page = " ".join(" ".join(Page((tmp_path / "report.html").read_text(encoding="utf-8")).texts).split())
     assert "RuntimeError: out of memory" in page
     assert "Traceback: deep <inside>" in page
-    assert "5 diverged 137 the loss grew out of all bounds" in page
+    assert "5 diverged 137 the loss grew without bound" in page
     assert "1 diverged, 1 failed, 1 running and 1 pending" in page
     for kind in ("heatmap", "strip"):
         drawn = (tmp_path / f"{kind}-adding.svg").read_text(encoding="utf-8")

@@ -247,7 +247,7 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"axes": {"norm": [{"layer"}]}}, "axes.norm[0]: got set {'layer'}; expected text, numbers,"),
         ({"model": LSTM | {"norm": date(2024, 1, 2)}}, "model.norm: got date datetime.date(2024, 1, 2); expected"),
         ({"train": {3: 4}}, "train: got the key 3; expected text"),
-        ({"name": "\ud800"}, "name: got '\\ud800', which has half a character; expected text"),
+        ({"name": "\ud800"}, "name: got '\\ud800', which has an unpaired surrogate; expected text"),
         ({"model": LSTM | {"backend": "nativ"}}, "model.backend: got unknown backend 'nativ'"),
         ({"model": LSTM | {"hidden_size": 10**200}}, "a number is too large"),
         ({"axis": {}}, "axis: got an unknown key; expected one of "),

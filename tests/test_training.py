@@ -69,7 +69,7 @@ def test_patience_ends_training_and_is_reported(tmp_path, monkeypatch):
     folder = make(tmp_path / "study", data)
     assert run_trial(folder) == "finished"
     result = folder.result()
-    assert result is not None and result["step"] < 1000 and result["reason"] == "no better validation in 1 looks"
+    assert result is not None and result["step"] < 1000 and result["reason"] == "no improvement in 1 validation"
     assert result["metrics"].keys() == {"validation", "test"}
     assert load(tmp_path / "study").trials[0].status == "done"
 

@@ -30,11 +30,11 @@ class UnsupportedBackend(ValueError):
 
 
 _IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
-_BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: only by name
+_BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: used only by name
 
 
 def known() -> Mapping[str, Backend]:
-    """Return every backend by name, in the order in which `auto` tries them; those it never tries come last."""
+    """Return every backend by name, in the order of `auto`; backends that `auto` never tries come last."""
     return {backend.name: backend for backend in (*_IN_ORDER, *_BY_NAME)}
 
 
@@ -52,8 +52,8 @@ def select(
 ) -> tuple[Selected, tuple[Declared, ...]]:
     """Return the program for `backend=name`, and the declarations that its inputs need; `kept` if it still fits.
 
-    With `"auto"` it is the program of the first backend that has one. The reference has one for every description, so
-    that none is made where it is selected by name: describing a normalizer may trace it.
+    With `"auto"` it is the program of the first backend that has one. The reference has a program for every cell. If it
+    is selected by name, no description is made, since a description may trace the normalizers.
 
     Errors: `SpecError` for an unknown name, and `UnsupportedBackend` for a backend without a program, with its reason.
     """
@@ -73,7 +73,7 @@ def choose(name: str, cell: Cell, weights: CellWeights) -> Program:
 
 
 def prepared(cell: Cell, weights: CellWeights) -> dict[str, Program | Unsupported]:
-    """Return the program of each backend, or the reason why it has none."""
+    """Return the program of each backend, or the reason why there is none."""
     description, _ = describe(cell, weights)
     return {name: backend.prepare(cell, description) for name, backend in known().items()}
 

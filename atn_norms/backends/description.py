@@ -1,4 +1,4 @@
-"""A cell of a layer as a frozen value without tensors: everything that the choice of a program depends on."""
+"""The description of a layer's cell: a frozen value without tensors, on which the choice of a program depends."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 
 class Description(NamedTuple):
-    """Everything that a program depends on besides the cell; equal descriptions have equal programs.
+    """The properties on which a program depends besides the cell; equal descriptions have equal programs.
 
     | field | meaning |
     |---|---|
     | `dtype`, `device` | type of the weights, and kind of their device |
     | `transform` | the transform of torch that is active and has no rule for operators, as a reason, or None |
     | `normed` | names of the sites that have a norm |
-    | `sites` | each site's normalizer and window, or the reason why no kernel has them; empty where no kernel can run |
+    | `sites` | normalizer and window of each site, or the reason why no kernel has them; empty if no kernel can run |
     """
 
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Description(NamedTuple):
 
 
 class TracedSite(NamedTuple):
-    """A traced normalizer at a site, once or for each of `parts` gates; `gain` has its parameters and buffers, flat."""
+    """A traced normalizer at a site, once or for each of `parts` gates; `gain` is its parameters and buffers, flat."""
 
     traced: TracedNorm
     parts: int
@@ -67,9 +67,9 @@ Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
 
 
 def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Declared, ...]]:
-    """Return the description of a cell with weights, and the norms' tensors as the normalizers declare them.
+    """Return the description of a cell with weights, and the tensors of the norms as the normalizers declare them.
 
-    It runs for every call, since a normalizer may have changed.
+    This runs for every call, since a normalizer may have changed.
     """
     like = weights["weight_hh"]
     transform = unsupported_transform()
@@ -87,7 +87,7 @@ def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Decla
 
 
 def _declared(normalizer: Normalizer, site: str, features: int) -> Declared | Unsupported:
-    """Return how kernels compute a normalizer, or the reason why they do not."""
+    """Return the form in which kernels compute a normalizer, or the reason why they do not."""
     if has_hooks(normalizer):
         return Unsupported("norm", f"the norm at {site} has hooks, which only the reference calls", "remove the hooks")
     moments = feature_moments(normalizer) or batch_moments(normalizer)
@@ -104,7 +104,7 @@ def _declared(normalizer: Normalizer, site: str, features: int) -> Declared | Un
 
 
 def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
-    """Return how a normalizer that declares no moments runs in the kernels, or the reason why it does not."""
+    """Return the form in which kernels run a normalizer without declared moments, or the reason why they do not."""
     norms = (normalizer,)
     if type(normalizer) is PerGate:
         norms = tuple(gate for gate in normalizer.gates if isinstance(gate, Normalizer))
@@ -168,7 +168,7 @@ class WindowPlan(NamedTuple):
 
 
 def window_of(window: Window) -> WindowPlan | None:
-    """Return the plan of a window that the kernels know, or None."""
+    """Return the plan of a window that the kernels support, or None."""
     inner = window.window if type(window) is Detached else window
     detached = window.detaches_past
     if type(inner) is Sliding:

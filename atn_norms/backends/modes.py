@@ -1,4 +1,4 @@
-"""Modes of torch around a call: transforms, compilers, tracers, profilers, and tensors that are no plain numbers."""
+"""Modes of torch around a call: transforms, compilers, tracers, profilers, and tensor subclasses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _has_rules() -> bool:
 
 
 def unsupported_transform() -> str | None:
-    """Return why no operator can run: a transform that it has no rule for is active; None if it can run."""
+    """Return the reason why no operator can run: an active transform has no rule; None if operators can run."""
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no form of its operator"
     if in_transform() and torch.compiler.is_compiling():
@@ -38,18 +38,18 @@ def unsupported_transform() -> str | None:
 
 
 def check_no_tangents(name: str) -> None:
-    """Raise `RuntimeError` under forward-mode AD: a saved graph that holds the operator would drop the tangents."""
+    """Raise `RuntimeError` under forward-mode AD, where a saved graph with the operator would drop the tangents."""
     if forward_ad._current_level >= 0:
         raise RuntimeError(f"atn_norms::{name}: got a call under forward-mode AD; expected a call of the layer itself")
 
 
 def batched(grads: Sequence[Tensor | None]) -> bool:
-    """Return whether `is_grads_batched=True` or `vectorize=True` batches these gradients."""
+    """Return True if `is_grads_batched=True` or `vectorize=True` batches these gradients."""
     return any(grad is not None and _is_batched(grad) for grad in grads)
 
 
 def unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Return True where kernels may read tensors directly, since nothing observes the call and they are ordinary.
+    """Return True if kernels may read tensors directly: nothing observes the call, and all tensors are ordinary.
 
     Observers are compilers, tracers, profilers, modes and function transforms. Ordinary tensors are of torch's classes
     and hold plain numbers: no negation bit, no zero tensor.
@@ -72,5 +72,5 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Return an uninitialized tensor of this type and shape, contiguous however this one lies."""
+    """Return an uninitialized contiguous tensor of the same type and shape."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

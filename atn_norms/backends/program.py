@@ -1,4 +1,4 @@
-"""The contract between layers and backends: programs, their inputs, and reasons why there is none."""
+"""The contract between layers and backends: programs, their inputs, and reasons why there is no program."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class CellInputs(NamedTuple):
     |---|---|---|
     | `xs` | inputs, time first | `[T, B, D]` |
     | `weights` | tensors and norms of the cell | |
-    | `declared` | what `describe` returned beside the description: the norms' tensors | |
-    | `keep_state` | False where the caller reads the carried tensors only; the norms' states may then be absent | |
+    | `declared` | the norms' tensors, which `describe` returned with the description | |
+    | `keep_state` | False if the caller reads the carried tensors only; the norms' states may then be absent | |
     """
 
     xs: Tensor

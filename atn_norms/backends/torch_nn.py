@@ -28,12 +28,12 @@ class TorchProgram(Program):
             ys, carried = _recur(cell, weights, xs, carried, None)
             return ys, (carried, norms)
         ys = xs.new_zeros(xs.shape[0], xs.shape[1], cell.output_size)
-        rows = (lengths > 0).nonzero().squeeze(1).to(xs.device)  # torch packs no row of length 0
+        rows = (lengths > 0).nonzero().squeeze(1).to(xs.device)  # torch does not pack rows of length 0
         if rows.numel() == 0:
             return ys, state
         packed = pack_padded_sequence(xs[:, rows], lengths.cpu()[rows.cpu()], enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
-        assert order is not None and back is not None  # enforce_sorted=False always gives both
+        assert order is not None and back is not None  # both exist with enforce_sorted=False
         data, last = _recur(cell, weights, packed.data, tuple(c[rows][order] for c in carried), packed.batch_sizes)
         padded, _ = pad_packed_sequence(packed._replace(data=data), total_length=xs.shape[0])
         carried = tuple(old.index_copy(0, rows, new[back]) for old, new in zip(carried, last, strict=True))
@@ -41,7 +41,7 @@ class TorchProgram(Program):
 
 
 class TorchNN:
-    """Runs a cell that torch has and that carries no norm, by torch's own kernels."""
+    """Runs a cell of torch.nn without norms, with the kernels of torch."""
 
     name = TorchProgram.name
 
@@ -57,7 +57,7 @@ class TorchNN:
 def _recur(
     cell: Cell, weights: CellWeights, x: Tensor, carried: tuple[Tensor, ...], batch_sizes: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer and direction of torch's recurrence, over a padded sequence or packed data."""
+    """Run one layer and direction of torch's recurrence, over a padded sequence or packed data."""
     name = f"rnn_{cell.nonlinearity}" if isinstance(cell, RNNEquations) else str(cell.torch_name).lower()
     function = getattr(torch, name)
     tensors = list(weights.tensors.values())

@@ -15,7 +15,7 @@ import typer
 from atn_norms.commands.console import Json, all_at_home, at_home, print_json, print_table
 from atn_norms.commands.output import emit
 from atn_norms.commands.signals import exit_code, handle
-from atn_norms.errors import SpecError, not_installed, short_repr
+from atn_norms.errors import SpecError, not_installed, plural, short_repr
 
 if TYPE_CHECKING:
     from atn_norms.ablation import Event, OnEvent, Plan, StudyRecord, StudySpec
@@ -268,7 +268,6 @@ def _announce(
 ) -> dict[str, float] | None:
     """Print the study and its estimated duration; return the predicted seconds of each trial."""
     from atn_norms.ablation.execution.estimate import costs, in_parallel
-    from atn_norms.ablation.report.names import plural
     from atn_norms.commands.progress import duration
 
     total = len(record.trials)

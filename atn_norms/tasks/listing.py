@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atn_norms.errors import SpecError, nearest_file, short_repr
+from atn_norms.errors import SpecError, nearest_file, plural, short_repr
 from atn_norms.tasks.base import generator
-from atn_norms.tasks.tables import INSTALL, MOST_VALUES, TABLES, content, fault, plural, read
+from atn_norms.tasks.tables import INSTALL, MOST_VALUES, TABLES, content, fault, read
 
 if TYPE_CHECKING:
     from atn_norms.tasks.sequences import SequencesSpec

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atn_norms.errors import SpecError, nearest, nearest_file, short_repr
+from atn_norms.errors import SpecError, nearest, nearest_file, plural, short_repr
 from atn_norms.files import read_regular
 
 TABLES = (".csv", ".parquet")
@@ -300,15 +300,6 @@ def _line(data: bytes, delimiter: str, record: int, skip_empty: bool) -> int:
             return start
         start = rows.line_num + 1
     return start
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    >>> plural(1, "step"), plural(2, "step")
-    ('1 step', '2 steps')
-    """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import torch
 from tests.native.strategies import CELLS, NORMS, Pair
 
 RECURRENT = {"recurrent_forward", "recurrent_backward"}
-ROWS = {"state_rows", "pool_steps", "ask_rows", "sum_steps", "give_rows", "sum_affine"}
+ROWS = {"measure_rows", "pool_steps", "pooled_grads", "sum_steps", "row_grads", "sum_affine"}
 
 
 def a_pair(cell: str, norm: str, window: str, **fields) -> Pair:

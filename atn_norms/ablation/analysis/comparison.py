@@ -26,7 +26,7 @@ class Measure:
     |---------|-----------------------------------------------------------------------------------------------------|
     | `name`  | the name of the number                                                                              |
     | `goal`  | `min` if a smaller number is better, `max` if a larger number is better                             |
-    | `score` | trial -> number; the worst infinity if the trial ended without a number; None if it has not ended   |
+    | `score` | trial -> number; infinite, as the worst value, if it ended without one; None if it has not ended    |
     | `limit` | value that replaces an infinite number in a mean; None: infinite numbers are excluded from means    |
     | `log`   | True: logarithms are averaged and compared, so means are geometric and differences are ratios       |
     """
@@ -90,7 +90,7 @@ def is_number(value: object) -> bool:
 
 
 def score(trial: TrialRecord, facts: TaskFacts, split: str = "test") -> float | None:
-    """Return the final metric of a trial on a split: the worst infinity if it diverged, None if it has not ended.
+    """Return the final metric of a trial on a split: the worst, infinite value if it diverged; None before its end.
 
     A trial whose final metric is no number, or is beyond 1e30, counts as diverged, whatever its status.
     """

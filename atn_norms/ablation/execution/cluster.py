@@ -24,7 +24,7 @@ from atn_norms.errors import SpecError
 log = logging.getLogger(__name__)
 
 KEPT = "Finished trials are kept."
-POLL = 0.5  # seconds between looks at the store
+POLL = 0.5  # seconds between reads of the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 DESERTED = 600.0  # seconds to wait for a worker after the last one has left
 PATIENCE = 30.0  # seconds for the scheduler to answer

@@ -15,7 +15,7 @@ from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import StudyRecord
 
 STEPS = 3  # training steps that are timed per trial
-PATIENCE = 10.0  # seconds after which no other trial is timed
+PATIENCE = 10.0  # seconds after which no further trial is timed
 
 
 def estimate(record: StudyRecord, workers: int) -> float | None:
@@ -94,7 +94,7 @@ def _same(trial: dict[str, Any]) -> str:
 
 
 def _like(trial: dict[str, Any]) -> str:
-    """Return the options that it depends on most: all but the window and the options of the norm."""
+    """Return the options with the largest effect on that time: all except the window and the options of the norm."""
     model = trial["model"]
     if is_function(trial["task"]):
         return _same(trial)

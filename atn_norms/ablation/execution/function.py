@@ -24,7 +24,7 @@ from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.trial import TrialFolder
-from atn_norms.errors import SpecError, nearest, short_repr, typed_repr
+from atn_norms.errors import SpecError, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
 
 MOST_LINES = 1000  # lines of a function's output in a trial's log
@@ -167,7 +167,7 @@ def run_function(
             result["metrics"] = {"test": _metrics(task, returned)}
             _refuse_other_metrics(folder, task, result["metrics"]["test"])
             if handle.should_stop:
-                result["reason"] = f"no better report in {handle._watch.since} looks"
+                result["reason"] = f"no improvement in {plural(handle._watch.since, 'report')}"
         except Diverged as reason:
             folder.log(f"diverged at step {handle._step}: {reason}")
             result |= {"outcome": "diverged", "reason": str(reason)}

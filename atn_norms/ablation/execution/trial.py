@@ -24,7 +24,7 @@ from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
 from atn_norms.ablation.store.trial import TrialFolder
-from atn_norms.errors import short_repr
+from atn_norms.errors import plural, short_repr
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.io import to_bytes
 from atn_norms.normalizers import BatchNorm, Normalizer
@@ -345,7 +345,7 @@ def _train(
         if (content := _model_of(folder, trainer)) is not None:
             folder.keep_model(content)
         if trainer.step < trial["train"]["steps"]:
-            result["reason"] = f"no better validation in {trainer.watch.since} looks"
+            result["reason"] = f"no improvement in {plural(trainer.watch.since, 'validation')}"
     except Diverged as reason:
         folder.log(f"diverged at step {trainer.step}: {reason}")
         result |= {"outcome": "diverged", "metrics": {}, "reason": str(reason)}

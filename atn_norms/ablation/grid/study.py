@@ -183,7 +183,7 @@ def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
     elif isinstance(value, float) and not math.isfinite(value):
         yield Problem(path, f"got {value}; expected a finite number")
     elif isinstance(value, str) and not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        yield Problem(path, f"got {short_repr(value)}, which has half a character; expected text")
+        yield Problem(path, f"got {short_repr(value)}, which has an unpaired surrogate; expected text")
     elif not isinstance(value, str | bool | int | float | Options | None):
         expected = "expected text, numbers, true, false, null, lists and mappings"
         yield Problem(path, f"got {type(value).__name__} {short_repr(value)}; {expected}")

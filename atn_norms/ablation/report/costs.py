@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from atn_norms.ablation.analysis.intervals import mean, median
 from atn_norms.ablation.report.findings import Findings
-from atn_norms.ablation.report.names import NOTHING, name, plural
+from atn_norms.ablation.report.names import NOTHING, name
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
+from atn_norms.errors import plural
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def reason(record: StudyRecord, trial: TrialRecord) -> str:
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
     if outcome(record, trial) == "diverged":
-        return str((trial.result or {}).get("reason") or "the loss grew out of all bounds")
+        return str((trial.result or {}).get("reason") or "the loss grew without bound")
     return str((trial.result or {}).get("reason") or "")
 
 

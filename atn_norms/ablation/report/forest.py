@@ -36,12 +36,12 @@ from atn_norms.ablation.report.names import (
     change,
     margin,
     name,
-    plural,
     qualified,
     short_names,
     shortened,
 )
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import plural
 
 _ROW, _WIDTH = 0.42, 4.6  # inches
 _FAR = 6  # ratio of the farthest to the nearest interval end above which the axis is logarithmic

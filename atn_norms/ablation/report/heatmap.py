@@ -41,12 +41,12 @@ from atn_norms.ablation.report.names import (
     name,
     never,
     number,
-    plural,
     shortened,
     title,
     unfinished,
 )
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import plural
 
 # Blue and orange are distinct with every common colour vision; dark ends stay dark in grey print.
 _DIVERGING = LinearSegmentedColormap.from_list("against", ["#1f5fa8", "#8fb8de", "#f3f3f1", "#f2b679", "#b4530a"])
@@ -296,10 +296,10 @@ def _key(figure: Figure, shading: Shade, about: str) -> None:
 
 
 def _describe(record: StudyRecord, comparison: Comparison) -> str:
-    parts = [f"{name(record, row.point)}: {_told(row)}" for row in comparison.rows]
+    parts = [f"{name(record, row.point)}: {_described(row)}" for row in comparison.rows]
     return "; ".join(parts)
 
 
-def _told(row: Row) -> str:
+def _described(row: Row) -> str:
     big, small = _words(row)
     return ", ".join([big, *small])

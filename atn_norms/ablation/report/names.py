@@ -12,6 +12,7 @@ from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.student import MOST_SEEDS
 from atn_norms.ablation.store.records import Goal, StudyRecord
+from atn_norms.errors import plural
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
@@ -158,7 +159,7 @@ def seeds_needed(decision: Decision) -> str:
 
 
 def average(point: Point, unit: str = "") -> str:
-    """A mean with its interval, or with its number of seeds; `at least` where a seed counts with less than it took."""
+    """Format a mean with its interval, or with its number of seeds; `at least` if seeds count with the limit."""
     if not point.values:
         return NOTHING
     least = AT_LEAST if point.measure.limit is not None and point.lost else ""
@@ -170,17 +171,8 @@ def average(point: Point, unit: str = "") -> str:
 
 
 def lower(goal: Goal) -> str:
-    """Which way is better."""
+    """Return `lower` or `higher`, whichever is better."""
     return "lower" if goal == "min" else "higher"
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "seed"), plural(2, "seed")
-    ('1 seed', '2 seeds')
-    """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def listed(words: Sequence[str], joint: str = "and") -> str:

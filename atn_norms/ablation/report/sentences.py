@@ -27,9 +27,9 @@ from atn_norms.ablation.report.names import (
     name,
     never,
     number,
-    plural,
 )
 from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.errors import plural
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3

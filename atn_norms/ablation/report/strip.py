@@ -34,12 +34,12 @@ from atn_norms.ablation.report.names import (
     name,
     never,
     number,
-    plural,
     short_names,
     shortened,
     unfinished,
 )
 from atn_norms.ablation.store.records import Goal, StudyRecord
+from atn_norms.errors import plural
 
 _ROW = 0.3  # inches
 _WIDTH = 5.6

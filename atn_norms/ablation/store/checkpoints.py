@@ -25,7 +25,7 @@ def pack(trial: str, state: dict[str, Any], mark: dict[str, Any]) -> bytes:
 def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a state and the mark of its learning curve; no code in the file is run.
 
-    Errors: `StoreError` naming what is wrong: damaged, of another trial, or not a checkpoint.
+    Errors: `StoreError` with the reason: damaged, of another trial, or not a checkpoint.
     """
     import torch
 
@@ -34,7 +34,7 @@ def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         raise StoreError("damaged: its SHA-256 does not match its content")
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a foreign archive
+    except Exception as error:  # torch raises errors of many types for a foreign archive
         raise StoreError(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state"), dict):
         raise StoreError("got no state; expected one")
@@ -46,7 +46,7 @@ def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def sign(archive: bytes) -> bytes:
-    """Put the SHA-256 of a zip archive into its comment: torch itself checks no sums when it reads one."""
+    """Put the SHA-256 of a zip archive into its comment: torch checks no sums when it reads an archive."""
     digest = hashlib.sha256(archive[:-2]).hexdigest().encode()
     return archive[:-2] + len(digest).to_bytes(2, "little") + digest
 

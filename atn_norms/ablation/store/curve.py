@@ -1,4 +1,4 @@
-"""The learning curve of a trial on disk: lines that are only appended, and cut back to what a checkpoint counted."""
+"""The learning curve of a trial on disk: lines are appended; a resumed trial cuts it back to its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from atn_norms.ablation.store.files import (
 from atn_norms.ablation.store.schema import MOST_STEPS, Mark, check
 
 NAME = "metrics.jsonl"
-MOST_BYTES = 2**28  # of a curve that is read as a whole: 256 MiB
-TAIL = 2**16  # bytes at the end of a curve among which its last line is looked for
+MOST_BYTES = 2**28  # bytes of the largest curve that is read: 256 MiB
+TAIL = 2**16  # bytes at the end of a curve that are searched for its last line
 
 
 class Curve:
-    """The file `metrics.jsonl`, one line a point.
+    """The file `metrics.jsonl`, with one line for each point.
 
-    An attempt keeps the file open that it started with. So a process that was considered gone, and continues after
-    another process has taken over its trial, appends to a file that is no longer in the folder.
+    A process keeps the file open from its start. If another process has taken over the trial, the first process
+    appends to a file that is no longer in the folder.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.path = folder, folder.path / NAME
         self._descriptor: int | None = None
-        self._size, self._hash = 0, hashlib.sha256()  # of what this process knows to be in the open file
+        self._size, self._hash = 0, hashlib.sha256()  # of the open file, as far as this process read or wrote it
 
     def read(self) -> list[dict[str, Any]]:
-        """Read every whole line; an unfinished last one, which is being written or was stopped, does not count.
+        """Read every complete line; an incomplete last line, which is being written or was interrupted, is ignored.
 
         Errors: `StoreError` naming a line that is damaged, or a file of over 256 MiB.
         """
@@ -52,7 +52,7 @@ class Curve:
         return points
 
     def last(self) -> dict[str, Any] | None:
-        """Read the last whole line from the end of the file, however long that is; None where there is none."""
+        """Read the last complete line from the end of the file; None if there is no line."""
         if not self.folder.has(NAME):
             return None
         with named("read", self.path):
@@ -86,14 +86,16 @@ class Curve:
             failpoint(f"{NAME}:sync")
             os.fsync(descriptor)
             failpoint(f"{NAME}:marked")
-            if (size := os.fstat(descriptor).st_size) != self._size:  # a line was refused halfway
+            if (size := os.fstat(descriptor).st_size) != self._size:  # a line was written in part
                 self._count(descriptor, size)
             return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
     def cut(self, mark: dict[str, Any] | None, elsewhere: bool) -> bool:
-        """Cut the file back to a mark, or to nothing; return False, and keep nothing, where it does not begin with it.
+        """Cut the file back to a mark; without a mark, empty it.
 
-        With `elsewhere` the result is a new file, since another process may still write to the present one.
+        Return False, with an empty file, if the file does not begin with the content of the mark.
+
+        With `elsewhere` the result is a new file, since another process may still write to the current one.
         """
         self.close()
         with named("read", self.path):
@@ -181,5 +183,5 @@ def _parse_point(line: bytes, place: str, before: int) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
     try:
         return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer larger than every float
         return False

@@ -1,4 +1,4 @@
-"""Named points in the writing of files, where a test injects a failure through a hook; otherwise they do nothing."""
+"""Named points in the code that writes files, where a hook of a test injects failures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _hook: Callable[[str], object] | None = None
 
 
 def failpoint(name: str) -> None:
-    """Pass a point; without a hook this is one comparison."""
+    """Call the hook with the name of a point; without a hook this is one comparison."""
     if _hook is not None:
         _hook(name)
 
 
 def install(hook: Callable[[str], object] | None) -> None:
-    """Call `hook` with the name of every point this process passes; None removes the hook.
+    """Install a hook, which is called with the name of every point; None removes the hook.
 
     >>> install(print)
     >>> failpoint("result.json:written")

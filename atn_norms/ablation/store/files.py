@@ -1,6 +1,6 @@
-"""Open, read and write the files of a store: whole or absent, durable, regular, and never through a symbolic link.
+"""Open, read and write the files of a store: atomic, durable, regular, and never through a symbolic link.
 
-Every change of a file passes named points (`result.json:renamed`), where tests inject failures; see `failpoints`.
+Every change of a file calls named failpoints (`result.json:renamed`), where tests inject failures; see `failpoints`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from atn_norms.ablation.store.failpoints import failpoint
 from atn_norms.errors import short_repr
 
-MOST_BYTES = 2**24  # of a small file, such as a result: 16 MiB
+MOST_BYTES = 2**24  # bytes of a small file, such as a result: 16 MiB
 CHUNK = 2**20  # bytes read at a time
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 class StoreError(OSError):
-    """A study's folder cannot be used: one sentence that names the file and what to do."""
+    """A study's folder cannot be used; the message names the file and the fix."""
 
 
 class Busy(StoreError):
@@ -41,7 +41,7 @@ class Busy(StoreError):
 
 @contextmanager
 def named(action: str, path: Path) -> Iterator[None]:
-    """Turn an error of the system into a `StoreError` that names the action and the file."""
+    """Convert an error of the system to a `StoreError` that names the action and the file."""
     try:
         yield
     except StoreError:
@@ -59,7 +59,7 @@ class Folder:
     | `inside` | names below the root; none of them, and no file, is opened through a symbolic link |
 
     Errors: `StoreError` naming the path for a link, a pipe, a device or a folder where a file is expected, for a file
-    that is too large, and for whatever the system refuses.
+    that is too large, and for errors of the system.
 
     >>> folder = Folder("store")
     >>> folder.make()
@@ -75,12 +75,12 @@ class Folder:
             raise StoreError(f"{short_repr(str(self.path))}: got a path with a NUL character; expected one without")
 
     def folder(self, name: str) -> Folder:
-        """Return a folder inside this one, which need not exist."""
+        """Return a folder inside this one, which may not exist yet."""
         return Folder(self.root, *self.inside, name)
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """Open the folder for the duration of a `with`, and return its descriptor."""
+        """Open the folder inside a `with` block, and return its descriptor."""
         descriptor = os.open(self.root, os.O_PATH | os.O_DIRECTORY)
         try:
             for depth, name in enumerate(self.inside, 1):
@@ -106,7 +106,7 @@ class Folder:
                     _make(self.root.joinpath(*self.inside[:depth]), (parent, name), made)
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """Open a regular file and return its descriptor; `OSError` where the system refuses."""
+        """Open a regular file and return its descriptor; `OSError` if the system fails."""
         path = self.path / name
         with self.opened() as folder:
             try:
@@ -120,7 +120,7 @@ class Folder:
         return descriptor
 
     def read(self, name: str, most: int = MOST_BYTES) -> bytes:
-        """Read a whole file of at most so many bytes."""
+        """Read a whole file of at most `most` bytes."""
         path = self.path / name
         with named("read", path):
             descriptor = self.open(name)
@@ -133,11 +133,11 @@ class Folder:
         return content
 
     def read_json(self, name: str, most: int = MOST_BYTES) -> dict[str, Any]:
-        """Read a JSON object; `StoreError` names the file and the line where it is damaged."""
+        """Read a JSON object; `StoreError` for a damaged one, with file and line."""
         return parse_object(self.read(name, most), str(self.path / name))
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file durably: a kill at any moment leaves the old file or the new one, whole.
+        """Write a file atomically and durably: after a kill, the old or the new file exists.
 
         Errors: `StoreError` naming the file; the old content stays and no temporary file remains.
         """
@@ -168,7 +168,7 @@ class Folder:
         self.write(name, (text + "\n").encode())
 
     def append(self, name: str, line: str) -> None:
-        """Append a line to a text file, for people to read; it is not made durable."""
+        """Append a line to a log for people; the line is not made durable."""
         with named("write", self.path / name):
             failpoint(f"{name}:add")
             descriptor = self.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -179,7 +179,7 @@ class Folder:
             failpoint(f"{name}:added")
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a link to one, that may be absent."""
+        """Remove a file, or a link to a file, if it exists."""
         with named("remove", self.path / name), self.opened() as folder:
             failpoint(f"{name}:remove")
             with suppress(FileNotFoundError):
@@ -187,17 +187,17 @@ class Folder:
             failpoint(f"{name}:removed")
 
     def rename(self, name: str, new: str) -> None:
-        """Rename a file, or whatever has this name, over a file of the new name."""
+        """Rename an entry of any kind, and replace a file of the new name."""
         with named("rename", self.path / name), self.opened() as folder:
             os.replace(name, new, src_dir_fd=folder, dst_dir_fd=folder)
 
     def stat(self, name: str) -> os.stat_result:
-        """Return the facts about whatever has this name, without following a link; `OSError` where nothing has."""
+        """Return the status of an entry without following a link; `OSError` if there is none."""
         with self.opened() as folder:
             return os.stat(name, dir_fd=folder, follow_symlinks=False)
 
     def has(self, name: str) -> bool:
-        """Check whether anything has this name; False where the folder does not exist."""
+        """Return True if an entry with this name exists; False if the folder does not exist."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -208,7 +208,7 @@ class Folder:
         return True
 
     def names(self) -> list[str]:
-        """Return the sorted names of everything in the folder."""
+        """Return the sorted names of all entries in the folder."""
         with named("read", self.path), self.opened() as folder:
             descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
             try:
@@ -217,19 +217,19 @@ class Folder:
                 os.close(descriptor)
 
     def remove_leftovers(self) -> None:
-        """Remove the temporary files of processes that were killed; only the holder of the lock may."""
+        """Remove the temporary files of killed processes; the caller must hold the lock."""
         for name in self.names():
             if is_temporary(name):
                 self.remove(name)
 
 
 def temporary(name: str) -> str:
-    """Return a name that no other process takes, on no machine that shares the folder."""
+    """Return a unique name of a temporary file, across all machines that share the folder."""
     return f".{name}.{secrets.token_hex(6)}.tmp"
 
 
 def is_temporary(name: str) -> bool:
-    """Check whether a name has the form of `temporary`.
+    """Return True if a name has the form of `temporary`.
 
     >>> is_temporary(temporary("a.json")), is_temporary("a.json")
     (True, False)
@@ -238,26 +238,26 @@ def is_temporary(name: str) -> bool:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write every byte: near the end of a disk's room the system takes some bytes first and refuses the rest."""
+    """Write all bytes: on a nearly full disk, the system may write only a part before it raises an error."""
     while content:
         content = content[os.write(descriptor, content) :]
 
 
 def chunks(descriptor: int, most: int) -> Iterator[bytes]:
-    """Yield up to so many bytes of a file, piece by piece."""
+    """Yield at most `count` bytes of a file, piece by piece."""
     while most > 0 and (chunk := os.read(descriptor, min(CHUNK, most))):
         yield chunk
         most -= len(chunk)
 
 
 def refuse_size(path: Path, size: int, most: int) -> None:
-    """Raise `StoreError` where a file is larger than allowed."""
+    """Raise `StoreError` for a file that is larger than allowed."""
     if size > most:
         raise StoreError(f"{path}: got a file of over {most} bytes; expected at most {most}")
 
 
 def _make(path: Path, at: tuple[int, str] | None, made: list[Path] | None) -> None:
-    """Create one folder, by its path or by its name in an opened folder; one that exists is fine."""
+    """Create a folder by its path, or by its name in an opened folder, unless it exists."""
     name, parent = (path, None) if at is None else (at[1], at[0])
     try:
         os.mkdir(name, 0o777, dir_fd=parent)
@@ -278,7 +278,7 @@ def _make(path: Path, at: tuple[int, str] | None, made: list[Path] | None) -> No
 
 
 def _sync(folder: int) -> None:
-    """Make the names in an opened folder durable."""
+    """Make the entries of an opened folder durable."""
     descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
     try:
         os.fsync(descriptor)
@@ -287,7 +287,7 @@ def _sync(folder: int) -> None:
 
 
 def _refuse_kind(folder: int, path: Path, expected: int, error: OSError) -> None:
-    """Raise `StoreError` where an entry could not be opened since it is a link, a pipe, or of another kind."""
+    """Raise `StoreError` if an entry could not be opened because it is a link, a pipe, or of another kind."""
     if error.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO):
         return
     try:
@@ -304,7 +304,7 @@ def _wrong_kind(path: Path, mode: int, expected: int) -> str:
 
 
 def canonical(value: Any) -> str:
-    """Write a value as its one JSON text: sorted keys, no spaces, finite numbers only.
+    """Return the canonical JSON text of a value: sorted keys, no spaces, finite numbers only.
 
     >>> canonical({"b": 1.0, "a": [None, True]})
     '{"a":[null,true],"b":1.0}'
@@ -313,7 +313,7 @@ def canonical(value: Any) -> str:
 
 
 def parse_json(content: bytes, place: str) -> Any:
-    """Parse JSON strictly; `StoreError` names the place, and the line of a text of several.
+    """Parse JSON strictly; `StoreError` names the position, with the line in a text of several lines.
 
     >>> parse_json(b"[1, 2]", "a.json")
     [1, 2]
@@ -331,7 +331,7 @@ def parse_json(content: bytes, place: str) -> Any:
         raise StoreError(f"{place}: damaged or truncated, not UTF-8 text ({error.reason})") from error
     except RecursionError as error:
         raise StoreError(f"{place}: damaged: nested too deeply") from error
-    except ValueError as error:  # such as a number of thousands of digits, which Python refuses to read
+    except ValueError as error:  # such as a number of thousands of digits, which Python does not parse
         raise StoreError(f"{place}: damaged: {error}") from error
 
 

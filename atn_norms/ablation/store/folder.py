@@ -1,8 +1,8 @@
-"""A study's folder: the only truth about what is done, laid out so that a kill at any moment costs nothing finished.
+"""A study's folder, the only record of finished work; a kill at any moment loses no finished trial.
 
 DIR/study.yaml  study.resolved.json  environment.json  .lock
 DIR/trials/ID/  the files of one trial, see `trial`
-DIR/report/     derived, always rebuildable
+DIR/report/     derived, can always be rebuilt
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ELSEWHERE = "Choose another folder."
 RESOLVED = "study.resolved.json"
-MOST_BYTES = 2**28  # of the resolved study: 256 MiB
+MOST_BYTES = 2**28  # bytes of the resolved study: 256 MiB
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", LOCK}
 
 
@@ -44,7 +44,7 @@ class StudyFolder:
         return self.folder.folder("report")
 
     def lock(self) -> AbstractContextManager[Lock]:
-        """Hold the study; `Busy` while another run is at work on it."""
+        """Lock the study; `Busy` while another run holds it."""
         return hold(self.folder, self._busy, patience=0.0, take_over=False)
 
     @property
@@ -52,7 +52,7 @@ class StudyFolder:
         return f"{self.path}: another run is at work on this study; wait for it or stop it"
 
     def wanted(self) -> bool:
-        """Check whether a run holds this study, or did until it was killed; not when it released it in good order."""
+        """Return True if a run holds this study, or was killed while it held it; False after a regular release."""
         try:
             return self.folder.stat(LOCK).st_size > 0
         except FileNotFoundError:
@@ -63,7 +63,7 @@ class StudyFolder:
         return TrialFolder(self.folder.folder("trials").folder(identity))
 
     def refuse_no_study(self) -> None:
-        """Raise `StoreError` where the path is not a study's folder."""
+        """Raise `StoreError` if the path is not a study's folder."""
         with named("read", self.path):
             if not self.path.exists():
                 raise StoreError(f"{self.path}: no such folder{beside(self.path)}")
@@ -71,7 +71,7 @@ class StudyFolder:
                 raise StoreError(f"{self.path}: got no {RESOLVED}; expected a study's folder")
 
     def resolved(self) -> dict[str, Any]:
-        """Read the study with every default filled in, which is written last when a study is created."""
+        """Read the study with all defaults; this file is written last when a study is created."""
         self.refuse_no_study()
         resolved = self.folder.read_json(RESOLVED, MOST_BYTES)
         cure = f"{shlex.join(['atn-norms', 'ablate', 'STUDY', '--out', str(self.path)])} restores it"
@@ -81,7 +81,7 @@ class StudyFolder:
         return resolved
 
     def source(self) -> str | None:
-        """Read study.yaml as it is now, None where it is missing."""
+        """Read the current study.yaml; None if it is missing."""
         if not self.folder.has("study.yaml"):
             return None
         try:
@@ -91,9 +91,9 @@ class StudyFolder:
             raise SpecError(position=file, got=got, expected="UTF-8 text") from error
 
     def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
-        """Create a study, or find it there already (then False); a folder of anything else is refused.
+        """Create a study; return False if the folder holds it already. Any other content of the folder is an error.
 
-        The stored study may have grown: one that has all its trials, and more, takes its place.
+        A study that has all trials of the stored study, and more, replaces it.
         """
         with named("read", self.path):
             if self.path.is_symlink() and not self.path.exists():
@@ -102,7 +102,7 @@ class StudyFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise self._unusable("a file", "a folder")
         if self.path.exists() and not self.folder.has(RESOLVED):
-            self._require_empty_or_study()  # before the lock, so that a refusal leaves none behind
+            self._require_empty_or_study()  # before the lock, so that an error leaves no lock behind
         with self._all_or_nothing() as made:
             self.folder.make(made)
             with self.lock(), self._all_or_nothing() as within:
@@ -110,16 +110,16 @@ class StudyFolder:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[list[Path]]:
-        """Remove what was made (and is listed) again, in reverse, when it fails or is interrupted.
+        """After an error or an interruption, remove the created files and folders in reverse order.
 
-        Files only while the lock is held, and folders only while they are empty: another run may be at work here.
+        Files are removed only while the lock is held, and folders only if they are empty: another run may use them.
         """
         made: list[Path] = []
         try:
             yield made
         except (Exception, KeyboardInterrupt):
             for path in reversed(made):
-                with suppress(OSError):  # the user needs the reason of the failure, not of what stays behind
+                with suppress(OSError):  # the user needs the reason of the first error
                     path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
             raise
 
@@ -141,7 +141,7 @@ class StudyFolder:
                 trial.folder.make(made)
                 new(trial.folder, "trial.json").write_json("trial.json", planned.trial)
             elif not trial.has_result() and canonical(trial.trial()) != canonical(planned.trial):
-                trial.write_trial(planned.trial)  # the path of its data, or when to checkpoint, has changed
+                trial.write_trial(planned.trial)  # the path of its data or the interval of its checkpoints has changed
         if is_fresh:
             new(self.folder, "environment.json").write_json("environment.json", environment)
         has_grown = is_fresh or canonical(self.resolved()) != canonical(plan.resolved())
@@ -151,7 +151,7 @@ class StudyFolder:
         return has_grown
 
     def _refuse_another(self, plan: Plan) -> None:
-        """Refuse a study that is neither the stored one nor one that it has grown to."""
+        """Raise `SpecError` for a study that is neither the stored one nor an extension of it."""
         there = self.resolved()
         lacking = plan.lacks(there) if there["key"] != plan.key else 0
         if not lacking:
@@ -174,9 +174,9 @@ class StudyFolder:
         return SpecError(position=str(self.path), got=got, expected=expected, detail=cure)
 
     def restore(self, resolved: dict[str, Any]) -> None:
-        """Restore what a kill left incomplete: lost trials, and what finished ones no longer need.
+        """Complete an interrupted run: restore lost trials, and remove files that finished trials no longer need.
 
-        The caller holds the study.
+        The caller must hold the lock.
         """
         self.folder.remove_leftovers()
         if self.folder.has("report"):
@@ -189,16 +189,16 @@ class StudyFolder:
                 trial.clear()
 
     def _require_empty_or_study(self) -> None:
-        # A killed start wrote trials before study.yaml: without trials, study.yaml is a user's file.
+        # Trials are written before study.yaml. Without trials, study.yaml is a user's file.
         ours = OURS if self.folder.has("trials") else OURS - {"study.yaml"}
         others = [name for name in self.folder.names() if name not in ours and not name.endswith(".tmp")]
         if others:
             raise self._unusable(f"a folder with {others[0]!r}", "an empty folder, or the folder of a study", ELSEWHERE)
 
     def load(self, resolved: dict[str, Any] | None = None, curves: bool = True) -> StudyRecord:
-        """Read everything; `StoreError` names a file that is damaged.
+        """Read the whole study; `StoreError` for a damaged file.
 
-        `resolved` is what `resolved` returned, where the caller has it. Without `curves` no learning curve is read.
+        `resolved` is the result of `resolved()`, if the caller has it. Without `curves` no learning curve is read.
         """
         resolved = self.resolved() if resolved is None else resolved
         environment = self.folder.read_json("environment.json")
@@ -217,7 +217,7 @@ class StudyFolder:
         )
 
     def load_trial(self, entry: dict[str, Any], tasks: dict[str, TaskFacts], curves: bool = True) -> TrialRecord:
-        """Read one trial of the study; its result must have the metric of each of its tasks."""
+        """Read one trial of the study; its result must have the metric of each task."""
         folder = self.trial(entry["id"])
         record = folder.record(tuple(entry["points"]), entry["trial"], curves)
         if record.status == "done" and record.result is not None:
@@ -235,8 +235,8 @@ def _refuse_other_metrics(folder: TrialFolder, result: dict[str, Any], metrics: 
 def load(folder: Path | str, curves: bool = True) -> StudyRecord:
     """Read a study's folder as one value.
 
-    Without `curves` only the last line of each learning curve is read, which is fast however long the curves are.
+    Without `curves` only the last line of each learning curve is read, which is fast for curves of any length.
 
-    Errors: `StoreError` naming a folder that is not a study's, or a file that is damaged.
+    Errors: `StoreError` for a folder that is not a study's, and for a damaged file.
     """
     return StudyFolder(folder).load(curves=curves)

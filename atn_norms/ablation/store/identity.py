@@ -11,7 +11,7 @@ from atn_norms.ablation.store.files import canonical
 # Options of training that had another name at first. An id is a hash of the first names, so a rename changes no id.
 RENAMED = {"clip": "clip_grad_norm", "explosion": "divergence_factor"}
 RENAMED_IN_SCHEDULE = {"by": "gamma"}
-NEUTRAL = ("checkpoint_every", "keep_model")  # options of training that change no number
+NEUTRAL = ("checkpoint_every", "keep_model")  # options of training without an effect on results
 DIGITS = 16  # hexadecimal digits of an id: 64 bits
 
 
@@ -25,17 +25,17 @@ def digest(value: Any) -> str:
 
 
 def identity(trial: dict[str, Any]) -> str:
-    """Compute the id of a trial: a hash of everything its result depends on, and of nothing else.
+    """Compute the id of a trial: a hash of exactly the parts that its result depends on.
 
     | part | counts as |
     |---|---|
     | `version`, `model`, `seed` | themselves |
     | `task` | its options, without those that name data |
     | `data` | a hash of the content of each data option, wherever the data is stored |
-    | `train` | its options, without those that change no number: `checkpoint_every`, `keep_model` |
-    | `plugins` | version and source hash of each plugin the trial uses; absent where it uses none |
+    | `train` | its options, without those that have no effect on results: `checkpoint_every`, `keep_model` |
+    | `plugins` | version and source hash of each plugin that the trial uses; absent if it uses none |
 
-    An option counts under the name that it had first, so that renaming it changes no id.
+    A renamed option counts under its first name, so that a rename changes no id.
     """
     task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
     train = _rename(

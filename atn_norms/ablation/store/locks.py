@@ -1,9 +1,9 @@
-"""Locks that end with their holder, and the holder's heartbeat: that it lives, and how far it is.
+"""Locks that end with their process, and the heartbeat of the holder, which also reports its progress.
 
-A lock is a file held by `flock`, which the kernel drops with the process. Where the holder is on another machine, the
-kernel here may not know, and a machine may vanish or stand still while it holds a lock. So the holder writes a line
-into the file every second, and one without a new line for `SILENCE` seconds counts as gone: a process that wants the
-lock puts a new file in its place. Should the old holder continue, its file is no longer in the folder, and it stops.
+A lock is a file held by `flock`, which the kernel releases when the process ends. `flock` may not work between
+machines, and a machine may disappear or stop while it holds a lock. So the holder writes a line into the file every
+second. A holder without a new line for `SILENCE` seconds counts as gone, and another process may replace the file by
+a new one. If the old holder continues, it detects that its file is no longer in the folder, and stops.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from atn_norms.ablation.store.schema import Heartbeat, check
 from atn_norms.errors import SpecError, short_repr
 
 NAME = ".lock"
-BEAT = 1.0  # seconds between two lines
-ROOM = 512  # bytes of a line, filled up with spaces so that a shorter one leaves nothing of a longer one
+BEAT = 1.0  # seconds between two heartbeats
+ROOM = 512  # bytes of a line, padded with spaces so that it overwrites a longer one completely
 
 
 def _seconds(variable: str, default: float) -> float:
@@ -46,7 +46,7 @@ class Lock:
 
     def __init__(self, folder: Folder, descriptor: int, orphaned: bool) -> None:
         self.folder, self.path, self.descriptor = folder, folder.path / NAME, descriptor
-        self.orphaned = orphaned  # the holder before did not release it, and may still be at work
+        self.orphaned = orphaned  # the previous holder did not release it, and may still run
         host = "".join(each for each in platform.node()[:64] if each.isprintable() and each != "/")
         self.holder = f"{host}/{os.getpid()}/{secrets.token_hex(4)}"
         self.beat = 0
@@ -57,11 +57,11 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """True when the folder no longer contains the file of this lock."""
+        """True if the folder no longer contains the file of this lock."""
         return not _is_same(self.folder, self.descriptor)
 
     def describe_loss(self) -> str:
-        """Return why the lock is lost, in a sentence."""
+        """Return the reason why the lock is lost, as a sentence."""
         folder = self.folder.path
         try:
             os.getcwd()
@@ -75,7 +75,7 @@ class Lock:
         return f"{folder}: taken over by another process, since this one wrote no heartbeat for {SILENCE:.0f} s"
 
     def start(self) -> None:
-        """Write the first heartbeat, and continue in a thread; where it cannot be written, no empty file stays."""
+        """Write the first heartbeat, and continue in a thread; if the write fails, remove the file."""
         try:
             failpoint(f"{NAME}:taken")
             self._write()
@@ -87,11 +87,11 @@ class Lock:
         self._thread.start()
 
     def end(self) -> None:
-        """Empty the file, which announces a release in good order: processes that work for this one may stop."""
+        """Empty the file, which marks a regular release: worker processes of this one may stop."""
         self._released.set()
         if self._thread.ident is not None:
             self._thread.join()
-        with suppress(OSError):  # an empty file only spares others the wait for silence
+        with suppress(OSError):  # the empty file only saves others the wait for `SILENCE` seconds
             os.ftruncate(self.descriptor, 0)
             failpoint(f"{NAME}:ended")
 
@@ -105,7 +105,7 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             self.beat += 1
-            with suppress(OSError):  # such as a full disk: a line that is not written is a heartbeat missed, no more
+            with suppress(OSError):  # such as a full disk, which costs one heartbeat only
                 self._write()
 
     def _write(self) -> None:
@@ -115,7 +115,7 @@ class Lock:
 
 @cache
 def machine() -> str:
-    """Return the running kernel's own random name; the host's name where there is none."""
+    """Return the boot id of the running kernel, or the host name if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -123,7 +123,7 @@ def machine() -> str:
 
 
 def heartbeat(folder: Folder) -> Heartbeat | None:
-    """Return the last heartbeat of a folder's lock; None where it was released, or is being written, or is damaged."""
+    """Return the last heartbeat of a folder's lock; None if it is released, damaged, or being written."""
     try:
         descriptor = folder.open(NAME)
     except OSError:
@@ -145,8 +145,8 @@ def _heartbeat(descriptor: int) -> Heartbeat | None:
 def staleness(folder: Folder) -> float:
     """Return the seconds since the last heartbeat, by the clock of the file system, which all machines share.
 
-    A time in the future, which only a clock set back can leave, is set to the present: a living holder does so itself
-    within a second, and after a dead one the lock is free `SILENCE` seconds later.
+    A time in the future, after the clock was set back, is replaced by the present. The heartbeat of a running holder
+    does so within a second; the lock of a dead holder is free `SILENCE` seconds later.
     """
     descriptor = folder.open(NAME)
     try:
@@ -175,15 +175,15 @@ def _file_system_time(folder: Folder) -> float:
 
 @contextmanager
 def hold(folder: Folder, busy: str, *, patience: float = 1.0, take_over: bool = True) -> Iterator[Lock]:
-    """Hold the lock of a folder while inside.
+    """Hold the lock of a folder inside the block.
 
     | symbol | meaning | unit |
     |---|---|---|
     | `busy` | the error's text when another process holds it | |
-    | `patience` | how long to try: an `is_locked` elsewhere may hold it for an instant | seconds |
-    | `take_over` | whether a silent holder on this machine loses it, too; one on another machine always does | |
+    | `patience` | time to retry, since a call of `is_locked` holds the lock for an instant | seconds |
+    | `take_over` | True: replace a silent holder on this machine too; on another machine it is always replaced | |
 
-    Errors: `Busy` where a living process holds it; `StoreError` where the file cannot be written.
+    Errors: `Busy` while a running process holds the lock; `StoreError` if the file cannot be written.
     """
     path = folder.path / NAME
     deadline = time.monotonic() + patience
@@ -202,9 +202,9 @@ def hold(folder: Folder, busy: str, *, patience: float = 1.0, take_over: bool = 
 
 
 def is_locked(folder: Folder) -> bool:
-    """Check whether some process holds a folder's lock, as far as this machine and the heartbeat show.
+    """Return True if a process holds a folder's lock, as far as this machine and the heartbeat show.
 
-    Errors: `StoreError` where the lock is a link, a pipe or otherwise no regular file.
+    Errors: `StoreError` if the lock is not a regular file.
     """
     try:
         descriptor = folder.open(NAME)
@@ -217,7 +217,7 @@ def is_locked(folder: Folder) -> bool:
         if last is not None and last.machine != machine():
             return staleness(folder) < SILENCE
         return not _try(descriptor, fcntl.LOCK_SH)
-    except FileNotFoundError:  # removed since it was opened
+    except FileNotFoundError:  # removed after it was opened
         return False
     finally:
         os.close(descriptor)
@@ -228,14 +228,14 @@ def _take(folder: Folder, take_over: bool) -> Lock | None:
     try:
         last = _heartbeat(descriptor)
         if _try(descriptor, fcntl.LOCK_EX):
-            if not _is_same(folder, descriptor):  # replaced since it was opened
+            if not _is_same(folder, descriptor):  # replaced after it was opened
                 return None
             if last is None or last.machine == machine():
                 mine, descriptor = Lock(folder, descriptor, orphaned=last is not None), -1
                 return mine
         may = last is not None and (take_over or last.machine != machine())
         return _replace(folder) if may and staleness(folder) >= SILENCE else None
-    except FileNotFoundError:  # another process is just replacing it
+    except FileNotFoundError:  # another process is replacing it
         return None
     finally:
         if descriptor >= 0:
@@ -250,7 +250,7 @@ def _is_same(folder: Folder, descriptor: int) -> bool:
 
 
 def _replace(folder: Folder) -> Lock:
-    """Put a new file, held from its first moment, in the place of a silent holder's."""
+    """Replace the file of a silent holder by a new file, which is locked before it is visible."""
     new = temporary(NAME)
     with folder.opened() as opened:
         descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=opened)
@@ -266,7 +266,7 @@ def _replace(folder: Folder) -> Lock:
 
 
 def describe_holder(folder: Folder, take_over: bool) -> str:
-    """Return who holds a lock, in brackets, and when it counts as gone, where it ever does; empty where unknown."""
+    """Return the holder of a lock in brackets, with its silence or its time limit; empty if unknown."""
     last = heartbeat(folder)
     if last is None:
         return ""

@@ -25,11 +25,11 @@ class TaskFacts:
     | field       | meaning                                                                  |
     |-------------|--------------------------------------------------------------------------|
     | `metric`    | name, and unit where it has one                                          |
-    | `baselines` | what trivial predictors score: name -> value of the metric               |
-    | `goal`      | `min` where smaller is better, such as a loss; `max` where larger is     |
+    | `baselines` | scores of trivial predictors: name -> value of the metric                |
+    | `goal`      | `min` if a smaller metric is better, such as a loss; `max` if a larger   |
     | `notes`     | sentences about the data that were read                                  |
-    | `spread`    | `multiplicative` where scores are compared as logarithms                 |
-    | `reported`  | what the curve of `train_loss` shows                                     |
+    | `spread`    | `multiplicative` if scores are compared as logarithms                    |
+    | `reported`  | the quantity in the curve of `train_loss`                                |
     """
 
     metric: str
@@ -81,14 +81,14 @@ class TrialRecord:
     |----------|-----------------------------------------------------------------------------------------------------|
     | `id`     | hash of the trial's canonical JSON                                                                  |
     | `trial`  | that JSON: `version`, `model`, `task`, `train`, `seed`, `data`                                      |
-    | `points` | the grid points it answers: axis name -> label, and `task` -> label; several when points collapse   |
+    | `points` | its grid points: axis name -> label, and `task` -> label; several if points are equal trials        |
     | `seed`   | the seed, in the trial as well                                                                      |
     | `status` | `pending`, `running`, `done`, `diverged` (ended early by a loss that is not finite) or `failed`     |
     | `result` | `result.json`: `trial`, `outcome`, `step`, `metrics` {split: {metric: value}}, empty if it diverged |
     | `curve`  | `metrics.jsonl`: `step`, `train_loss`, `validation` (None where it was not measured)                |
     | `run`    | `run.json`: seconds, host, attempts; differs from machine to machine                                |
     | `error`  | `error.json`: `error` (one line), `traceback`; None unless the last attempt failed                  |
-    | `step`   | training steps taken, so far as is known: by the result, the one who trains it, or the curve        |
+    | `step`   | training steps taken, by the result, the heartbeat of its worker, or the curve                      |
     """
 
     id: str
@@ -106,8 +106,8 @@ class TrialRecord:
     def model(self, model: nn.Module | None = None) -> nn.Module:
         """Load the trained model that the trial saved (`train.keep_model`), in evaluation mode.
 
-        A `model` is needed where `atn_norms.load` needs one: for a class of your own that a function saved with
-        `trial.keep`. A model with modules of a task plugin is rebuilt by that task.
+        A `model` is required if `atn_norms.load` requires one: for a class of your own, saved with `trial.keep`. A
+        model with modules of a task plugin is rebuilt by that task.
 
         Errors: `SpecError` where no model was saved; `StoreError` where the file is a link or too large; the errors of
         `atn_norms.load`.
@@ -157,11 +157,11 @@ class StudyRecord:
         object.__setattr__(self, "tasks", named)
 
     def best(self, **labels: Any) -> TrialRecord:
-        """Return the finished trial with the best validation score among those with the given labels of axes.
+        """Return the finished trial with the best validation score among the trials with the given labels.
 
-        Without a validation score, as of a function, the returned metric decides. A label is an axis's value as the
-        study file has it, such as `norm="layer", window=25`; `task` and `seed` are labels too. An axis with a dot in
-        its name goes into a mapping: `best(**{"train.optimizer.lr": 0.1})`.
+        Without validation scores, as in the study of a function, the returned metric decides. A label is the value of
+        an axis in the study file, such as `norm="layer", window=25`; `task` and `seed` are labels too. Pass an axis
+        with a dot in its name in a mapping: `best(**{"train.optimizer.lr": 0.1})`.
 
         Errors: `SpecError` for an unknown axis or label, where several tasks are left, and where no trial has finished.
         """
@@ -216,7 +216,7 @@ def _fits(trial: TrialRecord, wanted: dict[str, str]) -> bool:
 
 
 def _selection(trial: TrialRecord, facts: TaskFacts) -> float:
-    """The score that chooses between trials: on validation data where there is one, never on test data then."""
+    """Return the score that selects trials: on validation data if the trial has such scores, else the final metric."""
     metrics = (trial.result or {}).get("metrics", {})
     value = metrics.get("validation", {}).get(facts.metric, metrics.get("test", {}).get(facts.metric))
     return float(value) if isinstance(value, int | float) else float("inf" if facts.goal == "min" else "-inf")

@@ -1,4 +1,4 @@
-"""The content of a store's files, validated strictly: the one reader of results, trials, studies and heartbeats."""
+"""Strict validation of a store's files: results, trials, studies and heartbeats."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Scores = dict[str, float]
 
 
 class Stored(BaseModel):
-    """A JSON object of a store: types are exact, numbers finite, `true` is no number; unknown keys are kept."""
+    """A JSON object of a store: types are exact, numbers are finite, `true` is not a number, unknown keys are kept."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
 
 class Mark(Stored):
-    """The state of a learning curve: its size in bytes and the SHA-256 of them."""
+    """The state of a learning curve: its size in bytes and its SHA-256."""
 
     bytes: int = Field(ge=0, le=2**60)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -115,13 +115,13 @@ class StoredStudy(Stored):
 
 
 class Heartbeat(Stored):
-    """The line that the holder of a lock writes into it every second.
+    """The line that the holder of a lock writes every second.
 
     | field | meaning |
     |---|---|
-    | `holder` | host, process and a random word: another one for each time a lock is taken |
-    | `machine` | the running kernel of the holder; on the same machine its `flock` can be trusted |
-    | `beat` | counts the seconds |
+    | `holder` | host, process and a random word, which is new for each time that a lock is taken |
+    | `machine` | boot id of the holder's kernel; on the same machine `flock` is reliable |
+    | `beat` | number of the heartbeat |
     | `step`, `loss` | training steps taken and the last training loss, None before the first |
     """
 
@@ -136,7 +136,7 @@ Kind = TypeVar("Kind", bound=Stored)
 
 
 def check(kind: type[Kind], value: Any, place: str, cure: str = "") -> Kind:
-    """Validate a JSON value as one kind of stored object; `StoreError` names the place, the problem and the cure."""
+    """Validate a JSON value as one kind of stored object; `StoreError` names position, problem and fix."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -191,7 +191,7 @@ def study_key(axes: Any, baseline: Any, trials: Any) -> str:
 
 
 def check_result(result: dict[str, Any], trial: str, place: str) -> None:
-    """Validate a result: of this trial, and with a score of the test split unless the training diverged."""
+    """Validate the result of this trial; it has a test score unless the training diverged."""
     cure = "remove it to train the trial again"
     check(StoredResult, result, place, cure)
     if result["trial"] != trial:

@@ -22,13 +22,13 @@ from atn_norms.errors import brief, short_repr
 
 REJECTED = "checkpoint.rejected.pt"
 FUNCTION = "python"  # the kind of task whose trials may take more steps than the study declares
-MOST_TRACEBACK = 2**20  # characters of a traceback that are kept
+MOST_TRACEBACK = 2**20  # characters of a stored traceback
 
 
 class TrialFolder:
     """The files of one trial; a process that changes them holds `lock()`.
 
-    Errors: `StoreError` where the folder's name is no id.
+    Errors: `StoreError` if the folder's name is not an id.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -39,12 +39,12 @@ class TrialFolder:
             )
         self._curve = Curve(folder)
         self._lock: Lock | None = None
-        self.lost = ""  # why the trial was no longer this process's when `lock` ended; empty where it was
-        self.loss: float | None = None  # the last that was measured
+        self.lost = ""  # the reason why this process lost the trial before `lock` ended; empty if it did not
+        self.loss: float | None = None  # the last training loss
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold this trial; `Busy` while another process trains it, and later if another has taken it over."""
+        """Lock this trial; `Busy` if another process trains it, or takes it over later."""
         busy = f"trial {self.id} in {self.path} is being trained by another process"
         with hold(self.folder, busy) as self._lock:
             self.lost = ""
@@ -56,43 +56,43 @@ class TrialFolder:
                 self._curve.close()
 
     def _refuse_lost(self) -> None:
-        """Raise `Busy` before anything is changed that another process has taken over."""
+        """Raise `Busy`, before any change, if another process has taken the trial over."""
         if self._lock is not None and self._lock.lost:
             raise Busy(f"trial {self.id}: {self._lock.describe_loss()}")
 
     def set_step(self, step: int) -> None:
-        """Show other processes how far the training is, with the next heartbeat."""
+        """Set the step and the loss that the next heartbeat reports."""
         if self._lock is not None:
             self._lock.step, self._lock.loss = step, self.loss
 
     def heartbeat(self) -> Heartbeat | None:
-        """Return the last heartbeat of the process that trains this, or of the one that was killed at it."""
+        """Return the last heartbeat of the process that trains the trial, or that was killed while it did."""
         return heartbeat(self.folder)
 
     def trial(self) -> dict[str, Any]:
-        """Read the trial itself, everything its result depends on; its content must match the id, which is its hash."""
+        """Read the options of the trial; their hash must match its id."""
         place, cure = str(self.path / "trial.json"), "remove it and run the study again, which restores it"
         trial = self.folder.read_json("trial.json")
         check_trial(trial, self.id, place, cure)
         return current_names(trial)
 
     def has_trial(self) -> bool:
-        """Check whether `trial.json` is there."""
+        """Return True if `trial.json` exists."""
         return self.folder.has("trial.json")
 
     def write_trial(self, trial: dict[str, Any]) -> None:
-        """Write `trial.json`, and the folder where it is missing."""
+        """Write `trial.json`, and create a missing folder."""
         self.folder.make()
         self.folder.write_json("trial.json", trial)
 
     def has_result(self) -> bool:
-        """Check whether the trial is done."""
+        """Return True if the trial is done."""
         return self.folder.has("result.json")
 
     def result(self, whole: bool = True) -> dict[str, Any] | None:
-        """Read the result, None until the trial is done; a damaged one is an error, never silently made again.
+        """Read the result; None until the trial is done. A damaged result is an error and is not replaced.
 
-        Without `whole` the learning curve that belongs to it is compared by its size only.
+        Without `whole`, only the size of the learning curve is compared.
         """
         if not self.has_result():
             return None
@@ -102,40 +102,40 @@ class TrialFolder:
         return result
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Declare the trial done: what belongs to it becomes durable first, `result.json` last."""
+        """Mark the trial as done: make its other files durable first, and write `result.json` last."""
         mark = self._curve.mark()
         self._refuse_lost()
         self.folder.write_json("result.json", {**result, "curve": mark})
         self.clear()
 
     def keep_model(self, content: bytes) -> None:
-        """Write `model.safetensors`, which belongs to the trial once `result.json` is there."""
+        """Write `model.safetensors`, which is valid once `result.json` exists."""
         self._refuse_lost()
         self.folder.write(MODEL, content)
 
     def clear(self) -> None:
-        """Remove what a finished trial no longer needs."""
+        """Remove the files that a finished trial no longer needs."""
         for name in ("checkpoint.pt", REJECTED, "error.json"):
             if self.folder.has(name):
                 self.folder.remove(name)
         self.folder.remove_leftovers()
 
     def fail(self, error: str, trace: str) -> None:
-        """Record why the last attempt failed."""
+        """Record the error of the last attempt."""
         self._refuse_lost()
         self.folder.write_json("error.json", {"error": error, "traceback": brief(trace, MOST_TRACEBACK)})
         self.log(f"failed: {error}")
 
     def error(self) -> dict[str, Any]:
-        """Read why the last attempt failed."""
+        """Read the error of the last attempt."""
         error = self.folder.read_json("error.json")
         check(StoredError, error, str(self.path / "error.json"), "remove it")
         return error
 
     def run(self) -> dict[str, Any]:
-        """Read attempts, seconds, host: what differs from run to run; empty before the first attempt.
+        """Read attempts, seconds and host, which differ from run to run; empty before the first attempt.
 
-        Only times are lost with a damaged file, so it counts as empty, and the next attempt records that in the log.
+        A damaged file counts as empty, since only times are lost; the next attempt writes that to the log.
         """
         try:
             run = self.folder.read_json("run.json") if self.folder.has("run.json") else {}
@@ -164,15 +164,15 @@ class TrialFolder:
         self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Checkpoint `state`: tensors, numbers, text, and tuples, lists and mappings of them."""
+        """Save a checkpoint of `state`: tensors, numbers, text, and tuples, lists and mappings of these."""
         content = checkpoints.pack(self.id, state, self._curve.mark())
         self._refuse_lost()
         self.folder.write("checkpoint.pt", content)
 
     def restore(self) -> dict[str, Any] | None:
-        """Read the last checkpoint and cut the learning curve back to it; None, and an empty curve, to start over.
+        """Read the last checkpoint and cut the learning curve back to it. Without one, return None and empty the curve.
 
-        A checkpoint only saves time: one that is damaged, of another trial or of another curve is set aside.
+        A checkpoint that is damaged, or belongs to another trial or curve, is set aside, and the trial starts over.
         """
         state, mark, problem = None, None, ""
         if self.folder.has("checkpoint.pt"):
@@ -191,7 +191,7 @@ class TrialFolder:
         return state
 
     def reject_checkpoint(self, problem: str) -> None:
-        """Set a checkpoint aside that cannot be used, record why, and empty the learning curve."""
+        """Set an unusable checkpoint aside, write the reason to the log, and empty the learning curve."""
         self._refuse_lost()
         if self.folder.has("checkpoint.pt"):
             self.folder.rename("checkpoint.pt", REJECTED)
@@ -200,14 +200,14 @@ class TrialFolder:
         self.loss = None
 
     def tidy(self) -> None:
-        """Remove what the last attempt left behind, half a write or an error; only the holder of the lock may."""
+        """Remove temporary files and the error of the last attempt; the caller must hold the lock."""
         self._refuse_lost()
         if self.folder.has("error.json"):
             self.folder.remove("error.json")
         self.folder.remove_leftovers()
 
     def status(self, result: dict[str, Any] | None) -> Status:
-        """Return the trial's status, given its result."""
+        """Return the status of the trial from its result and its lock."""
         if result is not None:
             return "done" if result["outcome"] == "finished" else "diverged"
         if is_locked(self.folder):
@@ -217,7 +217,7 @@ class TrialFolder:
     def record(
         self, points: tuple[dict[str, str], ...], planned: dict[str, Any] | None = None, curves: bool = True
     ) -> TrialRecord:
-        """Read all of these files; `planned` replaces a `trial.json` that is lost.
+        """Read all files of the trial; `planned` replaces a lost `trial.json`.
 
         Without `curves` the learning curve is not read, only its last line.
         """

@@ -1,1 +1,1 @@
-"""Parts of backends that run a whole sequence by one operator: plans, operators, states in and out."""
+"""Parts of backends that run a whole sequence with one operator: plans, operators, and the conversion of states."""

@@ -1,4 +1,4 @@
-"""Norms over the rows of a batch, around a call of the kernels: states, which have one row, and populations."""
+"""Batch statistics around a call of the kernels: states, which have one row, and populations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from atn_norms.statistics import CountedMoments
 
 
 class Batch:
-    """One sequence of a coupled batch: which steps happen in it, and with how many rows.
+    """One sequence with batch statistics: its unmasked steps, and the number of their rows.
 
-    The kernels know weights, means and variances of a state; how many samples each statement stands for is kept here.
+    The kernels keep weights, means and variances of a state. This class keeps the number of samples of each statistic.
     """
 
     def __init__(self, plan: Plan, norms: Sequence[Tree], steps: int, batch: int, lengths: Tensor | None) -> None:
@@ -33,7 +33,7 @@ class Batch:
         self._time = time
 
     def leaves(self) -> list[Tensor]:
-        """Return the state leaves for the operator: none where all are fresh, zeros where some are."""
+        """Return the state leaves for the operator: none if all states are fresh, else zeros for fresh ones."""
         if all(memory is None for memory in self._memories):
             return []
         leaves = []
@@ -46,7 +46,7 @@ class Batch:
         return leaves
 
     def populations(self, weights: CellWeights) -> list[Tensor]:
-        """Return the population statistics that replace the batch's `[steps, 2 F]`, of every site that has them."""
+        """Return the population statistics `[steps, 2 F]` of every site that normalizes with them."""
         found = []
         for place, site in enumerate(self._plan.sites):
             if site.coupled != BATCH:
@@ -71,7 +71,7 @@ class Batch:
                     normalizer.population(CountedMoments(mean, var, count), self._index(place, normalizer))
 
     def following(self, place: int, leaves: Sequence[Tensor]) -> Tree:
-        """The state after the sequence of the site in that place, from the operator's leaves of it."""
+        """Return the state of a site after the sequence, from the operator's leaves."""
         site, memory, (weights, mean, var) = self._plan.sites[place], self._memories[place], leaves
         counts = weights.new_zeros((*weights.shape, *site.leaf[:-1], 1)) if memory is None else memory[1][1][2].double()
         if site.steps:
@@ -84,14 +84,14 @@ class Batch:
         return (0 if memory is None else memory[0]) + self._live, (weights.detach(), (mean, var, counts))
 
     def _index(self, place: int, normalizer: Normalizer) -> Tensor:
-        """Return the index of each step since the site's initial state, -1 where the normalizer does not count it."""
+        """Return the index of each step since the initial state of the site; -1 if the normalizer does not count it."""
         memory = self._memories[place]
         index = self._time if memory is None else self._time + memory[0]
         return torch.where(normalizer.counted_steps(self._counts), index, -1).unsqueeze(1)
 
 
 def _checked(site: SitePlan, memory: Tree, batch: int) -> Tree:
-    """The state of a site, with one row; `ValueError` where it does not fit."""
+    """Return the state of a site, with one row; `ValueError` if it does not fit."""
     if memory is None:
         return None
     weights, *moments = (Leaf(shape[1:]) for shape in site.shapes(1))

@@ -1,4 +1,4 @@
-"""Checks of every tensor that reaches the kernels of a raw operator, which see addresses only."""
+"""Checks of every tensor passed to the kernels of a raw operator, which receive addresses only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = tuple[Shape, torch.dtype]
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `RuntimeError`, as torch does, where a tensor is not one that kernels can read.
+    """Raise `RuntimeError`, as torch does, for a tensor that kernels cannot read.
 
     | symbol | meaning |
     |---|---|

@@ -1,4 +1,4 @@
-"""A backward pass that is differentiable: the reference runs on the same tensors, and autograd does the rest."""
+"""A differentiable backward pass: run the reference on the same tensors, and differentiate it with autograd."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 
 def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: Inputs) -> Inputs:
-    """Return the gradients of the operator `recurrent` as functions that have a gradient.
+    """Return the gradients of the operator `recurrent`, with a graph for further derivatives.
 
     `gradients` are those of ys, hn, cn, and of every leaf of the final states (a list); None where absent.
     """
@@ -59,7 +59,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: Inpu
 
 
 def vector_jacobian(plan: Plan, inputs: Inputs, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return what the backward operator returns, inside transforms of torch.func too.
+    """Return the results of the backward operator, also inside transforms of torch.func.
 
     `gradients` are those of ys, hn, cn, and of every leaf of the final states; None where absent.
     """
@@ -84,7 +84,7 @@ def vector_jacobian(plan: Plan, inputs: Inputs, gradients: Sequence[Tensor | Non
 
 
 def _constant_weights(plan: Plan, states: list[Tensor]) -> list[Tensor]:
-    """Return the leaves of the states; the weights in them count samples, and have no gradient."""
+    """Return the leaves of the states; their weights count samples and have no gradient."""
     if states:
         first = 0
         for site in plan.sites:
@@ -95,7 +95,7 @@ def _constant_weights(plan: Plan, states: list[Tensor]) -> list[Tensor]:
 
 
 class _Moments(Normalizer):
-    """The norm of a `SitePlan` in PyTorch; one value a group in every leaf."""
+    """The norm of a `SitePlan` in PyTorch; every leaf has one element for each group."""
 
     def __init__(self, plan: SitePlan, gain: Tensor | None, shift: Tensor | None, population: Tensor | None) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Moments(Normalizer):
 
 
 class _Programs(Normalizer):
-    """A `TracedNorm` in PyTorch; weighted means share one leaf, part after part."""
+    """A `TracedNorm` in PyTorch; the weighted means of all parts are concatenated in one leaf."""
 
     def __init__(self, plan: SitePlan, traced: TracedNorm, parameters: Tensor | None) -> None:
         super().__init__()
@@ -159,14 +159,14 @@ class _Programs(Normalizer):
 
 @dataclass(frozen=True)
 class _Site:
-    """One norm site of the reference, and its state out of and back into the operator's leaves."""
+    """One norm site of the reference, and the conversion of its state from and to the operator's leaves."""
 
     plan: SitePlan
     norm: SiteNorm
     given: list[Tensor]
 
     def state(self) -> Any:
-        """The reference's state: an index that no norm here reads, weights, statistic; None for a fresh window."""
+        """Return the reference's state: an unused index, weights and statistic; None for a fresh window."""
         if not self.given:
             return None
         weights, *leaves = self.given
@@ -177,14 +177,14 @@ class _Site:
         )
 
     def leaves(self, state: Any) -> list[Tensor]:
-        """The leaves of a state of the reference, shaped as the operator shapes them."""
+        """Return the leaves of the reference's state, in the shapes of the operator."""
         index, memory = state
         shapes = self.plan.shapes(index.shape[0])
         return [leaf.reshape(shape) for leaf, shape in zip(tree_leaves(memory), shapes, strict=True)]
 
 
 def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
-    """The operator's results that have a gradient, by the reference."""
+    """Compute those results of the operator that have a gradient, with the reference."""
     cell = _cell(plan, inputs.weight_hh.shape[1])
     factors, given, stand_ins = iter(inputs.affine), iter(inputs.states), iter(inputs.populations)
     sites = {}

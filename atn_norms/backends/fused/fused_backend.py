@@ -1,4 +1,4 @@
-"""Programs of kernels: one call of an operator, with the cell's state into its leaves, and back."""
+"""Programs of kernels: one call of an operator, and the conversion of the cell's state to its leaves and back."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Fused(ABC):
-    """A backend that runs the cells, norms and windows of a `Plan`, a whole sequence at a time."""
+    """A backend that runs a `Plan`, a whole sequence in one call."""
 
     name: str
 
     def prepare(self, cell: Cell, description: Description) -> Program | Unsupported:
-        """Return a program, or the first reason why there is none; missing kernels come last."""
+        """Return a program, or the first reason why there is none; missing kernels are the last reason."""
         unsupported = self.unsupported_type(description)
         if unsupported is None and description.transform is not None:
             unsupported = Unsupported("transform", description.transform, "call the layer outside the transform")
@@ -42,24 +42,24 @@ class Fused(ABC):
 
     @abstractmethod
     def unsupported_type(self, description: Description) -> Unsupported | None:
-        """Return the reason why it does not run the device or the type of a layer, or None."""
+        """Return the reason why the backend does not run the device or the type of a layer, or None."""
 
     @abstractmethod
     def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
-        """Return the reason why it has no kernel for a plan, or None."""
+        """Return the reason why the backend has no kernel for a plan, or None."""
 
     @abstractmethod
     def missing(self) -> Unsupported | None:
-        """Return the reason why its kernels cannot run here, or None."""
+        """Return the reason why the kernels cannot run on this machine, or None."""
 
     @staticmethod
     @abstractmethod
     def operators() -> Operators:
-        """Return its operators; registering them takes a while, so that it happens in the first call."""
+        """Return the operators; the first call registers them, which takes a moment."""
 
 
 def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
-    """Return the plan of a case, or the reason why no kernel has it."""
+    """Return the plan of a cell, or the reason why there is none."""
     kernel = kernel_of(cell)
     if kernel is None:
         return Unsupported("cell", f"it has no kernel for {type(cell).__name__}", "use LSTM, GRU or RNN")
@@ -82,7 +82,7 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
             text = "norms over the batch and norms of single rows are at different sites of it"
             return Unsupported("placement", text, "use batch norms at all sites or at none")
         sites.append(site)
-    # A compiler would watch what is remembered, and start again whenever another layer is remembered, too.
+    # A compiler would guard the cache, and compile again for every new entry.
     return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel + placement, tuple(sites))
 
 
@@ -100,7 +100,7 @@ class FusedProgram(Program):
     def run(self, inputs: CellInputs, state: Tree, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
         xs, weights, declared, keep_state = inputs
         plan, (steps, batch, _) = self.plan, xs.shape
-        # Without rows there is nothing to share out, and one is refused where a batch is measured.
+        # Batch statistics of a single row raise an error; without rows the check does not apply.
         if batch == 0 or (batch == 1 and plan.measured):
             return ReferenceProgram(self.cell).run(inputs, state, lengths)
         carried, norms = state
@@ -133,7 +133,7 @@ class FusedProgram(Program):
             needs_gradients = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
             )
-            keep = needs_gradients or torch.jit.is_tracing()  # a trace is checked without gradients
+            keep = needs_gradients or torch.jit.is_tracing()  # torch.jit checks a trace without gradients
             results = operators(plan, Inputs._make([*single, affine, populations, leaves, lengths]), keep)
         ys, hn, cn, *after = [*(result.to(dtype) for result in results[:3]), *results[3:]]
         carried = (hn, cn) if plan.is_lstm else (hn,)
@@ -149,7 +149,7 @@ class FusedProgram(Program):
                 continue
             index = None if memory is None else memory[0]
             counted = next((after for before, after in known if before is index), None)
-            if counted is None:  # all sites count the same steps, mostly in one tensor
+            if counted is None:  # all sites count the same steps, usually in one shared tensor
                 counted = happened if index is None else index + happened
                 known.append((index, counted))
             tensors = [_lengthened(site, tensor) for tensor in after[start:end]]
@@ -165,7 +165,7 @@ PARAMETERS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"  # of `Inputs`, by t
 
 @lru_cache(maxsize=256)
 def shortened(plan: Plan, steps: int) -> Plan:
-    """Return a plan whose windows are no longer than a whole sequence of so many steps with a fresh state needs."""
+    """Return a plan whose windows are at most `steps` long, which gives equal results from a fresh state."""
     if all(site.steps <= steps + 1 for site in plan.sites):
         return plan
     return Plan(plan.cell, tuple([_shortened(site, steps + 1) for site in plan.sites]))
@@ -176,7 +176,7 @@ def _shortened(site: SitePlan, most: int) -> SitePlan:
 
 
 def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:
-    """Return a state tensor of a sliding window with empty steps before those that a shortened plan has."""
+    """Return a state tensor of a sliding window of a shortened plan, with empty steps added before its own."""
     if not site.steps or tensor.shape[1] == site.prefix:
         return tensor
     empty = tensor.new_zeros((tensor.shape[0], site.prefix - tensor.shape[1], *tensor.shape[2:]))
@@ -184,7 +184,7 @@ def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:
 
 
 def _split_leaves(site: SitePlan) -> list[tuple[int, ...]]:
-    """Return the shapes of the statistic's leaves where they are several that the kernels have as one; else nothing."""
+    """Return the shapes of the statistic's leaves if the kernels concatenate them in one leaf; empty otherwise."""
     traced = site.traced
     if traced is None or traced.centred or len(traced.leaves) < 2:
         return []
@@ -201,7 +201,7 @@ def _rebuilt(site: SitePlan, tensors: list[Tensor]) -> Tree:
         sizes = [math.prod(shape) // site.parts for shape in shapes]
         pieces = zip(leaves[0].split(sizes, -1), shapes, strict=True)
         leaves = [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
-    return weights.detach(), tuple(leaves)  # they count samples: no backend has a gradient for them
+    return weights.detach(), tuple(leaves)  # weights count samples and have no gradient in any backend
 
 
 def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
@@ -218,7 +218,7 @@ def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
 
 
 def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor] | None:
-    """The leaves of the sites' states, none where all are fresh; None where one is not what a site returns."""
+    """Return the leaves of the sites' states, none if all are fresh; None if a state has another structure."""
     leaves: list[Tensor] = []
     if all(memory is None for memory in memories):
         return leaves
@@ -241,7 +241,7 @@ def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) 
 
 
 def _checked_leaves(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor]:
-    """The same in float64; `ValueError` where a state does not fit."""
+    """Return the leaves of the sites' states in float64; `ValueError` if a state does not fit."""
     leaves: list[Tensor] = []
     if all(memory is None for memory in memories):
         return leaves

@@ -1,4 +1,4 @@
-"""Arguments of the operators, in one place: their order, their types, and their form as a flat list."""
+"""Arguments of the operators: their order, their types, and their form as a flat list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call; the operators' schemas, their fakes and their autograd are generated from it.
+    """The tensors of a call; schemas, fakes and autograd of the operators are generated from this class.
 
     | field | meaning | shape |
     |---|---|---|
@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     | `states` | every site's leaves, in order, or none where all are fresh | |
     | `lengths` | steps of each row, or None | `[B]` |
 
-    A gradient of a call has the same form: None where there is none.
+    The gradients of a call have the same form, with None for an absent gradient.
     """
 
     xs: Tensor
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     lengths: Tensor | None
 
     def flatten(self) -> list[Tensor | None]:
-        """Return all tensors in one list: the single ones, then those of the sequences."""
+        """Return all tensors in one list: first the single tensors, then the tensors of the sequences."""
         fields: Sequence[Any] = list(self)
         flat = [fields[place] for place in SINGLE]
         for place in MANY:
@@ -73,7 +73,7 @@ class Inputs(NamedTuple):
 
     @property
     def places(self) -> list[int]:
-        """Places of differentiable tensors in the flat list, in the order of the backward operator's results."""
+        """Indices of the differentiable tensors in the flat list, in the order of the backward operator's results."""
         affine, populations, states = self.counts
         single = [place for place in range(len(SINGLE) - 1) if self[place] is not None]  # the last is `lengths`
         start = len(SINGLE) + affine
@@ -81,7 +81,7 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def unflatten(flat: Sequence[Any], counts: Sequence[int]) -> Inputs:
-        """Return the inputs of a flat list, which may be longer."""
+        """Return the inputs from a flat list, which may have further elements."""
         fields: list[Any] = [None] * len(Inputs._fields)
         for place, tensor in zip(SINGLE, flat, strict=False):
             fields[place] = tensor
@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Inputs that were checked against a plan: with their layout, and the tensors that are not None."""
+    """Inputs that fit a plan, with their layout, and all tensors other than None."""
 
     layout: Any
     inputs: Inputs
@@ -101,7 +101,7 @@ class Fitted(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of the results; None of `states` where a state leaf has none."""
+    """Gradients of the results; in `states`, None for a leaf without a gradient."""
 
     ys: Tensor
     hn: Tensor
@@ -110,7 +110,7 @@ class Grads(NamedTuple):
 
     @staticmethod
     def of(single: Sequence[Tensor | None], states: Sequence[Tensor | None], like: Sequence[Tensor]) -> Grads:
-        """Return gradients with zeros like these tensors where a single one is absent."""
+        """Return the gradients, with zeros like these tensors for absent gradients of single tensors."""
         ys, hn, cn = (torch.zeros_like(a) if g is None else g for g, a in zip(single, like, strict=True))
         return Grads(ys, hn, cn, states)
 

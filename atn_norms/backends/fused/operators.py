@@ -1,4 +1,4 @@
-"""The two operators of a backend that runs whole sequences: forward, and back."""
+"""The two operators of a backend that runs whole sequences: forward and backward."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Kernels(Protocol):
     """Kernels behind the operators."""
 
     def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return uninitialized tensors as `forward` returns them."""
+        """Return uninitialized tensors in the form of the results of `forward`."""
         ...
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
-        """Return inputs of plain tensors as fitted ones, or None where the operator must be called."""
+        """Return fitted inputs if all tensors are plain, or None if the operator must be called."""
         ...
 
     def check(self, plan: Plan, inputs: Inputs) -> Fitted:
-        """Return fitted inputs; `RuntimeError` where one does not fit."""
+        """Return fitted inputs; `RuntimeError` if a tensor does not fit."""
         ...
 
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
-        """Return fitted inputs; `RuntimeError` where an input, a gradient or a kept tensor does not fit."""
+        """Return fitted inputs; `RuntimeError` if an input, a gradient or a kept tensor does not fit."""
         ...
 
     def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the results, and the tensors to `keep` for backward.
 
-        Results are the outputs, last h and c, every site's new state, and what the sites of `Plan.measured` pooled.
+        Results are the outputs, last h and c, every site's new state, and the pooled statistics of `Plan.measured`.
         """
         ...
 
@@ -52,8 +52,8 @@ class Kernels(Protocol):
 class Operators:
     """The operators `atn_norms::NAME` and `atn_norms::NAME_backward` of some kernels, registered with torch.
 
-    Schemas, fakes and autograd follow from `Inputs`. `eager` runs the kernels without the dispatcher, which costs more
-    than a short sequence, and has the same autograd.
+    Schemas, fakes and autograd follow from `Inputs`. `eager` bypasses the dispatcher, which takes longer than a short
+    sequence; its autograd is the same.
     """
 
     def __init__(self, name: str, kernels: Kernels) -> None:
@@ -72,13 +72,13 @@ class Operators:
         return operator
 
     def __call__(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
-        """Call the forward operator, by the rules of the active transforms."""
+        """Call the forward operator with the rules of the active transforms."""
         if torch.compiler.is_compiling() or not in_transform():
             return self.forward(*inputs.arguments, plan.encode(), keep)
         return transforms.forward(self, plan, inputs)
 
     def eager(self, plan: Plan, inputs: Inputs) -> list[Tensor] | None:
-        """Return the results of `forward` without the operator; None where it must be called."""
+        """Return the results of `forward` without the operator; None if the operator must be called."""
         flat = inputs.flatten()
         fitted = self._kernels.fit(plan, inputs) if unobserved(flat) else None
         if fitted is None:
@@ -88,7 +88,7 @@ class Operators:
         return self._kernels.forward(fitted, False)[0]
 
     def compute(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
-        """Return the results of the forward operator, without the dispatcher where nothing observes the call."""
+        """Return the results of the forward operator; bypass the dispatcher if nothing observes the call."""
         if not unobserved(inputs.flatten()):
             return self.forward(*inputs.arguments, plan.encode(), keep)
         results, kept = self._kernels.forward(self._kernels.check(plan, inputs), keep)
@@ -97,7 +97,7 @@ class Operators:
     def compute_backward(
         self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
     ) -> list[Tensor]:
-        """Return the results of the backward operator in the same way."""
+        """Return the results of the backward operator; bypass the dispatcher if nothing observes the call."""
         if not unobserved([*inputs.flatten(), *grads[:3], *grads.states, ys, *kept]):
             return self.backward(*grads, *inputs.arguments, ys, kept, plan.encode(), wants_xs)
         fitted = self._kernels.check_backward(plan, inputs, grads, ys, kept)
@@ -136,14 +136,14 @@ class Operators:
         results: Sequence[Tensor],
         kept: Sequence[Tensor],
     ) -> None:
-        """Save for autograd what `gradients` reads."""
-        ctx.set_materialize_grads(False)  # or torch makes zeros for absent gradients
+        """Save the tensors that `gradients` reads for autograd."""
+        ctx.set_materialize_grads(False)  # otherwise torch makes zeros for absent gradients
         ctx.operators, ctx.plan, ctx.counts = self, plan, counts
         ctx.save_for_backward(results[0], *flat, *kept)
 
     def gradients(self, ctx: Any, grads: Sequence[Tensor | None], wants_xs: bool) -> Inputs:
         """Return the gradients of the inputs."""
-        ys, *saved = ctx.saved_tensors  # read once: a checkpoint recomputes them
+        ys, *saved = ctx.saved_tensors  # read once, since a checkpoint recomputes them at every access
         inputs, kept = Inputs.unflatten(saved, ctx.counts), saved[len(SINGLE) + sum(ctx.counts) :]
         dys, dhn, dcn, *dstates = grads[: 3 + ctx.plan.tensors]
         if torch.is_grad_enabled() or in_transform() or batched([dys, dhn, dcn, *dstates]):
@@ -163,7 +163,7 @@ class Operators:
 
 
 class _Eager(torch.autograd.Function):
-    """The operator's node in a graph; the tensors are passed as `inputs`, and flat for autograd."""
+    """The operator's node in a graph; the tensors are passed as `inputs`, and as a flat list for autograd."""
 
     @staticmethod
     def forward(ctx: Any, operators: Operators, plan: Plan, fitted: Fitted, *flat: Tensor | None) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ def _parts(arguments: Sequence[Any]) -> tuple[Grads, Inputs, Sequence[Any]]:
 
 
 def _register_flops(name: str) -> None:
-    """Count the products of the operators, for `FlopCounterMode` and what builds on it; other work is not counted."""
+    """Count the matrix products of the operators for `FlopCounterMode`; other operations are not counted."""
 
     def count(xs: Sequence[int], weight_ih: Sequence[int], weight_hh: Sequence[int]) -> tuple[int, int]:
         rows = 2 * xs[0] * xs[1]

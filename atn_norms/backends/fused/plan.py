@@ -1,4 +1,4 @@
-"""Description of a cell for the kernels, without tensors, as one hashable text that survives tracing."""
+"""Description of a cell for the kernels, without tensors, as one hashable text, which tracing keeps as a constant."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from atn_norms.cells import Cell, GRUEquations, LSTMEquations, RNNEquations
 
 DOUBLE = torch.float64
 HALF = (torch.bfloat16, torch.float16)  # types of layers that are computed in float32
-MOST_GROUPS = 64  # lanes of a block live on the kernel's stack
+MOST_GROUPS = 64  # the lanes of a block are on the kernel's stack
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}  # of a cell, in the kernels
 PLACES = {"ih": 0, "hh": 1, "sum": 1, "c": 2}  # of a site in the kernels
 
 
-BATCH, POPULATION, POPULATIONS = 1, 2, 3  # `SitePlan.coupled`; what norms: the batch, or a population, or one a step
+# Values of `SitePlan.coupled`: normalize with the batch, with a population, or with one for each step.
+BATCH, POPULATION, POPULATIONS = 1, 2, 3
 
 
-JOINT, NORMED = "joint", "normed"  # parts of a cell's name in a plan: of the sum of both products, of the cell state
+# Parts of a cell's name in a plan: one norm of the sum of both products, and a normalized carried state.
+JOINT, NORMED = "joint", "normed"
 PLACEMENTS = {
     "lstm": ("", "-joint", "-normed", "-joint-normed"),
     "gru": ("",),
@@ -31,7 +33,7 @@ PLACEMENTS = {
 
 
 class SitePlan(NamedTuple):
-    """One norm site: the statistic, the window, and which affine tensors there are.
+    """One norm site: its statistic, its window and its affine tensors.
 
     With batch statistics every feature has a statistic, `groups` are gates, and there is one state.
     """
@@ -41,21 +43,21 @@ class SitePlan(NamedTuple):
     groups: int
     centred: bool
     eps: float
-    steps: int  # k of a sliding window; 0: decaying
+    steps: int  # k of a sliding window; 0: a decaying window
     decay: float
     gain: bool
     shift: bool
-    leaf: tuple[int, ...]  # trailing axes of a leaf of the statement
-    coupled: int = 0  # BATCH, POPULATION, POPULATIONS, or 0: every row by itself
-    traced: TracedNorm | None = None  # what computes it where no moments are declared
-    parts: int = 1  # on how many equal parts of the features the traced normalizer runs, one after the other
+    leaf: tuple[int, ...]  # trailing axes of a leaf of the statistic
+    coupled: int = 0  # BATCH, POPULATION, POPULATIONS, or 0: separate statistics for each row
+    traced: TracedNorm | None = None  # the programs of a normalizer without declared moments
+    parts: int = 1  # number of equal parts of the features, on which the traced normalizer runs in turn
     detached: bool = False  # no gradient flows through the past of the window
-    taps: tuple[float, ...] = ()  # weights by age, as many as `steps`, of a window where they differ
+    taps: tuple[float, ...] = ()  # weights by age, `steps` of them; empty for equal weights
     past: bool = False  # a decaying window excludes the current step
 
     def encode(self) -> str:
-        """As a text: the fields in order."""
-        eps, decay = float(self.eps), float(self.decay)  # a compiler then takes them as constants
+        """Return the fields in order, as a text."""
+        eps, decay = float(self.eps), float(self.decay)  # local variables, which a compiler treats as constants
         return (
             f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
@@ -65,7 +67,7 @@ class SitePlan(NamedTuple):
 
     @staticmethod
     def decode(text: str) -> SitePlan:
-        """From a text."""
+        """Build the site of a text."""
         site, features, groups, centred, eps, steps, decay, gain, shift, leaf, *others = text.split()
         coupled, parts, detached, taps, past, traced = others
         ages = () if taps == "-" else tuple(map(float, taps.split(",")))
@@ -78,7 +80,7 @@ class SitePlan(NamedTuple):
 
     @property
     def is_valid(self) -> bool:
-        """Check the numbers, which the kernels do not check again."""
+        """Check all numbers; the kernels do not check them."""
         return self._window_is_valid and (self._moments_are_valid if self.traced is None else self._programs_are_valid)
 
     @property
@@ -119,26 +121,26 @@ class SitePlan(NamedTuple):
 
     @property
     def prefix(self) -> int:
-        """Statements that the state brings: k - 1 of a sliding window, 1 of a decaying one."""
+        """Number of statistics in the state: k - 1 for a sliding window, 1 for a decaying one."""
         return self.steps - 1 if self.steps else 1
 
     @property
     def leaves(self) -> int:
-        """Leaves of a statistic: mean and variance, or a mean square, or none."""
+        """Number of leaves of a statistic: mean and variance, a mean square, or none."""
         return 2 if self.centred else 1 if self.groups else 0
 
     @property
     def tensors(self) -> int:
-        """Tensors of the state: the weights and the leaves; none where there is no statistic."""
+        """Number of tensors of the state: the weights and the leaves; 0 without a statistic."""
         return 1 + self.leaves if self.leaves else 0
 
     @property
     def affine(self) -> int:
-        """Elements of the gain; of a traced normalizer, of all parameters."""
+        """Number of elements of the gain; for a traced normalizer, of all parameters."""
         return self.features if self.traced is None else self.parts * self.traced.parameters
 
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Shapes of the state's leaves: the weights, then those of the statistic."""
+        """Shapes of the state's tensors: the weights, then the leaves of the statistic."""
         if not self.leaves:
             return []
         batch = 1 if self.coupled else batch
@@ -146,12 +148,12 @@ class SitePlan(NamedTuple):
         return [rows, *[(*rows, *self.leaf)] * self.leaves]
 
     def populations(self, steps: int) -> int:
-        """Number of populations that replace the batch's statistics in a sequence."""
+        """Number of populations that normalize a sequence instead of batch statistics."""
         return steps if self.coupled == POPULATIONS else 1
 
     def doubles(self, steps: int, batch: int) -> int:
-        """Length of the timeline: every statement of a sequence, own and pooled, and the prefix's weights."""
-        # As `atn_norms_timeline` and `atn_norms_batch_timeline` have it; here so that a compiler can trace it.
+        """Length of the timeline: statistics of single steps, pooled statistics, and the weights of the prefix."""
+        # As `atn_norms_timeline` and `atn_norms_batch_timeline` in C, but here a compiler can trace it.
         if self.coupled:
             hidden = self.features // self.groups
             blocks, many = (hidden + 31) // 32, min(hidden, 32)
@@ -159,24 +161,25 @@ class SitePlan(NamedTuple):
             blocks = (batch + 15) // 16
             many = (batch + blocks - 1) // blocks
         lanes = (many * self.groups + 7) // 8 * 8
-        if not self.groups:  # not even an empty timeline is NULL; a static choice, since an exporter forbids others
+        # Even an empty timeline is not NULL. The choice is static, since an exporter rejects dynamic ones.
+        if not self.groups:
             return 8
         return blocks * lanes * (3 * self.prefix + 6 * steps + 4)
 
 
 class Plan:
-    """A cell and its sites, in the order of the cell; compared by identity, so that its layouts are found fast.
+    """A cell and its sites, in the order of the cell; compared by identity, for a fast look-up of its layouts.
 
     | attribute | meaning |
     |---|---|
-    | `cell`, `kind` | the cell, such as `lstm-joint-normed`, with its placement; and without it |
-    | `joint`, `normed_carry` | its placement: one norm of the sum of both products; a normalized carried state |
-    | `order`, `indices` | names of the cell's sites; for each site of the plan its place among them |
-    | `gates`, `is_lstm` | gates of the cell; True where it has a cell state beside h |
-    | `coupled` | True where the norms use batch statistics; all sites do, or none |
+    | `cell`, `kind` | name of the cell with its placement, such as `lstm-joint-normed`; and without it |
+    | `joint`, `normed_carry` | placement: one norm of the sum of both products; a normalized carried state |
+    | `order`, `indices` | names of the cell's sites; for each site of the plan its index in `order` |
+    | `gates`, `is_lstm` | number of gates; True for a cell with a cell state and h |
+    | `coupled` | True if the norms use batch statistics, at all sites or at none |
     | `tensors` | number of tensors of all sites' states |
-    | `measured` | the sites that return what they pooled, for a population's records |
-    | `results` | number of results: outputs, last h and c, every site's new state, and what it pooled |
+    | `measured` | the sites that return their pooled statistics, for the records of a population |
+    | `results` | number of results: outputs, last h and c, every site's new state, and pooled statistics |
     """
 
     def __init__(self, cell: str, sites: tuple[SitePlan, ...]) -> None:
@@ -194,13 +197,13 @@ class Plan:
         self.results = 3 + self.tensors + len(self.measured)
 
     def encode(self) -> str:
-        """As a text; nothing but formatting, so that a compiler can trace it."""
+        """Return a text, by formatting alone, so that a compiler can trace it."""
         return "; ".join([self.cell, *[site.encode() for site in self.sites]])
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Plan:
-        """From a text; `ValueError` where the kernels cannot run it."""
+        """Build the plan of a text; `ValueError` if the kernels cannot run it."""
         cell, *sites = text.split("; ")
         try:
             plan = Plan(cell, tuple(SitePlan.decode(site) for site in sites))
@@ -210,7 +213,7 @@ class Plan:
         return plan
 
     def check(self, hidden: int | None = None) -> None:
-        """Raise `ValueError` where the kernels cannot run the plan, or not with this number of hidden units."""
+        """Raise `ValueError` if the kernels cannot run the plan with this number of hidden units."""
         names = [site.site for site in self.sites]
         known, supported = self.order, PLACEMENTS.get(self.kind, ())
         if self.kind not in CELLS or self.cell.removeprefix(self.kind) not in supported:

@@ -16,8 +16,8 @@ from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
 from atn_norms.statistics import Average, CountedMoments, Moments
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
-MOST_AGES = 1024  # weights of a window; a window must not have a weight at an age from here to four times this
-_TOLERANCE = 1e-12  # of sums over as many steps of numbers near 1
+MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
+_TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
 _TINY = 2.0**-70  # weight of a step that leaves the rounded total weight of the past as it is
 _KINDS: tuple[tuple[Any, tuple[int, ...]], ...] = ((Average, (2,)), (Moments, (2, 2)), (CountedMoments, (2, 2, 1)))
 
@@ -35,7 +35,7 @@ class Weighted(Window[Any]):
 
     @property
     def reach(self) -> Sliding[Any]:
-        """The sliding window of the same length."""
+        """Return the sliding window of the same length."""
         return Sliding(len(self.taps))
 
     def initial(self, now: Any) -> Tree:
@@ -53,7 +53,7 @@ class Weighted(Window[Any]):
 
 @dataclass(frozen=True)
 class Past(Window[Any]):
-    """The unmasked steps before the current step with weights that fall by `decay` per step; without any, that step."""
+    """The unmasked steps before the current step, with weights that fall by `decay`; at first the current step."""
 
     decay: float
 
@@ -73,7 +73,7 @@ class Past(Window[Any]):
 
 
 class Recognized(NamedTuple):
-    """A window as the kernels run it: weights by age, or the decay per step of a running state."""
+    """The form in which the kernels run a window: weights by age, or the decay per step of a running state."""
 
     taps: tuple[float, ...] = ()
     decay: float = 1.0
@@ -81,7 +81,7 @@ class Recognized(NamedTuple):
 
 
 def recognized(window: Window[Any]) -> Recognized | None:
-    """Return how the kernels run the window of a plugin, or None.
+    """Return the form in which the kernels run a plugin's window, or None.
 
     The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
     state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
@@ -124,7 +124,7 @@ def _recognized(window: Window[Any]) -> Recognized | None:
 
 
 def _taps(window: Window[Any]) -> tuple[float, ...]:
-    """Return the declared weights by age, or nothing where there are none, or too many."""
+    """Return the declared weights by age; empty if there are none, or too many."""
     weights = window.weight_at(torch.arange(4 * MOST_AGES, dtype=torch.float64))
     if weights is None or not bool((weights.isfinite() & (weights >= 0)).all()):
         return ()
@@ -135,7 +135,7 @@ def _taps(window: Window[Any]) -> tuple[float, ...]:
 
 
 def _decay(window: Window[Any]) -> float | None:
-    """Return by what one step multiplies the total weight of a running state; None where the state is another."""
+    """Return the factor of the total weight of a running state for one step; None for another kind of state."""
     now = Average(torch.zeros(1, 1, dtype=torch.float64))
     if window.layout(now) != Cumulative[Any]().layout(now):
         return None
@@ -145,7 +145,7 @@ def _decay(window: Window[Any]) -> float | None:
 
 
 def _agrees(window: Window[Any], known: Window[Any]) -> bool:
-    """Return whether two windows agree in values, states and gradients, over masked steps from a random state."""
+    """Return True if two windows agree in values, states and gradients, over masked steps from a random state."""
     other = Detached(known) if window.detaches_past else known
     for kind, sizes in _KINDS:
         now = kind(*(torch.zeros(3, size, dtype=torch.float64) for size in sizes))
@@ -162,14 +162,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _outcome(window: Window[Any], kind: Any, sizes: tuple[int, ...], like: Tree) -> list[Tensor]:
-    """Return pooled statistics, states and gradients of three steps from a random state and from the initial one."""
+    """Return pooled statistics, states and gradients of three steps, from a random state and from the initial state."""
     source = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=source, dtype=torch.float64) + 0.5
 
     steps = [kind(*(random(3, size) for size in sizes)) for _ in range(3)]
-    if kind is CountedMoments:  # a window of one step returns the count of the step, and others their total weight
+    if kind is CountedMoments:  # a window of one step returns the count of the step, others their total weight
         steps = [kind(mean, var, torch.ones_like(count)) for mean, var, count in steps]
     for step in steps:
         for leaf in step:

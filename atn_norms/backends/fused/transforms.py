@@ -22,7 +22,7 @@ _GRADS = 3  # single gradients of a call: of ys, hn, cn
 def forward(operators: Operators, plan: Plan, inputs: Inputs) -> list[Tensor]:
     """Return the results of the forward operator.
 
-    The innermost transform matters alone: its rule continues with the next one.
+    Only the innermost transform is handled here; its rule calls the next one.
     """
     tensors = inputs.flatten()
     level = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
@@ -33,7 +33,7 @@ def forward(operators: Operators, plan: Plan, inputs: Inputs) -> list[Tensor]:
 
 
 class _Forward(torch.autograd.Function):
-    """The forward operator; to `keep`, what the backward operator reads follows the results."""
+    """The forward operator; with `keep`, the tensors for the backward operator follow the results."""
 
     @staticmethod
     def forward(operators: Any, plan: Plan, counts: Any, keep: bool, *tensors: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -56,7 +56,7 @@ class _Forward(torch.autograd.Function):
         if ctx.keep:
             options = ctx.operators, ctx.plan, ctx.counts, wants_xs
             found = _Backward.apply(*options, *saved[:many], *flat, ys, *kept)
-        else:  # under a vmap that maps none of the tensors
+        else:  # inside a vmap that maps none of the tensors
             found = vector_jacobian(ctx.plan, inputs, flat)
         return None, None, None, None, *inputs.gradients(found, wants_xs).flatten()
 
@@ -128,7 +128,7 @@ def _one_by_one(size: int, dims: Sequence[int | None], tensors: Sequence[Any], f
     for tensor, dim in zip(tensors, dims, strict=True):
         if dim is None:
             columns.append([tensor] * max(size, 1))
-        else:  # of no elements, one of zeros has the shapes
+        else:  # without elements, one element of zeros gives the shapes
             columns.append(tensor.unbind(dim) or [torch.zeros_like(tensor).sum(dim).to(tensor.dtype)])
     results = [function(each) for each in zip(*columns, strict=True)]
     stacked = tuple(torch.stack(column)[:size] for column in zip(*results, strict=True))
@@ -136,7 +136,7 @@ def _one_by_one(size: int, dims: Sequence[int | None], tensors: Sequence[Any], f
 
 
 def _rows_alone(plan: Plan, counts: Sequence[int], dims: Sequence[int | None]) -> bool:
-    """Return True where only rows are mapped, which the operator then takes as one batch."""
+    """Return True if only tensors with rows are mapped; the operator then treats all rows as one batch."""
     shared = [*dims[1:5], *dims[len(SINGLE) : len(SINGLE) + counts[0]]]
     return not plan.coupled and all(dim is None for dim in shared)
 
@@ -149,7 +149,7 @@ def _as_rows(
     folded = list(tensors)
     for place, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         if place not in shared and tensor is not None:
-            rows = 0 if place else 1  # xs has time first
+            rows = 0 if place else 1  # time is the first axis of xs
             whole = tensor.unsqueeze(rows) if dim is None else tensor.movedim(dim, rows)
             sizes = list(whole.shape)
             sizes[rows] = size

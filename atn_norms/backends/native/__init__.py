@@ -1,4 +1,4 @@
-"""The native backend: whole sequences in C on the CPU, for the cells, norms and windows the kernels know."""
+"""The native backend: whole sequences in C on the CPU, for the cells, norms and windows that the kernels support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of the kernels: tensors for the results, and a structure full of addresses."""
+"""One call of the kernels: tensors for the results, and a structure of addresses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from atn_norms.backends.modes import empty_like
 from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
 from atn_norms.backends.native.library import CallArgs, load, word
 
-MOST_THREADS = 256  # a kernel's work space grows with its threads
+MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 CPU = torch.device("cpu")
 _WRITTEN = [word(name) for name in ("output", "hn", "cn")]
 _KEPT = [word(name) for name in ("projected", "recurrent", "cells")]
 _GRADS = [word(name) for name in ("output", "doutput", "dh", "dc")]
 _FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")]
 
-# Everything here trusts its layout and inputs: they were found to fit before.
+# The functions below check nothing: layout and inputs were checked before.
 
 
 class _Call:
-    """The structure, filled in with what both directions read, and what must stay alive until the kernels return."""
+    """The structure with the addresses that both directions read, and references that keep the tensors alive."""
 
     def __init__(self, given: Fitted, timelines: Tensor) -> None:
         layout, inputs, tensors = given
@@ -43,7 +43,7 @@ class _Call:
             self.point(layout.absent, [inputs.xs.new_full((features,), value) for features, value in layout.constants])
 
     def point(self, places: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
-        """Let words of the structure point at tensors, row by row in memory; None and what is empty become NULL."""
+        """Store the addresses of contiguous tensors in the structure; None and empty tensors become NULL."""
         words = self._words
         self._alive += tensors
         for place, tensor in zip(places, tensors, strict=True):
@@ -61,7 +61,7 @@ class _Call:
 
 
 class Kernels:
-    """The kernels, as the operators call them."""
+    """The kernels in the form that the operators call."""
 
     def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         (steps, batch, features), hidden = inputs.xs.shape, inputs.weight_hh.shape[1]
@@ -123,7 +123,7 @@ def _allocate(
     pooled: Sequence[tuple[int, ...]],
     kept: Sequence[tuple[int, ...]],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return uninitialized tensors: results of `forward` with these shapes, and what it keeps."""
+    """Return uninitialized tensors for the results of `forward` with these shapes, and for its kept tensors."""
     xs, old = inputs.xs, inputs.states
     results = [xs.new_empty(*xs.shape[:2], inputs.weight_hh.shape[1])]
     results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *old)]
@@ -135,7 +135,7 @@ def _allocate(
 
 
 def zeros_like(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Zeros of these types and shapes, row by row."""
+    """Return contiguous zeros of these types and shapes."""
     return [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
 
 

@@ -1,4 +1,4 @@
-"""Layout of a call, from its plan and sizes: expected tensors, and the places of their addresses."""
+"""Layout of a call, from its plan and sizes: expected tensors, and the positions of their addresses."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from atn_norms.backends.native.library import CallArgs, word
 
 
 class Layout:
-    """Expected tensors of a call, and the structure that passes them to the kernels.
+    """Expected tensors of a call, and the structure that passes them to the kernels. A word has 8 bytes.
 
     | attribute | meaning |
     |---|---|
     | `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None |
-    | `plan` | what it is the layout of |
-    | `given` | which 8-byte words of the structure hold their addresses |
-    | `structure` | a `CallArgs` in which nothing but threads and addresses is missing |
-    | `next`, `dnext`, `dstate`, `daffine` | words of the states in their other roles, and of gradients |
-    | `absent`, `dabsent` | words of the gains and shifts that the norms do not have, and of their gradients |
-    | `pooled`, `pooled_shapes` | words and shapes of what is pooled, of the sites that return it |
-    | `dstates`, `kept` | shapes of the states, and of what backward reads of forward |
-    | `constants` | features and value of each that is absent |
-    | `fixed` | words of programs and of weights by age, and what they point at |
-    | `timelines`, `doubles` | of every site, the word of its timeline and the bytes before it; doubles of all |
+    | `plan` | the plan of the layout |
+    | `given` | words of the structure for the addresses of the inputs |
+    | `structure` | a `CallArgs` with everything except threads and addresses |
+    | `next`, `dnext`, `dstate` | words of the final states, their gradients, and the gradients of initial states |
+    | `daffine` | words of the gradients of gains and shifts |
+    | `absent`, `dabsent` | words of absent gains and shifts, and of their gradients |
+    | `pooled`, `pooled_shapes` | words and shapes of the pooled statistics that sites return |
+    | `dstates`, `kept` | shapes of the states, and of the tensors that forward keeps for backward |
+    | `constants` | number of features and constant value of each absent gain or shift |
+    | `fixed` | words of programs and of weights by age, with the tensors that they point at |
+    | `timelines`, `doubles` | word and byte offset of each site's timeline; doubles of all timelines |
     """
 
     def __init__(
@@ -122,13 +123,13 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int], fixed: Mapping[int,
     return bytes(args)
 
 
-CHEAP_INPUTS = 64  # input features up to which the projected input is computed twice rather than kept
+CHEAP_INPUTS = 64  # input features up to which backward computes the projected input again
 
 _layout = lru_cache(maxsize=512)(Layout)
 
 
 def layout_of(plan: Plan, inputs: Inputs) -> Layout:
-    """Return the layout of a plan for the sizes of its inputs."""
+    """Return the layout of a plan for the sizes of the inputs."""
     xs, weight_hh = inputs.xs, inputs.weight_hh
     if xs.ndim != 3 or weight_hh.ndim != 2:
         raise RuntimeError(
@@ -145,7 +146,7 @@ def with_layout(plan: Plan, inputs: Inputs) -> Fitted:
 
 
 def fits(given: Fitted) -> bool:
-    """Return True where the tensors fit; the kernels see addresses only."""
+    """Return True if the tensors fit; the kernels receive addresses only."""
     layout, inputs, tensors = given
     return (
         len(layout.shapes) == len(tensors)
@@ -164,9 +165,9 @@ def _lengths_fit(inputs: Inputs) -> bool:
 
 
 def kept_shapes(plan: Plan, steps: int, batch: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
-    """Shapes of what backward reads of forward: projected inputs, recurrent products, cell states, timelines.
+    """Return the shapes of the kept tensors: projected inputs, recurrent products, cell states, timelines.
 
-    Few inputs are projected again in backward, which costs less than keeping their projections.
+    With few input features, backward projects the inputs again, which costs less than keeping the projections.
     """
     wide = plan.gates * hidden
     return [

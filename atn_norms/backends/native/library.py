@@ -1,4 +1,4 @@
-"""The compiled kernels: found beside this file, called through ctypes, never imported."""
+"""The compiled kernels: a shared object in this folder, called through ctypes and never imported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SITES = 3
 
 
 class SiteArgs(ctypes.Structure):
-    """`Site` of recurrent.h, field by field."""
+    """The structure `Site` of recurrent.h, field by field."""
 
     _fields_ = [
         ("norm", c_int32),
@@ -41,7 +41,7 @@ class SiteArgs(ctypes.Structure):
 
 
 class CallArgs(ctypes.Structure):
-    """`Call` of recurrent.h, field by field."""
+    """The structure `Call` of recurrent.h, field by field."""
 
     _fields_ = [
         ("cell", c_int32),
@@ -56,7 +56,7 @@ class CallArgs(ctypes.Structure):
 
 
 def word(name: str, site: int | None = None, leaf: int = 0) -> int:
-    """Which 8-byte word of a `CallArgs` holds an address: that of a field, or of a field of a site, or of its leaf."""
+    """Return the 8-byte word of a `CallArgs` for the address of a field, a site's field, or a leaf in that field."""
     if site is None:
         return getattr(CallArgs, name).offset // 8
     return (CallArgs.site.offset + site * ctypes.sizeof(SiteArgs) + getattr(SiteArgs, name).offset) // 8 + leaf
@@ -84,12 +84,12 @@ class Library:
             raise OSError(f"{path}: kernels of another version ({found}, expected {expected}); install again")
 
     def run(self, direction: str, call: CallArgs, is_double: bool) -> None:
-        """`forward` or `backward`; the interpreter lock is free meanwhile. `MemoryError` where there was none."""
+        """Run `forward` or `backward` without Python's global lock; `MemoryError` if memory is exhausted."""
         if getattr(self._object, f"atn_norms_{direction}")(ctypes.byref(call), int(is_double)):
             raise MemoryError("out of memory for workspace")
 
     def interpret(self, program: Program, inputs: Sequence[torch.Tensor], narrow: bool = False) -> list[torch.Tensor]:
-        """Return the outputs of a program on inputs `[R, length]`; where it runs narrow, rows are float32."""
+        """Return the outputs of a program on inputs `[R, length]`; in a narrow program rows are float32."""
         rows = inputs[0].shape[0]
         types = [torch.float32 if narrow and slot.kind in ROWS else torch.float64 for slot in program.slots]
         given = [x.expand(rows, -1).to(kind).contiguous() for x, kind in zip(inputs, types, strict=False)]
@@ -103,22 +103,22 @@ class Library:
 
     @property
     def parallel(self) -> bool:
-        """True where the kernels were compiled with OpenMP and use several threads."""
+        """True if the kernels were compiled with OpenMP and use several threads."""
         return bool(self._object.atn_norms_openmp())
 
     def level(self, limit: int = -1) -> str:
-        """The instruction set in use; a `limit` of 0, 1 or 2 caps it."""
+        """Return the instruction set in use; a `limit` of 0, 1 or 2 caps it."""
         return ("baseline", "AVX2", "AVX-512")[self._object.atn_norms_level(limit)]
 
 
 def found() -> Path | None:
-    """The shared object, if there is one."""
+    """Return the path of the shared object, or None."""
     return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
 
 
 @lru_cache(maxsize=1)
 def load() -> Library | str:
-    """The kernels, or in one sentence why there are none."""
+    """Return the kernels, or a sentence with the reason why there are none."""
     path = found()
     if path is None:
         return "its kernels were not compiled when the package was installed (a C compiler was missing or failed)"
@@ -131,7 +131,7 @@ def load() -> Library | str:
 
 
 def survives() -> str | None:
-    """Try the kernels in a separate process: None if it survives, else its end, and no kernels are loaded here."""
+    """Try the kernels in a separate process; return None if it survives, else a description of its end."""
     path = found()
     if path is None:
         return None
@@ -158,7 +158,7 @@ def _named(code: int) -> str:
 
 
 ALIVE = "alive\n"
-PATIENCE = 120  # seconds; torch alone may take ten to load on a busy machine
+PATIENCE = 120  # seconds; loading torch alone may take ten on a busy machine
 TRIAL = """
 import pathlib, sys
 from atn_norms.backends.native import library
@@ -174,9 +174,9 @@ _deadly: dict[Path, str] = {}
 
 
 def constant_to_compilers(function: Any) -> Any:
-    """Let compilers take a function's result as a constant, as `torch.compiler.assume_constant_result` does.
+    """Mark a function's result as a constant for compilers, as `torch.compiler.assume_constant_result` does.
 
-    That one imports the compiler, which takes a second and more.
+    That function imports the compiler, which takes more than a second.
     """
     function._dynamo_marked_constant = True
     return function
@@ -184,7 +184,7 @@ def constant_to_compilers(function: Any) -> Any:
 
 @constant_to_compilers
 def unavailable() -> str | None:
-    """In one sentence why there are no kernels, or None where there are."""
+    """Return the reason why there are no kernels as a sentence, or None if there are kernels."""
     library = load()
     return library if isinstance(library, str) else None
 

@@ -1,1 +1,1 @@
-"""Normalizers written in PyTorch, recorded once and lowered to programs that the kernels interpret."""
+"""Normalizers written in PyTorch, recorded once and lowered to programs for the kernels' interpreter."""

@@ -1,4 +1,4 @@
-"""Operations that put tensors together: concatenation, and the gradients of parts."""
+"""Operations that assemble tensors: concatenation, and the gradients of slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRUCTURAL: dict[str, Callable[[Lowering, Call], None]] = {}
 
 
 def _assemble(lowering: Lowering, call: Call, parts: list[tuple[Tensor, Tensor]]) -> None:
-    """Let the result be zeros with tensors put at places of its logical order."""
+    """Set the result to zeros, with tensors copied to given indices of its logical order."""
     result = call.results[0]
     size = result.numel()
     target = lowering._register(size)

@@ -1,4 +1,4 @@
-"""Traced normalizers by what they depend on, each traced and compared with its own Python once in a process."""
+"""A cache of traced normalizers; each is traced once in a process and compared with its Python code."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differenc
 from atn_norms.backends.traced.program import Program
 from atn_norms.normalizers import Normalizer
 
-TOLERANCE = 1e-10  # of random rows of a few dozen features in float64, whose roundings add up to about 1e-14
-NARROW = 1e-6  # of an element and of the root mean square of all rows: a dozen roundings of float32
+TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features in float64, whose rounding is about 1e-14
+NARROW = 1e-6  # largest difference of an element, and of the root mean square of all rows: a dozen roundings of float32
 NARROW_ROWS = 32
-MOST = 1024  # traced normalizers that are kept
+MOST = 1024  # number of traced normalizers in the cache
 
 UNPREPARED = (
     "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"
@@ -35,7 +35,7 @@ _kept: dict[Any, TracedNorm | str] = {}
 
 
 def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    """Return a normalizer over so many features as programs, or the reason why it has none."""
+    """Return the programs of a normalizer over `features` features, or the reason why there are none."""
     if type(normalizer).population is not Normalizer.population:
         return "it overrides population, which has no native kernel"
     if normalizer.uses_batch_statistics:
@@ -51,7 +51,7 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
     if found is None:
         if torch.compiler.is_compiling() or in_transform() or not _is_plain(normalizer):
             warn_unprepared()
-            return UNPREPARED  # not kept: the next call may trace it
+            return UNPREPARED  # not cached: the next call may trace it
         found = _checked(normalizer, features)
         if len(_kept) >= MOST:
             _kept.clear()
@@ -61,7 +61,7 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
 
 @contextmanager
 def _paused_trace() -> Iterator[None]:
-    """Pause `torch.jit.trace`, where sizes are tensors."""
+    """Pause `torch.jit.trace`, in which sizes are tensors."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -72,17 +72,17 @@ def _paused_trace() -> Iterator[None]:
 
 @constant_to_compilers
 def warn_unprepared() -> None:
-    """Warn that a norm has no program yet where none can be made."""
+    """Warn if a norm has no program yet and none can be made here."""
     warnings.warn(f"got a norm that {UNPREPARED}; the reference runs it", RuntimeWarning, stacklevel=2)
 
 
 def _is_plain(normalizer: Normalizer) -> bool:
-    """Return True where all tensors of a normalizer have elements: no fake, functional or distributed one."""
+    """Return True if all tensors of a normalizer have elements: none is fake, functional or distributed."""
     return {type(tensor) for tensor in (*normalizer.parameters(), *normalizer.buffers())} <= {Tensor, nn.Parameter}
 
 
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    # The first layer of a kind may be built inside any of torch's modes; none of them may count here.
+    # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -103,10 +103,10 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
 
 
 def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
-    """Return programs of which those run in float32, in layers of float32, that were found to keep their digits there.
+    """Return the programs; in layers of float32, those that are exact enough run in float32.
 
-    Tried are rows of mean 0 and rows of mean 1e4 and deviation 1e-2, from which only a difference that is exact keeps
-    digits.
+    The comparison uses rows of mean 0, and rows of mean 1e4 and deviation 1e-2, which keep their digits only if the
+    subtraction of the mean is exact.
     """
     library = load()
     if isinstance(library, str):
@@ -170,7 +170,7 @@ _NAMED += (staticmethod, classmethod, types.MethodType, types.GenericAlias, torc
 
 
 def fingerprint(module: nn.Module) -> Any:
-    """Return a hashable value that changes with everything a module's Python may depend on, except tensors' elements.
+    """Return a hashable value that changes with everything a module's code may depend on, except tensor elements.
 
     Errors: an attribute that could change unnoticed, such as an object of a class of your own.
     """
@@ -207,7 +207,7 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return kind, value
     if isinstance(value, Tensor):
-        return "tensor"  # a recorded operation that reads it has no program
+        return "tensor"  # an operation that reads such a tensor has no program
     if isinstance(value, (list, tuple)):
         return (kind, *map(_frozen, value))
     if isinstance(value, (set, frozenset)):

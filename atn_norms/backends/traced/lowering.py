@@ -1,4 +1,4 @@
-"""From recorded operations to a program: element patterns, common subexpressions, registers."""
+"""Lower recorded operations to a program: element patterns, common subexpressions, registers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ from atn_norms.backends.traced.simplifier import Simplifier
 
 
 class Lowering(Simplifier):
-    """Build the program of recorded calls, from tensors that are inputs to tensors that are outputs.
+    """Build the program of recorded calls, from input tensors to output tensors.
 
-    Slots are unlimited here and each is written once (a concatenation: once per part); `finish` allots registers.
+    The number of slots is unlimited, and each is written once (by a concatenation once per part); `finish` allocates
+    registers.
     """
 
     def __init__(self) -> None:
@@ -58,21 +59,21 @@ class Lowering(Simplifier):
     # -- inputs and outputs
 
     def add_input(self, length: int, small: bool = False) -> int:
-        """Return the slot of another input of so many elements; all inputs come before anything else."""
+        """Return the slot of a new input of `length` elements; all inputs are added before other slots."""
         self._slots.append(Slot(SMALL_INPUT if small else INPUT, length))
         self._inputs += 1
         return len(self._slots) - 1
 
     def bind(self, tensor: Tensor, slot: int, offset: int = 0) -> None:
-        """Let a contiguous tensor be the elements of an input from `offset` on."""
+        """Bind a contiguous tensor to the elements of an input from `offset` on."""
         self._alive.append(tensor)
         self._given.add(storage_of(tensor))
         self._places[storage_of(tensor)] = Place(slot, torch.arange(offset, offset + tensor.numel()))
 
     def finish(self, outputs: Sequence[tuple[int, Sequence[tuple[int, Tensor | None]]]]) -> Program:
-        """Return the program of these outputs: each of so many elements, put together of tensors from offsets on.
+        """Return the program of these outputs: for each, its length, and its tensors with their offsets.
 
-        A tensor of None is zeros, as is what no tensor fills.
+        A tensor of None gives zeros. Elements without a tensor are zeros too.
         """
         slots = []
         for length, parts in outputs:
@@ -144,7 +145,7 @@ class Lowering(Simplifier):
         return builder.wrap(rule(builder, *args, **kwargs))
 
     def builder(self, call: Call) -> Builder:
-        """Return what the rule of a call computes with."""
+        """Return the builder that the rule of a call uses."""
         return Builder(self, call, tuple(call.results[0].shape))
 
     def _constant(self, call: Call) -> None:
@@ -173,7 +174,7 @@ class Lowering(Simplifier):
             value = self._value(name, shaped, call.args, call.kwargs)
         value = Expression(value.slot, expanded(value, target.shape), tuple(target.shape))
         old, changed = self._places[storage_of(target)], storage_places(target)
-        # Every view of the storage sees the change: elements of the storage are old ones or new ones.
+        # All views of the storage change: each element of the storage is an old or a new one.
         slot = self._register(len(old.table))
         kept = torch.ones(len(old.table), dtype=torch.bool)
         kept[changed] = False
@@ -216,12 +217,12 @@ class Lowering(Simplifier):
         self._code.append(Instruction(op, target, offset, count, repeat, length or count, operands))
 
     def _elements(self, tensor: Tensor) -> tuple[int, Tensor]:
-        """Return the slot of a tensor, and for each element in logical order its place there."""
+        """Return the slot of a tensor, and the index in the slot of each element in logical order."""
         place = self._places[storage_of(tensor)]
         return place.slot, place.table[storage_places(tensor)]
 
     def _pieces(self, elements: tuple[int, Tensor], call: Call | None) -> list[tuple[Operand, int, int]]:
-        """Return operands of contiguous parts of a list of elements, with the count and the start of each part."""
+        """Return the operands of the parts of a list of elements, with the count and the start of each part."""
         slot, table = elements
         whole = pattern_of(slot, table)
         if whole is not None:
@@ -235,7 +236,7 @@ class Lowering(Simplifier):
         return parts
 
     def materialized(self, slot: int, table: Tensor, call: Call) -> tuple[int, Tensor]:
-        """Return elements that have a pattern, copied where they have none."""
+        """Return elements with a pattern; elements without a pattern are copied."""
         if pattern_of(slot, table) is not None:
             return slot, table
         target = self._register(len(table))
@@ -244,7 +245,7 @@ class Lowering(Simplifier):
         return target, torch.arange(len(table))
 
     def compute(self, op: Op, operands: Sequence[tuple[int, Tensor]], call: Call) -> tuple[int, Tensor]:
-        """Return the elements of an elementwise operation, computed once for elements that repeat."""
+        """Return the elements of an elementwise operation; repeated elements are computed once."""
         count = len(operands[0][1])
         patterned = [self.materialized(slot, table, call) for slot, table in operands]
         patterns = [pattern_of(slot, table) for slot, table in patterned]
@@ -265,7 +266,7 @@ class Lowering(Simplifier):
         return slot, table[torch.arange(count) // repeat]
 
     def _elementwise(self, op: Op, operands: tuple[Operand, ...], size: int) -> tuple[int, Tensor]:
-        """Return the elements of an operation, simplified, and computed at most once."""
+        """Return the elements of an operation, after simplification; equal operations are computed once."""
         op, operands, negative = self._simplified(op, operands)
         if negative:
             slot, table = self._elementwise(op, operands, size)
@@ -284,7 +285,7 @@ class Lowering(Simplifier):
         return self._known[key], torch.arange(size)
 
     def total(self, slot: int, table: Tensor, repeat: int, length: int, call: Call) -> tuple[int, Tensor]:
-        """Return sums: element i of so many goes to sum `(i // repeat) % length`."""
+        """Return sums: element i is added to sum `(i // repeat) % length`."""
         count = len(table)
         if count == length:
             return slot, table
@@ -306,7 +307,7 @@ class Lowering(Simplifier):
         return self._known[key], torch.arange(length)
 
     def _store(self, result: Tensor, value: Expression) -> None:
-        """Let a dense tensor be the elements of a value, which are in its logical order."""
+        """Bind a dense tensor to the elements of a value in logical order."""
         slot, table = value.slot, value.table
         index = storage_places(result)
         if len(index) and int(index.max()) >= len(index):
@@ -320,7 +321,7 @@ _NUMBERS = (torch.float64, torch.float32, torch.bool)
 
 
 class Builder:
-    """Expressions of the rules of operations; their shapes broadcast as torch's."""
+    """Expressions for the rules of operations; shapes broadcast as in torch."""
 
     def __init__(self, lowering: Lowering, call: Call, shape: tuple[int, ...]) -> None:
         self._lowering, self.call, self.shape = lowering, call, shape
@@ -365,7 +366,7 @@ class Builder:
             after = math.prod(value.shape[large[-1] + 1 :])
             before = math.prod(value.shape[: large[0]])
             if after > 1 and before > 1:
-                # Bring the summed axes to the front, so that sums repeat in a cycle.
+                # Move the summed axes to the front, so that the index of the sum is periodic.
                 table = table.reshape(before, -1, after).transpose(0, 1).reshape(-1)
                 repeat = 1
             else:

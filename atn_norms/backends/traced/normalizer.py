@@ -29,12 +29,12 @@ class TracedNorm:
     | `measure` | one row's statistic | x, parameters -> leaves |
     | `normalize` | the normalized row | x, leaves, parameters -> y |
     | `measure_back` | vector-Jacobian product of `measure` | x, parameters, dleaves -> dx, dparameters or nothing |
-    | `normalize_back` | and of `normalize` | x, leaves, parameters, dy -> dx, dleaves, dparameters |
-    | `leaves` | trailing shapes of the statistic's leaves; none where there is no statistic | |
+    | `normalize_back` | that product of `normalize` | x, leaves, parameters, dy -> dx, dleaves, dparameters |
+    | `leaves` | trailing shapes of the statistic's leaves; empty without a statistic | |
     | `centred` | the statistic is `Moments`; otherwise all leaves are weighted means | |
-    | `parameters` | elements of all parameters and buffers, one after the other | |
+    | `parameters` | number of elements of all parameters and buffers | |
 
-    Leaves of weighted means are one input, one after the other; means and variances of `Moments` are two.
+    The leaves of weighted means are concatenated in one input; means and variances of `Moments` are two inputs.
     """
 
     features: int
@@ -48,13 +48,13 @@ class TracedNorm:
 
     @property
     def width(self) -> int:
-        """Elements that are pooled separately: of each leaf of `Moments`, or of all leaves of weighted means."""
+        """Number of separately pooled elements: of each leaf of `Moments`, or of all leaves of weighted means."""
         sizes = [_size(leaf) for leaf in self.leaves]
         return (sizes[0] if self.centred else sum(sizes)) if sizes else 0
 
     @property
     def inputs(self) -> list[int]:
-        """Elements of the pooled statistic's inputs."""
+        """Number of elements of each input for the pooled statistic."""
         return _leaf_inputs(self.width, self.centred)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class TracedNorm:
         return hash(self._text)
 
     def encode(self) -> str:
-        """Return a text without blanks from which `decode` builds the same."""
+        """Return a text without blanks, from which `decode` builds an equal value."""
         return self._text
 
     @cached_property
@@ -91,7 +91,7 @@ class TracedNorm:
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> TracedNorm:
-        """Return the traced normalizer of a text; `ValueError` where it describes none."""
+        """Return the traced normalizer of a text; `ValueError` for an invalid text."""
         features, shapes, centred, parameters, *programs = text.split("|")
         leaves = tuple(tuple(int(size) for size in leaf.split("x") if size) for leaf in shapes.split(",") if leaf)
         every = [Program.decode(program) for program in programs]
@@ -99,7 +99,7 @@ class TracedNorm:
 
     @cached_property
     def words(self) -> bytes:
-        """The four programs as the kernels read them, one after the other."""
+        """The four programs in the form that the kernels read."""
         return b"".join(getattr(self, name).words for name in PROGRAMS)
 
 
@@ -121,7 +121,7 @@ def tensors_of(normalizer: Normalizer) -> list[Tensor]:
 
 
 def trace(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    """Return a normalizer as programs, or the reason why it has none."""
+    """Return the programs of a normalizer, or the reason why there are none."""
     try:
         first = _traced(normalizer, features, 0)
         if first != _traced(normalizer, features, 1):
@@ -188,7 +188,7 @@ def _traced(normalizer: Normalizer, features: int, seed: int) -> TracedNorm:
 
 
 def _packed(leaves: Sequence[Any], centred: bool, sizes: Sequence[int] | None = None) -> list[list[tuple[int, Any]]]:
-    """Return for each input of the statistic the leaves it is put together of, with their offsets."""
+    """Return the leaves in each input of the statistic, with their offsets."""
     if not leaves:
         return []
     if centred:
@@ -206,7 +206,7 @@ def _rebuilt(statistic: Any, leaves: Sequence[Tensor]) -> Any:
 
 
 class _Tracing:
-    """One recording: inputs, what runs, and the program of it."""
+    """One recording: inputs, recorded operations, and their program."""
 
     def __init__(self, twin: Normalizer, tensors: Sequence[Tensor], extra: int) -> None:
         self._tensors, self._extra = tensors, extra
@@ -240,7 +240,7 @@ class _Tracing:
         return list(self._tensors)
 
     def gradients(self, found: Sequence[Tensor | None]) -> list[tuple[int, list[tuple[int, Any]]]]:
-        """Return the output for the gradients of all parameters, none where no parameter has one."""
+        """Return the output for the gradients of all parameters; empty if no parameter has a gradient."""
         if all(gradient is None for gradient in found):
             return []
         parts, at = [], 0
@@ -288,7 +288,7 @@ def _differentiate(
 
 
 def _twin(normalizer: Normalizer, seed: int) -> Normalizer:
-    """Return a copy in float64 on the CPU whose parameters all have gradients and differ from the original's."""
+    """Return a copy in float64 on the CPU; all parameters are perturbed and require gradients."""
     source = torch.Generator().manual_seed(seed)
     try:
         twin = copy.deepcopy(normalizer).to(device="cpu", dtype=torch.float64)
@@ -304,7 +304,7 @@ def _twin(normalizer: Normalizer, seed: int) -> Normalizer:
 
 
 def _checked_statistic(twin: Normalizer, statistic: Any) -> tuple[list[Tensor], bool]:
-    """Return the leaves of a statistic and whether it is `Moments`; an error where no kernel pools it."""
+    """Return the leaves of a statistic, and True for `Moments`; raise an error if no kernel can pool it."""
     leaves = list(statistic)
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.shape[:1] != (1,) or leaf.numel() == 0:
@@ -319,7 +319,7 @@ def _checked_statistic(twin: Normalizer, statistic: Any) -> tuple[list[Tensor], 
 
 
 def _pools_by_weighted_mean(statistic: Any) -> bool:
-    """Return whether `pool` gives weighted means of all leaves, tried on random numbers."""
+    """Return True if `pool` returns weighted means of all leaves, on random numbers."""
     source = torch.Generator().manual_seed(0)
     kind, shapes = type(statistic), [leaf.shape[1:] for leaf in statistic]
     for scale in (1.0, 1e-3, 1e3):
@@ -342,9 +342,9 @@ def _pools_by_weighted_mean(statistic: Any) -> bool:
 
 
 def differences(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> dict[str, float]:
-    """Return the largest differences, relative to the largest value, between programs and the normalizer's own Python.
+    """Return the largest differences between programs and the normalizer's Python code, relative to the largest value.
 
-    Both run in float64 on random rows: the statistic, the result, and the gradients of both.
+    The comparison runs in float64 on random rows and covers the statistic, the result, and their gradients.
     """
     twin = _twin(normalizer, 0)
     source = torch.Generator().manual_seed(7)
@@ -392,20 +392,20 @@ def _flat(leaves: Any, centred: bool) -> list[Tensor]:
 
 
 def _joined(gradients: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """Return gradients of which the first `rows` belong to rows, the others put into one."""
+    """Return the first `rows` gradients, which belong to rows, and the concatenation of the others."""
     rest = [gradient.reshape(-1) for gradient in gradients[rows:]]
     return [*gradients[:rows], *([torch.cat(rest)] if rest else [])]
 
 
 def _summed(outputs: Sequence[Tensor], rows: int) -> list[Tensor]:
-    """Return outputs of which the first `rows` belong to rows, the others summed over all rows."""
+    """Return the first `rows` outputs, which belong to rows, and the sums of the others over all rows."""
     return [*outputs[:rows], *(output.sum(0) for output in outputs[rows:])]
 
 
 def _apart(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference relative to the magnitude of its tensor; infinity where one alone is NaN.
+    """Return the largest difference relative to the magnitude of its tensor; infinity if only one side is NaN.
 
-    A tensor that is 0 but for roundings counts as a thousandth of the largest one.
+    The magnitude is at least a thousandth of the largest tensor's, so that rounding errors of a zero do not count.
     """
     magnitudes = [float(tensor.detach().nan_to_num().abs().max()) if tensor.numel() else 0.0 for tensor in expected]
     least = max(1e-3 * max(magnitudes, default=0.0), 1e-30)

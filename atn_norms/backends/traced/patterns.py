@@ -1,4 +1,4 @@
-"""Where the elements of tensors are: storages, slots, and the patterns that operands of instructions have."""
+"""Positions of tensor elements: storages, slots, and the patterns of operands."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 
 from atn_norms.backends.traced.program import Operand
 
-MOST_PIECES = 256  # contiguous parts that one operation may be cut into
+MOST_PIECES = 256  # largest number of parts of one operation
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the elements of a tensor's storage are: element i of it is element `table[i]` of a slot."""
+    """Position of a storage: its element i is element `table[i]` of a slot."""
 
     slot: int
     table: Tensor
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Return what is the same for all views of one piece of memory."""
+    """Return a key that is equal for all views of one storage."""
     return tensor.untyped_storage().data_ptr()
 
 
 def storage_places(tensor: Tensor) -> Tensor:
-    """Return, for each element of a tensor in logical order, its place in the storage."""
+    """Return the index in the storage of each element of a tensor, in logical order."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     places = torch.arange(size)
     return places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Return whether every element of a tensor has its own place in memory."""
+    """Return True if no two elements of a tensor share memory."""
     return tensor.untyped_storage().nbytes() // tensor.element_size() >= tensor.numel() and (
         tensor.numel() == len(set(storage_places(tensor).tolist()))
     )
@@ -48,7 +48,7 @@ def runs_of(values: Tensor) -> list[tuple[int, int]]:
 
 
 def pattern_of(slot: int, table: Tensor) -> Operand | None:
-    """Return the operand whose elements are these places of a slot, or None where they have no such pattern."""
+    """Return the operand whose elements are these indices of a slot, or None if they have no pattern."""
     count, offset = len(table), int(table.min())
     places = table - offset
     changes = torch.nonzero(places != places[0]).flatten()
@@ -72,5 +72,5 @@ class Expression:
 
 
 def expanded(value: Expression, shape: Sequence[int]) -> Tensor:
-    """Return the places of a value's elements, broadcast to a shape."""
+    """Return the indices of a value's elements, broadcast to a shape."""
     return value.table.reshape(value.shape).expand(tuple(shape)).reshape(-1)

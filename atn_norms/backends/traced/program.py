@@ -1,4 +1,4 @@
-"""A short list of instructions over rows, checked when it is built, that the kernels interpret."""
+"""A short list of instructions over rows, which is checked when it is built and interpreted by the kernels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_DOUBLES = 4096  # numbers of the longest register that are computed at a time
-TILE_ROWS = 16  # rows of a block
-MOST_DOUBLES = 1 << 22  # of all registers of a row
-MOST_SLOTS = 512  # as in program.h
+TILE_DOUBLES = 4096  # numbers of the longest register in one tile
+TILE_ROWS = 16  # largest number of rows of a tile
+MOST_DOUBLES = 1 << 22  # numbers in all registers of a row
+MOST_SLOTS = 512  # the same as in program.h
 
 
 class Op(IntEnum):
-    """Operations of the interpreter, with the numbers that program.h gives them."""
+    """Operations of the interpreter, with their numbers in program.h."""
 
     COPY = 0
     NEG = 1
@@ -62,7 +62,7 @@ class Op(IntEnum):
     MUL_SUB = 37  # a b - c
     SUB_MUL = 38  # c - a b
     MUL_MUL = 39  # a b c
-    POW_LOG = 40  # a to the power c, where b is log a
+    POW_LOG = 40  # a to the power c; b is log a
 
 
 UNARY = frozenset(op for op in Op if op <= Op.COS)
@@ -76,9 +76,10 @@ REDUCTIONS = (Op.SUM, Op.DOT)
 
 @dataclass(frozen=True)
 class Slot:
-    """Numbers that an instruction names: a register or an input of each row, or constants shared by all rows.
+    """Numbers that an instruction uses: a register or an input of each row, or constants for all rows.
 
-    Registers and inputs are of rows, or small: of statistics, which are float64 where the numbers of rows are float32.
+    Registers and inputs hold numbers of rows, or, if they are small, of statistics. In a narrow program numbers of rows
+    are float32, and numbers of statistics float64.
     """
 
     kind: int
@@ -99,8 +100,8 @@ class Operand:
 class Instruction:
     """One operation on `count` elements of every row.
 
-    Element i of the result goes to element `offset + (i // repeat) % length` of the register `target`, where `SUM`
-    adds it to those before.
+    Element i of the result is stored in element `offset + (i // repeat) % length` of the register `target`; `SUM` adds
+    it to that element.
     """
 
     op: Op
@@ -113,7 +114,7 @@ class Instruction:
 
 
 class ProgramError(ValueError):
-    """A program that the kernels could not run."""
+    """An invalid program, which the kernels cannot run."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class Program:
     | `instructions` | in the order in which they run |
     | `outputs` | slots that hold the results |
     | `constants` | numbers of all constant slots, one slot after the other |
-    | `narrow` | in layers of float32, numbers of rows are float32 too; otherwise everything is float64 |
+    | `narrow` | True: in layers of float32, numbers of rows are float32; False: all numbers are float64 |
 
-    Errors: `ProgramError` for anything that would read or write outside a slot, or read what was not written.
+    Errors: `ProgramError` for an access outside a slot, or a read before the first write.
     """
 
     slots: tuple[Slot, ...]
@@ -139,7 +140,7 @@ class Program:
 
     def __post_init__(self) -> None:
         self._check_slots()
-        # Plain bytes: a compiler decodes programs where tensors have no elements.
+        # Plain bytes, since a compiler decodes programs while tensors have no elements.
         written = [bytearray([slot.kind not in REGISTERS]) * slot.length for slot in self.slots]
         for place, instruction in enumerate(self.instructions):
             self._check_instruction(f"instruction {place}", instruction, written)
@@ -211,17 +212,17 @@ class Program:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Elements of every input."""
+        """Number of elements of every input."""
         return tuple(slot.length for slot in self.slots if slot.kind in INPUTS)
 
     @property
     def results(self) -> tuple[int, ...]:
-        """Elements of every output."""
+        """Number of elements of every output."""
         return tuple(self.slots[output].length for output in self.outputs)
 
     @property
     def narrowable(self) -> bool:
-        """Return True where rows and statistics meet only as one number for a row, or for a part of a row."""
+        """Return True if statistics enter operations on rows only as one number for a row, or for a part of a row."""
         return all(map(self._meets_singly, self.instructions))
 
     def _meets_singly(self, instruction: Instruction) -> bool:
@@ -239,23 +240,23 @@ class Program:
 
     @property
     def parameters(self) -> int:
-        """The slot of the parameters: the last input of rows that comes after the first, or none."""
+        """The slot of the parameters: the last input of rows except the first, or None."""
         places = [place for place, slot in enumerate(self.slots) if slot.kind == INPUT]
         return places[1] if len(places) > 1 else -1
 
     @property
     def row_doubles(self) -> int:
-        """Numbers in all registers of one row."""
+        """Number of elements in all registers of one row."""
         return sum(slot.length for slot in self.slots if slot.kind in REGISTERS)
 
     @property
     def tile_rows(self) -> int:
-        """Rows that are computed at a time."""
+        """Number of rows of a tile."""
         longest = max((slot.length for slot in self.slots), default=1)
         return max(1, min(TILE_ROWS, TILE_DOUBLES // max(longest, 1)))
 
     def encode(self) -> str:
-        """Return a text without blanks from which `decode` builds the same program."""
+        """Return a text without blanks, from which `decode` builds an equal program."""
         return self._text
 
     @cached_property
@@ -279,7 +280,7 @@ class Program:
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> Program:
-        """Return the program of a text; `ProgramError` where the text describes none."""
+        """Return the program of a text; `ProgramError` for an invalid text."""
         try:
             slots, code, outputs, constants, narrow = json.loads(text)
             return Program(
@@ -296,7 +297,7 @@ class Program:
 
     @cached_property
     def words(self) -> bytes:
-        """The program as `Program` of program.h reads it."""
+        """The program in the form of `Program` in program.h."""
         at, constant, slots = 0, 0, []
         for place, slot in enumerate(self.slots):
             start = place if slot.kind in INPUTS else constant if slot.kind == CONSTANT else at
@@ -387,7 +388,7 @@ TORCH: dict[Op, Callable[..., Tensor]] = {
 
 
 def evaluate(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Run a program in PyTorch: the slow twin of the interpreter, for double backward and for tests."""
+    """Run a program in PyTorch, slower than the interpreter, for double backward and for tests."""
     rows, like = inputs[0].shape[0], inputs[0]
     values: list[Tensor] = []
     constant = 0

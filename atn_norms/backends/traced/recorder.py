@@ -1,4 +1,4 @@
-"""Record the tensor operations that a piece of PyTorch runs, with the lines that ran them."""
+"""Record the tensor operations of PyTorch code, with their source lines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PACKAGE = str(Path(__file__).parents[2])
 
 
 class Untraceable(Exception):
-    """A piece of PyTorch that cannot become a program; the text names the operation and the line."""
+    """PyTorch code without a program; the text names the operation and the line."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation: what was called with what, what it returned, and the line of source that called it."""
+    """One operation: the function, its arguments, its results, and the source line of the call."""
 
     function: Any
     args: tuple[Any, ...]
@@ -33,12 +33,12 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The operation without namespace and overload."""
+        """Name of the operation, without namespace and overload."""
         return self.function._schema.name.partition("::")[2]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor among the arguments, those in lists included."""
+        """Every tensor among the arguments, including those in lists."""
         found: list[Tensor] = []
         for argument in (*self.args, *self.kwargs.values()):
             found += [
@@ -49,12 +49,12 @@ class Call:
         return found
 
     def unsupported(self, reason: str = "has no native instruction") -> Untraceable:
-        """Return the error with the position of a call and the reason why it is no instruction."""
+        """Return the error with the position of a call and the reason why it has no instruction."""
         return Untraceable(f"{self.name} {reason}{described(self.where)}")
 
 
 def described(where: tuple[str, int] | None) -> str:
-    """Return the file, the line and the text of a place in the source, in parentheses."""
+    """Return file, line and text of a source position, in parentheses."""
     if where is None:
         return " (in a gradient)"
     path, line = where
@@ -63,7 +63,7 @@ def described(where: tuple[str, int] | None) -> str:
 
 
 class Recorder(TorchDispatchMode):
-    """Keep every operation that runs inside, in order, as `calls`."""
+    """Record every operation inside the block in `calls`, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-# Operations whose result does not depend on the elements of their arguments.
+# Operations whose results do not depend on the elements of their arguments.
 CREATES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "lift_fresh", "empty_like"}
 CREATES |= {"new_empty", "new_empty_strided", "lift_fresh_copy"}
 
 
 def _line() -> tuple[str, int] | None:
-    """Return the innermost line of neither torch nor this package, or else of a normalizer of this package."""
+    """Return the innermost line outside of torch and this package, or else the line of a normalizer of this package."""
     frame, own = sys._getframe(2), None
     while frame is not None:
         path = frame.f_code.co_filename

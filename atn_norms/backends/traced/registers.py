@@ -1,4 +1,4 @@
-"""From slots that are written once to as few registers as hold what is still needed."""
+"""Allocate registers: map slots that are written once to registers that are used again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atn_norms.backends.traced.recorder import Untraceable
 
 @dataclass(frozen=True)
 class Draft:
-    """Slots without limit, what fills them, and which of them are results."""
+    """An unlimited number of slots, the instructions that write them, and the output slots."""
 
     slots: list[Slot]
     code: list[Instruction]
@@ -31,7 +31,7 @@ class Draft:
 
 
 def allot(draft: Draft) -> Program:
-    """Return the program of a draft without what no output needs, and with registers used again."""
+    """Return the program of a draft, without instructions that no output needs, and with registers used again."""
     code = _shared_logarithms(draft, _needed(draft))
     code = _without_copies(draft, _fused_products(draft, _fused_sums(draft, code)))
     kinds = _kinds(draft, code)
@@ -76,7 +76,7 @@ def _needed(draft: Draft) -> list[Instruction]:
 
 
 def _kinds(draft: Draft, code: list[Instruction]) -> dict[int, int]:
-    """Return for every register whether it is of rows or small; sums of rows are small."""
+    """Return the kind of every register, of rows or small; sums of rows are small."""
     kinds: dict[int, int] = {}
     for instruction in code:
         own = SMALL
@@ -90,7 +90,7 @@ def _kinds(draft: Draft, code: list[Instruction]) -> dict[int, int]:
 
 
 def _shared_logarithms(draft: Draft, code: list[Instruction]) -> list[Instruction]:
-    """Return instructions in which several powers of one base, or a power and a logarithm, share the logarithm."""
+    """Share the logarithm between several powers of one base, or between a power and a logarithm."""
     users: dict[tuple[Operand, int], list[Instruction]] = {}
     for instruction in code:
         if instruction.op in (Op.LOG, Op.POW):
@@ -125,7 +125,7 @@ def _is_whole(draft: Draft, instruction: Instruction) -> bool:
 
 
 def _read_once(draft: Draft, code: list[Instruction]) -> dict[int, Instruction]:
-    """Return the instructions whose result fills a register alone and is read once, by their register."""
+    """Return instructions that alone write a register that is read once, by register."""
     uses: dict[int, int] = dict.fromkeys(draft.outputs, 2)
     writers: dict[int, list[Instruction]] = {}
     for instruction in code:
@@ -140,7 +140,7 @@ def _read_once(draft: Draft, code: list[Instruction]) -> dict[int, Instruction]:
 
 
 def _without_copies(draft: Draft, code: list[Instruction]) -> list[Instruction]:
-    """Return instructions that compute what is only copied into a part of a register there."""
+    """Remove copies: compute a value, which is only copied into a part of a register, in that part."""
     kinds, single = _kinds(draft, code), _read_once(draft, code)
     moved = {}
     for instruction in code:
@@ -166,7 +166,7 @@ _WITH_PRODUCT |= {(Op.MUL, 0): Op.MUL_MUL, (Op.MUL, 1): Op.MUL_MUL}
 
 
 def _fused_products(draft: Draft, code: list[Instruction]) -> list[Instruction]:
-    """Return instructions in which a product of vectors that one sum or product alone reads is a part of that."""
+    """Fuse a product of vectors into the sum or product that alone reads it."""
     kinds, products = _kinds(draft, code), _read_once(draft, code)
     dropped: set[int] = set()
     fused = []
@@ -197,7 +197,7 @@ def _fused_products(draft: Draft, code: list[Instruction]) -> list[Instruction]:
 
 
 def _fused_sums(draft: Draft, code: list[Instruction]) -> list[Instruction]:
-    """Return instructions in which a sum of products that nothing else reads is one instruction."""
+    """Fuse a product into the sum or difference that alone reads it."""
     products = _read_once(draft, code)
     dropped: set[int] = set()
     fused = []

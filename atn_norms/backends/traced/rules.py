@@ -1,4 +1,4 @@
-"""Rules that express operations of PyTorch as instructions."""
+"""Rules that translate operations of PyTorch to instructions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of operations of these names, without namespace and overload."""
+    """Register the rule for operations with these names, without namespace and overload."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))

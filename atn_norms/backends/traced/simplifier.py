@@ -1,4 +1,4 @@
-"""Operations of equal result that cost less: constants, signs, factors of a whole row, and reciprocals."""
+"""Replace operations by cheaper ones of equal result: constants, signs, factors of a whole row, and reciprocals."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from atn_norms.backends.traced.patterns import pattern_of
 from atn_norms.backends.traced.program import REGISTER, TORCH, Op, Operand, Slot
 
-# What compares or limits a number does so to its negative, mirrored.
+# The operation on negated operands that replaces a comparison or a limit.
 _MIRRORED = {Op.MAX: Op.MIN, Op.MIN: Op.MAX, Op.GT: Op.LT, Op.GE: Op.LE, Op.LT: Op.GT, Op.LE: Op.GE}
 
 
 class Simplifier(ABC):
-    """Properties of the slots that a lowering has written, and the simplifications that they allow.
+    """Properties of the slots of a lowering, and the simplifications that they allow.
 
     | attribute | meaning |
     |---|---|
     | `_slots` | every slot, by its number |
     | `_constants` | the numbers of slots of constants |
-    | `_made` | of a register that one elementwise operation wrote: that operation and its operands |
+    | `_made` | register that one elementwise operation wrote -> the operation and its operands |
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Simplifier(ABC):
 
     @abstractmethod
     def _elementwise(self, op: Op, operands: tuple[Operand, ...], size: int) -> tuple[int, Tensor]:
-        """Return the elements of an operation, simplified, and computed at most once."""
+        """Return the elements of an operation, after simplification; equal operations are computed once."""
 
     def _simplified(self, op: Op, operands: tuple[Operand, ...]) -> tuple[Op, tuple[Operand, ...], bool]:
-        """Return an operation of equal result that costs less, and whether its result is negated.
+        """Return a cheaper operation of equal result, and True if the result must be negated.
 
-        Divisions by one number for a row or for a part of it become products with a reciprocal; signs move outwards; a
-        choice between multiples of one operand becomes a multiple of a choice.
+        A division by one number for a row or for a part of it becomes a product with the reciprocal. Signs move
+        outwards. A choice between multiples of one operand becomes a multiple of a choice.
         """
         if op == Op.DIV and operands[0].length > 1 and (operands[1].length == 1 or operands[1].repeat > 1):
             divisor = operands[1]
@@ -79,13 +79,13 @@ class Simplifier(ABC):
         return Op.WHERE, operands, False
 
     def _definition(self, operand: Operand, op: Op) -> tuple[Operand, ...] | None:
-        """Return what an operand was computed of by an operation, where it is the whole result."""
+        """Return the operands of the operation that computed an operand, if the operand is the whole result."""
         whole = Operand(operand.slot, 0, 1, self._slots[operand.slot].length)
         made, parts = self._made.get(operand.slot, (None, ()))
         return parts if made == op and operand == whole else None
 
     def _is_positive(self, operand: Operand) -> bool:
-        """Return whether an operand is known never to be 0: a positive number added to magnitudes or squares."""
+        """Return True if an operand is known to be positive: a positive number plus magnitudes or squares."""
         for terms in (self._definition(operand, Op.ADD) or (),):
             for term, other in (terms, terms[::-1]) if terms else ():
                 number = self._constants.get(other.slot)
@@ -100,7 +100,7 @@ class Simplifier(ABC):
         return parts[0] if parts else None
 
     def _folded(self, op: Op, operands: tuple[Operand, ...], size: int) -> tuple[int, Tensor] | None:
-        """Return the elements of an operation that changes nothing, or of constants alone."""
+        """Return the elements of an operation without effect, or of constants alone."""
         values = [self._constants.get(operand.slot) if operand.length == 1 else None for operand in operands]
         scalars = [
             None if value is None else value[operand.offset] for value, operand in zip(values, operands, strict=True)
@@ -123,9 +123,9 @@ class Simplifier(ABC):
         return None if kept is None else (kept.slot, kept.offset + (torch.arange(size) // kept.repeat) % kept.length)
 
     def _outer_factor(self, operand: Operand, count: int) -> tuple[Op, Operand, Operand | None] | None:
-        """Return the operation, vector and factor of a sum of negatives, or of multiples by one number for a row.
+        """Return operation, vector and factor for a sum of negatives, or of multiples by one number for a row.
 
-        Such a factor is not taken out of a multiple of an input, whose products may be far from 1.
+        The factor stays inside for a multiple of an input, whose products may be far from 1.
         """
         negated = self._negated(operand)
         if negated is not None and negated.length == count and negated.repeat == 1:

@@ -1,4 +1,4 @@
-"""The Triton backend: whole sequences on a GPU, for the cells, norms and windows the kernels know. Experimental."""
+"""The Triton backend: whole sequences on a GPU, for supported cells, norms and windows. Experimental."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ class Triton(Fused):
 
     @staticmethod
     def operators() -> Operators:
-        from atn_norms.backends.triton.call import OPERATORS  # not before it is needed: it imports Triton
+        from atn_norms.backends.triton.call import OPERATORS  # imported late, since it imports Triton
 
         return OPERATORS

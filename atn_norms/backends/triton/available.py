@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from atn_norms.backends.native.library import constant_to_compilers
 
-OLDEST = "3.6"  # of Triton: tuples of pointers with named fields
+OLDEST = "3.6"  # oldest version of Triton with named tuples of pointers
 
 
 def interpreted() -> bool:
@@ -26,7 +26,7 @@ def unavailable() -> str | None:
 
 
 def installed() -> str | None:
-    """Return the version of Triton; None where it has none, as a build in place."""
+    """Return the version of Triton; None if it has no version, such as a build in place."""
     try:
         return version("triton")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The way back through `forward`, by the same blocks of rows."""
+"""The backward pass of `forward`, for the same blocks of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atn_norms.backends.triton.gates import (
     sigmoid,
     tanh,
 )
-from atn_norms.backends.triton.pooling import LAYER, NONE, asked, closed, normal, opened, scaled, scales
+from atn_norms.backends.triton.pooling import LAYER, NONE, closed, normal, opened, scaled, scales, spread_grads
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def back_through(
     GATES: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, WINDOW: tl.constexpr, DECAY: tl.constexpr,
     EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what a norm was given, `a`, which became `n` before gain and shift, from those of its result `d`."""
+    """Return the gradient of a norm's input `a` from that of its result, `d`; `n` is `a` normalized."""
     w0 = _times_gain(d0, site, units, inside)
     sums = w0
     inner = w0 * n0
@@ -53,7 +53,7 @@ def back_through(
     dmean = tl.zeros_like(dvar)
     if NORM == LAYER:
         dmean = -rate * tl.sum(sums, 1).to(tl.float64)
-    slope, constant, mean, ra, rb, rc = asked(
+    slope, constant, mean, ra, rb, rc = spread_grads(
         site, t, steps, rows, there, alive, alive & (t == length - 1), batch, dmean, dvar, ra, rb, rc,
         WINDOW, DECAY, EXTRA,
     )  # fmt: skip
@@ -108,12 +108,12 @@ def recurrent_backward(
 ):
     """Backward through steps `last - 1` to `first`; `dh` and `dc` carry the gradients of h and c.
 
-    Without `PRODUCT` a launch leaves in `dh` what comes past the product, and the caller adds what comes through it.
+    Without `PRODUCT` a launch stores in `dh` the direct gradient, and the caller adds the gradient through the product.
     """
     GATES: tl.constexpr = 4 if CELL == LSTM else (3 if CELL == GRU else 1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     units = tl.arange(0, WIDE)
-    long = tl.program_id(1).to(tl.int64)  # 0 in a type that holds every place
+    long = tl.program_id(1).to(tl.int64)  # 0 in a type that holds every index
     there = rows < batch
     inside = units < hidden
     mask = there[:, None] & inside[None, :]
@@ -149,7 +149,7 @@ def recurrent_backward(
         n0, n1, n2, n3 = normal_four(u0, u1, u2, u3, mean, var, HH_EPS, GATES, HH_NORM)
         s0, s1, s2, s3 = scaled_four(n0, n1, n2, n3, hh, units, inside, hidden, GATES, HH_NORM)
         dy = tl.where(living, dh + tl.load(x.doutput + step * hidden + slim, mask=mask, other=0.0).to(COMPUTE), 0.0)
-        past = tl.where(living, 0.0, dh)  # of h before the step, but through the product
+        past = tl.where(living, 0.0, dh)  # direct gradient of h before the step
         g0 = dy
         g1 = dy
         g2 = dy

@@ -1,4 +1,4 @@
-"""One call of the kernels: allocation, launches, and the parts that are simpler in PyTorch."""
+"""One call of the kernels: allocation, launches, and the parts that run in PyTorch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from atn_norms.backends.triton.forward import recurrent_forward
 from atn_norms.backends.triton.gates import Tensors
 from atn_norms.backends.triton.limits import unsupported
 from atn_norms.backends.triton.pooling import Site
-from atn_norms.backends.triton.rows import ask_rows, give_rows, pool_steps, state_rows, sum_affine, sum_steps
+from atn_norms.backends.triton.rows import measure_rows, pool_steps, pooled_grads, row_grads, sum_affine, sum_steps
 from atn_norms.backends.triton.sites import SiteCall, past
 
-WHOLE = 256  # hidden units up to which one program takes its rows through all steps
+WHOLE = 256  # hidden units up to which one program computes all steps of its rows
 LANES = 32
 NOTHING = Site._make([*[None] * 14, 1, 0])
 
 
 class _Call:
-    """State that both directions share."""
+    """Data of a call that both directions share."""
 
     def __init__(self, plan: Plan, inputs: Inputs, kept: Sequence[Tensor]) -> None:
         affine, states, self.lengths = iter(inputs.affine), iter(inputs.states), inputs.lengths
@@ -62,7 +62,7 @@ class _Call:
             if name != "IH":
                 found |= {f"{name}_WINDOW": site.window, f"{name}_DECAY": site.plan.decay}
         wide = max(16, _power_of_two(self.hidden))
-        rows = 16 if self.whole else max(1, 1024 // wide)  # 16: the fewest that a product of Triton's takes
+        rows = 16 if self.whole else max(1, 1024 // wide)  # Triton's product needs at least 16
         tf32 = self.xs.is_cuda and _tf32_allowed()
         return (
             found
@@ -81,17 +81,17 @@ class _Call:
         )
 
     def three(self) -> list[Site]:
-        """The sites of a cell."""
+        """Return the sites of a cell."""
         return [self.sites[name].site() if name in self.sites else NOTHING for name in ("ih", "hh", "c")]
 
     def rows(self, wide: int) -> dict[str, Any]:
-        """Blocks of the kernels that take rows of `wide` features one by one."""
+        """Return the block sizes of the kernels that process rows of `wide` features one by one."""
         width = _power_of_two(wide)
         rows = max(1, 1024 // width)
         return {"ROWS": rows, "WIDE": width, "COMPUTE": self.compute, "num_warps": 4 if width <= 2048 else 8}
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        """Run a kernel, on the device of the call."""
+        """Run a kernel on the device of the call."""
         with torch.cuda.device(self.xs.device) if self.xs.is_cuda else nullcontext():
             LAUNCH(kernel, grid, *arguments, **options)
 
@@ -106,11 +106,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any)
     kernel[grid](*arguments, **options)
 
 
-LAUNCH: Callable[..., None] = _launch  # tests compile in its place, which needs no device
+LAUNCH: Callable[..., None] = _launch  # tests replace it to compile without a device
 
 
 class Kernels:
-    """The kernels, as the operators call them; their layout is the plan."""
+    """The kernels in the form that the operators call; their layout is the plan."""
 
     def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         xs, states, c0 = inputs.xs, inputs.states, inputs.c0
@@ -155,7 +155,7 @@ class Kernels:
 
 
 def _forward(plan: Plan, inputs: Inputs, kept: list[Tensor]) -> list[Tensor]:
-    """Return the results of `Kernels.forward`, and fill in what backward reads."""
+    """Return the results of `Kernels.forward`, and write the tensors that backward reads."""
     call = _Call(plan, inputs, kept)
     xs = call.xs
     output, wide = xs.new_empty(call.steps, call.batch, call.hidden), plan.gates * call.hidden
@@ -168,7 +168,7 @@ def _forward(plan: Plan, inputs: Inputs, kept: list[Tensor]) -> list[Tensor]:
         many = call.steps * call.batch
         blocks = call.rows(wide)
         grid = (_ceiling(many, blocks["ROWS"]),)
-        call.launch(state_rows, grid, call.projected, entry.site(), many, call.batch, wide, NORM=entry.norm, **blocks)
+        call.launch(measure_rows, grid, call.projected, entry.site(), many, call.batch, wide, NORM=entry.norm, **blocks)
         call.launch(
             pool_steps, (_ceiling(call.batch, LANES),), entry.site(), call.lengths, call.steps, call.batch,
             LANES=LANES, WINDOW=entry.window, DECAY=entry.plan.decay, num_warps=1, **call.ragged,
@@ -194,7 +194,7 @@ def _forward(plan: Plan, inputs: Inputs, kept: list[Tensor]) -> list[Tensor]:
 def _backward(
     plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
 ) -> list[Tensor]:
-    """Gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves."""
+    """Return the gradients of xs, weights, biases, h0, c0, every affine tensor, and every state's leaves."""
     dys, dhn, dcn, dnext = grads
     call = _Call(plan, inputs, kept)
     wide, hidden, steps, batch = plan.gates * call.hidden, call.hidden, call.steps, call.batch
@@ -250,25 +250,27 @@ def _backward(
 
 
 def _input_norm(call: _Call, site: SiteCall, d: Tensor, has_extra: bool) -> None:
-    """Back through the norm of the input side, in place."""
+    """Backward through the norm of the input product, in place."""
     many, wide = call.steps * call.batch, d.shape[-1]
     blocks = call.rows(wide)
     grid = (_ceiling(many, blocks["ROWS"]),)
-    asks = torch.empty(2, many, dtype=DOUBLE, device=d.device)
+    grads = torch.empty(2, many, dtype=DOUBLE, device=d.device)
     one = site.site()
-    call.launch(ask_rows, grid, d, call.projected, one, asks, many, wide, NORM=site.norm, EPS=site.plan.eps, **blocks)
     call.launch(
-        sum_steps, (_ceiling(call.batch, LANES),), one, asks, call.lengths, call.steps, call.batch,
+        pooled_grads, grid, d, call.projected, one, grads, many, wide, NORM=site.norm, EPS=site.plan.eps, **blocks
+    )
+    call.launch(
+        sum_steps, (_ceiling(call.batch, LANES),), one, grads, call.lengths, call.steps, call.batch,
         LANES=LANES, WINDOW=site.window, DECAY=site.plan.decay, EXTRA=has_extra, num_warps=1, **call.ragged,
     )  # fmt: skip
     call.launch(
-        give_rows, grid, d, call.projected, one, asks, call.lengths, many, call.batch, wide,
+        row_grads, grid, d, call.projected, one, grads, call.lengths, many, call.batch, wide,
         EPS=site.plan.eps, **call.ragged, **blocks,
     )  # fmt: skip
 
 
 def _affine(call: _Call, site: SiteCall, a: Tensor, d: Tensor) -> list[Tensor]:
-    """Gradients of gain and shift: sums over blocks of rows, and over these."""
+    """Return the gradients of gain and shift: sums in blocks of rows, then over the blocks."""
     many, features = call.steps * call.batch, site.plan.features
     each = max(64, _ceiling(many, 128))
     blocks = _ceiling(many, each)
@@ -282,7 +284,7 @@ def _affine(call: _Call, site: SiteCall, a: Tensor, d: Tensor) -> list[Tensor]:
 
 
 def _tf32_allowed() -> bool:
-    """Return torch's precision setting for products, under the name of its version."""
+    """Return True if torch allows TF32 in products, by the setting of the installed version."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
@@ -296,17 +298,17 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def _ceiling(number: int, of: int) -> int:
-    """Return the number of blocks of a size that hold `number` entries."""
+    """Return the number of blocks that hold `number` entries."""
     return -(-number // of)
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest that is not less."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def _at_the_end(line: Tensor, initial: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each row's last `[B, H]` of `line` `[T, B, H]`; the initial one of a row without steps."""
+    """Return the last value `[B, H]` of each row of `line` `[T, B, H]`; the initial value for a row without steps."""
     if lengths is None:
         return line[-1].clone()
     place = (lengths - 1).clamp(min=0).reshape(1, -1, 1).expand(1, -1, line.shape[2])

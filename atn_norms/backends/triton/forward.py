@@ -1,7 +1,7 @@
-"""A whole sequence of a cell whose norms know single rows.
+"""A whole sequence of a cell with separate statistics for each row.
 
-One program takes a block of rows through all steps: product, statements, pooling and gates, without a word to other
-programs. Or (`PRODUCT` off) the product is made elsewhere and a launch does one step; nothing else differs.
+One program computes all steps of a block of rows: product, statistics, pooling and gates, independently of other
+programs. Without `PRODUCT`, another kernel computes the product, and one launch computes one step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atn_norms.backends.triton.gates import (
     sigmoid,
     tanh,
 )
-from atn_norms.backends.triton.pooling import NONE, closed, normal, opened, pooled, scaled, scales, stated
+from atn_norms.backends.triton.pooling import NONE, closed, moments_of, normal, opened, pooled, scaled, scales
 
 
 @triton.jit
@@ -53,11 +53,11 @@ def recurrent_forward(
     C_WINDOW: tl.constexpr,
     C_DECAY: tl.constexpr,
 ):
-    """Steps `first` to `last`, that one excluded."""
+    """Compute steps `first` to `last - 1`."""
     GATES: tl.constexpr = 4 if CELL == LSTM else (3 if CELL == GRU else 1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     units = tl.arange(0, WIDE)
-    long = tl.program_id(1).to(tl.int64)  # 0 in a type that holds every place
+    long = tl.program_id(1).to(tl.int64)  # 0 in a type that holds every index
     there = rows < batch
     inside = units < hidden
     mask = there[:, None] & inside[None, :]
@@ -119,7 +119,7 @@ def recurrent_forward(
             keep_four(x.product, step * many + wide, mask, hidden, u0, u1, u2, u3, GATES)
         else:
             u0, u1, u2, u3 = load_four(x.product, step * many + wide, mask, hidden, GATES, COMPUTE)
-        mean, var = stated(u0, u1, u2, u3, mask, many, GATES, HH_NORM)
+        mean, var = moments_of(u0, u1, u2, u3, mask, many, GATES, HH_NORM)
         if HH_NORM != NONE:
             mean, var, hw, hm, hv = pooled(
                 hh, t, steps, rows, there, alive, batch, mean, var, hw, hm, hv, HH_WINDOW, HH_DECAY
@@ -141,7 +141,7 @@ def recurrent_forward(
             tl.store(x.cells + step * hidden + slim, c, mask=mask)
             shown = c
             if C_NORM != NONE:
-                mean, var = stated(c, c, c, c, mask, hidden, 1, C_NORM)
+                mean, var = moments_of(c, c, c, c, mask, hidden, 1, C_NORM)
                 mean, var, cw, cm, cv = pooled(
                     cc, t, steps, rows, there, alive, batch, mean, var, cw, cm, cv, C_WINDOW, C_DECAY
                 )

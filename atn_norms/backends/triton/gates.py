@@ -1,4 +1,4 @@
-"""Gates: up to four side by side in a row of memory; and the tensors of a call beside its sites."""
+"""Gates: up to four, contiguous in a row of memory; and the tensors of a call except those of its sites."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ LSTM, GRU, RNN_TANH, RNN_RELU = (tl.constexpr(CELLS[name]) for name in ("lstm", 
 
 
 class Tensors(NamedTuple):
-    """Everything but the sites. T steps, B rows, H hidden units, N = gates * H.
+    """All tensors except those of the sites. T steps, B rows, H hidden units, N = gates * H.
 
     | field | meaning | shape |
     |---|---|---|
     | `projected`, `product` | W_ih x + b_ih; W_hh h + b_hh | `[T, B, N]` |
-    | `weight`, `turned` | W_hh; the same the other way round | `[N, H]`, `[H, N]` |
+    | `weight`, `turned` | W_hh; its transpose | `[N, H]`, `[H, N]` |
     | `bias` | b_hh | `[N]` |
     | `h0`, `c0` | initial state | `[B, H]` |
     | `output`, `cells` | h and c after each step | `[T, B, H]` |
-    | `lengths` | live steps of each row | `[B]` |
-    | `doutput`, `dh`, `dc` | gradients of the output, and of h and c, carried back | `[T, B, H]`, `[B, H]` |
-    | `dprojected`, `drecurrent` | of what the norms at the two products made | `[T, B, N]` |
-    | `dproduct`, `dcell` | of the product; of what the norm of c made | `[T, B, N]`, `[T, B, H]` |
+    | `lengths` | unmasked steps of each row | `[B]` |
+    | `doutput`, `dh`, `dc` | gradients of the output, and of h and c at the current step | `[T, B, H]`, `[B, H]` |
+    | `dprojected`, `drecurrent` | gradients of the results of the norms at both products | `[T, B, N]` |
+    | `dproduct`, `dcell` | gradients of the product, and of the result of the norm of c | `[T, B, N]`, `[T, B, H]` |
     """
 
     projected: Pointer
@@ -50,17 +50,17 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
+    """Compute 1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def tanh(x):
-    """tanh(x), in float32 with its digits near 0."""
+    """Compute tanh(x); in float32 it keeps its digits near 0."""
     if x.dtype == tl.float64:
         return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
     else:
-        # Near 0 the difference would lose what a tanh of a small number has in digits.
+        # Near 0 the difference would lose digits.
         s = x * x
         near = x * (1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925))))))
         return tl.where(tl.abs(x) < 0.25, near, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
@@ -68,7 +68,7 @@ def tanh(x):
 
 @triton.jit
 def load_four(pointer, at, mask, hidden, GATES: tl.constexpr, COMPUTE: tl.constexpr):
-    """A row's gates, side by side in memory; those that the cell does not have repeat the first."""
+    """Load the gates of a row, which are contiguous; gates that the cell does not have repeat the first."""
     a0 = tl.load(pointer + at, mask=mask, other=0.0).to(COMPUTE)
     a1 = a0
     a2 = a0
@@ -83,7 +83,7 @@ def load_four(pointer, at, mask, hidden, GATES: tl.constexpr, COMPUTE: tl.conste
 
 @triton.jit
 def keep_four(pointer, at, mask, hidden, a0, a1, a2, a3, GATES: tl.constexpr):
-    """Store as many as the cell has."""
+    """Store the gates that the cell has."""
     tl.store(pointer + at, a0, mask=mask)
     if GATES > 1:
         tl.store(pointer + at + hidden, a1, mask=mask)
@@ -94,7 +94,7 @@ def keep_four(pointer, at, mask, hidden, a0, a1, a2, a3, GATES: tl.constexpr):
 
 @triton.jit
 def normal_four(a0, a1, a2, a3, mean, var, EPS: tl.constexpr, GATES: tl.constexpr, NORM: tl.constexpr):
-    """Without the mean, over the deviation of all of them."""
+    """Normalize four gates with the same statistic, without gain and shift."""
     high, low, rate = scales(mean, var, EPS, NORM, a0)
     n0 = normal(a0, high, low, rate, NORM)
     n1 = n0
@@ -110,7 +110,7 @@ def normal_four(a0, a1, a2, a3, mean, var, EPS: tl.constexpr, GATES: tl.constexp
 
 @triton.jit
 def scaled_four(a0, a1, a2, a3, site, units, inside, hidden, GATES: tl.constexpr, NORM: tl.constexpr):
-    """Times gain, plus shift."""
+    """Multiply by the gain, and add the shift."""
     s0 = scaled(a0, site, units, inside, NORM)
     s1 = s0
     s2 = s0

@@ -1,9 +1,9 @@
 """Statistics in the kernels: computed from rows, pooled over windows, and their gradients.
 
-Statements are in float64, one lane a row. A statement has a mean and a variance; that of a root mean square has the
-mean 0 and the mean square for its variance. Whatever the window, a step costs the same: sliding windows are cut in two
-by a grid of chunks as long as the window, into the end of one chunk (summed once for every place, when the chunk is
-over) and the beginning of the next (carried along). Nothing is ever subtracted.
+Statistics are in float64, with one lane for each row. A statistic has a mean and a variance; for RMS norms the mean is
+0 and the variance the mean square. A step takes the same time for every window. Chunks as long as the window split a
+sliding window into the end of one chunk and the beginning of the next. The ends are merged once for every position,
+when the chunk is complete. The beginning is merged step by step. No window is updated by subtraction.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-NONE, LAYER, RMS = (tl.constexpr(value) for value in range(3))  # norm of a site
-SINGLE, SLIDING, DECAYING = (tl.constexpr(value) for value in range(3))  # its window
-UNIT = tl.constexpr(2.0**-44)  # of the deviations that are squared
+NONE, LAYER, RMS = (tl.constexpr(value) for value in range(3))  # norms of a site
+SINGLE, SLIDING, DECAYING = (tl.constexpr(value) for value in range(3))  # windows of a site
+UNIT = tl.constexpr(2.0**-44)  # unit of the deviations before they are squared
 
 Pointer = Any  # a tensor for the launcher, a pointer in the kernel
 
 
 class Site(NamedTuple):
-    """One norm site: where it keeps what. F features, P statements brought by the state, T steps, B rows.
+    """The tensors of one norm site. F features, P statistics in the state, T steps, B rows.
 
     | field | meaning | shape |
     |---|---|---|
-    | `gain`, `shift` | of the norm | `[F]` |
-    | `weight` | of the statements brought by the state | `[P, B]` |
-    | `mean`, `var` | statements, those of the state first | `[P + T, B]` |
-    | `total`, `pooled_mean`, `pooled_var` | of the window that ends at a step | `[T, B]` |
-    | `ends` | weight, mean and variance from a place to the end of its chunk | `[3, P + T, B]` |
-    | `running` | the same, from the beginning of the chunk, or of all there was | `[3, B]` |
-    | `slopes` | gradients of a window's statistics, three sums | `[3, T, B]` |
-    | `later`, `carried` | the same from a place to its chunk's end, and carried along | `[3, T, B]`, `[3, B]` |
+    | `gain`, `shift` | gain and shift of the norm | `[F]` |
+    | `weight` | weights of the statistics in the state | `[P, B]` |
+    | `mean`, `var` | statistics of single steps, those of the state first | `[P + T, B]` |
+    | `total`, `pooled_mean`, `pooled_var` | weight, mean and variance of the window that ends at a step | `[T, B]` |
+    | `ends` | weight, mean and variance from a position to the end of its chunk | `[3, P + T, B]` |
+    | `running` | weight, mean and variance from the beginning of the chunk, or of all steps | `[3, B]` |
+    | `slopes` | gradients of a window's statistics, as three sums | `[3, T, B]` |
+    | `later` | these sums from a position to the end of its chunk | `[3, T, B]` |
+    | `carried` | these sums of the current chunk | `[3, B]` |
     | `extra` | gradients of the statistics, or of the pooled statistic at a row's last step | `[2, T, B]` |
-    | `steps`, `past` | k of a sliding window; P | |
+    | `steps`, `past` | k of a sliding window, and P | |
     """
 
     gain: Pointer
@@ -56,9 +57,9 @@ class Site(NamedTuple):
 
 
 @triton.jit
-def stated(u0, u1, u2, u3, mask, features, GATES: tl.constexpr, NORM: tl.constexpr):
-    """Mean and variance of every row over its gates, in float64; or 0 and the mean square."""
-    # In this unit squares of 1e30 are no infinities in float32, and those of 1e-6 no less exact than others.
+def moments_of(u0, u1, u2, u3, mask, features, GATES: tl.constexpr, NORM: tl.constexpr):
+    """Return mean and variance of every row over its gates, in float64; or 0 and the mean square."""
+    # In this unit the squares of numbers from 1e-6 to 1e30 are exact and finite in float32.
     if NORM == RMS:
         u0 = u0 * UNIT
         squares = u0 * u0
@@ -72,7 +73,7 @@ def stated(u0, u1, u2, u3, mask, features, GATES: tl.constexpr, NORM: tl.constex
         var = tl.sum(squares, 1).to(tl.float64) / features / UNIT / UNIT
         return tl.zeros_like(var), var
     else:
-        # Around a first mean, which is near in units of the deviation or at least of what makes it large.
+        # Around a first mean, which is close to the mean relative to the deviation.
         sums = u0
         if GATES > 1:
             sums = sums + u1 + u2
@@ -93,26 +94,26 @@ def stated(u0, u1, u2, u3, mask, features, GATES: tl.constexpr, NORM: tl.constex
             squares += d3 * d3
         off = tl.sum(sums, 1).to(tl.float64) / features
         var = (tl.sum(squares, 1).to(tl.float64) / features - off * off) / UNIT / UNIT
-        # Not `maximum`, which would make a number of NaN.
+        # `maximum` would replace NaN by a number.
         return near.to(tl.float64) + off / UNIT, tl.where(var < 0, 0.0, var)
 
 
 @triton.jit
 def scales(mean, var, EPS: tl.constexpr, NORM: tl.constexpr, like):
-    """The mean in two parts of the type of `like`, the first exact to subtract nearby; and 1 / deviation."""
+    """Return the mean in two parts of the type of `like`, with an exact difference to the first; and 1 / deviation."""
     if NORM == NONE:
         zero = tl.zeros_like(mean).to(like.dtype)
         return zero, zero, zero
     else:
         high = mean.to(like.dtype)
         low = (mean - high.to(tl.float64)).to(like.dtype)
-        # One mean that is infinite makes NaN of its row, as it does everywhere else.
+        # An infinite mean gives a row of NaN, as in every backend.
         return high, low, (1.0 / tl.sqrt(var + EPS)).to(like.dtype)
 
 
 @triton.jit
 def normal(a, high, low, rate, NORM: tl.constexpr):
-    """`a` without the mean, over the deviation; no gain, no shift."""
+    """Normalize `a`, without gain and shift."""
     if NORM == LAYER:
         a = ((a - high[:, None]) - low[:, None]) * rate[:, None]
     if NORM == RMS:
@@ -122,7 +123,7 @@ def normal(a, high, low, rate, NORM: tl.constexpr):
 
 @triton.jit
 def scaled(a, site, offsets, inside, NORM: tl.constexpr):
-    """Times gain, plus shift."""
+    """Multiply by the gain, and add the shift."""
     if NORM != NONE:
         gain = tl.load(site.gain + offsets, mask=inside, other=0.0).to(a.dtype)
         shift = tl.load(site.shift + offsets, mask=inside, other=0.0).to(a.dtype)
@@ -132,7 +133,7 @@ def scaled(a, site, offsets, inside, NORM: tl.constexpr):
 
 @triton.jit
 def merged(wa, ma, va, wb, mb, vb):
-    """The statement of two; one of weight 0 is hidden, whatever it holds."""
+    """Merge two statistics; a statistic of weight 0 is masked, even if it is NaN."""
     total = wa + wb
     share = tl.where(total > 0, wb / tl.where(total > 0, total, 1.0), 0.0)
     m0 = tl.where(wa > 0, ma, mb)
@@ -145,7 +146,7 @@ def merged(wa, ma, va, wb, mb, vb):
 
 @triton.jit
 def opened(lines, rows, there, batch, WINDOW: tl.constexpr):
-    """Three lanes that are carried along."""
+    """Load the three sums that steps carry."""
     if WINDOW == SINGLE:
         nothing = tl.zeros(rows.shape, tl.float64)
         return nothing, nothing, nothing
@@ -158,7 +159,7 @@ def opened(lines, rows, there, batch, WINDOW: tl.constexpr):
 
 @triton.jit
 def closed(lines, rows, there, batch, a, b, c, WINDOW: tl.constexpr):
-    """They are kept for the next launch."""
+    """Store the three sums for the next launch."""
     if WINDOW != SINGLE:
         tl.store(lines + rows, a, mask=there)
         tl.store(lines + batch + rows, b, mask=there)
@@ -167,7 +168,7 @@ def closed(lines, rows, there, batch, a, b, c, WINDOW: tl.constexpr):
 
 @triton.jit
 def pooled(site, t, steps, rows, there, alive, batch, mean, var, rw, rm, rv, WINDOW: tl.constexpr, DECAY: tl.constexpr):
-    """Note a step's statement, and pool the window that ends with it: mean, variance, and what is carried along."""
+    """Store a step's statistic, and pool the window that ends with it; return mean, variance and the carried sums."""
     own = (site.past + t) * batch + rows
     tl.store(site.mean + own, mean, mask=there)
     tl.store(site.var + own, var, mask=there)
@@ -183,7 +184,7 @@ def pooled(site, t, steps, rows, there, alive, batch, mean, var, rw, rm, rv, WIN
         size = (site.past + steps) * batch
         phase = (site.steps - 1 + t) % site.steps
         if phase == 0:
-            # A chunk begins. Places count from the first statement that a window can hold, were there as many before.
+            # A chunk begins. Positions count from the first statistic of a full window before the first step.
             rw = tl.zeros_like(rw)
             last = site.past + t - 1
             many = tl.minimum(site.steps - 1, last + 1)
@@ -204,7 +205,7 @@ def pooled(site, t, steps, rows, there, alive, batch, mean, var, rw, rm, rv, WIN
         rw, rm, rv = merged(rw, rm, rv, one, mean, var)
         first = tl.maximum(t - (site.steps - 1) + site.past, 0)
         at = first * batch + rows
-        split = there & (phase != site.steps - 1)  # otherwise the window is a whole chunk
+        split = there & (phase != site.steps - 1)  # otherwise the window is exactly one chunk
         w = tl.load(site.ends + at, mask=split, other=0.0)
         m = tl.load(site.ends + size + at, mask=split, other=0.0)
         v = tl.load(site.ends + 2 * size + at, mask=split, other=0.0)
@@ -217,7 +218,7 @@ def pooled(site, t, steps, rows, there, alive, batch, mean, var, rw, rm, rv, WIN
 
 
 @triton.jit
-def asked(
+def spread_grads(
     site,
     t,
     steps,
@@ -237,9 +238,9 @@ def asked(
 ):
     """Record the gradient of a step's window, and sum the gradients of the windows that contain the step.
 
-    With alpha = 2 dL/dv / m, beta = dL/dmu / m and m the total weight of a window, these are the sums over those
-    windows of alpha, of beta and of alpha mu; in the end the slope A and the constant C in
-    dL/da = ... + (A (a - mean) + C) / F. `ends`: rows of which this is the last step.
+    Let m be the total weight of a window, alpha = 2 dL/dv / m and beta = dL/dmu / m. The sums over these windows are
+    those of alpha, of beta and of alpha mu. They give the slope A and the constant C in
+    dL/da = ... + (A (a - mean) + C) / F. `ends`: rows for which this is the last step.
     """
     here = t * batch + rows
     extra_mean = tl.zeros_like(dmean)

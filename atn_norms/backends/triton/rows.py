@@ -1,24 +1,24 @@
-"""The norm of the input side, which is no recurrence: all steps at once; and the gradients of gains and shifts."""
+"""The norm of the input product, for all steps at once; and the gradients of gains and shifts."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from atn_norms.backends.triton.pooling import LAYER, asked, closed, normal, opened, pooled, scales, stated
+from atn_norms.backends.triton.pooling import LAYER, closed, moments_of, normal, opened, pooled, scales, spread_grads
 
 
 @triton.jit
-def state_rows(
+def measure_rows(
     a, site, many, batch, features, ROWS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """The statement of every row of `a` `[many, features]`."""
+    """Compute the statistic of every row of `a` `[many, features]`."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDE)
     there = rows < many
     mask = there[:, None] & (columns < features)[None, :]
     x = tl.load(a + rows[:, None] * features + columns[None, :], mask=mask, other=0.0).to(COMPUTE)
-    mean, var = stated(x, x, x, x, mask, features, 1, NORM)
+    mean, var = moments_of(x, x, x, x, mask, features, 1, NORM)
     at = site.past * batch + rows
     tl.store(site.mean + at, mean, mask=there)
     tl.store(site.var + at, var, mask=there)
@@ -28,7 +28,7 @@ def state_rows(
 def pool_steps(
     site, lengths, steps, batch, LANES: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, DECAY: tl.constexpr
 ):
-    """Every window of a block of rows."""
+    """Pool every window of a block of rows."""
     rows = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = rows < batch
     length = tl.full([LANES], 0, tl.int64) + steps
@@ -44,11 +44,11 @@ def pool_steps(
 
 
 @triton.jit
-def ask_rows(
-    d, a, site, asks, many, features,
+def pooled_grads(
+    d, a, site, grads, many, features,
     ROWS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients `asks` `[2, many]` of the pooled mean and variance of every row, from the gradients `d` of its rows."""
+    """Compute the gradients `grads` `[2, many]` of the pooled mean and variance of every row from the gradients `d`."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDE)
     there = rows < many
@@ -63,19 +63,19 @@ def ask_rows(
     w = w * tl.load(site.gain + columns, mask=inside, other=0.0).to(COMPUTE)[None, :]
     rate = 1.0 / tl.sqrt(var + EPS)
     inner = tl.sum(tl.where(mask, w * normal(x, high, low, small, NORM), 0.0), 1).to(tl.float64)
-    tl.store(asks + many + rows, -0.5 * rate * rate * inner, mask=there)
+    tl.store(grads + many + rows, -0.5 * rate * rate * inner, mask=there)
     if NORM == LAYER:
-        tl.store(asks + rows, -rate * tl.sum(w, 1).to(tl.float64), mask=there)
+        tl.store(grads + rows, -rate * tl.sum(w, 1).to(tl.float64), mask=there)
     else:
-        tl.store(asks + rows, tl.zeros_like(rate), mask=there)
+        tl.store(grads + rows, tl.zeros_like(rate), mask=there)
 
 
 @triton.jit
 def sum_steps(
-    site, asks, lengths, steps, batch,
+    site, grads, lengths, steps, batch,
     LANES: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr, DECAY: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the statistics of a block of rows from all windows: slope and constant, written over `asks`."""
+    """Sum the gradients of the statistics of a block of rows over all windows: slope and constant, in `grads`."""
     rows = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = rows < batch
     length = tl.full([LANES], 0, tl.int64) + steps
@@ -87,32 +87,32 @@ def sum_steps(
         t = steps - 1 - turn
         here = t * batch + rows
         alive = t < length
-        dmean = tl.load(asks + here, mask=there, other=0.0)
-        dvar = tl.load(asks + size + here, mask=there, other=0.0)
-        slope, constant, _, ra, rb, rc = asked(
+        dmean = tl.load(grads + here, mask=there, other=0.0)
+        dvar = tl.load(grads + size + here, mask=there, other=0.0)
+        slope, constant, _, ra, rb, rc = spread_grads(
             site, t, steps, rows, there, alive, alive & (t == length - 1), batch, dmean, dvar, ra, rb, rc,
             WINDOW, DECAY, EXTRA,
         )  # fmt: skip
         tl.debug_barrier()
-        tl.store(asks + here, constant, mask=there)
-        tl.store(asks + size + here, slope, mask=there)
+        tl.store(grads + here, constant, mask=there)
+        tl.store(grads + size + here, slope, mask=there)
     closed(site.carried, rows, there, batch, ra, rb, rc, WINDOW)
 
 
 @triton.jit
-def give_rows(
-    d, a, site, asks, lengths, many, batch, features,
+def row_grads(
+    d, a, site, grads, lengths, many, batch, features,
     ROWS: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of every row of `a`, in the place of `d`."""
+    """Replace `d` by the gradients of every row of `a`."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDE)
     there = rows < many
     inside = columns < features
     mask = there[:, None] & inside[None, :]
     at = rows[:, None] * features + columns[None, :]
-    constant = tl.load(asks + rows, mask=there, other=0.0)
-    slope = tl.load(asks + many + rows, mask=there, other=0.0)
+    constant = tl.load(grads + rows, mask=there, other=0.0)
+    slope = tl.load(grads + many + rows, mask=there, other=0.0)
     mean = tl.load(site.mean + site.past * batch + rows, mask=there, other=0.0)
     var = tl.load(site.pooled_var + rows, mask=there, other=1.0)
     x = tl.load(a + at, mask=mask, other=0.0).to(COMPUTE)
@@ -136,7 +136,7 @@ def sum_affine(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gain and shift over `each` rows: `sums` `[2, blocks, features]`."""
+    """Compute the gradients of gain and shift over `each` rows: `sums` `[2, blocks, features]`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(1)
     inside = columns < features

@@ -1,4 +1,4 @@
-"""A norm site of one call: room for what the kernels keep of it, its state before and after, and their gradients."""
+"""A norm site of one call: the buffers of the kernels, the state before and after, and their gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from atn_norms.backends.triton.pooling import Site
 
 
 class SiteCall:
-    """A norm site of one call, with room for what the kernels keep of it."""
+    """A norm site of one call, with the buffers of the kernels."""
 
     def __init__(
         self, plan: SitePlan, sizes: tuple[int, int], affine: list[Tensor], states: list[Tensor], kept: Tensor
@@ -34,7 +34,7 @@ class SiteCall:
         self.ahead: dict[str, Tensor] = {}
 
     def start(self) -> None:
-        """Room for what is pooled on the way forward, and in it what the state brings."""
+        """Allocate the buffers of the forward pass, and copy the state into them."""
         running = self.kept.new_zeros(3, self.batch)
         if self.window == pooling.SLIDING.value:
             self.ahead["ends"] = self.kept.new_empty(3, self.past + self.steps, self.batch)
@@ -62,7 +62,7 @@ class SiteCall:
             self.back["extra"] = extra
 
     def site(self) -> Site:
-        """Everything, for a kernel."""
+        """Return all tensors of the site for a kernel."""
         both = self.ahead | self.back
         kept = {name: both.get(name) for name in ("ends", "running", "slopes", "later", "carried", "extra")}
         return Site(
@@ -80,7 +80,7 @@ class SiteCall:
         )
 
     def following(self, lengths: Tensor | None) -> list[Tensor]:
-        """The leaves of the state after each row's last step."""
+        """Return the leaves of the state after each row's last step."""
         shapes = self.plan.shapes(self.batch)
         if not self.plan.steps:
             leaves = [line.clone() for line in self.ahead["running"]]  # results must not share memory
@@ -91,41 +91,41 @@ class SiteCall:
         return [leaf.reshape(shape).contiguous() for leaf, shape in zip(leaves, shapes, strict=True)]
 
     def _timeline(self, line: Tensor, fill: float | None = None) -> Tensor:
-        """k - 1 entries before the first step, whether a state brought them or not, and one for each step."""
+        """Return the timeline: k - 1 entries before the first step, from the state or empty, and one for each step."""
         own = line if fill is None else torch.cat([line, line.new_full((self.steps, self.batch), fill)])
         return torch.cat([own.new_zeros(self.plan.prefix - self.past, self.batch), own])
 
     def _last(self, lengths: Tensor | None) -> Tensor:
-        """Places on the timeline of the statements that a row's state keeps `[k - 1, B]`."""
+        """Return the indices `[k - 1, B]` on the timeline of the statistics in each row's state."""
         lengths = self.kept.new_full((self.batch,), self.steps, dtype=torch.int64) if lengths is None else lengths
         return lengths + torch.arange(self.plan.prefix, device=lengths.device).unsqueeze(1)
 
     def state_grads(self, dnext: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of the steps' statistics `[2, T, B]` and of the old state's leaves, from those of the new state."""
+        """Return the gradients of the steps' statistics `[2, T, B]` and the old state's leaves from the new state's."""
         passed = [torch.zeros_like(state) for state in self.states]
         places = [1, 2] if self.plan.centred else [2]
-        asks = [None if leaf is None else leaf.reshape(self.batch, -1).t() for leaf in dnext[1:]]
-        if all(ask is None for ask in asks):
+        grads = [None if leaf is None else leaf.reshape(self.batch, -1).t() for leaf in dnext[1:]]
+        if all(grad is None for grad in grads):
             return None, passed
         extra = self.kept.new_zeros(2, self.steps, self.batch)
-        for number, (place, ask) in enumerate(zip(places, asks, strict=True)):
-            if ask is None:
+        for number, (place, grad) in enumerate(zip(places, grads, strict=True)):
+            if grad is None:
                 continue
             if self.plan.steps:
-                line = ask.new_zeros(self.plan.prefix + self.steps, self.batch)
-                line.scatter_(0, self._last(lengths), ask)
+                line = grad.new_zeros(self.plan.prefix + self.steps, self.batch)
+                line.scatter_(0, self._last(lengths), grad)
                 extra[place - 1] = line[self.plan.prefix :]
                 before = line[: self.plan.prefix].t()
             else:
-                extra[place - 1] = ask
-                before = ask.t() if lengths is None else torch.where((lengths == 0).unsqueeze(1), ask.t(), 0.0)
+                extra[place - 1] = grad
+                before = grad.t() if lengths is None else torch.where((lengths == 0).unsqueeze(1), grad.t(), 0.0)
                 before = torch.zeros_like(before) if lengths is None else before
             if self.states:
                 passed[1 + number] = before.reshape(self.states[1 + number].shape).contiguous()
         return extra, passed
 
     def before(self, passed: list[Tensor]) -> list[Tensor]:
-        """Gradients of the initial state's leaves, through the windows and past them."""
+        """Return the gradients of the initial state's leaves, through the windows and directly."""
         if not self.states or not self.plan.prefix:
             return passed
         alpha, beta, level = self.back["slopes"]
@@ -148,12 +148,12 @@ class SiteCall:
 
 
 def past(plan: SitePlan, carried_on: bool) -> int:
-    """Statements of the state that the kernels read one by one."""
+    """Number of statistics in the state that the kernels read one by one."""
     return plan.prefix if carried_on and plan.steps else 0
 
 
 def merged(weight: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The statement of all along axis 0; what weighs nothing is hidden."""
+    """Merge all statistics along axis 0; statistics of weight 0 are masked."""
     there = weight > 0
     mean, var = (torch.where(there, leaf, 0.0) for leaf in (mean, var))
     total = weight.sum(0)

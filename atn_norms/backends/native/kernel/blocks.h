@@ -1,4 +1,4 @@
-/* What the instruction sets share. */
+/* Constants, structures and functions that all instruction sets share. */
 
 #ifndef ATN_NORMS_BLOCKS_H
 #define ATN_NORMS_BLOCKS_H
@@ -9,74 +9,78 @@
 #include "recurrent.h"
 
 #define BLOCK_ROWS 16
-#define BLOCK_UNITS 32 /* hidden units, where norms couple the rows */
-#define LANE_STEP 8 /* lanes of a block are filled up to a multiple of this */
-#define MOST_TOGETHER 4               /* blocks */
-#define NEAR_BYTES ((size_t)1 << 20)  /* of recurrent weights */
-#define UNPACKED 8                    /* rows and steps in all for which no weights are packed */
-#define THIN 4                        /* input features whose weight gradients are summed without a product */
+#define BLOCK_UNITS 32 /* hidden units of a block, for batch statistics */
+#define LANE_STEP 8 /* the number of lanes of a block is a multiple of this */
+#define MOST_TOGETHER 4               /* blocks of rows that pass through time together */
+#define NEAR_BYTES ((size_t)1 << 20)  /* bytes of recurrent weights that fit into a near cache */
+#define UNPACKED 8                    /* up to this number of rows times steps, weights are not packed */
+#define THIN 4                        /* input features up to which weight gradients are summed without a matrix product */
 
-/* A site while it is worked on: the fields of a Site, and the places of one block in its timeline and in work space.
-   A block's part of the timeline is one piece. A lane that no row fills holds a mean and a variance of 0.
-   Where norms couple the batch, blocks are of hidden units, and lane = gate * width of the block + unit. */
+/* A site during a call: the fields of a Site, and the addresses of one block in its timeline and in the work space. The part of
+   a block in the timeline is contiguous. A lane without a row holds a mean and a variance of 0. With batch statistics, blocks
+   consist of hidden units, and lane = gate * width of the block + unit. */
 typedef struct {
     int32_t norm, window;
     int64_t features, groups, prefix, lanes, blocks;
-    int64_t hidden; /* how many statements of the prefix, from the oldest on, have weight 0 in every row */
+    int64_t hidden; /* number of the oldest statistics of the prefix that have weight 0 in every row */
     double decay, eps;
     const void *gain, *shift;
-    const double *counts;    /* [T] what each step weighs; NULL: 1 */
-    const double *taps;      /* [prefix + 1] of a weighted window */
+    const double *counts;    /* [T] weight of each step; NULL: 1 */
+    const double *taps;      /* [prefix + 1] weights by age of a weighted window */
     double *weight;          /* [prefix, L] weights of the prefix */
-    double *mean, *var;      /* [prefix + T, L] own statements, the prefix first; a mean square is `var` */
-    double *mu, *v, *share;  /* [T + 1, L] pooled statements, and 1 / total weight of the window; of a window over the past the weight
-                                itself, and what is pooled before step t, until step T */
+    double *mean, *var;      /* [prefix + T, L] statistics of single steps, the prefix first; a mean square is in `var` */
+    /* [T + 1, L] pooled statistics, and 1 / total weight of the window. Of a window over the past: its total weight, and until
+       step T the statistic pooled before step t. */
+    double *mu, *v, *share;
     double *scale;           /* [T + 1, L] 1 / sqrt(v + eps) */
-    double *late, *run;      /* forward: [3, prefix, L] and [2, L] and one more, parts of windows: weight, mean, variance */
-    double *dmean, *dvar;    /* [prefix + T, L] gradient of own statements */
-    double *dmu, *dv;        /* [T + 1, L] gradient of pooled statements */
-    double *carry;           /* [2, L] what comes back in time */
-    double *dgain, *dshift;  /* sums: [F], or [L] where norms couple the batch */
-    double *room;            /* where all that is not in the timeline lies */
-    const Ready *ready;      /* of NORM_TRACED: its four programs; the rest as in Site, but for the parameters, which are all double here */
+    /* forward: parts of windows before a boundary [3, prefix, L]: weight, mean, variance; and after it [2, L]: mean and
+       variance, followed by their weight */
+    double *late, *run;
+    double *dmean, *dvar;    /* [prefix + T, L] gradient of the statistics of single steps */
+    double *dmu, *dv;        /* [T + 1, L] gradient of the pooled statistics */
+    double *carry;           /* [2, L] gradient passed from later to earlier steps */
+    double *dgain, *dshift;  /* sums: [F], or [L] with batch statistics */
+    double *room;            /* work space: all arrays outside the timeline */
+    const Ready *ready;      /* of NORM_TRACED: its four programs; other fields as in Site, but parameters are double */
     int64_t parts, parameters;
     int centred, detached;
     double *parameter;       /* [parts, parameters] */
 } SiteBuffers;
 
-/* A call with its sites laid out. */
+/* A call with its sites and their buffers. */
 typedef struct {
     int32_t cell, threads;
     int64_t steps, batch, inputs, hidden;
-    int coupled;       /* whether norms couple the batch */
-    int64_t live;      /* then: steps in which any row is alive */
-    double *counts;    /* and [T] live rows of each step */
-    int64_t program_doubles; /* that a thread needs to run any program; 0: there is none */
+    int coupled;       /* true with batch statistics */
+    int64_t live;      /* with batch statistics: number of steps with an unmasked row */
+    double *counts;    /* with batch statistics: [T] unmasked rows of each step */
+    int64_t program_doubles; /* doubles that a thread needs to run any program; 0: there is no program */
     const Call *call;
-    SiteBuffers site[SITES]; /* of the first block */
+    SiteBuffers site[SITES]; /* sites of the first block */
 } Work;
 
-/* Lay out every site and bring in its given state; for the way back, also take and prepare room for gradients. 0 if well. */
+/* Allocate the buffers of every site and load its initial state. For the backward pass, also allocate and clear gradients.
+   Return 0 on success. */
 int atn_norms_begin(Work *work, const Call *call, int backward, int is_double);
-/* Hand out what follows: the next states, or all gradients of the sites; then give the room back. */
+/* Store the results, which are the next states or all gradients of the sites, and free the buffers. */
 void atn_norms_end(Work *work, int backward, int is_double);
 
-/* A site of another block. */
+/* Return the buffers of a site for another block. */
 SiteBuffers atn_norms_site_buffers(const SiteBuffers *first, int64_t steps, int64_t block);
 
-void *atn_norms_memory(size_t bytes); /* aligned to a cache line; NULL where there is none */
+void *atn_norms_memory(size_t bytes); /* aligned to a cache line; NULL if out of memory */
 int64_t atn_norms_block_start(int64_t batch, int64_t block); /* first row of a block */
-int64_t atn_norms_blocks(int64_t batch);                        /* into how many blocks of rows a batch is cut */
-int64_t atn_norms_unit_blocks(int64_t hidden);                  /* and hidden units */
+int64_t atn_norms_blocks(int64_t batch);                        /* number of blocks of rows in a batch */
+int64_t atn_norms_unit_blocks(int64_t hidden);                  /* number of blocks of hidden units */
 int atn_norms_thread(void);           /* index of the calling thread in its team */
-int atn_norms_team(void);             /* how many the team has */
-void atn_norms_wait(void);            /* until all of the team are there */
+int atn_norms_team(void);             /* number of threads in the team */
+void atn_norms_wait(void);            /* wait for all threads of the team */
 
 int atn_norms_run_base(const Work *work, int backward, int is_double);
 int atn_norms_run_avx2(const Work *work, int backward, int is_double);
 int atn_norms_run_avx512(const Work *work, int backward, int is_double);
 
-/* Run a program on at most a tile of rows. */
+/* Run a program on at most one tile of rows. */
 void atn_norms_interpret_base(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);
 void atn_norms_interpret_avx2(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);
 void atn_norms_interpret_avx512(const Ready *ready, const Input *input, int64_t rows, double *room, Input *output);

@@ -1,7 +1,7 @@
-/* Every feature's statement over the rows of a step, and the norms that use it; included by coupled.inc.h. A block's features are
-   the columns of its pre-activations, a vector of them at a time. */
+/* The statistics of every feature over the rows of a step, and the norms that use them; included by coupled.inc.h. The features
+   of a block are the columns of its pre-activations, processed one vector at a time. */
 
-/* A vector's numbers as double. */
+/* The numbers of a vector as doubles. */
 #if IS_DOUBLE
 typedef struct { FN(wide) part[1]; } FN(Doubles);
 INLINE FN(Doubles) FN(doubles)(FN(vec) value) { return (FN(Doubles)){{(FN(wide))value}}; }
@@ -16,13 +16,13 @@ INLINE FN(Doubles) FN(doubles)(FN(vec) value) {
 #endif
 #define PARTS for (size_t part = 0; part < sizeof(FN(Doubles)) / sizeof(FN(wide)); part++)
 
-/* n features' statements over the rows, in double: deviations from the first row's value, which as one of the batch is never
-   so far from the mean that their squares would drown the variance. */
+/* Compute the statistics of n features over the rows, in double, from deviations from the value of the first row. The first row
+   belongs to the batch, so its value is close enough to the mean for exact squares. */
 INLINE void FN(measure_columns)(const long n, long at, const REAL *x, long wide, FN(Rows) rows, double *mean, double *var) {
     const FN(Doubles) pivot = FN(doubles)(FN(load)(x + rows.row[0] * wide + at, n));
     FN(Doubles) ones[2] = {{{{0}}}}, squares[2] = {{{{0}}}};
     for (long i = 1; i < rows.count; i += 2)
-        for (int second = 0; second < 2; second++) { /* every other row by itself: the sums wait less for one another */
+        for (int second = 0; second < 2; second++) { /* two independent sums for every second row are faster */
             if (i + second >= rows.count) break;
             const FN(Doubles) value = FN(doubles)(FN(load)(x + rows.row[i + second] * wide + at, n));
             PARTS {
@@ -46,7 +46,7 @@ INLINE void FN(measure_columns)(const long n, long at, const REAL *x, long wide,
     }
 }
 
-/* n features' sums over the rows of dy, and of dy times what (x - high) * scale is; in REAL over 16 rows each. */
+/* Sum dy, and dy * (x - high) * scale, over the rows for n features; in REAL over stretches of 16 rows. */
 INLINE void FN(sum_columns)(const long n, long at, const REAL *x, const REAL *dy, long wide, FN(Rows) rows, const FN(Columns) *columns,
                             double *plain, double *normed) {
     const FN(vec) high = FN(load)(columns->high + at, n), scale = FN(load)(columns->scale + at, n);
@@ -69,16 +69,16 @@ INLINE void FN(sum_columns)(const long n, long at, const REAL *x, const REAL *dy
     for (long j = 0; j < n; j++) { plain[at + j] = out[0][j]; normed[at + j] = out[1][j]; }
 }
 
-/* dx = dy * factor, plus (x - own) * slope + level where the step's statistic has a gradient. */
-INLINE void FN(unnorm_columns)(const int asked, const long n, long at, const REAL *x, const REAL *dy, long wide, FN(Rows) rows,
+/* dx = dy * factor, plus (x - own) * slope + level if the statistic of the step has a gradient. */
+INLINE void FN(unnorm_columns)(const int has_grad, const long n, long at, const REAL *x, const REAL *dy, long wide, FN(Rows) rows,
                                const REAL *factors, const REAL *owns, const REAL *slopes, const REAL *levels, REAL *dx) {
     const FN(vec) factor = FN(load)(factors + at, n);
     FN(vec) own = {0}, slope = {0}, level = {0};
-    if (asked) { own = FN(load)(owns + at, n); slope = FN(load)(slopes + at, n); level = FN(load)(levels + at, n); }
+    if (has_grad) { own = FN(load)(owns + at, n); slope = FN(load)(slopes + at, n); level = FN(load)(levels + at, n); }
     for (long i = 0; i < rows.count; i++) {
         const long row = rows.row[i] * wide + at;
         FN(vec) d = FN(load)(dy + row, n) * factor;
-        if (asked) d += (FN(load)(x + row, n) - own) * slope + level;
+        if (has_grad) d += (FN(load)(x + row, n) - own) * slope + level;
         FN(store)(dx + row, d, n);
     }
 }
@@ -86,11 +86,11 @@ INLINE void FN(unnorm_columns)(const int asked, const long n, long at, const REA
 
 INLINE long FN(site_wide)(const FN(Units) *units, int s) { return s == SITE_C ? units->width : units->wide; }
 
-/* Where in a row of the whole site a block's number i lies. */
+/* Return the index in a full row of the site for element i of a block. */
 INLINE long FN(feature)(const Work *work, const FN(Units) *units, long i) { return i / units->width * work->hidden + units->from + i % units->width; }
 
-/* The means and 1 / deviations that a site's features are normed with at step t. */
-static void FN(statement)(const Work *work, const FN(Units) *units, int s, long t, double *mean, double *scale) {
+/* Compute the means and 1 / deviations that normalize the features of a site at step t. */
+static void FN(pooled_factors)(const Work *work, const FN(Units) *units, int s, long t, double *mean, double *scale) {
     const SiteBuffers *site = units->line + s;
     const Site *given = work->call->site + s;
     const long wide = FN(site_wide)(units, s);
@@ -111,7 +111,7 @@ static void FN(set_columns)(const Work *work, FN(Units) *units, int s, long t) {
     const FN(Columns) *columns = units->columns + s;
     double mean[4 * BLOCK_UNITS], scale[4 * BLOCK_UNITS];
     if (units->line[s].norm == NORM_NONE) return;
-    FN(statement)(work, units, s, t, mean, scale);
+    FN(pooled_factors)(work, units, s, t, mean, scale);
     const long wide = FN(site_wide)(units, s);
     for (long i = 0; i < wide; i++) {
         const double factor = scale[i] * (double)columns->gain[i];
@@ -122,17 +122,17 @@ static void FN(set_columns)(const Work *work, FN(Units) *units, int s, long t) {
     }
 }
 
-/* A site's statements at step t, and with them its columns. */
+/* Compute the statistics of a site at step t, and its columns. */
 static void FN(state_columns)(const Work *work, FN(Units) *units, int s, long t, const REAL *x, FN(Rows) rows) {
     const SiteBuffers *site = units->line + s;
     const long wide = FN(site_wide)(units, s), at = (site->prefix + t) * site->lanes;
     if (site->norm == NORM_NONE) return;
-    if (FN(asks_own)(work, site, t)) {
+    if (FN(needs_own)(work, site, t)) {
         double *mean = site->mean + at, *var = site->var + at;
         EVERY_UNIT(wide, FN(measure_columns)(n, at, x, wide, rows, mean, var));
         for (long l = wide; l < site->lanes; l++) mean[l] = var[l] = 0.0;
     }
-    if (FN(asks_pooled)(site)) FN(pool)(site, t);
+    if (FN(needs_pooled)(site)) FN(pool)(site, t);
     FN(set_columns)(work, units, s, t);
     if (site->norm != NORM_BATCH) return;
     double *mean = work->call->site[s].population + t * (2 * site->features + 1), *var = mean + site->features;
@@ -144,7 +144,8 @@ static void FN(state_columns)(const Work *work, FN(Units) *units, int s, long t,
     }
 }
 
-/* Back through a site: sums of gain and shift, the gradient of its statements, and dx, which is 0 in rows that are not alive. */
+/* Backward through a site: add to the sums of gain and shift, compute the gradient of its statistics, and dx, which is 0 in
+   masked rows. */
 static void FN(columns_back)(const Work *work, FN(Units) *units, int s, long t, const REAL *x, const REAL *dy, FN(Rows) rows, REAL *dx) {
     const SiteBuffers *site = units->line + s;
     const FN(Columns) *columns = units->columns + s;
@@ -157,7 +158,7 @@ static void FN(columns_back)(const Work *work, FN(Units) *units, int s, long t, 
         return;
     }
     double mean[4 * BLOCK_UNITS], scale[4 * BLOCK_UNITS], plain[4 * BLOCK_UNITS], normed[4 * BLOCK_UNITS];
-    FN(statement)(work, units, s, t, mean, scale);
+    FN(pooled_factors)(work, units, s, t, mean, scale);
     EVERY_UNIT(wide, FN(sum_columns)(n, at, x, dy, wide, rows, columns, plain, normed));
     for (long i = 0; i < wide; i++) {
         const double with = normed[i] + ((double)(REAL)mean[i] - mean[i]) * scale[i] * plain[i], gain = (double)columns->gain[i];
@@ -168,9 +169,9 @@ static void FN(columns_back)(const Work *work, FN(Units) *units, int s, long t, 
         site->dv[at_pooled + i] -= 0.5 * scale[i] * scale[i] * gain * with;
     }
     const Site *given = work->call->site + s;
-    const int asked = site->norm == NORM_BATCH || given->dnext[1] || given->dnext[2]; /* of the statements */
-    if (asked && FN(asks_pooled)(site)) FN(unpool)(site, work->steps, t);
-    if (!asked || !FN(asks_own)(work, site, t)) {
+    const int has_grad = site->norm == NORM_BATCH || given->dnext[1] || given->dnext[2]; /* the statistics have a gradient */
+    if (has_grad && FN(needs_pooled)(site)) FN(unpool)(site, work->steps, t);
+    if (!has_grad || !FN(needs_own)(work, site, t)) {
         EVERY_UNIT(wide, FN(unnorm_columns)(0, n, at, x, dy, wide, rows, columns->factor, NULL, NULL, NULL, dx));
         return;
     }

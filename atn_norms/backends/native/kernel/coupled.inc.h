@@ -1,36 +1,37 @@
-/* A whole sequence of one layer whose norms take every feature's statement over the rows of the batch; included by
+/* A whole sequence of one layer with batch statistics: every feature has its statistics over the rows of the batch. Included by
    recurrent.inc.h.
 
-   Rows meet here, but units do not, except in the products with W_hh. So a block of hidden units, with all its gates, goes
-   through all of time with every row of the batch, and waits for the others once a step: forward for the whole of h, backward
-   for the whole gradient of the recurrent product. Blocks have a fixed size and every sum a fixed order, so neither values nor
-   sums depend on the number of threads.
+   Rows depend on each other, but units do not, except in the products with W_hh. A block of hidden units, with all its gates,
+   passes through all time steps with every row of the batch. It waits for the other blocks once for each step: forward for the
+   complete h, backward for the complete gradient of the recurrent product. Blocks have a fixed size and every sum has a fixed
+   order, so results do not depend on the number of threads.
 
-   What belongs to a block lies together: of an array [T, B, N] first all of the first block, [T, B, gates * width], and so on;
-   a row of it has the block's units of the first gate, then of the second. */
+   The data of a block are contiguous. An array [T, B, N] stores the first block, [T, B, gates * width], then the second, and so
+   on. A row of a block has its units of the first gate, then of the second. */
 
-/* What norms a site's features in the step at hand: y = (x - high) * factor + level, with factor = gain * scale. */
+/* Factors that normalize the features of a site at the current step: y = (x - high) * factor + level, with factor = gain *
+   scale. */
 typedef struct { REAL *gain, *shift, *high, *scale, *factor, *level; } FN(Columns);
 
 typedef struct {
-    long from, width, wide;        /* first unit, how many, and numbers in a row of its pre-activations */
+    long from, width, wide;        /* first unit, number of units, and numbers in a row of its pre-activations */
     SiteBuffers line[SITES];
     FN(Columns) columns[SITES];
     FN(Packed) ih, hh;             /* rows of W_ih and W_hh for these units */
-    REAL *turned;                  /* backward: what of W_hh comes back from every gate to these units */
-    REAL *projected, *recurrent, *cells; /* [T, B, ...] where they are kept, or room for one step */
-    REAL *dz[2], *din, *drec;      /* backward: before and behind the norms; the latter for all steps of a chunk */
+    REAL *turned;                  /* backward: W_hh from every gate to these units, transposed */
+    REAL *projected, *recurrent, *cells; /* [T, B, ...] if they are kept, otherwise one step */
+    REAL *dz[2], *din, *drec;      /* backward: gradients of the results of the norms, and of their inputs; the latter for all steps of a chunk */
     REAL *c, *gate, *hidden[2], *dh, *dc[2], *back; /* [B, width] */
 } FN(Units);
 
-/* Everything the threads share. */
+/* Data that all threads share. */
 typedef struct {
     const Work *work;
-    long gates, blocks, packed;    /* packed: steps of a chunk */
+    long gates, blocks, packed;    /* packed: number of steps in a chunk */
     FN(Units) *units;
 } FN(Coupled);
 
-/* Rows that are alive in a step. */
+/* The unmasked rows of a step. */
 typedef struct { long count, *row; } FN(Rows);
 
 static void FN(look)(const Work *work, long t, FN(Rows) *rows) {
@@ -40,15 +41,15 @@ static void FN(look)(const Work *work, long t, FN(Rows) *rows) {
         if (FN(alive)(work, t, r)) rows->row[rows->count++] = r;
 }
 
-/* True where a site's statistic of step t has a gradient, and where its pooled statistic has one. */
-INLINE int FN(asks_pooled)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
-INLINE int FN(asks_own)(const Work *work, const SiteBuffers *site, long t) { return FN(asks_pooled)(site) || t + site->prefix >= work->live; }
+/* Return true if the pooled statistic of a step is used, by the norm or by the state; and if that of step t alone is. */
+INLINE int FN(needs_pooled)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
+INLINE int FN(needs_own)(const Work *work, const SiteBuffers *site, long t) { return FN(needs_pooled)(site) || t + site->prefix >= work->live; }
 
 #include "columns.inc.h"
 
 #include "units.inc.h"
 
-/* A thread's blocks, and its list of rows. */
+/* The blocks of a thread, and its list of rows. */
 #define MINE                                                                                                          \
     const long team = atn_norms_team(), me = atn_norms_thread(), low = all.blocks * me / team, high = all.blocks * (me + 1) / team; \
     FN(Rows) rows = {0, lists + me * B}
@@ -77,7 +78,7 @@ static int FN(coupled_forward)(const Work *work) {
             const REAL *c = call->normed_carry ? units->back : live == 0 || !call->cells ? units->c : units->cells + (live - 1) * B * units->width;
             FN(units_copy)(work, units, (REAL *)call->cn + units->from, H, c, units->width);
         }
-        for (long b = low; b < high; b++) { /* steps that did not happen */
+        for (long b = low; b < high; b++) { /* steps without an unmasked row */
             const FN(Units) *units = all.units + b;
             const size_t wide = (size_t)((T - live) * B * units->wide) * sizeof(REAL), narrow = (size_t)((T - live) * B * units->width) * sizeof(REAL);
             if (call->projected) memset(units->projected + live * B * units->wide, 0, wide);
@@ -125,7 +126,7 @@ static int FN(coupled_backward)(const Work *work) {
                 for (long b = low; b < high; b++) FN(units_return)(&all, all.units + b, t, first, rows);
             }
 #pragma omp for schedule(static)
-            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
+            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack the factors of the weights */
                 if (p < rows_wide) {
                     FN(pack_panel)(xs + p * K, (const REAL *)call->xs + first * B * D, K, D, p, D);
                     continue;
@@ -145,7 +146,7 @@ static int FN(coupled_backward)(const Work *work) {
             FN(units_copy)(work, units, (REAL *)call->dh + units->from, H, units->dh, units->width);
             if (work->cell == CELL_LSTM) FN(units_copy)(work, units, (REAL *)call->dc + units->from, H, units->dc[0], units->width);
             for (int s = 0; s < SITES; s++)
-                if (units->line[s].norm != NORM_NONE && FN(asks_pooled)(units->line + s)) FN(unpool_prefix)(units->line + s, T);
+                if (units->line[s].norm != NORM_NONE && FN(needs_pooled)(units->line + s)) FN(unpool_prefix)(units->line + s, T);
         }
     }
     free(all.units);

@@ -8,7 +8,7 @@ INLINE FN(vec) FN(truth)(FN(whole) mask) { return (FN(vec))(mask & (FN(whole))FN
 
 INLINE FN(vec) FN(absolute)(FN(vec) x) { return (FN(vec))((FN(whole))x & (IS_DOUBLE ? INT64_MAX : INT32_MAX)); }
 
-/* Whether the sign of any element is set. */
+/* Return true if the sign bit of any element is set. */
 INLINE int FN(any)(FN(whole) mask) {
 #if VECTOR_BYTES == 64 && IS_DOUBLE
     return _mm512_movepi64_mask((__m512i)mask) != 0;
@@ -36,13 +36,13 @@ INLINE FN(vec) FN(root)(FN(vec) x) {
 #endif
 }
 
-/* A function of libm, number by number: for what vectors do not cover. */
+/* Call a function of libm for each number, where the vector code does not apply. */
 #define EACH_NUMBER(call)                                      \
     do {                                                       \
         for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
     } while (0)
 
-/* exp of what is well within the range of REAL: |r| <= ln(2) / 2, and Taylor's polynomial there. */
+/* Compute exp for arguments well within the range of REAL: range reduction to |r| <= ln(2) / 2, and Taylor's polynomial. */
 INLINE FN(vec) FN(near_exp)(FN(vec) x) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
@@ -64,7 +64,7 @@ INLINE FN(vec) FN(near_exp)(FN(vec) x) {
     p = p * r + (REAL)(1.0 / 24.0);
     p = p * r + (REAL)(1.0 / 6.0);
     p = p * r + (REAL)0.5;
-    p = p * r * r + r; /* added to 1 last, which keeps the digits of a small r */
+    p = p * r * r + r; /* adding 1 last keeps the digits of a small r */
     return (p + (REAL)1) * (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
 }
 
@@ -75,7 +75,8 @@ INLINE FN(vec) FN(exponential)(FN(vec) x) {
     return y;
 }
 
-/* log of positive normal numbers: x = 2^n m with m within a factor sqrt(2) of 1, s = (m - 1) / (m + 1), log m = 2 artanh s. */
+/* Compute log of positive normal numbers: x = 2^n m with m within a factor sqrt(2) of 1, s = (m - 1) / (m + 1), log m = 2
+   artanh s. */
 INLINE FN(vec) FN(near_log)(FN(vec) x) {
     const FN(whole) bits = (FN(whole))x;
 #if IS_DOUBLE
@@ -103,7 +104,7 @@ INLINE FN(vec) FN(near_log)(FN(vec) x) {
     p = p * z + (REAL)(2.0 / 7.0);
     p = p * z + (REAL)(2.0 / 5.0);
     p = p * z + (REAL)(2.0 / 3.0);
-    /* 2 s = d - s d, exact enough where d is small; then the rest of the series and n ln 2 in two parts */
+    /* 2 s = d - s d, exact enough for small d; then the remaining terms of the series, and n ln 2 in two parts */
     const REAL high = (REAL)(IS_DOUBLE ? 6.93147180369123816490e-1 : 0.693359375), low = (REAL)(IS_DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4);
     return n * high + (d + (n * low - s * (d - z * p)));
 }
@@ -120,7 +121,7 @@ INLINE FN(vec) FN(logarithm)(FN(vec) x) {
     return y;
 }
 
-/* x to the power e, where l is log x. */
+/* Compute x to the power e; l is log x. */
 INLINE FN(vec) FN(power_of)(FN(vec) x, FN(vec) l, FN(vec) e) {
     const FN(vec) product = l * e;
     if (FN(all_normal)(x) && !FN(any)(~(FN(whole))(FN(absolute)(product) <= (REAL)(IS_DOUBLE ? 700.0 : 86.0)))) return FN(near_exp)(product);
@@ -134,7 +135,7 @@ INLINE FN(vec) FN(power)(FN(vec) x, FN(vec) e) { return FN(power_of)(x, FN(near_
 INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
     const FN(vec) size = FN(absolute)(x);
     FN(vec) y = x;
-    if (FN(any)(~(FN(whole))(size <= (REAL)(IS_DOUBLE ? 300.0 : 40.0)))) { /* NaN included */
+    if (FN(any)(~(FN(whole))(size <= (REAL)(IS_DOUBLE ? 300.0 : 40.0)))) { /* also true for NaN */
         EACH_NUMBER(tanh((double)x[i]));
         return y;
     }
@@ -143,7 +144,7 @@ INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
     y = ((REAL)1 - e) / ((REAL)1 + e);
 #if IS_DOUBLE
     if (!FN(any)(small)) return y;
-    FN(vec) p = z * (-443861162.0 / 1856156927625.0) + 6404582.0 / 10854718875.0; /* Taylor's polynomial, to 1e-17 of x */
+    FN(vec) p = z * (-443861162.0 / 1856156927625.0) + 6404582.0 / 10854718875.0; /* Taylor's polynomial, with an error below 1e-17 x */
     p = p * z - 929569.0 / 638512875.0;
     p = p * z + 21844.0 / 6081075.0;
     p = p * z - 1382.0 / 155925.0;
@@ -160,7 +161,7 @@ INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
 INLINE FN(vec) FN(logistic)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exponential)(-x)); }
 
 INLINE FN(vec) FN(signs)(FN(vec) x) {
-    return FN(truth)((FN(whole))(x > (REAL)0)) - FN(truth)((FN(whole))(x < (REAL)0)); /* of NaN: 0, as torch has it */
+    return FN(truth)((FN(whole))(x > (REAL)0)) - FN(truth)((FN(whole))(x < (REAL)0)); /* 0 for NaN, as in torch */
 }
 
 INLINE FN(vec) FN(rounded)(FN(vec) x) {
@@ -172,7 +173,7 @@ INLINE FN(vec) FN(rounded)(FN(vec) x) {
 #endif
 }
 
-/* The larger; NaN where one is NaN. */
+/* Return the larger number, or NaN if one of them is NaN. */
 INLINE FN(vec) FN(larger)(FN(vec) a, FN(vec) b) { return FN(choose)((FN(whole))(a > b) | (FN(whole))(a != a), a, b); }
 
 INLINE FN(vec) FN(smaller)(FN(vec) a, FN(vec) b) { return FN(choose)((FN(whole))(a < b) | (FN(whole))(a != a), a, b); }

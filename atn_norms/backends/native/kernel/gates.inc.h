@@ -1,17 +1,17 @@
-/* The cells: what becomes of pre-activations, and the way back, for n units at a time. n is VL but where there are fewer units.
+/* The equations of the cells and their derivatives, for n units at a time. n is VL, or the number of units if that is smaller.
 
-   Every function only reads what it is given and only writes what it returns, so units may be done twice: the last vector of a
-   row is the one that ends with the row. */
+   No function overwrites its inputs, so the same units may be computed twice: the last vector of a row ends at the end of the
+   row and may overlap the one before. */
 
-/* One row of a site, ready to use: y = ((x - high) * scale + rest) * gain + shift, where each gate has one statement. `high` is
-   the pooled mean in REAL, and what that leaves out is in `rest`, so that subtracting it loses nothing. */
+/* The factors that normalize one row of a site: y = ((x - high) * scale + rest) * gain + shift, with one statistic for each
+   gate. `high` is the pooled mean rounded to REAL, and `rest` restores the rounding error, so the subtraction is exact. */
 typedef struct { REAL high, scale, rest; } FN(Affine);
 
 typedef struct {
     const REAL *x, *gain, *shift;
     FN(Affine) by[4];
-    const REAL *high; /* where every feature has a statistic: y = (x - high) * gain + shift */
-    int each;         /* whether it is so; a constant where units are computed */
+    const REAL *high; /* with one statistic for each feature: y = (x - high) * gain + shift */
+    int each;         /* true with one statistic for each feature; a constant in the loops over units */
 } FN(Side);
 
 /* Run `call` with `at` and a constant `n` over all H units. */
@@ -23,7 +23,7 @@ typedef struct {
         }                                                                                   \
     } while (0)
 
-/* Numbers i to i + n - 1 of a normed row, whose unit lies in the given gate. */
+/* Load the normalized numbers i to i + n - 1 of a row, whose units belong to the given gate. */
 INLINE FN(vec) FN(normed)(const FN(Side) *side, int gate, long i, long n) {
     if (side->each) return (FN(load)(side->x + i, n) - FN(load)(side->high + i, n)) * FN(load)(side->gain + i, n) + FN(load)(side->shift + i, n);
     const FN(Affine) by = side->by[gate];
@@ -34,7 +34,7 @@ INLINE FN(vec) FN(normed)(const FN(Side) *side, int gate, long i, long n) {
 #define GATE(gate) (FN(normed)(&x, gate, gate * H + at, n) + FN(normed)(&u, gate, gate * H + at, n))
 #define AT(row) FN(load)(row + at, n)
 
-/* The new c, and one over the output gate. */
+/* Compute the new c, and the reciprocal of the output gate. */
 INLINE void FN(lstm)(const long n, long at, long H, const FN(Side) x, const FN(Side) u, const REAL *restrict old, REAL *restrict c,
                      REAL *restrict gate) {
     const FN(vec) i = (REAL)1 + FN(exp)(-GATE(0)), f = (REAL)1 + FN(exp)(-GATE(1)), g = FN(small_exp)(GATE(2));
@@ -42,13 +42,13 @@ INLINE void FN(lstm)(const long n, long at, long H, const FN(Side) x, const FN(S
     FN(store)(gate + at, (REAL)1 + FN(exp)(-GATE(3)), n);
 }
 
-/* h = tanh(y) over what is given for the output gate; y is the normed c. */
+/* h = tanh(y) / `gate`, where `gate` is the reciprocal of the output gate and y the normalized c. */
 INLINE void FN(lstm_output)(const long n, long at, const FN(Side) y, const REAL *restrict gate, REAL *restrict h) {
     const FN(vec) e = FN(small_exp)(FN(normed)(&y, 0, at, n));
     FN(store)(h + at, ((REAL)1 - e) / (AT(gate) * ((REAL)1 + e)), n);
 }
 
-/* From the gradient of h: of the output gate's pre-activation, and of y. */
+/* From the gradient of h, compute the gradients of the output gate's pre-activation and of y. */
 INLINE void FN(lstm_output_back)(const long n, long at, long H, const FN(Side) x, const FN(Side) u, const FN(Side) y, const REAL *restrict dout,
                                  const REAL *restrict dh, REAL *restrict dgate, REAL *restrict dy) {
     const FN(vec) o = FN(sigmoid)(GATE(3)), s = FN(tanh)(FN(normed)(&y, 0, at, n)), g = (AT(dout) + AT(dh)) * o;
@@ -56,7 +56,7 @@ INLINE void FN(lstm_output_back)(const long n, long at, long H, const FN(Side) x
     FN(store)(dy + at, g * ((REAL)1 - s * s), n);
 }
 
-/* From the gradient of the new c, in two parts: of the other gates, and of the old c. */
+/* From the gradient of the new c, compute the gradients of the other gates and of the old c. */
 INLINE void FN(lstm_back)(const long n, long at, long H, const FN(Side) x, const FN(Side) u, const REAL *restrict old, const REAL *restrict dc,
                           const REAL *restrict more, REAL *restrict dgates, REAL *restrict dold) {
     const FN(vec) i = FN(sigmoid)(GATE(0)), f = FN(sigmoid)(GATE(1)), g = FN(tanh)(GATE(2)), d = AT(dc) + AT(more);
@@ -73,7 +73,8 @@ INLINE void FN(gru)(const long n, long at, long H, const FN(Side) x, const FN(Si
     FN(store)(h + at, ((REAL)1 - keep) * new + keep * AT(old), n);
 }
 
-/* From the gradient of h: of the two products, which part in the candidate only, and of the old h past them. */
+/* From the gradient of h, compute the gradients of both products, which differ in the candidate only, and the direct gradient
+   of the old h. */
 INLINE void FN(gru_back)(const long n, long at, long H, const FN(Side) x, const FN(Side) u, const REAL *restrict old, const REAL *restrict dout,
                          const REAL *restrict dh, REAL *restrict dx, REAL *restrict du, REAL *restrict dold) {
     const FN(vec) reset = FN(sigmoid)(GATE(0)), keep = FN(sigmoid)(GATE(1)), candidate = FN(normed)(&u, 2, 2 * H + at, n);

@@ -1,13 +1,14 @@
-/* The interpreter of programs, for one instruction set: it runs steps (program.c) by the loops of operations.inc.h.
+/* The interpreter of programs, for one instruction set: it runs the steps of program.c with the loops of operations.inc.h.
 
-   A program runs on a tile of rows at a time, few enough for its registers to stay in the nearest cache. A register of a row follows
-   that of the row before it, so that an operation is one loop over all rows of the tile.
+   A program runs on one tile of rows at a time, small enough to keep its registers in the nearest cache. The rows of a register
+   are contiguous, so an operation is one loop over all rows of the tile.
 
-   A program that was found exact enough may run narrow: numbers of rows are float then, and those of statistics stay double. */
+   A program whose rounding errors are small enough may run narrow: numbers of rows are then float, and numbers of statistics
+   stay double. */
 
 #define NUM(name) GLUE(name, _program_, LEVEL)
 
-/* Where the elements of one operand of one instruction are: numbers of rows, which are float in a narrow program, or doubles. */
+/* Position of the elements of one operand: numbers of rows, which are float in a narrow program, or doubles. */
 typedef struct { const char *at; long apart, repeat, length; int is_float; } NUM(View);
 
 INLINE long NUM(size)(int is_float) { return is_float ? (long)sizeof(float) : (long)sizeof(double); }
@@ -26,13 +27,13 @@ INLINE double NUM(number)(NUM(View) view, long row, long i) {
     return view.is_float ? (double)((const float *)view.at)[at] : ((const double *)view.at)[at];
 }
 
-/* Elements that can be taken at a time from element i on. */
+/* Return the number of contiguous elements from element i on. */
 INLINE long NUM(stretch)(NUM(View) view, long i) {
     if (view.length == 1) return LONG_MAX;
     return view.repeat > 1 ? view.repeat - i % view.repeat : view.length - i % view.length;
 }
 
-/* Sums of all or of equal parts of the elements of a row. */
+/* Sum all elements of a row, or equal parts of them. */
 static void NUM(sums)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
     const int dot = step->op == OP_DOT;
     const long inner = step->repeat;
@@ -62,7 +63,7 @@ INLINE void NUM(loop_of)(const Step *step, const Run *run) {
     else F64(loop)(step->op, run);
 }
 
-/* Let operand k of a loop be a vector, or one number for each block, `apart` numbers from one to the next. */
+/* Set operand k of a loop to a vector, or to one number for each block, at a distance of `apart` numbers. */
 INLINE void NUM(operand)(Run *run, int k, NUM(View) view, int vector, long at, long apart) {
     const char *from = view.at + at * NUM(size)(view.is_float);
     run->vector[k] = vector ? from : NULL;
@@ -74,7 +75,7 @@ INLINE void NUM(operand)(Run *run, int k, NUM(View) view, int vector, long at, l
     run->apart[k] = 0;
 }
 
-/* An operation on whole rows: one loop over all of them where they follow one another. */
+/* Run an operation on whole rows, in one loop over all of them if they are contiguous. */
 static void NUM(whole_rows)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
     Run run;
     run.out = (char *)to.at;
@@ -94,7 +95,7 @@ static void NUM(whole_rows)(const Step *step, NUM(View) to, const NUM(View) *vie
     NUM(loop_of)(step, &run);
 }
 
-/* ... on equal parts of each row, for each of which an operand may have one number. */
+/* Run an operation on equal parts of each row; an operand may have one number for each part. */
 static void NUM(row_parts)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
     const long n = step->count / step->parts;
     for (long r = 0; r < rows; r++) {
@@ -107,7 +108,7 @@ static void NUM(row_parts)(const Step *step, NUM(View) to, const NUM(View) *view
     }
 }
 
-/* ... on whatever operands have in one piece. */
+/* Run an operation on the contiguous pieces of its operands. */
 static void NUM(pieces)(const Step *step, NUM(View) to, const NUM(View) *view, long rows) {
     for (long r = 0; r < rows; r++)
         for (long i = 0, n; i < step->count; i += n) {
@@ -122,8 +123,8 @@ static void NUM(pieces)(const Step *step, NUM(View) to, const NUM(View) *view, l
         }
 }
 
-/* Run a program on at most `tile_rows` rows. `room` holds tile_rows * row_doubles numbers; `output` becomes where the outputs are,
-   row after row. A first output with an address is put there, as far as `direct` allows that. */
+/* Run a program on at most `tile_rows` rows. `room` holds tile_rows * row_doubles numbers. `output` returns the addresses of
+   the outputs, row by row. If the first output has an address and `direct` allows it, it is computed there. */
 static void NUM(interpret)(const Ready *ready, const Input *input, long rows, double *room, Input *output) {
     const Program *program = ready->program;
     const Slot *slot = program_slots(program);

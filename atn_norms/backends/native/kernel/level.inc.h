@@ -1,4 +1,4 @@
-/* Both REALs for one instruction set: define LEVEL, VECTOR_BYTES and TILE_ROWS, then include. */
+/* The kernels for one instruction set, in both types: define LEVEL, VECTOR_BYTES and TILE_ROWS before the inclusion. */
 
 #include <limits.h>
 #include <math.h>
@@ -10,7 +10,7 @@
 #define GLUE3(a, b, c) a##b##c
 #define GLUE(a, b, c) GLUE3(a, b, c)
 
-/* Numbers of a vector, and columns of a packed panel: two vectors. */
+/* Numbers in a vector, and columns of a packed panel, which has two vectors. */
 #define VL ((long)(VECTOR_BYTES / sizeof(REAL)))
 #define PANEL (2 * VL)
 #define INLINE static inline __attribute__((always_inline))

@@ -1,18 +1,18 @@
-/* One loop per operation over vectors of REAL, and sums. Included by level.inc.h for each REAL. */
+/* One loop for each operation over vectors of REAL, and sums. Included by level.inc.h for each REAL. */
 
-/* One operand of one block: where its elements are, and how far apart its vectors are, 0 for a number. */
+/* One operand of one block: its address, and the distance between its vectors, which is 0 for a single number. */
 typedef struct {
     const REAL *at;
     long step;
     REAL same[VECTOR_BYTES / sizeof(REAL)];
 } FN(Source);
 
-/* Returns what REAL leaves out of a number. */
+/* Prepare an operand, and return the rounding error of a single number in REAL. */
 INLINE REAL FN(source)(FN(Source) *source, const Run *run, int k, long block) {
     if (run->vector[k]) {
         source->at = (const REAL *)run->vector[k] + block * run->apart[k];
         source->step = VL;
-        return (REAL)-0.0; /* which changes nothing where it is added */
+        return (REAL)-0.0; /* adding -0 changes nothing */
     }
     const double x = run->number[k][block * run->apart[k]];
     const REAL high = (REAL)x;
@@ -22,7 +22,7 @@ INLINE REAL FN(source)(FN(Source) *source, const Run *run, int k, long block) {
     return x - (double)high == 0.0 || x - (double)high != x - (double)high ? (REAL)-0.0 : (REAL)(x - (double)high);
 }
 
-/* For `arity` operands a, b and c; `la`, `lb` and `lc` are what REAL leaves out of those that are numbers. */
+/* For `arity` operands a, b and c; `la`, `lb` and `lc` are the rounding errors of those that are single numbers. */
 #define LOOP(op, arity, expression)                                                                                    \
     case op:                                                                                                           \
         for (long block = 0; block < run->blocks; block++) {                                                            \
@@ -43,7 +43,7 @@ INLINE REAL FN(source)(FN(Source) *source, const Run *run, int k, long block) {
         }                                                                                                              \
         break;
 #define TRUTH(comparison) FN(truth)((FN(whole))(comparison))
-/* The same number in REAL and what that leaves out of it: in double, nothing is. */
+/* The number in REAL and its rounding error, which is 0 in double. */
 #if IS_DOUBLE
 #define LESS(low)
 #define MORE(low)
@@ -96,7 +96,7 @@ static void FN(loop)(int32_t op, const Run *run) {
     }
 }
 
-/* A vector as doubles, added to sums. */
+/* Add a vector to sums, as doubles. */
 INLINE void FN(onto_doubles)(FN(vec) x, F64(vec) *sums) {
 #if IS_DOUBLE
     sums[0] += x;
@@ -110,7 +110,7 @@ INLINE void FN(onto_doubles)(FN(vec) x, F64(vec) *sums) {
 }
 
 #if IS_DOUBLE
-/* The sum of a vector's numbers. */
+/* Sum the numbers of a vector. */
 INLINE double FN(reduce)(FN(vec) x) {
 #if VECTOR_BYTES == 64
     x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
@@ -122,8 +122,8 @@ INLINE double FN(reduce)(FN(vec) x) {
 }
 #endif
 
-/* The sum of n numbers, in double; or of the products of two times n, in double but for stretches of 4 vectors. Always in the same
-   order. */
+/* Sum n numbers in double, or the products of n pairs, which are summed in REAL over stretches of 4 vectors. The order is
+   always the same. */
 INLINE double FN(sum)(const int dot, const REAL *a, const REAL *b, long n) {
     F64(vec) sums[2] = {{0}};
     long i = 0;
@@ -144,7 +144,7 @@ INLINE double FN(sum)(const int dot, const REAL *a, const REAL *b, long n) {
     return F64(reduce)(sums[0] + sums[1]);
 }
 
-/* Add `rows` rows of n numbers, `apart` from one to the next, to n doubles: in REAL over the rows, of which there are few. */
+/* Add `rows` rows of n numbers, at a distance of `apart`, to n doubles; the sums over the few rows are in REAL. */
 static void FN(add_rows)(const REAL *from, long apart, long rows, long n, double *to) {
     for (long i = 0; i < n; i += VL) {
         const long left = n - i < VL ? n - i : VL;

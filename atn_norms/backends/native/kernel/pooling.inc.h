@@ -1,13 +1,14 @@
-/* Statements of steps, and windows over them. Statements are double and run over the lanes of one block of rows
-   (lane = row * groups + group), which lie side by side and fill whole vectors.
+/* Statistics of steps, and windows over them. Statistics are double. They are stored by lanes (lane = row * groups + group) of
+   one block of rows, which are contiguous and fill whole vectors.
 
-   A window is never updated by subtracting. A sliding one is cut at every k-th step: what lies before the cut has been merged
-   from the cut backwards when it was reached, what lies after it is merged as it comes, and a window is the merge of one of
-   each. So a step costs three merges whatever k is, and each is exact about what it holds. */
+   No window is updated by subtraction. A sliding window of k steps is split at a boundary, and boundaries are k steps apart.
+   The part before the boundary was merged backwards from it when the boundary was reached. The part after it is merged step by
+   step. A window is the merge of both parts. So a step costs three merges for any k, and every merge covers exactly the steps
+   of the window. */
 
 #define LANES _Pragma("omp simd") for (long l = 0; l < lanes; l++)
 
-/* The statement of the union of a (weight wa) and b (weight wb > 0), left in a; one of weight 0 is hidden, NaN included. */
+/* Merge the statistics a (weight wa) and b (weight wb > 0) into a; a statistic of weight 0 is masked, even if it is NaN. */
 #define MERGE(wa, mean_a, var_a, wb, mean_b, var_b)                                                      \
     do {                                                                                                 \
         const double all_ = (wa) + (wb), pb_ = (wb) / all_, pa_ = (wa) / all_;                             \
@@ -17,8 +18,8 @@
         (var_a) = pa_ * (old_var_ + pb_ * apart_ * apart_) + pb_ * (var_b);                                \
     } while (0)
 
-/* Before the first step of a stretch of k: entry i of `late` becomes the merge of the statements i to prefix - 1 of the k - 1
-   before it. */
+/* Before the first step of a stretch of k steps: set entry i of `late` to the merge of the statistics i to prefix - 1 of the k
+   - 1 steps before the stretch. */
 static void FN(merge_late)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, size = prefix * lanes;
     for (long i = prefix - 1; i >= (t ? 0 : site->hidden); i--) {
@@ -26,7 +27,7 @@ static void FN(merge_late)(const SiteBuffers *site, long t) {
         const double *restrict mean = site->mean + at * lanes, *restrict var = site->var + at * lanes;
         double *restrict w = site->late + i * lanes, *restrict m = w + size, *restrict v = m + size;
         const double *restrict past_w = w + lanes, *restrict past_m = m + lanes, *restrict past_v = v + lanes;
-        if (at < prefix) { /* the state's own statements, which may be hidden by a weight of 0 */
+        if (at < prefix) { /* statistics of the state, which a weight of 0 may mask */
             const double *restrict given = site->weight + at * lanes;
             const int last = i == prefix - 1;
             LANES {
@@ -50,12 +51,12 @@ static void FN(merge_late)(const SiteBuffers *site, long t) {
     }
 }
 
-/* The weight of the statement before, at or after the first step in a window, in every lane: of a statement of the state its own. */
+/* The weight of the statistic `place` in every lane: from the state before the first step, otherwise that of the step. */
 #define WEIGHT_AT(site, place, lanes) \
     ((place) < (site)->prefix ? (site)->weight[(place) * (lanes) + l] : (site)->counts ? (site)->counts[(place) - (site)->prefix] : 1.0)
 
-/* The pooled statement of step t in a window with weights by age: two sums over the steps that have a weight, around the mean. Where
-   every weight is 0 it is 0, as in the reference. */
+/* Pool step t in a window with weights by age: two sums over the steps with a weight, around the mean. If every weight is 0,
+   the result is 0, as in the reference. */
 static void FN(pool_weighted)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
@@ -78,8 +79,8 @@ static void FN(pool_weighted)(const SiteBuffers *site, long t) {
     LANES { scale[l] = 1.0 / sqrt(v[l] + site->eps); }
 }
 
-/* The statement of the steps before step t, which is that of step t itself where there are none; and that of the steps up to it,
-   which is kept as the next one. */
+/* Pool the steps before step t, or step t alone if there are none; and keep the statistic of the steps up to step t for the
+   next step. */
 static void FN(pool_past)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, at = t * lanes;
     const double eps = site->eps, decay = site->decay;
@@ -99,8 +100,8 @@ static void FN(pool_past)(const SiteBuffers *site, long t) {
     }
 }
 
-/* Gradients back through step t of such a window. The gradient of the statement of all steps up to t comes in `carry`, and that of
-   the steps before it is left there. */
+/* Backward through step t of such a window. On entry `carry` holds the gradient of the statistic of all steps up to t, on
+   return that of the steps before t. */
 static void FN(unpool_past)(const SiteBuffers *site, long steps, long t) {
     const long lanes = site->lanes, at = t * lanes;
     const double *restrict own = site->mean + lanes + at, *restrict mu = site->mu + at, *restrict after = mu + lanes, *restrict total = site->share + at;
@@ -118,7 +119,7 @@ static void FN(unpool_past)(const SiteBuffers *site, long steps, long t) {
     }
 }
 
-/* The gradient of the statement pooled at step t, added to those of all statements in its window. */
+/* Add the gradient of the statistic pooled at step t to the gradients of all statistics in its window. */
 static void FN(unpool_weighted)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double *restrict mu = site->mu + at, *restrict share = site->share + at, *restrict dmu = site->dmu + at, *restrict dv = site->dv + at;
@@ -140,7 +141,7 @@ static void FN(unpool_weighted)(const SiteBuffers *site, long t) {
 
 #undef WEIGHT_AT
 
-/* The pooled statement of step t, and what a deviation of it divides by. */
+/* Pool step t, and compute 1 / sqrt(v + eps). */
 static void FN(pool)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double eps = site->eps, count = site->counts ? site->counts[t] : 1.0;
@@ -196,7 +197,7 @@ static void FN(pool)(const SiteBuffers *site, long t) {
     }
 }
 
-/* What the gradients of the windows of one stretch are taken around: a mean of the stretch itself, if that is a number. */
+/* The reference point for the gradients of the windows of one stretch: a mean of the stretch, or 0 if that mean is not finite. */
 INLINE double FN(around)(double mu) { return mu - mu == 0.0 ? mu : 0.0; }
 
 INLINE long FN(last_of_stretch)(const SiteBuffers *site, long steps, long t) {
@@ -204,10 +205,11 @@ INLINE long FN(last_of_stretch)(const SiteBuffers *site, long steps, long t) {
     return last < steps ? last : steps - 1;
 }
 
-/* Gradient of step t's own statement, from those of every pooled statement it is in: dmean and dvar, added to what the
-   gradient of the final state. site->dmu and site->dv hold the gradients of the pooled statements of t and before; of those after t
-   in a sliding window's stretch at hand, their gradients of a mean and a variance: G and Q, with dL/dmean_s the sum over its
-   windows of G + 2 Q (mean_s - around) and dL/dvar_s the sum of Q; of stretches gone by, the sums of these from their start on. */
+/* Compute the gradient of the statistic of step t from the gradients of every pooled statistic that contains it: dmean and
+   dvar, added to the gradient of the final state. site->dmu and site->dv hold the gradients of the statistics pooled at step t
+   and before. For later steps of the current stretch of a sliding window they hold G and Q. Then dL/dmean_s is the sum over the
+   windows of s of G + 2 Q (mean_s - around), and dL/dvar_s the sum of Q. For later stretches they hold the sums of G and Q from
+   the start of the stretch on. */
 static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
     const double count = site->counts ? site->counts[t] : 1.0;
@@ -274,10 +276,10 @@ static void FN(unpool)(const SiteBuffers *site, long steps, long t) {
         }
 }
 
-/* The gradient of the statements the given state brought, after step 0 has been worked back. */
+/* Compute the gradient of the statistics in the initial state, after the backward pass of step 0. */
 static void FN(unpool_prefix)(const SiteBuffers *site, long steps) {
     const long lanes = site->lanes, prefix = site->prefix;
-    if (site->detached || site->window == WINDOW_WEIGHTED) return; /* no gradient reaches the given state, or it is there already */
+    if (site->detached || site->window == WINDOW_WEIGHTED) return; /* no gradient reaches the initial state, or it is computed already */
     if (site->window == WINDOW_DECAYING || site->window == WINDOW_PAST) {
         LANES { site->dmean[l] += site->carry[l]; site->dvar[l] += site->carry[lanes + l]; }
         return;
@@ -295,7 +297,7 @@ static void FN(unpool_prefix)(const SiteBuffers *site, long steps) {
     }
 }
 
-/* Sums of x - pivot and of its square, in double throughout. */
+/* Sum x - pivot and its square, in double. */
 static void FN(sums_in_double)(long width, const REAL *restrict x, double pivot, double *first, double *second) {
     double ones[16] = {0}, squares[16] = {0};
     long i = 0;
@@ -316,7 +318,7 @@ static void FN(sums_in_double)(long width, const REAL *restrict x, double pivot,
 }
 
 #if !IS_DOUBLE
-/* The same in REAL, but for sums over stretches of 16 vectors. */
+/* Sum x - pivot and its square, in REAL over stretches of 16 vectors, and in double over the stretches. */
 INLINE void FN(sums_in_real)(long width, const REAL *x, REAL pivot, double *first, double *second) {
     *first = *second = 0.0;
     for (long from = 0; from < width; from += 16 * VL) {
@@ -332,9 +334,9 @@ INLINE void FN(sums_in_real)(long width, const REAL *x, REAL pivot, double *firs
 }
 #endif
 
-/* Own statement of every group of one row of pre-activations: mean and biased variance, or mean square. Deviations are taken
-   from a value near the mean. In float they lose nothing that counts while that value is within one deviation of the mean and
-   their squares are within float's range; other rows are summed in double, around one of their values. */
+/* Compute the statistics of every group in one row of pre-activations: mean and biased variance, or mean square. Deviations are
+   taken from a value near the mean. In float this is exact enough if the value is within one deviation of the mean and the
+   squares are within the range of float. Other rows are summed in double, around one of their values. */
 static void FN(measure)(const SiteBuffers *site, const REAL *restrict x, double *restrict mean, double *restrict var) {
     const long width = site->features / site->groups;
     const int centred = site->norm == NORM_MOMENTS;
@@ -343,7 +345,7 @@ static void FN(measure)(const SiteBuffers *site, const REAL *restrict x, double 
 #if !IS_DOUBLE
         if (width >= 2 * VL) {
             REAL near = 0;
-            if (centred) { /* the mean of eight of them */
+            if (centred) { /* the mean of eight elements */
                 const REAL *middle = x + width / 2;
                 near = (((x[0] + x[1]) + (middle[0] + middle[1])) + ((x[2] + x[3]) + (middle[2] + middle[3]))) * (REAL)0.125;
             }

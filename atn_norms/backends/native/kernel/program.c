@@ -1,4 +1,4 @@
-/* Programs made ready: for every instruction where its numbers are, and by which loop it runs. */
+/* Preparation of programs: the addresses of every instruction, and the loop that runs it. */
 
 #include "program.h"
 
@@ -7,7 +7,7 @@ static int operands_of(int32_t op) {
     return (op >= OP_ADD && op <= OP_OR) || op == OP_DOT ? 2 : 1;
 }
 
-/* The output that a slot is, the first of them, or -1. */
+/* Return the first output that uses a slot, or -1. */
 static int64_t output_of(const Program *program, int64_t slot) {
     const int64_t kind = program_slots(program)[slot].kind;
     for (int64_t o = 0; o < program->outputs && (kind == SLOT_REGISTER || kind == SLOT_SMALL); o++)
@@ -39,8 +39,8 @@ static void ready_sum(const Instruction *code, Step *step) {
     step->repeat = code->repeat;
 }
 
-/* Operands are vectors as long as the result, or one number for each row, or for each of so many parts of a row; else the operation
-   runs piece by piece. */
+/* Choose the loop of an instruction. Regular operands are vectors as long as the result, or have one number for each row or for
+   each part of a row. Other operands are processed piece by piece. */
 static void ready_loop(const Program *program, const Instruction *code, Step *step) {
     const int64_t count = code->count;
     int regular = 1;
@@ -62,8 +62,8 @@ static void ready_loop(const Program *program, const Instruction *code, Step *st
     step->kind = !regular ? STEP_PIECES : step->parts > 1 ? STEP_PARTS : STEP_ROWS;
 }
 
-/* Where the first output may be computed: nowhere else if another output is the same slot; over the last input if nothing reads that
-   once it is written to, but for the elements that are being computed. */
+/* Return where the first output may be computed directly. If another output uses the same slot: nowhere else. If no instruction
+   reads the last input after the first write, except the elements that are being computed: also over the last input. */
 static int direct(const Program *program, const Ready *ready) {
     const int32_t output = (int32_t)(BASE_INPUTS + program->inputs), last = output - 1;
     int written = 0;

@@ -1,6 +1,6 @@
-/* A traced normalizer as the kernels read it: four programs, one after the other, each a header and instructions over rows.
+/* A traced normalizer as the kernels read it: four programs in sequence, each a header and instructions over rows.
 
-   Python validates every program before it gets here (backends/traced/program.py): slots exist, elements stay within their
+   Python validates every program before it is passed on (backends/traced/program.py): slots exist, elements stay within their
    slots, registers are written before they are read. Numbers are double, whatever REAL is. */
 
 #ifndef ATN_NORMS_PROGRAM_H
@@ -16,7 +16,7 @@ enum {
     OP_MUL_ADD, OP_MUL_SUB, OP_SUB_MUL, OP_MUL_MUL, OP_POW_LOG,
     OPERATIONS
 };
-/* Registers and inputs hold numbers of rows, or (small) of statistics, which are double in narrow programs too. */
+/* Registers and inputs hold numbers of rows, or (small) numbers of statistics, which are double in narrow programs too. */
 enum { SLOT_REGISTER, SLOT_CONSTANT, SLOT_INPUT, SLOT_SMALL, SLOT_SMALL_INPUT };
 enum { MEASURE, NORMALIZE, MEASURE_BACK, NORMALIZE_BACK, PROGRAMS };
 #define MOST_SLOTS 512
@@ -24,48 +24,49 @@ enum { MEASURE, NORMALIZE, MEASURE_BACK, NORMALIZE_BACK, PROGRAMS };
 /* Element i is element offset + (i / repeat) % length of a slot. */
 typedef struct { int32_t slot, offset, repeat, length; } Operand;
 
-/* Element i of the result goes to element offset + (i / repeat) % length of the target; OP_SUM adds there,
-   OP_DOT products. */
+/* Element i of the result is stored in element offset + (i / repeat) % length of the target; OP_SUM adds to this element, and
+   OP_DOT adds products. */
 typedef struct { int32_t op, target, offset, count, repeat, length; Operand from[3]; } Instruction;
 
-/* at: numbers of a row's registers before it, or constants before it, or the number of the input. */
+/* at: for a register or a constant, the sum of the lengths of the ones before it; for an input, its number. */
 typedef struct { int64_t kind, at, length; } Slot;
 
-/* The header, which the instructions, the slots, the outputs (int64) and the constants (double) follow. */
+/* The header of a program. The instructions, the slots, the outputs (int64) and the constants (double) follow it. */
 typedef struct { int64_t words, instructions, slots, outputs, constants, row_doubles, tile_rows, inputs, narrow; } Program;
 
-/* Rows of one input or output, double, or float where a narrow program has rows: row r starts at r * apart. */
+/* Rows of one input or output: row r starts at r * apart. Numbers are double; numbers of rows are float in a narrow program. */
 typedef struct { const void *at; int64_t apart; } Input;
 
-/* Where numbers of a step start: the registers that are no output, the constants, then every input, then every output. */
+/* Base addresses of a step: registers that are no output, constants, then every input, then every output. */
 enum { BASE_REGISTERS, BASE_CONSTANTS, BASE_INPUTS };
-/* An operand of a step: bytes from its base; numbers from row to row, but of inputs and outputs; the pattern as in Operand. */
+/* An operand of a step: bytes from its base, distance between rows (except of inputs and outputs), and the pattern as in
+   Operand. */
 typedef struct { int32_t base, is_float; int64_t bytes, apart, repeat, length; } Source;
 
-/* An instruction, made ready once for all tiles. */
+/* An instruction, prepared once for all tiles. */
 enum { STEP_ROWS, STEP_PARTS, STEP_PIECES, STEP_SUMS, STEP_ANY_SUMS };
 typedef struct {
     int32_t op, kind, operands, is_float;
-    int32_t vectors;       /* bit k: operand k is as long as the result, not one number for a row (or for a part of it) */
+    int32_t vectors;       /* bit k: operand k is as long as the result; otherwise it has one number for each row or part of a row */
     int32_t spread;        /* bit k: operand k has one number for each part of a row */
-    int64_t count, parts;  /* of a sum: elements that are added, and sums */
+    int64_t count, parts;  /* of a sum: number of terms, and number of sums */
     int64_t repeat;        /* of a sum */
     Source to, from[3];
 } Step;
 
-/* One loop of an operation over `blocks` blocks of n elements, float or double: an operand is a vector, `apart` elements from block to
-   block, or one double number for a block. */
+/* One loop of an operation over `blocks` blocks of n elements, float or double. An operand is a vector, `apart` elements from
+   block to block, or one double number for each block. */
 typedef struct {
     void *out;
     long out_apart;
     const void *vector[3];
     const double *number[3];
     long apart[3], n, blocks;
-    double spare[3]; /* numbers that were float */
+    double spare[3]; /* numbers converted from float */
 } Run;
 
-/* A program ready to run. direct: whether its first output may be computed where it is wanted, apart from all inputs or also over the
-   last one. */
+/* A program that is prepared to run. direct: the places where it may compute its first output directly, apart from all inputs,
+   or also over the last input. */
 enum { DIRECT_APART = 1, DIRECT_OVER = 2 };
 typedef struct {
     const Program *program;
@@ -74,7 +75,7 @@ typedef struct {
     Step *step;
 } Ready;
 
-/* The program after this one. */
+/* Return the next program. */
 static inline const Program *next_program(const Program *program) {
     return (const Program *)((const int64_t *)program + program->words);
 }
@@ -89,10 +90,10 @@ static inline const double *program_constants(const Program *program) {
 }
 
 
-/* Make a program ready, in room for as many steps as it has instructions. */
+/* Prepare a program; `step` has room for all of its instructions. */
 Ready atn_norms_ready(const Program *program, int narrow, Step *step);
 
-/* Whether an output holds floats. */
+/* Return true if an output holds floats. */
 static inline int is_float_output(const Ready *ready, int64_t output) {
     return ready->narrow && is_row_slot(program_slots(ready->program) + program_outputs(ready->program)[output]);
 }

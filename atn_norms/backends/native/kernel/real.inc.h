@@ -1,4 +1,4 @@
-/* Functions of gates and the product, for one REAL and one instruction set. Included by recurrent.inc.h. */
+/* Functions of gates and the matrix product, for one REAL and one instruction set. Included by recurrent.inc.h. */
 
 typedef double FN(wide) __attribute__((vector_size(VECTOR_BYTES)));
 
@@ -13,7 +13,7 @@ INLINE FN(wide) FN(widened)(FN(vec) value) {
 #endif
 }
 
-/* The sums of two vectors' numbers, in double and always in the same order, onto first and second. */
+/* Add the sum of each vector to first and second, in double and always in the same order. */
 INLINE void FN(totals)(FN(vec) one, FN(vec) other, double *first, double *second) {
     const FN(wide) a = FN(widened)(one), b = FN(widened)(other);
 #if VECTOR_BYTES == 64
@@ -39,7 +39,7 @@ INLINE void FN(copy)(REAL *restrict to, const REAL *restrict from, long n) {
     *(FN(vec) *)(to + n - VL) = *(const FN(vec) *)(from + n - VL);
 }
 
-/* The smaller, or larger, of each number and a limit; NaN stays. */
+/* Return the smaller, or the larger, of each number and a limit; NaN stays NaN. */
 INLINE FN(vec) FN(at_most)(FN(vec) x, REAL limit) {
 #if defined(__x86_64__) && IS_DOUBLE
     return (FN(vec))X86(min_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
@@ -62,8 +62,8 @@ INLINE FN(vec) FN(at_least)(FN(vec) x, REAL limit) {
 #endif
 }
 
-/* exp of what is neither too large nor too small for REAL, or NaN: range reduction to |r| <= ln(2) / 2, and there a polynomial
-   (in float the one whose largest relative error is least, 2.8e-9; in double Taylor's). */
+/* Compute exp of arguments that are NaN or neither too large nor too small for REAL: range reduction to |r| <= ln(2) / 2, then
+   a polynomial (minimax in float, with a relative error of 2.8e-9; Taylor's in double). */
 INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
@@ -95,7 +95,7 @@ INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
 #endif
 }
 
-/* exp; NaN stays NaN, the ends saturate. */
+/* Compute exp; NaN stays NaN, and the result saturates at both ends. */
 INLINE FN(vec) FN(exp)(FN(vec) x) {
     const REAL high = IS_DOUBLE ? (REAL)708.0 : (REAL)88.0, low = IS_DOUBLE ? (REAL)-708.0 : (REAL)-87.0;
     return FN(bounded_exp)(FN(at_least)(FN(at_most)(x, high), low));
@@ -103,7 +103,8 @@ INLINE FN(vec) FN(exp)(FN(vec) x) {
 
 INLINE FN(vec) FN(sigmoid)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
 
-/* exp(-2 x) for use in tanh(x) = (1 - e) / (1 + e), kept to where tanh is not yet 1 in REAL: it can then be multiplied. */
+/* Compute exp(-2 x) for tanh(x) = (1 - e) / (1 + e), limited to arguments with tanh(x) below 1 in REAL, so that products of it
+   stay finite. */
 INLINE FN(vec) FN(small_exp)(FN(vec) x) {
     const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
     return FN(bounded_exp)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end));
@@ -114,14 +115,14 @@ INLINE FN(vec) FN(tanh)(FN(vec) x) {
     return ((REAL)1 - e) / ((REAL)1 + e);
 }
 
-/* Pack a matrix of K rows and M columns, element (k, m) at from[k * row + m * column], into panels [M / PANEL][K][PANEL]. */
+/* Pack a matrix of K rows and M columns into panels [M / PANEL][K][PANEL]; element (k, m) is from[k * row + m * column]. */
 static void FN(pack)(REAL *to, const REAL *from, long K, long M, long row, long column) {
     for (long p = 0; p < M; p += PANEL)
         for (long k = 0; k < K; k++, to += PANEL)
             for (long m = 0; m < PANEL; m++) to[m] = p + m < M ? from[k * row + (p + m) * column] : (REAL)0;
 }
 
-/* One panel, from column p on, of a matrix whose rows lie `row` apart. */
+/* Pack one panel, from column p on, of a matrix whose rows are `row` apart. */
 static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, long row) {
     const long columns = M - p < PANEL ? M - p : PANEL;
     for (long k = 0; k < K; k++, to += PANEL) {
@@ -132,9 +133,9 @@ static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, l
 
 INLINE long FN(panels)(long M) { return (M + PANEL - 1) / PANEL; }
 
-/* `rows` rows of A times the first `wide` vectors of one panel, onto what `sum` starts from, to `columns` columns of the result.
-   Element (r, k) of A is at A[r * lda + k * step]. Each element is summed over k in order, so it does not depend on how rows are
-   grouped. */
+/* Multiply `rows` rows of A by the first `wide` vectors of one panel, add the result to the initial value of `sum`, and store
+   `columns` columns. Element (r, k) of A is A[r * lda + k * step]. The sum over k has a fixed order, so it does not depend on
+   the grouping of rows. */
 INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, const REAL *A, long lda, long step, const REAL *panel,
                      const REAL *bias, REAL *out, long ldo, long columns) {
     FN(vec) sum[TILE_ROWS][2];
@@ -143,8 +144,8 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
             if (!onto) sum[r][v] = *(const FN(vec) *)(bias + v * VL);
             else sum[r][v] = FN(load)(out + r * ldo + v * VL, columns - v * VL);
         }
-    /* A row's address is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which processors add
-       for nothing; the compiler, left alone, keeps an address for each row, and has not the registers. */
+    /* The address of a row is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which
+       processors add at no cost. Otherwise the compiler keeps an address for each row and runs out of registers. */
     const char *at = (const char *)A;
     const long ahead = step * (long)sizeof(REAL);
     long apart[TILE_ROWS];
@@ -170,8 +171,8 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
         for (int v = 0; v < wide && v * VL < columns; v++) FN(store)(out + r * ldo + v * VL, sum[r][v], columns - v * VL);
 }
 
-/* One panel's columns of R rows, in tiles as equal as can be of at most the rows that stay in registers. The second vector of a
-   panel that has columns for one only is left out, unless it is to be computed all the same (`whole`). */
+/* Multiply R rows by the columns of one panel, in tiles of about equal size that fit into the registers. If the panel has
+   columns in its first vector only, the second one is computed only with `whole`. */
 INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
                       REAL *out, long ldo, long columns) {
     for (long tiles = (R + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
@@ -194,15 +195,15 @@ INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REA
     }
 }
 
-/* out [R, M] = A [R, K], whose rows lie lda apart, times packed panels, plus a padded bias: what member `id` of a team of so many
-   computes of it. */
+/* Compute the share of thread `id` of `team` threads in out [R, M] = A [R, K] times packed panels, plus a padded bias; rows of
+   A are lda apart. */
 static void FN(product)(int id, int team, long R, long K, long M, const REAL *A, long lda, const REAL *packed, const REAL *bias, REAL *out) {
     const long panels = FN(panels)(M), last = panels * (id + 1) / team * PANEL;
     for (long p = panels * id / team * PANEL; p < last; p += PANEL)
-        FN(strip)(0, M > 4 * PANEL, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p); /* of many, half a one is not worth it */
+        FN(strip)(0, M > 4 * PANEL, R, K, A, lda, 1, packed + p * K, bias + p, out + p, M, M - p); /* with many panels, half a panel saves nothing */
 }
 
-/* The same of a matrix [M, K] as it is: for so few rows that packing it would cost more than the product. */
+/* The same product with an unpacked matrix [M, K], for so few rows that packing would cost more than the product. */
 static void FN(dots)(int id, int team, long R, long K, long M, const REAL *A, long lda, const REAL *matrix, const REAL *bias, REAL *out) {
     for (long m = M * id / team; m < M * (id + 1) / team; m += 2) {
         const REAL *one = matrix + m * K, *other = m + 1 < M ? one + K : one;
@@ -221,14 +222,14 @@ static void FN(dots)(int id, int team, long R, long K, long M, const REAL *A, lo
     }
 }
 
-/* Rows from to to of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */
+/* Compute rows `from` to `to` of out [N, M] += A [K, N] transposed times packed panels [M / PANEL][K][PANEL]. */
 static void FN(accumulate)(long from, long to, long N, long K, long M, const REAL *A, const REAL *packed, REAL *out) {
     for (long p = 0; p < M; p += PANEL, packed += K * PANEL)
         FN(strip)(1, 0, to - from, K, A + from, 1, N, packed, NULL, out + from * M + p, M, M - p);
 }
 
-/* Columns n to n + 2 vectors of sums over the K rows of A [K, N]: onto `total` (where it is given) the rows themselves, onto
-   dweight [N, D] their products with the few columns of xs [K, D]. */
+/* Sum two vectors of columns, from column n on, over the K rows of A [K, N]: add the rows to `total` if it is given, and their
+   products with the few columns of xs [K, D] to dweight [N, D]. */
 INLINE void FN(thin_columns)(const int D, long n, long columns, long N, long K, const REAL *A, const REAL *xs, REAL *dweight, REAL *total) {
     FN(vec) sums[THIN + 1][2] = {{{0}}};
     const long left = columns < VL ? columns : VL, right = columns - left;

@@ -1,4 +1,4 @@
-/* Choice of the instruction set, memory and threads; the work is in recurrent.inc.h. */
+/* Choice of the instruction set, memory and threads; recurrent.inc.h runs the sequence. */
 
 #define _POSIX_C_SOURCE 200809L
 
@@ -82,7 +82,7 @@ static int run(const Call *call, int backward, int32_t is_double) {
     Work work;
     if (atn_norms_begin(&work, call, backward, is_double)) return 1;
 #ifdef _OPENMP
-    /* The threads of a parent are not there in its child, and OpenMP would wait for them for ever. */
+    /* After a fork the threads of the parent do not exist in the child, and OpenMP would wait for them forever. */
     if (forked) work.threads = 1;
 #else
     work.threads = 1;
@@ -96,8 +96,8 @@ int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0,
 
 int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
 
-/* Run one program on rows of its inputs, each one after the other in memory; outputs likewise. Where it runs narrow, rows are float
-   and statistics double. 1 where there is no memory. */
+/* Run one program on contiguous rows of its inputs, with contiguous outputs. In a narrow program rows are float and statistics
+   double. Return 1 if out of memory. */
 int32_t atn_norms_interpret(const int64_t *words, int32_t narrow, const void *const *inputs, int64_t rows, void *const *outputs) {
     const Program *program = (const Program *)words;
     const Slot *slot = program_slots(program);
@@ -130,10 +130,10 @@ int64_t atn_norms_blocks(int64_t batch) { return (batch + BLOCK_ROWS - 1) / BLOC
 
 int64_t atn_norms_unit_blocks(int64_t hidden) { return (hidden + BLOCK_UNITS - 1) / BLOCK_UNITS; }
 
-/* Blocks as equal as can be, whatever the number of threads. */
+/* Blocks of about equal size, independent of the number of threads. */
 int64_t atn_norms_block_start(int64_t batch, int64_t block) { return batch * block / atn_norms_blocks(batch); }
 
-/* Whether a batch can be shared out among threads. */
+/* Return true if several threads can share a batch. */
 int32_t atn_norms_openmp(void) {
 #ifdef _OPENMP
     return 1;

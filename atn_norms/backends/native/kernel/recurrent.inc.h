@@ -1,10 +1,10 @@
 /* A whole sequence of one recurrent layer and direction, forward and backward, for one REAL and one instruction set.
 
-   Rows never meet under these norms, so a block of rows goes through all of time by itself: product, statements, windows
-   and gates while they are in cache, and no barrier between steps. Only where the recurrent weights are too large to stay near a
-   processor do threads go through time as a team: each computes some columns of the products of all rows, then the rest of some
-   blocks of rows, and they wait for one another in between. Blocks have a fixed size and each number is computed in one way, so
-   neither values nor sums depend on the number of threads. */
+   Without batch statistics, rows are independent. A block of rows passes through all time steps alone: product, statistics,
+   windows and gates stay in the cache, and steps need no barrier. If the recurrent weights are too large for a near cache,
+   threads pass through time as a team. Each thread computes some columns of the products of all rows, then the remaining work
+   of some blocks of rows, with a barrier after each phase. Blocks have a fixed size and each number is computed in one way, so
+   results do not depend on the number of threads. */
 
 #include "real.inc.h"
 
@@ -16,7 +16,8 @@
 
 #include "rows.inc.h"
 
-/* Steps of one chunk: enough rows for a good product of the weights' gradients, few enough to stay near. */
+/* Number of steps in a chunk: enough rows for an efficient product in the gradients of the weights, and few enough for the
+   cache. */
 static long FN(chunk_steps)(const Work *work) {
     const long steps = (512 + work->batch - 1) / work->batch;
     return steps < work->steps ? steps : work->steps;
@@ -24,7 +25,7 @@ static long FN(chunk_steps)(const Work *work) {
 
 static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
 
-/* Room for a packed [K, M] matrix with its bias, filled from `from` (element (k, m) at k * row + m * column). */
+/* Take room for a packed [K, M] matrix with its bias, and fill it; element (k, m) is from[k * row + m * column]. */
 static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long K, long M, long row, long column) {
     const long width = FN(panels)(M) * PANEL;
     FN(Packed) packed = {*room, *room + width * K, NULL};
@@ -35,17 +36,17 @@ static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long
     return packed;
 }
 
-/* Whether threads go through time as a team. */
+/* Return true if threads pass through time as a team. */
 INLINE int FN(teamed)(const Work *work) { return FN(far)(work) && work->threads > 1 && work->batch > 1; }
 
-/* How many blocks go through time together: one, unless every step has to bring in all weights again, which is better shared
-   by more rows. */
+/* Return the number of blocks that pass through time together: one, or more if every step loads all weights again, since more
+   rows then share the load. */
 static long FN(together)(const Work *work, long blocks) {
     if (!FN(far)(work)) return 1;
     return blocks < MOST_TOGETHER ? blocks : MOST_TOGETHER;
 }
 
-/* Room for the work space of every thread; all of a team share that of the first, but for what is of one row. */
+/* Return the work space of a thread. A team shares the work space of its first thread, except the arrays of single rows. */
 INLINE FN(Space) FN(own_space)(const Work *work, REAL *at, size_t each, long blocks, long H, long N) {
     const FN(Space) mine = FN(space)(work, at + each * (size_t)atn_norms_thread(), blocks, H, N);
     if (!FN(teamed)(work)) return mine;
@@ -87,7 +88,7 @@ static int FN(forward)(const Work *work, long N) {
     return 0;
 }
 
-/* dW += dA^T times what the weights were multiplied with, and db += column sums, for rows from to to of the gates. */
+/* dW += dA^T times the factors of the weights, and db += column sums, for rows `from` to `to` of the gates. */
 static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
     const Call *call = work->call;
     const long K = (chunk->last - chunk->first) * work->batch, D = work->inputs, few = D <= THIN;
@@ -133,7 +134,7 @@ static int FN(backward)(const Work *work, long N) {
                     FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
             }
 #pragma omp for schedule(dynamic, 1)
-            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack what the weights were multiplied with */
+            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack the factors of the weights */
                 if (p < rows_wide) {
                     FN(pack_panel)(xs + p * K, (const REAL *)work->call->xs + chunk.first * B * D, K, D, p, D);
                     continue;

@@ -1,14 +1,14 @@
-/* What is done for one block of rows that never meet another: its work space, its steps forward, and its steps back; included by
+/* The work for one block of independent rows: its work space, its forward steps and its backward steps. Included by
    recurrent.inc.h. */
 
-/* Work space of a group of blocks, R rows in all. */
+/* Work space of a group of blocks with R rows in all. */
 typedef struct {
     REAL *h, *c[2], *carry, *gate, *hidden; /* [R, H] */
     REAL *recurrent, *projected;    /* [R, N] */
-    REAL *spare[SITES];             /* [N] each: rows normed ahead of time */
-    REAL *sums;                     /* [blocks, 4 N + 2 H] sums of gains and shifts */
+    REAL *spare[SITES];             /* [N] each: rows normalized ahead of time */
+    REAL *sums;                     /* [blocks, 4 N + 2 H] sums for the gradients of gains and shifts */
     REAL *normed[SITES];            /* [R, N], [R, N], [R, H] rows that programs have normalized */
-    double *room;                   /* registers of programs, and what they are given */
+    double *room;                   /* registers and inputs of programs */
     FN(Plain) plain;                /* [N] */
 } FN(Space);
 
@@ -46,8 +46,8 @@ static FN(Space) FN(space)(const Work *work, REAL *at, long blocks, long H, long
 
 /* A group of blocks with its sites. */
 typedef struct {
-    long blocks, row, rows;            /* the group's first row, and how many */
-    long start[MOST_TOGETHER + 1];     /* of each block, counted from the group's first row */
+    long blocks, row, rows;            /* the first row of the group, and its number of rows */
+    long start[MOST_TOGETHER + 1];     /* first row of each block, relative to the group */
     SiteBuffers line[MOST_TOGETHER][SITES];
 } FN(Group);
 
@@ -64,12 +64,13 @@ INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->le
 
 #include "traced.inc.h"
 
-/* Where the normalized row of a site is put: of a program its own row, else a spare one. */
+/* Return the address for the normalized row of a site: a row for each row of the group if a program computes it, otherwise a
+   spare row. */
 INLINE REAL *FN(spare)(const SiteBuffers *line, int site, FN(Space) space, long r, long features) {
     return line[site].norm == NORM_TRACED ? space.normed[site] + r * features : space.spare[site];
 }
 
-/* Normalized rows of a block at step t, where a program makes them. */
+/* Normalize the rows of a block at step t, if a program does it. */
 static void FN(renormalize)(const Work *work, const SiteBuffers *line, int site, long t, long row, long start, long end, const REAL *x,
                             long features, FN(Space) space) {
     if (line[site].norm != NORM_TRACED) return;
@@ -77,13 +78,13 @@ static void FN(renormalize)(const Work *work, const SiteBuffers *line, int site,
     FN(traced_normalize)(work, line + site, t, row + start, end - start, x + start * features, features, to, features, space.room);
 }
 
-/* Back through a site of any kind: dx holds the gradient of its result first. */
+/* Backward through a site of any kind; on entry dx holds the gradient of its result. */
 static void FN(any_site_back)(const Work *work, FN(SiteGrads) grads, long t, long first, long rows, REAL *dx, long ldd, double *room) {
     if (grads.line->norm == NORM_TRACED) FN(traced_back)(work, grads.line, t, first, rows, grads.x, grads.ldx, dx, ldd, room);
     else FN(site_back)(grads, work->steps, t, rows, dx, ldd);
 }
 
-/* Statistics of a block's rows at step t; of a program also the normalized rows. */
+/* Compute the statistics of a block's rows at step t; a program also normalizes the rows. */
 static void FN(site_forward)(const Work *work, const SiteBuffers *line, int site, long t, long row, long start, long end, const REAL *x,
                              long features, FN(Space) space) {
     const SiteBuffers *own = line + site;
@@ -106,27 +107,27 @@ INLINE void FN(fetch)(const REAL *from, long n, const int write) {
     }
 }
 
-/* Whether the recurrent weights are too large to stay near a processor. */
+/* Return true if the recurrent weights are too large for a near cache. */
 INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
 
-/* A member of a team: the blocks it cares for are every `team`-th. */
+/* A thread of a team; it processes every `team`-th block. */
 typedef struct { int id, team; } FN(Member);
 
 INLINE void FN(wait)(FN(Member) member) {
     if (member.team > 1) atn_norms_wait();
 }
 
-/* A packed matrix and a padded bias; without panels the matrix as it is, and its bias or NULL. */
+/* A packed matrix and a padded bias; without panels the unpacked matrix, and its bias or NULL. */
 typedef struct { REAL *panels, *bias; const REAL *plain; } FN(Packed);
 
-/* What a member of a team computes of rows times weights. */
+/* Compute the share of one thread in the product of rows and weights. */
 static void FN(weigh)(FN(Member) me, FN(Packed) weight, long rows, long K, long M, const REAL *A, long lda, REAL *out) {
     if (weight.panels) FN(product)(me.id, me.team, rows, K, M, A, lda, weight.panels, weight.bias, out);
     else FN(dots)(me.id, me.team, rows, K, M, A, lda, weight.plain, weight.bias, out);
 }
 
-/* A step of one row's H units in front of an LSTM's output: the new c and one over the output gate; of other cells: the new h.
-   `each`: every feature has a statistic. */
+/* One step of H units of a row: of an LSTM the new c and the reciprocal of the output gate, of other cells the new h. `each`:
+   every feature has its own statistic. */
 INLINE void FN(row_forward)(int cell, const int each, long H, FN(Side) x, FN(Side) u, const REAL *old, REAL *now, REAL *gate) {
     x.each = u.each = each;
     if (cell == CELL_LSTM) EVERY_UNIT(H, FN(lstm)(n, at, H, x, u, old, now, gate));
@@ -140,7 +141,7 @@ INLINE void FN(row_output)(const int each, long H, FN(Side) y, const REAL *gate,
     EVERY_UNIT(H, FN(lstm_output)(n, at, y, gate, out));
 }
 
-/* Add input products to recurrent ones, and leave zeros. */
+/* Add the input products to the recurrent ones, and set the input products to zero. */
 INLINE void FN(join)(REAL *restrict recurrent, REAL *restrict in, long n) {
 #pragma omp simd
     for (long i = 0; i < n; i++) {
@@ -149,7 +150,7 @@ INLINE void FN(join)(REAL *restrict recurrent, REAL *restrict in, long n) {
     }
 }
 
-/* Add to the gradient of a normalized cell state what comes from the next step that carries it. */
+/* Add the gradient from the next step, which carries the normalized cell state, to the gradient of that state. */
 INLINE void FN(add_carried)(REAL *restrict hidden, REAL *restrict dc, long n) {
 #pragma omp simd
     for (long i = 0; i < n; i++) {
@@ -158,7 +159,7 @@ INLINE void FN(add_carried)(REAL *restrict hidden, REAL *restrict dc, long n) {
     }
 }
 
-/* A row of normalized units. */
+/* Normalize a row of units. */
 INLINE void FN(row_normed)(const int each, long H, FN(Side) y, REAL *out) {
     y.each = each;
     EVERY_UNIT(H, FN(store)(out + at, FN(normed)(&y, 0, at, n), n));
@@ -203,7 +204,7 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
                 FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
                 if (call->normed_carry && FN(alive)(work, t, row + r)) FN(row_normed)(0, H, y, space.carry + r * H);
             }
-            for (long r = start; r < end && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
+            for (long r = start; r < end && call->lengths; r++) { /* beyond its length a row has output 0 and keeps its state */
                 const int alive = FN(alive)(work, t, row + r);
                 if (alive || t == 0) FN(copy)(space.h + r * H, alive ? out + r * H : h + r * H, H);
                 if (!alive) memset(out + r * H, 0, (size_t)H * sizeof(REAL));
@@ -218,19 +219,19 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
     if (lstm) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
 }
 
-/* What the backward blocks of one chunk of steps share. */
+/* Data that the backward blocks of one chunk of steps share. */
 typedef struct {
-    FN(Packed) ih, hh;   /* W_ih as the forward pass has it (to project again), and W_hh the other way round */
-    FN(Packed) back;     /* W_ih the other way round, where dxs is wanted */
+    FN(Packed) ih, hh;   /* W_ih as in the forward pass (to project again), and W_hh transposed */
+    FN(Packed) back;     /* W_ih transposed, if dxs is required */
     REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
     long first, last;
 } FN(Chunk);
 
-/* What is read and written of one row on the way back; `old` is its c or h before the step. */
+/* Pointers to the data of one row in the backward pass; `old` is its c or h before the step. */
 typedef struct {
     FN(Side) x, u;
     const REAL *old, *dout, *dh;
-    REAL *din, *drec, *hidden; /* hidden: gradient of an LSTM's normed c, or of a GRU's old h past its products */
+    REAL *din, *drec, *hidden; /* gradient of an LSTM's normalized c, or the direct gradient of a GRU's old h */
 } FN(Back);
 
 INLINE void FN(row_back)(int cell, const int each, long H, FN(Back) row) {
@@ -250,7 +251,7 @@ INLINE void FN(row_cell_back)(const int each, long H, FN(Back) row, const REAL *
     EVERY_UNIT(H, FN(lstm_back)(n, at, H, row.x, row.u, row.old, dc, row.hidden, row.din, dold));
 }
 
-/* Where the sums of a block's site lie. */
+/* Return the sums of a block's site. */
 INLINE FN(Sums) FN(sums)(FN(Space) space, long block, int site, long H, long N) {
     REAL *at = space.sums + block * (4 * N + 2 * H);
     const long features = site == SITE_C ? H : N;
@@ -284,7 +285,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
     REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
     if (me.id == 0) {
         memset(space.sums, 0, (size_t)(group.blocks * (4 * N + 2 * H)) * sizeof(REAL));
-        memcpy(dh, (REAL *)call->dh + row * H, (size_t)(rows * H) * sizeof(REAL)); /* gradient of the state after the step at hand */
+        memcpy(dh, (REAL *)call->dh + row * H, (size_t)(rows * H) * sizeof(REAL)); /* gradient of the state after the current step */
         if (lstm) memcpy(dc, (REAL *)call->dc + row * H, (size_t)(rows * H) * sizeof(REAL));
     }
     for (long t = chunk->last - 1; t >= chunk->first; t--) {
@@ -303,7 +304,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         for (long b = me.id; b < group.blocks; b += me.team) {
             const SiteBuffers *line = group.line[b];
             const long start = group.start[b], end = group.start[b + 1];
-            if (call->normed_carry && t) { /* what the step before carried */
+            if (call->normed_carry && t) { /* the state carried from the previous step */
                 FN(renormalize)(work, line, SITE_C, t - 1, row, start, end, cells - B * H, H, space);
                 for (long r = start; r < end; r++)
                     FN(row_normed)(0, H, FN(side)(line + SITE_C, t - 1, r - start, 1, cells + (r - B) * H, space.plain, FN(spare)(line, SITE_C, space, r, H)),
@@ -316,7 +317,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             for (int part = 0; part < 1 + lstm; part++) {
                 for (long r = start; r < end; r++) {
                     REAL *hidden = space.hidden + r * H;
-                    if (!FN(alive)(work, t, row + r)) { /* nothing came of this step: no gradient into it, and the state's goes by */
+                    if (!FN(alive)(work, t, row + r)) { /* a masked step passes the gradient of the state on, and has no gradient of its inputs */
                         memset(din + r * N, 0, (size_t)N * sizeof(REAL));
                         memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
                         memset(hidden, 0, (size_t)H * sizeof(REAL));
@@ -361,7 +362,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         FN(weigh)(me, chunk->hh, rows, N, H, drec, N, to);
         if (call->dxs)
             FN(weigh)(me, chunk->back, rows, N, D, din, N, (REAL *)call->dxs + (t * B + row) * D);
-        if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step waits before it reads */
+        if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step has a barrier before it reads */
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team)
             for (long r = group.start[b]; r < group.start[b + 1]; r++) {

@@ -1,9 +1,9 @@
-/* Norm sites: from a row and its pooled statement to its normed row, and back. */
+/* Norm sites: forward from a row and its pooled statistic to the normalized row, and backward. */
 
-/* Rows of ones and zeros, and a row to norm into, for sites without a statistic for each gate. */
+/* Rows of ones and zeros, for sites without a gain or a shift. */
 typedef struct { const REAL *ones, *zeros; } FN(Plain);
 
-/* Of a mean and 1 / deviation. */
+/* Return the factors for a mean and 1 / deviation. */
 INLINE FN(Affine) FN(split)(double mean, double scale) {
     const FN(Affine) a = {(REAL)mean, (REAL)scale, (REAL)(((double)(REAL)mean - mean) * scale)};
     return a;
@@ -13,7 +13,7 @@ INLINE FN(Affine) FN(affine)(const SiteBuffers *site, long lane) {
     return FN(split)(site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0, site->scale[lane]);
 }
 
-/* A whole normed row: out = N(x). */
+/* Normalize a whole row: out = N(x). */
 static void FN(normed_row)(const SiteBuffers *site, long lane, const REAL *x, REAL *out) {
     const long width = site->features / site->groups;
     for (long g = 0; g < site->groups; g++) {
@@ -25,7 +25,8 @@ static void FN(normed_row)(const SiteBuffers *site, long lane, const REAL *x, RE
     }
 }
 
-/* A row of a site with `gates` gates, in row r of its block. Where groups are not gates the row is normed into `spare` first. */
+/* Return the normalization of row r for a site with `gates` gates. If groups are not gates, the row is first normalized into
+   `spare`. */
 INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
     FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
     const long lane = t * site->lanes + r * site->groups;
@@ -37,7 +38,7 @@ INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, co
     } else {
         side.gain = plain.ones;
         side.shift = plain.zeros;
-        if (site->norm == NORM_TRACED) side.x = spare; /* normalized before */
+        if (site->norm == NORM_TRACED) side.x = spare; /* already normalized */
         else if (site->norm != NORM_NONE) {
             FN(normed_row)(site, lane, x, spare);
             side.x = spare;
@@ -46,7 +47,7 @@ INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, co
     return side;
 }
 
-/* Own statements of a block's rows at step t, and the pooled ones. */
+/* Compute the statistics of a block's rows at step t, and pool them. */
 static void FN(state)(const SiteBuffers *site, long t, long rows, const REAL *x, long ldx) {
     if (site->norm == NORM_NONE) return;
     const long at = (site->prefix + t) * site->lanes;
@@ -55,8 +56,8 @@ static void FN(state)(const SiteBuffers *site, long t, long rows, const REAL *x,
     FN(pool)(site, t);
 }
 
-/* What one or two sites that are fed the same gradient dy need of it, one group of one row: the gradient of each pooled
-   statement, and onto the sums of gain and shift (one sum of shifts serves both). */
+/* For one or two sites with the same gradient dy, and one group of one row: compute the gradient of each pooled statistic, and
+   add to the sums of gain and shift. Both sites share one sum of shifts. */
 INLINE void FN(denormalize)(const int sides, const SiteBuffers *const *site, const long *lane, long start, long end, const REAL *const *x, const REAL *dy,
                             REAL *const *dgain, REAL *dshift) {
     FN(Affine) by[2];
@@ -73,7 +74,7 @@ INLINE void FN(denormalize)(const int sides, const SiteBuffers *const *site, con
                 const FN(vec) normal = (FN(load)(x[s] + i, n) - by[s].high) * by[s].scale + by[s].rest;
                 const FN(vec) w = d * FN(load)((const REAL *)site[s]->gain + i, n);
                 FN(store)(dgain[s] + i, FN(load)(dgain[s] + i, n) + d * normal, n);
-                ones[s] += w; /* past the end d is 0 */
+                ones[s] += w; /* beyond the end d is 0 */
                 products[s] += w * normal;
             }
         }
@@ -86,10 +87,10 @@ INLINE void FN(denormalize)(const int sides, const SiteBuffers *const *site, con
     }
 }
 
-/* ... and through their statistics: dx = w / deviation + the gradient through the step's statistic. dy may be the first dx. */
+/* Then through their statistics: dx = w / deviation + the gradient through the statistic of the step. dy may be the first dx. */
 INLINE void FN(unmeasure)(const int sides, const SiteBuffers *const *site, const long *lane, const long *own, long start, long end, const REAL *const *x,
                           const REAL *dy, REAL *const *dx) {
-    FN(Affine) by[2]; /* what is added: slope * (x - mean) + level */
+    FN(Affine) by[2]; /* added term: slope * (x - mean) + level */
     REAL scale[2];
     for (int s = 0; s < sides; s++) {
         const int centred = site[s]->norm == NORM_MOMENTS;
@@ -108,11 +109,12 @@ INLINE void FN(unmeasure)(const int sides, const SiteBuffers *const *site, const
     }
 }
 
-/* Sums of gain and shift over the rows of one block and chunk of steps, and one site's rows of one step. */
+/* Sums for gain and shift over the rows of one block and chunk of steps, and the rows of one site at one step. */
 typedef struct { REAL *dgain, *dshift; } FN(Sums);
 typedef struct { const SiteBuffers *line; const REAL *x; long ldx; REAL *dx; FN(Sums) sums; } FN(SiteGrads);
 
-/* Back through `sides` sites of a block that share dy [rows, F] and have as many groups; rows of dy and dx lie ldd apart. */
+/* Backward through `sides` sites of a block that share dy [rows, F] and have equal numbers of groups; rows of dy and dx are ldd
+   apart. */
 INLINE void FN(sites_back)(const int sides, const FN(SiteGrads) *grads, long steps, long t, long rows, const REAL *dy, long ldd) {
     const SiteBuffers *line[2] = {grads[0].line, grads[sides - 1].line};
     REAL *dgain[2] = {grads[0].sums.dgain, grads[sides - 1].sums.dgain};
@@ -138,14 +140,14 @@ static void FN(pair_back)(const FN(SiteGrads) *grads, long steps, long t, long r
     FN(sites_back)(2, grads, steps, t, rows, dy, ldd);
 }
 
-/* ... or one; a site without a norm hands dy on. */
+/* Backward through one site; without a norm dy is passed on. */
 static void FN(site_back)(FN(SiteGrads) grads, long steps, long t, long rows, const REAL *dy, long ldd) {
     if (grads.line->norm != NORM_NONE) FN(sites_back)(1, &grads, steps, t, rows, dy, ldd);
     else
         for (long r = 0; r < rows && grads.dx != dy; r++) FN(copy)(grads.dx + r * ldd, dy + r * ldd, ldd);
 }
 
-/* Whether what reaches both products of a cell, being the same, can go back through both sites at once. */
+/* Return true if both products of a cell have the same gradient and both sites can share one backward pass. */
 INLINE int FN(paired)(const Work *work) {
     const SiteBuffers *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
     return work->cell != CELL_GRU && ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->norm != NORM_TRACED && hh->norm != NORM_TRACED &&

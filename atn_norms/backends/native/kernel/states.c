@@ -1,18 +1,18 @@
-/* States in and out: from the caller's layout, rows first, to the timeline's, time first, and back. */
+/* Conversion of states between the layout of the caller, rows first, and that of the timeline, time first. */
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "blocks.h"
 
-/* Doubles of one block: its share of the timeline, and of what either way needs beside it. */
+/* Doubles of one block: its part of the timeline, and of the work space for either direction. */
 static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { return lanes * (3 * prefix + 6 * steps + 4); }
 
 static int64_t forward_doubles(const SiteBuffers *line) { return line->lanes * (3 * line->prefix + 3); }
 
 static int is_coupled(int32_t norm) { return norm == NORM_BATCH || norm == NORM_POPULATION; }
 
-/* How many sums of gains, and as many of shifts, a block has. */
+/* Return the number of sums of gains in a block; it has as many sums of shifts. */
 static int64_t sums(const SiteBuffers *line) {
     if (line->norm == NORM_TRACED) return line->parts * line->parameters;
     return is_coupled(line->norm) ? line->lanes : line->features;
@@ -54,8 +54,8 @@ SiteBuffers atn_norms_site_buffers(const SiteBuffers *first, int64_t steps, int6
     return line;
 }
 
-/* What lies side by side in a block: `many` parts of `each` lanes. Part i belongs to row (row + i * rows) of the state, where
-   it starts at (place + i * places). */
+/* The lanes of a block: `many` parts of `each` lanes. Part i belongs to row (row + i * rows) of the state, where it starts at
+   (place + i * places). */
 typedef struct { int64_t many, each, row, rows, place, places; } Parts;
 
 static Parts parts_of(const Work *work, const SiteBuffers *line, int64_t block) {
@@ -67,11 +67,11 @@ static Parts parts_of(const Work *work, const SiteBuffers *line, int64_t block) 
     return (Parts){line->groups, left < BLOCK_UNITS ? left : BLOCK_UNITS, 0, 0, from, work->hidden};
 }
 
-/* Numbers of a statement in one row of the state. */
+/* Return the number of elements of a statistic in one row of the state. */
 static int64_t wide(const SiteBuffers *line) { return is_coupled(line->norm) ? line->features : line->groups; }
 
-/* Everything of a site, lane by lane: runs for each `lane` of each block with the `line` of its block, the row b of the state
-   that it belongs to, and its place g in that row. */
+/* Loop over all lanes of a site: for each `lane` of each block, `line` is the buffers of the block, b the row of the state, and
+   g the place in that row. */
 #define EACH_LANE(first)                                                                                                   \
     for (int64_t block_ = 0; block_ < (first)->blocks; block_++)                                                            \
         for (SiteBuffers line_ = atn_norms_site_buffers(first, work->steps, block_), *line = &line_; line; line = NULL)                     \
@@ -79,16 +79,16 @@ static int64_t wide(const SiteBuffers *line) { return is_coupled(line->norm) ? l
                 for (int64_t part_ = 0, lane = 0, b = parts_.row; part_ < parts_.many; part_++, b += parts_.rows)            \
                     for (int64_t g = parts_.place + part_ * parts_.places, end_ = g + parts_.each; g < end_; g++, lane++)
 
-/* Live steps of a row of a site's state. */
+/* Return the number of unmasked steps for a row of a site's state. */
 static int64_t live(const Work *work, const SiteBuffers *line, int64_t row) {
     if (is_coupled(line->norm)) return work->live;
     return work->call->lengths ? work->call->lengths[row] : work->steps;
 }
 
-/* Whether the state keeps statements of single steps, not a pooled one. */
+/* Return true if the state keeps the statistics of single steps, false if it keeps a pooled one. */
 static int is_kept(int32_t window) { return window == WINDOW_SLIDING || window == WINDOW_WEIGHTED; }
 
-/* Where the statement is that was pooled after a row's last step, of which there are so many. */
+/* Return the index of the statistic that was pooled after the last of a row's `last` steps. */
 static int64_t after(const SiteBuffers *line, int64_t last) { return line->window == WINDOW_PAST ? last : last - 1; }
 
 static void load_state(const Work *work, const SiteBuffers *first, const Site *site) {
@@ -108,7 +108,7 @@ static void load_state(const Work *work, const SiteBuffers *first, const Site *s
     }
 }
 
-/* How many statements of the prefix no row has seen, from the oldest on. */
+/* Return the number of the oldest statistics of the prefix that are empty in every row. */
 static int64_t hidden(const Work *work, const SiteBuffers *first) {
     int64_t seen = first->prefix;
     for (int64_t block = 0; block < first->blocks; block++) {
@@ -145,8 +145,8 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->scale = line->share + pooled;
 }
 
-/* Gradients of the final state, stored at the statistics that it consists of. */
-static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
+/* Store the gradients of the final state with the statistics that it consists of. */
+static void load_state_grads(const Work *work, const SiteBuffers *first, const Site *site) {
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     if (first->detached || (site->dnext[1] == NULL && site->dnext[2] == NULL)) return;
     EACH_LANE(first) {
@@ -157,12 +157,12 @@ static void ask(const Work *work, const SiteBuffers *first, const Site *site) {
                 const double d = site->dnext[leaf][(b * P + j) * G + g];
                 if (is_kept(line->window)) own[leaf][(last + j) * L + lane] = d;
                 else if (last > 0) pooled[leaf][after(line, last) * L + lane] = d;
-                else own[leaf][lane] = d; /* no step happened: the given state is the one that follows */
+                else own[leaf][lane] = d; /* without an unmasked step the final state is the initial one */
             }
     }
 }
 
-/* How many rows are alive at each step; 1 if there is no memory. */
+/* Count the unmasked rows of each step; return 1 if out of memory. */
 static int count(Work *work) {
     work->counts = calloc((size_t)work->steps, sizeof(double));
     if (!work->counts) return 1;
@@ -174,7 +174,8 @@ static int count(Work *work) {
     return 0;
 }
 
-/* What a thread needs to run the programs of a site: registers of a tile, and rows of the input and its gradient as doubles. */
+/* Return the doubles that a thread needs to run the programs of a site: registers of a tile, and rows of the input and its
+   gradient. */
 static int64_t program_doubles(const SiteBuffers *line) {
     int64_t most = 0;
     for (int i = 0; i < PROGRAMS; i++) {
@@ -185,7 +186,7 @@ static int64_t program_doubles(const SiteBuffers *line) {
     return most;
 }
 
-/* A site's programs made ready, and their parameters as doubles. 0 if well. */
+/* Prepare the programs of a site, and convert their parameters to double. Return 0 on success. */
 static int load_programs(SiteBuffers *line, const Site *site, int is_double) {
     const int64_t many = site->parts * site->parameters;
     int64_t steps = 0;
@@ -243,7 +244,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         if (!backward) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
-            /* Saved numbers are the same every time, also where they are unused. */
+            /* Saved numbers are deterministic, even unused ones. */
             if (call->recurrent && (site->norm == NORM_POPULATION || (work->coupled && work->live < call->steps)))
                 memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
             load_state(work, line, site);
@@ -257,7 +258,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         line->carry = line->dv + pooled;
         line->dgain = line->carry + 2 * line->lanes;
         line->dshift = line->dgain + sums(line);
-        ask(work, line, site);
+        load_state_grads(work, line, site);
     }
     return 0;
 }
@@ -266,7 +267,7 @@ static void store_state(const Work *work, const SiteBuffers *first, const Site *
     const int64_t G = wide(first), P = first->prefix, L = first->lanes;
     EACH_LANE(first) {
         const int64_t last = live(work, line, b);
-        const int sliding = is_kept(line->window), stay = sliding || last == 0; /* statements, or a pooled one */
+        const int sliding = is_kept(line->window), stay = sliding || last == 0; /* statistics of single steps, or a pooled one */
         const double *mean = stay ? line->mean : line->mu, *var = stay ? line->var : line->v;
         for (int64_t j = 0; j < P; j++) {
             const int64_t at = sliding ? last + j : 0, from = stay ? at : after(line, last), to = (b * P + j) * G + g;

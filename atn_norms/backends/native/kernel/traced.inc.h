@@ -1,7 +1,8 @@
-/* Sites whose normalizer is a program: its rows are measured and normalized tile by tile, and back. Rows past their length are
-   left out: nothing is computed of them, whatever they hold. Included by recurrent.inc.h. */
+/* Sites whose normalizer is a program: rows are measured and normalized tile by tile, forward and backward. Rows beyond their
+   length are skipped, so padding is never read. Included by recurrent.inc.h. */
 
-/* Live rows of one block at one step: the next stretch of them from `row` on, its end in `end`; rows where there is none. */
+/* Return the next stretch of unmasked rows of a block at one step, from `row` on; it ends at `end`. Return `rows` if there is
+   none. */
 INLINE long FN(next_live)(const Work *work, long t, long first, long row, long rows, long *end) {
     while (row < rows && !FN(alive)(work, t, first + row)) row++;
     *end = row;
@@ -9,7 +10,7 @@ INLINE long FN(next_live)(const Work *work, long t, long first, long row, long r
     return row;
 }
 
-/* Rows of REAL as an input: themselves, or converted into a room. */
+/* Return rows of REAL as an input: the rows themselves, or converted into a buffer. */
 INLINE Input FN(as_input)(const Ready *ready, const REAL *rows, long apart, long count, long width, double **room) {
     if (IS_DOUBLE || ready->narrow) return (Input){rows, apart};
     double *to = *room;
@@ -19,7 +20,7 @@ INLINE Input FN(as_input)(const Ready *ready, const REAL *rows, long apart, long
     return (Input){to, width};
 }
 
-/* What runs a program of a site at step t, for one part of `count` rows from row r of the block on. */
+/* The arguments of a program of a site at step t, for one part of `count` rows from row r of the block on. */
 typedef struct {
     const SiteBuffers *site;
     long t, part, r, count;
@@ -32,13 +33,13 @@ INLINE Input FN(parameters)(const FN(Tile) *tile, const Ready *ready) {
     return (Input){tile->site->parameter + before, 0};
 }
 
-/* Numbers of one part in an array over lanes, at lane `ahead` of the tile's step. */
+/* Return the numbers of one part in an array over lanes, at lane `ahead` of the tile's step. */
 INLINE double *FN(lanes)(const FN(Tile) *tile, double *of, long ahead) {
     const SiteBuffers *site = tile->site;
     return of + (ahead + tile->t) * site->lanes + tile->r * site->groups + tile->part * (site->groups / site->parts);
 }
 
-/* The pooled statistic, or gradients of the own one, as inputs from `input` on; how many there are. */
+/* Set the pooled statistic, or the gradients of the step's own one, as inputs from `input` on; return their number. */
 INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, double *var, long ahead) {
     const SiteBuffers *site = tile->site;
     if (site->groups == 0) return 0;
@@ -51,10 +52,10 @@ INLINE long FN(lane_inputs)(const FN(Tile) *tile, Input *input, double *mean, do
     return 2;
 }
 
-/* Number i of row r of an output, which may be float. */
+/* Element i of row r of an output, which may be float. */
 #define OUTPUT(type) ((const type *)output.at)[r * output.apart + i]
 
-/* An output as numbers of one part over lanes, put there or added. */
+/* Store an output as numbers of one part over lanes, or add it. */
 INLINE void FN(into_lanes)(const FN(Tile) *tile, Input output, int is_float, double *of, long ahead, const int add) {
     const SiteBuffers *site = tile->site;
     double *to = FN(lanes)(tile, of, ahead);
@@ -89,7 +90,8 @@ INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output, int is_float
 
 #undef OUTPUT
 
-/* Where a program may compute the first output itself: rows of REAL, over the last input or apart from every input. */
+/* Return the address where a program may compute its first output directly: rows of REAL, over the last input or apart from
+   every input. */
 INLINE Input FN(wanted)(const Ready *ready, REAL *to, long apart, int over) {
     const int fits = (IS_DOUBLE ? !is_float_output(ready, 0) : is_float_output(ready, 0)) && ready->direct & (over ? DIRECT_OVER : DIRECT_APART);
     return fits ? (Input){to, apart} : (Input){NULL, 0};
@@ -101,7 +103,7 @@ INLINE Input FN(wanted)(const Ready *ready, REAL *to, long apart, int over) {
             for (long at_ = r_, tiles_ = (end_ - r_ + most_ - 1) / most_, n_; tiles_ > 0; tiles_--, at_ += n_)                            \
                 for (FN(Tile) tile = {site, t, part_, at_, n_ = (end_ - at_ + tiles_ - 1) / tiles_, room}; tile.count; tile.count = 0)
 
-/* Own statistics of a block's live rows at step t. */
+/* Compute the statistics of a block's unmasked rows at step t. */
 static void FN(traced_measure)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, double *room) {
     const Ready *ready = site->ready + MEASURE;
     const long width = site->features / site->parts, ahead = site->prefix, at = (ahead + t) * site->lanes;
@@ -117,7 +119,7 @@ static void FN(traced_measure)(const Work *work, const SiteBuffers *site, long t
     }
 }
 
-/* Normalized live rows of a block at step t, into rows `ldo` apart; other rows as they are. */
+/* Normalize a block's unmasked rows at step t, into rows `ldo` apart; other rows stay unchanged. */
 static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *out,
                                  long ldo, double *room) {
     const Ready *ready = site->ready + NORMALIZE;
@@ -133,7 +135,7 @@ static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long
     }
 }
 
-/* Back through a site: rows of dx hold the gradient of its result, and get that of what it was given; ldd apart. */
+/* Backward through a site: on entry rows of dx hold the gradient of its result, on return that of its input; rows are ldd apart. */
 static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
                             double *room) {
     const long width = site->features / site->parts;

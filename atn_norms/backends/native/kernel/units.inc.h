@@ -1,7 +1,7 @@
-/* What is done for one block of hidden units: a step forward and back, its weights packed, their gradients, and where all it
-   has lies; included by coupled.inc.h. */
+/* The work for one block of hidden units: forward and backward steps, packed weights, their gradients, and its memory. Included
+   by coupled.inc.h. */
 
-/* A step of a block. h: of every unit, before it; `after`: where rows end, h once it is over. */
+/* One forward step of a block. h: all units before the step; `after`: all units after it, for rows that end. */
 static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const REAL *h, REAL *after, FN(Rows) rows) {
     const Call *call = work->call;
     const long B = work->batch, D = work->inputs, H = work->hidden, from = units->from, width = units->width, wide = units->wide;
@@ -29,19 +29,19 @@ static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const 
             if (call->normed_carry) FN(row_normed)(1, width, y, units->back + r * width);
         }
     }
-    for (long r = 0; r < B && call->lengths; r++) { /* the output of a row past its length is 0, and its state stays */
+    for (long r = 0; r < B && call->lengths; r++) { /* beyond its length a row has output 0 and keeps its state */
         const int alive = FN(alive)(work, t, r);
         FN(copy)(after + r * H + from, alive ? out + r * H : h + r * H + from, width);
         if (!alive) memset(out + r * H, 0, (size_t)width * sizeof(REAL));
         if (!alive && lstm) FN(copy)(now + r * width, c + r * width, width);
     }
-    if (lstm && !call->cells) { /* two takes turns */
+    if (lstm && !call->cells) { /* two buffers alternate */
         units->cells = units->c;
         units->c = now;
     }
 }
 
-/* A step of a block on the way back, up to the gradient of its recurrent product. */
+/* One backward step of a block, up to the gradient of its recurrent product. */
 static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long first, FN(Rows) rows) {
     const Call *call = work->call;
     const long B = work->batch, D = work->inputs, H = work->hidden, from = units->from, width = units->width, wide = units->wide;
@@ -49,11 +49,11 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
     const REAL *in = units->projected + (call->projected ? t * B * wide : 0), *recurrent = units->recurrent + t * B * wide;
     const REAL *cells = units->cells + t * B * width, *dout = (const REAL *)call->doutput + t * B * H + from;
     const REAL *old = lstm ? t ? call->normed_carry ? units->back : cells - B * width : (const REAL *)call->c0 + from : t ? (const REAL *)call->output + (t - 1) * B * H + from : (const REAL *)call->h0 + from;
-    const long apart = lstm && t ? width : H; /* between rows of `old` */
+    const long apart = lstm && t ? width : H; /* distance between rows of `old` */
     REAL *din = units->din + (t - first) * B * wide, *drec = units->drec + (t - first) * B * wide, *dc = units->dc[0], *dold = units->dc[1];
     if (call->joint) memset(units->projected, 0, (size_t)(B * wide) * sizeof(REAL));
     else if (!call->projected) FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, units->projected);
-    if (call->normed_carry && t) { /* what the step before carried */
+    if (call->normed_carry && t) { /* the state carried from the previous step */
         FN(set_columns)(work, units, SITE_C, t - 1);
         for (long r = 0; r < B; r++)
             FN(row_normed)(1, width, FN(by_columns)(cells + (r - B) * width, units->columns + SITE_C), units->back + r * width);
@@ -86,7 +86,7 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
 }
 
 /* out [R, M] = rows `row` to row + R of the gradient of the recurrent (or the input) product, of every block, times packed
-   panels of the weights turned round. */
+   panels of the transposed weights. */
 static void FN(through_weights)(const FN(Coupled) *all, int inputs, long row, long R, const REAL *panels, long M, REAL *out) {
     const long N = all->gates * all->work->hidden;
     memset(out, 0, (size_t)(R * M) * sizeof(REAL));
@@ -98,7 +98,7 @@ static void FN(through_weights)(const FN(Coupled) *all, int inputs, long row, lo
         }
 }
 
-/* What comes back from every block through W_hh to the units of one. */
+/* Compute the gradient that flows from every block through W_hh to the units of one block. */
 static void FN(units_return)(const FN(Coupled) *all, FN(Units) *units, long t, long first, FN(Rows) rows) {
     const long B = all->work->batch, width = units->width, partly = rows.count < B;
     REAL *to = partly ? units->back : units->dh;
@@ -109,7 +109,7 @@ static void FN(units_return)(const FN(Coupled) *all, FN(Units) *units, long t, l
         for (long j = 0; j < width; j++) units->dh[rows.row[i] * width + j] += units->hidden[0][rows.row[i] * width + j];
 }
 
-/* The rows of a weight matrix [N, K] and of a bias that make a block's pre-activations, packed. */
+/* Pack the rows of a weight matrix [N, K] and of a bias that belong to a block's pre-activations. */
 static void FN(pack_units)(const Work *work, const FN(Units) *units, const REAL *weight, const REAL *bias, long K, FN(Packed) to) {
     memset(to.bias, 0, (size_t)(FN(panels)(units->wide) * PANEL) * sizeof(REAL));
     for (long i = 0; i < units->wide && bias; i++) to.bias[i] = bias[FN(feature)(work, units, i)];
@@ -121,7 +121,7 @@ static void FN(pack_units)(const Work *work, const FN(Units) *units, const REAL 
     }
 }
 
-/* Columns p to p + columns of a weight matrix whose rows lie `row` apart, as one panel with rows block by block. */
+/* Pack columns p to p + columns of a weight matrix, whose rows are `row` apart, as one panel with rows block by block. */
 static void FN(pack_back)(const FN(Coupled) *all, const REAL *weight, long row, long p, long columns, REAL *to) {
     for (long b = 0; b < all->blocks; b++)
         for (long i = 0; i < all->units[b].wide; i++, to += PANEL) {
@@ -131,7 +131,7 @@ static void FN(pack_back)(const FN(Coupled) *all, const REAL *weight, long row, 
         }
 }
 
-/* Gradients of the weights and biases of a block's units, for K rows of a chunk that starts with `first`. */
+/* Compute the gradients of the weights and biases of a block's units, for K rows of a chunk that starts with `first`. */
 static void FN(units_gradients)(const Work *work, const FN(Units) *units, long first, long K, const REAL *xs, const REAL *hs) {
     const Call *call = work->call;
     const long D = work->inputs, H = work->hidden, few = D <= THIN, width = units->width, wide = units->wide;
@@ -146,17 +146,17 @@ static void FN(units_gradients)(const Work *work, const FN(Units) *units, long f
     }
 }
 
-/* Numbers of REAL up to a whole number of cache lines. */
+/* Round n up to a whole number of cache lines. */
 INLINE size_t FN(whole_lines)(long n) { return ((size_t)n * sizeof(REAL) + 63) / 64 * 64 / sizeof(REAL); }
 
-/* The next n numbers of a room; without one, only count them. */
+/* Take the next n numbers of `room`; if it is NULL, only count them. */
 static REAL *FN(next)(REAL *room, size_t *at, long n) {
     REAL *here = room ? room + *at : NULL;
     *at += FN(whole_lines)(n);
     return here;
 }
 
-/* Lay a block out in its part of a room, or, without one, return the size that it needs. */
+/* Place the arrays of a block in its part of `room`; if it is NULL, return the required size. */
 static size_t FN(units_room)(const FN(Coupled) *all, FN(Units) *units, long block, int backward, REAL *room) {
     const Work *work = all->work;
     const Call *call = work->call;
@@ -200,7 +200,7 @@ INLINE void FN(units_copy)(const Work *work, const FN(Units) *units, REAL *to, l
     for (long r = 0; r < work->batch; r++) FN(copy)(to + r * to_apart, from + r * from_apart, units->width);
 }
 
-/* What a thread does for a block before the first step. */
+/* Prepare a block before the first step, in the thread that owns it. */
 static void FN(units_begin)(const FN(Coupled) *all, FN(Units) *units, int backward) {
     const Work *work = all->work;
     const Call *call = work->call;
@@ -228,13 +228,13 @@ static void FN(units_begin)(const FN(Coupled) *all, FN(Units) *units, int backwa
     if (work->cell == CELL_LSTM) FN(units_copy)(work, units, units->dc[0], units->width, (const REAL *)call->dc + units->from, H);
 }
 
-/* Room for every block, and what else is needed beside it; NULL if there is none. */
+/* Allocate the memory of every block and the shared arrays; NULL if out of memory. */
 static REAL *FN(coupled_room)(FN(Coupled) *all, const Work *work, int backward, size_t more, long **rows) {
     all->work = work;
     all->gates = FN(gates)(work);
     all->blocks = atn_norms_unit_blocks(work->hidden);
     FN(Units) first;
-    const size_t each = FN(units_room)(all, &first, 0, backward, NULL), blocks = (size_t)all->blocks; /* the first is the largest */
+    const size_t each = FN(units_room)(all, &first, 0, backward, NULL), blocks = (size_t)all->blocks; /* the first block is the largest */
     const size_t units = (blocks * sizeof(FN(Units)) + 63) / 64 * 64, lists = (size_t)(work->threads * work->batch) * sizeof(long);
     char *room = atn_norms_memory((each * blocks + more) * sizeof(REAL) + units + lists);
     if (!room) return NULL;

@@ -1,4 +1,4 @@
-/* Vectors of REAL: loads and stores of whole ones and of the beginning of one. Included by level.inc.h for each REAL. */
+/* Vectors of REAL: loads and stores of whole vectors and of the beginning of a vector. Included by level.inc.h for each REAL. */
 
 typedef REAL FN(vec) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
@@ -13,7 +13,7 @@ INLINE FN(vec) FN(all)(REAL x) {
     return every + x;
 }
 
-/* The first n numbers at an address, n at most a vector; the rest is `fill`. */
+/* Load the first n numbers at an address, n at most a vector; the other elements are `fill`. */
 INLINE FN(vec) FN(load_or)(const REAL *from, long n, REAL fill) {
     if (n >= VL) return *(const FN(vec) *)from;
     FN(vec) part = FN(all)(fill);
