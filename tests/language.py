@@ -112,8 +112,11 @@ def _python(path: Path, text: str) -> Iterator[Offence]:
             yield Offence(path, node.lineno, node.id, "a variable names its contents")
         if isinstance(node, ast.arg) and node.arg in NAMES:
             yield Offence(path, node.lineno, node.arg, "a parameter names its contents")
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield from _words(path, node.lineno, node.name.replace("_", " "))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = node.name.removeprefix("test_").replace("_", " ").strip()
+            yield from _words(path, node.lineno, name)
+            if node.name.startswith("test_") and (opening := OPENINGS.match(name.capitalize())):
+                yield Offence(path, node.lineno, opening[1], "a test is named by a statement")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type in (tokenize.STRING, tokenize.COMMENT):
             yield from _words(path, token.start[0], token.string)

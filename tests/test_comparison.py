@@ -294,7 +294,7 @@ def test_a_level_to_be_climbed_to_is_reached_from_below():
     assert set(found["none"].scores.values()) == {30.0}
 
 
-def test_who_never_reaches_the_level_counts_as_all_the_steps_and_ties_with_others_like_it():
+def test_a_trial_that_never_reaches_the_level_counts_with_all_steps_and_ties_with_its_like():
     record = reaching({"none": [0.9] * 4, "layer": [0.9] * 4, "rms": [0.9, 0.4, 0.4, 0.4]})
     to = level(record, "adding", 0.5)
     rows = compare_task(record, "adding", steps_to(record, "adding", to)).rows
@@ -306,7 +306,7 @@ def test_who_never_reaches_the_level_counts_as_all_the_steps_and_ties_with_other
     assert (soon.mean, soon.improvement, soon.pairs, soon.verdict) == (-20.0, 1.0, 5, "helps")
 
 
-def test_who_gets_there_at_the_very_end_is_ahead_of_who_never_does():
+def test_a_trial_that_reaches_the_level_at_the_last_step_is_ahead_of_one_that_never_does():
     record = reaching({"none": [0.9] * 4, "late": [0.9, 0.9, 0.9, 0.4]})
     rows = compare_task(record, "adding", steps_to(record, "adding", level(record, "adding", 0.5))).rows
     (late,) = [row.against for row in rows if row.against]

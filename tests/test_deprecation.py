@@ -10,6 +10,7 @@ import torch
 import atn_norms as an
 from atn_norms import pytree
 from atn_norms.testing import check_normalizer
+from atn_norms.testing.law import LAWS, RENAMED
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,18 @@ def test_reading_every_attribute_does_not_warn(recwarn):
 def test_the_conformance_suite_uses_no_old_name(recwarn):
     check_normalizer("rms")
     assert not [str(warning.message) for warning in recwarn if "is deprecated; use " in str(warning.message)]
+
+
+def test_an_expected_failure_may_have_the_old_name_of_a_law():
+    old, new = "the_pooled_statement_is_used", "the_pooled_statistic_is_used"
+    with pytest.warns(DeprecationWarning, match=f"law {old} is deprecated; use {new}") as caught:
+        results = check_normalizer("rms", expected_failures={old: "an example"})
+    assert [warning.filename for warning in caught] == [__file__]
+    (message,) = [result.message for result in results if result.law == new]
+    assert message == "expected to fail (an example), but it passes: remove it from the expected failures"
+
+
+def test_old_names_of_laws_have_a_present_law():
+    import atn_norms.testing.laws  # noqa: F401
+
+    assert set(RENAMED.values()) <= set(LAWS) and not set(RENAMED) & set(LAWS)

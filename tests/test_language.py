@@ -18,6 +18,8 @@ def test_no_prose_breaks_the_rules():
         ("a.py", "told = 1\n", "a variable names its contents"),
         ("a.py", "def f(said):\n    return said\n", "a parameter names its contents"),
         ("a.py", "def test_it_goes_on():\n    pass\n", "use: continue"),
+        ("a.py", "def a_law_says_it():\n    pass\n", "use: report, state, return, print"),
+        ("a.py", "def test_what_it_does():\n    pass\n", "a test is named by a statement"),
         ("a.md", "The layer says no.\n", "use: report, state, return, print"),
         ("a.md", " ".join(["word"] * 41) + ".\n", "a sentence of 41 words; at most 40"),
         ("a.c", "int x; /* dearer */\n", "use: slower, costlier"),

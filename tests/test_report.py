@@ -515,7 +515,7 @@ def test_the_curves_of_every_point_are_drawn(baseline, monkeypatch):
     assert len(comparison.rows) == 5
 
 
-def test_what_diverged_before_anything_was_measured_has_its_cross(monkeypatch):
+def test_a_trial_that_diverged_before_any_measurement_has_a_cross(monkeypatch):
     crosses = []
 
     def watched(figure, *rest):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from atn_norms.deprecation import warn_renamed
 from atn_norms.errors import Problem, SpecError, not_installed, short_repr, unknown
-from atn_norms.testing.law import LAWS, Case, Law
+from atn_norms.testing.law import LAWS, RENAMED, Case, Law
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,9 +47,9 @@ class LawRun:
     law: Law
     subject: Any
 
-    def answer(self, expected: Mapping[str, str]) -> CheckResult:
+    def result(self, expected: Mapping[str, str]) -> CheckResult:
         """Run the law; an expected failure has the status `expected`, and an expected failure that passes fails."""
-        result = judge(self.law, self.subject)
+        result = run_law(self.law, self.subject)
         reason = expected.get(self.law.name)
         if reason is None or result.status == "skipped":
             return result
@@ -58,7 +59,7 @@ class LawRun:
         return replace(result, status="failed", message=message, example=self.subject.label)
 
 
-def judge(law: Law, subject: Any) -> CheckResult:
+def run_law(law: Law, subject: Any) -> CheckResult:
     """Run one law on one subject."""
     result = CheckResult(law.name, "passed", group=law.group)
     reason = _inapplicable(law, subject)
@@ -83,9 +84,16 @@ def runs_on(subjects: Sequence[Any]) -> list[LawRun]:
     return [LawRun(law, subject) for law in LAWS.values() for subject in subjects if subject.family in law.applies_to]
 
 
-def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
-    """Return `expected` as a dictionary; `SpecError` for a law that does not apply or has no reason."""
-    reasons = dict(expected or {})
+def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str], stacklevel: int) -> dict[str, str]:
+    """Return `expected` as a dictionary; `SpecError` for a law that does not apply or has no reason.
+
+    An earlier name of a law gives a `DeprecationWarning` at the frame `stacklevel` of `warn_renamed`.
+    """
+    reasons = {}
+    for name, reason in (expected or {}).items():
+        if name in RENAMED:
+            warn_renamed(f"law {name}", RENAMED[name], stacklevel)
+        reasons[RENAMED.get(name, name)] = reason
     problems = [unknown("law", name, known, path=("expected_failures",)) for name in reasons if name not in known]
     problems += [
         Problem(("expected_failures", name), short_repr(reason), "a sentence with the reason of the failure")

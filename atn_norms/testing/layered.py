@@ -165,7 +165,7 @@ class CellSubject(SpecSubject):
         ys, state = run_cell(Reference(), made, xs, tuple(carried))
         return ys, *tree_leaves(state)
 
-    def answer(self, spec: CellSpec) -> Any:
+    def result_of(self, spec: CellSpec) -> Any:
         case = self.sample().but(cell=spec)
         return self.run(self.make(case), self.inputs(case))[0].detach()
 

@@ -93,7 +93,7 @@ class SpecSubject(Subject):
 
     spec: Any
 
-    def answer(self, spec: Any) -> Any:
+    def result_of(self, spec: Any) -> Any:
         """Return the outputs of a spec of this family on one fixed example, to compare two specs."""
         raise NotImplementedError(f"{type(self).__name__} does not define the outputs of a spec")
 
@@ -146,7 +146,7 @@ class NormalizerSubject(SpecSubject):
         try:
             self.check_statistic()
         except Exception as error:  # noqa: BLE001  the law reports it with its position
-            self.broken, self.reported_by = f"{type(error).__name__}: {error}", "a_statement_is_a_tuple_of_tensors"
+            self.broken, self.reported_by = f"{type(error).__name__}: {error}", "a_statistic_is_a_tuple_of_tensors"
 
     def check_statistic(self) -> None:
         """Raise unless `measure` returns a statistic that a window can pool: a tuple of tensors with `pool`."""
@@ -206,7 +206,7 @@ class NormalizerSubject(SpecSubject):
         ys, state = made.scan(inputs[0])
         return ys, *tree_leaves(state)
 
-    def answer(self, spec: NormSpec) -> Any:
+    def result_of(self, spec: NormSpec) -> Any:
         case = self.sample()
         torch.manual_seed(0)
         norm = stirred(AssortedTime(spec.build(case.features).double(), case.window), 0)
@@ -265,7 +265,7 @@ class WindowSubject(SpecSubject):
         """Return the state before the first of these steps."""
         return window.initial(at(steps, 0))
 
-    def answer(self, spec: WindowSpec) -> Any:
+    def result_of(self, spec: WindowSpec) -> Any:
         case = Case({"seed": 0, "steps": 8, "batch": 2, "statistic": Moments})
         return self.run(WindowSubject(spec).make(case), self.inputs(case))
 

@@ -58,7 +58,7 @@ class TaskSubject(SpecSubject):
         self.task.share(model)
         return model
 
-    def answer(self, spec: TaskSpec) -> Any:
+    def result_of(self, spec: TaskSpec) -> Any:
         return tuple(spec.build(0).batch(0, self.size)[:2])
 
     def built(self, spec: TaskSpec) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atn_norms.deprecation import STACK
 from atn_norms.testing.checks import family_of, law_runs
 from atn_norms.testing.engine import LawRun, checked_expectations, need_hypothesis
 
@@ -18,7 +19,7 @@ def parametrize_checks(plugins: Sequence[Any], *, expected_failures: Mapping[str
     | `expected_failures` | law -> reason, for all plugins; an expected failure that passes fails the test |
 
     A law that does not apply skips its test, with the reason; an expected failure is an xfail. Test ids read
-    `layer(eps=0.001)-rows_stand_alone`.
+    `layer(eps=0.001)-flat_rows_stay_finite`.
 
     Errors: `SpecError` (a `ValueError`) for an expected law that applies to none of the plugins, or that has no reason.
 
@@ -33,7 +34,7 @@ def parametrize_checks(plugins: Sequence[Any], *, expected_failures: Mapping[str
     need_hypothesis()
     runs = [run for plugin in plugins for run in law_runs(family_of(plugin), plugin)]
     names = dict.fromkeys(run.law.name for run in runs)
-    reasons = checked_expectations(expected_failures, list(names))
+    reasons = checked_expectations(expected_failures, list(names), STACK + 1)
     parameters = [pytest.param(Check(run, reasons), id=f"{run.subject.label}-{run.law.name}") for run in runs]
     return pytest.mark.parametrize("check", parameters)
 
@@ -48,7 +49,7 @@ class Check:
         """Pass, skip with the reason, xfail with the reason, or raise `AssertionError` with the failing example."""
         import pytest
 
-        result = self.run.answer(self.reasons)
+        result = self.run.result(self.reasons)
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "expected":

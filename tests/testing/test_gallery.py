@@ -8,17 +8,17 @@ from atn_norms.testing.checks import law_runs
 from tests.testing.gallery import GALLERY, Wrong
 
 
-def answers(wrong: Wrong, only: str | None = None):
+def results_of(wrong: Wrong, only: str | None = None):
     if wrong.name == "TakesMomentsForGranted" and unavailable():
         pytest.skip("the kernels that would compute its moments are not compiled")
     with wrong.around():
         runs = law_runs(wrong.family, wrong.make())
-        return {each.law.name: each.answer({}) for each in runs if only in (None, each.law.name)}
+        return {each.law.name: each.result({}) for each in runs if only in (None, each.law.name)}
 
 
 @pytest.mark.parametrize("wrong", GALLERY.values(), ids=lambda wrong: f"{wrong.family}-{wrong.name}")
 def test_a_wrong_subject_is_caught_by_the_law_meant_for_it(wrong: Wrong):
-    result = answers(wrong, wrong.law)[wrong.law]
+    result = results_of(wrong, wrong.law)[wrong.law]
     assert result.status == "failed", f"{wrong.mistake} {wrong.law}: {result.status}: {result.message}"
     assert result.message
     assert result.example
@@ -38,6 +38,6 @@ def test_every_mistake_has_a_description():
 @pytest.mark.parametrize("wrong", list(GALLERY.values())[::3], ids=lambda wrong: f"{wrong.family}-{wrong.name}")
 def test_a_wrong_subject_breaks_the_laws_and_not_the_suite(wrong: Wrong):
     """Every other law returns a result for it too."""
-    results = answers(wrong)
+    results = results_of(wrong)
     assert results[wrong.law].status == "failed"
     assert {result.status for result in results.values()} <= {"passed", "failed", "skipped"}

@@ -27,7 +27,7 @@ def model_of() -> Any:
 
 
 @feature(GROUP, "`replace` on a model with subclasses, hooks or `nn.LSTMCell`", "left, with a warning")
-def test_what_cannot_be_replaced_is_named_and_left():
+def test_a_layer_that_cannot_be_replaced_is_named_and_kept():
     model = model_of()
     with pytest.warns(UserWarning, match="replace: 2 recurrent layer") as caught:
         an.replace(model, norm="layer")

@@ -45,7 +45,7 @@ HIDDEN = 4
 counted: dict[str, int] = {"cases": 0, "native": 0}
 
 
-def judge(pair: Pair) -> None:
+def compare_backends(pair: Pair) -> None:
     """Compare and count one case."""
     native = pair.layer("auto")
     counted["cases"] += 1
@@ -62,7 +62,7 @@ cells = st.sampled_from(["lstm", "gru", "tanh"])
 @given(st.integers(0, 2**20), cells, st.data())
 @settings(max_examples=40)
 def test_a_few_random_normalizers(norm, cell, data):
-    judge(data.draw(pairs(norm, cell)))
+    compare_backends(data.draw(pairs(norm, cell)))
 
 
 @pytest.mark.deep
@@ -75,7 +75,7 @@ def test_many_random_normalizers(record_property):
     @settings(max_examples=DEEP, database=None, deadline=None)
     def search(norm: int, cell: str, data: Any) -> None:
         for _ in range(CASES_EACH):
-            judge(data.draw(pairs(norm, cell)))
+            compare_backends(data.draw(pairs(norm, cell)))
 
     search()
     record_property("cases", counted["cases"])

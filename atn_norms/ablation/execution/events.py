@@ -87,14 +87,14 @@ class Progress:
             if self.blocked.pop(trial, None) is None:
                 self.steps.setdefault(trial, 0)
                 self._losses.setdefault(trial, None)
-                self._tell("started", trial)
+                self._report("started", trial)
         return ready
 
     def step(self, trial: str, step: int, loss: float | None) -> None:
         """Record the step and the loss of a trial."""
         if step > self.steps[trial]:
             self.steps[trial], self._losses[trial] = step, loss
-            self._tell("step", trial)
+            self._report("step", trial)
 
     def look(self, running: list[str]) -> None:
         """Read the progress of the trials of other processes from the store."""
@@ -152,7 +152,7 @@ class Progress:
         self.blocked[trial] = time.monotonic() + RETRY
         if first:
             self._busy.add(trial)
-            self._tell("busy", trial, why)
+            self._report("busy", trial, why)
 
     def _failed(self, trial: str, trouble: str) -> None:
         folder = self.store.trial(trial)
@@ -168,9 +168,9 @@ class Progress:
     def _end(self, kind: Any, trial: str, message: str = "") -> None:
         self.over += 1
         self.trials[trial] = self.store.load_trial(self._entries[trial], self._record.tasks)
-        self._tell(kind, trial, message)
+        self._report(kind, trial, message)
 
-    def _tell(self, kind: Any, trial: str, message: str = "") -> None:
+    def _report(self, kind: Any, trial: str, message: str = "") -> None:
         record: TrialRecord = self.trials[trial]
         point = {**record.points[0], "seed": str(record.seed)}
         steps, taken, loss = record.trial["train"]["steps"], self.steps[trial], self._losses[trial]

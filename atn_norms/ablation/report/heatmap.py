@@ -172,7 +172,7 @@ def heatmap(record: StudyRecord, comparison: Comparison, file: str, what: str) -
     columns = max(1, min(len(layout.facets), int(_PAGE // wide)))
     lines = math.ceil(len(layout.facets) / columns)
     width, height = max(columns * wide + 0.15, 6.2), 0.38 + lines * tall + 0.9 + 0.19 * shading.says.count("\n")
-    heading = f"{comparison.task}: {what} by {_axes_in_words(layout)}"
+    heading = f"{comparison.task}: {what} by {_axes_as_text(layout)}"
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)
@@ -200,7 +200,7 @@ def _about(comparison: Comparison) -> str:
     return f"{mean} over the finished seeds; {lower(comparison.measure.goal)} is better."
 
 
-def _axes_in_words(layout: Layout) -> str:
+def _axes_as_text(layout: Layout) -> str:
     return " and ".join(leaf(axis) for axis in (layout.down, layout.across) if axis) or "point"
 
 

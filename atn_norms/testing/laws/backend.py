@@ -21,7 +21,7 @@ SINGLE = 5e-3  # float32: the same sums, with a rounding error of 1e-7 each
 
 
 @law("backend")
-def refusals_are_sentences(subject: BackendSubject) -> None:
+def unsupported_reasons_are_sentences(subject: BackendSubject) -> None:
     """`prepare` returns a program, or `Unsupported` with a sentence; it raises nothing, and supports at least one case.
 
     The sentence is the error message of a layer that requires this backend by name, and code compares its code. A
@@ -42,7 +42,7 @@ def _both(subject: BackendSubject, case: Case) -> tuple[Recurrent, tuple[Tensor,
 
 
 @law("backend")
-def values_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
+def values_match_the_reference(subject: BackendSubject, case: Case) -> None:
     """Outputs and final state equal those of the reference, in the type of the layer, for every supported case.
 
     The reference defines the result. In float64 the two may differ only by the order of their additions.
@@ -76,7 +76,7 @@ def lengths_are_honoured(subject: BackendSubject, case: Case) -> None:
 
 
 @law("backend")
-def gradients_are_the_reference_s(subject: BackendSubject, case: Case) -> None:
+def gradients_match_the_reference(subject: BackendSubject, case: Case) -> None:
     """Every gradient equals that of the reference: by inputs, weights, norms and initial state.
 
     Gradients are taken from the outputs and from the final state. In truncated backpropagation the loss reaches a

@@ -56,7 +56,7 @@ def sizes_are_as_declared(subject: CellSubject, case: Case) -> None:
 
 
 @law("cell", batch=(2, 3))
-def an_ended_row_stands_still(subject: CellSubject, case: Case) -> None:
+def masked_rows_keep_their_state(subject: CellSubject, case: Case) -> None:
     """A masked row keeps its state, in value and gradient, and its output is 0, whatever its input.
 
     Rows of a batch end at different times. The final state of a shorter row is its state at its own last step.
@@ -98,7 +98,7 @@ def projecting_is_not_recurrent(subject: CellSubject, case: Case) -> None:
 
 
 @law("cell")
-def every_part_counts(subject: CellSubject) -> None:
+def every_part_has_an_effect(subject: CellSubject) -> None:
     """Every parameter, every norm of a site and every carried tensor affects the result.
 
     A norm that is never called, or a carried tensor that the next step does not read, is trained, stored and reported
@@ -129,7 +129,7 @@ def _of_the_output_alone(key: str) -> bool:
 
 
 @law("cell")
-def a_placement_is_refused_or_matters(subject: CellSubject) -> None:
+def placements_are_rejected_or_have_an_effect(subject: CellSubject) -> None:
     """Every placement that the cell accepts changes what it computes; any other placement is rejected.
 
     If the cell ignores a placement, a study that varies it compares a model with itself and reports no difference.

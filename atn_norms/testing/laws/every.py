@@ -63,7 +63,7 @@ def options_survive_a_dump(subject: SpecSubject) -> None:
         ("a JSON dump", type(spec).model_validate_json(spec.model_dump_json())),
     ):
         demand(again == spec, f"{name}: read as {again!r}; expected {spec!r}")
-        compare(subject.answer(again), subject.answer(spec), tolerance=0, what=f"the result after {name}")
+        compare(subject.result_of(again), subject.result_of(spec), tolerance=0, what=f"the result after {name}")
     window = subject.built(spec)
     if isinstance(window, Window) and type(window).spec is not Window.spec:
         options = window.spec()
@@ -86,7 +86,9 @@ def it_survives_pickling(subject: SpecSubject) -> None:
     """
     again = pickle.loads(pickle.dumps(subject.spec))
     demand(again == subject.spec, f"unpickled spec: got {again!r}; expected {subject.spec!r}")
-    compare(subject.answer(again), subject.answer(subject.spec), tolerance=0, what="the result of an unpickled spec")
+    compare(
+        subject.result_of(again), subject.result_of(subject.spec), tolerance=0, what="the result of an unpickled spec"
+    )
     pickle.loads(pickle.dumps(subject.built(subject.spec)))
 
 
@@ -128,7 +130,7 @@ def calls_are_pure(subject: Subject, case: Case) -> None:
 
 
 @law("every", *RUNS)
-def inputs_are_left_alone(subject: Subject, case: Case) -> None:
+def inputs_are_not_modified(subject: Subject, case: Case) -> None:
     """Inputs are not modified.
 
     The caller still needs them: a pre-activation is stored for the backward pass, and a state may be continued twice.

@@ -93,7 +93,7 @@ def float32_keeps_its_digits(subject: NormalizerSubject, case: Case) -> None:
 
 
 @law("normalizer", unless=without_statistic)
-def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None:
+def the_pooled_statistic_is_used(subject: NormalizerSubject, case: Case) -> None:
     """The result of `normalize` depends on the pooled statistic, not on `x` alone.
 
     A `normalize` that measures `x` again is right for a window of 1, and then no longer window has any effect. A
@@ -107,7 +107,7 @@ def the_pooled_statement_is_used(subject: NormalizerSubject, case: Case) -> None
 
 
 @law("normalizer", batch=(2, 3))
-def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
+def rows_are_independent_unless_declared(subject: NormalizerSubject, case: Case) -> None:
     """No row depends on another row, unless `uses_batch_statistics` is declared; then it must.
 
     The output for a sample must not depend on the rest of its batch, and on other steps only through the window. With
@@ -138,7 +138,7 @@ def rows_meet_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
 
 
 @law("normalizer", batch=(2, 3))
-def evaluation_differs_only_as_declared(subject: NormalizerSubject, case: Case) -> None:
+def evaluation_equals_training_unless_declared(subject: NormalizerSubject, case: Case) -> None:
     """Training and evaluation compute the same, unless `train_eval_differ` is declared; then they must differ.
 
     The statistic of a window serves in both modes. Studies and streaming code rely on the declaration in both

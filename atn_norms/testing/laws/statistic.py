@@ -31,7 +31,7 @@ def without_statistic(subject: NormalizerSubject) -> str | None:
 
 
 @law("statistic")
-def a_statement_is_a_tuple_of_tensors(subject: NormalizerSubject) -> None:
+def a_statistic_is_a_tuple_of_tensors(subject: NormalizerSubject) -> None:
     """`measure` returns a tuple of tensors with a method `pool`, and its type can be rebuilt from those tensors.
 
     Windows, states, copies and backends handle a statistic by its tensors alone, so a statistic nested in another one
@@ -133,7 +133,7 @@ def _doubles(subject: NormalizerSubject) -> list[int]:
 
 
 @law("statistic", unless=_no_union, batch=(2, 3))
-def a_union_says_what_its_parts_pool_to(subject: NormalizerSubject, case: Case) -> None:
+def a_union_equals_its_pooled_parts(subject: NormalizerSubject, case: Case) -> None:
     """The statistic of two concatenated rows equals the pooled statistics of both rows.
 
     This property makes a window exact: it obtains the statistic of all features of its steps from the small statistics

@@ -107,7 +107,7 @@ def evaluation_repeats_itself(subject: TaskSubject) -> None:
 
 
 @law("task")
-def the_splits_are_two(subject: TaskSubject) -> None:
+def the_splits_differ(subject: TaskSubject) -> None:
     """Validation and test are different data.
 
     A model is selected on the validation split and evaluated on the test split.
@@ -132,7 +132,7 @@ def _scores(subject: TaskSubject, model: Model, split: str) -> dict[str, float]:
 
 
 @law("task")
-def what_is_carried_is_detached(subject: TaskSubject) -> None:
+def the_carried_state_is_detached(subject: TaskSubject) -> None:
     """The state that one batch passes to the next is detached, and the next batch can be trained from it.
 
     Otherwise the second backward pass runs through the first batch again. The result is an error, or memory that grows

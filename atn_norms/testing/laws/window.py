@@ -46,7 +46,7 @@ def a_scan_is_its_pushes(subject: WindowSubject, case: Case) -> None:
 
 
 @law("window", steps=(3, 4, 5, 6))
-def a_step_that_did_not_happen_leaves_no_trace(subject: WindowSubject, case: Case) -> None:
+def masked_steps_have_no_effect(subject: WindowSubject, case: Case) -> None:
     """A step of weight 0 leaves the state of its row unchanged, whatever its values, and does not change ages.
 
     Rows of a batch end at different times, and a stream may pause: padding is not a step.
@@ -69,7 +69,7 @@ def a_step_that_did_not_happen_leaves_no_trace(subject: WindowSubject, case: Cas
 
 
 @law("window", batch=(2, 3))
-def rows_have_states_of_their_own(subject: WindowSubject, case: Case) -> None:
+def rows_have_separate_states(subject: WindowSubject, case: Case) -> None:
     """Axis 0 of every leaf of the state is the batch, and no row depends on another.
 
     Beam search reorders rows, a batch is compacted, one row is reset: each of them is an index on axis 0.
@@ -119,7 +119,7 @@ def a_state_may_be_used_twice(subject: WindowSubject, case: Case) -> None:
 
 
 @law("window")
-def equal_statements_stay_as_they_are(subject: WindowSubject, case: Case) -> None:
+def equal_statistics_pool_to_themselves(subject: WindowSubject, case: Case) -> None:
     """Where the statistics of all steps are equal, the pooled statistic equals them, from the first step on.
 
     The shares of a merge sum to 1. A running average that starts at 0 without a correction is too small at first.
@@ -199,7 +199,7 @@ def a_spike_is_forgotten(subject: WindowSubject, case: Case) -> None:
 
 
 @law("window")
-def a_state_looks_as_laid_out(subject: WindowSubject, case: Case) -> None:
+def a_state_has_the_declared_layout(subject: WindowSubject, case: Case) -> None:
     """`layout` describes the state that `initial`, `push` and `scan` return, in the type of the statistics.
 
     A state of another kind is rejected by its layout before it can be misread. A state in float32 would round every

@@ -34,7 +34,7 @@ class AlteredProgram(Program):
         return self.backend.run(self.cell, inputs, state, lengths)
 
 
-@wrong("refusals_are_sentences")
+@wrong("unsupported_reasons_are_sentences")
 class RefusesWithTrue(Reference):
     """Returns True instead of a reason for an unsupported case."""
 
@@ -42,7 +42,7 @@ class RefusesWithTrue(Reference):
         return True if description.normed else super().prepare(cell, description)
 
 
-@wrong("refusals_are_sentences")
+@wrong("unsupported_reasons_are_sentences")
 class RefusesByRaising(Reference):
     """Raises an error instead of returning a reason."""
 
@@ -52,7 +52,7 @@ class RefusesByRaising(Reference):
         return super().prepare(cell, description)
 
 
-@wrong("refusals_are_sentences")
+@wrong("unsupported_reasons_are_sentences")
 class RefusesEverything(Reference):
     """Supports no case at all, so that the other laws test nothing."""
 
@@ -60,7 +60,7 @@ class RefusesEverything(Reference):
         return Unsupported("cell", "it is not ready for any case")
 
 
-@wrong("refusals_are_sentences")
+@wrong("unsupported_reasons_are_sentences")
 class RefusesWithAnUnknownCode(Reference):
     """Returns a code that no program compares."""
 
@@ -84,7 +84,7 @@ class CachesByShape(Altered):
         return fresh if known is None else known
 
 
-@wrong("inputs_are_left_alone")
+@wrong("inputs_are_not_modified")
 class WritesIntoTheInitialState(Altered):
     """Stores the running state in the memory of the initial state."""
 
@@ -96,7 +96,7 @@ class WritesIntoTheInitialState(Altered):
         return ys, after
 
 
-@wrong("values_are_the_reference_s")
+@wrong("values_match_the_reference")
 class TakesAnotherGateOrder(Altered):
     """Uses the gate order i, g, f, o."""
 
@@ -110,7 +110,7 @@ class TakesAnotherGateOrder(Altered):
         return super().run(cell, inputs, state, lengths)
 
 
-@wrong("values_are_the_reference_s")
+@wrong("values_match_the_reference")
 class DropsTheType(Altered):
     """Computes and returns in float32."""
 
@@ -119,7 +119,7 @@ class DropsTheType(Altered):
         return ys.float(), state
 
 
-@wrong("values_are_the_reference_s")
+@wrong("values_match_the_reference")
 class HandsBackTheStateBeforeLast(Altered):
     """Returns the final state of one step too early."""
 
@@ -141,7 +141,7 @@ class IgnoresLengths(Altered):
         return super().run(cell, inputs._replace(xs=torch.nan_to_num(inputs.xs)), state, None)
 
 
-@wrong("gradients_are_the_reference_s")
+@wrong("gradients_match_the_reference")
 class LosesTheFinalGradient(Altered):
     """Computes no gradient through the final state."""
 
@@ -150,7 +150,7 @@ class LosesTheFinalGradient(Altered):
         return ys, (tuple(c.detach() + 0 * ys.sum() for c in after[0]), after[1])
 
 
-@wrong("gradients_are_the_reference_s")
+@wrong("gradients_match_the_reference")
 class TruncatesTheGradient(Altered):
     """Cuts the gradient in the middle of the sequence, to save memory."""
 

@@ -35,7 +35,7 @@ class KeepsItsHiddenState(Simple):
         return y, state
 
 
-@wrong("inputs_are_left_alone")
+@wrong("inputs_are_not_modified")
 class ProjectsInPlace(Simple):
     """Scales its input in place."""
 
@@ -80,7 +80,7 @@ class CarriesLessThanItSays(LSTMEquations):
         return y, ((h, c.sum(-1, keepdim=True)), norms)
 
 
-@wrong("an_ended_row_stands_still")
+@wrong("masked_rows_keep_their_state")
 class GoesOnAfterTheEnd(Simple):
     """Ignores the mask of ended rows."""
 
@@ -88,7 +88,7 @@ class GoesOnAfterTheEnd(Simple):
         return super().step(weights, u, state, None)
 
 
-@wrong("an_ended_row_stands_still")
+@wrong("masked_rows_keep_their_state")
 class ClearsAfterTheEnd(Simple):
     """Sets the state of an ended row to 0, so that its final state is lost."""
 
@@ -108,7 +108,7 @@ class CentresTheSequence(Simple):
         return us - us.mean(0, keepdim=True), state
 
 
-@wrong("every_part_counts")
+@wrong("every_part_has_an_effect")
 class ForgetsANorm(LSTMEquations):
     """Declares a norm of the cell state and never applies it."""
 
@@ -120,7 +120,7 @@ class ForgetsANorm(LSTMEquations):
         return self.ended(torch.sigmoid(o) * torch.tanh(c), (torch.sigmoid(o) * torch.tanh(c), c), norm, state, mask)
 
 
-@wrong("every_part_counts")
+@wrong("every_part_has_an_effect")
 class ForgetsABias(Simple):
     """Registers a recurrent bias and omits it from the product."""
 
@@ -128,7 +128,7 @@ class ForgetsABias(Simple):
         return F.linear(h, weights["weight_hh"])
 
 
-@wrong("a_placement_is_refused_or_matters")
+@wrong("placements_are_rejected_or_have_an_effect")
 class TakesAnyPlacement(GRUEquations):
     """Accepts a placement of the cell state, which it does not have, and ignores it."""
 

@@ -24,7 +24,7 @@ class Layer(an.Normalizer):
         return (x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5) * self.weight
 
 
-@wrong("the_pooled_statement_is_used")
+@wrong("the_pooled_statistic_is_used")
 class IgnoresTheWindow(Layer):
     """Measures x again instead of using the pooled statistic, so every window is a window of 1."""
 
@@ -69,7 +69,7 @@ class RecordsInEvaluation(Layer):
         return super().measure(x)
 
 
-@wrong("inputs_are_left_alone")
+@wrong("inputs_are_not_modified")
 class CentresInPlace(Layer):
     """Subtracts the mean in place, to save memory."""
 
@@ -159,7 +159,7 @@ class SquaresInFloat32(Layer):
         return x * torch.rsqrt(pooled.mean + 1e-5) * self.weight
 
 
-@wrong("rows_meet_only_as_declared")
+@wrong("rows_are_independent_unless_declared")
 class MixesRows(Layer):
     """Centres by the mean of the batch without a declaration."""
 
@@ -167,7 +167,7 @@ class MixesRows(Layer):
         return super().normalize(x, pooled) - x.mean(-2, keepdim=True)
 
 
-@wrong("rows_meet_only_as_declared")
+@wrong("rows_are_independent_unless_declared")
 class PeeksAhead(Layer):
     """Normalizes by the mean of the whole sequence, the future included."""
 
@@ -177,7 +177,7 @@ class PeeksAhead(Layer):
         return an.Moments(level, var)
 
 
-@wrong("rows_meet_only_as_declared")
+@wrong("rows_are_independent_unless_declared")
 class DeclaresACoupling(Layer):
     """Declares batch statistics and normalizes every row separately."""
 
@@ -190,7 +190,7 @@ class DeclaresACoupling(Layer):
         return super().normalize(x, an.Moments.of(x))
 
 
-@wrong("rows_meet_only_as_declared")
+@wrong("rows_are_independent_unless_declared")
 class CouplesInEvaluation(an.Normalizer):
     """Batch normalization with a population variance in evaluation, but the mean of the current batch."""
 
@@ -208,7 +208,7 @@ class CouplesInEvaluation(an.Normalizer):
         return (x - pooled.mean) * torch.rsqrt(var + 1e-5)
 
 
-@wrong("evaluation_differs_only_as_declared")
+@wrong("evaluation_equals_training_unless_declared")
 class DiffersInSecret(Layer):
     """Computes another result in evaluation without a declaration."""
 
@@ -216,7 +216,7 @@ class DiffersInSecret(Layer):
         return super().normalize(x, pooled) * (1.0 if self.training else 0.9)
 
 
-@wrong("evaluation_differs_only_as_declared")
+@wrong("evaluation_equals_training_unless_declared")
 class DeclaresADifference(Layer):
     """Declares that evaluation differs, although it does not."""
 

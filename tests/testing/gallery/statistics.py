@@ -35,7 +35,7 @@ def share(weights: Tensor, leaf: Tensor, dim: int) -> Tensor:
     return weights / weights.sum(dim, keepdim=True).clamp(min=1e-30)
 
 
-@wrong("a_statement_is_a_tuple_of_tensors")
+@wrong("a_statistic_is_a_tuple_of_tensors")
 class NestsStatistics(Uses):
     """Returns a statistic of two nested statistics, which no window can pool."""
 
@@ -50,7 +50,7 @@ class NestsStatistics(Uses):
         return self.Custom(an.Moments.of(x), an.Moments.of(x.abs()))
 
 
-@wrong("a_statement_is_a_tuple_of_tensors")
+@wrong("a_statistic_is_a_tuple_of_tensors")
 class StatesADictionary(Uses):
     """Returns its numbers as a dictionary."""
 
@@ -61,7 +61,7 @@ class StatesADictionary(Uses):
         return super().normalize(x, an.Moments(**pooled))
 
 
-@wrong("a_statement_is_a_tuple_of_tensors")
+@wrong("a_statistic_is_a_tuple_of_tensors")
 class PoolsToAnotherType(Uses):
     """Pools its moments to those of the package: the type of the statistic changes from step to step."""
 
@@ -73,7 +73,7 @@ class PoolsToAnotherType(Uses):
             return an.Moments(self.mean, self.var).pool(weights, dim)
 
 
-@wrong("a_statement_is_a_tuple_of_tensors")
+@wrong("a_statistic_is_a_tuple_of_tensors")
 class AsksForMoreThanItsTensors(Uses):
     """Returns a statistic that needs another argument, so it cannot be rebuilt from its tensors."""
 
@@ -180,7 +180,7 @@ class PoolsTheLastAxisButOne(Uses):
             return type(self)(mean.squeeze(-2), (w * (seen[1] + (seen[0] - mean).square())).sum(-2))
 
 
-@wrong("a_union_says_what_its_parts_pool_to")
+@wrong("a_union_equals_its_pooled_parts")
 class ForgetsTheSpreadBetween(Uses):
     """Averages the variances and omits the differences of the means."""
 
@@ -193,7 +193,7 @@ class ForgetsTheSpreadBetween(Uses):
             return type(self)(means, variances)
 
 
-@wrong("a_union_says_what_its_parts_pool_to")
+@wrong("a_union_equals_its_pooled_parts")
 class MeasuresUnbiased(Uses):
     """Measures the unbiased variance, torch's default, which cannot be merged."""
 

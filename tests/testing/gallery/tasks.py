@@ -160,7 +160,7 @@ class TrainsWhileItEvaluates(Sums):
         return scores
 
 
-@wrong("the_splits_are_two")
+@wrong("the_splits_differ")
 class TestsOnValidation(Sums):
     """Uses the validation split as the test split."""
 
@@ -168,7 +168,7 @@ class TestsOnValidation(Sums):
         return super().evaluate(model, "validation")
 
 
-@wrong("what_is_carried_is_detached")
+@wrong("the_carried_state_is_detached")
 class CarriesTheGraph(Sums):
     """Carries state that still belongs to the graph of the last batch."""
 

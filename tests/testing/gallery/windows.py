@@ -72,7 +72,7 @@ class KeepsADeque(Three):
         return pooled, state
 
 
-@wrong("inputs_are_left_alone")
+@wrong("inputs_are_not_modified")
 class WeighsInPlace(Three):
     """Multiplies the statistic by its weight in place."""
 
@@ -110,7 +110,7 @@ class ScansAfresh(Three):
         return super().scan(steps, weights, self.initial(first))
 
 
-@wrong("a_step_that_did_not_happen_leaves_no_trace")
+@wrong("masked_steps_have_no_effect")
 class CountsPadding(Three):
     """Removes an older step from the window at a step of weight 0."""
 
@@ -120,7 +120,7 @@ class CountsPadding(Three):
         return type(now)(*leaves).pool(weights, 1), (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves))
 
 
-@wrong("a_step_that_did_not_happen_leaves_no_trace")
+@wrong("masked_steps_have_no_effect")
 class DecaysThroughPadding(Decaying):
     """Decays during masked steps."""
 
@@ -129,7 +129,7 @@ class DecaysThroughPadding(Decaying):
         return pooled, (torch.where(weight > 0, total, state[0] * self.factor), leaves)
 
 
-@wrong("rows_have_states_of_their_own")
+@wrong("rows_have_separate_states")
 class PutsTimeFirst(Three):
     """Stores its state with time first, so that reordering the batch reorders time."""
 
@@ -143,7 +143,7 @@ class PutsTimeFirst(Three):
         return pooled, (weights.transpose(0, 1), tuple(leaf.transpose(0, 1) for leaf in leaves))
 
 
-@wrong("rows_have_states_of_their_own")
+@wrong("rows_have_separate_states")
 class SharesOneMemory(Decaying):
     """Pools the rows of a batch into one state."""
 
@@ -181,7 +181,7 @@ class RemembersUntilAFreshState(Three):
         return pooled, self.memory
 
 
-@wrong("equal_statements_stay_as_they_are")
+@wrong("equal_statistics_pool_to_themselves")
 class StartsFromZero(Decaying):
     """A running average that starts at 0 without a correction."""
 
@@ -267,7 +267,7 @@ class ForgetsBySubtracting(Three):
         return type(now)(raw[0]) if len(raw) == 1 else type(now)(raw[0], raw[1] - raw[0].square())
 
 
-@wrong("a_state_looks_as_laid_out")
+@wrong("a_state_has_the_declared_layout")
 class RemembersInFloat32(Three):
     """Allocates its state in torch's default type, which rounds statistics of float64."""
 
@@ -280,7 +280,7 @@ class RemembersInFloat32(Three):
         return pooled, (weights.float(), tuple(leaf.float() for leaf in leaves))
 
 
-@wrong("a_state_looks_as_laid_out")
+@wrong("a_state_has_the_declared_layout")
 class GrowsItsMemory(Three):
     """Appends every step to its state: no step is ever dropped, and the size differs from its layout."""
 
