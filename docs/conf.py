@@ -1,4 +1,4 @@
-"""Sphinx: MyST pages, and docstrings read as MyST too, so that the one markup serves both."""
+"""Configuration of Sphinx: pages and docstrings are both written in MyST."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ version = release = import_module("atn_norms").__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "deflist"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "figures", "results/*/tables.md"]  # a report is read as the program wrote it
+exclude_patterns = ["_build", "figures", "results/*/tables.md"]  # reports are copied unchanged
 
 html_math_renderer = "mathml"
 html_theme = "furo"
@@ -63,8 +63,8 @@ def public_bases(app, name, obj, options, bases) -> None:
 
 
 def mathml(translator, node) -> None:
-    """Formulas as MathML, which browsers draw themselves: the pages need no network."""
-    # docutils knows no \dots, and takes a subscript that follows an accent for part of the accent
+    """Render formulas as MathML, which browsers display without a network."""
+    # docutils does not support \dots, and puts a subscript after an accent into the accent
     text = re.sub(r"\\(bar|hat) ?(\\[a-z]+|\w)", r"{\\\1{\2}{}}", node.astext().replace(r"\dots", r"\ldots"))
     translator.body.append(tex2mathml(text, as_block=isinstance(node, nodes.math_block)))
     raise nodes.SkipNode

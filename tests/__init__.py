@@ -1,1 +1,1 @@
-"""The tests: one file a part, `laws` for what must hold of every combination."""
+"""The tests: one file for each part; `laws` has the properties of every combination."""

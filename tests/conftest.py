@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-# Triton compiles its library for the interpreter or for a GPU at its first import. torch's compiler imports Triton,
+# Triton chooses the interpreter or a GPU at its first import. torch's compiler imports Triton,
 # and the order of tests is not fixed.
 if find_spec("triton") is not None and not torch.cuda.is_available():
     before = os.environ.get("TRITON_INTERPRET")

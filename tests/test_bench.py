@@ -23,7 +23,7 @@ QUICK = ("--size", "2,3,2,4", "--windows", "1,3", "--runners", "reference,textbo
 
 
 class Clock:
-    """A clock that advances only while work is done."""
+    """A clock that advances only during timed work."""
 
     def __init__(self):
         self.now = 0.0
@@ -41,7 +41,7 @@ class Clock:
 
 
 class Wrong(Reference):
-    """The reference with one thing changed."""
+    """The reference with one change."""
 
     name = "wrong"
 
@@ -293,9 +293,7 @@ def test_json_csv_and_picture_hold_every_figure(tmp_path, capsys):
 def test_memory_is_the_growth_of_a_fresh_process(monkeypatch):
     case = Case("lstm", "layer", Size(4, 64, 128, 300), 1, "training", "float32")
     grown = memory.growth(case, "torch.nn", None, timeout=60)
-    outputs = (
-        4 * 300 * 128 * 64
-    )  # one tensor of all outputs, in bytes; the gates of all steps are four, and given back at once
+    outputs = 4 * 300 * 128 * 64  # bytes of one tensor with all outputs; the four gates of all steps are freed at once
     assert isinstance(grown, int)
     assert 5 * outputs < grown < 30 * outputs
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
@@ -354,7 +352,7 @@ def test_bad_input_is_one_sentence(arguments, message, capsys):
 def test_options_make_cases_in_order():
     spec = BenchSpec(threads=(1, 2), modes=("training", "streaming"), malloc="both", sizes=((2, 3, 4, 5), (2, 3, 6, 7)))
     cases = spec.cases()
-    assert [case.malloc for case in cases] == ["default"] * 6 + ["keep"] * 6  # two sizes stream alike
+    assert [case.malloc for case in cases] == ["default"] * 6 + ["keep"] * 6  # both sizes have the same stream
     assert len(set(cases)) == 12
 
 

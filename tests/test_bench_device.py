@@ -1,4 +1,4 @@
-"""The device check: run end to end on the CPU at tiny sizes, its failures seen, its files complete."""
+"""The device check: a complete run on the CPU at tiny sizes, detected failures, and complete files."""
 
 import csv
 from dataclasses import fields

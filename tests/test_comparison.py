@@ -1,4 +1,4 @@
-"""Paired statistics against closed forms and scipy, and what becomes of trials without a value."""
+"""Paired statistics against closed forms and scipy, and the treatment of trials without a value."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ INF = math.inf
 
 
 def point(*values: float, goal: Goal = "min", limit: float | None = None, seeds: list[int] | None = None) -> Point:
-    """A point whose seeds 0, 1, ... have these scores; an infinite one diverged, or never got there within `limit`."""
+    """Return a point with these scores of seeds 0, 1, ...; infinite: diverged, or `limit` steps without the level."""
     named = list(range(len(values))) if seeds is None else seeds
     lost = "diverged" if limit is None else "done"
     return Point(
@@ -206,7 +206,7 @@ def test_a_score_to_be_raised_is_a_loss_with_its_sign_flipped(pairs):
 
 @given(st.lists(st.sampled_from([0.5, 1.0, 2.0, INF, math.nan, None]), min_size=1, max_size=7))
 def test_no_seed_is_ever_lost(values):
-    """Whatever a seed ends with, it is counted once, and ranks wherever it has an outcome."""
+    """Every seed is counted once, and ranks if it has an outcome."""
     record = study(lambda norm, window, seed: 1.0, norms=["none", "layer"], windows=["1"], seeds=len(values))
     trials = [
         replace(t, status="failed", result=None)
@@ -256,7 +256,7 @@ def test_an_accuracy_is_compared_by_the_larger():
 
 
 def reaching(validations: Mapping[str, Sequence[float | None]], steps: int = 40, goal: Goal = "min") -> StudyRecord:
-    """A study in which each normalizer's seeds all see these validations, ten steps apart."""
+    """Return a study in which all seeds of a normalizer have these validations, ten steps apart."""
     facts = TaskFacts(METRIC, {"guess": 1.0}, goal)
     record = grid({"norm": list(validations)}, lambda p, s: 0.0, baseline={"norm": "none"}, facts=facts, steps=steps)
     return replace(
@@ -314,7 +314,7 @@ def test_a_trial_that_reaches_the_level_at_the_last_step_is_ahead_of_one_that_ne
 
 
 def test_longer_training_is_no_head_start():
-    """Steps beyond what the shortest-trained trial was given are ignored."""
+    """Steps beyond the end of the shortest trial are ignored."""
     record = reaching({"none": [0.9] * 4, "layer": [0.9] * 5 + [0.1]})
     longer = tuple(
         replace(t, trial={**t.trial, "train": {"steps": 60}}) if t.points[0]["norm"] == "layer" else t

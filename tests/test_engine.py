@@ -1,4 +1,4 @@
-"""Run studies in this process and in worker processes: failures, crashes and interrupts, with the store as truth."""
+"""Run studies in this process and in worker processes: failures, crashes and interrupts, as recorded in the store."""
 
 import contextlib
 import os

@@ -135,7 +135,7 @@ def test_arms_of_different_speeds_are_estimated_within_a_factor_after_a_tenth(wo
     speeds = {"none": 10.0, "layer": 25.0, "batch": 40.0, "slow": 90.0}
     trials = [trial(arm, seed) for seed in range(seeds) for arm in speeds]
     seconds = [speeds[each.points[0]["norm"]] * draw.uniform(0.9, 1.1) for each in trials]
-    timed = {arm: draw.uniform(0.8, 1.2) / workers for arm in speeds}  # alone, a trial is faster than beside others
+    timed = {arm: draw.uniform(0.8, 1.2) / workers for arm in speeds}  # a single trial is faster than parallel ones
     predicted = {each.id: speeds[each.points[0]["norm"]] * timed[each.points[0]["norm"]] for each in trials}
     found = errors(trials, seconds, workers, predicted, startup=6.0)
     assert max(found) < 1.5, found

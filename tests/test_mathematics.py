@@ -1,7 +1,7 @@
-"""Every formula of docs/mathematics.md, verified in float64 against the definition before the page states it.
+"""Every formula of docs/mathematics.md, verified in float64 against the definition.
 
-The definition is written out here once, by stacking the window's pre-activations. The package itself is used only where
-a statement is about a whole layer or about another method.
+The definition is implemented here once, by stacking the window's pre-activations. The package itself is used only for
+properties of a whole layer or of another method.
 """
 
 import math
@@ -285,7 +285,7 @@ def test_the_joint_jacobian_annihilates_the_common_scaling_and_the_common_shift(
 
 @pytest.mark.parametrize(("norm", "rank"), [(layer, 2), (rms, 1)])
 def test_the_direct_paths_have_a_low_rank_and_a_bounded_norm(norm, rank):
-    for scale in (0.0, 0.3, 1.0, 3.0):  # from steps alike to steps of very different size
+    for scale in (0.0, 0.3, 1.0, 3.0):  # from equal steps to steps of very different size
         a = normal(T, 8) * torch.exp(scale * normal(T, 1)) + scale * normal(T, 1)
         jacobian = blocks(norm, a, K, eps=0.0)
         for t in range(1, T):

@@ -1,4 +1,4 @@
-"""The report of a study, whatever state the study is in: self-contained, escaped, complete, the same every time."""
+"""The report of a study in any state: self-contained, escaped, complete, and reproducible."""
 
 import csv
 import io
@@ -45,7 +45,7 @@ TASKS = {
 
 
 class Page(HTMLParser):
-    """Resources, scripts and names that a browser finds on a page."""
+    """The resources, scripts and names of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -69,7 +69,7 @@ def whole(tmp_path_factory) -> tuple[StudyRecord, Path]:
 
 
 def wreck(record: StudyRecord) -> StudyRecord:
-    """The same study with a diverged, a failed, a running and a pending trial."""
+    """Return the study with a diverged, a failed, a running and a pending trial."""
     trials = list(record.trials)
     trials[-1] = replace(trials[-1], status="diverged", result={"outcome": "diverged", "step": 137, "metrics": {}})
     error = {"error": "RuntimeError: out of memory", "traceback": "Traceback: deep <inside>"}
@@ -80,7 +80,7 @@ def wreck(record: StudyRecord) -> StudyRecord:
 
 
 def evil(record: StudyRecord) -> StudyRecord:
-    """The same study with every name that can come from a file replaced by a hostile one."""
+    """Return the study with a hostile name in place of every name that a file can set."""
     trials = tuple(
         replace(
             t,
@@ -135,7 +135,7 @@ def test_a_published_report_is_read_back_and_written_again_byte_for_byte(case, t
 
 
 def as_stored(trial: TrialRecord) -> TrialRecord:
-    """The trial without a traceback, and without a result where it failed."""
+    """Return the trial without a traceback, and without a result if it failed."""
     error = {"error": trial.error["error"]} if trial.error else None
     return replace(trial, error=error, result=None if trial.status == "failed" else trial.result)
 
@@ -323,7 +323,7 @@ def test_tables_escape_special_characters():
 
 
 def refuse_bad_latex(text: str) -> None:
-    """Braces and environments close in their order, and no sign is left bare that TeX would read as its own."""
+    """Check that braces and environments are balanced, and that all special characters of TeX are escaped."""
     assert text.isascii()
     text = re.sub(r"^%.*", "", text, flags=re.M).replace(FITTED, "{")
     bare = re.sub(r"\\[\\{}$&#%_]|\$(?:-|\\geq)\$", "", text)  # without escaped signs, ends of rows and mathematics
@@ -454,7 +454,7 @@ def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
 
 
 def beyond(figure) -> list[float]:
-    """By how many pixels what a figure draws leaves it: left, below, right, above."""
+    """Return the pixels by which a figure's contents exceed its edges: left, bottom, right, top."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn, box = figure.get_tightbbox(canvas.get_renderer()), figure.bbox_inches
@@ -627,7 +627,7 @@ def test_the_page_reports_the_time_to_a_level(tmp_path):
 def test_every_comparison_is_a_line_of_the_points_file():
     found = findings(grid(WINDOWED, ends, baseline=NONE))
     lines = list(csv.DictReader(io.StringIO(points_csv(found))))
-    # Five points: the baseline alone, the others against it, and two of these against window 1 as well.
+    # Five points: the baseline, four comparisons with it, and two comparisons with window 1.
     assert sorted(Counter(line["measure"] for line in lines).values()) == [7, 7]
     wanted = ("layer", "25", "none", "test mean squared error")
     (line,) = [x for x in lines if tuple(x[key] for key in ("norm", "window", "against", "measure")) == wanted]

@@ -29,7 +29,7 @@ STYLE = {
 
 
 def levels() -> torch.Tensor:
-    """The level of each step `[T]`: a slow wave with three short bursts."""
+    """Return the level of each step `[T]`: a slow wave with three short bursts."""
     t = torch.arange(STEPS, dtype=torch.float64)
     wave = 0.5 + 0.2 * torch.sin(t / 7)
     for start in (14, 31, 48):
@@ -38,7 +38,7 @@ def levels() -> torch.Tensor:
 
 
 def scales() -> dict[str, torch.Tensor]:
-    """The scale of each step `[T]` before normalization, after a per-step norm, and after a windowed norm."""
+    """Return the scale of each step `[T]` before normalization, after a per-step norm, and after a windowed norm."""
     w = torch.randn(FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a = levels()[:, None, None] * (w - w.mean())
 

@@ -1,1 +1,1 @@
-"""The conformance suite judged: wrong subjects that it must catch, right ones that it must pass, and its manners."""
+"""Tests of the conformance suite: wrong plugins that it must detect, correct ones that must pass, and its interface."""

@@ -18,14 +18,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def layer_of(name: str) -> Any:
-    """The layer of a case with synchronized batch norm, the same numbers in every process."""
+    """Return the layer of a case with synchronized batch norm and the same parameters in every process."""
     options = {"norm": {"kind": "batch", "sync": True}, "window": 2, "dtype": torch.float64} | CASES[name]
     torch.manual_seed(0)
     return options.pop("make")(3, 4, **options)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows of all processes, and their lengths; no process has the rows of another length alone."""
+    """Return the rows of all processes and their lengths, which are mixed in every process."""
     source = torch.Generator().manual_seed(1)
     return torch.randn(5, 6, 3, generator=source, dtype=torch.float64), torch.tensor([5, 3, 0, 4, 5, 2])
 
@@ -36,7 +36,7 @@ def loss_of(layer: Any, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 class Unrolled(nn.Module):
-    """A layer whose forward is `unroll`, as DDP needs."""
+    """A layer whose `forward` is `unroll`, since DDP wraps `forward`."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Unrolled(nn.Module):
 
 
 def outcome(model: Any) -> dict[str, torch.Tensor]:
-    """Gradients and buffers by the names of the layer alone."""
+    """Return gradients and buffers by the names of the layer, without the prefix of a wrapper."""
     found = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {
         name.replace("module.", ""): value.detach().clone() for name, value in (*found.items(), *model.named_buffers())
@@ -55,7 +55,7 @@ def outcome(model: Any) -> dict[str, torch.Tensor]:
 
 
 def trained_apart(rank: int) -> dict[str, Any]:
-    """Every case by DDP on this process's rows, two steps of it."""
+    """Train every case with DDP on the rows of this process, for two steps."""
     results = {}
     x, lengths = (whole.chunk(WORLD, dim)[rank] for whole, dim in zip(batch(), (1, 0), strict=True))
     for name in CASES:
@@ -68,7 +68,7 @@ def trained_apart(rank: int) -> dict[str, Any]:
 
 
 def sharded(rank: int) -> dict[str, Any]:
-    """FSDP2 by layer, with the norms sharded too, and over a batch norm."""
+    """Train with FSDP2: sharded by layer, with sharded norms too, and with a batch norm."""
     from torch.distributed.fsdp import fully_shard
 
     results: dict[str, Any] = {}

@@ -78,7 +78,7 @@ def test_a_layer_without_a_norm_compiles(cell, graphs, runs):
 @pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
 def test_one_graph_for_every_shape(cell, norm, graphs):
     layer = CELLS[cell](3, 4, norm=norm, window=3)
-    twin = an.with_backend(layer, "native")  # batch norm counts what it sees
+    twin = an.with_backend(layer, "native")  # batch norm counts its updates
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
     for shape in SHAPES:
         compare(compiled(batch(*shape)), twin(batch(*shape)), tolerance=1e-6)
@@ -174,10 +174,10 @@ def test_traced_norms_compile_and_export(norm, placement, graphs, runs):
 
 @pytest.mark.parametrize("name", SOME)
 def test_a_norm_first_seen_by_a_compiler_runs_on_the_reference_there_alone(name, graphs, runs):
-    """A program cannot be traced inside; the reason is not kept, and a warning has the cure."""
+    """A compiler cannot trace a program; the reason is not cached, and a warning has the fix."""
     layer = an.LSTM(3, 6, norm=GallerySpec(name=name), window=2)
     for module in layer.modules():
-        module.__dict__["unseen"] = 0.125  # part of what a program depends on
+        module.__dict__["unseen"] = 0.125  # part of the key of a program
     with pytest.warns(RuntimeWarning, match="call the layer once before"):
         found = torch.compile(layer, fullgraph=True, backend=graphs)(batch(2, 2))
     runs.clear()
@@ -186,7 +186,7 @@ def test_a_norm_first_seen_by_a_compiler_runs_on_the_reference_there_alone(name,
 
 
 def run_program(path: Path, imports: str, check: str) -> None:
-    """Load a program in a fresh process and compare its output with the one beside it."""
+    """Load a program in a fresh process and compare its output with the stored one."""
     script = (
         f"import sys, {imports}\n"
         f"program = torch.export.load({str(path)!r}).module()\n"

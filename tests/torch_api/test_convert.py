@@ -1,4 +1,4 @@
-"""Converting models: what is replaced, what is left, and what torch's own converters do with our layers."""
+"""Converting models: replaced and unchanged layers, and the converters of torch on our layers."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ every_placement = pytest.mark.parametrize("placement", PLACEMENTS)
 
 
 class Own(nn.LSTM):
-    """A subclass, whose behaviour a replacement would lose."""
+    """A subclass, whose behaviour a replacement would change."""
 
 
 def model_of() -> Any:
@@ -140,7 +140,7 @@ def test_update_bn_computes_populations(cell, placement):
     expected.train()
     for x in data:
         expected(x)
-    layer(10 * data[0])  # a population that must be forgotten
+    layer(10 * data[0])  # a population that must be discarded
     model.eval()
     torch.optim.swa_utils.update_bn(data, model)
     compare(dict(layer.named_buffers()), dict(expected.named_buffers()), tolerance=0)

@@ -27,7 +27,7 @@ every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
 def layer_of(cell: str, norm: Any = "layer", **options: Any) -> Any:
-    """A small float64 layer with random gains; batch norm in evaluation, where a call changes no buffer."""
+    """Return a small float64 layer with random gains; batch norm is in evaluation, where a call changes no buffer."""
     torch.manual_seed(0)
     made = stirred(CELLS[cell](2, 3, norm=norm, window=2, dtype=torch.float64, **options), 1)
     return made.eval() if norm == "batch" else made
@@ -38,7 +38,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 def jacobian(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """The Jacobian of the output, row by row with plain autograd."""
+    """Return the Jacobian of the output, row by row with plain autograd."""
     return torch.autograd.functional.jacobian(lambda x: layer(x)[0], x)  # type: ignore[return-value]
 
 
@@ -47,7 +47,7 @@ def loss_of(layer: Any) -> Any:
 
 
 def gradients_of(layer: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of the same loss with plain autograd, which the native backend runs."""
+    """Return the gradients of the same loss with plain autograd, on the native backend."""
     parameters = dict(layer.named_parameters())
     found = torch.autograd.grad(layer(x)[0].square().sum(), list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
@@ -127,7 +127,7 @@ def test_vmap_is_a_loop(cell, norm, runs):
 @every_norm
 @every_layer
 def test_vmap_continues_streams(cell, norm, shared):
-    """The state is mapped with the inputs, or one for all."""
+    """The state is mapped with the inputs, or shared by all elements."""
     layer, xs = layer_of(cell, norm, num_layers=2), numbers(3, 4, 2, 2)
 
     def stream(x, state=None):
@@ -171,7 +171,7 @@ def test_per_sample_gradients_are_a_loop(cell, norm, runs):
 @every_norm
 @every_layer
 def test_gradients_cross_a_vmap(cell, norm, runs):
-    """By a transform around it and by plain autograd, through inputs, parameters and constants."""
+    """With an outer transform and with plain autograd, through inputs, parameters and constants."""
     layer, xs = layer_of(cell, norm), numbers(3, 4, 2, 2)
     expected = gradients_of(layer, torch.cat(xs.unbind(0), 1)) if norm != "batch" else None
     parameters = {k: v.detach() for k, v in layer.named_parameters()}
@@ -353,7 +353,7 @@ def test_a_graph_that_holds_the_operator_rejects_a_tangent():
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_transforms_of_a_layer_without_a_norm_are_torch_s(cell):
-    """Whatever torch's own layer answers, numbers or an error, ours answers too, in its first call."""
+    """Our layer gives the numbers or the error of torch's layer, in its first call."""
     theirs = getattr(torch.nn, cell.upper())(2, 3, dtype=torch.float64)
     x = numbers(4, 2, 2)
 

@@ -1,6 +1,6 @@
-"""Compile the kernels of some cases for a GPU that need not be there: `python -m tests.triton.compiling NAME...`.
+"""Compile the kernels of some cases for a GPU, without a device: `python -m tests.triton.compiling NAME...`.
 
-For every kernel, once for each set of constants: a line of its name and the bytes of its program.
+Print a line for every kernel and set of constants, with its name and the bytes of its program.
 """
 
 import sys
@@ -23,7 +23,7 @@ TARGET = GPUTarget("cuda", 90, 32)  # an H100
 
 
 class Absent:
-    """A driver of a GPU that can be compiled for, and nothing else."""
+    """A driver for compilation only, without a device."""
 
     def get_current_target(self) -> GPUTarget:
         return TARGET
@@ -36,7 +36,7 @@ class Absent:
 
 
 def compiled(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """In the place of a launch."""
+    """Compile a kernel instead of launching it."""
     start = time.perf_counter()
     program = kernel.warmup(*arguments, grid=grid, **options).asm["cubin"]
     if program[:4] != b"\x7fELF":
@@ -45,7 +45,7 @@ def compiled(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any
 
 
 def compile_all(pair: Pair, wanted: set[str]) -> None:
-    """The launches of a case, forward and back, but of kernels that are not wanted."""
+    """Compile all launches of a case, forward and backward, for the selected kernels."""
     layer = pair.layer("reference")
     weights = layer.cell_weights("_l0")
     description, moments = describe(layer.cell, weights)

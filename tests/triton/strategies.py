@@ -1,4 +1,4 @@
-"""The pairs of the native backend's tests, with the kernels' half on a GPU where there is one; compared on the CPU."""
+"""Pairs of layers as in the tests of the native backend, on a GPU if there is one; results are compared on the CPU."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,22 +14,22 @@ from tests.native.strategies import EXACT, Outcome, Pair, agree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Kernels that are there but do not import must fail, not skip.
+# Kernels that exist but cannot be imported must fail, not skip.
 needs_triton = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
 def place(backend: str) -> str:
-    """The device that a backend runs on."""
+    """Return the device of a backend."""
     return DEVICE if backend == "triton" else "cpu"
 
 
 def moved(tree: Any, device: str) -> Any:
-    """A state, a tensor or None, elsewhere."""
+    """Return a state, a tensor or None on another device."""
     return None if tree is None else tree_map(lambda leaf: leaf.to(device), tree)
 
 
 def made(pair: Pair, backend: str = "triton", dtype: torch.dtype | None = None) -> Any:
-    """The layer on the device of its backend; its numbers are the same everywhere."""
+    """Return the layer on the device of its backend, with the same parameters on every device."""
     layer = replace(pair, options=pair.options | {"device": place(backend)}).layer(backend, dtype)
     layer.load_state_dict(pair.layer("reference", dtype).state_dict())
     return layer
@@ -43,11 +43,11 @@ def outcome(layer: Any, xs: Tensor, state: Any = None, lengths: Tensor | None = 
 
 
 def both(pair: Pair) -> tuple[Outcome, Outcome]:
-    """Triton's outcome, and the reference's."""
+    """Return the outcomes of Triton and of the reference."""
     given = pair.xs(), pair.state(), pair.lengths()
     return outcome(made(pair), *given), outcome(made(pair, "reference"), *given)
 
 
 def check(pair: Pair, tolerance: float = EXACT) -> None:
-    """Triton is the reference: values, states, every gradient."""
+    """Check that Triton equals the reference in values, states and every gradient."""
     agree(*both(pair), tolerance)

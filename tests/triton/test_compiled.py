@@ -22,7 +22,7 @@ pytestmark = needs_triton
 )
 def test_kernels_compile(names, tmp_path, record_property):
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
-    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)  # nothing is found that was compiled before
+    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)  # an empty cache of compiled kernels
     done = subprocess.run(
         [sys.executable, "-m", "tests.triton.compiling", *names],
         env=surroundings,

@@ -1,4 +1,4 @@
-"""The device check with the Triton backend, in the interpreter where there is no GPU."""
+"""The device check with the Triton backend, in the interpreter without a GPU."""
 
 from atn_norms.bench.device import TINY, Plan, run
 from tests.triton.strategies import DEVICE, needs_triton

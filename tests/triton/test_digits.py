@@ -1,4 +1,4 @@
-"""Digits in float32, judged by the reference in float64: ranges, spikes, saturation, and where a NaN goes."""
+"""Accuracy of float32 against the reference in float64: ranges, spikes, saturation, and the spread of a NaN."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.triton.strategies import made, moved, needs_triton, outcome, place
 
 pytestmark = needs_triton
 
-ULPS = 4 * torch.finfo(torch.float32).eps  # of normalization given the same pre-activations, at max(1, |y|)
+ULPS = 4 * torch.finfo(torch.float32).eps  # limit for normalization, at max(1, |y|), for identical pre-activations
 WIDTH = 21
 FLOAT, DOUBLE = torch.float32, torch.float64
 SOME = {("layer", "4"), ("rms", "4"), ("layer", "cumulative"), ("rms", "exponential")}
@@ -33,7 +33,7 @@ def test_the_norm_of_the_inputs_keeps_its_digits(regime, norm, window):
     for backend, dtype in (("triton", FLOAT), ("reference", DOUBLE)):
         layer = made(pair, backend, dtype)
         with torch.no_grad():
-            for sign in (1, -1):  # relu shows one half of what is normalized at a time
+            for sign in (1, -1):  # relu shows one half of the normalized values at a time
                 normalization_alone(sign)(layer)
                 ys, state = layer.unroll(xs.to(place(backend), dtype))
                 results.append((ys.cpu().double(), moved(state, "cpu")))
@@ -43,7 +43,7 @@ def test_the_norm_of_the_inputs_keeps_its_digits(regime, norm, window):
 
 
 def statements(state, final):
-    """Those of the windows: float64 on either side, but of sums in float32."""
+    """Return the statistics of the windows: float64 on both sides, from sums in float32."""
     for mine, theirs in zip(leaves(state)[2:], leaves(final)[2:], strict=True):
         compare(mine, theirs, tolerance=ULPS, scale=level(theirs))
 
@@ -51,7 +51,7 @@ def statements(state, final):
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(("norm", "window"), NORMS_OVER)
 def test_the_norm_of_the_recurrence_keeps_its_digits(regime, norm, window, mode):
-    """Step by step, with a hidden state from outside: the product, by weights of 0 and 1, is that state to the bit."""
+    """Run single steps from a given hidden state: with weights of 0 and 1 the product equals that state bit for bit."""
     options = {"norm": {"sites": {"hh": norm}}}
     pair = Pair("relu", norm, window, WIDTH, 3, 1, 2, dtype=FLOAT, options=options)
     rows, results = sequence(regime, 7, (8, 3, WIDTH)).to(FLOAT), []
@@ -88,7 +88,7 @@ def test_values_within_1e_5_and_gradients_within_1e_4(cell, norm, window):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_saturate(cell, mode):
-    """Pre-activations of any size, infinite ones among them, give what they tend to, and no NaN comes back."""
+    """Pre-activations of any size, also infinite, give their limits, and gradients without NaN."""
     site = "c" if cell == "lstm" else "hh"
     values = torch.tensor([0.0, 1.0, -1.0, 80.0, -80.0, 88.5, -88.5, 700.0, -750.0, 1e30, -1e30])
     values = torch.cat([values, torch.tensor([float("inf"), float("-inf")])]) if cell != "relu" else values
@@ -108,7 +108,7 @@ def test_gates_saturate(cell, mode):
 
 
 def in_row(state, row):
-    """The state with a NaN in that row's h."""
+    """Return the state with a NaN in h of one row."""
     (((carried, norms),),) = state
     h = carried[0].clone()
     h[row, 5] = float("nan")
@@ -145,7 +145,7 @@ def test_a_nan_affects_only_its_row(cell, norm, window, where, mode):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_nan_in_the_pre_activations_affects_its_row(cell, norm):
-    """It is in the statement of its row, and with that in every feature."""
+    """The NaN is in the statistic of its row, and so in every feature."""
     options = {"norm": {"sites": {"ih": norm}}}
     layer = made(Pair(cell, hidden=17, steps=1, options=options))
     with torch.no_grad():

@@ -23,7 +23,7 @@ PAIRS = [
 
 
 def given(pair):
-    """Input, state and lengths where the kernels are."""
+    """Return input, state and lengths on the device of the kernels."""
     return [moved(tree, place("triton")) for tree in (pair.xs(), pair.state(), pair.lengths())]
 
 
@@ -46,7 +46,7 @@ def test_without_a_graph_one_operator_is_called():
 
 @pytest.mark.parametrize(("cell", "both"), [("lstm", False), pytest.param("gru", True, marks=pytest.mark.deep)])
 def test_compiled_without_a_graph_break(cell, both):
-    """Inference and training, one and more layers, a given hidden state, and sequences of other lengths."""
+    """Inference and training, one or more layers, an initial hidden state, and other sequence lengths."""
     torch._dynamo.reset()
     options = {"window": 3, "num_layers": 1 + both, "bidirectional": both}
     pair = Pair(cell, batch=3, steps=6, dtype=torch.float32, options=options)
@@ -62,7 +62,7 @@ def test_compiled_without_a_graph_break(cell, both):
                 wanted = [xs, *layer.parameters()]
                 found = torch.autograd.grad(functional([ys, *leaves(last)]), wanted) if training else []
                 results.append((ys, last, found))
-            # the same operator on the same numbers; sums around it (of two directions) may be taken in another order
+            # same operator and numbers; sums outside it (over two directions) may have another order
             compare(results[0][:2], results[1][:2], tolerance=0)
             compare(results[0][2], results[1][2], tolerance=1e-6, scale=level(*results[1][2]))
         hidden = tuple(h.detach() for h in last) if cell == "lstm" else last.detach()
@@ -70,7 +70,7 @@ def test_compiled_without_a_graph_break(cell, both):
 
 @pytest.mark.parametrize(("cell", "window"), [("lstm", "4"), ("gru", "cumulative"), ("tanh", "exponential")])
 def test_gradients_of_gradients(cell, window):
-    """A gradient penalty: the gradient of a functional of all gradients."""
+    """Gradient penalty: the gradient of a functional of all gradients."""
     pair, results = Pair(cell, "layer", window, steps=3, before=2, ragged=True), []
     for backend in ("triton", "reference"):
         layer = made(pair, backend)
@@ -95,7 +95,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_in_memory(layout):
-    """Inputs, given states, weights and the outputs' gradients, strided and expanded."""
+    """Strided and expanded inputs, initial states, weights and output gradients."""
     pair, results = Pair("gru", batch=3, steps=4, inputs=3, hidden=5, before=3), []
     for backend in ("triton", "reference"):
         layer, base = made(pair, backend), moved(pair.xs(), place(backend)).requires_grad_()

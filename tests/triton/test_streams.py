@@ -17,7 +17,7 @@ TURNS = ["triton", "reference"] if unavailable() else ["triton", "native", "refe
 
 
 def in_segments(pair, backends, cuts):
-    """Run segment by segment, one backend each, and go back through all of them."""
+    """Run segments on one backend each, and compute gradients through all segments."""
     layers = [made(pair, backend) for backend in backends]
     xs, lengths, state, parts = pair.xs().requires_grad_(), pair.lengths(), None, []
     edges = [0, *cuts, pair.steps]

@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def refused(layer: Any) -> str:
-    """The reason is the same from every entry point."""
+    """Check that every entry point gives the same reason."""
     with pytest.raises(ValueError, match="'triton' cannot run this layer") as caught:
         choose("triton", layer.cell, layer.cell_weights("_l0"))
     reason = str(caught.value).removeprefix("backend: 'triton' cannot run this layer: ")
@@ -164,11 +164,11 @@ builtins.__import__ = watching
 
 
 def test_triton_is_imported_only_by_its_backend():
-    """torch's compiler does for itself."""
+    """torch's compiler imports Triton too, for its own use."""
     none = "assert not [name for name in importers if name.startswith('atn_norms')], importers\n"
     alone(WATCHED + PLAIN + none + "assert 'atn_norms.backends.triton.call' not in sys.modules")
 
 
 def test_everything_else_works_where_triton_does_not():
-    """A package that is there, and does not even import."""
+    """A package that is installed, and raises when it is imported."""
     alone("import sys; sys.modules['triton'] = None\n" + PLAIN)

@@ -1,4 +1,4 @@
-"""Triton is the reference in float64: outputs, final states, and every gradient, at every structure and odd size."""
+"""Triton equals the reference in float64: outputs, final states and every gradient, at every structure and size."""
 
 import itertools
 
@@ -17,12 +17,12 @@ pytestmark = needs_triton
 
 K = 4
 STEPS = [K + 1, 1, 3 * K + 1, 2, K, K - 1]
-ROWS = [2, 17, 1, 3, 33]  # a program takes 16 of them, or in the norm of the inputs 32
+ROWS = [2, 17, 1, 3, 33]  # a program has 16 rows, or 32 in the norm of the input product
 HIDDEN = [3, 17, 1, 33]  # blocks are of 16 units, or 32, or 64
 
 
 def a_pair(cell, norm, window, number):
-    """Sizes, ragged lengths and given states in turn, with no period in common."""
+    """Return a pair in which sizes, ragged lengths and initial states alternate with different periods."""
     sizes = HIDDEN[number % 4], ROWS[number % 5], STEPS[number % 6]
     return Pair(cell, norm, window, *sizes, 3, number, ragged=number % 2 == 1, before=[None, 2, 5][number % 3])
 
@@ -32,7 +32,7 @@ STRUCTURES = [(cell, norm) for cell, norm in itertools.product(CELLS, NORMS) if 
 
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
 def test_cells_and_norms(number, kernels, monkeypatch):
-    """Every cell with every norm, the windows in turn, every third a launch a step."""
+    """Every cell with every norm; windows alternate, and every third case has one launch for each step."""
     if number % 3 == 0:
         monkeypatch.setattr(kernels, "WHOLE", 0)
     windows = list(PLAIN_WINDOWS)
@@ -44,7 +44,7 @@ def test_cells_and_norms(number, kernels, monkeypatch):
 @pytest.mark.parametrize("window", PLAIN_WINDOWS)
 @pytest.mark.parametrize("number", range(len(STRUCTURES)))
 def test_every_structure(number, window, mode):
-    """Several sizes each."""
+    """Several sizes for each structure."""
     cell, norm = STRUCTURES[number]
     for seed in range(3):
         check(a_pair(cell, norm, window, number + 7 * seed + list(PLAIN_WINDOWS).index(window)))
@@ -60,13 +60,13 @@ def test_every_size(hidden, batch, steps, mode):
     check(Pair(cell, norm, str(K), hidden, batch, steps, [1, 70][number % 2], number, before=[None, 7][number % 2]))
 
 
-# Hidden units in several blocks of the product; features in several blocks of what sums gradients of gains, and rows.
+# Several blocks of hidden units in the product; several blocks of features and rows in the gradients of gains.
 LARGE = [("gru", 65, 3, 3), ("lstm", 70, 18, 4), ("tanh", 257, 2, 2)]
 
 
 @pytest.mark.parametrize(("cell", "hidden", "batch", "steps"), LARGE)
 def test_more_units_than_a_block(cell, hidden, batch, steps):
-    """257 of them are too many for one program, and a row is longer than a block of rows."""
+    """257 units are too many for one program, and a row has several blocks of features."""
     check(Pair(cell, "layer", "2", hidden, batch, steps, inputs=5, ragged=True, before=3))
 
 
@@ -96,7 +96,7 @@ def test_any_structure_at_length(pair: Pair, step_by_step):
 @pytest.mark.parametrize("before", [None, 3, 120])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_window_longer_than_the_sequence(cell, before):
-    """And a state that holds nothing of it, some, or all."""
+    """The state holds no step of the window, some, or all."""
     check(Pair(cell, "layer", "100", batch=3, steps=7, ragged=True, before=before))
 
 
@@ -178,7 +178,7 @@ def test_gradients_from_each_result_alone(cell, window, mode):
 
 
 def test_every_run_gives_the_same_bits():
-    """Nothing is summed in an order that another run may change."""
+    """The order of every sum is fixed."""
     pair = Pair("lstm", "layer", "4", hidden=17, batch=17, steps=3, ragged=True, before=3, dtype=torch.float32)
     given = pair.xs(), pair.state(), pair.lengths()
     first = outcome(made(pair), *given)

@@ -1,4 +1,4 @@
-"""Cases that take every branch of the kernels between them."""
+"""Cases that together take every branch of the kernels."""
 
 import torch
 
@@ -13,7 +13,7 @@ def a_pair(cell: str, norm: str, window: str, **fields) -> Pair:
     return Pair(cell, norm, window, **(sizes | fields))
 
 
-# Which case, and which of its kernels; none named: all of them.
+# Case -> the kernels to compile; empty: all kernels.
 VARIANTS: dict[str, tuple[Pair, set[str]]] = {
     "lstm": (a_pair("lstm", "layer", "4"), RECURRENT),
     "gru": (a_pair("gru", "rms", "exponential", ragged=True, before=2), RECURRENT),

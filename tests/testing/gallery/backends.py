@@ -53,7 +53,7 @@ class RefusesByRaising(Reference):
 
 
 @wrong("unsupported_reasons_are_sentences")
-class RefusesEverything(Reference):
+class SupportsNothing(Reference):
     """Supports no case at all, so that the other laws test nothing."""
 
     def prepare(self, cell: Cell, description: Any) -> Any:
@@ -120,7 +120,7 @@ class DropsTheType(Altered):
 
 
 @wrong("values_match_the_reference")
-class HandsBackTheStateBeforeLast(Altered):
+class ReturnsTheStateBeforeLast(Altered):
     """Returns the final state of one step too early."""
 
     def run(self, cell: Cell, inputs: CellInputs, state: Any, lengths: Any = None) -> Any:
@@ -165,7 +165,7 @@ class TruncatesTheGradient(Altered):
 
 
 @wrong("its_state_continues_in_the_reference")
-class HandsBackFreshWindows(Altered):
+class ReturnsFreshWindows(Altered):
     """Does not return the window states, but empty ones."""
 
     def run(self, cell: Cell, inputs: CellInputs, state: Any, lengths: Any = None) -> Any:

@@ -63,7 +63,7 @@ class DetachesTheFinalState(LSTMEquations):
 
 
 @wrong("sizes_are_as_declared")
-class ReturnsMoreThanItSays(Simple):
+class ReturnsMoreThanDeclared(Simple):
     """Returns its gates together with its output, and declares the output alone."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
@@ -72,7 +72,7 @@ class ReturnsMoreThanItSays(Simple):
 
 
 @wrong("sizes_are_as_declared")
-class CarriesLessThanItSays(LSTMEquations):
+class CarriesLessThanDeclared(LSTMEquations):
     """Sums the cell state to one number per row."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
@@ -81,7 +81,7 @@ class CarriesLessThanItSays(LSTMEquations):
 
 
 @wrong("masked_rows_keep_their_state")
-class GoesOnAfterTheEnd(Simple):
+class ContinuesAfterTheEnd(Simple):
     """Ignores the mask of ended rows."""
 
     def step(self, weights: CellWeights, u: Tensor, state: Any, mask: Tensor | None = None) -> Any:
@@ -168,7 +168,7 @@ class RestartsTheInputNorm(Simple):
 
 @wrong("backends_agree_on_it")
 @dataclass(frozen=True)
-class BearsTorchsName(GRUEquations):
+class UsesTorchsName(GRUEquations):
     """Uses torch's name for other equations: without a norm, torch's GRU runs instead."""
 
     refused: ClassVar[tuple[str, ...]] = ("sum", "carry")
@@ -180,7 +180,7 @@ class BearsTorchsName(GRUEquations):
 
 
 @wrong("backends_agree_on_it")
-class TakesMomentsForGranted(Layer):
+class DeclaresOtherMoments(Layer):
     """Declares moments over features and adds another term, which no kernel computes."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
@@ -190,4 +190,4 @@ class TakesMomentsForGranted(Layer):
         return FeatureMoments(1, True, 1e-5, self.weight, None)
 
 
-assert issubclass(TakesMomentsForGranted, an.Normalizer)
+assert issubclass(DeclaresOtherMoments, an.Normalizer)

@@ -209,7 +209,7 @@ class CouplesInEvaluation(an.Normalizer):
 
 
 @wrong("evaluation_equals_training_unless_declared")
-class DiffersInSecret(Layer):
+class DiffersWithoutDeclaration(Layer):
     """Computes another result in evaluation without a declaration."""
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:

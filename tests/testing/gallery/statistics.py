@@ -74,14 +74,14 @@ class PoolsToAnotherType(Uses):
 
 
 @wrong("a_statistic_is_a_tuple_of_tensors")
-class AsksForMoreThanItsTensors(Uses):
+class NeedsMoreThanItsTensors(Uses):
     """Returns a statistic that needs another argument, so it cannot be rebuilt from its tensors."""
 
     class Custom(tuple[Tensor, ...]):
-        def __new__(cls, mean: Tensor, var: Tensor, *, of: str) -> "AsksForMoreThanItsTensors.Custom":
+        def __new__(cls, mean: Tensor, var: Tensor, *, of: str) -> "NeedsMoreThanItsTensors.Custom":
             return super().__new__(cls, (mean, var))
 
-        def pool(self, weights: Tensor, dim: int) -> "AsksForMoreThanItsTensors.Custom":
+        def pool(self, weights: Tensor, dim: int) -> "NeedsMoreThanItsTensors.Custom":
             return type(self)(*an.Moments(self[0], self[1]).pool(weights, dim), of="a window")
 
     def measure(self, x: Tensor) -> Any:
