@@ -23,6 +23,7 @@ from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
+from atn_norms.ablation.store.records import model_builder
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import plural, short_repr
 from atn_norms.layers import LayerSpec
@@ -376,6 +377,13 @@ def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:
         folder.log("no model is saved: safetensors is not installed (pip install 'atn-norms[ablation]')")
         return None
     return trainer.saved()
+
+
+@model_builder
+def untrained(trial: dict[str, Any]) -> Model:
+    """Build the untrained model of a trial."""
+    with isolated():
+        return Trainer(trial).model
 
 
 @contextmanager

@@ -20,10 +20,10 @@ from atn_norms.ablation.grid.functions import (
 )
 from atn_norms.ablation.grid.renames import rename_path, rename_train
 from atn_norms.ablation.grid.training import TrainSpec
+from atn_norms.ablation.store.labels import plain
 from atn_norms.errors import SpecError, did_you_mean, one_of
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import make_layer_spec
-from atn_norms.options import Options
 from atn_norms.registry import KindField
 from atn_norms.tasks import TaskSpec
 
@@ -53,15 +53,6 @@ def axis_name(name: str) -> str:
     ('norm', 'train.optimizer.lr')
     """
     return name.removeprefix("model.")
-
-
-def plain(value: Any) -> Any:
-    """Return a value with every options model in it as a mapping."""
-    if isinstance(value, Options):
-        return value.model_dump(mode="json")
-    if isinstance(value, Mapping):
-        return {name: plain(each) for name, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def has_norm(norm: Any) -> bool:

@@ -27,13 +27,13 @@ from pydantic_core import CoreSchema
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.renames import rename_study
-from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, place, plain, resolve
+from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, place, resolve
 from atn_norms.ablation.grid.training import TrainSpec
-from atn_norms.ablation.store.files import canonical
+from atn_norms.ablation.store.labels import label, plain
 from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
-from atn_norms.options import Options, kind_label
+from atn_norms.options import Options
 
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")
@@ -387,25 +387,6 @@ class StudySpec(Options):
                     yield list(map(placed, problems))
                 else:
                     yield Point(labels, parts["model"], parts["task"], parts["train"], placed)
-
-
-def label(value: Any) -> str:
-    """Return the label of a value of an axis.
-
-    >>> label(None), label(25), label(1e9), label({"kind": "layer", "eps": 0.001})
-    ('none', '25', '1e+09', 'layer(eps=0.001)')
-    >>> label({"sites": {"ih": 25, "hh": "cumulative"}})
-    'sites(ih=25, hh=cumulative)'
-    """
-    if value is None or isinstance(value, str):
-        return value or "none"
-    if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
-        return kind_label(value["kind"], {name: label(each) for name, each in value.items() if name != "kind"})
-    if isinstance(value, Mapping) and list(value) == ["sites"] and isinstance(value["sites"], Mapping):
-        return kind_label("sites", {site: label(each) for site, each in value["sites"].items()})
-    if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
-        return f"{value:g}"
-    return canonical(plain(value))
 
 
 def _kind(task: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from atn_norms.ablation.store.labels import label
 from atn_norms.errors import SpecError, nearest, one_of
 
 if TYPE_CHECKING:
@@ -16,6 +17,14 @@ MODEL = "model.safetensors"  # a trial's saved model
 Status = Literal["pending", "running", "done", "diverged", "failed"]
 Goal = Literal["min", "max"]
 Spread = Literal["additive", "multiplicative"]
+BuildModel = TypeVar("BuildModel", bound="Callable[[dict[str, Any]], nn.Module]")
+_BUILDERS: list[Callable[[dict[str, Any]], nn.Module]] = []
+
+
+def model_builder(function: BuildModel) -> BuildModel:
+    """Register the function that builds an untrained model of a trial; `execution` has it, above this package."""
+    _BUILDERS[:] = [function]
+    return function
 
 
 @dataclass(frozen=True)
@@ -124,14 +133,12 @@ class TrialRecord:
             why = "train.keep_model is none" if kept == "none" else f"The trial is {self.status}"
             raise SpecError(position=str(path), got="no model", expected="a saved model", detail=f"{why}.")
         content = folder.read(MODEL, most_bytes())
-        return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._fresh)
+        return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._untrained)
 
-    def _fresh(self) -> nn.Module:
+    def _untrained(self) -> nn.Module:
         """Build an untrained model of this trial by its task."""
-        from atn_norms.ablation.execution.trial import Trainer, isolated
-
-        with isolated():
-            return Trainer(self.trial).model
+        (build,) = _BUILDERS
+        return build(self.trial)
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ class StudyRecord:
 
         Errors: `SpecError` for an unknown axis or label, where several tasks are left, and where no trial has finished.
         """
-        wanted = {name.removeprefix("model."): _label(value) for name, value in labels.items()}
+        wanted = {name.removeprefix("model."): label(value) for name, value in labels.items()}
         for name, value in wanted.items():
             known = {"task": list(self.tasks), "seed": sorted({str(t.seed) for t in self.trials})} | self.axes
             if name not in known:
@@ -202,12 +209,6 @@ def _with_metric(facts: TaskFacts, label: str, trials: Sequence[TrialRecord]) ->
         if trial.status == "done" and trial.result and trial.points[0].get("task") == label
     )
     return replace(facts, metric=next(iter(next(returned, {"": 0.0}))))
-
-
-def _label(value: Any) -> str:
-    from atn_norms.ablation.grid.study import label
-
-    return label(value)
 
 
 def _fits(trial: TrialRecord, wanted: dict[str, str]) -> bool:

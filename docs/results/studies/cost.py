@@ -1,7 +1,8 @@
 """Print the processor hours of the studies in this folder: `python docs/results/studies/cost.py [NAME ...]`.
 
 The script measures the processor time of a few steps and a validation of each arm, in one thread, and extrapolates.
-Other work on the machine changes processor time less than wall time. `--texts FOLDER` holds the texts of language models.
+Other work on the machine changes processor time less than wall time. `--texts FOLDER` holds the texts of language
+models.
 """
 
 from __future__ import annotations
