@@ -79,6 +79,9 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
     emit("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 
+INSTALL = "Install the package that has the kind, such as pip install -e FOLDER."
+
+
 def _family(kind: str, family: str | None) -> str:
     """Return the family of a kind.
 
@@ -96,7 +99,7 @@ def _family(kind: str, family: str | None) -> str:
         raise SpecError("--family", f"the kind {kind!r} of several families", one_of(having))
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
-        raise SpecError.of([unknown(family or "kind", kind, choices)])
+        raise SpecError.of([replace(unknown(family or "kind", kind, choices), detail=INSTALL)])
     return having[0]
 
 

@@ -102,7 +102,7 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
     ("words", "message"),
     [
         (["laier"], "got unknown kind 'laier'; expected one of adding, batch, "),
-        (["laier"], "did you mean 'layer'?"),
+        (["laier"], "did you mean 'layer'? Install the package that has the kind, such as pip install -e FOLDER."),
         (["lstm", "--family", "window"], "got unknown window 'lstm'; expected one of cumulative, "),
         (
             ["lstm", "--family", "windows"],
