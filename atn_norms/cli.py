@@ -15,7 +15,6 @@ from atn_norms.commands import list as list_command
 from atn_norms.commands.console import example
 from atn_norms.commands.output import (
     emit,
-    escape_controls,
     escaped_logging,
     reserved,
     separate_stdout,
@@ -23,6 +22,7 @@ from atn_norms.commands.output import (
 )
 from atn_norms.commands.signals import ignore
 from atn_norms.commands.supervisor import supervised
+from atn_norms.text import escape_controls
 
 app = typer.Typer(name="atn-norms", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

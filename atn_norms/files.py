@@ -1,10 +1,16 @@
-"""Read files that a user names: regular files of a limited size."""
+"""Read files that a user names, regular ones of a limited size, and write whole files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import secrets
 import stat
+from contextlib import suppress
+from pathlib import Path
+
+CHUNK = 2**20  # bytes read at a time
 
 
 def read_regular(path: str | os.PathLike[str], most: int | None) -> bytes:
@@ -14,16 +20,61 @@ def read_regular(path: str | os.PathLike[str], most: int | None) -> bytes:
 
     Errors: `OSError`, with the reason in `strerror`; `ValueError` for an invalid path.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe blocks here
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "a special file", path)
+    with open(_opened(path), "rb") as file:
         if most is None:
             return file.read()
-        content = file.read(most + 1) if status.st_size <= most else None
+        content = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
     if content is None or len(content) > most:  # files in /proc have the size 0
         raise OSError(errno.EFBIG, f"a file of more than {most} bytes", path)
     return content
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a regular file of any size, in hexadecimal; errors as in `read_regular`."""
+    with open(_opened(path), "rb") as file:
+        total = hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def write_whole(path: Path, content: bytes, keep: bool = False) -> None:
+    """Write a file durably: after a crash the old file or the new one exists, never a part.
+
+    A symbolic link is replaced by the file, not followed. With `keep` a file that exists is an error.
+
+    Errors: `OSError`; no temporary file remains.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(new, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep:
+            path.hardlink_to(new)  # unlike a rename, this fails where the file exists by now
+        else:
+            os.replace(new, path)
+    finally:
+        with suppress(OSError):  # it was renamed, or was never created
+            new.unlink()
+
+
+def most_bytes() -> int:
+    """Return the size of the largest model or checkpoint that is read: half of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 2**33
+
+
+def _opened(path: str | os.PathLike[str]) -> int:
+    """Open a regular file and return its descriptor."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # without O_NONBLOCK a pipe blocks here
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "a special file", path)

@@ -8,13 +8,14 @@ import tomllib
 from collections.abc import Callable
 from typing import Any
 
-from atn_norms.errors import dotted, short_repr
+from atn_norms.errors import brief, dotted, short_repr
 
 Position = tuple[int, int]  # line and column, from 1
 Locate = Callable[[tuple[Any, ...]], Position | None]
 MOST_VALUES = 100_000  # values of a file; an alias counts as many values as it repeats
 MOST_WRITTEN = 10_000  # values of a YAML text: ruamel.yaml reads about as many in a second
 DEEPEST = 100  # levels, so that code may walk through data recursively
+LONGEST = 300  # characters of a tag, and of a message
 MOST_DIGITS = 50  # digits of an integer, so that arithmetic on options does not overflow
 
 
@@ -49,7 +50,7 @@ def read_yaml(text: str) -> tuple[Any, Locate]:
         message = f"{error.context}, {message}" if message.startswith("but ") else message
         if twice := re.match(r'found duplicate key "(.*?)" with value ', message):
             message = f"got the key {short_repr(twice[1])} twice; expected it once"
-        raise Misplaced(message, mark and (mark.line + 1, mark.column + 1)) from None
+        raise Misplaced(brief(message, LONGEST), mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         position = position_of(text, error.position) if isinstance(error.position, int) else None
         character = error.character if isinstance(error.character, str) else chr(error.character)
@@ -63,6 +64,14 @@ def _yaml() -> Any:
     from ruamel.yaml.composer import Composer
     from ruamel.yaml.constructor import SafeConstructor
     from ruamel.yaml.error import YAMLError
+    from ruamel.yaml.scanner import Scanner
+
+    class Short(Scanner):
+        def scan_tag_uri(self, name: Any, start_mark: Any) -> Any:  # reads a long one in quadratic time
+            if not any(self.reader.peek(ahead) in " \r\n\0" for ahead in range(LONGEST + 1)):
+                message = f"got a tag of over {LONGEST} characters; expected at most {LONGEST}"
+                raise Misplaced(message, (start_mark.line + 1, start_mark.column + 1))
+            return super().scan_tag_uri(name, start_mark)
 
     class Limited(Composer):
         count = level = 0
@@ -95,7 +104,7 @@ def _yaml() -> Any:
                 raise Misplaced(message + reason, position) from None
 
     yaml = YAML(typ="safe", pure=True)
-    yaml.Composer, yaml.Constructor = Limited, Located
+    yaml.Scanner, yaml.Composer, yaml.Constructor = Short, Limited, Located
     return yaml
 
 
@@ -201,8 +210,15 @@ def _json_starts(text: str) -> dict[tuple[Any, ...], int]:
     return starts
 
 
+_KEY = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+# A dotted key of more parts than levels: tomllib reads it in quadratic time. It follows a line end, a brace or a comma.
+_LONG_KEY = re.compile(rf"(?:^|[{{,])[ \t\[]*+({_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{{DEEPEST}}})", re.MULTILINE)
+
+
 def read_toml(text: str) -> tuple[Any, Locate]:
     """Read TOML; positions of values are not known. Errors are `Misplaced`."""
+    if deep := _LONG_KEY.search(text):
+        raise Misplaced(f"nested too deeply; expected at most {DEEPEST} levels", position_of(text, deep.start(1)))
     try:
         return tomllib.loads(text), lambda path: None
     except tomllib.TOMLDecodeError as error:

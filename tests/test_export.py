@@ -126,7 +126,7 @@ def test_a_whole_sequence_with_a_sliding_window_runs_in_onnx(tmp_path):
     assert done.outputs == ("output",) and done.difference is not None and done.difference <= 1e-6
 
 
-def test_a_file_that_computes_something_else_is_rejected_and_removed(tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_rejected_and_the_old_one_stays(tmp_path, monkeypatch):
     from atn_norms.layers import export as module
 
     write = module._WRITERS["pt2"]
@@ -138,11 +138,23 @@ def test_a_file_that_computes_something_else_is_rejected_and_removed(tmp_path, m
 
     monkeypatch.setitem(module._WRITERS, "pt2", wrong)
     layer = trained(an.RNN(3, 4, norm="rms", window=2))
+    (tmp_path / "m.pt2").write_text("old")
     with pytest.raises(
-        SpecError, match="got an exported model that differs from the module by 0.001; expected at most"
+        SpecError, match="m.pt2: got an exported model that differs from the module by 0.001; expected at most"
     ):
         export(WholeSequence(layer), [torch.randn(3, 1, 3)], tmp_path / "m.pt2", "pt2", names=["sequence"])
-    assert not (tmp_path / "m.pt2").exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["m.pt2"] and (tmp_path / "m.pt2").read_text() == "old"
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "precious.txt").write_text("years of work")
+    (tmp_path / "m.pt2").symlink_to(tmp_path / "precious.txt")
+    layer = trained(an.RNN(3, 4))
+    export(WholeSequence(layer), [torch.randn(3, 1, 3)], tmp_path / "m.pt2", "pt2", names=["sequence"])
+    assert (tmp_path / "precious.txt").read_text() == "years of work"
+    assert (tmp_path / "m.pt2").is_file() and not (tmp_path / "m.pt2").is_symlink()
+    with pytest.raises(SpecError, match=r"nowhere/m\.pt2: got No such file or directory; expected a writable file"):
+        export(WholeSequence(layer), [torch.randn(3, 1, 3)], tmp_path / "nowhere" / "m.pt2", "pt2")
 
 
 ALONE = """

@@ -1,10 +1,12 @@
 """Studies of functions: the same engine and store, and faulty functions."""
 
+import os
 import re
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from atn_norms import ablation
 from atn_norms.ablation import report
 from atn_norms.ablation.grid.functions import hash_code, task_of
+from atn_norms.ablation.grid.sources import hash_files
+from atn_norms.ablation.store import checkpoints
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import main
 from atn_norms.errors import SpecError
@@ -399,3 +403,169 @@ def test_the_command_line_runs_a_study_file_of_a_function(tmp_path, capsys, monk
     printed = capsys.readouterr()
     assert "4 trials" in printed.out and "accuracy" in printed.out and (tmp_path / "study/report/report.html").exists()
     assert main(["status", "study"]) == 0 and StudyFolder("study").load().counts()["done"] == 4
+
+
+SURROGATE = {
+    "print": ("print('file \\udc80')", "done", ""),
+    "raise": ("raise FileNotFoundError('file \\udc80')", "failed", r"FileNotFoundError: file \\udc80"),
+    "metric": ("return {'a \\udc80': 1.0}", "failed", "train: got 1.0 for 'a .udc80'; expected a number, or a mapping"),
+}
+
+
+@pytest.mark.parametrize("place", SURROGATE)
+def test_text_that_utf_8_cannot_encode_does_not_end_the_run(place, tmp_path):
+    """Python makes lone surrogates of the undecodable bytes of a file name."""
+    statement, status, message = SURROGATE[place]
+    body = f"def train(norm):\n    if norm == 'layer':\n        {statement}\n    return 1.0\n"
+    faulty, other = trials(tmp_path / "study", written(tmp_path, body), axes={"norm": ["layer", "none"]}, seeds=1)
+    assert (faulty.status, other.status) == (status, "done")
+    assert re.search(message, faulty.error["error"] if message else "") and "\\udc80" in log(faulty)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_printed_names_are_escaped_in_any_encoding(encoding, tmp_path):
+    evil = "\N{GREEK SMALL LETTER ALPHA}\x1b]0;owned\x07"
+    body = (
+        "from atn_norms import ablation\n"
+        "def train(a):\n    if a != 1: raise ValueError(a)\n    return 1.0\n"
+        f"ablation.ablate(train, axes={{'a': [1, {evil!r}]}}, seeds=1, out='study', workers=0, name={evil[0]!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, written(tmp_path, body)],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    out = done.stdout.decode(encoding)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in out and "\x07" not in out and "ValueError: " in out
+    assert out.count(("\\u03b1" if encoding == "ascii" else "\u03b1") + r"\x1b]0;owned\x07") >= 2
+    assert "report: study/report/report.html" in out
+
+
+FOREIGN = {
+    "random": lambda state: state.update(random={"torch": torch.zeros(3, dtype=torch.uint8), "python": [3, [], None]}),
+    "no random": lambda state: state.update(random={}),
+    "no watch": lambda state: state.update(watch={}),
+    "a step beyond the curve": lambda state: state["watch"].update(step=10**9),
+    "true for a step": lambda state: state["watch"].update(step=True),
+    "no number": lambda state: state["watch"].update(best=float("nan")),
+    "a negative count": lambda state: state["watch"].update(since=-1),
+    "an infinite loss": lambda state: state["watch"].update(first=float("inf")),
+    "text": lambda state: state["watch"].update(first="x"),
+    "other parts": lambda state: state.pop("watch"),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_a_foreign_checkpoint_of_a_function_costs_a_fresh_start(change, tmp_path):
+    path, stop = written(tmp_path, RESUMED), tmp_path / "stop.txt"
+    given = {"axes": {}, "seeds": 1, "task": {"arguments": {"stop": str(stop)}}}
+    (stopped,) = trials(tmp_path / "stopped", path, **given)
+    (whole,) = trials(tmp_path / "whole", path, **given)
+    content = (stopped.folder / "checkpoint.pt").read_bytes()
+    state, mark = checkpoints.unpack(stopped.id, content)
+    FOREIGN[change](state)
+    (stopped.folder / "checkpoint.pt").write_bytes(checkpoints.pack(stopped.id, state, mark))
+    (resumed,) = ablation.run(tmp_path / "stopped", workers=0).trials
+    assert resumed.status == "done", resumed.error
+    assert (resumed.result, resumed.curve) == (whole.result, whole.curve)
+    assert "checkpoint.pt cannot be used and is now checkpoint.rejected.pt" in log(resumed)
+
+
+@pytest.mark.parametrize("name", ["file", "files"])
+@pytest.mark.parametrize("make", ["pipe", "device"])
+def test_only_regular_files_are_hashed(make, name, tmp_path):
+    path = tmp_path / "odd.py"
+    if make == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    options = {"file": str(path)} if name == "file" else {"files": [str(path)]}
+    with pytest.raises(SpecError, match=r"odd\.py.*a special file"):
+        ablation.create(study(written(tmp_path, GOOD), task=options), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_linked_folder_counts_by_its_content(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data.mkdir()
+    elsewhere.mkdir()
+    (data / "a.txt").write_text("1")
+    first = hash_files(data)
+    (data / "more").symlink_to(elsewhere)
+    (elsewhere / "b.txt").write_text("2")
+    (elsewhere / "back").symlink_to(data)  # endless, if it were followed
+    second = hash_files(data)
+    (elsewhere / "b.txt").write_text("3")
+    assert len({first, second, hash_files(data)}) == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(SpecError, match=r"data: got Permission denied; expected a readable folder"):
+        hash_files(tmp_path / "data")
+
+
+IMPORTS = {
+    "a module of the package": ("pkg/train.py", "from pkg.helper import x", "pkg/helper.py"),
+    "a relative module": ("pkg/train.py", "from .helper import x", "pkg/helper.py"),
+    "a module of the package above": ("pkg/inner/train.py", "from ..helper import x", "pkg/helper.py"),
+    "the package itself": ("pkg/train.py", "", "pkg/__init__.py"),
+    "a package on the way": ("train.py", "import pkg.inner.helper", "pkg/inner/__init__.py"),
+    "an import of a helper": ("train.py", "import pkg.first", "pkg/helper.py"),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTS)
+def test_every_local_module_counts(case, tmp_path):
+    name, code, changed = IMPORTS[case]
+    (tmp_path / "pkg" / "inner").mkdir(parents=True)
+    for each in ("pkg/__init__.py", "pkg/helper.py", "pkg/inner/__init__.py", "pkg/inner/helper.py"):
+        (tmp_path / each).write_text("x = 1\n")
+    (tmp_path / "pkg" / "first.py").write_text("from pkg import helper\n")
+    path = written(tmp_path, code, name)
+    before = hash_code(path)
+    (tmp_path / changed).write_text("x = 2\n")
+    assert hash_code(path) != before
+
+
+def test_installed_modules_do_not_count(tmp_path):
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "torch.py").write_text("x = 1")
+    path = written(folder, "import torch")
+    before = hash_code(path)
+    (folder / "torch.py").write_text("x = 2")
+    assert hash_code(path) == before
+    (tmp_path / "atn_norms.py").write_text("x = 1")
+    mine = written(tmp_path, "import atn_norms.layers\nfrom atn_norms import layers")
+    before = hash_code(mine)
+    (tmp_path / "atn_norms.py").write_text("x = 2")
+    assert hash_code(mine) == before
+
+
+def test_a_form_feed_is_no_line_end_of_code(tmp_path):
+    """The line of the call of `ablate` is left out of the hash, and no other one."""
+    code = "'\x0c'\nx = {}\nablate(train)\ny = 2\n"
+    first, second, third = (
+        hash_code(written(tmp_path, text))
+        for text in (code.format(1), code.format(2), code.format(1).replace("ablate(train)", "ablate(train, seeds=3)"))
+    )
+    assert first != second and first == third
+
+
+@pytest.mark.parametrize("code", ["x = " + "(" * 5000, "x = " + "-" * 200_000 + "1", "x = \0", b"\xff\xfe"])
+def test_code_that_python_cannot_read_is_named(code, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_bytes(code if isinstance(code, bytes) else code.encode())
+    with pytest.raises(SpecError, match=r"file: got .*mine\.py"):
+        hash_code(path)
+
+
+def test_a_byte_order_mark_of_code_is_ignored(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_bytes(b"\xef\xbb\xbfx = 1\n")
+    assert hash_code(path)

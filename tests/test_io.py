@@ -1,6 +1,8 @@
 """Save and load models: round trips, and errors for damaged or incompatible files."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -222,3 +224,69 @@ def test_explain_takes_any_module(model):
 def test_explain_rejects_other_objects():
     with pytest.raises(TypeError, match=r"model: got int; expected a torch\.nn\.Module"):
         an.explain(3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("make", ["pipe", "device", "folder"])
+def test_only_regular_files_are_loaded(make, tmp_path):
+    """Reading a pipe would block, and reading a device would exhaust the memory."""
+    path = tmp_path / "m.safetensors"
+    if make == "pipe":
+        os.mkfifo(path)
+    elif make == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(
+        SpecError, match=r"m\.safetensors: got (a special file|Is a directory); expected a readable file"
+    ):
+        an.load(path)
+
+
+def test_a_file_over_the_memory_limit_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "most_bytes", lambda: 100)
+    path = an.save(an.GRU(2, 3), tmp_path / "m.safetensors")
+    with pytest.raises(SpecError, match=r"m\.safetensors: got a file of more than 100 bytes"):
+        an.load(path)
+
+
+def structure(**arguments):
+    return {"structure": {"class": "torch.nn.modules.linear.Linear", "arguments": arguments}}
+
+
+SEQUENTIAL = "torch.nn.modules.container.Sequential"
+CANNOT = "got a description of a model that cannot be built"
+HOSTILE = {
+    "no JSON": ("{", "got a damaged description of a model"),
+    "nested": ("[" * 100_000, "got a damaged description of a model"),
+    "a list": ("[]", r"got \[\]; expected"),
+    "no format": ({"format": None}, "format: got None; expected an integer"),
+    "a boolean format": ({"format": True}, "format: got True; expected an integer"),
+    "no versions": ({"versions": 3}, "versions: got 3"),
+    "frozen numbers": ({"frozen": [3]}, r"frozen\[0\]: got 3; expected text"),
+    "an unknown frozen name": ({"frozen": ["x.y"]}, CANNOT),
+    "an unknown alias": ({"aliases": {"x": "y"}}, f"{CANNOT} .KeyError"),
+    "plugins without versions": ({"plugins": {"normalizer:layer": {}}}, f"{CANNOT} .KeyError"),
+    "no arguments": ({"structure": {"class": "torch.nn.modules.linear.Linear"}}, f"{CANNOT} .KeyError"),
+    "other arguments": (structure(x=1), f"{CANNOT} .TypeError"),
+    "wrong types": (structure(in_features="x", out_features=3), f"{CANNOT} .TypeError"),
+    "petabytes": (structure(in_features=10**8, out_features=10**7), r"weight: got no such tensor in the file"),
+    "a foreign class": (
+        {"structure": {"class": "os.system", "arguments": {}}},
+        "class: got os.system; expected a class",
+    ),
+    "an unknown module": ({"structure": {"class": "torch.nn.nothing.X", "arguments": {}}}, CANNOT),
+    "children with dots": ({"structure": {"class": SEQUENTIAL, "children": {"a.b": structure()["structure"]}}}, CANNOT),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_description_is_one_error_that_names_the_file(name, tmp_path):
+    change, message = HOSTILE[name]
+    description, tensors = io._parse(tmp_path, io.to_bytes(nn.Sequential(an.GRU(2, 3))))
+    text = change if isinstance(change, str) else json.dumps(description | change)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(io._serialized(tensors, {io.KEY: text}))
+    with pytest.raises(SpecError) as caught:
+        an.load(path)
+    assert re.search(message, str(caught.value)), caught.value
+    assert all(line.startswith(f"{path}: ") and len(line) < 500 for line in str(caught.value).splitlines())

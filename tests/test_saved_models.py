@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from atn_norms import files
 from atn_norms.ablation import TrainSpec, create, load, run
 from atn_norms.ablation.execution.trial import Trainer
-from atn_norms.ablation.store import checkpoints
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import TaskFacts
@@ -142,7 +142,7 @@ def test_a_model_in_a_linked_folder_is_not_loaded(tmp_path):
 
 def test_a_model_over_the_size_limit_is_not_loaded(tmp_path, monkeypatch):
     trial = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0).best()
-    monkeypatch.setattr(checkpoints, "most_bytes", lambda: 100)
+    monkeypatch.setattr(files, "most_bytes", lambda: 100)
     with pytest.raises(StoreError, match=r"model\.safetensors: got a file of over 100 bytes"):
         trial.model()
 

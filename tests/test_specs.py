@@ -57,7 +57,13 @@ def complaint(text: str | bytes, name: str, folder: Path) -> str:
         ("a.json", '{"parts": ' + "[" * 120 + "]" * 120 + "}", "a.json:1:110: nested too deeply"),
         ("a.toml", "a = " + "1" * 5001, "a.toml:1:5: got an integer of 5001 digits; expected at most 50 digits"),
         ("a.toml", "a = " + "[" * 5000, "a.toml: nested too deeply; expected at most 100 levels"),
-        ("a.toml", "a." * 500 + "b = 1", "nested too deeply; expected at most 100 levels"),
+        ("a.toml", "a." * 500 + "b = 1", "a.toml:1:1: nested too deeply; expected at most 100 levels"),
+        ("a.toml", "x = 1\ny = {b = 1, " + "a . " * 100 + "b=1}", "a.toml:2:13: nested too deeply; expected at most"),
+        ("a.toml", '["a".b' + ".c" * 99 + "]", "a.toml:1:2: nested too deeply; expected at most 100 levels"),
+        ("a.toml", "rate = 1.5\na = '" + "a." * 500 + "'", "a.toml: a: got 'a.a.a."),
+        ("a.yaml", "a: !<" + "x" * 301 + "> 1", "a.yaml:1:4: got a tag of over 300 characters; expected at most 300"),
+        ("a.yaml", "a: !" + "%41" * 101 + " 1", "a.yaml:1:4: got a tag of over 300 characters; expected at most 300"),
+        ("a.yaml", "a: !<" + "x" * 299 + "> 1", "a.yaml:1:4: could not determine a constructor for the tag"),
         ("a.yaml", "a: 1\n---\na: 2\n", "a.yaml:2:1: expected a single document in the stream, but found another"),
         ("a.yaml", "a: !!python/object:os.system 3\n", "a.yaml:1:4: could not determine a constructor for the tag"),
         ("a.yaml", "a: !!int x\n", "a.yaml:1:4: got 'x'; expected a valid int"),
@@ -141,6 +147,28 @@ TOO_LARGE = {
 def test_a_file_that_is_too_large_is_rejected(name, tmp_path):
     text, message = TOO_LARGE[name]
     assert message in complaint(text, name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "a." * 495_000 + "b = 1"),
+        ("a.toml", "[" + "a." * 495_000 + "b]"),
+        ("a.yaml", "a: !<" + "x" * 990_000 + "> 1"),
+        ("a.yaml", "a: !" + "%41" * 330_000 + " 1"),
+        ("a.yaml", "a: !!timestamp " + "1" * 990_000),
+        ("a.yaml", 'a: "' + "\\x41" * 240_000 + '"'),
+        ("a.json", '{"' + "k" * 990_000 + '": [1,}'),
+        ("a.json", "[" * 990_000),
+    ],
+    ids=["key", "table", "tag", "escaped tag", "timestamp", "escapes", "long key", "levels"],
+)
+def test_no_content_takes_long_to_reject(name, text, tmp_path):
+    """Parsers that need quadratic time took 12 s and more for these files."""
+    started = time.process_time()
+    message = complaint(text, name, tmp_path)
+    assert time.process_time() - started < 6
+    assert len(message) < 500, message
 
 
 def test_a_setting_is_read_like_a_file():

@@ -19,6 +19,7 @@ from atn_norms.ablation.report.costs import duration
 from atn_norms.ablation.report.sentences import verdict_line
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.ablation.studies import create
+from atn_norms.text import encodable, escape_controls
 
 
 def ablate(
@@ -94,8 +95,8 @@ def ablate(
     page = write(result, folder / "report")[0]
     if on_event is None:
         for each in result.tasks:
-            print(f"{each.task}: {verdict_line(result, each)}")
-        print(f"report: {page}")
+            _print(f"{each.task}: {verdict_line(result, each)}")
+        _print(f"report: {page}")
     return record
 
 
@@ -108,9 +109,7 @@ class _Log:
 
     def start(self, record: StudyRecord) -> None:
         left = sum(trial.status not in ("done", "diverged") for trial in record.trials)
-        print(
-            f"study {record.name!r}: {left} of {len(record.trials)} trials to run; folder: {self._folder}", flush=True
-        )
+        _print(f"study {record.name!r}: {left} of {len(record.trials)} trials to run; folder: {self._folder}")
         self._remaining = RemainingTime(record.trials, self._workers, costs(record))
 
     def see(self, event: Event) -> None:
@@ -122,7 +121,13 @@ class _Log:
         why = f": {event.message}" if event.message else ""
         seconds = self._remaining.seconds(now) if event.finished < event.total else None
         left = "" if seconds is None else f"  (about {duration(seconds)} left)"
-        print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}{left}", flush=True)
+        _print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}{left}")
+
+
+def _print(text: str) -> None:
+    """Print a text to standard output in whatever encoding that has, without control characters."""
+    if sys.stdout is not None:
+        print(encodable(escape_controls(text), getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from atn_norms.commands.output import CONTROLS, emit, encodes_unicode, escape_controls, results
+from atn_norms.commands.output import emit, encodes_unicode, results
+from atn_norms.text import CONTROLS, escape_controls
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if a plugin failed or is slow to load.")]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +11,7 @@ import typer
 
 from atn_norms.commands.output import emit
 from atn_norms.errors import SpecError, unknown
+from atn_norms.files import write_whole
 
 MODELINE = "# yaml-language-server: $schema={schema}\n"
 
@@ -64,16 +63,7 @@ def schema_text(what: str) -> str:
 
 def write_new(path: Path, text: str, force: bool = False) -> None:
     """Write a file atomically; an existing file is kept unless `force` is set."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-        if force:
-            temporary.replace(path)
-        else:
-            path.hardlink_to(temporary)  # unlike a rename, this fails where the file exists by now
+        write_whole(path, text.encode(), keep=not force)
     except OSError as error:
         raise SpecError(position=str(path), got=str(error.strerror), expected="a writable file") from error
-    finally:
-        with suppress(OSError):  # without its folder, there is nothing to remove
-            temporary.unlink(missing_ok=True)

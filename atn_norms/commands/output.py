@@ -7,15 +7,12 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeVar
 
-# C0 but for tab and line feed, DEL, C1, line and paragraph separators, and marks that reorder the text around them.
-CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-PLAIN = {"\N{MINUS SIGN}": "-", "━": "=", "╌": "-", "─": "-", "…": "...", "\N{MULTIPLICATION SIGN}": "x"}
-ENCODING_ERRORS = "atn_norms.plain"
+from atn_norms.text import ENCODING_ERRORS, escape_controls
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -23,15 +20,6 @@ class _Results:
     """Stream of the results; None outside a command, which selects `sys.stdout`."""
 
     stream: TextIO | None = None
-
-
-def escape_controls(text: str) -> str:
-    r"""Escape control characters as Python does, except tabs and line feeds.
-
-    >>> print(escape_controls("a\x1b[2Jb"))
-    a\x1b[2Jb
-    """
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def results() -> TextIO:
@@ -70,17 +58,9 @@ def reserved(command: Command) -> Command:
 
 def tolerate_encodings() -> None:
     """Replace characters that a stream cannot encode: signs by their ASCII form, all others by escapes."""
-    codecs.register_error(ENCODING_ERRORS, _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=ENCODING_ERRORS)  # type: ignore[union-attr]
-
-
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    characters = error.object[error.start : error.end]
-    return "".join(PLAIN.get(each) or each.encode("unicode_escape").decode() for each in characters), error.end
 
 
 def separate_stdout() -> None:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.commands.console import on_terminal
-from atn_norms.commands.output import emit, escape_controls, results
+from atn_norms.commands.output import emit, results
 from atn_norms.commands.signals import stopping
+from atn_norms.text import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from atn_norms.errors import SpecError, not_installed, one_of
+from atn_norms.files import write_whole
 from atn_norms.layers.convert import with_backend
 from atn_norms.layers.recurrent import Recurrent
 from atn_norms.pytree import Tree, tree_leaves
@@ -134,7 +136,8 @@ def export(
     | `pt2` | torch alone: `torch.export.load(path).module()` |
     | `aoti` | torch alone, compiled for this machine: `torch._inductor.aoti_load_package(path)` |
 
-    `names` are the names of the inputs; the default is `frame`, `state_0`, `state_1` and so on.
+    `names` are the names of the inputs; the default is `frame`, `state_0`, `state_1` and so on. The file is written
+    once the results have been compared: until then an older file of this name stays.
 
     Errors: `SpecError` for an unknown format or a missing tool, if torch cannot export the module, and if the results
     of the file differ from those of the module.
@@ -143,19 +146,26 @@ def export(
     names = names or [("frame" if i == 0 else f"state_{i - 1}") for i in range(len(inputs))]
     if format not in FORMATS:
         raise SpecError("format", got=repr(format), expected=one_of(FORMATS))
-    with _quiet():
-        written, run, note = _WRITERS[format](module, tuple(inputs), path, list(names))
-    difference = None if run is None else _difference(module, run, inputs)
-    tolerance = _tolerance(module)
-    if difference is not None and difference > tolerance:
-        path.unlink(missing_ok=True)
-        got = f"an exported model that differs from the module by {difference:.2g}"
-        raise SpecError(position=str(path), got=got, expected=f"at most {tolerance:.2g}")
+    with TemporaryDirectory() as folder:
+        new = Path(folder, f"model{SUFFIX[format]}")
+        with _quiet():
+            written, run, note = _WRITERS[format](module, tuple(inputs), new, list(names))
+        difference = None if run is None else _difference(module, run, inputs)
+        tolerance = _tolerance(module)
+        if difference is not None and difference > tolerance:
+            got = f"an exported model that differs from the module by {difference:.2g}"
+            raise SpecError(position=str(path), got=got, expected=f"at most {tolerance:.2g}")
+        microseconds = None if run is None else _microseconds(run, inputs)
+        content = new.read_bytes()
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise SpecError(position=str(path), got=str(error.strerror), expected="a writable file") from error
     shapes = {
         name: (str(each.dtype).removeprefix("torch."), tuple(each.shape))
         for name, each in zip(names, inputs, strict=True)
     }
-    return Exported(path, shapes, written, difference, None if run is None else _microseconds(run, inputs), note)
+    return Exported(path, shapes, written, difference, microseconds, note)
 
 
 @contextmanager
@@ -221,7 +231,7 @@ def _write_pt2(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names:
     foreign = sorted({str(n.target) for n in program.graph.nodes if str(n.target).startswith("atn_norms")})
     if foreign:
         got = f"a traced model that calls {', '.join(foreign)}"
-        raise SpecError(position=str(path), got=got, expected="operators of torch alone")
+        raise SpecError("model", got=got, expected="operators of torch alone")
     torch.export.save(program, str(path))
     return ("output", *(f"{name}_next" for name in names[1:])), _tuple(torch.export.load(str(path)).module()), ""
 

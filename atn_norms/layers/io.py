@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from atn_norms.errors import SpecError, nearest_file, not_installed, to_spec_error
+from atn_norms.errors import Problem, SpecError, brief, nearest_file, not_installed, to_spec_error
+from atn_norms.files import most_bytes, read_regular, write_whole
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.convert import replacement, substitute
 from atn_norms.layers.structure import class_name, construct, describe, layer_of, layer_options
@@ -24,6 +25,26 @@ from atn_norms.registry import registry
 FORMAT = 1  # version of the description in a file; raised when an older program cannot read it correctly
 SHOWN = 5  # number of differences between a file and a model that an error lists
 KEY = "atn-norms"  # key of the description in the metadata of a file
+
+
+class _Every(BaseModel):
+    """The part of a description that every format has."""
+
+    model_config = ConfigDict(strict=True)
+    format: int
+    versions: dict[str, str]
+
+
+class _Description(_Every):
+    """The description of a model in a file."""
+
+    plugins: dict[str, dict[str, str]]
+    class_: str = Field(alias="class")
+    structure: dict[str, Any] | None
+    layers: dict[str, dict[str, Any]]
+    aliases: dict[str, str]
+    frozen: list[str]
+    sha256: str
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -50,16 +71,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
         near = nearest_file(target.parent)
         raise SpecError(position=str(target.parent), got="no such folder", expected="a folder", nearest=near)
     content = to_bytes(module)
-    new = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(new, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, target)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    write_whole(target, content)
     return target
 
 
@@ -99,12 +111,17 @@ def from_bytes(
 
 
 def _loaded(file: Path, description: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> nn.Module:
-    _check_plugins(file, description["plugins"])
     try:
-        built = _built(file, description) if model is None else _fitted(file, description, model)
+        _check_plugins(file, description["plugins"])
+        built = _built(file, description, tensors) if model is None else _fitted(file, description, model)
+        _fill(file, built, description, tensors)
     except ValidationError as error:
         raise to_spec_error(error, lambda path: str(file)) from error
-    _fill(file, built, description, tensors)
+    except SpecError as error:
+        raise SpecError.of(replace(each, position=each.position or str(file)) for each in error.problems) from error
+    except Exception as error:  # the file may name any arguments of any class of torch.nn
+        got = f"a description of a model that cannot be built ({type(error).__name__}: {brief(_one_line(error))})"
+        raise _error(file, got, "a file of atn_norms.save") from error
     return built
 
 
@@ -162,7 +179,7 @@ def _data(content: bytes) -> bytes:
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        content = file.read_bytes()
+        content = read_regular(file, most_bytes())
     except FileNotFoundError:
         near = nearest_file(file)
         raise SpecError(position=str(file), got="no such file", expected="a file", nearest=near) from None
@@ -185,9 +202,9 @@ def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor
     text = header.get("__metadata__", {}).get(KEY)
     if text is None:
         raise _error(file, "safetensors without a description of a model", "a file of atn_norms.save")
-    description = json.loads(text)
+    description = _description(file, text)
     if description["format"] > FORMAT:
-        written = description["versions"]["atn-norms"]
+        written = description["versions"].get(KEY, "")
         got = f"format {description['format']}, written by atn-norms {written}"
         expected = f"at most {FORMAT}, which atn-norms {_own_version()} reads"
         raise _error(file, got, expected, "Upgrade atn-norms")
@@ -196,18 +213,48 @@ def _parse(file: Path, content: bytes) -> tuple[dict[str, Any], dict[str, Tensor
     return description, tensors
 
 
+def _description(file: Path, text: str) -> dict[str, Any]:
+    """Parse a description, and check what every format has and, of a format that can be read, all of it."""
+    try:
+        description = json.loads(text)
+        _Every.model_validate(description)
+        if description["format"] <= FORMAT:
+            _Description.model_validate(description)
+    except ValidationError as error:
+        raise to_spec_error(error, lambda path: str(file)) from error
+    except (ValueError, RecursionError) as error:
+        got = f"a damaged description of a model ({brief(_one_line(error))})"
+        raise _error(file, got, "a file of atn_norms.save") from error
+    return description
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _error(file: Path, got: str, expected: str, cure: str = "") -> SpecError:
     return SpecError(position=str(file), got=got, expected=expected, detail=cure)
 
 
-def _built(file: Path, description: Mapping[str, Any]) -> nn.Module:
+def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
         got = f"a {description['class']}, whose code is not in the file"
         expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):
+        if (shapes := _without_memory(description["structure"])) is not None:
+            _refuse_differences(file, shapes, _state(description, tensors))  # before any memory is allocated
         return construct(description["structure"])
+
+
+def _without_memory(structure: dict[str, Any]) -> nn.Module | None:
+    """Construct a module on the meta device; None for a class that cannot be constructed there."""
+    try:
+        with torch.device("meta"):
+            return construct(structure)
+    except Exception:  # noqa: BLE001  a constructor may raise any error
+        return None
 
 
 def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
@@ -223,9 +270,9 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
             there = ours[there]
         if not isinstance(there, CellHost) or not _same(there, wanted):
             got = "nothing" if there is None else repr(there) if isinstance(there, CellHost) else type(there).__name__
-            problems.append(f"{file}: {name or 'model'}: got {got}; expected {wanted!r}, as saved")
+            problems.append(f"{name or 'model'}: got {got}; expected {wanted!r}, as saved")
     if problems:
-        raise SpecError.of(problems)
+        raise SpecError.of(Problem(position=str(file), detail=each) for each in problems)
     return substitute(model, ours)
 
 
@@ -239,11 +286,8 @@ def _same(layer: CellHost, saved: CellHost) -> bool:
 def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Load the saved tensors into a module, with their types, shared tensors and `requires_grad`."""
     aliases: dict[str, str] = description["aliases"]
-    state = tensors | {name: tensors[first] for name, first in aliases.items()}
-    problems = list(_differences(model, state))
-    if problems:
-        more = [f"{len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
-        raise SpecError.of(f"{file}: {problem}" for problem in [*problems[:SHOWN], *more])
+    state = _state(description, tensors)
+    _refuse_differences(file, model, state)
     model.load_state_dict(state, assign=True)
     for name, first in aliases.items():
         path, _, leaf = name.rpartition(".")
@@ -252,6 +296,17 @@ def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors:
         setattr(model.get_submodule(path), leaf, shared)
     for name in description["frozen"]:
         model.get_parameter(name).requires_grad_(False)
+
+
+def _state(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {name: tensors[first] for name, first in description["aliases"].items()}
+
+
+def _refuse_differences(file: Path, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    problems = list(_differences(model, state))
+    if problems:
+        more = [f"{len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
+        raise SpecError.of(Problem(position=str(file), detail=each) for each in [*problems[:SHOWN], *more])
 
 
 def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
@@ -292,7 +347,7 @@ def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None
         family, _, kind = name.partition(":")
         entry, wanted = registry.kinds(family).get(kind), f"{saved['distribution']} {saved['version']}".strip()
         if entry is None:
-            missing.append(f"{file}: got no {family} {kind!r} here; expected the one of {wanted}. Install that plugin")
+            missing.append(f"got no {family} {kind!r} here; expected the one of {wanted}. Install that plugin")
         elif (entry.distribution, entry.version) != (saved["distribution"], saved["version"]):
             warnings.warn(
                 f"{file}: the {family} {kind!r} here is from {entry.distribution} {entry.version}; "
@@ -300,7 +355,7 @@ def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None
                 stacklevel=4,
             )
     if missing:
-        raise SpecError.of(missing)
+        raise SpecError.of(Problem(position=str(file), detail=each) for each in missing)
 
 
 def _own_version() -> str:

@@ -24,10 +24,12 @@ from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.trial import TrialFolder
-from atn_norms.errors import SpecError, nearest, plural, short_repr, typed_repr
+from atn_norms.errors import SpecError, brief, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
+from atn_norms.text import encodable
 
 MOST_LINES = 1000  # lines of a function's output in a trial's log
+FRESH = {"step": 0, "first": None, "best": math.inf, "since": 0}  # the reports of a trial before its first
 GRACE = 2.0  # seconds for a process that a function left running to end
 
 OnStep = Callable[[int], None]
@@ -59,8 +61,16 @@ class Checkpoint:
         """Return the last saved state and restore its random states; None at the beginning of a trial."""
         if self._stored is None:
             return None
-        _restore_random_state(self._stored["random"])
-        self._trial._continue(self._stored["watch"])
+        try:
+            self._trial._continue(self._stored["watch"])
+            _restore_random_state(self._stored["random"])
+        except Exception as error:  # noqa: BLE001  a foreign state may raise any error
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._folder.reject_checkpoint(f"got another state than a function's checkpoint has ({brief(problem)})")
+            self._stored = None
+            self._trial._continue(FRESH)
+            _seed(self._trial.seed)
+            return None
         return self._stored["state"]
 
 
@@ -140,8 +150,13 @@ class Trial:
         return {"step": self._step, "first": self._first, "best": self._watch.best, "since": self._watch.since}
 
     def _continue(self, watched: dict[str, Any]) -> None:
-        self._step, self._first = watched["step"], watched["first"]
-        self._watch.best, self._watch.since = watched["best"], watched["since"]
+        step, first, best, since = (watched[name] for name in FRESH)
+        is_number = type(best) is float and best == best and type(since) is int and since >= 0
+        is_loss = first is None or (type(first) is float and math.isfinite(first))
+        if type(step) is not int or step != self._folder.last_step() or not (is_number and is_loss):
+            raise ValueError(f"got {short_repr(watched)}; expected the last step of the curve, and finite losses")
+        self._step, self._first = step, first
+        self._watch.best, self._watch.since = best, since
 
 
 def run_function(
@@ -204,7 +219,7 @@ def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
     numbers = {}
     for name, value in named.items():
         number = _number(value)
-        if number is None or not isinstance(name, str):
+        if number is None or not isinstance(name, str) or encodable(name) != name:
             raise SpecError(task.function, f"{short_repr(value)} for {short_repr(name)}", expected)
         numbers[name] = number
     if task.metric is not None and task.metric not in numbers:

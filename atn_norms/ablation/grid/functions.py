@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +23,12 @@ from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
 from atn_norms.errors import Problem as SpecProblem
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
+from atn_norms.files import read_regular
 from atn_norms.options import Options
 
 KIND = "python"
+INSTALLED = {"site-packages", "dist-packages"}  # folders of installed modules
+LARGEST = 10_000_000  # bytes of a Python file
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
@@ -88,7 +92,9 @@ def is_function(task: Any) -> bool:
 
 
 def hash_code(file: Path) -> str:
-    """Compute a hash of a Python file and of the modules in its folder that it imports.
+    """Compute a hash of a Python file and of the modules beside it that it imports, directly or indirectly.
+
+    In a package these are the modules of the package. Installed modules do not count, since a user does not edit them.
 
     The block under `if __name__ == "__main__":` and statements that call `ablate` are left out: they start studies and
     change no result.
@@ -96,8 +102,13 @@ def hash_code(file: Path) -> str:
     Errors: `SpecError` for a file that cannot be read or is not Python.
     """
     total = hashlib.sha256()
-    for each in sorted(_local_files(file, set())):
-        total.update(f"{each.relative_to(file.parent)}\0{_counted(each)}\n".encode())
+    _, root = _module_name(file)
+    packages = [folder / "__init__.py" for folder in file.parents if root in folder.parents]  # run before the file
+    seen: set[Path] = set()
+    for each in (file, *packages):
+        _add_local_files(each, root, seen)
+    for each in sorted(seen):
+        total.update(f"{os.path.relpath(each, file.parent)}\0{_counted(each)}\n".encode())
     return total.hexdigest()[:16]
 
 
@@ -244,18 +255,23 @@ def _existing(path: Path) -> Path:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_regular(file, LARGEST).decode("utf-8-sig")
     except FileNotFoundError:
         got = f"{file}, which does not exist"
         raise SpecError("file", got=got, expected="a Python file", nearest=nearest_file(file)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError("file", got=f"{file}, which cannot be read ({error})", expected="a Python file") from None
+        got = f"{file}, which cannot be read ({_reason(error)})"
+        raise SpecError("file", got=got, expected="a Python file") from None
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _tree(file: Path) -> ast.Module:
     try:
         return ast.parse(_text(file))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise SpecError("file", got=f"{file}{line}, which is not Python ({error})", expected="a Python file") from None
 
@@ -274,7 +290,8 @@ def _counted(file: Path) -> str:
     """Return the text of a file without the statements that only start studies."""
     starts = [node for node in _tree(file).body if _starts_a_study(node)]
     skipped = {number for node in starts for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    lines = [line for number, line in enumerate(_text(file).splitlines(), 1) if number not in skipped]
+    lines = re.split("\r\n|\r|\n", _text(file))  # the lines of Python's grammar: no other character ends one
+    lines = [line for number, line in enumerate(lines, 1) if number not in skipped]
     return "\n".join(lines).rstrip()
 
 
@@ -288,17 +305,36 @@ def _starts_a_study(node: ast.stmt) -> bool:
     return False
 
 
-def _local_files(file: Path, seen: set[Path]) -> set[Path]:
-    """Return a file and all modules in its folder that it imports, directly or indirectly."""
+def _add_local_files(file: Path, root: Path, seen: set[Path]) -> None:
+    """Add a file and all modules below `root` that it imports, directly or indirectly."""
     if file in seen:
-        return seen
+        return
     seen.add(file)
     for node in ast.walk(_tree(file)):
-        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module or ''}.{each.name}".lstrip(".") for each in node.names)]
-        for name in filter(None, names):
-            for path in (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"):
-                if (module := file.parent / path).is_file():
-                    _local_files(module, seen)
-    return seen
+        for folder, name in _imported(node, file, root):
+            steps = name.split(".")
+            for length in range(1, len(steps) + 1):  # the import of a.b runs a first
+                path = folder.joinpath(*steps[:length])
+                for module in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+                    if module.is_file():
+                        _add_local_files(module, root, seen)
+
+
+def _imported(node: ast.AST, file: Path, root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the modules that a statement may import: the folder to search, and the dotted name."""
+    if isinstance(node, ast.Import):
+        yield from ((root, each.name) for each in node.names if _is_local(each.name, file, root))
+    elif isinstance(node, ast.ImportFrom) and not node.level and not _is_local(node.module or "", file, root):
+        return
+    elif isinstance(node, ast.ImportFrom) and node.level <= len(file.parents):
+        folder = file.parents[node.level - 1] if node.level else root
+        for each in node.names:  # a module, or a name inside one
+            yield folder, f"{node.module}.{each.name}" if node.module else each.name
+
+
+def _is_local(name: str, file: Path, root: Path) -> bool:
+    """Check whether a module may be the user's: neither installed nor of this package."""
+    top = name.partition(".")[0]
+    if INSTALLED & set(root.parts) and top != _module_name(file)[0].partition(".")[0]:
+        return False
+    return top != __name__.partition(".")[0]

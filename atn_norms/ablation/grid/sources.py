@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atn_norms.errors import SpecError, short_repr
+from atn_norms.files import sha256
 from atn_norms.options import Options
 from atn_norms.registry import FAMILIES, Entry, registry
 
@@ -27,9 +28,9 @@ Sources = dict[str, dict[str, str]]  # distribution -> {"version": ..., "source"
 def hash_files(path: Path) -> str:
     """Compute a hash of a file's bytes, or of the names and bytes of all files of a folder; 16 hexadecimal digits.
 
-    Caches, compiled files and hidden files of a folder do not count.
+    Caches, compiled files and hidden files of a folder do not count. The content of a linked folder counts.
 
-    Errors: `SpecError` naming a file that cannot be read.
+    Errors: `SpecError` naming a file or a folder that cannot be read.
 
     >>> Path("code.py").write_text("x = 1")
     5
@@ -37,9 +38,9 @@ def hash_files(path: Path) -> str:
     'eb6cad6109434d62'
     """
     total = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(_files(path)):
+    for file in sorted(_files(path)) if path.is_dir() else [path]:
         try:
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = sha256(file)
         except OSError as error:
             raise SpecError(position=str(file), got=str(error.strerror), expected="a readable file") from error
         name = "" if file == path else file.relative_to(path).as_posix()
@@ -190,9 +191,19 @@ def _location(module: str) -> Path | None:
     return origin.parent if spec.submodule_search_locations is not None else origin
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        parts = path.relative_to(folder).parts
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-        if path.is_file() and not hidden and path.suffix not in COMPILED:
+def _files(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """Yield the files of a folder that count; `above` are the folders around it, which a link may repeat."""
+    try:
+        status, paths = folder.stat(), list(folder.iterdir())
+    except OSError as error:
+        raise SpecError(position=str(folder), got=str(error.strerror), expected="a readable folder") from error
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    for path in paths:
+        if path.name.startswith(".") or path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            yield from _files(path, (*above, here))
+        elif path.is_file() and path.suffix not in COMPILED:
             yield path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from typing import Any
 
 from atn_norms.ablation.store.curve import is_mark
@@ -49,11 +48,3 @@ def sign(archive: bytes) -> bytes:
     """Put the SHA-256 of a zip archive into its comment: torch checks no sums when it reads an archive."""
     digest = hashlib.sha256(archive[:-2]).hexdigest().encode()
     return archive[:-2] + len(digest).to_bytes(2, "little") + digest
-
-
-def most_bytes() -> int:
-    """Return the size of the largest checkpoint that is read: half of this machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 2**33

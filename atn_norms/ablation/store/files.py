@@ -17,6 +17,7 @@ from typing import Any
 
 from atn_norms.ablation.store.failpoints import failpoint
 from atn_norms.errors import short_repr
+from atn_norms.text import encodable
 
 MOST_BYTES = 2**24  # bytes of a small file, such as a result: 16 MiB
 CHUNK = 2**20  # bytes read at a time
@@ -173,7 +174,7 @@ class Folder:
             failpoint(f"{name}:add")
             descriptor = self.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
-                write_all(descriptor, f"{line}\n".encode())
+                write_all(descriptor, f"{encodable(line)}\n".encode())
             finally:
                 os.close(descriptor)
             failpoint(f"{name}:added")

@@ -121,8 +121,8 @@ class TrialRecord:
         Errors: `SpecError` where no model was saved; `StoreError` where the file is a link or too large; the errors of
         `atn_norms.load`.
         """
-        from atn_norms.ablation.store.checkpoints import most_bytes
         from atn_norms.ablation.store.files import Folder
+        from atn_norms.files import most_bytes
         from atn_norms.layers.io import from_bytes
 
         path = (self.folder or Path(self.id)) / MODEL

@@ -19,6 +19,8 @@ from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_
 from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
 from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
 from atn_norms.errors import brief, short_repr
+from atn_norms.files import most_bytes
+from atn_norms.text import encodable
 
 REJECTED = "checkpoint.rejected.pt"
 FUNCTION = "python"  # the kind of task whose trials may take more steps than the study declares
@@ -123,7 +125,8 @@ class TrialFolder:
     def fail(self, error: str, trace: str) -> None:
         """Record the error of the last attempt."""
         self._refuse_lost()
-        self.folder.write_json("error.json", {"error": error, "traceback": brief(trace, MOST_TRACEBACK)})
+        error, trace = encodable(error), encodable(brief(trace, MOST_TRACEBACK))
+        self.folder.write_json("error.json", {"error": error, "traceback": trace})
         self.log(f"failed: {error}")
 
     def error(self) -> dict[str, Any]:
@@ -159,6 +162,11 @@ class TrialFolder:
         """Read the learning curve so far."""
         return self._curve.read()
 
+    def last_step(self) -> int:
+        """Return the step of the last point of the learning curve, 0 before the first."""
+        point = self._curve.last()
+        return point["step"] if point else 0
+
     def log(self, text: str) -> None:
         """Append a line, with the time, to `log.txt`."""
         self.folder.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
@@ -177,7 +185,7 @@ class TrialFolder:
         state, mark, problem = None, None, ""
         if self.folder.has("checkpoint.pt"):
             try:
-                content = self.folder.read("checkpoint.pt", checkpoints.most_bytes())
+                content = self.folder.read("checkpoint.pt", most_bytes())
                 state, mark = checkpoints.unpack(self.id, content)
             except StoreError as error:
                 problem = str(error)
@@ -249,5 +257,4 @@ class TrialFolder:
 
     def _reached(self, status: Status) -> int:
         last = self.heartbeat() if status == "running" else None
-        point = self._curve.last()
-        return max(point["step"] if point else 0, (last.step or 0) if last is not None else 0)
+        return max(self.last_step(), (last.step or 0) if last is not None else 0)
