@@ -30,7 +30,8 @@ class Runner:
         self.module = module_of(case, name, window).train(case.mode == "training")
         dtype, size = getattr(torch, case.dtype), case.size
         self._xs = torch.randn(size.steps, size.batch, size.input, dtype=dtype)
-        self._upstream = torch.randn(size.steps, size.batch, size.hidden, dtype=dtype)
+        output = case.layer(None).equations().output_size
+        self._upstream = torch.randn(size.steps, size.batch, output, dtype=dtype)
 
     def call(self, steps: int) -> Callable[[], object]:
         """Return a callable that does the work over the first `steps` steps."""
@@ -87,7 +88,7 @@ def module_of(case: Case, name: str, window: int | str | None) -> nn.Module:
     dtype = getattr(torch, case.dtype)
     if name == TORCH:
         layer = case.layer(None).build(dtype=dtype)
-        own = {"nonlinearity": layer.cell.nonlinearity} if hasattr(layer.cell, "nonlinearity") else {}  # type: ignore[attr-defined]
+        own = {name: getattr(layer.cell, name) for name in ("nonlinearity", "proj_size") if hasattr(layer.cell, name)}
         module = getattr(nn, str(layer.cell.torch_name))(case.size.input, case.size.hidden, dtype=dtype, **own)
         module.load_state_dict(layer.state_dict())
         return module

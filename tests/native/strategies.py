@@ -103,7 +103,8 @@ class Pair:
         past = self.draw(max(self.before, 1), self.batch, self.inputs, seed=3)
         past = past.transpose(0, 1) if self.options.get("batch_first") else past
         carried = [
-            self.draw(layer.num_layers, self.batch, self.hidden, seed=4 + i) for i in range(len(layer.cell.carried))
+            self.draw(layer.num_layers, self.batch, size, seed=4 + i)
+            for i, size in enumerate(layer.cell.carried_sizes())
         ]
         lengths = (torch.arange(self.batch) + self.before) % (self.before + 1)
         state = an.detach(layer.unroll(past, layer.initial(self.batch, tuple(carried)), lengths)[1])

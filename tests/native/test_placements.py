@@ -1,4 +1,4 @@
-"""Joint sums and a normed carry on the native backend: values, states and gradients equal those of the reference."""
+"""Joint sums, a normed carry and projections on the native backend: results equal those of the reference."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import atn_norms as an
+from atn_norms.backends.fused.plan import Plan, SitePlan
 from tests.compare import compare
 from tests.laws.strategies import level
 from tests.native.batched import check as check_batch
@@ -22,7 +24,10 @@ PLACEMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm joint normed": ("lstm", {"sum": "joint", "carry": "normed"}),
     "tanh joint": ("tanh", {"sum": "joint"}),
     "relu joint": ("relu", {"sum": "joint"}),
+    "lstm projected": ("lstm", {}),
+    "lstm joint normed projected": ("lstm", {"sum": "joint", "carry": "normed"}),
 }
+PROJECTED = [name for name in PLACEMENTS if "projected" in name]
 NORMS: dict[str, Any] = {
     "layer": "layer",
     "rms": {"kind": "rms", "bias": True},
@@ -36,16 +41,20 @@ NORMS: dict[str, Any] = {
 
 
 def pair_of(name: str, norm: str = "layer", gates: str = "joint", **fields: Any) -> Pair:
-    """Return a pair of layers with a placement."""
+    """Return a pair of layers with a placement; a projection has half the hidden units, rounded up."""
     cell, placement = PLACEMENTS[name]
     own = {"placement": placement | {"gates": gates}, "norm": NORMS[norm]} | fields.pop("options", {})
+    if name in PROJECTED:
+        fields["hidden"] = max(2, fields.get("hidden", 3))
+        own["proj_size"] = max(1, fields["hidden"] // 2)
     return Pair(cell, options=own, **fields)
 
 
 def fits(name: str, norm: str) -> bool:
     """Return whether a placement has the sites of a norm."""
     sites = NORMS[norm]["sites"] if isinstance(NORMS[norm], dict) and "sites" in NORMS[norm] else {}
-    return not ("sum" in sites and "joint" not in name) and not ("c" in sites and "lstm" not in name)
+    missing = ("sum" in sites and "joint" not in name) or ("c" in sites and "lstm" not in name)
+    return not missing and not (norm == "batch" and name in PROJECTED)
 
 
 CASES = [(name, norm) for name in PLACEMENTS for norm in NORMS if fits(name, norm)]
@@ -72,18 +81,21 @@ def test_layers_and_directions(name):
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-@pytest.mark.parametrize("name", ["lstm joint normed", "tanh joint"])
+@pytest.mark.parametrize("name", ["lstm joint normed", "tanh joint", *PROJECTED])
 def test_more_rows_and_units_than_a_block(name, norm):
-    pair = pair_of(name, norm, batch=37, steps=5, hidden=37, ragged=True, before=2)
+    if not fits(name, norm):
+        return
+    pair = pair_of(name, norm, batch=37, steps=31, hidden=37, ragged=True, before=2)  # more steps than a chunk
     (check_batch if norm == "batch" else check)(pair)
 
 
-def test_threads_that_share_large_weights():
+@pytest.mark.parametrize(("name", "hidden"), [("lstm joint normed", 184), ("lstm projected", 260)])
+def test_threads_that_share_large_weights(name, hidden):
     """Above a megabyte of recurrent weights, the threads share the work of each step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        check(pair_of("lstm joint normed", batch=40, steps=4, hidden=184, ragged=True), tolerance=1e-9)
+        check(pair_of(name, batch=40, steps=4, hidden=hidden, ragged=True), tolerance=1e-9)
     finally:
         torch.set_num_threads(threads)
 
@@ -142,5 +154,31 @@ def test_two_backends_continue_each_other():
 
 
 def test_auto_selects_the_native_backend():
-    for _, placement in PLACEMENTS.values():
-        assert "backend 'native'" in an.explain(an.LSTM(2, 3, norm="layer", placement=placement))
+    for name in PLACEMENTS:
+        assert "backend 'native'" in an.explain(pair_of(name).layer("auto"))
+
+
+def test_a_stream_of_a_projected_layer_takes_few_rows_and_steps():
+    """Weights are not packed for so few."""
+    pair = pair_of("lstm projected", batch=2, steps=12, hidden=9)
+    native = pair.layer("native")
+    whole, state, parts = outcome(pair.layer("reference"), pair.xs()), None, []
+    for xs in pair.xs().split(3):
+        ys, state = native.unroll(xs, state)
+        parts.append(ys)
+    compare(torch.cat(parts).detach(), whole.ys, tolerance=EXACT)
+
+
+def test_projected_layers_count_their_products():
+    layer = an.LSTM(2, 6, norm="layer", proj_size=3)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(5, 4, 2))
+    assert counter.get_total_flops() == 2 * 5 * 4 * (24 * 2 + 24 * 3 + 3 * 6)
+
+
+def test_batch_norms_with_a_projection_have_a_reason():
+    text = an.explain(an.LSTM(2, 6, norm="batch", proj_size=3))
+    assert "native: unsupported: it has no kernel for norms over the batch with a projection (proj_size)" in text
+    with pytest.raises(ValueError, match="plan: got batch statistics in a cell with a projection"):
+        site = SitePlan("ih", 24, 4, True, 1e-5, 1, 1.0, True, True, (24,), coupled=1)
+        Plan("lstm-projected", (site,)).check(6)

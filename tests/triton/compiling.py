@@ -61,7 +61,7 @@ def compile_all(pair: Pair, wanted: set[str]) -> None:
         states = [torch.zeros(shape, dtype=torch.float64) for site in plan.sites for shape in site.shapes(pair.batch)]
     lengths = torch.full((pair.batch,), pair.steps) if pair.ragged else None
     parameters = [weights[name].detach() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    inputs = Inputs._make([xs, *parameters, h0, c0, affine, [], states, lengths])
+    inputs = Inputs._make([xs, *parameters, h0, c0, None, affine, [], states, lengths])
 
     def launch(kernel: Any, *rest: Any, **options: Any) -> None:
         if not wanted or kernel.fn.__name__ in wanted:

@@ -35,26 +35,31 @@ def check_tensor(name: str, tensor: Tensor, shape: Shape, dtype: torch.dtype, de
 
 def check_inputs(plan: Plan, inputs: Inputs, device: torch.device) -> None:
     """Raise `ValueError` or `RuntimeError` where the inputs of an operator do not fit the plan or the device."""
-    xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, affine, populations, states, lengths = inputs
+    xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, affine, populations, states, lengths = inputs
     if xs.ndim != 3 or weight_hh.ndim != 2:
         raise RuntimeError(
             f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
         )
-    (steps, batch, features), hidden, dtype = xs.shape, weight_hh.shape[1], weight_hh.dtype
+    (steps, batch, features), (wide, output), dtype = xs.shape, weight_hh.shape, weight_hh.dtype
+    hidden = wide // plan.gates
     plan.check(hidden)
-    if min(steps, batch, features, hidden) < 1 or dtype not in (torch.float32, DOUBLE):
-        sizes = [steps, batch, features, hidden]
+    if (weight_hr is None) == plan.projected:
+        raise RuntimeError(f"weight_hr: got {'none' if plan.projected else 'one'}; expected it with a projection only")
+    if min(steps, batch, features, hidden, output) < 1 or dtype not in (torch.float32, DOUBLE):
+        sizes = [steps, batch, features, hidden, output]
         raise ValueError(f"plan: got sizes {sizes} of {dtype}; expected positive sizes of float32 or float64")
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError("bias_hh: got one of two biases; expected both or none")
     wide, rows = plan.gates * hidden, (batch, hidden)
+    output = output if plan.projected else hidden
     expected = [
         ("x", xs, (steps, batch, features), dtype),
         ("weight_ih", weight_ih, (wide, features), dtype),
-        ("weight_hh", weight_hh, (wide, hidden), dtype),
+        ("weight_hh", weight_hh, (wide, output), dtype),
         *[("bias", bias, (wide,), dtype) for bias in (bias_ih, bias_hh) if bias is not None],
-        ("h", h0, rows, dtype),
+        ("h", h0, (batch, output), dtype),
         ("c", c0, rows if plan.is_lstm else (0,), dtype),
+        *([] if weight_hr is None else [("weight_hr", weight_hr, (output, hidden), dtype)]),
         *([] if lengths is None else [("lengths", lengths, (batch,), torch.int64)]),
         *_matched("norm", affine, [((s.affine,), dtype) for s in plan.sites for there in (s.gain, s.shift) if there]),
         *_matched("population", populations, [

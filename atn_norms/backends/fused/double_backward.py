@@ -185,7 +185,7 @@ class _Site:
 
 def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
     """Compute those results of the operator that have a gradient, with the reference."""
-    cell = _cell(plan, inputs.weight_hh.shape[1])
+    cell = _cell(plan, inputs)
     factors, given, stand_ins = iter(inputs.affine), iter(inputs.states), iter(inputs.populations)
     sites = {}
     for site in plan.sites:
@@ -194,7 +194,9 @@ def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
         moments = _Moments(site, gain, shift, population) if site.traced is None else _Programs(site, site.traced, gain)
         norm = SiteNorm(moments, _window(site))
         sites[site.site] = _Site(site, norm, list(islice(given, site.tensors)))
-    tensors: Any = {name: getattr(inputs, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    tensors: Any = {
+        name: getattr(inputs, name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    }
     weights = CellWeights(tensors, {name: site.norm for name, site in sites.items()})
     norms = tuple(sites[name].state() if name in sites else () for name in cell.sites)
     carried = (inputs.h0, inputs.c0) if plan.is_lstm else (inputs.h0,)
@@ -204,11 +206,12 @@ def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
     return [ys, after[0], after[1] if plan.is_lstm else inputs.c0, *leaves]
 
 
-def _cell(plan: Plan, hidden: int) -> Cell:
+def _cell(plan: Plan, inputs: Inputs) -> Cell:
+    hidden = inputs.weight_hh.shape[0] // plan.gates
     joint: Any = "joint" if plan.joint else "separate"
     placement = Placement(sum=joint, carry="normed" if plan.normed_carry else "raw")
     if plan.is_lstm:
-        return LSTMEquations(hidden, placement)
+        return LSTMEquations(hidden, placement, 0 if inputs.weight_hr is None else inputs.weight_hr.shape[0])
     if plan.kind == "gru":
         return GRUEquations(hidden, placement)
     return RNNEquations(hidden, placement, "relu" if plan.kind == "rnn_relu" else "tanh")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
 from atn_norms.backends.fused.inputs import Inputs
-from atn_norms.backends.fused.plan import HALF, JOINT, NORMED, PLACEMENTS, Plan, SitePlan, kernel_of
+from atn_norms.backends.fused.plan import HALF, JOINT, NORMED, PLACEMENTS, PROJECTED, Plan, SitePlan, kernel_of
 from atn_norms.backends.program import CellInputs, Program, Unsupported
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.cells import Cell
@@ -63,9 +63,9 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
     kernel = kernel_of(cell)
     if kernel is None:
         return Unsupported("cell", f"it has no kernel for {type(cell).__name__}", "use LSTM, GRU or RNN")
-    if getattr(cell, "proj_size", 0):
-        return Unsupported("placement", "it has no projection (proj_size)", "set proj_size to 0")
+    projected = bool(getattr(cell, "proj_size", 0))
     placement = f"-{JOINT}" * (cell.placement.sum == "joint") + f"-{NORMED}" * (cell.placement.carry == "normed")
+    placement += f"-{PROJECTED}" * projected
     if placement not in PLACEMENTS[kernel]:
         return Unsupported(
             "placement",
@@ -81,6 +81,9 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
         if sites and bool(sites[0].coupled) != bool(site.coupled):
             text = "norms over the batch and norms of single rows are at different sites of it"
             return Unsupported("placement", text, "use batch norms at all sites or at none")
+        if projected and site.coupled:
+            text = "it has no kernel for norms over the batch with a projection (proj_size)"
+            return Unsupported("placement", text, "set proj_size to 0, or use norms of single rows")
         sites.append(site)
     # A compiler would guard the cache, and compile again for every new entry.
     return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel + placement, tuple(sites))
@@ -114,7 +117,7 @@ class FusedProgram(Program):
             plan = shortened(plan, steps)
         affine = [tensor for each in declared for tensor in (each.gain, each.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
-        single = [xs, *[weights.get(name) for name in PARAMETERS], h0, c0]
+        single = [xs, *[weights.get(name) for name in PARAMETERS], h0, c0, weights.get("weight_hr")]
         dtype = weights["weight_hh"].dtype
         if dtype in HALF:  # computed in float32, and rounded once at the end
             single = [None if tensor is None else tensor.float() for tensor in single]

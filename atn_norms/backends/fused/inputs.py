@@ -15,9 +15,10 @@ class Inputs(NamedTuple):
     | field | meaning | shape |
     |---|---|---|
     | `xs` | inputs, time first | `[T, B, D]` |
-    | `weight_ih`, `weight_hh` | N = gates * H | `[N, D]`, `[N, H]` |
+    | `weight_ih`, `weight_hh` | N = gates * H; R = H without a projection | `[N, D]`, `[N, R]` |
     | `bias_ih`, `bias_hh` | or None | `[N]` |
-    | `h0`, `c0` | initial state; c0 of a cell without one is empty | `[B, H]` |
+    | `h0`, `c0` | initial state; c0 of a cell without one is empty | `[B, R]`, `[B, H]` |
+    | `weight_hr` | of a projection, or None | `[R, H]` |
     | `affine` | gain and shift of every site that has them, in order | `[F]` each |
     | `populations` | population means and variances of every site that uses them | `[1 or T, 2 F]` each |
     | `states` | every site's leaves, in order, or none where all are fresh | |
@@ -33,6 +34,7 @@ class Inputs(NamedTuple):
     bias_hh: Tensor | None
     h0: Tensor
     c0: Tensor
+    weight_hr: Tensor | None
     affine: Sequence[Tensor]
     populations: Sequence[Tensor]
     states: Sequence[Tensor]
@@ -65,11 +67,12 @@ class Inputs(NamedTuple):
 
     def gradients(self, found: Sequence[Tensor], wants_xs: bool) -> Inputs:
         """Return the results of the backward operator as gradients of these inputs."""
-        dxs, dwi, dwh, *biases, dh0, dc0 = found[:7]
+        dxs, dwi, dwh, *biases, dh0, dc0, dwr = found[:8]
+        dwr = None if self.weight_hr is None else dwr
         biases = [None, None] if self.bias_ih is None else biases
         affine, populations, states = self.counts
-        rest = found[7 : 7 + affine], [None] * populations, found[7 + affine : 7 + affine + states]
-        return Inputs._make([dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, *rest, None])
+        rest = found[8 : 8 + affine], [None] * populations, found[8 + affine : 8 + affine + states]
+        return Inputs._make([dxs if wants_xs else None, dwi, dwh, *biases, dh0, dc0, dwr, *rest, None])
 
     @property
     def places(self) -> list[int]:

@@ -45,7 +45,7 @@ class Kernels(Protocol):
     def backward(
         self, fitted: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
     ) -> list[Tensor]:
-        """Return gradients of xs, the weights, the biases, h0, c0, every affine tensor, and every state's leaves."""
+        """Return gradients of xs, the weights, the biases, h0, c0, weight_hr, every affine tensor and state leaf."""
         ...
 
 
@@ -124,8 +124,10 @@ class Operators:
         _, inputs, (*_, wants_xs) = _parts(arguments)
         xs, wide = inputs.xs, inputs.weight_hh.shape[0] if inputs.bias_ih is not None else 0
         weights = [empty_like(xs) if wants_xs else xs.new_empty(0), *map(empty_like, inputs[1:3])]
-        rest = [empty_like(tensor) for tensor in (inputs.h0, inputs.c0, *inputs.affine, *inputs.states)]
-        return [*weights, xs.new_empty(wide), xs.new_empty(wide), *rest]
+        states = [empty_like(inputs.h0), empty_like(inputs.c0)]
+        states.append(xs.new_empty(0) if inputs.weight_hr is None else empty_like(inputs.weight_hr))
+        rest = [empty_like(tensor) for tensor in (*inputs.affine, *inputs.states)]
+        return [*weights, xs.new_empty(wide), xs.new_empty(wide), *states, *rest]
 
     def remember(
         self,
@@ -186,15 +188,18 @@ def _parts(arguments: Sequence[Any]) -> tuple[Grads, Inputs, Sequence[Any]]:
 def _register_flops(name: str) -> None:
     """Count the matrix products of the operators for `FlopCounterMode`; other operations are not counted."""
 
-    def count(xs: Sequence[int], weight_ih: Sequence[int], weight_hh: Sequence[int]) -> tuple[int, int]:
+    def count(inputs: Sequence[Any]) -> tuple[int, int]:
+        xs, weight_ih, weight_hh, *_ = inputs
+        weight_hr = inputs[Inputs._fields.index("weight_hr")] or (0, 0)
         rows = 2 * xs[0] * xs[1]
-        return rows * weight_ih[0] * weight_ih[1], rows * weight_hh[0] * weight_hh[1]
+        recurrent = weight_hh[0] * weight_hh[1] + weight_hr[0] * weight_hr[1]
+        return rows * weight_ih[0] * weight_ih[1], rows * recurrent
 
     @register_flop_formula(getattr(torch.ops.atn_norms, name))
-    def _(xs: Any, weight_ih: Any, weight_hh: Any, *_: Any, **__: Any) -> int:
-        return sum(count(xs, weight_ih, weight_hh))
+    def _(*inputs: Any, **_: Any) -> int:
+        return sum(count(inputs))
 
     @register_flop_formula(getattr(torch.ops.atn_norms, f"{name}_backward"))
-    def _(dys: Any, dhn: Any, dcn: Any, dstates: Any, xs: Any, weight_ih: Any, weight_hh: Any, *rest: Any, **_: Any):
-        inputs, recurrent = count(xs, weight_ih, weight_hh)
-        return (2 if rest[-1] else 1) * inputs + 2 * recurrent
+    def _(*arguments: Any, **_: Any) -> int:
+        inputs, recurrent = count(arguments[len(Grads._fields) :])
+        return (2 if arguments[-1] else 1) * inputs + 2 * recurrent

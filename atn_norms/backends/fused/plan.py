@@ -22,13 +22,13 @@ PLACES = {"ih": 0, "hh": 1, "sum": 1, "c": 2}  # of a site in the kernels
 BATCH, POPULATION, POPULATIONS = 1, 2, 3
 
 
-# Parts of a cell's name in a plan: one norm of the sum of both products, and a normalized carried state.
-JOINT, NORMED = "joint", "normed"
+# Parts of a cell's name in a plan: one norm of the sum of both products, a normalized carried state, a projection.
+JOINT, NORMED, PROJECTED = "joint", "normed", "projected"
 PLACEMENTS = {
-    "lstm": ("", "-joint", "-normed", "-joint-normed"),
-    "gru": ("",),
-    "rnn_tanh": ("", "-joint"),
-    "rnn_relu": ("", "-joint"),
+    "lstm": [a + b + c for a in ("", "-joint") for b in ("", "-normed") for c in ("", "-projected")],
+    "gru": [""],
+    "rnn_tanh": ["", "-joint"],
+    "rnn_relu": ["", "-joint"],
 }
 
 
@@ -174,6 +174,7 @@ class Plan:
     |---|---|
     | `cell`, `kind` | name of the cell with its placement, such as `lstm-joint-normed`; and without it |
     | `joint`, `normed_carry` | placement: one norm of the sum of both products; a normalized carried state |
+    | `projected` | True if an LSTM projects its output |
     | `order`, `indices` | names of the cell's sites; for each site of the plan its index in `order` |
     | `gates`, `is_lstm` | number of gates; True for a cell with a cell state and h |
     | `coupled` | True if the norms use batch statistics, at all sites or at none |
@@ -185,7 +186,7 @@ class Plan:
     def __init__(self, cell: str, sites: tuple[SitePlan, ...]) -> None:
         self.cell, self.sites = cell, sites
         self.kind, *placement = cell.split("-")
-        self.joint, self.normed_carry = JOINT in placement, NORMED in placement
+        self.joint, self.normed_carry, self.projected = (part in placement for part in (JOINT, NORMED, PROJECTED))
         self.is_lstm = self.kind == "lstm"
         self.gates = {"lstm": 4, "gru": 3}.get(self.kind, 1)
         self.order = ["sum"] if self.joint else ["ih", "hh"]
@@ -215,13 +216,15 @@ class Plan:
     def check(self, hidden: int | None = None) -> None:
         """Raise `ValueError` if the kernels cannot run the plan with this number of hidden units."""
         names = [site.site for site in self.sites]
-        known, supported = self.order, PLACEMENTS.get(self.kind, ())
+        known, supported = self.order, PLACEMENTS.get(self.kind, [])
         if self.kind not in CELLS or self.cell.removeprefix(self.kind) not in supported:
             raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}, with its placement")
         if not names or names != [name for name in known if name in names]:
             raise ValueError(f"plan: got sites {names}; expected some of {known}, in this order")
         if len({bool(site.coupled) for site in self.sites}) > 1:
             raise ValueError("plan: got sites with and without batch statistics; expected only one of the two")
+        if self.projected and self.coupled:
+            raise ValueError("plan: got batch statistics in a cell with a projection; expected only one of the two")
         for site in self.sites:
             features = site.features if hidden is None else hidden * (1 if site.site == "c" else self.gates)
             gates = 1 if site.site == "c" else self.gates

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from atn_norms.backends.fused.operators import Operators
 
 _GRADS = 3  # single gradients of a call: of ys, hn, cn
+WEIGHT_HR = SINGLE.index(Inputs._fields.index("weight_hr"))
 
 
 def forward(operators: Operators, plan: Plan, inputs: Inputs) -> list[Tensor]:
@@ -137,7 +138,7 @@ def _one_by_one(size: int, dims: Sequence[int | None], tensors: Sequence[Any], f
 
 def _rows_alone(plan: Plan, counts: Sequence[int], dims: Sequence[int | None]) -> bool:
     """Return True if only tensors with rows are mapped; the operator then treats all rows as one batch."""
-    shared = [*dims[1:5], *dims[len(SINGLE) : len(SINGLE) + counts[0]]]
+    shared = [*dims[1:5], dims[WEIGHT_HR], *dims[len(SINGLE) : len(SINGLE) + counts[0]]]
     return not plan.coupled and all(dim is None for dim in shared)
 
 
@@ -145,7 +146,7 @@ def _as_rows(
     size: int, dims: Sequence[int | None], operators: Any, plan: Plan, counts: Sequence[int], tensors: Sequence[Any]
 ) -> tuple[Any, Any]:
     """Return the results of one call for a batch of all rows."""
-    shared = {*range(1, 5), *range(len(SINGLE), len(SINGLE) + counts[0])}
+    shared = {*range(1, 5), WEIGHT_HR, *range(len(SINGLE), len(SINGLE) + counts[0])}
     folded = list(tensors)
     for place, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
         if place not in shared and tensor is not None:

@@ -12,15 +12,15 @@ from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.modes import empty_like
-from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
+from atn_norms.backends.native.layout import fits, hidden_of, kept_shapes, with_layout
 from atn_norms.backends.native.library import CallArgs, load, word
 
 MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 CPU = torch.device("cpu")
 _WRITTEN = [word(name) for name in ("output", "hn", "cn")]
-_KEPT = [word(name) for name in ("projected", "recurrent", "cells")]
+_KEPT = [word(name) for name in ("projected", "recurrent", "cells", "units")]
 _GRADS = [word(name) for name in ("output", "doutput", "dh", "dc")]
-_FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")]
+_FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")]
 
 # The functions below check nothing: layout and inputs were checked before.
 
@@ -64,10 +64,12 @@ class Kernels:
     """The kernels in the form that the operators call."""
 
     def allocate(self, plan: Plan, inputs: Inputs, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-        (steps, batch, features), hidden = inputs.xs.shape, inputs.weight_hh.shape[1]
+        steps, batch, features = inputs.xs.shape
         states = [shape for site in plan.sites for shape in site.shapes(batch)]
         pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
-        return _allocate(inputs, states, pooled, kept_shapes(plan, steps, batch, features, hidden) if keep else [])
+        return _allocate(
+            inputs, states, pooled, kept_shapes(plan, (steps, batch, features, hidden_of(plan, inputs))) if keep else []
+        )
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
         given = with_layout(plan, inputs)
@@ -103,18 +105,19 @@ class Kernels:
         dh, dc = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (grads.hn, grads.cn))
         dxs = empty_like(xs) if wants_xs else xs.new_empty(0)
         found = [dxs, *zeros_like(weights), xs.new_zeros(wide), xs.new_zeros(wide)]
+        weight_hr = xs.new_zeros(0 if inputs.weight_hr is None else inputs.weight_hr.shape)
         daffine, dbefore = [empty_like(tensor) for tensor in inputs.affine], zeros_like(inputs.states)
         call = _Call(fitted, kept[-1])
         call.point(_KEPT, kept[:-1])
         call.point(_GRADS, [tensor.contiguous() for tensor in (ys, grads.ys, dh, dc)])
-        call.point(_FOUND, found)
+        call.point(_FOUND, [*found, weight_hr])
         call.point(layout.daffine, daffine)
         call.point(layout.dabsent, [xs.new_empty(features) for features, _ in layout.constants])
         call.point(layout.dnext, [None if leaf is None else leaf.contiguous() for leaf in grads.states])
         if dbefore:
             call.point(layout.dstate, dbefore)
         call.run("backward")
-        return [*found, dh, dc, *daffine, *dbefore]
+        return [*found, dh, dc, weight_hr, *daffine, *dbefore]
 
 
 def _allocate(

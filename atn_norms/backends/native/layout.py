@@ -36,27 +36,28 @@ class Layout:
         self,
         plan: Plan,
         dtype: torch.dtype,
-        sizes: tuple[int, int, int, int],
+        sizes: tuple[int, int, int, int, int],
         biases: int,
         carried_on: bool,
         ragged: bool,
     ) -> None:
-        self.plan, (steps, batch, inputs, hidden) = plan, sizes
+        self.plan, (steps, batch, inputs, hidden, output) = plan, sizes
         plan.check(hidden)
         if min(sizes) < 1 or dtype not in (torch.float32, DOUBLE):
             raise ValueError(f"plan: got sizes {list(sizes)} of {dtype}; expected positive sizes of float32 or float64")
         if biases == 1:
             raise ValueError("bias_hh: got one of two biases; expected both or none")
         wide, rows = (plan.gates * hidden,), (batch, hidden)
-        self.kept = kept_shapes(plan, steps, batch, inputs, hidden)
+        self.kept = kept_shapes(plan, sizes[:4])
         self.dstates = [shape for site in plan.sites for shape in site.shapes(batch)]
         entries = [
             (word("xs"), (steps, batch, inputs), dtype),
             (word("weight_ih"), (*wide, inputs), dtype),
-            (word("weight_hh"), (*wide, hidden), dtype),
+            (word("weight_hh"), (*wide, output), dtype),
             *[(word(name), wide, dtype) for name in ("bias_ih", "bias_hh")[:biases]],
-            (word("h0"), rows, dtype),
+            (word("h0"), (batch, output), dtype),
             (word("c0"), rows if plan.is_lstm else (0,), dtype),
+            *([(word("weight_hr"), (output, hidden), dtype)] if plan.projected else []),
             *([(word("lengths"), (batch,), torch.int64)] if ragged else []),
         ]
         states, populations = [], []
@@ -105,10 +106,11 @@ def _window(site: SitePlan) -> int:
     return 3 if site.past else 2 if site.taps else 0 if site.steps else 1
 
 
-def _structure(plan: Plan, sizes: tuple[int, int, int, int], fixed: Mapping[int, Tensor]) -> bytes:
+def _structure(plan: Plan, sizes: tuple[int, int, int, int, int], fixed: Mapping[int, Tensor]) -> bytes:
     args = CallArgs()
     args.cell, args.joint, args.normed_carry = CELLS[plan.kind], plan.joint, plan.normed_carry
-    args.steps, args.batch, args.inputs, args.hidden = sizes
+    args.steps, args.batch, args.inputs, args.hidden, output = sizes
+    args.projection = output if plan.projected else 0
     for one in plan.sites:
         site = args.site[PLACES[one.site]]
         site.norm = (3 if one.coupled == BATCH else 4) if one.coupled else 1 if one.centred else 2
@@ -136,7 +138,8 @@ def layout_of(plan: Plan, inputs: Inputs) -> Layout:
             f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
         )
     biases = (inputs.bias_ih is not None) + (inputs.bias_hh is not None)
-    sizes = (*xs.shape, weight_hh.shape[1])
+    hidden = hidden_of(plan, inputs)
+    sizes = (*xs.shape, hidden, weight_hh.shape[1] if plan.projected else hidden)
     return _layout(plan, weight_hh.dtype, sizes, biases, bool(inputs.states), inputs.lengths is not None)
 
 
@@ -164,15 +167,24 @@ def _lengths_fit(inputs: Inputs) -> bool:
     return 0 <= int(least) and int(most) <= inputs.xs.shape[0]
 
 
-def kept_shapes(plan: Plan, steps: int, batch: int, inputs: int, hidden: int) -> list[tuple[int, ...]]:
-    """Return the shapes of the kept tensors: projected inputs, recurrent products, cell states, timelines.
+def hidden_of(plan: Plan, inputs: Inputs) -> int:
+    """Return the number of hidden units."""
+    return inputs.weight_hh.shape[0] // plan.gates
+
+
+def kept_shapes(plan: Plan, sizes: tuple[int, int, int, int]) -> list[tuple[int, ...]]:
+    """Return the shapes of the kept tensors: projected inputs, recurrent products, cell states, units, timelines.
+
+    `sizes` are steps, rows, inputs and hidden units.
 
     With few input features, backward projects the inputs again, which costs less than keeping the projections.
     """
+    steps, batch, inputs, hidden = sizes
     wide = plan.gates * hidden
     return [
         (steps if inputs > CHEAP_INPUTS and not plan.joint else 0, batch, wide),
         (steps, batch, wide),
         (steps if plan.is_lstm else 0, batch, hidden),
+        (steps if plan.projected else 0, batch, hidden),
         (sum(site.doubles(steps, batch) for site in plan.sites),),
     ]

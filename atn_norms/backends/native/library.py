@@ -18,7 +18,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 6
+INTERFACE = 7
 SITES = 3
 
 
@@ -46,11 +46,11 @@ class CallArgs(ctypes.Structure):
     _fields_ = [
         ("cell", c_int32),
         ("threads", c_int32),
-        *((name, c_int64) for name in ("steps", "batch", "inputs", "hidden", "joint", "normed_carry")),
-        *((name, c_void_p) for name in ("lengths", "xs", "weight_ih", "weight_hh", "bias_ih", "bias_hh")),
-        *((name, c_void_p) for name in ("projected", "recurrent", "cells", "output", "h0", "c0", "hn", "cn")),
+        *((name, c_int64) for name in ("steps", "batch", "inputs", "hidden", "projection", "joint", "normed_carry")),
+        *((name, c_void_p) for name in ("lengths", "xs", "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")),
+        *((name, c_void_p) for name in ("projected", "recurrent", "cells", "units", "output", "h0", "c0", "hn", "cn")),
         *((name, c_void_p) for name in ("doutput", "dh", "dc", "dxs")),
-        *((name, c_void_p) for name in ("dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")),
+        *((name, c_void_p) for name in ("dweight_ih", "dweight_hh", "dweight_hr", "dbias_ih", "dbias_hh")),
         ("site", SiteArgs * SITES),
     ]
 

@@ -246,7 +246,7 @@ def _backward(
     biases = [ys.new_empty(0), ys.new_empty(0)]
     if call.bias_ih is not None:
         biases = [flat.sum(0), dproduct.view(-1, wide).sum(0)]
-    return [dxs, dweight_ih, dweight_hh, *biases, dh, dc, *daffine, *dbefore]
+    return [dxs, dweight_ih, dweight_hh, *biases, dh, dc, ys.new_empty(0), *daffine, *dbefore]
 
 
 def _input_norm(call: _Call, site: SiteCall, d: Tensor, has_extra: bool) -> None:

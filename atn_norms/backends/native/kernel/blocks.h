@@ -50,7 +50,7 @@ typedef struct {
 /* A call with its sites and their buffers. */
 typedef struct {
     int32_t cell, threads;
-    int64_t steps, batch, inputs, hidden;
+    int64_t steps, batch, inputs, hidden, output; /* output: features of h */
     int coupled;       /* true with batch statistics */
     int64_t live;      /* with batch statistics: number of steps with an unmasked row */
     double *counts;    /* with batch statistics: [T] unmasked rows of each step */

@@ -12,7 +12,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 6
+#define INTERFACE 7
 
 static int32_t cap = 2;
 static volatile int forked = 0;

@@ -1,8 +1,9 @@
 /* The interface of the kernels: plain structures of sizes and pointers.
 
-   Notation: T time steps, B rows of the batch, H hidden units, D inputs, N = gates * H pre-activations, F features of a site, G
-   groups of a site (each group of F / G features has its own statistics), L = B * G lanes of a site. REAL is float or double,
-   chosen by the call. Time is the first axis of every array; rows are contiguous. */
+   Notation: T time steps, B rows of the batch, H hidden units, R features of the output (H without a projection), D inputs,
+   N = gates * H pre-activations, F features of a site, G groups of a site (each group of F / G features has its own statistics),
+   L = B * G lanes of a site. REAL is float or double, chosen by the call. Time is the first axis of every array; rows are
+   contiguous. */
 
 #ifndef ATN_NORMS_RECURRENT_H
 #define ATN_NORMS_RECURRENT_H
@@ -57,25 +58,28 @@ typedef struct {
     int32_t cell; /* CELL_* */
     int32_t threads;
     int64_t steps, batch, inputs, hidden;
+    int64_t projection;        /* R of an LSTM with a projection, without batch statistics; else 0 */
     int64_t joint;             /* true if one norm, that of SITE_HH, normalizes the sum of both products; SITE_IH then has none */
     int64_t normed_carry;      /* true if an LSTM carries its normalized cell state */
     const int64_t *lengths;    /* [B] unmasked steps of each row; NULL: all */
     const void *xs;            /* REAL [T, B, D] inputs */
     const void *weight_ih;     /* REAL [N, D] */
-    const void *weight_hh;     /* REAL [N, H] */
+    const void *weight_hh;     /* REAL [N, R] */
+    const void *weight_hr;     /* REAL [R, H] of a projection */
     const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
     /* With batch statistics, these three are stored one block of units after the other, as in coupled.inc.h. */
     void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, but computed again; NULL if joint */
     void *recurrent;           /* REAL [T, B, N] recurrent products, or sums, before their norm; NULL: not kept (forward only) */
     void *cells;               /* REAL [T, B, H] cell states of an LSTM before their norm; NULL: not kept (forward only) */
-    void *output;              /* REAL [T, B, H] */
-    const void *h0, *c0;       /* REAL [B, H] */
-    void *hn, *cn;             /* REAL [B, H] */
+    void *units;               /* REAL [T, B, H] outputs before a projection; NULL: not kept (forward only) */
+    void *output;              /* REAL [T, B, R] */
+    const void *h0, *c0;       /* REAL [B, R], [B, H] */
+    void *hn, *cn;             /* REAL [B, R], [B, H] */
     /* backward only */
-    const void *doutput;       /* REAL [T, B, H] */
-    void *dh, *dc;             /* REAL [B, H] on entry: gradient of hn, cn; on return: of h0, c0 */
+    const void *doutput;       /* REAL [T, B, R] */
+    void *dh, *dc;             /* REAL [B, R], [B, H] on entry: gradient of hn, cn; on return: of h0, c0 */
     void *dxs;                 /* REAL [T, B, D], or NULL: not required */
-    void *dweight_ih, *dweight_hh; /* REAL [N, D], [N, H], zeros on entry */
+    void *dweight_ih, *dweight_hh, *dweight_hr; /* REAL [N, D], [N, R], [R, H], zeros on entry */
     void *dbias_ih, *dbias_hh; /* REAL [N], zeros on entry, or NULL */
     Site site[SITES];
 } Call;

@@ -58,18 +58,20 @@ INLINE FN(Space) FN(own_space)(const Work *work, REAL *at, size_t each, long blo
 }
 
 static int FN(forward)(const Work *work, long N) {
-    const long D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(work->batch);
+    const Call *call = work->call;
+    const long D = work->inputs, H = work->hidden, R = work->output, blocks = atn_norms_blocks(work->batch);
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
     const int teamed = FN(teamed)(work);
     const long threads = teamed || work->threads < items ? work->threads : items;
     const int plain = work->steps * work->batch <= UNPACKED;
-    const size_t each = FN(space_size)(work, group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(H, N);
+    const size_t each = FN(space_size)(work, group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(R, N) + (call->projection ? FN(packed_size)(H, R) : 0);
     REAL *room = atn_norms_memory((packed + each * (size_t)threads) * sizeof(REAL)), *at = room;
     if (!room) return 1;
-    FN(Packed) ih = {NULL, (REAL *)work->call->bias_ih, work->call->weight_ih}, hh = {NULL, (REAL *)work->call->bias_hh, work->call->weight_hh};
+    FN(Weights) weights = {{NULL, (REAL *)call->bias_ih, call->weight_ih}, {NULL, (REAL *)call->bias_hh, call->weight_hh}, {NULL, NULL, call->weight_hr}};
     if (!plain) {
-        ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
-        hh = FN(take)(&at, work->call->weight_hh, work->call->bias_hh, H, N, 1, H);
+        weights.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
+        weights.hh = FN(take)(&at, call->weight_hh, call->bias_hh, R, N, 1, R);
+        if (call->projection) weights.hr = FN(take)(&at, call->weight_hr, NULL, H, R, 1, H);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -77,11 +79,11 @@ static int FN(forward)(const Work *work, long N) {
         if (teamed) {
             const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
             for (long i = 0; i < items; i++)
-                FN(forward_block)(work, ih, hh, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, me);
+                FN(forward_block)(work, &weights, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, me);
         } else {
 #pragma omp for schedule(dynamic, 1)
             for (long i = 0; i < items; i++)
-                FN(forward_block)(work, ih, hh, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
+                FN(forward_block)(work, &weights, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
         }
     }
     free(room);
@@ -96,27 +98,32 @@ static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const
     FN(thin)(from, to, N, K, few ? D : 0, chunk->dinput, inputs, call->dweight_ih, call->dbias_ih);
     if (!few) FN(accumulate)(from, to, N, K, D, chunk->dinput, xs, call->dweight_ih);
     if (call->dbias_hh) FN(thin)(from, to, N, K, 0, chunk->drecurrent, NULL, NULL, call->dbias_hh);
-    FN(accumulate)(from, to, N, K, work->hidden, chunk->drecurrent, hs, call->dweight_hh);
+    FN(accumulate)(from, to, N, K, work->output, chunk->drecurrent, hs, call->dweight_hh);
 }
 
 static int FN(backward)(const Work *work, long N) {
-    const long B = work->batch, D = work->inputs, H = work->hidden, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
-    const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL;
+    const Call *call = work->call;
+    const long B = work->batch, D = work->inputs, H = work->hidden, R = work->output, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
+    const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(R) * PANEL;
+    const long rows_out = call->projection ? FN(panels)(H) * PANEL : 0, out = call->projection;
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
     const int teamed = FN(teamed)(work);
     const size_t each = FN(space_size)(work, group, H, N), many = (size_t)(steps * B);
-    const size_t weights = (work->call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, H) + (work->call->dxs ? FN(packed_size)(N, D) : 0);
-    const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep);
+    const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, R) + (call->dxs ? FN(packed_size)(N, D) : 0) + (out ? FN(packed_size)(R, H) : 0);
+    const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep + rows_out + out);
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
     if (!room) return 1;
     FN(Chunk) chunk;
-    if (!work->call->projected) chunk.ih = FN(take)(&at, work->call->weight_ih, work->call->bias_ih, D, N, 1, D);
-    chunk.hh = FN(take)(&at, work->call->weight_hh, NULL, N, H, H, 1);
-    if (work->call->dxs) chunk.back = FN(take)(&at, work->call->weight_ih, NULL, N, D, D, 1);
+    if (!call->projected) chunk.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
+    chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
+    if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
+    if (out) chunk.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
     chunk.dinput = at; at += many * (size_t)N;
     chunk.drecurrent = at; at += many * (size_t)N;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
+    REAL *units = at; at += many * (size_t)rows_out;
+    chunk.dprojected = at; at += many * (size_t)out;
     for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
         chunk.first = chunk.last > steps ? chunk.last - steps : 0;
         const long K = (chunk.last - chunk.first) * B;
@@ -134,19 +141,27 @@ static int FN(backward)(const Work *work, long N) {
                     FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
             }
 #pragma omp for schedule(dynamic, 1)
-            for (long p = 0; p < rows_wide + rows_deep; p += PANEL) { /* pack the factors of the weights */
+            for (long p = 0; p < rows_wide + rows_deep + rows_out; p += PANEL) { /* pack the factors of the weights */
                 if (p < rows_wide) {
-                    FN(pack_panel)(xs + p * K, (const REAL *)work->call->xs + chunk.first * B * D, K, D, p, D);
+                    FN(pack_panel)(xs + p * K, (const REAL *)call->xs + chunk.first * B * D, K, D, p, D);
+                    continue;
+                }
+                if (p >= rows_wide + rows_deep) {
+                    const long q = p - rows_wide - rows_deep;
+                    FN(pack_panel)(units + q * K, (const REAL *)call->units + chunk.first * B * H, K, H, q, H);
                     continue;
                 }
                 const long q = p - rows_wide, started = chunk.first == 0 ? B : 0;
-                if (started) FN(pack_panel)(hs + q * K, work->call->h0, B, H, q, H);
-                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)work->call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * H,
-                               K - started, H, q, H);
+                if (started) FN(pack_panel)(hs + q * K, call->h0, B, R, q, R);
+                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * R,
+                               K - started, R, q, R);
             }
 #pragma omp for schedule(dynamic, 1)
             for (long n = 0; n < N; n += 64)
                 FN(weight_gradients)(work, &chunk, xs, hs, N, n, n + 64 < N ? n + 64 : N);
+#pragma omp for schedule(dynamic, 1)
+            for (long n = 0; n < out; n += 64)
+                FN(accumulate)(n, n + 64 < out ? n + 64 : out, out, K, H, chunk.dprojected, units, call->dweight_hr);
         }
     }
     free(room);

@@ -3,7 +3,7 @@
 
 /* Work space of a group of blocks with R rows in all. */
 typedef struct {
-    REAL *h, *c[2], *carry, *gate, *hidden; /* [R, H] */
+    REAL *h, *c[2], *carry, *gate, *hidden, *units; /* [R, H]; units: outputs before a projection, or their gradient */
     REAL *recurrent, *projected;    /* [R, N] */
     REAL *spare[SITES];             /* [N] each: rows normalized ahead of time */
     REAL *sums;                     /* [blocks, 4 N + 2 H] sums for the gradients of gains and shifts */
@@ -14,13 +14,13 @@ typedef struct {
 
 static size_t FN(space_size)(const Work *work, long blocks, long H, long N) {
     const long programs = work->program_doubles ? blocks * BLOCK_ROWS * (2 * N + H) + work->program_doubles * (long)(sizeof(double) / sizeof(REAL)) : 0;
-    return (size_t)(blocks * BLOCK_ROWS * (6 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
+    return (size_t)(blocks * BLOCK_ROWS * (7 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
 }
 
 static FN(Space) FN(space_at)(const Work *work, REAL *at, long blocks, long H, long N) {
     const long rows = blocks * BLOCK_ROWS;
     FN(Space) space;
-    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.carry, &space.gate, &space.hidden};
+    REAL **narrow[] = {&space.h, &space.c[0], &space.c[1], &space.carry, &space.gate, &space.hidden, &space.units};
     for (size_t i = 0; i < sizeof narrow / sizeof *narrow; i++, at += rows * H) *narrow[i] = at;
     space.recurrent = at; at += rows * N;
     space.projected = at; at += rows * N;
@@ -108,7 +108,7 @@ INLINE void FN(fetch)(const REAL *from, long n, const int write) {
 }
 
 /* Return true if the recurrent weights are too large for a near cache. */
-INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->hidden) * sizeof(REAL) >= NEAR_BYTES; }
+INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->output) * sizeof(REAL) >= NEAR_BYTES; }
 
 /* A thread of a team; it processes every `team`-th block. */
 typedef struct { int id, team; } FN(Member);
@@ -165,14 +165,28 @@ INLINE void FN(row_normed)(const int each, long H, FN(Side) y, REAL *out) {
     EVERY_UNIT(H, FN(store)(out + at, FN(normed)(&y, 0, at, n), n));
 }
 
-static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed) hh_weight, long first, long last, FN(Space) space, FN(Member) me) {
+/* The output of a row past its length is 0, and its state stays. */
+INLINE void FN(end_rows)(const Work *work, long t, long row, long start, long end, const REAL *h, REAL *units, REAL *out, FN(Space) space) {
+    const long R = work->output, H = work->hidden;
+    for (long r = start; r < end && work->call->lengths; r++) {
+        const int alive = FN(alive)(work, t, row + r);
+        if (alive || t == 0) FN(copy)(space.h + r * R, alive ? out + r * R : h + r * R, R);
+        if (!alive) memset(out + r * R, 0, (size_t)R * sizeof(REAL));
+        if (!alive && units != out) memset(units + r * H, 0, (size_t)H * sizeof(REAL));
+    }
+}
+
+/* Packed weights of the products of a forward pass; hr only with a projection. */
+typedef struct { FN(Packed) ih, hh, hr; } FN(Weights);
+
+static void FN(forward_block)(const Work *work, const FN(Weights) *weight, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, gates = FN(gates)(work), N = gates * H;
     const int lstm = work->cell == CELL_LSTM;
     FN(Group) group;
     FN(gather)(&group, work, first, last);
     const long row = group.row, rows = group.rows;
-    const REAL *h = (const REAL *)call->h0 + row * H, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
+    const REAL *h = (const REAL *)call->h0 + row * R, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
     if (call->normed_carry) {
         if (me.id == 0) memcpy(space.carry, c, (size_t)(rows * H) * sizeof(REAL));
         c = space.carry;
@@ -180,10 +194,11 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
     for (long t = 0; t < T; t++) {
         REAL *in = call->projected ? (REAL *)call->projected + (t * B + row) * N : space.projected;
         REAL *recurrent = call->recurrent ? (REAL *)call->recurrent + (t * B + row) * N : space.recurrent;
-        REAL *out = (REAL *)call->output + (t * B + row) * H;
+        REAL *out = (REAL *)call->output + (t * B + row) * R;
+        REAL *units = !call->projection ? out : call->units ? (REAL *)call->units + (t * B + row) * H : space.units;
         REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
-        FN(weigh)(me, ih_weight, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
-        FN(weigh)(me, hh_weight, rows, H, N, h, H, recurrent);
+        FN(weigh)(me, weight->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
+        FN(weigh)(me, weight->hh, rows, R, N, h, R, recurrent);
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team) {
             const SiteBuffers *line = group.line[b];
@@ -201,21 +216,23 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
             if (lstm) FN(site_forward)(work, line, SITE_C, t, row, start, end, now, H, space);
             for (long r = start; r < end && lstm; r++) {
                 const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H));
-                FN(row_output)(0, H, y, space.gate + r * H, out + r * H);
+                FN(row_output)(0, H, y, space.gate + r * H, units + r * H);
                 if (call->normed_carry && FN(alive)(work, t, row + r)) FN(row_normed)(0, H, y, space.carry + r * H);
             }
-            for (long r = start; r < end && call->lengths; r++) { /* beyond its length a row has output 0 and keeps its state */
-                const int alive = FN(alive)(work, t, row + r);
-                if (alive || t == 0) FN(copy)(space.h + r * H, alive ? out + r * H : h + r * H, H);
-                if (!alive) memset(out + r * H, 0, (size_t)H * sizeof(REAL));
-            }
+            if (!call->projection) FN(end_rows)(work, t, row, start, end, h, units, out, space);
+        }
+        if (call->projection) {
+            FN(wait)(me);
+            FN(weigh)(me, weight->hr, rows, H, R, units, H, out);
+            FN(wait)(me);
+            for (long b = me.id; b < group.blocks; b += me.team) FN(end_rows)(work, t, row, group.start[b], group.start[b + 1], h, units, out, space);
         }
         if (lstm && !call->normed_carry) c = now;
         h = call->lengths ? space.h : out;
         FN(wait)(me);
     }
     if (me.id > 0) return;
-    memcpy((REAL *)call->hn + row * H, h, (size_t)(rows * H) * sizeof(REAL));
+    memcpy((REAL *)call->hn + row * R, h, (size_t)(rows * R) * sizeof(REAL));
     if (lstm) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
 }
 
@@ -223,7 +240,9 @@ static void FN(forward_block)(const Work *work, FN(Packed) ih_weight, FN(Packed)
 typedef struct {
     FN(Packed) ih, hh;   /* W_ih as in the forward pass (to project again), and W_hh transposed */
     FN(Packed) back;     /* W_ih transposed, if dxs is required */
+    FN(Packed) hr;       /* W_hr transposed, of a projection */
     REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
+    REAL *dprojected;    /* [steps of the chunk, B, R] gradient of projected outputs */
     long first, last;
 } FN(Chunk);
 
@@ -275,9 +294,26 @@ static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space
         }
 }
 
+/* The whole gradient of projected outputs, and with it that of the outputs before the projection. */
+static void FN(unproject)(const Work *work, const FN(Chunk) *chunk, const FN(Group) *group, long t, const REAL *dout, const REAL *dh, FN(Space) space,
+                          FN(Member) me) {
+    const long R = work->output;
+    REAL *sum = chunk->dprojected + ((t - chunk->first) * work->batch + group->row) * R;
+    FN(wait)(me);
+    for (long b = me.id; b < group->blocks; b += me.team)
+        for (long r = group->start[b]; r < group->start[b + 1]; r++) {
+            if (!FN(alive)(work, t, group->row + r)) memset(sum + r * R, 0, (size_t)R * sizeof(REAL));
+            else
+#pragma omp simd
+                for (long j = r * R; j < (r + 1) * R; j++) sum[j] = dout[j] + dh[j];
+        }
+    FN(wait)(me);
+    FN(weigh)(me, chunk->hr, group->rows, R, work->hidden, sum, R, space.units);
+}
+
 static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, gates = FN(gates)(work), N = gates * H;
     const int lstm = work->cell == CELL_LSTM, paired = FN(paired)(work);
     FN(Group) group;
     FN(gather)(&group, work, first, last);
@@ -285,17 +321,19 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
     REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
     if (me.id == 0) {
         memset(space.sums, 0, (size_t)(group.blocks * (4 * N + 2 * H)) * sizeof(REAL));
-        memcpy(dh, (REAL *)call->dh + row * H, (size_t)(rows * H) * sizeof(REAL)); /* gradient of the state after the current step */
+        memcpy(dh, (REAL *)call->dh + row * R, (size_t)(rows * R) * sizeof(REAL)); /* gradient of the state after the current step */
         if (lstm) memcpy(dc, (REAL *)call->dc + row * H, (size_t)(rows * H) * sizeof(REAL));
     }
     for (long t = chunk->last - 1; t >= chunk->first; t--) {
         const long now = (t * B + row) * H, before = now - B * H;
         const REAL *in = call->projected ? (const REAL *)call->projected + (t * B + row) * N : space.projected;
-        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + now;
+        const REAL *recurrent = (const REAL *)call->recurrent + (t * B + row) * N, *dout = (const REAL *)call->doutput + (t * B + row) * R;
         const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
         const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
+        if (call->projection) FN(unproject)(work, chunk, &group, t, dout, dh, space, me);
+        const REAL *dunits = call->projection ? space.units : dout;
         if (call->joint) {
             if (me.id == 0) memset(space.projected, 0, (size_t)(rows * N) * sizeof(REAL));
         } else if (!call->projected)
@@ -328,11 +366,11 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
                     const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
                     if (t > chunk->first && part == 0) {
                         FN(fetch)(recurrent + (r - B) * N, N, 0);
-                        FN(fetch)(dout + (r - B) * H, H, 0);
+                        FN(fetch)(dout + (r - B) * R, R, 0);
                         if (call->projected) FN(fetch)(in + (r - B) * N, N, 0);
                         if (t > 1 && !call->normed_carry) FN(fetch)(old + (r - B) * H, H, 0);
                     }
-                    const FN(Back) each = {x, u, old + r * H, dout + r * H, dh + r * H, din + r * N, drec + r * N, hidden};
+                    const FN(Back) each = {x, u, old + r * H, dunits + r * H, call->projection ? space.plain.zeros : dh + r * H, din + r * N, drec + r * N, hidden};
                     if (!lstm) FN(row_back)(work->cell, 0, H, each);
                     else if (part) FN(row_cell_back)(0, H, each, dc + r * H, dold + r * H);
                     else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H)));
@@ -359,14 +397,14 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
         FN(wait)(me);
         REAL *to = call->lengths ? space.recurrent : dh;
-        FN(weigh)(me, chunk->hh, rows, N, H, drec, N, to);
+        FN(weigh)(me, chunk->hh, rows, N, R, drec, N, to);
         if (call->dxs)
             FN(weigh)(me, chunk->back, rows, N, D, din, N, (REAL *)call->dxs + (t * B + row) * D);
         if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step has a barrier before it reads */
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team)
             for (long r = group.start[b]; r < group.start[b + 1]; r++) {
-                if (call->lengths && FN(alive)(work, t, row + r)) FN(copy)(dh + r * H, to + r * H, H);
+                if (call->lengths && FN(alive)(work, t, row + r)) FN(copy)(dh + r * R, to + r * R, R);
                 if (work->cell == CELL_GRU)
 #pragma omp simd
                     for (long j = r * H; j < (r + 1) * H; j++) dh[j] += space.hidden[j];
@@ -375,7 +413,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
     FN(wait)(me);
     if (me.id > 0) return;
     FN(add_up)(work, &group, space, H, N);
-    memcpy((REAL *)call->dh + row * H, dh, (size_t)(rows * H) * sizeof(REAL));
+    memcpy((REAL *)call->dh + row * R, dh, (size_t)(rows * R) * sizeof(REAL));
     if (lstm) memcpy((REAL *)call->dc + row * H, dc, (size_t)(rows * H) * sizeof(REAL));
     for (long b = 0; b < group.blocks && chunk->first == 0; b++)
         for (int s = 0; s < SITES; s++)

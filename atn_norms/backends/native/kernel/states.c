@@ -98,6 +98,8 @@ static void load_state(const Work *work, const SiteBuffers *first, const Site *s
         memset(line.weight, 0, (size_t)(P * L) * sizeof(double));
         memset(line.mean, 0, (size_t)(P * L) * sizeof(double));
         memset(line.var, 0, (size_t)(P * L) * sizeof(double));
+        double *pooled[] = {line.mu, line.v, line.share, line.scale}; /* few windows write the last rows; saved numbers must not depend on old memory */
+        for (int i = 0; i < 4 && work->call->recurrent; i++) memset(pooled[i] + work->steps * L, 0, (size_t)L * sizeof(double));
     }
     if (site->state[0] == NULL) return;
     EACH_LANE(first) {
@@ -217,6 +219,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
     work->batch = call->batch;
     work->inputs = call->inputs;
     work->hidden = call->hidden;
+    work->output = call->projection ? call->projection : call->hidden;
     work->call = call;
     for (int s = 0; s < SITES; s++) work->coupled |= is_coupled(call->site[s].norm);
     if (work->coupled && count(work)) return 1;
