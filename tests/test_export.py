@@ -268,6 +268,9 @@ def test_a_long_sequence_is_not_optimized_by_the_exporter(monkeypatch):
     [
         (["--format", "onxx"], r"--format: got 'onxx'; expected one of onnx, pt2, aoti; did you mean 'onnx'\?"),
         (["--streaming"], "a bidirectional layer"),
+        (["--out", "m"], "m: got the ending ''; expected .onnx for onnx"),
+        (["--format", "aoti", "--out", "m.so"], "m.so: got the ending '.so'; expected .pt2 for aoti"),
+        (["--out", "nowhere/m.onnx"], "nowhere: got no such folder; expected a folder"),
     ],
 )
 def test_the_command_rejects_bad_input(tmp_path, capsys, arguments, message):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atn_norms.errors import SpecError, not_installed, one_of
+from atn_norms.errors import SpecError, nearest_file, not_installed, one_of
 from atn_norms.files import write_whole
 from atn_norms.layers.convert import with_backend
 from atn_norms.layers.recurrent import Recurrent
@@ -139,13 +139,19 @@ def export(
     `names` are the names of the inputs; the default is `frame`, `state_0`, `state_1` and so on. The file is written
     once the results have been compared: until then an older file of this name stays.
 
-    Errors: `SpecError` for an unknown format or a missing tool, if torch cannot export the module, and if the results
-    of the file differ from those of the module.
+    Errors: `SpecError` for an unknown format, another ending of `path`, and a missing folder or tool. `SpecError` if
+    torch cannot export the module, and if the results of the file differ from those of the module.
     """
     path = Path(path)
     names = names or [("frame" if i == 0 else f"state_{i - 1}") for i in range(len(inputs))]
     if format not in FORMATS:
         raise SpecError("format", got=repr(format), expected=one_of(FORMATS))
+    ending = f".{SUFFIX[format].rpartition('.')[2]}"  # torch reads packages with this ending alone
+    if path.suffix != ending:
+        raise SpecError(position=str(path), got=f"the ending {path.suffix!r}", expected=f"{ending} for {format}")
+    if not path.parent.is_dir():
+        near = nearest_file(path.parent)
+        raise SpecError(position=str(path.parent), got="no such folder", expected="a folder", nearest=near)
     with TemporaryDirectory() as folder:
         new = Path(folder, f"model{SUFFIX[format]}")
         with _quiet():
