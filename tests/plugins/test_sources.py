@@ -124,3 +124,12 @@ def test_a_function_is_hashed_with_its_file(tmp_path):
         SpecError, match="nowhere: got a function without source; expected a function or class defined in a file"
     ):
         sources.hash_source(space["nowhere"])
+
+
+def test_every_changed_plugin_is_named_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "installed_sources", lambda names: {})
+    p, q = {"version": "1", "source": "a"}, {"version": "2", "source": "b"}
+    with pytest.raises(SpecError) as caught:
+        sources.refuse_changed_plugins(tmp_path, [{"plugins": {"p": p, "q": q}}, {"plugins": {"p": p}}, {}])
+    text = "plugins: p: not installed; expected version 1; q: not installed; expected version 2. "
+    assert str(caught.value).startswith(f"{tmp_path}: {text}")

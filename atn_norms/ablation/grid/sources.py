@@ -115,7 +115,9 @@ def refuse_changed_plugins(folder: Path, trials: Iterable[Mapping[str, Any]]) ->
     recorded = [trial.get("plugins", {}) for trial in trials]
     here = installed_sources(name for plugins in recorded for name in plugins)
     changes = {
-        describe_changes(plugins, {name: here[name] for name in plugins if name in here}) for plugins in recorded
+        describe_changes({name: plugin}, {name: here[name]} if name in here else {})
+        for plugins in recorded
+        for name, plugin in plugins.items()
     }
     if text := "; ".join(sorted(filter(None, changes))):
         raise SpecError("plugins", position=str(folder), detail=f"{text}. {CURE}")
