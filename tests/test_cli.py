@@ -742,6 +742,7 @@ def test_a_command_that_is_killed_ends_the_program_by_the_same_signal(folder):
 def test_a_command_ends_with_its_program(folder):
     path = installed("sleeps", "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n", folder)
     with program("list", PYTHONPATH=path) as run:
+        assert run.stderr is not None
         command = int(run.stderr.readline())
         run.kill()
     assert command != run.pid

@@ -60,10 +60,9 @@ def test_the_conformance_suite_uses_the_documented_interface_alone():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 private += [] if ast.unparse(node.value) in ("self", "cls") else [f"{path.name}: {ast.unparse(node)}"]
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            if re.match(r"atn_norms(?!\.testing)", module):
+            if isinstance(node, ast.ImportFrom) and re.match(r"atn_norms(?!\.testing)", node.module or ""):
                 for alias in node.names:
-                    public = id(getattr(import_module(module), alias.name)) in documented
+                    public = id(getattr(import_module(node.module or ""), alias.name)) in documented
                     private += [] if public else [f"{path.name}: {alias.name}"]
     assert private == []
 

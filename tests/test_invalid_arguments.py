@@ -167,9 +167,7 @@ def test_parameters_of_another_size_never_reach_the_kernels():
         layer(torch.randn(3, 2, 2))
     layer = normed(backend="native")
     layer.weight_hh_l0 = nn.Parameter(torch.ones(8, 4))
-    with pytest.raises(
-        RuntimeError, match=r"^weight_hh: got .*; expected torch.float32 \[16, 4\] torch.strided on cpu"
-    ):
+    with pytest.raises(RuntimeError, match=r"^weight_hh: got .*; expected torch.float32 \[16, 4\] on cpu"):
         layer(torch.randn(3, 2, 2))
 
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ def abilities(registry: Registry) -> dict[str, object]:
         if entry.distribution in ("atn-norms", "dist-good", "dist-kind")
     }
     torch.manual_seed(0)
-    window = registry.lookup("window", "kind")()
-    norm = registry.lookup("normalizer", "good").model_validate({"p": 3.0})
+    window: Any = registry.lookup("window", "kind")()
+    norm: Any = registry.lookup("normalizer", "good").model_validate({"p": 3.0})
     layer = an.LSTM(3, 4, norm=norm, window=window, backend="reference")
     y, _ = layer(torch.linspace(-1, 1, 30).reshape(5, 2, 3))
     return {

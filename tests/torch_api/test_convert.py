@@ -48,9 +48,10 @@ def test_only_and_skip_select_by_qualified_name():
     model = model_of()
     with pytest.raises(TypeError, match="own: got Own; expected exactly nn.LSTM"):
         an.replace(model, norm="rms", only="own")
-    for option in ("only", "skip"):
-        with pytest.raises(ValueError, match=f"{option}: got 'encodr'; expected .*did you mean 'encoder'"):
-            an.replace(model, norm="rms", **{option: "encodr"})
+    unknown: list[dict[str, Any]] = [{"only": "encodr"}, {"skip": "encodr"}]
+    for options in unknown:
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: got 'encodr'; expected .*did you mean 'encoder'"):
+            an.replace(model, norm="rms", **options)
     assert type(model["encoder"]) is nn.LSTM
 
 
