@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections import UserDict
+from collections import UserDict, UserList
 from datetime import date
 
 import pytest
@@ -574,7 +574,8 @@ def test_numbers_and_arrays_of_numpy_and_any_mapping_give_the_same_trials():
     other = UserDict(
         model=UserDict(cell="rnn", hidden_size=numpy.int64(3)),
         task=UserDict(kind="adding", length=numpy.int32(5)),
-        axes=UserDict(norm=["layer"], window=numpy.array([1, 5])) | {"train.optimizer.lr": [numpy.float32(0.5)]},
+        axes=UserDict(norm=UserList(["layer"]), window=numpy.array([1, 5]))
+        | {"train.optimizer.lr": [numpy.float32(0.5)]},
         seeds=numpy.array([0, 2]),
     )
     expected, got = (make_plan(StudySpec.model_validate(each)).trials for each in (plain, other))

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -153,10 +153,10 @@ def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
 
 
 def _native(value: Any) -> Any:
-    """Return a part of a study with numpy's numbers and arrays as Python's numbers and lists, and mappings as dicts."""
+    """Return a part of a study with numpy's numbers and arrays, other mappings and other sequences as Python's."""
     if isinstance(value, Mapping):
         return {name: _native(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
         return [_native(each) for each in value]
     numpy: Any = sys.modules.get("numpy")
     return value.tolist() if numpy is not None and isinstance(value, numpy.ndarray | numpy.number) else value
