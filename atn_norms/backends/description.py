@@ -71,7 +71,7 @@ def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Decla
 
     This runs for every call, since a normalizer may have changed.
     """
-    like = weights["weight_hh"]
+    like = weights.like
     transform = unsupported_transform()
     sites: list[SitePlan | Unsupported] = []
     declared: list[Declared] = []

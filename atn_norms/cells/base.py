@@ -55,6 +55,14 @@ class CellWeights:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    @property
+    def like(self) -> Tensor:
+        """Return a tensor that has the type and the device of the cell; not every cell has the same tensors."""
+        for tensor in self.tensors.values():
+            if tensor is not None:
+                return tensor
+        raise KeyError("a cell without tensors")
+
     def get(self, name: str) -> Tensor | None:
         """Return a tensor that may be absent, such as a bias, or None."""
         return self.tensors.get(name)
@@ -131,7 +139,7 @@ class Cell(ABC):
         traced = torch.jit.is_tracing() and isinstance(batch, Tensor)
         if not traced and (isinstance(batch, bool) or not isinstance(batch, (int, torch.SymInt)) or batch < 0):
             raise ValueError(mismatch("batch", repr(batch), "a number of rows of at least 0"))
-        like = weights["weight_hh"]
+        like = weights.like
         if carried is None:
             carried = tuple(like.new_zeros(batch, size) for size in self.carried_sizes())
         else:
@@ -146,7 +154,7 @@ class Cell(ABC):
 
     def check_carried(self, weights: CellWeights, carried: Tree, batch: int, name: str = "state") -> None:
         """Raise `ValueError` if the number, a shape, a type or a device of the carried tensors is not the cell's."""
-        like = weights["weight_hh"]
+        like = weights.like
         shapes = [(batch, size) for size in self.carried_sizes()]
         are_tensors = isinstance(carried, tuple) and False not in [isinstance(c, Tensor) for c in carried]
         if not are_tensors or [c.shape for c in carried] != shapes:

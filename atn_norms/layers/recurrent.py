@@ -241,7 +241,7 @@ class Recurrent(CellHost):
         self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
     ) -> tuple[Tensor, Tree]:
         """Run every layer in turn, time first; under autocast, compute in the weights' type and round the results."""
-        kind, dtype = xs.device.type, cells[0]["weight_hh"].dtype
+        kind, dtype = xs.device.type, cells[0].like.dtype
         if torch.is_autocast_enabled(kind):
             half, ((((h, *_), _), *_), *_) = torch.get_autocast_dtype(kind), state
             result = dtype if dtype == torch.float64 else self.cell.autocast_type(half, h.dtype)
@@ -318,7 +318,7 @@ class Recurrent(CellHost):
 
     def _check_shapes(self, cells: list[CellWeights], x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
         """Run the checks of torch for a cell that torch has."""
-        fits = x.dtype == cells[0]["weight_ih"].dtype and x.shape[-1] == self.input_size and x.dim() == 3
+        fits = x.dtype == cells[0].like.dtype and x.shape[-1] == self.input_size and x.dim() == 3
         if fits and hx is None and batch_sizes is None:
             return  # torch's checks would pass, more slowly
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace the twin

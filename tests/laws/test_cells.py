@@ -1,6 +1,7 @@
 """Every cell, normalizer and window equals the textbook form in outputs, states and all gradients."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atn_norms as an
+from atn_norms.cells import Cell, Placement, SiteStates, refuse
+from atn_norms.testing import check_cell
 from tests.compare import compare
 from tests.laws.strategies import (
     BASES,
@@ -208,3 +211,54 @@ def flipped(xs, limit):
     for row, n in enumerate(limit.tolist()):
         out[:n, row] = xs[:n, row].flip(0)
     return out
+
+
+@dataclass(frozen=True)
+class MinimalEquations(Cell):
+    """Gated average of the inputs: no weight multiplies the state, so there is no weight_hh."""
+
+    gates: ClassVar[tuple[str, ...]] = ("z", "h")
+
+    @property
+    def sites(self) -> dict[str, int]:
+        return {"ih": self.pre_activations}
+
+    def shapes(self, input_size: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+        wide = self.pre_activations
+        return {"weight_ih": (wide, input_size)} | ({"bias_ih": (wide,)} if bias else {})
+
+    def step(self, weights: Any, u: Any, state: Any, mask: Any = None) -> Any:
+        (h,), states = state
+        z, new = u.chunk(2, -1)
+        h = (1 - z.sigmoid()) * h + z.sigmoid() * new
+        return self.ended(h, (h,), SiteStates(self, weights, states, mask), state, mask)
+
+
+class MinimalSpec(an.CellSpec):
+    kind: Literal["minimal"] = "minimal"
+
+    def build(self, hidden_size: int, placement: Placement) -> MinimalEquations:
+        refuse(placement, "minimal", sum="It has one product.", carry="It carries its output alone.")
+        return MinimalEquations(hidden_size, placement)
+
+
+def test_a_cell_without_a_recurrent_product_runs():
+    options = {"cell": MinimalSpec(), "input_size": 2, "hidden_size": 3, "norm": "layer", "window": 3}
+    layer, xs = an.build(options, dtype=torch.float64), torch.randn(7, 4, 2, dtype=torch.float64)
+    u, _ = an.AssortedTime(layer.norm_ih_l0, window=3).scan(xs @ layer.weight_ih_l0.T + layer.bias_ih_l0)
+    h, expected = torch.zeros(4, 3, dtype=torch.float64), []
+    for z, new in (step.chunk(2, -1) for step in u):
+        h = h + z.sigmoid() * (new - h)
+        expected.append(h)
+    ys, state = layer.unroll(xs)
+    compare(ys, torch.stack(expected), tolerance=EXACT)
+    first, middle = layer.unroll(xs[:3])
+    second, after = layer.unroll(xs[3:], middle)
+    compare(torch.cat([first, second]), ys, tolerance=EXACT)
+    compare(layer.hidden(after), layer.hidden(state), tolerance=EXACT)
+    ys.sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == set(layer.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(xs.float())[0].dtype == torch.float64
+    assert "it has no kernel for MinimalEquations" in an.explain(layer)
+    assert [result for result in check_cell(MinimalSpec()) if result.status == "failed"] == []

@@ -117,8 +117,9 @@ class FusedProgram(Program):
             plan = shortened(plan, steps)
         affine = [tensor for each in declared for tensor in (each.gain, each.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
-        single = [xs, *[weights.get(name) for name in PARAMETERS], h0, c0, weights.get("weight_hr")]
-        dtype = weights["weight_hh"].dtype
+        tensors = weights.tensors
+        single = [xs, *[tensors.get(name) for name in PARAMETERS], h0, c0, tensors.get("weight_hr")]
+        dtype = tensors["weight_hh"].dtype
         if dtype in HALF:  # computed in float32, and rounded once at the end
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
