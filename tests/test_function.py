@@ -405,6 +405,22 @@ def test_the_command_line_runs_a_study_file_of_a_function(tmp_path, capsys, monk
     assert main(["status", "study"]) == 0 and StudyFolder("study").load().counts()["done"] == 4
 
 
+@pytest.mark.parametrize("folder", ["", "package/"])
+def test_settings_of_an_imported_module_hold_in_every_trial(folder, tmp_path):
+    """Python executes a module at its first import alone, but every trial has its settings."""
+    (tmp_path / folder).mkdir(exist_ok=True)
+    if folder:
+        (tmp_path / folder / "__init__.py").touch()
+    name = f"double_{bool(folder)}"
+    written(
+        tmp_path, "import os, torch\ntorch.set_default_dtype(torch.float64)\nos.environ['MINE'] = '1'", f"{name}.py"
+    )
+    body = f"import {name}, os, torch\ndef train(a): return len(os.environ['MINE']) + torch.ones(1).element_size()\n"
+    found = trials(tmp_path / "study", written(tmp_path, body, f"{folder}mine.py"), axes={"a": [1, 2]})
+    assert [t.result and t.result["metrics"]["test"]["score"] for t in found] == [9.0] * 4, found[0].error
+    assert torch.get_default_dtype() == torch.float32 and "MINE" not in os.environ
+
+
 SURROGATE = {
     "print": ("print('file \\udc80')", "done", ""),
     "raise": ("raise FileNotFoundError('file \\udc80')", "failed", r"FileNotFoundError: file \\udc80"),

@@ -33,6 +33,7 @@ FRESH = {"step": 0, "first": None, "best": math.inf, "since": 0}  # the reports 
 GRACE = 2.0  # seconds for a process that a function left running to end
 
 OnStep = Callable[[int], None]
+_SET_BY_IMPORTS: dict[str, dict[str, Any]] = {}  # file of a function -> settings that its first load here changed
 
 
 class Diverged(Exception):
@@ -174,7 +175,7 @@ def run_function(
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     with _contained(folder, task.function):
-        function = load_function(task)
+        function = _loaded(task)
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         _seed(trial["seed"])
         try:
@@ -187,6 +188,19 @@ def run_function(
             folder.log(f"diverged at step {handle._step}: {reason}")
             result |= {"outcome": "diverged", "reason": str(reason)}
     return result | {"step": handle._step}
+
+
+def _loaded(task: FunctionSpec) -> Callable[..., Any]:
+    """Load a function, with the global settings that its modules set when they are imported.
+
+    Python imports a module once in a process, and the settings are restored after each trial. Without this, only the
+    first trial of a process would have them.
+    """
+    before = _settings()
+    function = load_function(task)
+    now = _settings()
+    _put_settings(_SET_BY_IMPORTS.setdefault(task.file, {name: now[name] for name in now if now[name] != before[name]}))
+    return function
 
 
 def _called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any], trial: Trial) -> Any:
@@ -389,6 +403,13 @@ def _settings() -> dict[str, Any]:
 
 def _restore_settings(before: dict[str, Any]) -> list[str]:
     """Restore global settings, and return the names of those that had changed."""
+    now = _settings()
+    changed = [name for name in before if now[name] != before[name]]
+    _put_settings({name: before[name] for name in changed})
+    return changed
+
+
+def _put_settings(settings: dict[str, Any]) -> None:
     setters: dict[str, Callable[[Any], Any]] = {
         "torch's default dtype": torch.set_default_dtype,
         "torch's default device": lambda device: torch.set_default_device(None if device.type == "cpu" else device),
@@ -399,11 +420,8 @@ def _restore_settings(before: dict[str, Any]) -> list[str]:
         "the working directory": os.chdir,
         "the environment variables": _put_environment,
     }
-    now = _settings()
-    changed = [name for name in before if now[name] != before[name]]
-    for name in changed:
-        setters[name](before[name])
-    return changed
+    for name, value in settings.items():
+        setters[name](value)
 
 
 def _put_environment(before: dict[str, str]) -> None:
