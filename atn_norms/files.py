@@ -10,6 +10,9 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from atn_norms.errors import SpecError
+from atn_norms.text import encodable
+
 CHUNK = 2**20  # bytes read at a time
 
 
@@ -27,6 +30,17 @@ def read_regular(path: str | os.PathLike[str], most: int | None) -> bytes:
     if content is None or len(content) > most:  # files in /proc have the size 0
         raise OSError(errno.EFBIG, f"a file of more than {most} bytes", path)
     return content
+
+
+def absolute(path: str) -> str:
+    """Return an absolute path; `~` is the home folder.
+
+    Errors: `SpecError` for a path that UTF-8 cannot encode, such as below a folder whose name is in another encoding.
+    """
+    whole = str(Path(os.path.expanduser(path)).absolute())
+    if encodable(whole) != whole:
+        raise SpecError(got=f"{whole!a}", expected="a path that UTF-8 can encode")
+    return whole
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

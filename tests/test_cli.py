@@ -620,8 +620,11 @@ def test_a_minus_sign_that_cannot_be_shown_is_a_hyphen():
 
 def test_a_missing_matplotlib_backend_is_not_used(folder):
     small = ["--workers", "0", "--set", "axes={norm: [none, layer]}"]
-    for arguments in (["ablate", "study.yaml", *small, "--out", "here"], ["report", "here"]):
-        run = program(*arguments, MPLBACKEND="module://no_such_backend")
+    for arguments, backend in (
+        (["ablate", "study.yaml", *small, "--out", "here"], "module://no_such_backend"),
+        (["report", "here"], "unknown"),
+    ):
+        run = program(*arguments, MPLBACKEND=backend)
         _, error = run.communicate(timeout=PATIENCE)
         assert run.returncode == 0, error
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from atn_norms import LSTM
+from atn_norms.ablation import create
 from atn_norms.errors import SpecError
 from atn_norms.pytree import tree_leaves
 from atn_norms.tasks import AddingSpec, CharLMSpec, Model, language
@@ -296,3 +298,16 @@ def test_a_batch_larger_than_the_training_split_is_rejected():
 def test_more_streams_than_characters_are_rejected(text):
     with pytest.raises(SpecError, match="got 1800; expected 1 to 1799, below the 1800 training"):
         CharLMSpec(text=text).build(0).batch(0, 1800)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("charlm", "text"), ("series", "path"), ("sequences", "path"), ("python", "file")]
+)
+def test_a_folder_whose_name_is_no_utf_8_is_an_error_at_the_option(kind, option, tmp_path, monkeypatch):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(folder)
+    monkeypatch.chdir(folder)
+    study = {"task": {"kind": kind, option: "data"}, "axes": {}, "seeds": 1}
+    message = rf"(?m)^task\.{option}: got '.*.udcff/data'; expected a path that UTF-8 can encode"
+    with pytest.raises(SpecError, match=message):
+        create(study, tmp_path / "study")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 
+from atn_norms.files import absolute
 from atn_norms.pytree import Tree, detach
 from atn_norms.registry import SpecError
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator, kaiming_linear
@@ -24,15 +24,11 @@ SHORTEST = 100  # tokens: a 5% split of a shorter text has nothing to predict
 IGNORED = -100
 
 
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(os.path.expanduser(path)).absolute())
-
-
 class LanguageSpec(TaskSpec):
     """Common options of language models."""
 
     unit: ClassVar[Unit]
-    text: Annotated[str | None, AfterValidator(_absolute)] = None
+    text: Annotated[str, AfterValidator(absolute)] | None = None
     embedding: int = Field(default=200, ge=1, le=1_000_000)
     segment: int = Field(default=220, ge=1)
     segment_deviation: float = Field(default=0.0, ge=0)

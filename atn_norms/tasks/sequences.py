@@ -13,11 +13,12 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from atn_norms.errors import plural
+from atn_norms.files import absolute
 from atn_norms.pytree import Tree
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.tasks.listing import PARTS, Item, divided, listed, loaded, missing_values
 from atn_norms.tasks.scaling import masked, moments
-from atn_norms.tasks.tables import absolute, content, digest, fault
+from atn_norms.tasks.tables import content, digest, fault
 
 EVALUATION_STEPS = 2**15  # steps per batch, padding included; fixed, so that a score does not depend on training
 POOL = 16  # number of batches whose sequences are sorted by length together

@@ -13,10 +13,11 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from atn_norms.errors import SpecError
+from atn_norms.files import absolute
 from atn_norms.pytree import Tree
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.tasks.scaling import masked, moments
-from atn_norms.tasks.tables import Table, absolute, content, digest, fault, read
+from atn_norms.tasks.tables import Table, content, digest, fault, read
 
 EVALUATION_ROWS = 500  # windows at a time: fixed, so that a score never depends on how training was batched
 Metric = Literal["MAE", "MSE", "MASE"]

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,6 @@ TABLES = (".csv", ".parquet")
 INSTALL = "Run pip install 'atn-norms[data]'"
 LARGEST = 2**31 - 1  # bytes of a file: the largest block of CSV that Arrow can parse
 MOST_VALUES = 2**28  # of a file whose format may compress them: 2 GiB of float64
-
-
-def absolute(path: str) -> str:
-    """Return an absolute path; `~` is the home folder."""
-    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def fault(

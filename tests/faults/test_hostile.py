@@ -258,7 +258,8 @@ def test_a_trial_whose_content_does_not_match_its_id(study, change, message):
 
 @pytest.mark.parametrize(
     "metrics",
-    ['{"mean squared error": NaN}', '{"mean squared error": true}', '{"mean squared error": "1"}', '{"other": 1.0}',
+    ['{"mean squared error": NaN}', '{"mean squared error": 1e999}',
+     '{"mean squared error": true}', '{"mean squared error": "1"}', '{"other": 1.0}',
      '{"mean squared error": 1' + "0" * 400 + "}", '{"mean squared error": Infinity}', "{}", "[]",
      '{"mean squared error": ' + "1" * 5001 + "}"],
 )  # fmt: skip

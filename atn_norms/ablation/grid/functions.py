@@ -23,7 +23,7 @@ from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
 from atn_norms.errors import Problem as SpecProblem
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
-from atn_norms.files import read_regular
+from atn_norms.files import absolute, read_regular
 from atn_norms.options import Options
 
 KIND = "python"
@@ -35,10 +35,6 @@ UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
 ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
 
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
-
-
-def _absolute(path: str) -> str:
-    return str(Path(os.path.expanduser(path)).absolute())
 
 
 class FunctionSpec(Options):
@@ -58,13 +54,13 @@ class FunctionSpec(Options):
     family: ClassVar[str | None] = "task"
     recommended: ClassVar[Mapping[str, Any]] = {}
     kind: Literal["python"] = KIND
-    file: Annotated[str, AfterValidator(_absolute)]
+    file: Annotated[str, AfterValidator(absolute)]
     function: str = "train"
     arguments: dict[str, Any] = Field(default_factory=dict)
     metric: str | None = None
     goal: Literal["min", "max"] = "min"
     reports: Literal["loss", "metric"] = "loss"
-    files: tuple[Annotated[str, AfterValidator(_absolute)], ...] = ()
+    files: tuple[Annotated[str, AfterValidator(absolute)], ...] = ()
 
     def data(self) -> dict[str, str]:
         """Compute content hashes: of the file with the local modules it imports, and of the other files.
