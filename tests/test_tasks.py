@@ -301,7 +301,7 @@ def test_more_streams_than_characters_are_rejected(text):
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"), [("charlm", "text"), ("series", "path"), ("sequences", "path"), ("python", "file")]
+    ("kind", "option"), [("charlm", "text"), ("series", "file"), ("sequences", "path"), ("python", "file")]
 )
 def test_a_folder_whose_name_is_no_utf_8_is_an_error_at_the_option(kind, option, tmp_path, monkeypatch):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
