@@ -48,8 +48,6 @@ def read_yaml(text: str) -> tuple[Any, Locate]:
         mark = error.problem_mark or error.context_mark
         message = " ".join(str(error.problem or error.context).split())
         message = f"{error.context}, {message}" if message.startswith("but ") else message
-        if twice := re.match(r'found duplicate key "(.*?)" with value ', message):
-            message = f"got the key {short_repr(twice[1])} twice; expected it once"
         raise Misplaced(brief(message, LONGEST), mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         position = position_of(text, error.position) if isinstance(error.position, int) else None
@@ -91,6 +89,12 @@ def _yaml() -> Any:
             return node
 
     class Located(SafeConstructor):
+        def check_mapping_key(self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any) -> bool:
+            if key in mapping:
+                position = key_node.start_mark.line + 1, key_node.start_mark.column + 1
+                raise Misplaced(f"got the key {short_repr(str(key))} twice; expected it once", position)
+            return True
+
         def construct_non_recursive_object(self, node: Any, tag: Any = None) -> Any:
             try:
                 return super().construct_non_recursive_object(node, tag)

@@ -29,7 +29,8 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "atn_norms": __version__,
-        "native_kernels": f"not there: {library}" if isinstance(library, str) else library.level(),
+        "native_kernels": "none" if isinstance(library, str) else library.level(),
+        "native_kernels_missing": library if isinstance(library, str) else None,
         "load": load_average(),
     }
 

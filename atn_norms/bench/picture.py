@@ -64,9 +64,8 @@ def _figure(bench: Bench) -> Figure:
     ratios = [row.ratio for case in cases for row in case.rows if row.ratio]
     limits = (min(0.5, *ratios, 1.0) / 1.15, max(2.0, *ratios, 1.0) * 2.2)
     machine = bench.machine
-    kernels = machine["native_kernels"].partition(":")[0]
     figure.text(0.15 / width, 1 - 0.25 / height, "Time beside torch.nn without a norm (1 = as long)", weight="bold")
-    caption = f"{machine['processor']}, torch {machine['torch']}, kernels: {kernels}; best of runs"
+    caption = f"{machine['processor']}, torch {machine['torch']}, kernels: {machine['native_kernels']}; best of runs"
     figure.text(0.15 / width, 1 - 0.48 / height, caption, color=_MUTED, fontsize=8)
     top = height - 0.6
     for line, tall in zip(lines, heights, strict=True):

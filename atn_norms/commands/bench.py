@@ -171,7 +171,9 @@ def _print_case(result: CaseResult) -> None:
 def _print_machine(results: Bench) -> None:
     machine = results.machine
     emit(f"machine: {machine['processor']}, {machine['usable_cores']} of {machine['cores']} cores, {machine['system']}")
-    emit(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {machine['native_kernels']}")
+    kernels, missing = machine["native_kernels"], machine["native_kernels_missing"]
+    reason = f" ({missing})" if missing else ""
+    emit(f"torch {machine['torch']}, atn-norms {machine['atn_norms']}, native kernels: {kernels}{reason}")
     emit(f"malloc: {results.malloc}")
     if results.failed:
         labels = ", ".join(dict.fromkeys(row.label for row in results.failed))

@@ -76,6 +76,8 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
     print_table(f"{family} {kind!r}: {len(results)} laws", ("law", "status", "why"), rows)
     statuses = ("passed", "failed", "expected", "skipped")
     counts = {status: sum(result.status == status for result in results) for status in statuses}
+    if counts["failed"]:
+        emit("\nThe page docs/when-a-law-fails.md lists the usual causes of each failure.")
     emit("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 

@@ -49,6 +49,7 @@ class Check:
         """Pass, skip with the reason, xfail with the reason, or raise `AssertionError` with the failing example."""
         import pytest
 
+        __tracebackhide__ = True  # a failure of a law shows its message, not this code
         result = self.run.result(self.reasons)
         if result.status == "skipped":
             pytest.skip(result.message)

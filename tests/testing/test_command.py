@@ -67,6 +67,7 @@ def test_a_failure_shows_the_example_and_exits_with_1(capsys, more_kinds):
     output = capsys.readouterr().out
     assert "steps_count_as_declared" in output
     assert re.search(r"smallest example: seed=\d+, steps=\d, batch=\d, statistic=\w+\n", output)
+    assert "\nThe page docs/when-a-law-fails.md lists the usual causes of each failure.\n" in output
     assert " failed" in output.splitlines()[-1]
 
 
