@@ -14,6 +14,7 @@ from nox.virtualenv import PassthroughEnv
 
 ROOT = Path(__file__).parent
 LONG_TESTS, STUCK = 1300, 2100  # seconds after which no long test starts, and after which the stage fails
+TESTED = ("ablation", "data", "export", "testing", "test")  # extras that the default tests need
 NO_TESTS = 5  # pytest's exit code where no test is selected
 # Long tests that fit into the check; `pytest -m deep` has more, such as campaigns of an hour.
 LONG_FILES = [
@@ -97,7 +98,7 @@ def lowest(session: nox.Session) -> None:
     """Run the default tests with the lowest versions that pyproject.toml allows."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    ranges = [*project["dependencies"], *extras["ablation"], *extras["testing"], *extras["test"]]
+    ranges = [*project["dependencies"], *(each for extra in TESTED for each in extras[extra])]
     floors = [re.sub(r">=([\w.]+).*", r"==\1", each) for each in ranges if not each.startswith(project["name"])]
     session.install("setuptools>=77", *floors)
     session.install("--no-deps", "--no-build-isolation", "-e", ".")
