@@ -74,12 +74,18 @@ def write_whole(path: Path, content: bytes, keep: bool = False) -> None:
             new.unlink()
 
 
+def physical_memory() -> int | None:
+    """Return the memory of the machine in bytes, or None if the system does not report it."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def most_bytes() -> int:
     """Return the size of the largest model or checkpoint that is read: half of this machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 2**33
+    memory = physical_memory()
+    return 2**33 if memory is None else memory // 2
 
 
 def _opened(path: str | os.PathLike[str]) -> int:

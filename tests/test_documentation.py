@@ -13,6 +13,7 @@ import tomllib
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,6 +54,10 @@ def _documented() -> set[int]:
     return {id(getattr(import_module(owner), name)) for owner, _, name in parts}
 
 
+HELPERS = ("deprecation", "drawing", "errors", "files", "text")  # modules that every part of the package may use
+PARTS = rf"atn_norms(?!\.(?:{{}}|{'|'.join(HELPERS)})\b)"
+
+
 def test_the_conformance_suite_uses_the_documented_interface_alone():
     """`atn_norms.testing` imports names of the reference, and reads no private attribute of another object."""
     documented, private = _documented(), []
@@ -60,11 +65,26 @@ def test_the_conformance_suite_uses_the_documented_interface_alone():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 private += [] if ast.unparse(node.value) in ("self", "cls") else [f"{path.name}: {ast.unparse(node)}"]
-            if isinstance(node, ast.ImportFrom) and re.match(r"atn_norms(?!\.testing)", node.module or ""):
+            if isinstance(node, ast.ImportFrom) and re.match(PARTS.format("testing"), node.module or ""):
                 for alias in node.names:
                     public = id(getattr(import_module(node.module or ""), alias.name)) in documented
                     private += [] if public else [f"{path.name}: {alias.name}"]
     assert private == []
+
+
+def test_studies_use_the_documented_interface_of_the_layers():
+    """`atn_norms.ablation` imports names of the reference from the other parts of the package."""
+    documented, undocumented = _documented(), set()
+    for path in sorted((ROOT / "atn_norms" / "ablation").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and re.match(PARTS.format("ablation"), node.module or ""):
+                values = {alias.name: getattr(import_module(node.module or ""), alias.name) for alias in node.names}
+                undocumented |= {name for name, value in values.items() if not _is_public(value, documented)}
+    assert undocumented == set()
+
+
+def _is_public(value: object, documented: set[int]) -> bool:
+    return id(value) in documented or isinstance(value, ModuleType)
 
 
 def test_every_page_is_linked_from_the_index():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from atn_norms.errors import SpecError
+from atn_norms.files import physical_memory
 
 FLOAT = 4  # bytes of a float32 number
 
@@ -23,11 +22,3 @@ def check_memory(path: str, sizes: str, parameters: float, *, copies: int = 1, n
     if memory is not None and size > memory:
         got = f"{sizes}: {parameters:.3g} parameters ({size / 2**30:.3g} GiB in float32{note})"
         raise SpecError(path, got, f"what fits this machine's {memory / 2**30:.3g} GiB of memory")
-
-
-def physical_memory() -> int | None:
-    """Return the memory of the machine in bytes, or None if the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
