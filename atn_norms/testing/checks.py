@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from atn_norms.backends.base import Backend
-from atn_norms.deprecation import STACK
 from atn_norms.options import Options
 from atn_norms.registry import KindField
 from atn_norms.testing import laws
@@ -119,5 +118,5 @@ def law_runs(family: str, plugin: Any) -> list[LawRun]:
 def _check(family: str, plugin: Any, expected: Expected) -> list[CheckResult]:
     need_hypothesis()
     runs = law_runs(family, plugin)
-    reasons = checked_expectations(expected, [run.law.name for run in runs], STACK + 2)
+    reasons = checked_expectations(expected, [run.law.name for run in runs], stacklevel=4)
     return [run.result(reasons) for run in runs]

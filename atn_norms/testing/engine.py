@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atn_norms.deprecation import warn_renamed
 from atn_norms.errors import Problem, SpecError, not_installed, short_repr, unknown
 from atn_norms.testing.law import LAWS, RENAMED, Case, Law
 
@@ -87,12 +87,13 @@ def runs_on(subjects: Sequence[Any]) -> list[LawRun]:
 def checked_expectations(expected: Mapping[str, str] | None, known: Sequence[str], stacklevel: int) -> dict[str, str]:
     """Return `expected` as a dictionary; `SpecError` for a law that does not apply or has no reason.
 
-    An earlier name of a law gives a `DeprecationWarning` at the frame `stacklevel` of `warn_renamed`.
+    An earlier name of a law gives a `DeprecationWarning` at the frame `stacklevel`.
     """
     reasons = {}
     for name, reason in (expected or {}).items():
         if name in RENAMED:
-            warn_renamed(f"law {name}", RENAMED[name], stacklevel)
+            message = f"law {name} is deprecated; use {RENAMED[name]}"
+            warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
         reasons[RENAMED.get(name, name)] = reason
     problems = [unknown("law", name, known, path=("expected_failures",)) for name in reasons if name not in known]
     problems += [

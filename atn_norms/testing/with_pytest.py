@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atn_norms.deprecation import STACK
 from atn_norms.testing.checks import family_of, law_runs
 from atn_norms.testing.engine import LawRun, checked_expectations, need_hypothesis
 
@@ -34,7 +33,7 @@ def parametrize_checks(plugins: Sequence[Any], *, expected_failures: Mapping[str
     need_hypothesis()
     runs = [run for plugin in plugins for run in law_runs(family_of(plugin), plugin)]
     names = dict.fromkeys(run.law.name for run in runs)
-    reasons = checked_expectations(expected_failures, list(names), STACK + 1)
+    reasons = checked_expectations(expected_failures, list(names), stacklevel=3)
     parameters = [pytest.param(Check(run, reasons), id=f"{run.subject.label}-{run.law.name}") for run in runs]
     return pytest.mark.parametrize("check", parameters)
 
