@@ -1,6 +1,7 @@
 """Train, save and load real programs whose recurrent layers are replaced: `python .ci/programs.py`.
 
-Programs that are not installed are skipped and named. Install any of: sb3-contrib, accelerate, lightning.
+Programs that are not installed are skipped and named. Install any of: sb3-contrib, accelerate, lightning, opacus,
+tensorboard.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import atn_norms as an
 
 
 def recurrent_ppo(folder: Path) -> None:
-    """Train RecurrentPPO on CartPole, save it, and load its weights into a replaced policy."""
+    """Train RecurrentPPO on CartPole, save it, and load it into an agent with a replaced policy."""
     from sb3_contrib import RecurrentPPO
 
     def make() -> Any:
@@ -28,18 +29,19 @@ def recurrent_ppo(folder: Path) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             an.replace(agent.policy, norm="layer", window=4)
-        assert any("already trains" in str(warning.message) for warning in caught)
+        assert any("without its 12 norm parameters" in str(warning.message) for warning in caught)
         norms = list(an.norm_parameters(agent.policy).values())
         agent.policy.optimizer.add_param_group({"params": norms})
         return agent
 
     agent = make()
-    gains = {name: p.detach().clone() for name, p in an.norm_parameters(agent.policy).items()}
+    before = copies(an.norm_parameters(agent.policy))
     agent.learn(64)
-    assert any(not torch.equal(p, gains[name]) for name, p in an.norm_parameters(agent.policy).items())
-    torch.save(agent.policy.state_dict(), folder / "policy.pt")
+    assert_changed(an.norm_parameters(agent.policy), before)
+    agent.save(folder / "agent.zip")
     other = make()
-    other.policy.load_state_dict(torch.load(folder / "policy.pt"))
+    other.set_parameters(folder / "agent.zip")
+    assert_equal(other.policy.state_dict(), agent.policy.state_dict())
     observation = agent.get_env().reset()  # type: ignore[union-attr]
     found, expected = (one.predict(observation, deterministic=True)[0] for one in (other, agent))
     assert (found == expected).all()
@@ -62,6 +64,23 @@ def data() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(5, 4, 3), torch.randint(2, (4,))) for _ in range(6)]
 
 
+def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of tensors by name."""
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Check that two state dicts are the same."""
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def assert_changed(found: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+    """Check that training changed every tensor."""
+    same = [name for name in before if torch.equal(found[name], before[name])]
+    assert before and not same, same
+
+
 def accelerate(folder: Path) -> None:
     """Train in an accelerate loop in bfloat16, save its state, and load it."""
     from accelerate import Accelerator
@@ -69,16 +88,18 @@ def accelerate(folder: Path) -> None:
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model: Any = an.replace(Classifier(), norm="rms", window=3)
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    before = copies(an.norm_parameters(model))
     for x, y in data():
         loss = nn.functional.cross_entropy(model(x), y)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     accelerator.save_state(str(folder))
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = copies(model.state_dict())
+    assert_changed(an.norm_parameters(model), before)
     nn.init.zeros_(model.head.weight)
     accelerator.load_state(str(folder))
-    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert_equal(model.state_dict(), kept)
 
 
 def lightning(folder: Path) -> None:
@@ -99,16 +120,62 @@ def lightning(folder: Path) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=1, precision="bf16-mixed", accelerator="cpu", default_root_dir=folder, **quiet)
     task = Task()
+    before = copies(an.norm_parameters(task))
     trainer.fit(task, torch.utils.data.DataLoader(data(), batch_size=None))  # type: ignore[arg-type]
+    assert_changed(an.norm_parameters(task), before)
     trainer.save_checkpoint(folder / "task.ckpt")
-    loaded = Task.load_from_checkpoint(folder / "task.ckpt")
-    assert all(torch.equal(value, task.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert_equal(Task.load_from_checkpoint(folder / "task.ckpt").state_dict(), task.state_dict())
+
+
+def opacus(folder: Path) -> None:
+    """Train with differential privacy on per-sample gradients of `vmap(grad)`, save the model, and load it."""
+    from opacus import PrivacyEngine
+    from torch.func import functional_call, grad, vmap
+
+    model: Any = an.replace(Classifier(), norm="layer", window=3)
+    before = copies(an.norm_parameters(model))
+    dataset = torch.utils.data.TensorDataset(torch.randn(12, 5, 3), torch.randint(2, (12,)))
+    private, optimizer, batches = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(dataset, batch_size=4),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="no_op",  # the program computes the gradients
+    )
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(functional_call(model, parameters, (x.unsqueeze(1),)), y.unsqueeze(0))
+
+    for x, y in batches:
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        detached = {name: parameter.detach() for name, parameter in parameters.items()}
+        for name, gradient in vmap(grad(loss), (None, 0, 0))(detached, x, y).items():
+            parameters[name].grad_sample = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_changed(an.norm_parameters(model), before)
+    torch.save(private.state_dict(), folder / "model.pt")
+    other = an.replace(Classifier(), norm="layer", window=3)
+    other.load_state_dict({name.removeprefix("_module."): v for name, v in torch.load(folder / "model.pt").items()})
+    assert_equal(other.state_dict(), model.state_dict())
+
+
+def tensorboard(folder: Path) -> None:
+    """Write the graph of a model for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        writer.add_graph(an.replace(Classifier(), norm="layer", window=3), data()[0][0])
+    assert any(b"recurrent" in file.read_bytes() for file in folder.glob("events*"))
 
 
 PROGRAMS: dict[str, Callable[[Path], None]] = {
     "sb3_contrib": recurrent_ppo,
     "accelerate": accelerate,
     "lightning": lightning,
+    "opacus": opacus,
+    "tensorboard": tensorboard,
 }
 
 

@@ -15,6 +15,7 @@ GROUPS = (
     "Converting models",
     "Compilers and exporters",
     "Training on several devices",
+    "Limits of torch.nn",
 )
 
 

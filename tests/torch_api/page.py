@@ -9,14 +9,12 @@ from _pytest.mark import ParameterSet
 from tests.torch_api.features import GROUPS, Feature
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-MODULES = ("transforms", "precision", "surface", "convert", "compile", "distributed")
+MODULES = ("transforms", "precision", "surface", "convert", "compile", "distributed", "limits")
 INTRODUCTION = """\
 # Compatibility with PyTorch
 
-Every row is a test in `tests/torch_api`, and the page is generated from the tests: run
-`python -m tests.torch_api.page` after a change. The last column lists the parameters of the test, which runs small
-layers. A row without cells or norms has one or two examples. The conformance tests of {doc}`conformance` compare all
-cells, norms and windows in plain calls. The tests run with torch 2.13 on the CPU.
+This page lists features of PyTorch and the code that runs a layer in each of them. Every row is a test in
+`tests/torch_api`. After a change of a test, `python -m tests.torch_api.page` writes the page again.
 
 | works on | meaning |
 |---|---|
@@ -25,7 +23,14 @@ cells, norms and windows in plain calls. The tests run with torch 2.13 on the CP
 | torch | torch's own code runs |
 | warning, refused | the message has the reason and the alternative |
 
+The last column lists the parameters of the test, which runs small layers on the CPU. A row without cells or norms has
+one or two examples. The conformance tests of {doc}`conformance` compare all cells, norms and windows in plain calls.
+The tests run with torch 2.13, the lowest version that the package allows, and were run with torch 2.14.1 too.
+
 {doc}`layers` has the recipes: optimizers, weight decay, checkpoints, mixed precision, export.
+
+A layer without a norm is torch's, so the last section, *Limits of torch.nn*, holds for it too unless a row above or its
+note has another result.
 """
 
 
@@ -42,12 +47,14 @@ def rows() -> dict[str, dict[Feature, list[str]]]:
 def parameters(test: Any) -> list[str]:
     """Return the parameters of a test, each with its values."""
     marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
-    return [f"{mark.args[0]} {', '.join(f'`{named(value)}`' for value in mark.args[1])}" for mark in marks]
+    return [f"{named(mark.args[0])} {', '.join(f'`{named(value)}`' for value in mark.args[1])}" for mark in marks]
 
 
 def named(value: Any) -> str:
     """Return a parameter as the table prints it."""
     value = value.values[0] if isinstance(value, ParameterSet) else value
+    if isinstance(value, tuple):
+        return " ".join(map(named, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value in (None, {}) else str(value).removeprefix("torch.")

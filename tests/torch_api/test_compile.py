@@ -31,6 +31,7 @@ WINDOWS: dict[str, Any] = {
     "exponential": {"kind": "exponential", "half_life": 2.0},
 }
 SOME = ("LearnablePower", "TwoSided", "DynamicTanh")  # of the traced norms: parameters, two statistics, none
+STEPS, ROWS = Dim("steps", min=1, max=512), Dim("rows", min=1, max=64)
 deep = pytest.mark.deep
 
 
@@ -73,6 +74,17 @@ def test_a_layer_without_a_norm_compiles(cell, graphs, runs):
     assert graphs.frame_count == 1
 
 
+@feature(GROUP, "`torch.export` of a layer without a norm, before its first call", "torch")
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=deep)])
+@every_layer
+def test_a_layer_without_a_norm_exports(cell, strict):
+    layer, x = CELLS[cell](3, 4), batch(5, 2)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        program = export(layer, (x,), dynamic_shapes=({1: ROWS},), strict=strict).module()
+    for rows in (2, 7):
+        compare(program(batch(5, rows)), layer(batch(5, rows)), tolerance=1e-6)
+
+
 @feature(GROUP, "`torch.compile(dynamic=True)`: one graph for every length and batch", "native")
 @pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm == "rms" else ()) for norm in NORMS])
 @pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
@@ -88,8 +100,9 @@ def test_one_graph_for_every_shape(cell, norm, graphs):
 
 @feature(GROUP, "compiled `unroll` from a state: one graph for a stream", "native", "A second one without a state.")
 @pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm != "layer" else ()) for norm in NORMS])
-def test_a_stream_has_one_graph(norm, graphs):
-    layer = an.LSTM(3, 4, norm=norm, window=3).eval()
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
+def test_a_stream_has_one_graph(cell, norm, graphs):
+    layer = CELLS[cell](3, 4, norm=norm, window=3).eval()
     step, state = torch.compile(layer.unroll, fullgraph=True, backend=graphs), layer.initial(4)
     with torch.no_grad():
         _, state = layer.unroll(batch(2, 4))
@@ -105,8 +118,10 @@ def test_a_stream_has_one_graph(norm, graphs):
 @feature(
     GROUP, "compiled `unroll` with `lengths`, `fullgraph=True`", "native", "Lengths are checked when the graph runs."
 )
-def test_lengths_compile(graphs):
-    layer = an.LSTM(3, 4, norm="layer", window=3)
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm == "rms" else ()) for norm in NORMS])
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
+def test_lengths_compile(cell, norm, graphs):
+    layer = CELLS[cell](3, 4, norm=norm, window=3).eval()
     run = torch.compile(layer.unroll, fullgraph=True, backend=graphs)
     for last in range(3):
         lengths = torch.tensor([5, 0, last])
@@ -117,14 +132,15 @@ def test_lengths_compile(graphs):
 
 
 @feature(GROUP, "many compiled layers of one kind share a graph", "native")
-def test_ten_layers_share_a_graph(graphs):
+@pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm != "layer" else ()) for norm in NORMS])
+@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
+def test_ten_layers_share_a_graph(cell, norm, graphs):
     for _ in range(10):
-        layer = an.LSTM(3, 4, norm="layer", window=3)
+        layer = CELLS[cell](3, 4, norm=norm, window=3).eval()
         compare(torch.compile(layer, fullgraph=True, backend=graphs)(batch(5, 2)), layer(batch(5, 2)), tolerance=1e-6)
     assert graphs.frame_count == 1
 
 
-STEPS, ROWS = Dim("steps", min=1, max=512), Dim("rows", min=1, max=64)
 DIMS: dict[str, Any] = {
     "Dim.DYNAMIC": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
     "Dim(min, max)": {0: STEPS, 1: ROWS},
@@ -216,21 +232,24 @@ def test_a_saved_program_loads_after_an_import_of_the_package(imports, tmp_path)
 
 @feature(GROUP, '`torch.export` of `with_backend(model, "reference")`', "reference", "Loads without this package.")
 @deep
-@every_norm
-def test_a_decomposed_program_loads_without_this_package(norm, tmp_path):
-    layer = an.with_backend(an.LSTM(3, 4, norm=norm, window=3).eval(), "reference")
+@pytest.mark.parametrize(("cell", "norm"), [*zip(CELLS, NORMS, strict=True)])
+def test_a_decomposed_program_loads_without_this_package(cell, norm, tmp_path):
+    layer = an.with_backend(CELLS[cell](3, 4, norm=norm, window=3).eval(), "reference")
     path = save_program(layer, tmp_path / "layer.pt2")
     run_program(path, "torch", "'atn_norms' not in sys.modules")
 
 
 @feature(GROUP, "AOTInductor (`aoti_compile_and_package`)", "native", "`import atn_norms` before a package is loaded.")
 @deep
-@pytest.mark.parametrize("norm", ["layer", "batch", "TwoSided"])
-def test_a_compiled_package_has_the_same_numbers(norm, tmp_path, runs):
+@pytest.mark.parametrize(
+    ("cell", "norm"),
+    [("lstm", "layer"), ("gru", "batch"), ("rnn", "rms"), ("lstm", "TwoSided"), ("gru", "DynamicTanh")],
+)
+def test_a_compiled_package_has_the_same_numbers(cell, norm, tmp_path, runs):
     if shutil.which("g++") is None:
         pytest.skip("AOTInductor needs a C++ compiler: g++ is not installed")
     chosen = norm if norm in NORMS else GallerySpec(name=norm)
-    layer = an.LSTM(3, 4, norm=chosen, window=3).eval().requires_grad_(False)
+    layer = CELLS[cell](3, 4, norm=chosen, window=3).eval().requires_grad_(False)
     _, state = layer.unroll(batch(4, 2))
     runs.clear()
     packages = []

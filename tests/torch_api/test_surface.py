@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 import atn_norms as an
 from tests.compare import compare
 from tests.torch_api.features import feature
-from tests.torch_api.test_transforms import CELLS, every_layer
+from tests.torch_api.test_transforms import CELLS, NORMS, every_layer
 
 GROUP = "The interface of torch.nn"
 
@@ -31,6 +33,30 @@ def test_replicas_keep_their_own_weights(cell):
     assert (first._flat_weights[0] == 0).all() and (second._flat_weights[0] == 0.1).all()
     x = torch.randn(5, 2, 3)
     compare(first.forward(x)[0], replicas[0](x)[0], tolerance=0)
+
+
+@feature(GROUP, "calls of replicas in several threads", "native", "Torch's code without a norm.")
+@pytest.mark.parametrize("norm", [None, *NORMS])
+@every_layer
+def test_replicas_in_threads_do_not_disturb_each_other(cell, norm):
+    layer, x = CELLS[cell](3, 4, norm=norm, window=2 if norm else 1).eval(), torch.randn(5, 2, 3)
+    replicas = [layer._replicate_for_data_parallel() for _ in range(2)]
+    for scale, replica in enumerate(replicas, 1):
+        for name in layer._flat_weights_names:
+            setattr(replica, name, getattr(layer, name).detach() * scale)
+    expected = [replica(x)[0] for replica in replicas]
+    assert not torch.equal(*expected)
+
+    def disturbed(place):
+        return sum(not torch.equal(replicas[place](x)[0], expected[place]) for _ in range(200))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(disturbed, range(2))) == [0, 0]
+    finally:
+        sys.setswitchinterval(before)
 
 
 @every_layer
