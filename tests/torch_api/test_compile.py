@@ -151,7 +151,7 @@ DIMS: dict[str, Any] = {
 
 @feature(GROUP, "`torch.export` with dynamic length and batch", "native")
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=deep)])
-@pytest.mark.parametrize("dims", [pytest.param(name, marks=deep if name in ("rows", "steps") else ()) for name in DIMS])
+@pytest.mark.parametrize("dims", [pytest.param(name, marks=deep if name == "steps" else ()) for name in DIMS])
 @pytest.mark.parametrize("norm", ["layer", "batch", pytest.param("rms", marks=deep)])
 @pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "gru" else ()) for name in CELLS])
 def test_an_exported_layer_takes_every_shape(cell, norm, dims, strict):

@@ -159,7 +159,7 @@ class SitePlan(NamedTuple):
             blocks, many = (hidden + 31) // 32, min(hidden, 32)
         else:
             blocks = (batch + 15) // 16
-            many = (batch + blocks - 1) // blocks
+            many = (batch - 1) // blocks + 1  # rounded up, in a form that an exporter finds positive
         lanes = (many * self.groups + 7) // 8 * 8
         # Even an empty timeline is not NULL. The choice is static, since an exporter rejects dynamic ones.
         if not self.groups:
