@@ -1,7 +1,7 @@
 """Train, save and load real programs whose recurrent layers are replaced: `python .ci/programs.py`.
 
 Programs that are not installed are skipped and named. Install any of: sb3-contrib, accelerate, lightning, opacus,
-tensorboard.
+tensorboard, darts, neuralforecast, demucs. Some need environments of their own.
 """
 
 from __future__ import annotations
@@ -170,12 +170,108 @@ def tensorboard(folder: Path) -> None:
     assert any(b"recurrent" in file.read_bytes() for file in folder.glob("events*"))
 
 
+def darts(folder: Path) -> None:
+    """Fit RNNModel with a module whose layers are replaced when it is built, save it, and load it."""
+    from darts import TimeSeries
+    from darts.models import RNNModel
+
+    options: dict[str, Any] = {"input_chunk_length": 8, "training_length": 12, "hidden_dim": 6, "random_state": 0}
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False}
+    series = TimeSeries.from_values(wave().numpy())
+    model = RNNModel(model=normed_darts_module(), n_epochs=1, pl_trainer_kwargs=quiet, **options)
+    model.fit(series, epochs=1)
+    before = copies(an.norm_parameters(model.model))
+    model.fit(series, epochs=2)
+    assert_changed(an.norm_parameters(model.model), before)
+    model.save(str(folder / "model.pt"))
+    loaded = RNNModel.load(str(folder / "model.pt"), trusted=True)  # the class of the module is not darts' own
+    assert_equal(loaded.model.state_dict(), model.model.state_dict())
+    assert (loaded.predict(4, series=series).values() == model.predict(4, series=series).values()).all()
+
+
+def normed_darts_module() -> Any:
+    """Return the class of the module, as a global of this file so that pickle finds it."""
+    from darts.models.forecasting.rnn_model import _RNNModule
+
+    class NormedModule(_RNNModule):
+        def __init__(self, name: str = "LSTM", **options: Any) -> None:
+            super().__init__(name=name, **options)
+            an.replace(self, norm="layer", window=3)
+
+    return published(NormedModule)
+
+
+def published(cls: Any) -> Any:
+    """Make a class that is defined in a function a global of this file."""
+    cls.__qualname__ = cls.__name__
+    globals()[cls.__name__] = cls
+    return cls
+
+
+def wave() -> torch.Tensor:
+    """Return a sine of 60 steps."""
+    return torch.sin(torch.arange(60) / 4)
+
+
+def neuralforecast(folder: Path) -> None:
+    """Fit an LSTM forecaster whose layers are replaced when it is built, save it, and load it."""
+    import pandas as pd
+    from neuralforecast import NeuralForecast, core
+    from neuralforecast.models import LSTM
+
+    class NormedLSTM(LSTM):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            an.replace(self, norm="layer", window=3)
+
+    core.MODEL_FILENAME_DICT["normedlstm"] = published(NormedLSTM)  # the name in saved files
+    sizes = {"encoder_n_layers": 1, "encoder_hidden_size": 6, "decoder_hidden_size": 6}
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
+    model = NormedLSTM(h=4, input_size=8, max_steps=3, scaler_type="standard", random_seed=1, **sizes, **quiet)
+    before = copies(an.norm_parameters(model))
+    dates = pd.date_range("2020-01-01", periods=60, freq="D")
+    forecast = NeuralForecast(models=[model], freq="D")
+    forecast.fit(pd.DataFrame({"unique_id": "a", "ds": dates, "y": wave().numpy()}))
+    assert_changed(an.norm_parameters(forecast.models[0]), before)
+    forecast.save(str(folder), overwrite=True, save_dataset=True)
+    loaded = NeuralForecast.load(str(folder))
+    assert_equal(loaded.models[0].state_dict(), forecast.models[0].state_dict())
+    assert (loaded.predict().iloc[:, -1] == forecast.predict().iloc[:, -1]).all()
+
+
+def demucs(folder: Path) -> None:
+    """Train a small Demucs, whose bidirectional LSTM is replaced, save its weights, and load them."""
+    from demucs.demucs import Demucs
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        model = Demucs(["drums", "voice"], audio_channels=1, channels=4, depth=2, lstm_layers=2, dconv_mode=0)
+        return an.replace(model, norm="layer", window=3)
+
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters())
+    before = copies(an.norm_parameters(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 1, 2048)).square().mean().backward()
+        optimizer.step()
+    assert_changed(an.norm_parameters(model), before)
+    torch.save(model.state_dict(), folder / "model.pt")
+    other = make()
+    other.load_state_dict(torch.load(folder / "model.pt"))
+    x = torch.randn(1, 1, 2048)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
 PROGRAMS: dict[str, Callable[[Path], None]] = {
     "sb3_contrib": recurrent_ppo,
     "accelerate": accelerate,
     "lightning": lightning,
     "opacus": opacus,
     "tensorboard": tensorboard,
+    "darts": darts,
+    "neuralforecast": neuralforecast,
+    "demucs": demucs,
 }
 
 
