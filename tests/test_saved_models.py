@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from atn_norms import files
 from atn_norms.ablation import TrainSpec, create, load, run
@@ -13,6 +14,7 @@ from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import TaskFacts
 from atn_norms.errors import SpecError
 from atn_norms.layers import io, structure
+from atn_norms.tasks import SeriesSpec
 from tests.recorded import METRIC
 from tests.recorded import study as recorded
 
@@ -154,6 +156,23 @@ def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypat
     trial = record.best()
     assert trial.folder is not None and not io.constructs(trial.folder / "model.safetensors")
     assert scored_again(trial) == (trial.result or {})["metrics"]["test"]
+
+
+def test_the_scaling_of_the_data_is_saved_with_the_model(tmp_path):
+    file = tmp_path / "load.csv"
+    file.write_text("load,heat\n" + "".join(f"{row % 7},{'' if row == 3 else row}\n" for row in range(60)))
+    options = {"kind": "series", "file": str(file), "targets": ["load"], "covariates": ["heat"], "context": 4}
+    study = STUDY | {"task": options, "axes": {"norm": ["layer"]}, "seeds": 1}
+    (trial,) = run(create(study, tmp_path / "study"), workers=0).trials
+    task = SeriesSpec(**options).build(0)
+    file.unlink()
+    assert trial.preprocessing == {"scaling": {k: list(v) for k, v in task.scaling.items()}, "masks": ["heat"]}
+    with torch.no_grad():
+        assert trial.model()(task.batch(0, 5).inputs)[0].shape == (4, 5, 1, 1)
+
+
+def test_a_task_without_preprocessing_saves_none(finished):
+    assert finished.trials[0].preprocessing == {}
 
 
 def test_keep_model_is_not_part_of_the_identity():

@@ -114,10 +114,18 @@ def test_scaling_standardizes_new_sequences_and_numbers(tmp_path):
     task = numbered(tmp_path).build(0)
     mean, deviation = torch.tensor(list(task.scaling.values()), dtype=torch.float64).T
     assert [*task.scaling] == ["feature 0", "feature 1"]
+    scaling = {name: list(pair) for name, pair in task.scaling.items()}
+    assert task.preprocessing == {"scaling": scaling, "masks": [], "label_scaling": list(task.label_scaling)}
     for row in range(30):
         compare(((torch.from_numpy(values(row)) - mean) / deviation).float(), task.inputs[row], tolerance=1e-6)
         middle, scale = task.label_scaling
         assert middle + scale * task.targets[row].item() == pytest.approx(10 * values(row)[0, 0], abs=1e-4)
+
+
+def test_classes_and_masks_are_saved_for_new_sequences(folder):
+    write(folder / "a" / "00.npy", np.array([[np.nan, 1.0], [2.0, 3.0]]))
+    task = SequencesSpec(path=str(folder)).build(0)
+    assert task.preprocessing["classes"] == ["a", "b", "c"] and task.preprocessing["masks"] == ["x0"]
 
 
 def test_an_epoch_shows_every_sequence_once_in_batches_of_similar_lengths(folder):

@@ -45,6 +45,7 @@ class _Description(_Every):
     aliases: dict[str, str]
     frozen: list[str]
     sha256: str
+    preprocessing: dict[str, Any] = Field(default_factory=dict)
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -125,8 +126,13 @@ def _loaded(file: Path, description: dict[str, Any], tensors: dict[str, Tensor],
     return built
 
 
-def to_bytes(module: nn.Module) -> bytes:
-    """Return the content of the file that `save` writes."""
+def preprocessing_of(content: bytes, file: Path) -> dict[str, Any]:
+    """Return the `preprocessing` in the content of a file. Errors: as `load`."""
+    return _parse(file, content)[0].get("preprocessing", {})
+
+
+def to_bytes(module: nn.Module, preprocessing: Mapping[str, Any] | None = None) -> bytes:
+    """Return the content of the file that `save` writes, with the `preprocessing` of the module's inputs, if any."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
     tensors, aliases = _tensors(module)
@@ -141,6 +147,8 @@ def to_bytes(module: nn.Module) -> bytes:
         "aliases": aliases,
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
     }
+    if preprocessing:
+        description["preprocessing"] = dict(preprocessing)
     data = _data(_serialized(tensors, {}))
     description["sha256"] = hashlib.sha256(data).hexdigest()
     return _serialized(tensors, {KEY: json.dumps(description, sort_keys=True)})

@@ -87,6 +87,7 @@ class Task(ABC):
     | `metric_per_loss` | units of the metric per unit of `loss`, for `in_metric` |
     | `baselines` | scores of trivial predictors on the test split: name -> value of the metric |
     | `notes` | sentences about the data, such as the number of missing values |
+    | `preprocessing` | what a program needs to use a trained model on new data, such as the scaling of columns, as JSON; saved with the model |
 
     Everything is a pure function of the options, the seed and the arguments: `batch(step, size)` gives the same batch
     at every call, so that a killed trial resumes bit for bit.
@@ -100,6 +101,7 @@ class Task(ABC):
     metric_per_loss: float = 1.0
     baselines: dict[str, float]
     notes: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = {}
 
     def in_metric(self, loss: float) -> float:
         """Convert a mean training loss to units of the metric, for the training curve."""

@@ -111,10 +111,11 @@ class Sequences(Task):
     | targets | classes (int64), or standardized numbers | `[B]` |
     | lengths | steps of each sequence, if they differ | `[B]` |
 
-    Means and deviations are those of the training sequences: `scaling` maps each feature to both, for new data, and
-    `label_scaling` holds those of the numbers. A training batch has sequences of similar lengths: each
-    epoch draws an order, sorts every 16 batches by length, and draws the order of the batches. A missing input is 0.
-    The loss of a regression is the metric, up to a constant factor.
+    Means and deviations are those of the training sequences: `scaling` maps each feature to both, and `label_scaling`
+    holds those of the numbers. `preprocessing` holds them for new data, with the `classes`, and the features that have
+    a mask column (`masks`). A training batch has sequences of similar lengths: each epoch draws an order, sorts every
+    16 batches by length, and draws the order of the batches. A missing input is 0. The loss of a regression is the
+    metric, up to a constant factor.
 
     Baselines, on the test split: `majority class`, the most frequent training class; or `training mean` of numbers.
 
@@ -139,6 +140,7 @@ class Sequences(Task):
         self.metric = spec.metric or (CLASSES if spec.mode == "classify" else NUMBERS)[0]
         if spec.mode == "classify":
             self.goal = "max"
+            self.preprocessing = {**self.preprocessing, "classes": list(self.classes)}
             self.targets = torch.tensor([self.classes.index(label) for label in labels])
             self.baselines = {"majority class": self._majority()}
         else:
@@ -218,6 +220,9 @@ class Sequences(Task):
         mean, deviation = moments(train)
         self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         flagged = torch.stack([each.isnan().any(0) for each in values]).any(0)
+        scaling = {name: list(pair) for name, pair in self.scaling.items()}
+        masks = [name for name, absent in zip(names, flagged.tolist(), strict=True) if absent]
+        self.preprocessing = {"scaling": scaling, "masks": masks}
         return [masked((each - mean) / deviation, flagged) for each in values]
 
     def _scale_numbers(self, numbers: Tensor) -> None:
@@ -227,6 +232,7 @@ class Sequences(Task):
             raise fault("label_column", self.spec.path, got, "numbers that differ")
         mean, deviation = moments(known.unsqueeze(1))
         self.label_scaling = mean.item(), deviation.item()
+        self.preprocessing = {**self.preprocessing, "label_scaling": list(self.label_scaling)}
         self.deviation = deviation.item()
         self.targets = ((numbers - mean) / deviation).to(torch.get_default_dtype())
         self.metric_per_loss = self.deviation ** (2 if self.metric == "MSE" else 1)

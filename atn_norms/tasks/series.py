@@ -136,8 +136,9 @@ class Series(Task):
 
     The rows are split in time order. A window belongs to the split that holds its target steps; its input steps may
     reach into the split before. Means and deviations are those of the training rows. A forecast is the last observed
-    value plus the output of the read-out. `scaling` maps each column to its mean and deviation, for new data. A missing value is 0 as an input, and a missing target is left out of losses
-    and scores. The loss is the metric, up to a constant factor.
+    value plus the output of the read-out. `scaling` maps each column to its mean and deviation. `preprocessing` holds
+    them for new data, and the columns that have a mask column (`masks`). A missing value is 0 as an input, and a
+    missing target is left out of losses and scores. The loss is the metric, up to a constant factor.
 
     Baselines, on the test split: `training mean`; of a forecast also `last value`, the last observed one, and
     `seasonal`, the values of the last whole season.
@@ -266,6 +267,12 @@ class Series(Task):
         self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         past, future = scaled.split((scaled.shape[1] - len(spec.known), len(spec.known)), 1)
         history = past if spec.mode == "forecast" else past[:, count:]
+        missing = [name for name, absent in zip(names, scaled.isnan().any(0).tolist(), strict=True) if absent]
+        used = names[count:] if spec.mode == "regress" else names
+        self.preprocessing = {
+            "scaling": {name: list(pair) for name, pair in self.scaling.items()},
+            "masks": [name for name in missing if name in used],
+        }
         self.inputs = masked(history, history.isnan().any(0))
         if spec.known:
             ahead = masked(future, future.isnan().any(0))

@@ -148,7 +148,7 @@ class Trainer:
         if (which := keeps_model(self.train)) == "none":
             return None
         with self._weights(which), self._renewed_populations():
-            return to_bytes(self.model.eval())
+            return to_bytes(self.model.eval(), self.task.preprocessing)
 
     @contextmanager
     def _weights(self, which: str) -> Iterator[None]:

@@ -121,9 +121,25 @@ class TrialRecord:
         Errors: `SpecError` where no model was saved; `StoreError` where the file is a link or too large; the errors of
         `atn_norms.load`.
         """
+        from atn_norms.layers.io import from_bytes
+
+        content, path = self._saved()
+        return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._untrained)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What a program needs to use the trained model on new data, saved with the model: see the task.
+
+        Errors: as `model`.
+        """
+        from atn_norms.layers.io import preprocessing_of
+
+        return preprocessing_of(*self._saved())
+
+    def _saved(self) -> tuple[bytes, Path]:
+        """Return the content and the path of `model.safetensors`."""
         from atn_norms.ablation.store.files import Folder
         from atn_norms.files import most_bytes
-        from atn_norms.layers.io import from_bytes
 
         path = (self.folder or Path(self.id)) / MODEL
         # STUDY/trials/ID, where neither of the last two may be a link
@@ -132,8 +148,7 @@ class TrialRecord:
             kept = self.trial.get("train", {}).get("keep_model")
             why = "train.keep_model is none" if kept == "none" else f"The trial is {self.status}"
             raise SpecError(position=str(path), got="no model", expected="a saved model", detail=f"{why}.")
-        content = folder.read(MODEL, most_bytes())
-        return from_bytes(content, path, model, None if self.trial["task"].get("kind") == "python" else self._untrained)
+        return folder.read(MODEL, most_bytes()), path
 
     def _untrained(self) -> nn.Module:
         """Build an untrained model of this trial by its task."""
