@@ -128,7 +128,7 @@ class TrialRecord:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What a program needs to use the trained model on new data, saved with the model: see the task.
+        """Return what a program needs to use the trained model on new data, saved with the model: see the task.
 
         Errors: as `model`.
         """
