@@ -292,7 +292,7 @@ def test_options_that_a_study_cannot_store_are_rejected_when_the_plugin_loads(op
 
 STORABLE = [
     "mode: Literal['a', 1, None] = 'a'",
-    "mode: Annotated[Mode, BeforeValidator(Mode), PlainSerializer(lambda mode: mode.value)] = Mode.A",
+    "mode: Annotated[Mode, BeforeValidator(lambda m: Mode(m)), PlainSerializer(lambda m: m.value)] = Mode.A",
     "sizes: tuple[tuple[int, ...], ...] = ((1,),)",
     "named: dict[str, list[float]] = {'a': [1.0]}",
     "inner: Optional[NormSpec] = None",
