@@ -21,6 +21,11 @@ LONG_FILES = [
     *(f"tests/faults/test_{name}.py" for name in ("hostile", "kills", "programs", "zombies")),
     "tests/plugins",
     "tests/test_engine.py",
+    "tests/torch_api/test_distributed.py",
+    *(
+        f"tests/torch_api/test_compile.py::test_{name}"
+        for name in ("a_saved_program_loads_after_an_import_of_the_package", "a_compiled_package_has_the_same_numbers")
+    ),
 ]
 
 nox.options.sessions = ["lint", "types", "tests", "docs"]

@@ -27,7 +27,8 @@ The last column lists the parameters of the test, which runs small layers on the
 one or two examples. The conformance tests of {doc}`conformance` compare all cells, norms and windows in plain calls.
 The tests run with torch 2.13, the lowest version that the package allows, and were run with torch 2.14.1 too.
 
-{doc}`layers` has the recipes: optimizers, weight decay, checkpoints, mixed precision, export.
+{doc}`layers` has the recipes: optimizers, weight decay, checkpoints, mixed precision, export. {doc}`performance` has
+the times of per-sample gradients and of compilation.
 
 A layer without a norm is torch's, so the last section, *Limits of torch.nn*, holds for it too unless a row above or its
 note has another result.
