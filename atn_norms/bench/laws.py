@@ -118,7 +118,7 @@ def _outcome(layer: Recurrent, xs: Tensor, start: Tree, lengths: Tensor | None) 
     ((carried, norms),), *_ = start
     starts = {f"the starting state {i}": leaf for i, leaf in enumerate(carried)}
     for site, memory in zip(layer.cell.sites, norms, strict=True):
-        if memory:
+        if memory and memory[1]:  # a stateless normalizer has an index alone
             starts |= {f"the starting window {i} at {site}": leaf for i, leaf in enumerate(memory[1][1])}
     for leaf in starts.values():
         leaf.requires_grad_()
@@ -166,7 +166,7 @@ def _filled(state: Tree, batch: int) -> Tree:
     """Return a state in mid-sequence: every window is full of random statistics."""
 
     def memory_of(memory: Any) -> Any:
-        if not memory:
+        if not memory or not memory[1]:
             return memory
         index, (weights, leaves) = memory
         seen = tree_map(lambda leaf: _rounded(0.5 + torch.rand_like(leaf)), leaves)

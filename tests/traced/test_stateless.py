@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import atn_norms as an
+from atn_norms.bench import Case, Size
+from atn_norms.bench.laws import broken_law
 from atn_norms.registry import registry
 from atn_norms.statistics import NoStatistic
 from atn_norms.testing.checks import check_normalizer
@@ -73,15 +75,24 @@ def test_it_passes_every_applicable_law():
     assert len(stateless) == 6
 
 
-def test_a_study_trains_it_once_for_all_windows():
+@pytest.fixture
+def registered():
+    """Register the normalizers of the gallery for one test."""
     registry.load()
     known = {
         family: {kind: list(entries) for kind, entries in kinds.items()} for family, kinds in registry._claims.items()
     }
     registry.normalizer(GallerySpec)
-    try:
-        norms = [{"kind": "gallery", "name": name} for name in ("DynamicTanh", "L1")]
-        study = plan(axes={"norm": norms, "window": [1, 25, "cumulative"]})
-    finally:
-        registry._claims = known
+    yield
+    registry._claims = known
+
+
+def test_a_study_trains_it_once_for_all_windows(registered):
+    norms = [{"kind": "gallery", "name": name} for name in ("DynamicTanh", "L1")]
+    study = plan(axes={"norm": norms, "window": [1, 25, "cumulative"]})
     assert [len(trial.points) for trial in study.trials] == [3, 1, 1, 1]
+
+
+def test_bench_compares_it_with_the_reference(registered):
+    case = Case("lstm", '{"kind": "gallery", "name": "DynamicTanh"}', Size(2, 5, 3, 6), 1, "training", "float32")
+    assert broken_law(case, "native", 3) is None
