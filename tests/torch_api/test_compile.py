@@ -241,6 +241,7 @@ def test_a_decomposed_program_loads_without_this_package(cell, norm, tmp_path):
 
 @feature(GROUP, "AOTInductor (`aoti_compile_and_package`)", "native", "`import atn_norms` before a package is loaded.")
 @deep
+@pytest.mark.timeout(900)  # the C++ compiler runs twice
 @pytest.mark.parametrize(
     ("cell", "norm"),
     [("lstm", "layer"), ("gru", "batch"), ("rnn", "rms"), ("lstm", "TwoSided"), ("gru", "DynamicTanh")],
