@@ -159,7 +159,8 @@ def _native(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
         return [_native(each) for each in value]
     numpy: Any = sys.modules.get("numpy")
-    return value.tolist() if numpy is not None and isinstance(value, numpy.ndarray | numpy.number) else value
+    array: Any = value
+    return array.tolist() if numpy is not None and isinstance(value, numpy.ndarray | numpy.number) else value
 
 
 def _refuse_what_is_not_json(data: Any) -> Any:
