@@ -185,7 +185,7 @@ def test_a_file_above_the_limit_or_of_an_impossible_name_is_rejected(tmp_path, m
     (tmp_path / "load.csv").write_text("a\n1\n")
     with pytest.raises(SpecError, match=r"load.csv \(a file of more than 3 bytes\)"):
         content(tmp_path / "load.csv", "file")
-    with pytest.raises(SpecError, match=r"\(embedded null byte\); expected a readable file"):
+    with pytest.raises(SpecError, match=r"\(embedded null (byte|character in path)\); expected a readable file"):
         content(tmp_path / "a\0b", "file")
 
 

@@ -18,6 +18,7 @@ from atn_norms.pytree import tree_leaves
 from atn_norms.tasks import AddingSpec, CharLMSpec, Model, language
 from atn_norms.tasks.corpora import read
 from tests.compare import compare
+from tests.test_languages import Unigram
 
 
 @pytest.fixture
@@ -201,18 +202,6 @@ def test_shares_that_leave_nothing_to_train_on_are_rejected(text, tmp_path):
         CharLMSpec(text=text, validation=0.5, test=0.6)
     with pytest.raises(ValueError, match="a folder with its own splits"):
         CharLMSpec(text=str(tmp_path), validation=0.1)
-
-
-class Unigram(Model):
-    """Model that predicts the training frequencies; its state counts its calls."""
-
-    def __init__(self, task):
-        super().__init__(nn.Identity(), None, nn.Identity())
-        counts = torch.bincount(task.train, minlength=len(task.vocabulary)).double() + 1
-        self.logits = (counts / counts.sum()).log()
-
-    def features(self, inputs, state=None):
-        return self.logits.expand(*inputs.shape, -1), (torch.zeros(1),)
 
 
 @pytest.mark.parametrize("streams", [1, 7, 50, 99])
