@@ -112,8 +112,8 @@ def test_an_expected_failure_that_passes_fails():
     ("expected", "message"),
     [
         (
-            {"rows_meet_only_as_declard": WHY},
-            "unknown law 'rows_meet_only_as_declard'.*did you mean 'rows_meet_only_as_",
+            {"rows_are_independent_unless_declard": WHY},
+            "unknown law 'rows_are_independent_unless_declard'.*did you mean 'rows_are_independent_unless_",
         ),
         ({"batches_are_pure": WHY}, "unknown law '?batches_are_pure'"),
         ({"shapes_are_kept": ""}, "shapes_are_kept: got ''; expected a sentence"),

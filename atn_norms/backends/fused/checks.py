@@ -40,18 +40,19 @@ def check_inputs(plan: Plan, inputs: Inputs, device: torch.device) -> None:
         raise RuntimeError(
             f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
         )
-    (steps, batch, features), (wide, output), dtype = xs.shape, weight_hh.shape, weight_hh.dtype
-    hidden = wide // plan.gates
-    plan.check(hidden)
     if (weight_hr is None) == plan.projected:
         raise RuntimeError(f"weight_hr: got {'none' if plan.projected else 'one'}; expected it with a projection only")
+    if weight_hr is not None and weight_hr.ndim != 2:
+        raise RuntimeError(f"weight_hr: got shape {list(weight_hr.shape)}; expected 2 axes")
+    (steps, batch, features), output, dtype = xs.shape, weight_hh.shape[1], weight_hh.dtype
+    hidden = inputs.hidden
+    plan.check(hidden)
     if min(steps, batch, features, hidden, output) < 1 or dtype not in (torch.float32, DOUBLE):
         sizes = [steps, batch, features, hidden, output]
         raise ValueError(f"plan: got sizes {sizes} of {dtype}; expected positive sizes of float32 or float64")
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError("bias_hh: got one of two biases; expected both or none")
     wide, rows = plan.gates * hidden, (batch, hidden)
-    output = output if plan.projected else hidden
     expected = [
         ("x", xs, (steps, batch, features), dtype),
         ("weight_ih", weight_ih, (wide, features), dtype),

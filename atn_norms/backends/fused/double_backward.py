@@ -207,7 +207,7 @@ def _run(plan: Plan, inputs: Inputs) -> list[Tensor]:
 
 
 def _cell(plan: Plan, inputs: Inputs) -> Cell:
-    hidden = inputs.weight_hh.shape[0] // plan.gates
+    hidden = inputs.hidden
     joint: Any = "joint" if plan.joint else "separate"
     placement = Placement(sum=joint, carry="normed" if plan.normed_carry else "raw")
     if plan.is_lstm:

@@ -49,6 +49,11 @@ class Inputs(NamedTuple):
         return flat
 
     @property
+    def hidden(self) -> int:
+        """Return H."""
+        return (self.weight_hh if self.weight_hr is None else self.weight_hr).shape[-1]
+
+    @property
     def arguments(self) -> list[Any]:
         """Return the arguments of an operator: None for an empty sequence, which AOTInductor cannot pass."""
         fields: Sequence[Any] = list(self)

@@ -12,7 +12,7 @@ from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.modes import empty_like
-from atn_norms.backends.native.layout import fits, hidden_of, kept_shapes, with_layout
+from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
 from atn_norms.backends.native.library import CallArgs, load, word
 
 MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
@@ -68,7 +68,7 @@ class Kernels:
         states = [shape for site in plan.sites for shape in site.shapes(batch)]
         pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
         return _allocate(
-            inputs, states, pooled, kept_shapes(plan, (steps, batch, features, hidden_of(plan, inputs))) if keep else []
+            inputs, states, pooled, kept_shapes(plan, (steps, batch, features, inputs.hidden)) if keep else []
         )
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:

@@ -138,8 +138,7 @@ def layout_of(plan: Plan, inputs: Inputs) -> Layout:
             f"x: got shape {list(xs.shape)} and weight_hh {list(weight_hh.shape)}; expected 3 and 2 axes"
         )
     biases = (inputs.bias_ih is not None) + (inputs.bias_hh is not None)
-    hidden = hidden_of(plan, inputs)
-    sizes = (*xs.shape, hidden, weight_hh.shape[1] if plan.projected else hidden)
+    sizes = (*xs.shape, inputs.hidden, weight_hh.shape[1])
     return _layout(plan, weight_hh.dtype, sizes, biases, bool(inputs.states), inputs.lengths is not None)
 
 
@@ -165,11 +164,6 @@ def _lengths_fit(inputs: Inputs) -> bool:
         return True
     least, most = torch.aminmax(inputs.lengths)
     return 0 <= int(least) and int(most) <= inputs.xs.shape[0]
-
-
-def hidden_of(plan: Plan, inputs: Inputs) -> int:
-    """Return the number of hidden units."""
-    return inputs.weight_hh.shape[0] // plan.gates
 
 
 def kept_shapes(plan: Plan, sizes: tuple[int, int, int, int]) -> list[tuple[int, ...]]:
