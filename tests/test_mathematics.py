@@ -1,7 +1,7 @@
 """Every formula of docs/mathematics.md, verified in float64 against the definition.
 
-The definition is implemented here once, by stacking the window's pre-activations. The package itself is used only for
-properties of a whole layer or of another method.
+The definition is that of `tests.oracle`. The package itself is used only for properties of a whole layer or of another
+method.
 """
 
 import math
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import atn_norms as an
+from tests import oracle
 
 EPS = 1e-5
 EXACT = 1e-12  # a few hundred float64 roundings (1.1e-16 each) on quantities of order 1
@@ -24,36 +25,16 @@ def window(t: int, k: int) -> range:
     return range(max(0, t + 1 - k), t + 1)
 
 
-def layer(a: torch.Tensor, k: int, eps: float = EPS) -> torch.Tensor:
-    """a [T, D] (or [T, ..., D]); the pooled mean and biased variance of the last k steps' features normalize step t."""
-    rows = []
-    for t in range(len(a)):
-        stacked = torch.stack([a[s] for s in window(t, k)])
-        mean = stacked.mean(dim=(0, -1), keepdim=True)[0]
-        var = (stacked - mean).square().mean(dim=(0, -1), keepdim=True)[0]
-        rows.append((a[t] - mean) / torch.sqrt(var + eps))
-    return torch.stack(rows)
+def normalized(base: str) -> Callable[..., torch.Tensor]:
+    """Return the definition of a normalizer over the last k steps, for a [T, D] or [T, B, D]."""
+
+    def norm(a: torch.Tensor, k: int, eps: float = EPS) -> torch.Tensor:
+        return oracle.normalized(base, ("sliding", k), a.reshape(len(a), -1, a.shape[-1]), eps=eps).reshape(a.shape)
+
+    return norm
 
 
-def rms(a: torch.Tensor, k: int, eps: float = EPS) -> torch.Tensor:
-    rows = []
-    for t in range(len(a)):
-        square = torch.stack([a[s] for s in window(t, k)]).square().mean(dim=(0, -1), keepdim=True)[0]
-        rows.append(a[t] / torch.sqrt(square + eps))
-    return torch.stack(rows)
-
-
-def batch(a: torch.Tensor, k: int, eps: float = EPS) -> torch.Tensor:
-    """a [T, B, D]; per feature, over the batch and the window."""
-    rows = []
-    for t in range(len(a)):
-        stacked = torch.stack([a[s] for s in window(t, k)])
-        mean = stacked.mean(dim=(0, 1))
-        var = (stacked - mean).square().mean(dim=(0, 1))
-        rows.append((a[t] - mean) / torch.sqrt(var + eps))
-    return torch.stack(rows)
-
-
+layer, rms, batch = map(normalized, ("layer", "rms", "batch"))
 NORMS = {"layer": layer, "rms": rms, "batch": batch}
 
 
