@@ -244,7 +244,8 @@ class MinimalSpec(an.CellSpec):
 
 def test_a_cell_without_a_recurrent_product_runs():
     options = {"cell": MinimalSpec(), "input_size": 2, "hidden_size": 3, "norm": "layer", "window": 3}
-    layer, xs = an.build(options, dtype=torch.float64), torch.randn(7, 4, 2, dtype=torch.float64)
+    layer: Any = an.build(options, dtype=torch.float64)
+    xs = torch.randn(7, 4, 2, dtype=torch.float64)
     u, _ = an.AssortedTime(layer.norm_ih_l0, window=3).scan(xs @ layer.weight_ih_l0.T + layer.bias_ih_l0)
     h, expected = torch.zeros(4, 3, dtype=torch.float64), []
     for z, new in (step.chunk(2, -1) for step in u):
