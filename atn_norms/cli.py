@@ -150,8 +150,8 @@ def _sentence(error: Exception) -> str:
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
         return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
-    if isinstance(error, SpecError | OSError) or type(error) is ValueError:
+    if str(error) and (isinstance(error, SpecError | OSError) or type(error) is ValueError):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    summary = " ".join(f"{type(error).__name__}: {error}".split())
+    summary = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
     return f"{summary} ({last.filename}:{last.lineno}, in {last.name}); --debug shows the traceback"

@@ -16,7 +16,7 @@ import atn_norms
 from atn_norms.ablation import create
 from atn_norms.ablation.grid import presets
 from atn_norms.ablation.store.folder import StudyFolder
-from atn_norms.cli import COMMANDS, main
+from atn_norms.cli import COMMANDS, _sentence, main
 from atn_norms.specs import read
 from tests.waiting import PATIENCE, until
 
@@ -780,3 +780,11 @@ def test_check_names_required_options_and_accepts_expected_failures(capsys):
     assert "unknown law 'x'" in error_of(capsys, "check", "rms", "--expect-failure", "x=because")
     out = printed(capsys, "check", "adding", "--expect-failure", f"{law}=to see", code=1)
     assert re.search(rf"{law} +failed +expected to fail \(to see\)", out)
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), KeyError(), OSError(), ValueError()])
+def test_an_error_without_text_is_named_with_its_place(error):
+    with pytest.raises(type(error)) as caught:
+        raise error
+    place = rf"\(.*test_cli\.py:\d+, in {test_an_error_without_text_is_named_with_its_place.__name__}\)"
+    assert re.fullmatch(rf"{type(error).__name__} {place}; --debug shows the traceback", _sentence(caught.value))

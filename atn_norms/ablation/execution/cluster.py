@@ -27,7 +27,7 @@ KEPT = "Finished trials are kept."
 POLL = 0.5  # seconds between reads of the store
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 DESERTED = 600.0  # seconds to wait for a worker after the last one has left
-PATIENCE = 30.0  # seconds for the scheduler to answer
+PATIENCE = 120.0  # seconds for the scheduler to answer; on a busy machine it may be slow
 ENCRYPTED = ("tls://", "wss://", "inproc://")  # inproc: within this process
 STARTS = 3  # attempts to start the local processes
 PING = 10.0  # seconds for a silent worker to answer
@@ -51,8 +51,9 @@ def run_with_dask(store: StudyFolder, progress: Progress, workers: int, schedule
             raise SpecError("scheduler", "a lost connection", "a running Dask scheduler", detail=KEPT) from error
         finally:
             progress.hold.end()  # stops the workers of every machine within a second
-            if client.status == "running":
-                client.cancel(list(dispatcher.running))
+            with contextlib.suppress(TimeoutError):  # it would hide the reason for the end
+                if client.status == "running":
+                    client.cancel(list(dispatcher.running))
 
 
 class Dispatcher:
