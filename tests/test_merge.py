@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atn_norms.ablation import merge
+from atn_norms.ablation import merge, report
 from atn_norms.ablation.report.csv_export import points_csv, results_csv
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.store.files import StoreError
@@ -99,7 +99,33 @@ def test_name_seeds_and_level_may_differ():
     assert merge({"a": whole, "b": other}) == whole
 
 
-def test_other_notes_about_the_data_are_refused():
-    noted = replace(whole, tasks={label: replace(facts, notes=["7 missing"]) for label, facts in whole.tasks.items()})
-    with pytest.raises(SpecError, match=r"b: task notes\.adding: got \['7 missing'\]; expected \[\], as in a"):
-        merge({"a": whole, "b": noted})
+@pytest.mark.parametrize(
+    ("hashes", "message"),
+    [
+        ({"data": {"text": "sha256:b"}}, r"window=1\.data\.text: got 'sha256:b'; expected nothing, as in a"),
+        (
+            {"plugins": {"p": {"version": "2", "source": "b"}}},
+            r"window=1\.plugins\.p: got {'version': '2'.*expected nothing",
+        ),
+    ],
+)
+def test_other_data_and_plugins_are_refused(hashes, message):
+    """Trials of other seeds have other identifiers, so these do not show the difference."""
+    trials = tuple(replace(trial, trial={**trial.trial, **hashes}) for trial in only(whole, {1}).trials)
+    with pytest.raises(SpecError, match=message):
+        merge({"a": only(whole, {0}), "b": replace(only(whole, {1}), trials=trials)})
+
+
+def test_two_trials_of_one_point_and_seed_are_refused():
+    trials = tuple(replace(trial, id=f"other-{trial.id}") for trial in whole.trials)
+    with pytest.raises(StoreError, match=r"two trials, adding-none-1-25-0 and other-adding-none-1-25-0, for .* seed 0"):
+        merge({"a": whole, "b": replace(whole, trials=trials)})
+
+
+def test_a_published_report_keeps_the_hashes_of_plugins_and_data(tmp_path):
+    hashes = {"data": {"text": "sha256:b"}, "plugins": {"p": {"version": "2", "source": "b"}}}
+    part = only(whole, {0})
+    part = replace(part, trials=tuple(replace(trial, trial={**trial.trial, **hashes}) for trial in part.trials))
+    report.write(report.findings(part), tmp_path / "published", formats=[])
+    published = report.read(tmp_path / "published")
+    assert all({key: trial.trial[key] for key in hashes} == hashes for trial in published.trials)

@@ -16,6 +16,7 @@ from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 FILE = "study.json"
 _KEPT = ("steps", "keep")  # training options that a report reads
+_HASHES = ("data", "plugins")
 _NUMBERS = ("seconds", "attempts")
 
 
@@ -26,7 +27,7 @@ def study_json(record: StudyRecord) -> str:
             "id": trial.id,
             "points": list(trial.points),
             "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
-            **({"data": trial.trial["data"]} if trial.trial.get("data") else {}),
+            **{key: trial.trial[key] for key in _HASHES if trial.trial.get(key)},
             **({"versions": versions} if (versions := (trial.run or {}).get("versions")) else {}),
         }
         for trial in record.trials
@@ -104,7 +105,7 @@ def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, An
     seed = int(line["seed"])
     return TrialRecord(
         id=entry["id"],
-        trial={"seed": seed, "train": entry["train"], "data": entry.get("data", {})},
+        trial={"seed": seed, "train": entry["train"], **{key: entry.get(key, {}) for key in _HASHES}},
         points=tuple(entry["points"]),
         seed=seed,
         status=status,  # type: ignore[arg-type]

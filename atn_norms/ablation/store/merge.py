@@ -27,29 +27,45 @@ def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
     if not others:
         return start
     for name, record in others:
-        _require_same(first, start, name, record)
+        _require_same(first, _compared(start), name, _compared(record))
     found: dict[str, tuple[str, TrialRecord]] = {}
     for name, record in records.items():
         for trial in record.trials:
             found[trial.id] = _further(*found.get(trial.id, (name, trial)), name, trial)
     trials = tuple(sorted((trial for _, trial in found.values()), key=lambda trial: trial.seed))
+    _refuse_two_ids(trials)
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     count = len(seeds)
     study = {**start.study, "seeds": count if seeds == list(range(count)) else seeds}
     return replace(start, study=study, trials=trials)
 
 
-def _require_same(first: str, start: StudyRecord, name: str, record: StudyRecord) -> None:
-    ours, theirs = _compared(start), _compared(record)
-    for path in _differing(ours, theirs):
+def _require_same(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:
+    for path in _differing(ours, theirs)[:1]:
         got, expected = (_at(each, path) for each in (theirs, ours))
         detail = "Folders can be merged if their studies differ in nothing but the seeds."
         raise SpecError(path, got, f"{expected}, as in {first}", position=name, detail=detail)
 
 
 def _compared(record: StudyRecord) -> dict[str, Any]:
+    """Return what must be equal: the study, and the hashes of the data, code and plugins of each point."""
     kept = {key: value for key, value in record.study.items() if key not in _FREE}
-    return {**kept, "task notes": {label: list(facts.notes) for label, facts in record.tasks.items()}}
+    hashes = {
+        ", ".join(f"{key}={value}" for key, value in trial.points[0].items()): {
+            key: trial.trial.get(key, {}) for key in ("data", "plugins")
+        }
+        for trial in record.trials
+    }
+    return {**kept, "trials": hashes}
+
+
+def _refuse_two_ids(trials: Sequence[TrialRecord]) -> None:
+    """Raise `StoreError` where two trials are the same point at the same seed, such as of two versions."""
+    known: dict[Any, str] = {}
+    for trial in trials:
+        other = known.setdefault((tuple(trial.points[0].items()), trial.seed), trial.id)
+        if other != trial.id:
+            raise StoreError(f"two trials, {other} and {trial.id}, for {trial.points[0]} at seed {trial.seed}")
 
 
 def _differing(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
