@@ -20,7 +20,9 @@ NO_TESTS = 5  # pytest's exit code where no test is selected
 LONG_FILES = [
     *(f"tests/faults/test_{name}.py" for name in ("hostile", "kills", "programs", "zombies")),
     "tests/plugins",
-    "tests/test_engine.py",
+    *(f"tests/test_{name}.py" for name in ("cli", "engine", "function", "interface")),
+    "tests/test_export.py::test_compiled_files_equal_unroll_without_this_package",
+    "tests/test_export.py::test_a_long_sequence_is_not_optimized_by_the_exporter",
     "tests/torch_api/test_distributed.py",
     "tests/torch_api/test_compile.py::test_a_saved_program_loads_after_an_import_of_the_package",
     "tests/torch_api/test_compile.py::test_a_compiled_package_has_the_same_numbers[lstm-layer]",

@@ -475,6 +475,7 @@ def atn_norms_register(registry):
 '''
 
 
+@pytest.mark.deep
 def test_a_plugin_that_raises_gives_one_message_or_a_failed_trial(folder):
     site = folder / "site"
     (site / "fragile-1.0.dist-info").mkdir(parents=True)
@@ -593,7 +594,10 @@ def test_no_control_character_reaches_the_terminal(capsys, folder, monkeypatch):
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", pytest.param("latin-1", marks=pytest.mark.deep), pytest.param("cp1252", marks=pytest.mark.deep)],
+)
 def test_a_terminal_that_cannot_show_every_character_gets_replacements(encoding, folder):
     small = ["--workers", "0", "--set", "axes={norm: [none, layer]}", "--set", "name=\N{GREEK SMALL LETTER ALPHA} x"]
     run = program("ablate", "study.yaml", *small, "--out", "here", PYTHONIOENCODING=encoding)
@@ -618,6 +622,7 @@ def test_a_minus_sign_that_cannot_be_shown_is_a_hyphen():
     assert done.stdout == "-1 \\u2022\n"
 
 
+@pytest.mark.deep
 def test_a_missing_matplotlib_backend_is_not_used(folder):
     small = ["--workers", "0", "--set", "axes={norm: [none, layer]}"]
     for arguments, backend in (
@@ -677,7 +682,7 @@ def installed(module: str, source: str, folder: Path) -> str:
     return os.pathsep.join([str(site), str(ROOT)])
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.deep), "1"])
 def test_output_of_plugins_goes_to_standard_error(workers, folder):
     path = installed("noisy", NOISY, folder)
     axes = ["--set", "axes={norm: [noisy]}", "--workers", workers]

@@ -233,6 +233,7 @@ compiled = pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor n
 
 
 @compiled
+@pytest.mark.deep
 @pytest.mark.parametrize("streaming", [True, False], ids=["step", "sequence"])
 def test_compiled_files_equal_unroll_without_this_package(streaming, tmp_path, capsys):
     pytest.importorskip("safetensors")
@@ -251,6 +252,7 @@ def test_compiled_steps_of_every_window_equal_unroll(kind, norm, window, tmp_pat
     compare(*exported_by_the_command(layer, "aoti", True, tmp_path, capsys), tolerance=1e-6)
 
 
+@pytest.mark.deep
 def test_a_long_sequence_is_not_optimized_by_the_exporter(monkeypatch):
     """Its time grows with the cube of the length: 100 steps took over 10 minutes."""
     optimized = []

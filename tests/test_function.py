@@ -87,6 +87,7 @@ def test_more_steps_than_the_study_sets_are_no_damage(tmp_path):
     assert (trial.status, trial.step) == ("done", 9)
 
 
+@pytest.mark.deep
 def test_the_same_trial_gives_the_same_number(tmp_path):
     path = written(tmp_path, GOOD)
     first, again = (trials(tmp_path / name, path) for name in ("a", "b"))

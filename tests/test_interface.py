@@ -115,7 +115,7 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", [pytest.param("mypy", marks=pytest.mark.deep), "pyright"])
 def test_type_checkers_know_the_public_names(checker, tmp_path):
     pytest.importorskip(checker)
     options = ["--follow-imports=silent", "--cache-dir", tmp_path / "cache"] if checker == "mypy" else []

@@ -48,6 +48,7 @@ def write(tmp_path, *arguments: str) -> int:
         os.chdir(here)
 
 
+@pytest.mark.deep
 def test_a_generated_plugin_passes_its_tests(tmp_path, capsys):
     """All kinds together, as installed; CI installs them, runs the conformance tests and lints them."""
     site = Site(tmp_path / "site")
