@@ -106,10 +106,9 @@ class RandomNorm(an.Normalizer):
         self.normed = grown(source, ("x", "gain", "bias", "alpha", *leaves, *leaves), 4)
         self.own = source.random() < 0.2
         shape = (features // self.groups,) if source.random() < 0.2 else (features,)
-        generator = torch.Generator().manual_seed(seed)
-        self.gain = nn.Parameter(torch.randn(shape, generator=generator))
-        self.bias = nn.Parameter(torch.randn(features, generator=generator))
-        self.alpha = nn.Parameter(torch.randn((), generator=generator))
+        self.gain = nn.Parameter(torch.tensor([source.gauss() for _ in range(*shape)]))
+        self.bias = nn.Parameter(torch.tensor([source.gauss() for _ in range(features)]))
+        self.alpha = nn.Parameter(torch.tensor(source.gauss()))
 
     def _names(self, x: Tensor) -> dict[str, Tensor]:
         def split(tensor: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Traced normalizers in the kernels: values, states and every gradient equal the reference."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import pytest
@@ -13,6 +16,8 @@ from tests.native.strategies import EXACT, Pair, agree, check, needs_kernels, ou
 from tests.traced.gallery import EVERY, L1, GallerySpec
 
 pytestmark = needs_kernels
+
+ROOT = Path(__file__).parents[2]
 
 WINDOWS = {
     "1": 1,
@@ -31,6 +36,25 @@ def pair(name: str, cell: str = "lstm", window: Any = 3, **fields: Any) -> Pair:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_normalizer_is_native_without_a_declaration(name):
     assert "backend 'native'" in an.explain(an.LSTM(2, 6, norm=GallerySpec(name=name), window=3))
+
+
+def test_a_first_layer_does_not_import_the_compiler_of_torch():
+    code = """
+import sys
+import atn_norms as an
+from tests.traced.gallery import PerHead
+
+class Spec(an.NormSpec):
+    kind: str = "per-head"
+    def build(self, features):
+        return PerHead(features)  # without random numbers, for which torch itself imports its compiler
+
+print(an.explain(an.LSTM(2, 6, norm=Spec(), window=3)), sorted(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "backend 'native'" in done.stdout
+    assert "'atn_norms.backends.traced.normalizer'" in done.stdout
+    assert "'torch._dynamo'" not in done.stdout
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "tanh"])

@@ -16,6 +16,7 @@ from atn_norms.backends.traced.patterns import (
     MOST_PIECES,
     Expression,
     Place,
+    broadcast,
     expanded,
     is_dense,
     pattern_of,
@@ -340,7 +341,7 @@ class Builder:
     def __call__(self, op: Op, *values: Any) -> Expression:
         """Return the elementwise operation of values, broadcast against each other."""
         wrapped = [self.wrap(value) for value in values]
-        shape = torch.broadcast_shapes(*(value.shape for value in wrapped))
+        shape = broadcast([value.shape for value in wrapped])
         operands = [(value.slot, expanded(value, shape)) for value in wrapped]
         slot, table = self._lowering.compute(op, operands, self.call)
         return Expression(slot, table, tuple(shape))

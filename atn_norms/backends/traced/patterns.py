@@ -71,6 +71,13 @@ class Expression:
     shape: tuple[int, ...]
 
 
+def broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the common shape of shapes that fit; `torch.broadcast_shapes` imports half a second of other modules."""
+    rank = max(map(len, shapes))
+    aligned = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    return tuple(next((size for size in sizes if size != 1), 1) for sizes in zip(*aligned, strict=True))
+
+
 def expanded(value: Expression, shape: Sequence[int]) -> Tensor:
     """Return the indices of a value's elements, broadcast to a shape."""
     return value.table.reshape(value.shape).expand(tuple(shape)).reshape(-1)
