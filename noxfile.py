@@ -26,6 +26,8 @@ LONG_FILES = [
     "tests/torch_api/test_distributed.py",
     "tests/torch_api/test_compile.py::test_a_saved_program_loads_after_an_import_of_the_package",
     "tests/torch_api/test_compile.py::test_a_compiled_package_has_the_same_numbers[lstm-layer]",
+    "tests/laws",
+    "tests/native",
     "tests/traced/test_campaign.py",  # the parts that fit
 ]
 
