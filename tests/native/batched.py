@@ -1,26 +1,41 @@
 """Pairs of one layer with batch statistics, in training and in evaluation."""
 
 import itertools
+from typing import Any
 
 import torch
 
 from tests.compare import compare
-from tests.native.strategies import CELLS, EXACT, Pair, agree, outcome
+from tests.native.strategies import CELLS, EXACT, RMS_SHIFTED, Pair, agree, outcome
+from tests.traced.gallery import GallerySpec
 
 BATCH = {"kind": "batch", "momentum": 0.3}
 PER_STEP = {"kind": "batch", "max_steps": 4, "momentum": None}
-NORMS = {
+NORMS: dict[str, Any] = {
     "batch": BATCH,
     "per step": PER_STEP,
     "ih": {"sites": {"ih": BATCH}},
     "hh": {"sites": {"hh": PER_STEP}},
     "c": {"sites": {"c": BATCH}},
     "eps": {"sites": {"ih": PER_STEP, "hh": {"kind": "batch", "eps": 1e-2}}},
+    "batch, layer": {"sites": {"ih": BATCH, "hh": "layer"}},
+    "rms, per step": {"sites": {"ih": RMS_SHIFTED, "hh": PER_STEP}},
+    "traced, batch": {"sites": {"ih": GallerySpec(name="TwoSided"), "hh": BATCH}},
+    "batch, layer, batch": {"sites": {"ih": BATCH, "hh": "layer", "c": PER_STEP}},
+    "none, batch, layer": {"sites": {"hh": BATCH, "c": "layer"}},
 }
+MIXED = [name for name in NORMS if ", " in name]  # batch statistics at some sites, and statistics of rows at others
+
+
+def fits(cell: str, norm: str) -> bool:
+    """Return whether a cell has the sites of a norm."""
+    return cell == "lstm" or "c" not in NORMS[norm].get("sites", {})
+
+
 STRUCTURES = [
     case
     for case in itertools.product(CELLS, NORMS, ["1", "4", "cumulative", "exponential"], [True, False])
-    if case[1] != "c" or case[0] == "lstm"
+    if fits(*case[:2])
 ]
 SIZES = [(1, 2), (3, 5), (17, 33), (32, 3), (33, 2), (60, 5), (65, 7), (97, 4)]  # hidden, batch: blocks are of 32 units
 

@@ -186,6 +186,7 @@ def more_layers() -> list[Pair]:
         Pair("gru", "layer", "1", options={"norm": GallerySpec(name="TwoSided")}),
         a_pair("lstm", "batch", "4", ragged=True, before=3),
         a_pair("gru", "per step", "cumulative"),
+        a_pair("lstm", "batch, layer", "4", ragged=True, before=3, options={"proj_size": 2}),
     ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
-from tests.native.batched import NORMS, SIZES, STRUCTURES, a_pair, both, check, made
+from tests.native.batched import MIXED, NORMS, SIZES, STRUCTURES, a_pair, both, check, fits, made
 from tests.native.strategies import CELLS, EXACT, WINDOWS, agree, functional, needs_kernels, outcome
 
 pytestmark = needs_kernels
@@ -28,7 +28,7 @@ def test_every_structure(place):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "per step"])
+@pytest.mark.parametrize("norm", ["batch", "per step", "batch, layer", "traced, batch"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_statistics_per_gate(cell, norm, training):
     """Same numbers, with states of another shape."""
@@ -38,7 +38,7 @@ def test_statistics_per_gate(cell, norm, training):
 
 @given(
     st.sampled_from(sorted(CELLS)),
-    st.sampled_from([name for name in NORMS if name != "c"]),
+    st.sampled_from([name for name in NORMS if fits("gru", name)]),
     st.sampled_from(sorted(WINDOWS)),
     st.integers(1, 40),
     st.integers(4, 20),
@@ -60,13 +60,25 @@ def test_any_structure(cell, norm, window, hidden, batch, steps, inputs, seed, b
 def test_a_long_sequence_of_many_rows():
     """More steps than a chunk of the backward pass, several blocks of units, and windows longer than a chunk."""
     for cell, window in itertools.product(("lstm", "gru"), ("4", "100", "cumulative")):
-        check(a_pair(cell, "batch", window, 40, 70, 20, 66, ragged=True, before=3))
+        for norm in ("batch", "rms, per step"):
+            check(a_pair(cell, norm, window, 40, 70, 20, 66, ragged=True, before=3))
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_rows_end_until_one_and_then_none_remains(cell):
+@pytest.mark.parametrize("norm", MIXED)
+def test_mixed_norms_in_layers_and_directions(norm):
+    for options in (
+        {"num_layers": 2, "bidirectional": True},
+        {"bias": False},
+        {"window": {"kind": "detached", "window": 3}},
+    ):
+        before = None if "bidirectional" in options else 2
+        check(a_pair("lstm", norm, hidden=9, batch=6, ragged=True, before=before, options=options))
+
+
+@pytest.mark.parametrize(("cell", "norm"), [(c, n) for c in CELLS for n in ("batch", *MIXED) if fits(c, n)])
+def test_rows_end_until_one_and_then_none_remains(cell, norm):
     """A step with one row has no deviation; steps without rows have no effect, with any padding."""
-    pair, lengths = a_pair(cell, window="1", batch=4, steps=7), torch.tensor([5, 1, 0, 2])
+    pair, lengths = a_pair(cell, norm, window="1", batch=4, steps=7), torch.tensor([5, 1, 0, 2])
     dead = torch.arange(7)[:, None] >= lengths
     dirty = pair.xs().masked_fill(dead[..., None], float("nan"))
     results = [outcome(pair.layer(b), x, None, lengths) for b, x in (("native", dirty), ("reference", pair.xs()))]
@@ -74,9 +86,10 @@ def test_rows_end_until_one_and_then_none_remains(cell):
     assert (results[0].ys[dead] == 0).all()
 
 
+@pytest.mark.parametrize("norm", ["batch", *MIXED])
 @pytest.mark.parametrize("training", [True, False])
-def test_all_rows_are_masked(training):
-    pair, none = a_pair(before=5), torch.zeros(5, dtype=torch.int64)
+def test_all_rows_are_masked(training, norm):
+    pair, none = a_pair(norm=norm, before=5), torch.zeros(5, dtype=torch.int64)
     layer = made(pair, "native", training)
     before = [buffer.clone() for buffer in layer.buffers()]
     agree(
@@ -87,7 +100,7 @@ def test_all_rows_are_masked(training):
     compare(list(layer.buffers()), before, tolerance=0)
 
 
-@pytest.mark.parametrize("norm", ["batch", "per step"])
+@pytest.mark.parametrize("norm", ["batch", "per step", "batch, layer", "rms, per step"])
 @pytest.mark.parametrize("graph", [True, False])
 def test_populations_equal_those_of_the_reference(norm, graph):
     """Train on three sequences, the last as a stream; then evaluate, also with one row."""
@@ -108,14 +121,15 @@ def test_populations_equal_those_of_the_reference(norm, graph):
     for found, expected in zip(*runs, strict=True):
         compare(found, expected, tolerance=EXACT)
     tracked = next(b for name, b in layer.named_buffers() if name.endswith("tracked"))
-    assert tracked.flatten()[0] == (2 if norm == "per step" else 3)  # later steps of a stream have later indices
+    assert tracked.flatten()[0] == (2 if "per step" in norm else 3)  # later steps of a stream have later indices
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("window", ["1", "4", "cumulative", "exponential"])
+@pytest.mark.parametrize("norm", ["per step", "rms, per step"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_segments_on_either_backend_equal_the_whole(cell, window, training):
-    pair = a_pair(cell, "per step", window, 5, 4, 9)
+def test_segments_on_either_backend_equal_the_whole(cell, norm, window, training):
+    pair = a_pair(cell, norm, window, 5, 4, 9)
     results = []
     for backends in (["native", "reference"] * 4 + ["native"], ["reference"]):
         layers = [made(pair, backend, training) for backend in backends]
@@ -166,15 +180,20 @@ def test_an_incompatible_state_is_rejected(change):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("window", ["1", "4", "cumulative"])
+@pytest.mark.parametrize("norm", ["batch", "batch, layer"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_gradients_from_each_result_alone(cell, window, training):
-    pair = a_pair(cell, window=window, batch=4, ragged=True, before=2, seed=5)
+def test_gradients_from_each_result_alone(cell, norm, window, training):
+    pair = a_pair(cell, norm, window, batch=4, ragged=True, before=2, seed=5)
     runs = []
     for backend in ("native", "reference"):
         layer, xs = made(pair, backend, training), pair.xs().requires_grad_()
         ys, after = layer.unroll(xs, pair.state(), pair.lengths())
         carried, norms = after[0][0]
-        ends = [ys, *carried, *(leaf for _, (_, (*moments, _)) in norms for leaf in moments if leaf.numel())]
+        ends = [
+            ys,
+            *carried,
+            *(leaf for _, (_, moments) in filter(None, norms) for leaf in moments[:2] if leaf.numel()),
+        ]
         runs.append((ends, [xs, *layer.parameters()]))
     for place in range(len(runs[0][0])):
         found, expected = (
@@ -193,7 +212,14 @@ def test_gradients_from_each_result_alone(cell, window, training):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("cell", "norm", "window"), [("lstm", "per step", "4"), ("gru", "batch", "cumulative"), ("tanh", "hh", "1")]
+    ("cell", "norm", "window"),
+    [
+        ("lstm", "per step", "4"),
+        ("gru", "batch", "cumulative"),
+        ("tanh", "hh", "1"),
+        ("lstm", "batch, layer, batch", "4"),
+        ("gru", "traced, batch", "1"),
+    ],
 )
 def test_gradients_of_gradients(cell, norm, window, training):
     pair, results = a_pair(cell, norm, window, 3, 5, 4, before=3, ragged=True), []

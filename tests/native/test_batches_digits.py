@@ -1,5 +1,6 @@
 """Batch statistics: accuracy, NaN, threads and instruction sets."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("hidden", [9, 70, 130])
+@pytest.mark.parametrize("norm", ["batch", "batch, layer", "traced, batch"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "relu"])
-def test_the_number_of_threads_changes_no_bit(cell, hidden):
-    pair = a_pair(cell, "batch", "4", hidden, 40, 12, 5, before=3, dtype=torch.float32)
+def test_the_number_of_threads_changes_no_bit(cell, norm, hidden):
+    pair = a_pair(cell, norm, "4", hidden, 40, 12, 5, before=3, dtype=torch.float32)
     given = pair.xs(), pair.state()
     results: list[tuple[Outcome, list[torch.Tensor]]] = []
     try:
@@ -40,8 +42,8 @@ def test_every_instruction_set(limit, dtype):
     assert isinstance(kernels, library.Library)
     try:
         kernels.level(limit)
-        for cell in ("lstm", "gru", "relu"):
-            pair = a_pair(cell, "batch", "4", 35, 9, 6, 5, before=2, ragged=True, dtype=dtype)
+        for cell, norm in itertools.product(("lstm", "gru", "relu"), ("batch", "batch, layer")):
+            pair = a_pair(cell, norm, "4", 35, 9, 6, 5, before=2, ragged=True, dtype=dtype)
             found = outcome(pair.layer("native"), pair.xs(), pair.state(), pair.lengths())
             exact = replace(pair, dtype=torch.float32)
             expected = outcome(

@@ -9,7 +9,7 @@ import torch
 import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
-from tests.native.batched import a_pair, check, made
+from tests.native.batched import MIXED, a_pair, check, fits, made
 from tests.native.strategies import functional, needs_kernels, outcome
 from tests.native.test_operators import Recorded, poisoned
 
@@ -21,10 +21,13 @@ PAIRS = [
     a_pair("gru", "per step", "cumulative", per_gate=True, dtype=torch.float32),
     a_pair("tanh", "hh", "exponential", before=3, options={"bias": False}),
     a_pair("relu", "ih", "1", inputs=66, hidden=35, dtype=torch.float32),
+    a_pair("lstm", "batch, layer, batch", "4", batch=4, ragged=True, before=2),
+    a_pair("gru", "traced, batch", "cumulative", inputs=66, hidden=35),
+    a_pair("lstm", "batch", "4", hidden=4, before=1, options={"proj_size": 3}),
 ]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.cell}-{pair.window}")
+@pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(pair, training):
     with Recorded() as recorded:
@@ -33,7 +36,7 @@ def test_opcheck(pair, training):
     recorded.check([torch.ops.atn_norms.recurrent, torch.ops.atn_norms.recurrent_backward])
 
 
-@pytest.mark.parametrize("norm", ["batch", "per step"])
+@pytest.mark.parametrize("norm", ["batch", "per step", "batch, layer"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_compiled_without_a_graph_break(cell, norm):
     """Training, which records a population, and evaluation, which uses it."""
@@ -57,11 +60,14 @@ def test_compiled_without_a_graph_break(cell, norm):
 @pytest.mark.parametrize("training", [True, False])
 def test_no_kernel_reads_unwritten_memory(window, training, poisoned):
     for cell, ragged, before, inputs in (("lstm", True, 2, 66), ("gru", False, None, 3), ("tanh", True, None, 3)):
-        pair = a_pair(cell, "batch", window, 37, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
-        layer = made(pair, "native", training)
-        found = outcome(layer, pair.xs(), pair.state(), pair.lengths())
-        tensors = (found.ys, *found.state, *found.gradients, *layer.buffers())
-        assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
+        for norm in ("batch", *MIXED):
+            if not fits(cell, norm):
+                continue
+            pair = a_pair(cell, norm, window, 37, 5, 6, inputs, ragged=ragged, before=before, dtype=torch.float32)
+            layer = made(pair, "native", training)
+            found = outcome(layer, pair.xs(), pair.state(), pair.lengths())
+            tensors = (found.ys, *found.state, *found.gradients, *layer.buffers())
+            assert all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point())
 
 
 def test_inference_equals_training():
@@ -90,11 +96,7 @@ class Doubled(an.BatchNorm):
         return 2 * super().normalize(x, pooled)
 
 
-def test_mixed_batch_statistics_are_unsupported():
-    layer = an.LSTM(2, 3, norm={"sites": {"ih": "batch", "hh": "layer"}})
-    assert "native: unsupported: norms over the batch and norms of single rows are at different sites" in an.explain(
-        layer
-    )
+def test_overridden_batch_statistics_are_unsupported():
     layer: Any = an.LSTM(2, 3, norm="batch")
     assert "backend 'native'" in an.explain(layer)
     layer.norm_ih_l0.__class__ = Doubled

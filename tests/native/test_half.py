@@ -11,6 +11,8 @@ from tests.traced.gallery import GallerySpec
 
 pytestmark = needs_kernels
 
+MIXED = {"sites": {"ih": "batch", "hh": "layer"}}
+NORMS = ["layer", "rms", "batch", MIXED, GallerySpec(name="Geometric"), GallerySpec(name="DynamicTanh")]
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place of 1
 
 
@@ -21,7 +23,7 @@ def a_layer(cell, norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", UNIT)
-@pytest.mark.parametrize("norm", ["layer", "rms", GallerySpec(name="Geometric"), GallerySpec(name="DynamicTanh")])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_are_those_of_float64_rounded_once(cell, norm, dtype):
     layer = a_layer(cell, norm, dtype)
@@ -41,6 +43,8 @@ def test_results_are_those_of_float64_rounded_once(cell, norm, dtype):
     scale = level(*gradients[1])
     # a gradient is rounded at the exit of the kernels, and dy at the entry
     compare([g.double() for g in gradients[0]], gradients[1], tolerance=4 * UNIT[dtype], scale=scale, what="gradient")
+    populations = [buffer.double() for buffer in layer.buffers()]
+    compare(populations, list(exact.buffers()), tolerance=UNIT[dtype] * 1.01, what="population")
 
 
 @pytest.mark.parametrize("dtype", UNIT)

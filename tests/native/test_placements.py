@@ -37,7 +37,10 @@ NORMS: dict[str, Any] = {
     "c": {"sites": {"c": "layer"}},
     "sum": {"sites": {"sum": "layer"}},
     "mixed": {"sites": {"sum": "rms", "c": GallerySpec(name="TwoSided")}},
+    "batch, layer": {"sites": {"sum": "batch", "c": "layer"}},
+    "traced, batch": {"sites": {"sum": GallerySpec(name="TwoSided"), "c": "batch"}},
 }
+BATCH = ["batch", "batch, layer", "traced, batch"]
 
 
 def pair_of(name: str, norm: str = "layer", gates: str = "joint", **fields: Any) -> Pair:
@@ -54,7 +57,7 @@ def fits(name: str, norm: str) -> bool:
     """Return whether a placement has the sites of a norm."""
     sites = NORMS[norm]["sites"] if isinstance(NORMS[norm], dict) and "sites" in NORMS[norm] else {}
     missing = ("sum" in sites and "joint" not in name) or ("c" in sites and "lstm" not in name)
-    return not missing and not (norm == "batch" and name in PROJECTED)
+    return not missing
 
 
 CASES = [(name, norm) for name in PLACEMENTS for norm in NORMS if fits(name, norm)]
@@ -64,7 +67,9 @@ CASES = [(name, norm) for name in PLACEMENTS for norm in NORMS if fits(name, nor
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_every_norm_in_every_placement(name, norm, ragged):
     pair = pair_of(name, norm, batch=4, steps=6, hidden=5, ragged=ragged, before=3 if ragged else None)
-    (check_batch if norm == "batch" else check)(pair)
+    (check_batch if norm in BATCH else check)(pair)
+    if norm in BATCH:
+        check_batch(pair, training=False)
 
 
 @pytest.mark.parametrize("window", ["1", "2", "100", "cumulative", "exponential"])
@@ -72,6 +77,7 @@ def test_every_norm_in_every_placement(name, norm, ragged):
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_window_and_separate_gates(name, gates, window):
     check(pair_of(name, gates=gates, window=window, batch=3, steps=7, ragged=True, before=2, inputs=70))
+    check_batch(pair_of(name, "batch", gates, window=window, batch=5, steps=7, ragged=True, before=2, inputs=70))
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -80,13 +86,13 @@ def test_layers_and_directions(name):
     check(pair_of(name, batch=3, steps=6, before=2, options={"num_layers": 2, "bias": False}))
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("norm", ["layer", *BATCH])
 @pytest.mark.parametrize("name", ["lstm joint normed", "tanh joint", *PROJECTED])
 def test_more_rows_and_units_than_a_block(name, norm):
     if not fits(name, norm):
         return
     pair = pair_of(name, norm, batch=37, steps=31, hidden=37, ragged=True, before=2)  # more steps than a chunk
-    (check_batch if norm == "batch" else check)(pair)
+    (check_batch if norm in BATCH else check)(pair)
 
 
 @pytest.mark.parametrize(("name", "hidden"), [("lstm joint normed", 184), ("lstm projected", 260)])
@@ -96,6 +102,7 @@ def test_threads_that_share_large_weights(name, hidden):
     torch.set_num_threads(2)
     try:
         check(pair_of(name, batch=40, steps=4, hidden=hidden, ragged=True), tolerance=1e-9)
+        check_batch(pair_of(name, "batch", batch=40, steps=4, hidden=hidden, ragged=True), tolerance=1e-9)
     finally:
         torch.set_num_threads(threads)
 
@@ -136,10 +143,12 @@ def test_float32_and_half_precision(name):
 @given(st.sampled_from(CASES), st.integers(1, 20), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**20))
 def test_any_size(case, hidden, batch, steps, seed):
     name, norm = case
-    if norm == "batch":
-        return
-    before = [None, 0, 3][seed % 3]
-    check(pair_of(name, norm, hidden=hidden, batch=batch, steps=steps, seed=seed, ragged=True, before=before))
+    sizes = {"hidden": hidden, "batch": batch + 3 * (norm in BATCH), "steps": steps}
+    pair = pair_of(name, norm, **sizes, seed=seed, ragged=True, before=[None, 0, 3][seed % 3])
+    if norm in BATCH:
+        check_batch(pair, training=seed % 2 == 0, tolerance=1e-8)  # includes nearly singular batches
+    else:
+        check(pair)
 
 
 def test_two_backends_continue_each_other():
@@ -176,9 +185,14 @@ def test_projected_layers_count_their_products():
     assert counter.get_total_flops() == 2 * 5 * 4 * (24 * 2 + 24 * 3 + 3 * 6)
 
 
-def test_batch_norms_with_a_projection_have_a_reason():
-    text = an.explain(an.LSTM(2, 6, norm="batch", proj_size=3))
-    assert "native: unsupported: it has no kernel for norms over the batch with a projection (proj_size)" in text
-    with pytest.raises(ValueError, match="plan: got batch statistics in a cell with a projection"):
-        site = SitePlan("ih", 24, 4, True, 1e-5, 1, 1.0, True, True, (24,), coupled=1)
-        Plan("lstm-projected", (site,)).check(6)
+def test_a_plan_has_the_blocks_of_features_that_its_kernels_expect():
+    """Layers of batch norms alone run in blocks of hidden units; others have one group of features at a site."""
+    site = SitePlan("ih", 24, 4, True, 1e-5, 1, 1.0, True, True, (24,), coupled=1)
+    single = site._replace(groups=1)
+    rows = SitePlan("hh", 24, 1, True, 1e-5, 1, 1.0, True, True, (1,))
+    Plan("lstm", (site,)).check(6)
+    Plan("lstm-projected", (single,)).check(6)
+    Plan("lstm", (single, rows)).check(6)
+    for cell, sites in (("lstm", (single,)), ("lstm-projected", (site,)), ("lstm", (site, rows))):
+        with pytest.raises(ValueError, match="plan: got .*; expected a site of 24 features"):
+            Plan(cell, sites).check(6)

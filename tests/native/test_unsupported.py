@@ -57,14 +57,6 @@ class LatelySpec(an.WindowSpec):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "batch norms with a projection": (
-        lambda: an.LSTM(2, 3, norm="batch", proj_size=2),
-        "it has no kernel for norms over the batch with a projection (proj_size)",
-    ),
-    "batch and row norms": (
-        lambda: an.LSTM(2, 3, norm={"sites": {"ih": "batch", "hh": "layer"}}),
-        "norms over the batch and norms of single rows are at different sites of it",
-    ),
     "a normalizer that declares nothing": (
         lambda: an.GRU(2, 3, norm=ForeignSpec()),
         "the norm at ih (Foreign): median has no native instruction (test_unsupported.py, line 35: "
@@ -84,10 +76,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "it has no kernel for the window Lately(steps=3) at ih",
     ),
     "no norm": (lambda: an.RNN(2, 3), "it runs normed cells only"),
-    "half precision": (
-        lambda: an.LSTM(2, 3, norm="batch", dtype=torch.bfloat16),
-        "it runs norms over the batch in float32 and float64, and the layer is torch.bfloat16",
-    ),
     "another device": (
         lambda: an.LSTM(2, 3, norm="layer", device="meta"),
         "it runs on the CPU, and the layer is on meta",
@@ -117,8 +105,8 @@ def test_an_unsupported_case_has_a_reason(case):
 
 
 def test_an_unsupported_layer_fails_when_it_is_built():
-    with pytest.raises(ValueError, match=r"'native' cannot run this layer: it has no kernel for norms over the batch"):
-        an.LSTM(2, 3, norm="batch", proj_size=1, backend="native")
+    with pytest.raises(ValueError, match=r"'native' cannot run this layer: it has no kernel for the window Lately"):
+        an.LSTM(2, 3, norm="layer", window=LatelySpec(), backend="native")
 
 
 def test_batch_statistics_run_or_have_a_reason():

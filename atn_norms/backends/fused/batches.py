@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,27 +30,22 @@ class Batch:
         else:
             self._live = lengths.max().reshape(1)
             self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)
-        self._memories = [_checked(site, norms[at], batch) for at, site in zip(plan.indices, plan.sites, strict=True)]
+        self._memories: list[Any] = [
+            _checked(site, norms[at], batch) if site.coupled else None
+            for at, site in zip(plan.indices, plan.sites, strict=True)
+        ]
         self._time = time
 
-    def leaves(self) -> list[Tensor]:
-        """Return the state leaves for the operator: none if all states are fresh, else zeros for fresh ones."""
-        if all(memory is None for memory in self._memories):
-            return []
-        leaves = []
-        for site, memory in zip(self._plan.sites, self._memories, strict=True):
-            if memory is None:
-                leaves += [torch.zeros(shape, dtype=DOUBLE) for shape in site.shapes(1)]
-            else:
-                weights, (mean, var, _) = memory[1]
-                leaves += [weights.detach().double(), mean.double(), var.double()]
-        return leaves
+    def leaves(self, place: int) -> list[Tensor]:
+        """Return the leaves of a site's state for the operator."""
+        weights, (mean, var, _) = self._memories[place][1]
+        return [weights.detach().double(), mean.double(), var.double()]
 
     def populations(self, weights: CellWeights) -> list[Tensor]:
         """Return the population statistics `[steps, 2 F]` of every site that normalizes with them."""
         found = []
         for place, site in enumerate(self._plan.sites):
-            if site.coupled != BATCH:
+            if site.coupled > BATCH:
                 normalizer = weights.norms[site.site].normalizer
                 step = self._index(place, normalizer)[: site.populations(self._steps)]
                 nothing = torch.zeros(1, dtype=DOUBLE).expand(len(step), 1, *site.leaf)
@@ -61,7 +57,7 @@ class Batch:
     def record(self, weights: CellWeights, pooled: Sequence[Tensor]) -> None:
         """Record the pooled statistics `[T, 2 F + 1]` in the normalizers' populations, all or none."""
         remaining = iter(pooled)
-        with scanning([weights.norms[site.site].normalizer for site in self._plan.sites]):
+        with scanning([weights.norms[site.site].normalizer for site in self._plan.measured]):
             for place, site in enumerate(self._plan.sites):
                 if site.coupled == BATCH:
                     mean, var, count = next(remaining).split([site.features, site.features, 1], 1)

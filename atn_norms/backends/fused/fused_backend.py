@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.batches import Batch
 from atn_norms.backends.fused.inputs import Inputs
-from atn_norms.backends.fused.plan import HALF, JOINT, NORMED, PLACEMENTS, PROJECTED, Plan, SitePlan, kernel_of
+from atn_norms.backends.fused.plan import DOUBLE, HALF, JOINT, NORMED, PLACEMENTS, PROJECTED, Plan, SitePlan, kernel_of
 from atn_norms.backends.program import CellInputs, Program, Unsupported
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.cells import Cell
@@ -37,16 +37,16 @@ class Fused(ABC):
         plan = unsupported or plan_of(cell, description)
         if isinstance(plan, Unsupported):
             return plan
-        unsupported = self.unsupported_plan(plan, description) or self.missing()
+        unsupported = self.unsupported_plan(plan) or self.missing()
         return unsupported or FusedProgram(self.name, cell, plan, self.operators)
 
     @abstractmethod
     def unsupported_type(self, description: Description) -> Unsupported | None:
         """Return the reason why the backend does not run the device or the type of a layer, or None."""
 
-    @abstractmethod
-    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
+    def unsupported_plan(self, plan: Plan) -> Unsupported | None:
         """Return the reason why the backend has no kernel for a plan, or None."""
+        return None
 
     @abstractmethod
     def missing(self) -> Unsupported | None:
@@ -78,13 +78,9 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
     for site in description.sites:
         if isinstance(site, Unsupported):
             return site
-        if sites and bool(sites[0].coupled) != bool(site.coupled):
-            text = "norms over the batch and norms of single rows are at different sites of it"
-            return Unsupported("placement", text, "use batch norms at all sites or at none")
-        if projected and site.coupled:
-            text = "it has no kernel for norms over the batch with a projection (proj_size)"
-            return Unsupported("placement", text, "set proj_size to 0, or use norms of single rows")
         sites.append(site)
+    if projected or not all(site.coupled for site in sites):
+        sites = [site._replace(groups=1) if site.coupled else site for site in sites]
     # A compiler would guard the cache, and compile again for every new entry.
     return (Plan if torch.compiler.is_compiling() else _remembered_plan)(kernel + placement, tuple(sites))
 
@@ -125,7 +121,9 @@ class FusedProgram(Program):
             affine = [tensor.float() for tensor in affine]
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
-        leaves = _opened(memories, plan, batch, xs.device) if rows is None else rows.leaves()
+        leaves = (
+            _opened(memories, plan, batch, xs.device) if rows is None else _checked_leaves(memories, plan, xs, rows)
+        )
         operators = self._operators
         if operators is None:
             operators = self._operators = self._load()
@@ -133,7 +131,7 @@ class FusedProgram(Program):
         if leaves is not None:
             results = operators.eager(plan, Inputs._make([*single, affine, populations, leaves, lengths]))
         if results is None:
-            leaves = _checked_leaves(memories, plan, batch, xs.device) if rows is None else rows.leaves()
+            leaves = _checked_leaves(memories, plan, xs, rows)
             needs_gradients = torch.is_grad_enabled() and any(
                 tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
             )
@@ -147,7 +145,7 @@ class FusedProgram(Program):
         following, known, start = list(norms), [], 0
         for place, (memory, site) in enumerate(zip(memories, whole.sites, strict=True)):
             end = start + site.tensors
-            if rows is not None:
+            if rows is not None and site.coupled:
                 following[plan.indices[place]] = rows.following(place, after[start:end])
                 start = end
                 continue
@@ -244,17 +242,23 @@ def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) 
     return leaves
 
 
-def _checked_leaves(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor]:
-    """Return the leaves of the sites' states in float64; `ValueError` if a state does not fit."""
+def _checked_leaves(memories: list[Tree], plan: Plan, xs: Tensor, rows: Batch | None) -> list[Tensor]:
+    """Return the leaves of the sites' states in float64, none if all are fresh; a state that does not fit raises."""
     leaves: list[Tensor] = []
     if all(memory is None for memory in memories):
         return leaves
-    for memory, site in zip(memories, plan.sites, strict=True):
+    for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
+        if memory is None:
+            leaves += [torch.zeros(shape, dtype=DOUBLE, device=xs.device) for shape in site.shapes(xs.shape[1])]
+            continue
+        if rows is not None and site.coupled:
+            leaves += rows.leaves(place)
+            continue
         layout: Tree = ()
         if site.leaves:
-            weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(batch))
+            weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(xs.shape[1]))
             split = [Leaf((*weights.shape, *shape)) for shape in _split_leaves(site)]
             layout = (weights, tuple(split or statistic))
-        checked_state(memory, (Leaf((), floating=False), layout), batch, device)
+        checked_state(memory, (Leaf((), floating=False), layout), xs.shape[1], xs.device)
         leaves += [leaf.double() for leaf in _joined(site, memory[1])]
     return leaves

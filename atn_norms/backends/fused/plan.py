@@ -35,7 +35,8 @@ PLACEMENTS = {
 class SitePlan(NamedTuple):
     """One norm site: its statistic, its window and its affine tensors.
 
-    With batch statistics every feature has a statistic, `groups` are gates, and there is one state.
+    With batch statistics every feature has a statistic, and there is one state. `groups` are then the gates of the site
+    in a uniform plan, and 1 in other plans.
     """
 
     site: str
@@ -177,7 +178,8 @@ class Plan:
     | `projected` | True if an LSTM projects its output |
     | `order`, `indices` | names of the cell's sites; for each site of the plan its index in `order` |
     | `gates`, `is_lstm` | number of gates; True for a cell with a cell state and h |
-    | `coupled` | True if the norms use batch statistics, at all sites or at none |
+    | `coupled` | True if some norm uses batch statistics |
+    | `uniform` | True if every norm does, without a projection; the kernels then run blocks of hidden units |
     | `tensors` | number of tensors of all sites' states |
     | `measured` | the sites that return their pooled statistics, for the records of a population |
     | `results` | number of results: outputs, last h and c, every site's new state, and pooled statistics |
@@ -193,6 +195,7 @@ class Plan:
         self.order += ["c"] if self.is_lstm else []
         self.indices = [self.order.index(site.site) if site.site in self.order else 0 for site in sites]
         self.coupled = any(site.coupled for site in sites)
+        self.uniform = all(site.coupled for site in sites) and not self.projected
         self.tensors = sum([site.tensors for site in sites])
         self.measured = [site for site in sites if site.coupled == BATCH]
         self.results = 3 + self.tensors + len(self.measured)
@@ -221,14 +224,10 @@ class Plan:
             raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}, with its placement")
         if not names or names != [name for name in known if name in names]:
             raise ValueError(f"plan: got sites {names}; expected some of {known}, in this order")
-        if len({bool(site.coupled) for site in self.sites}) > 1:
-            raise ValueError("plan: got sites with and without batch statistics; expected only one of the two")
-        if self.projected and self.coupled:
-            raise ValueError("plan: got batch statistics in a cell with a projection; expected only one of the two")
         for site in self.sites:
             features = site.features if hidden is None else hidden * (1 if site.site == "c" else self.gates)
-            gates = 1 if site.site == "c" else self.gates
-            if not site.is_valid or site.features != features or (site.coupled and site.groups != gates):
+            blocks = self.gates if self.uniform and site.site != "c" else 1
+            if not site.is_valid or site.features != features or (site.coupled and site.groups != blocks):
                 raise ValueError(f"plan: got {site}; expected a site of {features} features within the kernels' limits")
 
 

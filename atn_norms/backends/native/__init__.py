@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from atn_norms.backends.fused.fused_backend import Fused
-from atn_norms.backends.fused.plan import HALF, Plan
+from atn_norms.backends.fused.plan import HALF
 from atn_norms.backends.native.library import unavailable
 from atn_norms.backends.program import Unsupported
 
@@ -29,12 +29,6 @@ class Native(Fused):
         if description.dtype not in (torch.float32, torch.float64, *HALF):
             text = f"it runs float64, float32, bfloat16 and float16, and the layer is {description.dtype}"
             return Unsupported("dtype", text, "convert the layer to one of these types")
-        return None
-
-    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
-        if plan.coupled and description.dtype in HALF:
-            text = f"it runs norms over the batch in float32 and float64, and the layer is {description.dtype}"
-            return Unsupported("dtype", text, "convert the layer to float32, and call it under autocast")
         return None
 
     def missing(self) -> Unsupported | None:

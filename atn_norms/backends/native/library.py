@@ -18,7 +18,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 7
+INTERFACE = 8
 SITES = 3
 
 

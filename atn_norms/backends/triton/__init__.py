@@ -29,7 +29,7 @@ class Triton(Fused):
             return Unsupported("dtype", f"it runs float32 and float64, and the layer is {description.dtype}")
         return None
 
-    def unsupported_plan(self, plan: Plan, description: Description) -> Unsupported | None:
+    def unsupported_plan(self, plan: Plan) -> Unsupported | None:
         return unsupported(plan)
 
     def missing(self) -> Unsupported | None:

@@ -9,7 +9,7 @@
 #include "recurrent.h"
 
 #define BLOCK_ROWS 16
-#define BLOCK_UNITS 32 /* hidden units of a block, for batch statistics */
+#define BLOCK_UNITS 32 /* features of each group in a block, for batch statistics */
 #define LANE_STEP 8 /* the number of lanes of a block is a multiple of this */
 #define MOST_TOGETHER 4               /* blocks of rows that pass through time together */
 #define NEAR_BYTES ((size_t)1 << 20)  /* bytes of recurrent weights that fit into a near cache */
@@ -18,7 +18,7 @@
 
 /* A site during a call: the fields of a Site, and the addresses of one block in its timeline and in the work space. The part of
    a block in the timeline is contiguous. A lane without a row holds a mean and a variance of 0. With batch statistics, blocks
-   consist of hidden units, and lane = gate * width of the block + unit. */
+   consist of features of each group, and lane = group * width of the block + feature. */
 typedef struct {
     int32_t norm, window;
     int64_t features, groups, prefix, lanes, blocks;
@@ -51,12 +51,14 @@ typedef struct {
 typedef struct {
     int32_t cell, threads;
     int64_t steps, batch, inputs, hidden, output; /* output: features of h */
-    int coupled;       /* true with batch statistics */
+    int coupled;       /* true with batch statistics at every normed site and no projection: blocks are of hidden units */
+    int mixed;         /* true with other batch statistics: all rows pass through time together */
     int64_t live;      /* with batch statistics: number of steps with an unmasked row */
     double *counts;    /* with batch statistics: [T] unmasked rows of each step */
     int64_t program_doubles; /* doubles that a thread needs to run any program; 0: there is no program */
     const Call *call;
     SiteBuffers site[SITES]; /* sites of the first block */
+    SiteBuffers (*lines)[SITES]; /* sites of every block of rows */
 } Work;
 
 /* Allocate the buffers of every site and load its initial state. For the backward pass, also allocate and clear gradients.

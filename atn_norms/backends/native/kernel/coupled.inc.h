@@ -1,4 +1,4 @@
-/* A whole sequence of one layer with batch statistics: every feature has its statistics over the rows of the batch. Included by
+/* A whole sequence of one layer with batch statistics at every normed site, without a projection: every feature has its statistics over the rows of the batch. Included by
    recurrent.inc.h.
 
    Rows depend on each other, but units do not, except in the products with W_hh. A block of hidden units, with all its gates,
@@ -9,13 +9,8 @@
    The data of a block are contiguous. An array [T, B, N] stores the first block, [T, B, gates * width], then the second, and so
    on. A row of a block has its units of the first gate, then of the second. */
 
-/* Factors that normalize the features of a site at the current step: y = (x - high) * factor + level, with factor = gain *
-   scale. */
-typedef struct { REAL *gain, *shift, *high, *scale, *factor, *level; } FN(Columns);
-
 typedef struct {
     long from, width, wide;        /* first unit, number of units, and numbers in a row of its pre-activations */
-    SiteBuffers line[SITES];
     FN(Columns) columns[SITES];
     FN(Packed) ih, hh;             /* rows of W_ih and W_hh for these units */
     REAL *turned;                  /* backward: W_hh from every gate to these units, transposed */
@@ -30,22 +25,6 @@ typedef struct {
     long gates, blocks, packed;    /* packed: number of steps in a chunk */
     FN(Units) *units;
 } FN(Coupled);
-
-/* The unmasked rows of a step. */
-typedef struct { long count, *row; } FN(Rows);
-
-static void FN(look)(const Work *work, long t, FN(Rows) *rows) {
-    if (work->call->lengths == NULL && rows->count == work->batch) return;
-    rows->count = 0;
-    for (long r = 0; r < work->batch; r++)
-        if (FN(alive)(work, t, r)) rows->row[rows->count++] = r;
-}
-
-/* Return true if the pooled statistic of a step is used, by the norm or by the state; and if that of step t alone is. */
-INLINE int FN(needs_pooled)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->window == WINDOW_DECAYING; }
-INLINE int FN(needs_own)(const Work *work, const SiteBuffers *site, long t) { return FN(needs_pooled)(site) || t + site->prefix >= work->live; }
-
-#include "columns.inc.h"
 
 #include "units.inc.h"
 
@@ -89,10 +68,7 @@ static int FN(coupled_forward)(const Work *work) {
     const REAL *h = live == 0 ? call->h0 : call->lengths ? held[(live - 1) % 2] : (const REAL *)call->output + (live - 1) * B * H;
     memcpy(call->hn, h, (size_t)(B * H) * sizeof(REAL));
     memset((REAL *)call->output + live * B * H, 0, (size_t)((T - live) * B * H) * sizeof(REAL));
-    for (int s = 0; s < SITES; s++)
-        if (work->site[s].norm == NORM_BATCH)
-            memset(call->site[s].population + live * (2 * work->site[s].features + 1), 0,
-                   (size_t)((T - live) * (2 * work->site[s].features + 1)) * sizeof(double));
+    FN(end_moments)(work);
     free(all.units);
     return 0;
 }
@@ -145,8 +121,10 @@ static int FN(coupled_backward)(const Work *work) {
             FN(Units) *units = all.units + b;
             FN(units_copy)(work, units, (REAL *)call->dh + units->from, H, units->dh, units->width);
             if (work->cell == CELL_LSTM) FN(units_copy)(work, units, (REAL *)call->dc + units->from, H, units->dc[0], units->width);
-            for (int s = 0; s < SITES; s++)
-                if (units->line[s].norm != NORM_NONE && FN(needs_pooled)(units->line + s)) FN(unpool_prefix)(units->line + s, T);
+            for (int s = 0; s < SITES; s++) {
+                const SiteBuffers *line = &units->columns[s].line;
+                if (line->norm != NORM_NONE && FN(needs_pooled)(line)) FN(unpool_prefix)(line, T);
+            }
         }
     }
     free(all.units);

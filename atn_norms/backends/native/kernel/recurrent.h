@@ -12,7 +12,7 @@
 
 enum { CELL_LSTM = 0, CELL_GRU = 1, CELL_RNN_TANH = 2, CELL_RNN_RELU = 3 };
 /* NORM_MOMENTS, NORM_MEAN_SQUARE: statistics over the features of each row. NORM_BATCH: moments of each feature over the
-   unmasked rows of a step; every normed site is then of this kind. NORM_POPULATION: normalize with a population instead.
+   unmasked rows of a step. NORM_POPULATION: normalize with a population instead.
    NORM_TRACED: programs compute statistic and result of each row (program.h). */
 enum { NORM_NONE = 0, NORM_MOMENTS = 1, NORM_MEAN_SQUARE = 2, NORM_BATCH = 3, NORM_POPULATION = 4, NORM_TRACED = 5 };
 /* WINDOW_PAST: a decaying window over the steps before the current step; without any, over the current step. */
@@ -22,7 +22,7 @@ enum { SITE_IH = 0, SITE_HH = 1, SITE_C = 2, SITES = 3 };
 typedef struct {
     int32_t norm;    /* NORM_* */
     int32_t window;  /* WINDOW_* */
-    int64_t features, groups; /* with batch statistics, groups are the gates of the site */
+    int64_t features, groups; /* with batch statistics, groups are the gates of the site if the layer is uniform (below), otherwise 1 */
     int64_t prefix;  /* number of statistics in the state: k - 1 for a sliding or weighted window of k steps, otherwise 1 */
     double decay;    /* factor of a step's weight for each later step; 1 for a cumulative window */
     double eps;
@@ -58,7 +58,7 @@ typedef struct {
     int32_t cell; /* CELL_* */
     int32_t threads;
     int64_t steps, batch, inputs, hidden;
-    int64_t projection;        /* R of an LSTM with a projection, without batch statistics; else 0 */
+    int64_t projection;        /* R of an LSTM with a projection; else 0 */
     int64_t joint;             /* true if one norm, that of SITE_HH, normalizes the sum of both products; SITE_IH then has none */
     int64_t normed_carry;      /* true if an LSTM carries its normalized cell state */
     const int64_t *lengths;    /* [B] unmasked steps of each row; NULL: all */
@@ -67,7 +67,8 @@ typedef struct {
     const void *weight_hh;     /* REAL [N, R] */
     const void *weight_hr;     /* REAL [R, H] of a projection */
     const void *bias_ih, *bias_hh; /* REAL [N], or NULL */
-    /* With batch statistics, these three are stored one block of units after the other, as in coupled.inc.h. */
+    /* In a uniform layer, which has batch statistics at every normed site and no projection, these three are stored one block of
+       units after the other, as in coupled.inc.h. */
     void *projected;           /* REAL [T, B, N] input products before their norm; NULL: not kept, but computed again; NULL if joint */
     void *recurrent;           /* REAL [T, B, N] recurrent products, or sums, before their norm; NULL: not kept (forward only) */
     void *cells;               /* REAL [T, B, H] cell states of an LSTM before their norm; NULL: not kept (forward only) */

@@ -1,10 +1,14 @@
 /* A whole sequence of one recurrent layer and direction, forward and backward, for one REAL and one instruction set.
 
-   Without batch statistics, rows are independent. A block of rows passes through all time steps alone: product, statistics,
+   Without batch statistics, rows are independent, and a block of rows passes through all time steps alone: product, statistics,
    windows and gates stay in the cache, and steps need no barrier. If the recurrent weights are too large for a near cache,
    threads pass through time as a team. Each thread computes some columns of the products of all rows, then the remaining work
    of some blocks of rows, with a barrier after each phase. Blocks have a fixed size and each number is computed in one way, so
-   results do not depend on the number of threads. */
+   results do not depend on the number of threads.
+
+   If some sites have batch statistics and others do not, or the layer has a projection, all rows pass through time together.
+   Threads then also share the features of the sites with batch statistics. A layer with batch statistics alone has blocks of
+   hidden units instead (coupled.inc.h), which need fewer barriers. */
 
 #include "real.inc.h"
 
@@ -13,6 +17,8 @@
 #include "gates.inc.h"
 
 #include "sites.inc.h"
+
+#include "columns.inc.h"
 
 #include "rows.inc.h"
 
@@ -37,23 +43,27 @@ static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long
 }
 
 /* Return true if threads pass through time as a team. */
-INLINE int FN(teamed)(const Work *work) { return FN(far)(work) && work->threads > 1 && work->batch > 1; }
+INLINE int FN(teamed)(const Work *work) { return work->threads > 1 && (work->mixed || (FN(far)(work) && work->batch > 1)); }
 
 /* Return the number of blocks that pass through time together: one, or more if every step loads all weights again, since more
-   rows then share the load. */
+   rows then share the load, or all if a site has batch statistics. */
 static long FN(together)(const Work *work, long blocks) {
+    if (work->mixed) return blocks;
     if (!FN(far)(work)) return 1;
     return blocks < MOST_TOGETHER ? blocks : MOST_TOGETHER;
 }
 
 /* Return the work space of a thread. A team shares the work space of its first thread, except the arrays of single rows. */
-INLINE FN(Space) FN(own_space)(const Work *work, REAL *at, size_t each, long blocks, long H, long N) {
-    const FN(Space) mine = FN(space)(work, at + each * (size_t)atn_norms_thread(), blocks, H, N);
+INLINE FN(Space) FN(own_space)(const Work *work, FN(Features) features, REAL *at, size_t each, long blocks, long H, long N) {
+    FN(Space) mine = FN(space)(work, at + each * (size_t)atn_norms_thread(), blocks, H, N);
+    mine.features = features;
+    if (features.rows) mine.features.rows += atn_norms_thread() * work->batch;
     if (!FN(teamed)(work)) return mine;
     FN(Space) own = FN(space_at)(work, at, blocks, H, N);
     for (int s = 0; s < SITES; s++) own.spare[s] = mine.spare[s];
     own.plain = mine.plain;
     own.room = mine.room;
+    own.features = mine.features;
     return own;
 }
 
@@ -65,8 +75,10 @@ static int FN(forward)(const Work *work, long N) {
     const long threads = teamed || work->threads < items ? work->threads : items;
     const int plain = work->steps * work->batch <= UNPACKED;
     const size_t each = FN(space_size)(work, group, H, N), packed = plain ? 0 : FN(packed_size)(D, N) + FN(packed_size)(R, N) + (call->projection ? FN(packed_size)(H, R) : 0);
+    FN(Features) features;
+    if (FN(take_features)(work, &features)) return 1;
     REAL *room = atn_norms_memory((packed + each * (size_t)threads) * sizeof(REAL)), *at = room;
-    if (!room) return 1;
+    if (!room) { free(features.columns); return 1; }
     FN(Weights) weights = {{NULL, (REAL *)call->bias_ih, call->weight_ih}, {NULL, (REAL *)call->bias_hh, call->weight_hh}, {NULL, NULL, call->weight_hr}};
     if (!plain) {
         weights.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
@@ -75,7 +87,7 @@ static int FN(forward)(const Work *work, long N) {
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const FN(Space) space = FN(own_space)(work, at, each, group, H, N);
+        const FN(Space) space = FN(own_space)(work, features, at, each, group, H, N);
         if (teamed) {
             const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
             for (long i = 0; i < items; i++)
@@ -86,6 +98,8 @@ static int FN(forward)(const Work *work, long N) {
                 FN(forward_block)(work, &weights, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
         }
     }
+    if (work->mixed) FN(end_moments)(work);
+    free(features.columns);
     free(room);
     return 0;
 }
@@ -110,16 +124,18 @@ static int FN(backward)(const Work *work, long N) {
     const int teamed = FN(teamed)(work);
     const size_t each = FN(space_size)(work, group, H, N), many = (size_t)(steps * B);
     const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, R) + (call->dxs ? FN(packed_size)(N, D) : 0) + (out ? FN(packed_size)(R, H) : 0);
-    const size_t all = weights + each * (size_t)threads + many * (size_t)(2 * N + rows_wide + rows_deep + rows_out + out);
+    const size_t all = weights + each * (size_t)threads + many * (size_t)((call->joint ? 1 : 2) * N + rows_wide + rows_deep + rows_out + out);
+    FN(Features) features;
+    if (FN(take_features)(work, &features)) return 1;
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
-    if (!room) return 1;
+    if (!room) { free(features.columns); return 1; }
     FN(Chunk) chunk;
     if (!call->projected) chunk.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
     chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
     if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
     if (out) chunk.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
     chunk.dinput = at; at += many * (size_t)N;
-    chunk.drecurrent = at; at += many * (size_t)N;
+    chunk.drecurrent = call->joint ? chunk.dinput : at; at += call->joint ? 0 : many * (size_t)N;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
     REAL *units = at; at += many * (size_t)rows_out;
@@ -129,7 +145,7 @@ static int FN(backward)(const Work *work, long N) {
         const long K = (chunk.last - chunk.first) * B;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            const FN(Space) space = FN(own_space)(work, at, each, group, H, N);
+            const FN(Space) space = FN(own_space)(work, features, at, each, group, H, N);
             if (teamed) {
                 const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
                 for (long i = 0; i < items; i++)
@@ -164,6 +180,7 @@ static int FN(backward)(const Work *work, long N) {
                 FN(accumulate)(n, n + 64 < out ? n + 64 : out, out, K, H, chunk.dprojected, units, call->dweight_hr);
         }
     }
+    free(features.columns);
     free(room);
     return 0;
 }
@@ -179,3 +196,4 @@ static int FN(run)(const Work *work, int backward) {
 #undef LANES
 #undef MERGE
 #undef EVERY_UNIT
+#undef EVERY_COLUMN

@@ -7,14 +7,18 @@ typedef struct {
     REAL *recurrent, *projected;    /* [R, N] */
     REAL *spare[SITES];             /* [N] each: rows normalized ahead of time */
     REAL *sums;                     /* [blocks, 4 N + 2 H] sums for the gradients of gains and shifts */
-    REAL *normed[SITES];            /* [R, N], [R, N], [R, H] rows that programs have normalized */
+    REAL *normed[SITES];            /* [R, N], [R, N], [R, H] rows normalized by programs or with batch statistics */
     double *room;                   /* registers and inputs of programs */
     FN(Plain) plain;                /* [N] */
+    FN(Features) features;
 } FN(Space);
 
+/* Return true if a site needs rows that are normalized before the work on single rows. */
+INLINE int FN(any_ahead)(const Work *work) { return work->mixed || work->program_doubles; }
+
 static size_t FN(space_size)(const Work *work, long blocks, long H, long N) {
-    const long programs = work->program_doubles ? blocks * BLOCK_ROWS * (2 * N + H) + work->program_doubles * (long)(sizeof(double) / sizeof(REAL)) : 0;
-    return (size_t)(blocks * BLOCK_ROWS * (7 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + programs + 128);
+    const long ahead = FN(any_ahead)(work) ? blocks * BLOCK_ROWS * (2 * N + H) : 0, programs = work->program_doubles * (long)(sizeof(double) / sizeof(REAL));
+    return (size_t)(blocks * BLOCK_ROWS * (7 * H + 2 * N) + 3 * N + blocks * (4 * N + 2 * H) + 2 * N + ahead + programs + 128);
 }
 
 static FN(Space) FN(space_at)(const Work *work, REAL *at, long blocks, long H, long N) {
@@ -32,8 +36,9 @@ static FN(Space) FN(space_at)(const Work *work, REAL *at, long blocks, long H, l
     space.room = NULL;
     for (int s = 0; s < SITES; s++) {
         space.normed[s] = at;
-        if (work->program_doubles) at += rows * (s == SITE_C ? H : N);
+        if (FN(any_ahead)(work)) at += rows * (s == SITE_C ? H : N);
     }
+    space.features = (FN(Features)){0};
     if (work->program_doubles) space.room = (double *)(((uintptr_t)at + 63) / 64 * 64);
     return space;
 }
@@ -46,28 +51,26 @@ static FN(Space) FN(space)(const Work *work, REAL *at, long blocks, long H, long
 
 /* A group of blocks with its sites. */
 typedef struct {
-    long blocks, row, rows;            /* the first row of the group, and its number of rows */
-    long start[MOST_TOGETHER + 1];     /* first row of each block, relative to the group */
-    SiteBuffers line[MOST_TOGETHER][SITES];
+    long first, blocks, row, rows;     /* the first block and row of the group, and its number of blocks and rows */
+    const SiteBuffers (*line)[SITES];
 } FN(Group);
 
-static void FN(gather)(FN(Group) *group, const Work *work, long first, long last) {
-    group->blocks = last - first;
-    group->row = atn_norms_block_start(work->batch, first);
-    for (long b = 0; b <= group->blocks; b++) group->start[b] = atn_norms_block_start(work->batch, first + b) - group->row;
-    group->rows = group->start[group->blocks];
-    for (long b = 0; b < group->blocks; b++)
-        for (int s = 0; s < SITES; s++) group->line[b][s] = atn_norms_site_buffers(work->site + s, work->steps, first + b);
+static FN(Group) FN(gather)(const Work *work, long first, long last) {
+    const long row = atn_norms_block_start(work->batch, first);
+    return (FN(Group)){first, last - first, row, atn_norms_block_start(work->batch, last) - row, (const SiteBuffers (*)[SITES])work->lines + first};
 }
 
-INLINE int FN(alive)(const Work *work, long t, long row) { return work->call->lengths == NULL || t < work->call->lengths[row]; }
+/* Return the first row of a block, relative to its group. */
+INLINE long FN(start)(const Work *work, const FN(Group) *group, long block) {
+    return atn_norms_block_start(work->batch, group->first + block) - group->row;
+}
 
 #include "traced.inc.h"
 
-/* Return the address for the normalized row of a site: a row for each row of the group if a program computes it, otherwise a
-   spare row. */
+/* Return the address for the normalized row of a site: a row for each row of the group if rows are normalized ahead, otherwise
+   a spare row. */
 INLINE REAL *FN(spare)(const SiteBuffers *line, int site, FN(Space) space, long r, long features) {
-    return line[site].norm == NORM_TRACED ? space.normed[site] + r * features : space.spare[site];
+    return FN(is_ahead)(line + site) ? space.normed[site] + r * features : space.spare[site];
 }
 
 /* Normalize the rows of a block at step t, if a program does it. */
@@ -88,10 +91,8 @@ static void FN(any_site_back)(const Work *work, FN(SiteGrads) grads, long t, lon
 static void FN(site_forward)(const Work *work, const SiteBuffers *line, int site, long t, long row, long start, long end, const REAL *x,
                              long features, FN(Space) space) {
     const SiteBuffers *own = line + site;
-    if (own->norm != NORM_TRACED) {
-        FN(state)(own, t, end - start, x + start * features, features);
-        return;
-    }
+    if (FN(has_moments)(own)) FN(state)(own, t, end - start, x + start * features, features);
+    if (own->norm != NORM_TRACED) return;
     FN(traced_measure)(work, own, t, row + start, end - start, x + start * features, features, space.room);
     if (own->groups) FN(pool)(own, t);
     FN(renormalize)(work, line, site, t, row, start, end, x, features, space);
@@ -115,6 +116,35 @@ typedef struct { int id, team; } FN(Member);
 
 INLINE void FN(wait)(FN(Member) member) {
     if (member.team > 1) atn_norms_wait();
+}
+
+/* For the features of a site with batch statistics: compute the statistics of step t, and normalize all rows. Threads share the
+   features. */
+static void FN(features_forward)(const Work *work, FN(Space) space, FN(Member) me, int site, long t, const REAL *x, long apart, FN(Rows) rows) {
+    for (long i = me.id; i < space.features.many && rows.count; i += me.team) {
+        FN(Columns) *columns = space.features.columns + i;
+        if (columns->site != site) continue;
+        FN(state_columns)(work, columns, t, x + columns->from, apart, rows);
+        FN(normed_columns)(columns, x + columns->from, space.normed[site] + columns->from, apart, work->batch);
+    }
+}
+
+/* Normalize all rows of such a site in the backward pass. */
+static void FN(features_again)(const Work *work, FN(Space) space, FN(Member) me, int site, long t, const REAL *x, long apart, REAL *to) {
+    for (long i = me.id; i < space.features.many; i += me.team) {
+        FN(Columns) *columns = space.features.columns + i;
+        if (columns->site != site) continue;
+        FN(set_columns)(columns, t);
+        FN(normed_columns)(columns, x + columns->from, to + columns->from, apart, work->batch);
+    }
+}
+
+/* Backward through such a site; on entry dx holds the gradient of its result. */
+static void FN(features_back)(const Work *work, FN(Space) space, FN(Member) me, int site, long t, const REAL *x, REAL *dx, long apart, FN(Rows) rows) {
+    for (long i = me.id; i < space.features.many && rows.count; i += me.team) {
+        const FN(Columns) *columns = space.features.columns + i;
+        if (columns->site == site) FN(columns_back)(work, columns, t, x + columns->from, dx + columns->from, apart, rows, dx + columns->from);
+    }
 }
 
 /* A packed matrix and a padded bias; without panels the unpacked matrix, and its bias or NULL. */
@@ -176,16 +206,58 @@ INLINE void FN(end_rows)(const Work *work, long t, long row, long start, long en
     }
 }
 
+/* The arrays of one forward step of a group. */
+typedef struct {
+    long t;
+    REAL *in, *recurrent, *now, *units, *out;
+    const REAL *h, *c;             /* before the step */
+} FN(Forward);
+
+/* The step of a block up to the new c of an LSTM, or the new h of other cells. */
+static void FN(forward_gates)(const Work *work, const FN(Group) *group, long block, const FN(Forward) *step, FN(Space) space) {
+    const Call *call = work->call;
+    const long t = step->t, row = group->row, B = work->batch, H = work->hidden, gates = FN(gates)(work), N = gates * H;
+    const long start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const int lstm = work->cell == CELL_LSTM;
+    const SiteBuffers *line = group->line[block];
+    REAL *in = step->in, *recurrent = step->recurrent;
+    FN(site_forward)(work, line, SITE_IH, t, row, start, end, in, N, space);
+    FN(site_forward)(work, line, SITE_HH, t, row, start, end, recurrent, N, space);
+    for (long r = start; r < end; r++) {
+        const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
+        const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
+        if (call->recurrent && t + 1 < work->steps) FN(fetch)(recurrent + (r + B) * N, N, 1);
+        FN(row_forward)(work->cell, 0, H, x, u, (lstm ? step->c : step->h) + r * H, step->now + r * H, space.gate + r * H);
+        if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(step->now + r * H, step->c + r * H, H);
+    }
+}
+
+/* The rest of the step of a block. */
+static void FN(forward_output)(const Work *work, const FN(Group) *group, long block, const FN(Forward) *step, FN(Space) space) {
+    const Call *call = work->call;
+    const long t = step->t, row = group->row, H = work->hidden;
+    const long start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const int lstm = work->cell == CELL_LSTM;
+    const SiteBuffers *line = group->line[block];
+    if (lstm) FN(site_forward)(work, line, SITE_C, t, row, start, end, step->now, H, space);
+    for (long r = start; r < end && lstm; r++) {
+        const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, step->now + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H));
+        FN(row_output)(0, H, y, space.gate + r * H, step->units + r * H);
+        if (call->normed_carry && FN(alive)(work, t, row + r)) FN(row_normed)(0, H, y, space.carry + r * H);
+    }
+    if (!call->projection) FN(end_rows)(work, t, row, start, end, step->h, step->units, step->out, space);
+}
+
 /* Packed weights of the products of a forward pass; hr only with a projection. */
 typedef struct { FN(Packed) ih, hh, hr; } FN(Weights);
 
 static void FN(forward_block)(const Work *work, const FN(Weights) *weight, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, gates = FN(gates)(work), N = gates * H;
-    const int lstm = work->cell == CELL_LSTM;
-    FN(Group) group;
-    FN(gather)(&group, work, first, last);
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, N = FN(gates)(work) * H;
+    const int lstm = work->cell == CELL_LSTM, over_rows = FN(over_rows)(work->site + SITE_C);
+    const FN(Group) group = FN(gather)(work, first, last);
     const long row = group.row, rows = group.rows;
+    FN(Rows) unmasked = {0, space.features.rows};
     const REAL *h = (const REAL *)call->h0 + row * R, *c = lstm ? (const REAL *)call->c0 + row * H : NULL;
     if (call->normed_carry) {
         if (me.id == 0) memcpy(space.carry, c, (size_t)(rows * H) * sizeof(REAL));
@@ -197,35 +269,37 @@ static void FN(forward_block)(const Work *work, const FN(Weights) *weight, long 
         REAL *out = (REAL *)call->output + (t * B + row) * R;
         REAL *units = !call->projection ? out : call->units ? (REAL *)call->units + (t * B + row) * H : space.units;
         REAL *now = !lstm ? out : call->cells ? (REAL *)call->cells + (t * B + row) * H : space.c[t % 2];
+        const FN(Forward) step = {t, in, recurrent, now, units, out, h, c};
         FN(weigh)(me, weight->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, in);
         FN(weigh)(me, weight->hh, rows, R, N, h, R, recurrent);
         FN(wait)(me);
+        for (long b = me.id; b < group.blocks && call->joint; b += me.team) {
+            const long start = FN(start)(work, &group, b), end = FN(start)(work, &group, b + 1);
+            FN(join)(recurrent + start * N, in + start * N, (end - start) * N);
+        }
+        if (work->mixed) {
+            FN(look)(work, t, &unmasked);
+            if (call->joint) FN(wait)(me);
+            FN(features_forward)(work, space, me, SITE_IH, t, in, N, unmasked);
+            FN(features_forward)(work, space, me, SITE_HH, t, recurrent, N, unmasked);
+            FN(wait)(me);
+        }
         for (long b = me.id; b < group.blocks; b += me.team) {
-            const SiteBuffers *line = group.line[b];
-            const long start = group.start[b], end = group.start[b + 1];
-            if (call->joint) FN(join)(recurrent + start * N, in + start * N, (end - start) * N);
-            FN(site_forward)(work, line, SITE_IH, t, row, start, end, in, N, space);
-            FN(site_forward)(work, line, SITE_HH, t, row, start, end, recurrent, N, space);
-            for (long r = start; r < end; r++) {
-                const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
-                const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
-                if (call->recurrent && t + 1 < T) FN(fetch)(recurrent + (r + B) * N, N, 1);
-                FN(row_forward)(work->cell, 0, H, x, u, (lstm ? c : h) + r * H, now + r * H, space.gate + r * H);
-                if (lstm && !FN(alive)(work, t, row + r)) FN(copy)(now + r * H, c + r * H, H);
-            }
-            if (lstm) FN(site_forward)(work, line, SITE_C, t, row, start, end, now, H, space);
-            for (long r = start; r < end && lstm; r++) {
-                const FN(Side) y = FN(side)(line + SITE_C, t, r - start, 1, now + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H));
-                FN(row_output)(0, H, y, space.gate + r * H, units + r * H);
-                if (call->normed_carry && FN(alive)(work, t, row + r)) FN(row_normed)(0, H, y, space.carry + r * H);
-            }
-            if (!call->projection) FN(end_rows)(work, t, row, start, end, h, units, out, space);
+            FN(forward_gates)(work, &group, b, &step, space);
+            if (!over_rows) FN(forward_output)(work, &group, b, &step, space);
+        }
+        if (over_rows) {
+            FN(wait)(me);
+            FN(features_forward)(work, space, me, SITE_C, t, now, H, unmasked);
+            FN(wait)(me);
+            for (long b = me.id; b < group.blocks; b += me.team) FN(forward_output)(work, &group, b, &step, space);
         }
         if (call->projection) {
             FN(wait)(me);
             FN(weigh)(me, weight->hr, rows, H, R, units, H, out);
             FN(wait)(me);
-            for (long b = me.id; b < group.blocks; b += me.team) FN(end_rows)(work, t, row, group.start[b], group.start[b + 1], h, units, out, space);
+            for (long b = me.id; b < group.blocks; b += me.team)
+                FN(end_rows)(work, t, row, FN(start)(work, &group, b), FN(start)(work, &group, b + 1), h, units, out, space);
         }
         if (lstm && !call->normed_carry) c = now;
         h = call->lengths ? space.h : out;
@@ -283,7 +357,7 @@ static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space
     for (long b = 0; b < group->blocks; b++)
         for (int s = 0; s < SITES; s++) {
             const SiteBuffers *line = &group->line[b][s];
-            if (line->norm == NORM_NONE || line->norm == NORM_TRACED) continue;
+            if (!FN(has_moments)(line)) continue;
             const FN(Sums) sums = FN(sums)(space, b, s, H, N);
             const REAL *dshift = s == SITE_HH && FN(paired)(work) ? FN(sums)(space, b, SITE_IH, H, N).dshift : sums.dshift;
 #pragma omp simd
@@ -301,7 +375,7 @@ static void FN(unproject)(const Work *work, const FN(Chunk) *chunk, const FN(Gro
     REAL *sum = chunk->dprojected + ((t - chunk->first) * work->batch + group->row) * R;
     FN(wait)(me);
     for (long b = me.id; b < group->blocks; b += me.team)
-        for (long r = group->start[b]; r < group->start[b + 1]; r++) {
+        for (long r = FN(start)(work, group, b), end = FN(start)(work, group, b + 1); r < end; r++) {
             if (!FN(alive)(work, t, group->row + r)) memset(sum + r * R, 0, (size_t)R * sizeof(REAL));
             else
 #pragma omp simd
@@ -311,13 +385,94 @@ static void FN(unproject)(const Work *work, const FN(Chunk) *chunk, const FN(Gro
     FN(weigh)(me, chunk->hr, group->rows, R, work->hidden, sum, R, space.units);
 }
 
+/* The arrays of one backward step of a group. */
+typedef struct {
+    long t;
+    int first;                     /* true at the first step of a chunk */
+    const REAL *in, *recurrent, *cells, *old, *dout, *dunits, *dh;
+    REAL *din, *drec, *dc, *dold;
+} FN(Backward);
+
+/* Normalize the rows of a block as in the forward pass, if programs do it, and those of a carried state. */
+static void FN(normalize_again)(const Work *work, const FN(Group) *group, long block, const FN(Backward) *step, FN(Space) space) {
+    const long t = step->t, row = group->row, B = work->batch, H = work->hidden, N = FN(gates)(work) * H;
+    const long start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const SiteBuffers *line = group->line[block];
+    if (work->call->normed_carry && t && !FN(over_rows)(line + SITE_C)) { /* the state carried from the previous step */
+        FN(renormalize)(work, line, SITE_C, t - 1, row, start, end, step->cells - B * H, H, space);
+        for (long r = start; r < end; r++)
+            FN(row_normed)(0, H, FN(side)(line + SITE_C, t - 1, r - start, 1, step->cells + (r - B) * H, space.plain, FN(spare)(line, SITE_C, space, r, H)),
+                           space.carry + r * H);
+    }
+    for (int s = 0; s < SITES; s++) {
+        const REAL *x = s == SITE_IH ? step->in : s == SITE_HH ? step->recurrent : step->cells;
+        FN(renormalize)(work, line, s, t, row, start, end, x, s == SITE_C ? H : N, space);
+    }
+}
+
+/* Backward through the gates of a block: of an LSTM first (part 0) up to the gradient of its normalized c, then the rest. */
+static void FN(backward_gates)(const Work *work, const FN(Group) *group, long block, const FN(Backward) *step, int part, FN(Space) space) {
+    const Call *call = work->call;
+    const long t = step->t, row = group->row, B = work->batch, H = work->hidden, R = work->output, gates = FN(gates)(work), N = gates * H;
+    const long start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const int lstm = work->cell == CELL_LSTM;
+    const SiteBuffers *line = group->line[block];
+    for (long r = start; r < end; r++) {
+        REAL *hidden = space.hidden + r * H;
+        if (!FN(alive)(work, t, row + r)) { /* a masked step passes the gradient of the state on, and has no gradient of its inputs */
+            memset(step->din + r * N, 0, (size_t)N * sizeof(REAL));
+            memset(step->drec + r * N, 0, (size_t)N * sizeof(REAL));
+            memset(hidden, 0, (size_t)H * sizeof(REAL));
+            if (lstm) FN(copy)(step->dold + r * H, step->dc + r * H, H);
+            continue;
+        }
+        const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, step->in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
+        const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, step->recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
+        if (!step->first && part == 0) {
+            FN(fetch)(step->recurrent + (r - B) * N, N, 0);
+            FN(fetch)(step->dout + (r - B) * R, R, 0);
+            if (call->projected) FN(fetch)(step->in + (r - B) * N, N, 0);
+            if (t > 1 && !call->normed_carry) FN(fetch)(step->old + (r - B) * H, H, 0);
+        }
+        const FN(Back) each = {x, u, step->old + r * H, step->dunits + r * H, call->projection ? space.plain.zeros : step->dh + r * H, step->din + r * N, step->drec + r * N, hidden};
+        if (!lstm) FN(row_back)(work->cell, 0, H, each);
+        else if (part) FN(row_cell_back)(0, H, each, step->dc + r * H, step->dold + r * H);
+        else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, step->cells + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H)));
+        if (lstm && part == 0 && call->normed_carry) FN(add_carried)(hidden, step->dc + r * H, H);
+    }
+}
+
+/* Backward through a block's norm of the cell state. */
+static void FN(backward_cell)(const Work *work, const FN(Group) *group, long block, const FN(Backward) *step, FN(Space) space) {
+    const long H = work->hidden, N = FN(gates)(work) * H, start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    REAL *hidden = space.hidden + start * H;
+    const FN(SiteGrads) grads = {group->line[block] + SITE_C, step->cells + start * H, H, hidden, FN(sums)(space, block, SITE_C, H, N)};
+    FN(any_site_back)(work, grads, step->t, group->row + start, end - start, hidden, H, space.room);
+}
+
+/* Backward through a block's norms of the products. */
+static void FN(backward_products)(const Work *work, const FN(Group) *group, long block, const FN(Backward) *step, FN(Space) space) {
+    const long t = step->t, H = work->hidden, N = FN(gates)(work) * H, start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const SiteBuffers *line = group->line[block];
+    const FN(SiteGrads) grads[2] = {
+        {line + SITE_IH, step->in + start * N, N, step->din + start * N, FN(sums)(space, block, SITE_IH, H, N)},
+        {line + SITE_HH, step->recurrent + start * N, N, step->drec + start * N, FN(sums)(space, block, SITE_HH, H, N)},
+    };
+    if (FN(paired)(work)) {
+        FN(pair_back)(grads, work->steps, t, end - start, grads[0].dx, N);
+        return;
+    }
+    if (work->cell != CELL_GRU && step->drec != step->din) memcpy(grads[1].dx, grads[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
+    for (int s = 0; s < 2; s++) FN(any_site_back)(work, grads[s], t, group->row + start, end - start, grads[s].dx, N, space.room);
+}
+
 static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {
     const Call *call = work->call;
-    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, gates = FN(gates)(work), N = gates * H;
-    const int lstm = work->cell == CELL_LSTM, paired = FN(paired)(work);
-    FN(Group) group;
-    FN(gather)(&group, work, first, last);
+    const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, N = FN(gates)(work) * H;
+    const int lstm = work->cell == CELL_LSTM, over_rows = FN(over_rows)(work->site + SITE_C);
+    const FN(Group) group = FN(gather)(work, first, last);
     const long row = group.row, rows = group.rows;
+    FN(Rows) unmasked = {0, space.features.rows};
     REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
     if (me.id == 0) {
         memset(space.sums, 0, (size_t)(group.blocks * (4 * N + 2 * H)) * sizeof(REAL));
@@ -332,70 +487,45 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
         const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
         REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
+        const FN(Backward) step = {t, t == chunk->first, in, recurrent, cells, old, dout, call->projection ? space.units : dout, dh, din, drec, dc, dold};
         if (call->projection) FN(unproject)(work, chunk, &group, t, dout, dh, space, me);
-        const REAL *dunits = call->projection ? space.units : dout;
         if (call->joint) {
             if (me.id == 0) memset(space.projected, 0, (size_t)(rows * N) * sizeof(REAL));
         } else if (!call->projected)
             FN(weigh)(me, chunk->ih, rows, D, N, (const REAL *)call->xs + (t * B + row) * D, D, space.projected);
         FN(wait)(me);
+        if (work->mixed) {
+            FN(look)(work, t, &unmasked);
+            if (call->normed_carry && t) FN(features_again)(work, space, me, SITE_C, t - 1, cells - B * H, H, space.carry);
+            FN(features_again)(work, space, me, SITE_IH, t, in, N, space.normed[SITE_IH]);
+            FN(features_again)(work, space, me, SITE_HH, t, recurrent, N, space.normed[SITE_HH]);
+            FN(features_again)(work, space, me, SITE_C, t, cells, H, space.normed[SITE_C]);
+            FN(wait)(me);
+        }
         for (long b = me.id; b < group.blocks; b += me.team) {
-            const SiteBuffers *line = group.line[b];
-            const long start = group.start[b], end = group.start[b + 1];
-            if (call->normed_carry && t) { /* the state carried from the previous step */
-                FN(renormalize)(work, line, SITE_C, t - 1, row, start, end, cells - B * H, H, space);
-                for (long r = start; r < end; r++)
-                    FN(row_normed)(0, H, FN(side)(line + SITE_C, t - 1, r - start, 1, cells + (r - B) * H, space.plain, FN(spare)(line, SITE_C, space, r, H)),
-                                   space.carry + r * H);
-            }
-            for (int s = 0; s < 2 + lstm; s++) {
-                const REAL *x = s == SITE_IH ? in : s == SITE_HH ? recurrent : cells;
-                FN(renormalize)(work, line, s, t, row, start, end, x, s == SITE_C ? H : N, space);
-            }
-            for (int part = 0; part < 1 + lstm; part++) {
-                for (long r = start; r < end; r++) {
-                    REAL *hidden = space.hidden + r * H;
-                    if (!FN(alive)(work, t, row + r)) { /* a masked step passes the gradient of the state on, and has no gradient of its inputs */
-                        memset(din + r * N, 0, (size_t)N * sizeof(REAL));
-                        memset(drec + r * N, 0, (size_t)N * sizeof(REAL));
-                        memset(hidden, 0, (size_t)H * sizeof(REAL));
-                        if (lstm) FN(copy)(dold + r * H, dc + r * H, H);
-                        continue;
-                    }
-                    const FN(Side) x = FN(side)(line + SITE_IH, t, r - start, gates, in + r * N, space.plain, FN(spare)(line, SITE_IH, space, r, N));
-                    const FN(Side) u = FN(side)(line + SITE_HH, t, r - start, gates, recurrent + r * N, space.plain, FN(spare)(line, SITE_HH, space, r, N));
-                    if (t > chunk->first && part == 0) {
-                        FN(fetch)(recurrent + (r - B) * N, N, 0);
-                        FN(fetch)(dout + (r - B) * R, R, 0);
-                        if (call->projected) FN(fetch)(in + (r - B) * N, N, 0);
-                        if (t > 1 && !call->normed_carry) FN(fetch)(old + (r - B) * H, H, 0);
-                    }
-                    const FN(Back) each = {x, u, old + r * H, dunits + r * H, call->projection ? space.plain.zeros : dh + r * H, din + r * N, drec + r * N, hidden};
-                    if (!lstm) FN(row_back)(work->cell, 0, H, each);
-                    else if (part) FN(row_cell_back)(0, H, each, dc + r * H, dold + r * H);
-                    else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, cells + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H)));
-                }
-                if (lstm && part == 0) {
-                    REAL *hidden = space.hidden + start * H;
-                    for (long r = start; r < end && call->normed_carry; r++)
-                        if (FN(alive)(work, t, row + r)) FN(add_carried)(space.hidden + r * H, dc + r * H, H);
-                    const FN(SiteGrads) grads = {line + SITE_C, cells + start * H, H, hidden, FN(sums)(space, b, SITE_C, H, N)};
-                    FN(any_site_back)(work, grads, t, row + start, end - start, hidden, H, space.room);
-                }
-            }
-            const FN(SiteGrads) grads[2] = {
-                {line + SITE_IH, in + start * N, N, din + start * N, FN(sums)(space, b, SITE_IH, H, N)},
-                {line + SITE_HH, recurrent + start * N, N, drec + start * N, FN(sums)(space, b, SITE_HH, H, N)},
-            };
-            if (paired) FN(pair_back)(grads, T, t, end - start, din + start * N, N);
-            else {
-                if (work->cell != CELL_GRU) memcpy(grads[1].dx, grads[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
-                for (int s = 0; s < 2; s++) FN(any_site_back)(work, grads[s], t, row + start, end - start, grads[s].dx, N, space.room);
-                if (call->joint) memcpy(grads[0].dx, grads[1].dx, (size_t)((end - start) * N) * sizeof(REAL));
+            FN(normalize_again)(work, &group, b, &step, space);
+            FN(backward_gates)(work, &group, b, &step, 0, space);
+            if (over_rows) continue;
+            if (lstm) FN(backward_cell)(work, &group, b, &step, space);
+            if (lstm) FN(backward_gates)(work, &group, b, &step, 1, space);
+            FN(backward_products)(work, &group, b, &step, space);
+        }
+        if (over_rows) {
+            FN(wait)(me);
+            FN(features_back)(work, space, me, SITE_C, t, cells, space.hidden, H, unmasked);
+            FN(wait)(me);
+            for (long b = me.id; b < group.blocks; b += me.team) {
+                FN(backward_gates)(work, &group, b, &step, 1, space);
+                FN(backward_products)(work, &group, b, &step, space);
             }
         }
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
         FN(wait)(me);
+        if (work->mixed) {
+            FN(features_back)(work, space, me, SITE_IH, t, in, din, N, unmasked);
+            FN(features_back)(work, space, me, SITE_HH, t, recurrent, drec, N, unmasked);
+            FN(wait)(me);
+        }
         REAL *to = call->lengths ? space.recurrent : dh;
         FN(weigh)(me, chunk->hh, rows, N, R, drec, N, to);
         if (call->dxs)
@@ -403,7 +533,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step has a barrier before it reads */
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team)
-            for (long r = group.start[b]; r < group.start[b + 1]; r++) {
+            for (long r = FN(start)(work, &group, b), end = FN(start)(work, &group, b + 1); r < end; r++) {
                 if (call->lengths && FN(alive)(work, t, row + r)) FN(copy)(dh + r * R, to + r * R, R);
                 if (work->cell == CELL_GRU)
 #pragma omp simd
@@ -411,11 +541,17 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
             }
     }
     FN(wait)(me);
+    for (long i = me.id; i < space.features.many && chunk->first == 0; i += me.team) {
+        const SiteBuffers *line = &space.features.columns[i].line;
+        if (FN(needs_pooled)(line)) FN(unpool_prefix)(line, T);
+    }
     if (me.id > 0) return;
     FN(add_up)(work, &group, space, H, N);
     memcpy((REAL *)call->dh + row * R, dh, (size_t)(rows * R) * sizeof(REAL));
     if (lstm) memcpy((REAL *)call->dc + row * H, dc, (size_t)(rows * H) * sizeof(REAL));
     for (long b = 0; b < group.blocks && chunk->first == 0; b++)
-        for (int s = 0; s < SITES; s++)
-            if (group.line[b][s].norm != NORM_NONE) FN(unpool_prefix)(&group.line[b][s], T);
+        for (int s = 0; s < SITES; s++) {
+            const SiteBuffers *line = &group.line[b][s];
+            if (FN(has_moments)(line) || line->norm == NORM_TRACED) FN(unpool_prefix)(line, T);
+        }
 }

@@ -13,6 +13,12 @@ INLINE FN(Affine) FN(affine)(const SiteBuffers *site, long lane) {
     return FN(split)(site->norm == NORM_MOMENTS ? site->mu[lane] : 0.0, site->scale[lane]);
 }
 
+/* Return true if a site has statistics over the rows; if every row has declared moments; and if rows are normalized before the
+   work on single rows: with batch statistics or by a program. */
+INLINE int FN(over_rows)(const SiteBuffers *site) { return site->norm == NORM_BATCH || site->norm == NORM_POPULATION; }
+INLINE int FN(has_moments)(const SiteBuffers *site) { return site->norm == NORM_MOMENTS || site->norm == NORM_MEAN_SQUARE; }
+INLINE int FN(is_ahead)(const SiteBuffers *site) { return FN(over_rows)(site) || site->norm == NORM_TRACED; }
+
 /* Normalize a whole row: out = N(x). */
 static void FN(normed_row)(const SiteBuffers *site, long lane, const REAL *x, REAL *out) {
     const long width = site->features / site->groups;
@@ -30,7 +36,7 @@ static void FN(normed_row)(const SiteBuffers *site, long lane, const REAL *x, RE
 INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, const REAL *x, FN(Plain) plain, REAL *spare) {
     FN(Side) side = {.x = x, .gain = site->gain, .shift = site->shift, .by = {{0, 1, 0}, {0, 1, 0}, {0, 1, 0}, {0, 1, 0}}};
     const long lane = t * site->lanes + r * site->groups;
-    const int affine = site->norm != NORM_NONE && site->norm != NORM_TRACED;
+    const int affine = FN(has_moments)(site);
     if (affine && site->groups == 1) {
         side.by[0] = side.by[1] = side.by[2] = side.by[3] = FN(affine)(site, lane);
     } else if (affine && site->groups == gates) {
@@ -38,8 +44,8 @@ INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, co
     } else {
         side.gain = plain.ones;
         side.shift = plain.zeros;
-        if (site->norm == NORM_TRACED) side.x = spare; /* already normalized */
-        else if (site->norm != NORM_NONE) {
+        if (FN(is_ahead)(site)) side.x = spare;
+        else if (affine) {
             FN(normed_row)(site, lane, x, spare);
             side.x = spare;
         }
@@ -49,7 +55,6 @@ INLINE FN(Side) FN(side)(const SiteBuffers *site, long t, long r, long gates, co
 
 /* Compute the statistics of a block's rows at step t, and pool them. */
 static void FN(state)(const SiteBuffers *site, long t, long rows, const REAL *x, long ldx) {
-    if (site->norm == NORM_NONE) return;
     const long at = (site->prefix + t) * site->lanes;
     for (long r = 0; r < rows; r++) FN(measure)(site, x + r * ldx, site->mean + at + r * site->groups, site->var + at + r * site->groups);
     for (long l = rows * site->groups; l < site->lanes; l++) site->mean[at + l] = site->var[at + l] = 0.0;
@@ -140,9 +145,9 @@ static void FN(pair_back)(const FN(SiteGrads) *grads, long steps, long t, long r
     FN(sites_back)(2, grads, steps, t, rows, dy, ldd);
 }
 
-/* Backward through one site; without a norm dy is passed on. */
+/* Backward through one site; without a norm of single rows dy is passed on. */
 static void FN(site_back)(FN(SiteGrads) grads, long steps, long t, long rows, const REAL *dy, long ldd) {
-    if (grads.line->norm != NORM_NONE) FN(sites_back)(1, &grads, steps, t, rows, dy, ldd);
+    if (FN(has_moments)(grads.line)) FN(sites_back)(1, &grads, steps, t, rows, dy, ldd);
     else
         for (long r = 0; r < rows && grads.dx != dy; r++) FN(copy)(grads.dx + r * ldd, dy + r * ldd, ldd);
 }
@@ -150,6 +155,5 @@ static void FN(site_back)(FN(SiteGrads) grads, long steps, long t, long rows, co
 /* Return true if both products of a cell have the same gradient and both sites can share one backward pass. */
 INLINE int FN(paired)(const Work *work) {
     const SiteBuffers *ih = work->site + SITE_IH, *hh = work->site + SITE_HH;
-    return work->cell != CELL_GRU && ih->norm != NORM_NONE && hh->norm != NORM_NONE && ih->norm != NORM_TRACED && hh->norm != NORM_TRACED &&
-           ih->groups == hh->groups;
+    return work->cell != CELL_GRU && FN(has_moments)(ih) && FN(has_moments)(hh) && ih->groups == hh->groups;
 }

@@ -63,8 +63,8 @@ static Parts parts_of(const Work *work, const SiteBuffers *line, int64_t block) 
         const int64_t row = atn_norms_block_start(work->batch, block);
         return (Parts){atn_norms_block_start(work->batch, block + 1) - row, line->groups, row, 1, 0, 0};
     }
-    const int64_t from = block * BLOCK_UNITS, left = work->hidden - from;
-    return (Parts){line->groups, left < BLOCK_UNITS ? left : BLOCK_UNITS, 0, 0, from, work->hidden};
+    const int64_t units = line->features / line->groups, from = block * BLOCK_UNITS, left = units - from;
+    return (Parts){line->groups, left < BLOCK_UNITS ? left : BLOCK_UNITS, 0, 0, from, units};
 }
 
 /* Return the number of elements of a statistic in one row of the state. */
@@ -128,9 +128,10 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->features = site->features;
     line->groups = site->groups;
     line->prefix = site->prefix;
-    line->lanes = work->coupled ? lanes_of_units(work->hidden, site->groups) : lanes_of(work->batch, site->groups);
-    line->blocks = work->coupled ? atn_norms_unit_blocks(work->hidden) : atn_norms_blocks(work->batch);
-    line->counts = work->counts;
+    const int64_t units = site->features / (site->groups ? site->groups : 1);
+    line->lanes = is_coupled(site->norm) ? lanes_of_units(units, site->groups) : lanes_of(work->batch, site->groups);
+    line->blocks = is_coupled(site->norm) ? atn_norms_unit_blocks(units) : atn_norms_blocks(work->batch);
+    line->counts = is_coupled(site->norm) ? work->counts : NULL;
     line->taps = site->taps;
     line->decay = site->decay;
     line->detached = site->detached != 0;
@@ -211,6 +212,18 @@ static int load_programs(SiteBuffers *line, const Site *site, int is_double) {
     return 0;
 }
 
+/* Store the buffers of every block of rows. With batch statistics a site has other blocks, and only its kind of norm is stored.
+   Return 0 on success. */
+static int load_lines(Work *work) {
+    const int64_t blocks = atn_norms_blocks(work->batch);
+    work->lines = malloc((size_t)blocks * sizeof *work->lines);
+    if (!work->lines) return 1;
+    for (int64_t block = 0; block < blocks; block++)
+        for (int s = 0; s < SITES; s++)
+            work->lines[block][s] = atn_norms_site_buffers(work->site + s, work->steps, is_coupled(work->site[s].norm) ? 0 : block);
+    return 0;
+}
+
 int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
     memset(work, 0, sizeof *work);
     work->cell = call->cell;
@@ -221,8 +234,14 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
     work->hidden = call->hidden;
     work->output = call->projection ? call->projection : call->hidden;
     work->call = call;
-    for (int s = 0; s < SITES; s++) work->coupled |= is_coupled(call->site[s].norm);
-    if (work->coupled && count(work)) return 1;
+    work->coupled = !call->projection;
+    for (int s = 0; s < SITES; s++) {
+        work->mixed |= is_coupled(call->site[s].norm);
+        work->coupled &= call->site[s].norm == NORM_NONE || is_coupled(call->site[s].norm);
+    }
+    work->coupled &= work->mixed;
+    work->mixed &= !work->coupled;
+    if ((work->coupled || work->mixed) && count(work)) return 1;
     for (int s = 0; s < SITES; s++) {
         const Site *site = call->site + s;
         SiteBuffers *line = work->site + s;
@@ -248,7 +267,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
             /* Saved numbers are deterministic, even unused ones. */
-            if (call->recurrent && (site->norm == NORM_POPULATION || (work->coupled && work->live < call->steps)))
+            if (call->recurrent && (site->norm == NORM_POPULATION || (is_coupled(site->norm) && work->live < call->steps)))
                 memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
             load_state(work, line, site);
         } else
@@ -262,6 +281,10 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         line->dgain = line->carry + 2 * line->lanes;
         line->dshift = line->dgain + sums(line);
         load_state_grads(work, line, site);
+    }
+    if (!work->coupled && load_lines(work)) {
+        atn_norms_end(work, -1, 0);
+        return 1;
     }
     return 0;
 }
@@ -333,5 +356,6 @@ void atn_norms_end(Work *work, int backward, int is_double) {
         free((void *)line->ready);
         free(line->room);
     }
+    free(work->lines);
     free(work->counts);
 }

@@ -12,8 +12,8 @@ static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const 
     FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, in);
     FN(product)(0, 1, B, H, wide, h, H, units->hh.panels, units->hh.bias, recurrent);
     if (call->joint) FN(join)(recurrent, in, B * wide);
-    FN(state_columns)(work, units, SITE_IH, t, in, rows);
-    FN(state_columns)(work, units, SITE_HH, t, recurrent, rows);
+    FN(state_columns)(work, units->columns + SITE_IH, t, in, wide, rows);
+    FN(state_columns)(work, units->columns + SITE_HH, t, recurrent, wide, rows);
     for (long i = 0; i < rows.count; i++) {
         const long r = rows.row[i];
         const FN(Side) x = FN(by_columns)(in + r * wide, units->columns + SITE_IH), u = FN(by_columns)(recurrent + r * wide, units->columns + SITE_HH);
@@ -21,7 +21,7 @@ static void FN(units_forward)(const Work *work, FN(Units) *units, long t, const 
         FN(row_forward)(work->cell, 1, width, x, u, old, lstm ? now + r * width : out + r * H, units->gate + r * width);
     }
     if (lstm) {
-        FN(state_columns)(work, units, SITE_C, t, now, rows);
+        FN(state_columns)(work, units->columns + SITE_C, t, now, width, rows);
         for (long i = 0; i < rows.count; i++) {
             const long r = rows.row[i];
             const FN(Side) y = FN(by_columns)(now + r * width, units->columns + SITE_C);
@@ -54,11 +54,11 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
     if (call->joint) memset(units->projected, 0, (size_t)(B * wide) * sizeof(REAL));
     else if (!call->projected) FN(product)(0, 1, B, D, wide, (const REAL *)call->xs + t * B * D, D, units->ih.panels, units->ih.bias, units->projected);
     if (call->normed_carry && t) { /* the state carried from the previous step */
-        FN(set_columns)(work, units, SITE_C, t - 1);
+        FN(set_columns)(units->columns + SITE_C, t - 1);
         for (long r = 0; r < B; r++)
             FN(row_normed)(1, width, FN(by_columns)(cells + (r - B) * width, units->columns + SITE_C), units->back + r * width);
     }
-    for (int s = 0; s < SITES; s++) FN(set_columns)(work, units, s, t);
+    for (int s = 0; s < SITES; s++) FN(set_columns)(units->columns + s, t);
     for (int part = 0; part < 1 + lstm; part++) {
         for (long i = 0; i < rows.count; i++) {
             const long r = rows.row[i];
@@ -73,10 +73,10 @@ static void FN(units_backward)(const Work *work, FN(Units) *units, long t, long 
         }
         for (long i = 0; i < rows.count && call->normed_carry && part == 0; i++)
             FN(add_carried)(units->hidden[0] + rows.row[i] * width, dc + rows.row[i] * width, width);
-        if (lstm && part == 0) FN(columns_back)(work, units, SITE_C, t, cells, units->hidden[0], rows, units->hidden[1]);
+        if (lstm && part == 0) FN(columns_back)(work, units->columns + SITE_C, t, cells, units->hidden[0], width, rows, units->hidden[1]);
     }
-    FN(columns_back)(work, units, SITE_IH, t, in, units->dz[0], rows, din);
-    FN(columns_back)(work, units, SITE_HH, t, recurrent, units->dz[gru], rows, drec);
+    FN(columns_back)(work, units->columns + SITE_IH, t, in, units->dz[0], wide, rows, din);
+    FN(columns_back)(work, units->columns + SITE_HH, t, recurrent, units->dz[gru], wide, rows, drec);
     if (call->joint) memcpy(din, drec, (size_t)(B * wide) * sizeof(REAL));
     if (!lstm) return;
     for (long r = 0; r < B && rows.count < B; r++)
@@ -108,6 +108,9 @@ static void FN(units_return)(const FN(Coupled) *all, FN(Units) *units, long t, l
 #pragma omp simd
         for (long j = 0; j < width; j++) units->dh[rows.row[i] * width + j] += units->hidden[0][rows.row[i] * width + j];
 }
+
+/* Return the index in a full row of pre-activations for element i of a block. */
+INLINE long FN(feature)(const Work *work, const FN(Units) *units, long i) { return i / units->width * work->hidden + units->from + i % units->width; }
 
 /* Pack the rows of a weight matrix [N, K] and of a bias that belong to a block's pre-activations. */
 static void FN(pack_units)(const Work *work, const FN(Units) *units, const REAL *weight, const REAL *bias, long K, FN(Packed) to) {
@@ -167,8 +170,9 @@ static size_t FN(units_room)(const FN(Coupled) *all, FN(Units) *units, long bloc
     units->width = width;
     units->wide = wide;
     for (int s = 0; s < SITES; s++) {
-        units->line[s] = atn_norms_site_buffers(work->site + s, T, block);
-        REAL **each[] = {&units->columns[s].gain, &units->columns[s].shift, &units->columns[s].high, &units->columns[s].scale, &units->columns[s].factor, &units->columns[s].level};
+        FN(Columns) *columns = units->columns + s;
+        *columns = (FN(Columns)){.site = s, .given = call->site + s, .line = atn_norms_site_buffers(work->site + s, T, block), .from = from, .width = width, .wide = s == SITE_C ? width : wide};
+        REAL **each[] = {&columns->gain, &columns->shift, &columns->high, &columns->scale, &columns->factor, &columns->level};
         for (size_t i = 0; i < sizeof each / sizeof *each; i++) *each[i] = FN(next)(room, &at, wide);
     }
     REAL **narrow[] = {&units->c, &units->gate, &units->hidden[0], &units->hidden[1], &units->dh, &units->dc[0], &units->dc[1], &units->back};
@@ -205,16 +209,7 @@ static void FN(units_begin)(const FN(Coupled) *all, FN(Units) *units, int backwa
     const Work *work = all->work;
     const Call *call = work->call;
     const long H = work->hidden;
-    for (int s = 0; s < SITES; s++) {
-        const FN(Columns) *columns = units->columns + s;
-        const SiteBuffers *site = units->line + s;
-        for (long i = 0; i < FN(site_wide)(units, s); i++) {
-            const long feature = FN(feature)(work, units, i);
-            columns->gain[i] = columns->factor[i] = site->norm == NORM_NONE ? (REAL)1 : ((const REAL *)site->gain)[feature];
-            columns->shift[i] = columns->level[i] = site->norm == NORM_NONE ? (REAL)0 : ((const REAL *)site->shift)[feature];
-            columns->high[i] = (REAL)0;
-        }
-    }
+    for (int s = 0; s < SITES; s++) FN(begin_columns)(units->columns + s);
     if (!backward || !call->projected) FN(pack_units)(work, units, call->weight_ih, call->bias_ih, work->inputs, units->ih);
     if (!backward) {
         FN(pack_units)(work, units, call->weight_hh, call->bias_hh, H, units->hh);
