@@ -43,8 +43,8 @@ def test_results_are_those_of_float64_rounded_once(cell, norm, dtype):
     scale = level(*gradients[1])
     # a gradient is rounded at the exit of the kernels, and dy at the entry
     compare([g.double() for g in gradients[0]], gradients[1], tolerance=4 * UNIT[dtype], scale=scale, what="gradient")
-    populations = [buffer.double() for buffer in layer.buffers()]
-    compare(populations, list(exact.buffers()), tolerance=UNIT[dtype] * 1.01, what="population")
+    populations = [[buffer.double() for buffer in each.buffers()] for each in (layer, exact)]
+    compare(*populations, tolerance=UNIT[dtype] * 1.01, what="population")
 
 
 @pytest.mark.parametrize("dtype", UNIT)
