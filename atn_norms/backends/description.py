@@ -112,10 +112,11 @@ def _traced_site(normalizer: Normalizer, features: int) -> TracedSite | str:
     first = every[0]
     if isinstance(first, str):
         return first
-    if any(other != first for other in every[1:]):
-        return "its gates have normalizers that differ"
-    if len(norms) > 1 and any(len(leaf) != 1 for leaf in first.leaves):
-        return "its gates have statistics with more than one axis"
+    separate = all(other == first for other in every[1:]) and all(len(leaf) == 1 for leaf in first.leaves)
+    if len(norms) > 1 and not separate:  # one program for all gates
+        norms, first = (normalizer,), traced_norm(normalizer, features)
+        if isinstance(first, str):
+            return first
     tensors = [tensor for norm in norms for tensor in tensors_of(norm)]
     if len(tensors) == 1 and tensors[0].dim() == 1:
         return TracedSite(first, len(norms), tensors[0])

@@ -67,10 +67,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "the norm at hh (Halved): sort has no native instruction (test_unsupported.py, line 21: "
         "return super().normalize(x, pooled).sort(-1).values / 2)",
     ),
-    "gates that differ": (
-        lambda: changed_gate(an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"})),
-        "the norm at ih (PerGate): its gates have normalizers that differ",
-    ),
     "a window of another class": (
         lambda: an.GRU(2, 3, norm="layer", window=LatelySpec()),
         "it has no kernel for the window Lately(steps=3) at ih",
@@ -81,11 +77,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "it runs on the CPU, and the layer is on meta",
     ),
 }
-
-
-def changed_gate(layer: Any) -> Any:
-    layer.norm_ih_l0.gates[1].eps = 1e-3
-    return layer
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,9 +12,10 @@ import torch
 import atn_norms as an
 from atn_norms.backends.native.library import load
 from atn_norms.backends.traced.cache import traced_norm
+from atn_norms.normalizers import PerGate
 from tests.compare import compare
 from tests.native.strategies import EXACT, Pair, agree, check, needs_kernels, outcome
-from tests.traced.gallery import EVERY, L1, GallerySpec
+from tests.traced.gallery import EVERY, L1, GallerySpec, built
 
 pytestmark = needs_kernels
 
@@ -78,6 +80,27 @@ def test_layers_and_directions(name):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_statistics_per_gate(name, cell):
     check(pair(name, cell, per_gate=True, ragged=True, before=2))
+
+
+class GatesSpec(an.NormSpec):
+    """Options of normalizers that differ between the gates of a site, but have statistics of one kind."""
+
+    kind: Literal["gates"] = "gates"
+    names: tuple[str, ...]
+
+    def build(self, features: int) -> an.Normalizer:
+        width = features // len(self.names)
+        declared = {"layer": an.LayerNorm, "eps": partial(an.LayerNorm, eps=1e-2), "rms": an.RMSNorm}
+        return PerGate([declared[name](width) if name in declared else built(name, width) for name in self.names])
+
+
+@pytest.mark.parametrize("names", ["layer eps layer eps", "Geometric L1 rms Geometric", "L1 L1 PowerMean L1"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gates_with_different_normalizers(names, cell):
+    spec = GatesSpec(names=tuple(names.split()[: 4 if cell == "lstm" else 3]))
+    norm = {"sites": {"ih": spec, "hh": spec}}
+    check(pair("L1", cell, ragged=True, before=2, options={"norm": norm}))
+    check(pair("L1", cell, WINDOWS["exponential"], options={"norm": norm}))
 
 
 def test_traced_and_declared_normalizers_at_different_sites():
