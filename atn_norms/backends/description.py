@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -136,26 +136,43 @@ def _site_plan(
     pooled = WindowPlan(1, 1.0, window.detaches_past) if stateless else window_of(window)
     if pooled is None or (pooled.past and isinstance(declared, BatchMoments)):
         return Unsupported("window", f"it has no kernel for the window {window!r} at {site}", WINDOWS)
-    shared: dict[str, Any] = {**pooled._asdict(), "gain": gain is not None, "shift": shift is not None}
+    affine = gain is not None, shift is not None
     if isinstance(declared, TracedSite):
-        return _traced_plan(site, features, declared, shared)
-    own: dict[str, Any] = {"eps": declared.eps}
+        return _traced_plan(site, features, declared, pooled, affine)
     if isinstance(declared, FeatureMoments):
-        own |= {"groups": declared.groups, "centred": declared.centred, "leaf": declared.shape or (declared.groups,)}
-    else:
-        kind = BATCH if declared.measured else POPULATIONS if declared.per_step else POPULATION
-        leaf = declared.shape or (features,)
-        own |= {"groups": cell.gates_at(site), "centred": True, "leaf": leaf, "coupled": kind}
-    return SitePlan(site, features, **own, **shared)
+        leaf = declared.shape or (declared.groups,)
+        return _plan(site, features, declared.groups, declared.centred, declared.eps, pooled, affine, leaf)
+    kind = BATCH if declared.measured else POPULATIONS if declared.per_step else POPULATION
+    leaf = declared.shape or (features,)
+    return _plan(site, features, cell.gates_at(site), True, declared.eps, pooled, affine, leaf, kind)
 
 
-def _traced_plan(site: str, features: int, declared: TracedSite, shared: dict[str, Any]) -> SitePlan:
+def _traced_plan(
+    site: str, features: int, declared: TracedSite, pooled: WindowPlan, affine: tuple[bool, bool]
+) -> SitePlan:
     traced, parts = declared.traced, declared.parts
     groups = parts * traced.width
     leaf = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
     leaf = ((parts, *leaf) if parts > 1 else leaf) if groups else ()
-    own: dict[str, Any] = {"groups": groups, "centred": traced.centred, "eps": 0.0, "leaf": leaf}
-    return SitePlan(site, features, **own, **shared, traced=traced, parts=parts)
+    return _plan(site, features, groups, traced.centred, 0.0, pooled, affine, leaf, 0, traced, parts)
+
+
+def _plan(
+    site: str,
+    features: int,
+    groups: int,
+    centred: bool,
+    eps: float,
+    window: WindowPlan,
+    affine: tuple[bool, bool],
+    leaf: tuple[int, ...],
+    coupled: int = 0,
+    traced: TracedNorm | None = None,
+    parts: int = 1,
+) -> SitePlan:
+    steps, decay, detached, taps, past = window
+    numbers = features, groups, centred, eps, steps, decay
+    return SitePlan(site, *numbers, *affine, leaf, coupled, traced, parts, detached, taps, past)
 
 
 class WindowPlan(NamedTuple):

@@ -24,8 +24,22 @@ def _has_rules() -> bool:
     return all(level.key() in (TransformType.Grad, TransformType.Vmap) for level in stack)
 
 
+def observed() -> bool:
+    """Return True if a compiler, a tracer, a profiler, a mode or a transform of torch.func observes calls."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
 def unsupported_transform() -> str | None:
     """Return the reason why no operator can run: an active transform has no rule; None if operators can run."""
+    if forward_ad._current_level < 0 and not observed():
+        return None
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no form of its operator"
     if in_transform() and torch.compiler.is_compiling():
@@ -51,21 +65,13 @@ def batched(grads: Sequence[Tensor | None]) -> bool:
 def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """Return True if kernels may read tensors directly: nothing observes the call, and all tensors are ordinary.
 
-    Observers are compilers, tracers, profilers, modes and function transforms. Ordinary tensors are of torch's classes
-    and hold plain numbers: no negation bit, no zero tensor.
+    Ordinary tensors are of torch's classes and hold plain numbers: no negation bit, no zero tensor.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
-        or torch._C._autograd._profiler_enabled()  # type: ignore[attr-defined]
-    ):
+    if observed():
         return False
     there = [tensor for tensor in tensors if tensor is not None]
     return (
-        {type(tensor) for tensor in there} <= _ORDINARY
+        _ORDINARY.issuperset(map(type, there))
         and not any(map(Tensor.is_neg, there))
         and not any(map(Tensor._is_zerotensor, there))
     )

@@ -14,10 +14,9 @@ from atn_norms.cells import Cell, CellWeights
 from atn_norms.errors import mismatch
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
-from atn_norms.normalizers.base import KeyWithCure
+from atn_norms.normalizers.base import KeyWithCure, parameter_of
 from atn_norms.normalizers.batch import synchronized
 from atn_norms.options import Options, changed_options, kind_label
-from atn_norms.windows import Window
 
 
 class CellHost(nn.Module):
@@ -94,24 +93,18 @@ class CellHost(nn.Module):
         names = {site: f"norm_{site}{suffix}" for site in self._sites}
         return {site: self._modules[name] for site, name in names.items() if name in self._modules}  # type: ignore[misc]
 
-    def _window(self, site: str, suffix: str) -> Window[Any]:
-        plain = self._windows.get(site)
-        return self._modules[f"window_{site}{suffix}"] if plain is None else plain  # type: ignore[return-value]
-
     def cell_weights(self, suffix: str) -> CellWeights:
         """Return the weights and norms of one cell, for one call: parameters and modules may be replaced between calls.
 
         `suffix` is the end of torch's parameter names, such as `_l0` or `_l0_reverse`; it is empty for a step cell.
         """
-        norms = {
-            site: SiteNorm(normalizer, self._window(site, suffix))
-            for site, normalizer in self._normalizers(suffix).items()
-        }
-        own, tensors = self._parameters, {}
-        for name in self._tensors:
-            parameter = own.get(name + suffix)
-            tensors[name] = getattr(self, name + suffix) if parameter is None else parameter  # it may be parametrized
-        return CellWeights(tensors, norms)
+        modules, windows, norms = self._modules, self._windows, {}
+        for site in self._sites:
+            name = f"norm_{site}{suffix}"
+            if name in modules:
+                window = windows[site] if site in windows else modules[f"window_{site}{suffix}"]
+                norms[site] = SiteNorm(modules[name], window)  # type: ignore[arg-type]
+        return CellWeights({name: parameter_of(self, name + suffix) for name in self._tensors}, norms)
 
     def _initialize(self, name: str, parameter: Tensor) -> None:
         if self.spec.init == "torch":

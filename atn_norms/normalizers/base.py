@@ -245,12 +245,19 @@ class NormSpec(Options, ABC):
         """Build a normalizer over `features` features; `ValueError` if the options do not support the number."""
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def has_hooks(normalizer: nn.Module) -> bool:
     """Return True if the normalizer, or a module inside it, has hooks."""
-    return any(getattr(module, hooks) for module in normalizer.modules() for hooks in _HOOKS)
+    modules = normalizer.modules() if normalizer._modules else (normalizer,)  # `modules` takes its time
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """Return `module.name`, faster if it is a plain parameter: it may be parametrized or pruned instead."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def apply_norm(normalizer: Normalizer, x: Tensor, pooled: Any) -> Tensor:

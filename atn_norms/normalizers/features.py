@@ -8,7 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from atn_norms.normalizers.base import FeatureMoments, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.normalizers.base import (
+    FeatureMoments,
+    Normalizer,
+    NormSpec,
+    checked_eps,
+    checked_features,
+    parameter_of,
+)
 from atn_norms.statistics import Average, Moments, promoted
 
 
@@ -56,7 +63,7 @@ class LayerNorm(Normalizer):
         return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
 
     def feature_moments(self) -> FeatureMoments:
-        return FeatureMoments(1, True, self.eps, self.weight, self.bias)
+        return FeatureMoments(1, True, self.eps, parameter_of(self, "weight"), parameter_of(self, "bias"))
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}"
@@ -118,7 +125,7 @@ class RMSNorm(Normalizer):
         return y if self.bias is None else y + self.bias
 
     def feature_moments(self) -> FeatureMoments:
-        return FeatureMoments(1, False, self.eps, self.weight, self.bias)
+        return FeatureMoments(1, False, self.eps, parameter_of(self, "weight"), parameter_of(self, "bias"))
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, bias={self.bias is not None}"

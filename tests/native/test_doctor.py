@@ -17,8 +17,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="requires a C compiler"
 AT_LOAD = "#include <signal.h>\n#include <unistd.h>\n__attribute__((constructor)) static void begin(void) { %s; }\n"
 AT_WORK = f"""
 #include <signal.h>
-int atn_norms_forward(void *call, int is_double) {{ raise(SIGILL); return 0; }}
-int atn_norms_backward(void *call, int is_double) {{ return 0; }}
+int atn_norms_run() {{ raise(SIGILL); return 0; }}
 long atn_norms_timeline(long a, long b, long c, long d) {{ return 0; }}
 int atn_norms_level(int limit) {{ return 0; }}
 int atn_norms_interpret(void *words, int narrow, void *inputs, long rows, void *outputs) {{ return 0; }}
@@ -78,4 +77,4 @@ def test_kernels_that_hang_are_stopped(kernels, monkeypatch):
 def test_kernels_that_cannot_be_loaded_are_reported_with_the_reason(kernels):
     kernels("int nothing;")
     assert native.survives() is None
-    assert "atn_norms_forward" in str(native.unavailable())
+    assert "atn_norms_run" in str(native.unavailable())

@@ -104,62 +104,86 @@ class FusedProgram(Program):
             return ReferenceProgram(self.cell).run(inputs, state, lengths)
         carried, norms = state
         memories = [norms[place] for place in plan.indices]
+        fresh = not [memory for memory in memories if memory is not None]
         if lengths is not None:
             lengths = lengths.to(xs.device)
             xs = torch.where((torch.arange(steps, device=xs.device).unsqueeze(1) < lengths).unsqueeze(-1), xs, 0.0)
-        whole = plan
-        watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if all(memory is None for memory in memories) and not plan.coupled and not watched:
+        if fresh and not plan.coupled and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             plan = shortened(plan, steps)
         affine = [tensor for each in declared for tensor in (each.gain, each.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
         tensors = weights.tensors
-        single = [xs, *[tensors.get(name) for name in PARAMETERS], h0, c0, tensors.get("weight_hr")]
+        weight_ih, weight_hh, bias_ih, bias_hh = [tensors.get(name) for name in PARAMETERS]
+        single = [xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, tensors.get("weight_hr")]
         dtype = tensors["weight_hh"].dtype
-        if dtype in HALF:  # computed in float32, and rounded once at the end
+        half = dtype in HALF  # computed in float32, and rounded once at the end
+        if half:
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
         rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
         leaves = (
-            _opened(memories, plan, batch, xs.device) if rows is None else _checked_leaves(memories, plan, xs, rows)
+            []
+            if fresh
+            else _opened(memories, plan, batch, xs.device)
+            if rows is None
+            else _checked_leaves(memories, plan, xs, rows)
         )
         operators = self._operators
         if operators is None:
             operators = self._operators = self._load()
         results = None
         if leaves is not None:
-            results = operators.eager(plan, Inputs._make([*single, affine, populations, leaves, lengths]))
+            results = operators.eager(plan, Inputs(*single, affine, populations, leaves, lengths))  # type: ignore[arg-type]
         if results is None:
-            leaves = _checked_leaves(memories, plan, xs, rows)
+            leaves = [] if fresh else _checked_leaves(memories, plan, xs, rows)
+            flat = [*single, *affine, *leaves]
             needs_gradients = torch.is_grad_enabled() and any(
-                tensor is not None and tensor.requires_grad for tensor in (*single, *affine, *leaves)
+                tensor is not None and tensor.requires_grad for tensor in flat
             )
             keep = needs_gradients or torch.jit.is_tracing()  # torch.jit checks a trace without gradients
-            results = operators(plan, Inputs._make([*single, affine, populations, leaves, lengths]), keep)
-        ys, hn, cn, *after = [*(result.to(dtype) for result in results[:3]), *results[3:]]
-        carried = (hn, cn) if plan.is_lstm else (hn,)
+            results = operators(plan, Inputs(*single, affine, populations, leaves, lengths), keep)  # type: ignore[arg-type]
+        ys, hn, cn = [result.to(dtype) for result in results[:3]] if half else results[:3]
+        carried, after = (hn, cn) if plan.is_lstm else (hn,), results[3:]
         if not keep_state and rows is None:
             return ys, (carried, tuple([() for _ in norms]))
-        happened = torch.full((batch,), steps, device=xs.device) if lengths is None else lengths
-        following, known, start = list(norms), [], 0
-        for place, (memory, site) in enumerate(zip(memories, whole.sites, strict=True)):
-            end = start + site.tensors
-            if rows is not None and site.coupled:
-                following[plan.indices[place]] = rows.following(place, after[start:end])
-                start = end
-                continue
-            index = None if memory is None else memory[0]
-            counted = next((after for before, after in known if before is index), None)
-            if counted is None:  # all sites count the same steps, usually in one shared tensor
-                counted = happened if index is None else index + happened
-                known.append((index, counted))
-            tensors = [_lengthened(site, tensor) for tensor in after[start:end]]
-            following[plan.indices[place]] = (counted, _rebuilt(site, tensors))
-            start = end
+        following = self._following(plan, norms, after, steps if lengths is None else lengths, ys, rows)
         if rows is not None:
-            rows.record(weights, after[start:])
+            rows.record(weights, after[plan.tensors :])
         return ys, (carried, tuple(following))
+
+    def _following(
+        self,
+        plan: Plan,
+        norms: tuple[Tree, ...],
+        after: list[Tensor],
+        happened: int | Tensor,
+        like: Tensor,
+        rows: Batch | None,
+    ) -> list[Tree]:
+        """Return the states of the norms after the steps that happened, from the results of the operator."""
+        if plan is not self.plan:  # its windows are shortened, and all states were fresh
+            for site, (start, end) in zip(self.plan.sites, plan.slices, strict=True):
+                after[start:end] = [_lengthened(site, tensor) for tensor in after[start:end]]
+        following, known, counted = list(norms), None, None
+        for place, (site, index, (start, end)) in enumerate(zip(plan.sites, plan.indices, plan.slices, strict=True)):
+            if rows is not None and site.coupled:
+                following[index] = rows.following(place, after[start:end])
+                continue
+            before = None if norms[index] is None else norms[index][0]
+            if counted is None or before is not known:  # usually all sites share a count
+                known = before
+                fresh = like.new_zeros(like.shape[1], dtype=torch.int64) if before is None else before
+                counted = fresh + happened
+            if start == end:
+                following[index] = (counted, ())
+                continue
+            weights, leaves = after[start], after[start + 1 : end]
+            weights = weights.detach() if weights.requires_grad else weights  # they have no gradient in any backend
+            if site.traced is not None and site.split:
+                leaves = _divided(site, weights, leaves[0])
+            following[index] = (counted, (weights, tuple(leaves)))
+        return following
 
 
 PARAMETERS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"  # of `Inputs`, by their names in `CellWeights`
@@ -185,25 +209,12 @@ def _lengthened(site: SitePlan, tensor: Tensor) -> Tensor:
     return torch.cat([empty, tensor], 1)
 
 
-def _split_leaves(site: SitePlan) -> list[tuple[int, ...]]:
-    """Return the shapes of the statistic's leaves if the kernels concatenate them in one leaf; empty otherwise."""
-    traced = site.traced
-    if traced is None or traced.centred or len(traced.leaves) < 2:
-        return []
-    return [(site.parts, *leaf) if site.parts > 1 else leaf for leaf in traced.leaves]
-
-
-def _rebuilt(site: SitePlan, tensors: list[Tensor]) -> Tree:
-    """Return a window's state from the operator's tensors of it."""
-    if not tensors:
-        return ()
-    weights, *leaves = tensors
-    shapes = _split_leaves(site)
-    if shapes:
-        sizes = [math.prod(shape) // site.parts for shape in shapes]
-        pieces = zip(leaves[0].split(sizes, -1), shapes, strict=True)
-        leaves = [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
-    return weights.detach(), tuple(leaves)  # weights count samples and have no gradient in any backend
+def _divided(site: SitePlan, weights: Tensor, whole: Tensor) -> list[Tensor]:
+    """Return the leaves of a statistic from their concatenation."""
+    shapes = site.split
+    sizes = [math.prod(shape) // site.parts for shape in shapes]
+    pieces = zip(whole.split(sizes, -1), shapes, strict=True)
+    return [piece.reshape(*weights.shape, *shape) for piece, shape in pieces]
 
 
 def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
@@ -211,7 +222,7 @@ def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
     if not site.leaves:
         return []
     weights, leaves = memory
-    shapes = _split_leaves(site)
+    shapes = site.split
     if shapes:
         rows = (*weights.shape, site.parts) if site.parts > 1 else weights.shape
         pairs = zip(leaves, shapes, strict=True)
@@ -220,33 +231,32 @@ def _joined(site: SitePlan, memory: Tree) -> list[Tensor]:
 
 
 def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) -> list[Tensor] | None:
-    """Return the leaves of the sites' states, none if all are fresh; None if a state has another structure."""
+    """Return the leaves of the sites' states, unchecked; None if a state has another structure."""
     leaves: list[Tensor] = []
-    if all(memory is None for memory in memories):
-        return leaves
-    for memory, site in zip(memories, plan.sites, strict=True):
-        if _split_leaves(site) or not (isinstance(memory, tuple) and len(memory) == 2 and isinstance(memory[1], tuple)):
+    known = None
+    for memory, site, (start, end) in zip(memories, plan.sites, plan.slices, strict=True):
+        if not (isinstance(memory, tuple) and len(memory) == 2) or (site.traced is not None and site.split):
             return None
         index, window = memory
-        if not isinstance(index, Tensor):
-            return None
-        if index.dtype != torch.int64 or index.shape != (batch,) or index.device != device:
-            return None
-        if len(window) != (2 if site.leaves else 0) or (site.leaves and not isinstance(window[1], tuple)):
-            return None
-        if site.leaves:
-            weights, statistic = window
-            if False in [isinstance(leaf, Tensor) for leaf in (weights, *statistic)]:
+        if index is not known:  # usually all sites share a count
+            if not isinstance(index, Tensor) or index.dtype != torch.int64:
                 return None
-            leaves += (weights.detach(), *statistic)
+            if index.shape != (batch,) or index.device != device:
+                return None
+            known = index
+        if not isinstance(window, tuple) or len(window) != (0 if start == end else 2):
+            return None
+        if window:
+            weights, statistic = window
+            if not (isinstance(weights, Tensor) and isinstance(statistic, tuple)):
+                return None
+            leaves += (weights.detach() if weights.requires_grad else weights, *statistic)
     return leaves
 
 
 def _checked_leaves(memories: list[Tree], plan: Plan, xs: Tensor, rows: Batch | None) -> list[Tensor]:
     """Return the leaves of the sites' states in float64, none if all are fresh; a state that does not fit raises."""
     leaves: list[Tensor] = []
-    if all(memory is None for memory in memories):
-        return leaves
     for place, (memory, site) in enumerate(zip(memories, plan.sites, strict=True)):
         if memory is None:
             leaves += [torch.zeros(shape, dtype=DOUBLE, device=xs.device) for shape in site.shapes(xs.shape[1])]
@@ -257,7 +267,7 @@ def _checked_leaves(memories: list[Tree], plan: Plan, xs: Tensor, rows: Batch | 
         layout: Tree = ()
         if site.leaves:
             weights, *statistic = (Leaf(shape[1:]) for shape in site.shapes(xs.shape[1]))
-            split = [Leaf((*weights.shape, *shape)) for shape in _split_leaves(site)]
+            split = [Leaf((*weights.shape, *shape)) for shape in site.split]
             layout = (weights, tuple(split or statistic))
         checked_state(memory, (Leaf((), floating=False), layout), xs.shape[1], xs.device)
         leaves += [leaf.double() for leaf in _joined(site, memory[1])]

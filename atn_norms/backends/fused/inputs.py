@@ -42,11 +42,9 @@ class Inputs(NamedTuple):
 
     def flatten(self) -> list[Tensor | None]:
         """Return all tensors in one list: first the single tensors, then the tensors of the sequences."""
-        fields: Sequence[Any] = list(self)
-        flat = [fields[place] for place in SINGLE]
-        for place in MANY:
-            flat += fields[place]
-        return flat
+        xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, affine, populations, states, lengths = self
+        single = [xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, weight_hr, lengths]
+        return [*single, *affine, *populations, *states]
 
     @property
     def hidden(self) -> int:

@@ -140,6 +140,14 @@ class SitePlan(NamedTuple):
         """Number of elements of the gain; for a traced normalizer, of all parameters."""
         return self.features if self.traced is None else self.parts * self.traced.parameters
 
+    @property
+    def split(self) -> list[tuple[int, ...]]:
+        """Shapes of the statistic's leaves if the kernels concatenate them in one leaf; empty otherwise."""
+        traced = self.traced
+        if traced is None or traced.centred or len(traced.leaves) < 2:
+            return []
+        return [(self.parts, *leaf) if self.parts > 1 else leaf for leaf in traced.leaves]
+
     def shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Shapes of the state's tensors: the weights, then the leaves of the statistic."""
         if not self.leaves:
@@ -180,7 +188,7 @@ class Plan:
     | `gates`, `is_lstm` | number of gates; True for a cell with a cell state and h |
     | `coupled` | True if some norm uses batch statistics |
     | `uniform` | True if every norm does, without a projection; the kernels then run blocks of hidden units |
-    | `tensors` | number of tensors of all sites' states |
+    | `tensors`, `slices` | number of tensors of all sites' states, and the place of each site's tensors among them |
     | `measured` | the sites that return their pooled statistics, for the records of a population |
     | `results` | number of results: outputs, last h and c, every site's new state, and pooled statistics |
     """
@@ -196,7 +204,11 @@ class Plan:
         self.indices = [self.order.index(site.site) if site.site in self.order else 0 for site in sites]
         self.coupled = any(site.coupled for site in sites)
         self.uniform = all(site.coupled for site in sites) and not self.projected
-        self.tensors = sum([site.tensors for site in sites])
+        self.slices: list[tuple[int, int]] = []
+        self.tensors = 0
+        for site in sites:
+            self.slices.append((self.tensors, self.tensors + site.tensors))
+            self.tensors += site.tensors
         self.measured = [site for site in sites if site.coupled == BATCH]
         self.results = 3 + self.tensors + len(self.measured)
 

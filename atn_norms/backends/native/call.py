@@ -1,4 +1,4 @@
-"""One call of the kernels: tensors for the results, and a structure of addresses."""
+"""One call of the kernels: tensors for the results, and the addresses of all tensors."""
 
 from __future__ import annotations
 
@@ -13,51 +13,11 @@ from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.modes import empty_like
 from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
-from atn_norms.backends.native.library import CallArgs, load, word
+from atn_norms.backends.native.library import load
 
-MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 CPU = torch.device("cpu")
-_WRITTEN = [word(name) for name in ("output", "hn", "cn")]
-_KEPT = [word(name) for name in ("projected", "recurrent", "cells", "units")]
-_GRADS = [word(name) for name in ("output", "doutput", "dh", "dc")]
-_FOUND = [word(name) for name in ("dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")]
 
 # The functions below check nothing: layout and inputs were checked before.
-
-
-class _Call:
-    """The structure with the addresses that both directions read, and references that keep the tensors alive."""
-
-    def __init__(self, given: Fitted, timelines: Tensor) -> None:
-        layout, inputs, tensors = given
-        self._args = CallArgs.from_buffer_copy(layout.structure)
-        self._args.threads = min(torch.get_num_threads(), MOST_THREADS)
-        self._words = memoryview(self._args).cast("B").cast("q")
-        self._is_double = inputs.xs.dtype == DOUBLE
-        self._alive: list[Tensor | None] = [timelines]
-        start = timelines.data_ptr()
-        for place, before in layout.timelines:
-            self._words[place] = start + before
-        self.point(layout.given, [tensor.contiguous() for tensor in tensors])
-        if layout.absent:
-            self.point(layout.absent, [inputs.xs.new_full((features,), value) for features, value in layout.constants])
-
-    def point(self, places: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
-        """Store the addresses of contiguous tensors in the structure; None and empty tensors become NULL."""
-        words = self._words
-        self._alive += tensors
-        for place, tensor in zip(places, tensors, strict=True):
-            if tensor is not None:
-                words[place] = address = tensor.data_ptr()
-                if not address and tensor.numel():
-                    raise RuntimeError("tensor: got a storage that was freed; expected one with memory")
-
-    def run(self, direction: str) -> None:
-        """Run the kernel."""
-        library = load()
-        if isinstance(library, str):
-            raise RuntimeError(f"the native backend cannot run: {library}")
-        library.run(direction, self._args, self._is_double)
 
 
 class Kernels:
@@ -67,9 +27,8 @@ class Kernels:
         steps, batch, features = inputs.xs.shape
         states = [shape for site in plan.sites for shape in site.shapes(batch)]
         pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
-        return _allocate(
-            inputs, states, pooled, kept_shapes(plan, (steps, batch, features, inputs.hidden)) if keep else []
-        )
+        kept = kept_shapes(plan, (steps, batch, features, inputs.hidden)) if keep else []
+        return _results(inputs, states, pooled), _kept(inputs, kept)
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
         given = with_layout(plan, inputs)
@@ -87,14 +46,10 @@ class Kernels:
 
     def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         layout, inputs, _ = fitted
-        results, kept = _allocate(inputs, layout.dstates, layout.pooled_shapes, layout.kept if keep else [])
-        timelines = kept[-1] if keep else inputs.xs.new_empty(layout.doubles, dtype=DOUBLE)
-        call = _Call(fitted, timelines)
-        call.point(_WRITTEN + layout.next + layout.pooled, results)
-        if keep:
-            call.point(_KEPT, kept[:-1])
-        call.run("forward")
-        return results, kept
+        results = _results(inputs, layout.dstates, layout.pooled_shapes)
+        kept = _kept(inputs, layout.kept if keep else layout.kept[-1:])
+        _run(fitted, layout.forward, [*results, *kept[:-1]], kept[-1], False)
+        return results, kept if keep else []
 
     def backward(
         self, fitted: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
@@ -107,34 +62,47 @@ class Kernels:
         found = [dxs, *zeros_like(weights), xs.new_zeros(wide), xs.new_zeros(wide)]
         weight_hr = xs.new_zeros(0 if inputs.weight_hr is None else inputs.weight_hr.shape)
         daffine, dbefore = [empty_like(tensor) for tensor in inputs.affine], zeros_like(inputs.states)
-        call = _Call(fitted, kept[-1])
-        call.point(_KEPT, kept[:-1])
-        call.point(_GRADS, [tensor.contiguous() for tensor in (ys, grads.ys, dh, dc)])
-        call.point(_FOUND, [*found, weight_hr])
-        call.point(layout.daffine, daffine)
-        call.point(layout.dabsent, [xs.new_empty(features) for features, _ in layout.constants])
-        call.point(layout.dnext, [None if leaf is None else leaf.contiguous() for leaf in grads.states])
-        if dbefore:
-            call.point(layout.dstate, dbefore)
-        call.run("backward")
+        absent = [xs.new_empty(features) for features in layout.absent]
+        after = [None if leaf is None else leaf.contiguous() for leaf in grads.states]
+        read = [*kept[:-1], ys.contiguous(), grads.ys.contiguous(), *after]
+        _run(fitted, layout.backward, [*read, dh, dc, *found, weight_hr, *daffine, *absent, *dbefore], kept[-1], True)
         return [*found, dh, dc, weight_hr, *daffine, *dbefore]
 
 
-def _allocate(
-    inputs: Inputs,
-    states: Sequence[tuple[int, ...]],
-    pooled: Sequence[tuple[int, ...]],
-    kept: Sequence[tuple[int, ...]],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return uninitialized tensors for the results of `forward` with these shapes, and for its kept tensors."""
+def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelines: Tensor, backward: bool) -> None:
+    """Run a call; `words` are those of the timelines, of the inputs and of these contiguous tensors.
+
+    The address of None and of an empty tensor is NULL.
+    """
+    library = load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the native backend cannot run: {library}")
+    layout, inputs, own = fitted
+    given = [*[tensor.contiguous() for tensor in own], *tensors]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+    if 0 in addresses:
+        absent = [tensor for tensor, address in zip(given, addresses, strict=True) if not address]
+        if any(tensor is not None and tensor.numel() for tensor in absent):
+            raise RuntimeError("tensor: got a storage that was freed; expected one with memory")
+    start = timelines.data_ptr()
+    addresses = [*[start + offset for offset in layout.offsets], *addresses]
+    library.run(layout.structure, words, addresses, backward, inputs.xs.dtype == DOUBLE)
+
+
+def _results(inputs: Inputs, states: Sequence[tuple[int, ...]], pooled: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return uninitialized tensors for the results of `forward` with these shapes."""
     xs, old = inputs.xs, inputs.states
     results = [xs.new_empty(*xs.shape[:2], inputs.weight_hh.shape[1])]
     results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *old)]
-    results += [xs.new_empty(shape, dtype=DOUBLE) for shape in (*(() if old else states), *pooled)]
-    if not kept:
-        return results, []
-    *values, timelines = kept
-    return results, [*map(xs.new_empty, values), xs.new_empty(timelines, dtype=DOUBLE)]
+    return results + [xs.new_empty(shape, dtype=DOUBLE) for shape in (*(() if old else states), *pooled)]
+
+
+def _kept(inputs: Inputs, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return uninitialized tensors for backward with these shapes; the last is the timelines."""
+    if not shapes:
+        return []
+    xs, (*values, timelines) = inputs.xs, shapes
+    return [*map(xs.new_empty, values), xs.new_empty(timelines, dtype=DOUBLE)]
 
 
 def zeros_like(tensors: Iterable[Tensor]) -> list[Tensor]:

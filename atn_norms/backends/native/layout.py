@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -19,17 +20,13 @@ class Layout:
     | attribute | meaning |
     |---|---|
     | `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None |
-    | `plan` | the plan of the layout |
-    | `given` | words of the structure for the addresses of the inputs |
-    | `structure` | a `CallArgs` with everything except threads and addresses |
-    | `next`, `dnext`, `dstate` | words of the final states, their gradients, and the gradients of initial states |
-    | `daffine` | words of the gradients of gains and shifts |
-    | `absent`, `dabsent` | words of absent gains and shifts, and of their gradients |
-    | `pooled`, `pooled_shapes` | words and shapes of the pooled statistics that sites return |
-    | `dstates`, `kept` | shapes of the states, and of the tensors that forward keeps for backward |
-    | `constants` | number of features and constant value of each absent gain or shift |
-    | `fixed` | words of programs and of weights by age, with the tensors that they point at |
-    | `timelines`, `doubles` | word and byte offset of each site's timeline; doubles of all timelines |
+    | `structure` | a `CallArgs` with everything except threads and addresses of tensors of the call |
+    | `fixed` | tensors of the layout by word: programs, weights by age, absent gains and shifts |
+    | `offsets` | byte offset of each site's timeline |
+    | `forward`, `backward` | words for the addresses of timelines, inputs, and the other tensors of a call, in order |
+    | `dstates`, `pooled_shapes` | shapes of the states, and of the pooled statistics that sites return |
+    | `kept` | shapes of the tensors that forward keeps for backward; the last is the timelines |
+    | `absent` | number of features of each absent gain and shift, whose gradients are not used |
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class Layout:
         carried_on: bool,
         ragged: bool,
     ) -> None:
-        self.plan, (steps, batch, inputs, hidden, output) = plan, sizes
+        steps, batch, inputs, hidden, output = sizes
         plan.check(hidden)
         if min(sizes) < 1 or dtype not in (torch.float32, DOUBLE):
             raise ValueError(f"plan: got sizes {list(sizes)} of {dtype}; expected positive sizes of float32 or float64")
@@ -61,45 +58,56 @@ class Layout:
             *([(word("lengths"), (batch,), torch.int64)] if ragged else []),
         ]
         states, populations = [], []
-        self.next, self.dnext, self.dstate, self.daffine, self.absent, self.dabsent = ([] for _ in range(6))
-        self.pooled: list[int] = []
+        after, dafter, dbefore, daffine, dabsent, pooled, timelines = ([] for _ in range(7))
         self.pooled_shapes = [(steps, 2 * site.features + 1) for site in plan.measured]
-        self.constants: list[tuple[int, float]] = []
-        self.timelines: list[tuple[int, int]] = []
-        self.doubles = 0
+        self.absent: list[int] = []
+        self.offsets: list[int] = []
+        self.fixed: dict[int, Tensor] = {}
+        doubles = 0
         for site in plan.sites:
             at, leaves = PLACES[site.site], (0, 1, 2) if site.centred else (0, 2) if site.leaves else ()
             for name, there, value in (("gain", site.gain, 1.0), ("shift", site.shift, 0.0)):
                 if there:
                     entries.append((word(name, at), (site.affine,), dtype))
                 elif site.traced is None:
-                    self.absent.append(word(name, at))
-                    self.constants.append((site.features, value))
+                    self.absent.append(site.features)
+                    self.fixed[word(name, at)] = torch.full((site.features,), value, dtype=dtype, device="cpu")
                 if there or site.traced is None:
-                    (self.daffine if there else self.dabsent).append(word(f"d{name}", at))
+                    (daffine if there else dabsent).append(word(f"d{name}", at))
             if site.coupled == BATCH:
-                self.pooled.append(word("population", at))
+                pooled.append(word("population", at))
             elif site.coupled:
                 shape = site.populations(steps), 2 * site.features
                 populations.append((word("population", at), shape, DOUBLE))
             for leaf, shape in zip(leaves, site.shapes(batch), strict=True):
                 states.append((word("state", at, leaf), shape, DOUBLE))
-            for role, words in (("next", self.next), ("dnext", self.dnext), ("dstate", self.dstate)):
+            for role, words in (("next", after), ("dnext", dafter), ("dstate", dbefore)):
                 words += [word(role, at, leaf) for leaf in leaves]
-            self.timelines.append((word("timeline", at), 8 * self.doubles))
-            self.doubles += site.doubles(steps, batch)
+            timelines.append(word("timeline", at))
+            self.offsets.append(8 * doubles)
+            doubles += site.doubles(steps, batch)
+            if site.traced is not None:
+                programs = torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
+                self.fixed[word("programs", at)] = programs
+            if site.taps:
+                self.fixed[word("taps", at)] = torch.tensor(site.taps, dtype=DOUBLE, device="cpu")
         entries += populations
         entries += states if carried_on else []
-        self.given, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
-        self.fixed = {
-            word("programs", PLACES[site.site]): torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
-            for site in plan.sites
-            if site.traced is not None
-        }
-        self.fixed |= {
-            word("taps", PLACES[site.site]): torch.tensor(site.taps, dtype=DOUBLE) for site in plan.sites if site.taps
-        }
+        given, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
+        read = timelines + given
+        self.forward = _words([*read, *_WRITTEN, *after, *pooled, *_KEPT])
+        self.backward = _words([*read, *_KEPT, *_READ, *dafter, *_GRADS, *daffine, *dabsent, *dbefore])
         self.structure = _structure(plan, sizes, self.fixed)
+
+
+_WRITTEN = [word(name) for name in ("output", "hn", "cn")]
+_KEPT = [word(name) for name in ("projected", "recurrent", "cells", "units")]
+_READ = [word(name) for name in ("output", "doutput")]
+_GRADS = [word(name) for name in ("dh", "dc", "dxs", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh", "dweight_hr")]
+
+
+def _words(words: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(words)}q", *words)
 
 
 def _window(site: SitePlan) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 8
+INTERFACE = 9
 SITES = 3
+MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 
 
 class SiteArgs(ctypes.Structure):
@@ -69,8 +71,7 @@ class Library:
         self.path = path
         self._object = ctypes.CDLL(str(path))
         for name, result, arguments in (
-            ("forward", c_int32, [ctypes.POINTER(CallArgs), c_int32]),
-            ("backward", c_int32, [ctypes.POINTER(CallArgs), c_int32]),
+            ("run", c_int32, [c_char_p, c_char_p, c_char_p, c_int64, c_int32, c_int32, c_int32]),
             ("timeline", c_int64, [c_int64] * 4),
             ("level", c_int32, [c_int32]),
             ("interface", c_int64, []),
@@ -78,14 +79,21 @@ class Library:
         ):
             function = getattr(self._object, f"atn_norms_{name}")
             function.restype, function.argtypes = result, arguments
+        self._run = self._object.atn_norms_run
         expected = INTERFACE * 65536 + ctypes.sizeof(CallArgs)
         found = self._object.atn_norms_interface()
         if found != expected:
             raise OSError(f"{path}: kernels of another version ({found}, expected {expected}); install again")
 
-    def run(self, direction: str, call: CallArgs, is_double: bool) -> None:
-        """Run `forward` or `backward` without Python's global lock; `MemoryError` if memory is exhausted."""
-        if getattr(self._object, f"atn_norms_{direction}")(ctypes.byref(call), int(is_double)):
+    def run(self, call: bytes, words: bytes, addresses: Sequence[int], backward: bool, is_double: bool) -> None:
+        """Run a call without Python's global lock; `MemoryError` if memory is exhausted.
+
+        `call` is a `CallArgs` without addresses, and `words` has the word of each address, as an array of int64.
+        """
+        count = len(addresses)
+        given = struct.pack(f"{count}q", *addresses)
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        if self._run(call, words, given, count, threads, backward, is_double):
             raise MemoryError("out of memory for workspace")
 
     def interpret(self, program: Program, inputs: Sequence[torch.Tensor], narrow: bool = False) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 8
+#define INTERFACE 9
 
 static int32_t cap = 2;
 static volatile int forked = 0;
@@ -78,9 +78,13 @@ static void interpret_level(const Ready *ready, const Input *input, int64_t rows
     atn_norms_interpret_base(ready, input, rows, room, output);
 }
 
-static int run(const Call *call, int backward, int32_t is_double) {
+int32_t atn_norms_run(const Call *prepared, const int64_t *words, const int64_t *addresses, int64_t count, int32_t threads,
+                      int32_t backward, int32_t is_double) {
     Work work;
-    if (atn_norms_begin(&work, call, backward, is_double)) return 1;
+    Call call = *prepared;
+    call.threads = threads;
+    for (int64_t i = 0; i < count; i++) memcpy((char *)&call + 8 * words[i], addresses + i, 8);
+    if (atn_norms_begin(&work, &call, backward, is_double)) return 1;
 #ifdef _OPENMP
     /* After a fork the threads of the parent do not exist in the child, and OpenMP would wait for them forever. */
     if (forked) work.threads = 1;
@@ -91,10 +95,6 @@ static int run(const Call *call, int backward, int32_t is_double) {
     atn_norms_end(&work, failed ? -1 : backward, is_double);
     return failed;
 }
-
-int atn_norms_forward(const Call *call, int32_t is_double) { return run(call, 0, is_double); }
-
-int atn_norms_backward(const Call *call, int32_t is_double) { return run(call, 1, is_double); }
 
 /* Run one program on contiguous rows of its inputs, with contiguous outputs. In a narrow program rows are float and statistics
    double. Return 1 if out of memory. */

@@ -85,9 +85,10 @@ typedef struct {
     Site site[SITES];
 } Call;
 
-/* Both return 0, or 1 if out of memory. */
-int atn_norms_forward(const Call *call, int32_t is_double);
-int atn_norms_backward(const Call *call, int32_t is_double);
+/* Run a call that is prepared except for its number of threads and its addresses: address i belongs in the 8-byte word words[i] of
+   the structure. Return 0, or 1 if out of memory. */
+int32_t atn_norms_run(const Call *prepared, const int64_t *words, const int64_t *addresses, int64_t count, int32_t threads,
+                      int32_t backward, int32_t is_double);
 /* Return the instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512; `limit` caps it (a negative one leaves the cap unchanged). */
 int32_t atn_norms_level(int32_t limit);
 /* Return the version of this interface and the size of a Call, which must match those of the caller. */
