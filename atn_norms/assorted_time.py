@@ -146,7 +146,7 @@ class _NoWindow:
 _NO_WINDOW = _NoWindow()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SiteNorm(OverTime):
     """A normalizer over a window as a plain value, for cells; the normalizer is registered in another module."""
 

@@ -76,12 +76,12 @@ def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Decla
     sites: list[SitePlan | Unsupported] = []
     declared: list[Declared] = []
     if transform is None and type(cell) in KERNEL_CELLS:
-        features = cell.sites
+        features, dtype = cell.sites, like.dtype
         for site, norm in weights.norms.items():
             found = _declared(norm.normalizer, site, features[site])
             if not isinstance(found, Unsupported):
                 declared.append(found)
-                found = _site_plan(cell, site, features[site], found, norm.window, like.dtype)
+                found = _site_plan(cell, site, features[site], found, norm.window, dtype)
             sites.append(found)
     return Description(like.dtype, like.device.type, transform, tuple(weights.norms), tuple(sites)), tuple(declared)
 

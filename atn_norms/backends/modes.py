@@ -59,7 +59,7 @@ def check_no_tangents(name: str) -> None:
 
 def batched(grads: Sequence[Tensor | None]) -> bool:
     """Return True if `is_grads_batched=True` or `vectorize=True` batches these gradients."""
-    return any(grad is not None and _is_batched(grad) for grad in grads)
+    return True in [_is_batched(grad) for grad in grads if grad is not None]
 
 
 def unobserved(tensors: Sequence[Tensor | None]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,7 +42,7 @@ class Placement(Options):
     carry: Literal["raw", "normed"] = Field(default="raw", description="the cell state that the next step receives")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CellWeights:
     """The weights of a cell: tensors by torch's names, and the norm of each site that has one.
 
@@ -101,7 +102,7 @@ class Cell(ABC):
         """Features of the pre-activations of all gates, G*H."""
         return len(self.gates) * self.hidden_size
 
-    @property
+    @cached_property
     def sites(self) -> dict[str, int]:
         """Every place that can have a norm, and its number of features."""
         return self.product_sites()

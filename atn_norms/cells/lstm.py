@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -46,7 +47,7 @@ class LSTMEquations(Cell):
     def output_size(self) -> int:
         return self.proj_size or self.hidden_size
 
-    @property
+    @cached_property
     def sites(self) -> dict[str, int]:
         return self.product_sites() | {"c": self.hidden_size}
 

@@ -339,10 +339,11 @@ class Recurrent(CellHost):
     def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:
         per = self.spec.directions
         layers = state if isinstance(state, tuple) else ()
-        if len(layers) != self.num_layers or any(not isinstance(layer, tuple) or len(layer) != per for layer in layers):
+        fitting = [layer for layer in layers if isinstance(layer, tuple) and len(layer) == per]
+        if len(layers) != self.num_layers or len(fitting) != len(layers):
             expected = "a state that `unroll` or `initial` returned"
             raise ValueError(mismatch("state", describe_structure(state), expected))
-        for weights, cell in zip(cells, (cell for layer in layers for cell in layer), strict=True):
+        for weights, cell in zip(cells, [cell for layer in layers for cell in layer], strict=True):
             self.cell.check_state(weights, cell, batch)
 
     def _delegates(self) -> bool:

@@ -125,7 +125,7 @@ class Normalizer(nn.Module, ABC):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FeatureMoments:
     r"""Declaration of a normalizer that scales each group of features by the moments over the group.
 
@@ -164,7 +164,7 @@ class FeatureMoments:
         _check_affine(self, features)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BatchMoments:
     r"""Declaration of a normalizer that scales each feature by its moments over the rows of a batch.
 

@@ -99,7 +99,7 @@ class Inputs(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Inputs that fit a plan, with their layout, and all tensors other than None."""
+    """Inputs that fit a plan, with their layout, and all tensors other than None, contiguous."""
 
     layout: Any
     inputs: Inputs

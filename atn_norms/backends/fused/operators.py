@@ -31,6 +31,12 @@ class Kernels(Protocol):
         """Return fitted inputs; `RuntimeError` if a tensor does not fit."""
         ...
 
+    def fit_backward(
+        self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]
+    ) -> Fitted | None:
+        """Return fitted inputs, or None if `check_backward` must be called."""
+        ...
+
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
         """Return fitted inputs; `RuntimeError` if an input, a gradient or a kept tensor does not fit."""
         ...
@@ -100,7 +106,9 @@ class Operators:
         """Return the results of the backward operator; bypass the dispatcher if nothing observes the call."""
         if not unobserved([*inputs.flatten(), *grads[:3], *grads.states, ys, *kept]):
             return self.backward(*grads, *inputs.arguments, ys, kept, plan.encode(), wants_xs)
-        fitted = self._kernels.check_backward(plan, inputs, grads, ys, kept)
+        fitted = self._kernels.fit_backward(plan, inputs, grads, ys, kept)
+        if fitted is None:
+            fitted = self._kernels.check_backward(plan, inputs, grads, ys, kept)
         return self._kernels.backward(fitted, grads, ys, kept, wants_xs)
 
     def _run(self, *arguments: Any) -> list[Tensor]:

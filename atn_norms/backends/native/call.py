@@ -12,7 +12,7 @@ from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
 from atn_norms.backends.modes import empty_like
-from atn_norms.backends.native.layout import fits, kept_shapes, with_layout
+from atn_norms.backends.native.layout import fits, fits_backward, kept_shapes, with_layout
 from atn_norms.backends.native.library import load
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ class Kernels:
         states = [shape for site in plan.sites for shape in site.shapes(batch)]
         pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
         kept = kept_shapes(plan, (steps, batch, features, inputs.hidden)) if keep else []
-        return _results(inputs, states, pooled), _kept(inputs, kept)
+        return _results(inputs, [] if inputs.states else states, pooled), _kept(inputs, kept)
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
         given = with_layout(plan, inputs)
@@ -38,6 +38,12 @@ class Kernels:
         check_inputs(plan, inputs, CPU)
         return with_layout(plan, inputs)
 
+    def fit_backward(
+        self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]
+    ) -> Fitted | None:
+        given = with_layout(plan, inputs)
+        return given if fits(given) and fits_backward(given.layout, grads, ys, kept) else None
+
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
         fitted, dtype = self.check(plan, inputs), inputs.xs.dtype
         like = [(shape, DOUBLE if len(shape) == 1 else dtype) for shape in fitted.layout.kept]
@@ -46,7 +52,7 @@ class Kernels:
 
     def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
         layout, inputs, _ = fitted
-        results = _results(inputs, layout.dstates, layout.pooled_shapes)
+        results = _results(inputs, [] if inputs.states else layout.dstates, layout.pooled_shapes)
         kept = _kept(inputs, layout.kept if keep else layout.kept[-1:])
         _run(fitted, layout.forward, [*results, *kept[:-1]], kept[-1], False)
         return results, kept if keep else []
@@ -60,7 +66,7 @@ class Kernels:
         dh, dc = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (grads.hn, grads.cn))
         dxs = empty_like(xs) if wants_xs else xs.new_empty(0)
         found = [dxs, *zeros_like(weights), xs.new_zeros(wide), xs.new_zeros(wide)]
-        weight_hr = xs.new_zeros(0 if inputs.weight_hr is None else inputs.weight_hr.shape)
+        weight_hr = xs.new_empty(0) if inputs.weight_hr is None else xs.new_zeros(inputs.weight_hr.shape)
         daffine, dbefore = [empty_like(tensor) for tensor in inputs.affine], zeros_like(inputs.states)
         absent = [xs.new_empty(features) for features in layout.absent]
         after = [None if leaf is None else leaf.contiguous() for leaf in grads.states]
@@ -78,11 +84,11 @@ def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelin
     if isinstance(library, str):
         raise RuntimeError(f"the native backend cannot run: {library}")
     layout, inputs, own = fitted
-    given = [*[tensor.contiguous() for tensor in own], *tensors]
+    given = [*own, *tensors]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
     if 0 in addresses:
         absent = [tensor for tensor, address in zip(given, addresses, strict=True) if not address]
-        if any(tensor is not None and tensor.numel() for tensor in absent):
+        if [tensor for tensor in absent if tensor is not None and tensor.numel()]:
             raise RuntimeError("tensor: got a storage that was freed; expected one with memory")
     start = timelines.data_ptr()
     addresses = [*[start + offset for offset in layout.offsets], *addresses]
@@ -90,11 +96,11 @@ def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelin
 
 
 def _results(inputs: Inputs, states: Sequence[tuple[int, ...]], pooled: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return uninitialized tensors for the results of `forward` with these shapes."""
-    xs, old = inputs.xs, inputs.states
+    """Return uninitialized tensors for the results of `forward`; `states` are shapes of those without inputs."""
+    xs = inputs.xs
     results = [xs.new_empty(*xs.shape[:2], inputs.weight_hh.shape[1])]
-    results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *old)]
-    return results + [xs.new_empty(shape, dtype=DOUBLE) for shape in (*(() if old else states), *pooled)]
+    results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *inputs.states)]
+    return results + [xs.new_empty(shape, dtype=DOUBLE) for shape in (*states, *pooled)]
 
 
 def _kept(inputs: Inputs, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

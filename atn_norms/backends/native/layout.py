@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.inputs import Fitted, Inputs
+from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.plan import BATCH, CELLS, DOUBLE, PLACES, Plan, SitePlan
 from atn_norms.backends.native.library import CallArgs, word
 
@@ -26,6 +26,7 @@ class Layout:
     | `forward`, `backward` | words for the addresses of timelines, inputs, and the other tensors of a call, in order |
     | `dstates`, `pooled_shapes` | shapes of the states, and of the pooled statistics that sites return |
     | `kept` | shapes of the tensors that forward keeps for backward; the last is the timelines |
+    | `saved`, `saved_dtypes` | of the outputs, the gradients of outputs and last states, and the kept tensors |
     | `absent` | number of features of each absent gain and shift, whose gradients are not used |
     """
 
@@ -93,6 +94,9 @@ class Layout:
                 self.fixed[word("taps", at)] = torch.tensor(site.taps, dtype=DOUBLE, device="cpu")
         entries += populations
         entries += states if carried_on else []
+        results = [(steps, batch, output), (batch, output), rows if plan.is_lstm else (0,)]
+        self.saved = [results[0], *results, *self.kept]
+        self.saved_dtypes = [dtype] * (len(self.saved) - 1) + [DOUBLE]
         given, self.shapes, self.dtypes = (list(column) for column in zip(*entries, strict=True))
         read = timelines + given
         self.forward = _words([*read, *_WRITTEN, *after, *pooled, *_KEPT])
@@ -152,7 +156,8 @@ def layout_of(plan: Plan, inputs: Inputs) -> Layout:
 
 def with_layout(plan: Plan, inputs: Inputs) -> Fitted:
     """Return inputs with their layout, unchecked."""
-    return Fitted(layout_of(plan, inputs), inputs, [tensor for tensor in inputs.flatten() if tensor is not None])
+    tensors = [tensor.contiguous() for tensor in inputs.flatten() if tensor is not None]
+    return Fitted(layout_of(plan, inputs), inputs, tensors)
 
 
 def fits(given: Fitted) -> bool:
@@ -164,6 +169,22 @@ def fits(given: Fitted) -> bool:
         and [tensor.dtype for tensor in tensors] == layout.dtypes
         and False not in [tensor.is_cpu for tensor in tensors]
         and _lengths_fit(inputs)
+    )
+
+
+def fits_backward(layout: Layout, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> bool:
+    """Return True if the tensors of a backward pass besides its inputs fit."""
+    tensors = [ys, *grads[:3], *kept]
+    return (
+        [tensor.shape for tensor in tensors] == layout.saved
+        and [tensor.dtype for tensor in tensors] == layout.saved_dtypes
+        and len(grads.states) == len(layout.dstates)
+        and False not in [tensor.is_cpu for tensor in tensors]
+        and False not in [tensor.is_contiguous() for tensor in kept]
+        and all(
+            leaf is None or (leaf.shape == shape and leaf.dtype == DOUBLE and leaf.is_cpu)
+            for leaf, shape in zip(grads.states, layout.dstates, strict=True)
+        )
     )
 
 

@@ -137,6 +137,11 @@ class Kernels:
         check_inputs(plan, inputs, inputs.xs.device)
         return Fitted(plan, inputs, [])
 
+    def fit_backward(
+        self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]
+    ) -> Fitted | None:
+        return None
+
     def check_backward(self, plan: Plan, inputs: Inputs, grads: Grads, ys: Tensor, kept: Sequence[Tensor]) -> Fitted:
         fitted = self.check(plan, inputs)
         _, like = self.allocate(plan, inputs._replace(xs=inputs.xs.to("meta")), True)
