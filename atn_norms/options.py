@@ -99,7 +99,7 @@ class Options(BaseModel):
     size: got an unknown key; expected one of sizes; did you mean 'sizes'?
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
     family: ClassVar[str | None] = None
 
     @classmethod

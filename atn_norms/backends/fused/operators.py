@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from atn_norms.backends.fused import transforms
 from atn_norms.backends.fused.double_backward import differentiable_backward
+from atn_norms.backends.fused.flops import register_flops
 from atn_norms.backends.fused.inputs import SINGLE, Fitted, Grads, Inputs, schema_of
 from atn_norms.backends.fused.plan import Plan
 from atn_norms.backends.modes import batched, check_no_tangents, empty_like, in_transform, unobserved
@@ -69,7 +69,7 @@ class Operators:
         self.forward = self._register(name, f"({tensors}, str plan, bool keep) -> Tensor[]", self._run, self._fake)
         self.backward = self._register(f"{name}_backward", f"({back}) -> Tensor[]", self._run_back, self._fake_back)
         self.forward.register_autograd(self._backward, setup_context=self._setup)
-        _register_flops(name)
+        register_flops(name)
 
     @staticmethod
     def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -191,23 +191,3 @@ def _parts(arguments: Sequence[Any]) -> tuple[Grads, Inputs, Sequence[Any]]:
     """Return the parts of the backward operator's arguments."""
     start, end = len(Grads._fields), len(Grads._fields) + len(Inputs._fields)
     return Grads._make(arguments[:start]), Inputs.of(arguments[start:end]), arguments[end:]
-
-
-def _register_flops(name: str) -> None:
-    """Count the matrix products of the operators for `FlopCounterMode`; other operations are not counted."""
-
-    def count(inputs: Sequence[Any]) -> tuple[int, int]:
-        xs, weight_ih, weight_hh, *_ = inputs
-        weight_hr = inputs[Inputs._fields.index("weight_hr")] or (0, 0)
-        rows = 2 * xs[0] * xs[1]
-        recurrent = weight_hh[0] * weight_hh[1] + weight_hr[0] * weight_hr[1]
-        return rows * weight_ih[0] * weight_ih[1], rows * recurrent
-
-    @register_flop_formula(getattr(torch.ops.atn_norms, name))
-    def _(*inputs: Any, **_: Any) -> int:
-        return sum(count(inputs))
-
-    @register_flop_formula(getattr(torch.ops.atn_norms, f"{name}_backward"))
-    def _(*arguments: Any, **_: Any) -> int:
-        inputs, recurrent = count(arguments[len(Grads._fields) :])
-        return (2 if arguments[-1] else 1) * inputs + 2 * recurrent

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atn_norms.backends.traced.lowering import Lowering
 from atn_norms.backends.traced.program import Program
 from atn_norms.backends.traced.recorder import Recorder, Untraceable
 from atn_norms.normalizers import Normalizer
@@ -210,6 +209,8 @@ class _Tracing:
 
     def __init__(self, twin: Normalizer, tensors: Sequence[Tensor], extra: int) -> None:
         self._tensors, self._extra = tensors, extra
+        from atn_norms.backends.traced.lowering import Lowering  # most layers have no traced norm
+
         self._lowering, self._recorder = Lowering(), Recorder()
 
     def input(self, value: Tensor) -> Tensor:
