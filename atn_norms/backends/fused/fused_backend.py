@@ -132,9 +132,9 @@ class FusedProgram(Program):
         operators = self._operators
         if operators is None:
             operators = self._operators = self._load()
-        results = None
+        results, states = None, keep_state or plan.coupled
         if leaves is not None:
-            results = operators.eager(plan, Inputs(*single, affine, populations, leaves, lengths))  # type: ignore[arg-type]
+            results = operators.eager(plan, Inputs(*single, affine, populations, leaves, lengths), states)  # type: ignore[arg-type]
         if results is None:
             leaves = [] if fresh else _checked_leaves(memories, plan, xs, rows)
             flat = [*single, *affine, *leaves]

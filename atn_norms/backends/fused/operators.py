@@ -41,10 +41,11 @@ class Kernels(Protocol):
         """Return fitted inputs; `RuntimeError` if an input, a gradient or a kept tensor does not fit."""
         ...
 
-    def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, fitted: Fitted, keep: bool, states: bool = True) -> tuple[list[Tensor], list[Tensor]]:
         """Return the results, and the tensors to `keep` for backward.
 
-        Results are the outputs, last h and c, every site's new state, and the pooled statistics of `Plan.measured`.
+        Results are the outputs, last h and c, every site's new state, and the pooled statistics of `Plan.measured`;
+        without `states`, only the outputs and last h and c.
         """
         ...
 
@@ -83,15 +84,15 @@ class Operators:
             return self.forward(*inputs.arguments, plan.encode(), keep)
         return transforms.forward(self, plan, inputs)
 
-    def eager(self, plan: Plan, inputs: Inputs) -> list[Tensor] | None:
-        """Return the results of `forward` without the operator; None if the operator must be called."""
+    def eager(self, plan: Plan, inputs: Inputs, states: bool) -> list[Tensor] | None:
+        """Return the results of `Kernels.forward` without the operator; None if the operator must be called."""
         flat = inputs.flatten()
         fitted = self._kernels.fit(plan, inputs) if unobserved(flat) else None
         if fitted is None:
             return None
         if torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in fitted.tensors]:
-            return list(_Eager.apply(self, plan, fitted, *flat))
-        return self._kernels.forward(fitted, False)[0]
+            return list(_Eager.apply(self, plan, fitted, states, *flat))
+        return self._kernels.forward(fitted, False, states)[0]
 
     def compute(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
         """Return the results of the forward operator; bypass the dispatcher if nothing observes the call."""
@@ -156,6 +157,7 @@ class Operators:
         ys, *saved = ctx.saved_tensors  # read once, since a checkpoint recomputes them at every access
         inputs, kept = Inputs.unflatten(saved, ctx.counts), saved[len(SINGLE) + sum(ctx.counts) :]
         dys, dhn, dcn, *dstates = grads[: 3 + ctx.plan.tensors]
+        dstates += [None] * (ctx.plan.tensors - len(dstates))  # states that were not required
         if torch.is_grad_enabled() or in_transform() or batched([dys, dhn, dcn, *dstates]):
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
         given = Grads.of((dys, dhn, dcn), dstates, (ys, inputs.h0, inputs.c0))
@@ -176,15 +178,17 @@ class _Eager(torch.autograd.Function):
     """The operator's node in a graph; the tensors are passed as `inputs`, and as a flat list for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, operators: Operators, plan: Plan, fitted: Fitted, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        results, kept = operators._kernels.forward(fitted, True)
+    def forward(
+        ctx: Any, operators: Operators, plan: Plan, fitted: Fitted, states: bool, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        results, kept = operators._kernels.forward(fitted, True, states)
         operators.remember(ctx, plan, flat, fitted.inputs.counts, results, kept)
         ctx.mark_non_differentiable(*results[3 + plan.tensors :])
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return None, None, None, *ctx.operators.gradients(ctx, grads, ctx.needs_input_grad[3]).flatten()
+        return *[None] * 4, *ctx.operators.gradients(ctx, grads, ctx.needs_input_grad[4]).flatten()
 
 
 def _parts(arguments: Sequence[Any]) -> tuple[Grads, Inputs, Sequence[Any]]:

@@ -28,7 +28,7 @@ class Kernels:
         states = [shape for site in plan.sites for shape in site.shapes(batch)]
         pooled = [(steps, 2 * site.features + 1) for site in plan.measured]
         kept = kept_shapes(plan, (steps, batch, features, inputs.hidden)) if keep else []
-        return _results(inputs, [] if inputs.states else states, pooled), _kept(inputs, kept)
+        return _results(inputs, inputs.states, [*([] if inputs.states else states), *pooled]), _kept(inputs, kept)
 
     def fit(self, plan: Plan, inputs: Inputs) -> Fitted | None:
         given = with_layout(plan, inputs)
@@ -50,11 +50,13 @@ class Kernels:
         check_gradients(plan, inputs, grads, ys, kept, like)
         return fitted
 
-    def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, fitted: Fitted, keep: bool, states: bool = True) -> tuple[list[Tensor], list[Tensor]]:
         layout, inputs, _ = fitted
-        results = _results(inputs, [] if inputs.states else layout.dstates, layout.pooled_shapes)
+        old, new = inputs.states if states else [], layout.dstates if states and not inputs.states else []
+        results = _results(inputs, old, [*new, *layout.pooled_shapes])
         kept = _kept(inputs, layout.kept if keep else layout.kept[-1:])
-        _run(fitted, layout.forward, [*results, *kept[:-1]], kept[-1], False)
+        skipped = [] if states else [None] * len(layout.dstates)
+        _run(fitted, layout.forward, [*results[:3], *skipped, *results[3:], *kept[:-1]], kept[-1], False)
         return results, kept if keep else []
 
     def backward(
@@ -95,12 +97,12 @@ def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelin
     library.run(layout.structure, words, addresses, backward, inputs.xs.dtype == DOUBLE)
 
 
-def _results(inputs: Inputs, states: Sequence[tuple[int, ...]], pooled: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return uninitialized tensors for the results of `forward`; `states` are shapes of those without inputs."""
+def _results(inputs: Inputs, states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return uninitialized tensors for the results of `forward`: like these states, then of these shapes."""
     xs = inputs.xs
     results = [xs.new_empty(*xs.shape[:2], inputs.weight_hh.shape[1])]
-    results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *inputs.states)]
-    return results + [xs.new_empty(shape, dtype=DOUBLE) for shape in (*states, *pooled)]
+    results += [torch.empty_like(tensor.contiguous()) for tensor in (inputs.h0, inputs.c0, *states)]
+    return results + [xs.new_empty(shape, dtype=DOUBLE) for shape in shapes]
 
 
 def _kept(inputs: Inputs, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

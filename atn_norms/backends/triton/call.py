@@ -148,7 +148,7 @@ class Kernels:
         check_gradients(plan, inputs, grads, ys, kept, [(tuple(each.shape), each.dtype) for each in like])
         return fitted
 
-    def forward(self, fitted: Fitted, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, fitted: Fitted, keep: bool, states: bool = True) -> tuple[list[Tensor], list[Tensor]]:
         plan, inputs, _ = fitted
         _, kept = self.allocate(plan, inputs, True)
         return _forward(plan, inputs, kept), kept if keep else []

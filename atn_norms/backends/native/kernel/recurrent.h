@@ -31,7 +31,7 @@ typedef struct {
        the second of the three). NULL in the first place: an empty window. Batch statistics have one state: [1, prefix] and [1,
        prefix, F]. */
     const double *state[3];
-    double *next[3];
+    double *next[3];        /* NULL: not required */
     const double *dnext[3]; /* backward: gradient of the final state; NULL: none */
     double *dstate[3];      /* backward: gradient of the initial state; NULL: not required */
     void *dgain, *dshift;   /* backward: REAL [F] */

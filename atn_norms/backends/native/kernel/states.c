@@ -350,7 +350,7 @@ void atn_norms_end(Work *work, int backward, int is_double) {
     for (int s = 0; s < SITES; s++) {
         SiteBuffers *line = work->site + s;
         if (line->norm == NORM_NONE) continue;
-        if (backward == 0) store_state(work, line, work->call->site + s);
+        if (backward == 0 && work->call->site[s].next[2]) store_state(work, line, work->call->site + s);
         else if (backward == 1) store_grads(work, line, work->call->site + s, is_double);
         free(line->parameter);
         free((void *)line->ready);
