@@ -238,7 +238,7 @@ def test_no_warning_where_kernels_would_not_help(elsewhere):
         warnings.simplefilter("error", RuntimeWarning)
         an.LSTM(2, 3, norm=None)
         an.LSTM(2, 3, norm="layer", backend="reference")
-        an.LSTM(2, 3, norm="batch", proj_size=2)
+        an.LSTM(2, 3, norm="layer", device="meta")
 
 
 def test_doctor_reports_missing_kernels_and_the_cure(elsewhere, capsys):
