@@ -42,10 +42,12 @@ class OverTime:
         now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0)
         index, memory = self.initial(x) if state is None else self._checked(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
-        live = weight > 0
-        pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
+        if self._has_population:
+            pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
         y = self._normalized(x, pooled)
-        return y if mask is None else masked(y, mask), (index + live, memory)
+        if mask is None and not self.normalizer.uses_batch_statistics:
+            return y, (index + 1, memory)
+        return y if mask is None else masked(y, mask), (index + (weight > 0), memory)
 
     def scan(
         self, xs: Tensor, state: Tree | None = None, lengths: Tensor | Sequence[int] | None = None
@@ -62,10 +64,10 @@ class OverTime:
         index, memory = self.initial(xs[0]) if state is None else self._checked(state, first, weights[0])
         with scanning([self.normalizer]):
             pooled, memory = self._pooling.scan(steps, weights, memory)
-            live = weights > 0
-            count = live.cumsum(0)
-            counted = self.normalizer.counted_steps(weights)
-            pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
+            count = (weights > 0).cumsum(0)
+            if self._has_population:
+                counted = self.normalizer.counted_steps(weights)
+                pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
         ys = self._normalized(xs, pooled)
         return ys if mask is None else masked(ys, mask), (index + count[-1], memory)
 
@@ -116,6 +118,10 @@ class OverTime:
             return
         expected = f"[{', '.join(leading)}, ..., {features}] of a floating-point type"
         raise ValueError(mismatch(name, got, expected))
+
+    @property
+    def _has_population(self) -> bool:
+        return type(self.normalizer).population is not Normalizer.population
 
     @property
     def _pooling(self) -> Any:

@@ -19,6 +19,11 @@ from atn_norms.normalizers.base import (
 from atn_norms.statistics import Average, Moments, promoted
 
 
+def _rounded(values: Tensor, x: Tensor) -> Tensor:
+    """Return float64 values in the type of `x`, or in float32 if `x` is of half precision."""
+    return values.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LayerNorm(Normalizer):
     r"""Centre and scale by the pooled mean and variance over the features.
 
@@ -60,7 +65,8 @@ class LayerNorm(Normalizer):
         return Moments.of(x)
 
     def normalize(self, x: Tensor, pooled: Moments) -> Tensor:
-        return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
+        normal = (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps)
+        return _rounded(normal, x) * self.weight + self.bias
 
     def feature_moments(self) -> FeatureMoments:
         return FeatureMoments(1, True, self.eps, parameter_of(self, "weight"), parameter_of(self, "bias"))
@@ -121,7 +127,7 @@ class RMSNorm(Normalizer):
         return Average.of(promoted(x).square())
 
     def normalize(self, x: Tensor, pooled: Average) -> Tensor:
-        y = x * torch.rsqrt(pooled.mean + self.eps) * self.weight
+        y = x * _rounded(torch.rsqrt(pooled.mean + self.eps), x) * self.weight
         return y if self.bias is None else y + self.bias
 
     def feature_moments(self) -> FeatureMoments:
