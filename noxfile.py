@@ -16,13 +16,18 @@ ROOT = Path(__file__).parent
 LONG_TESTS, STUCK = 1300, 2100  # seconds after which no long test starts, and after which the stage fails
 TESTED = ("ablation", "data", "export", "testing", "test")  # extras that the default tests need
 NO_TESTS = 5  # pytest's exit code where no test is selected
-# Long tests that fit into the check; `pytest -m deep` has more, such as campaigns of an hour.
+EXPORTS = [
+    "a_long_sequence_is_not_optimized_by_the_exporter",
+    "compiled_files_equal_unroll_without_this_package",
+    "files_of_the_command_equal_unroll_without_this_package",
+    "torch_export_runs_without_this_package",
+]
+# Long tests that fit into the check; `pytest -m deep` has more.
 LONG_FILES = [
     *(f"tests/faults/test_{name}.py" for name in ("hostile", "kills", "programs", "zombies")),
     "tests/plugins",
     *(f"tests/test_{name}.py" for name in ("cli", "engine", "function", "interface")),
-    "tests/test_export.py::test_compiled_files_equal_unroll_without_this_package",
-    "tests/test_export.py::test_a_long_sequence_is_not_optimized_by_the_exporter",
+    *(f"tests/test_export.py::test_{name}" for name in EXPORTS),
     "tests/torch_api/test_distributed.py",
     "tests/torch_api/test_compile.py::test_a_saved_program_loads_after_an_import_of_the_package",
     "tests/torch_api/test_compile.py::test_a_compiled_package_has_the_same_numbers[lstm-layer]",

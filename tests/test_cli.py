@@ -682,7 +682,8 @@ def installed(module: str, source: str, folder: Path) -> str:
     return os.pathsep.join([str(site), str(ROOT)])
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.deep), "1"])
+@pytest.mark.deep
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_output_of_plugins_goes_to_standard_error(workers, folder):
     path = installed("noisy", NOISY, folder)
     axes = ["--set", "axes={norm: [noisy]}", "--workers", workers]

@@ -86,7 +86,7 @@ print(max(float((a - b).abs().max()) for a, b in zip(outputs, expected, strict=T
 """
 
 
-@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.deep)])
 def test_torch_export_runs_without_this_package(streaming, tmp_path):
     layer = trained(an.LSTM(3, 4, norm="layer", window=4))
     module = an.StreamingStep(layer) if streaming else WholeSequence(layer)
@@ -220,7 +220,7 @@ def exported_by_the_command(layer, kind, streaming, folder, capsys):
     return torch.from_numpy(numpy.load(folder / "x.npy")), layer.unroll(xs)[0].detach()
 
 
-@pytest.mark.parametrize("streaming", [True, False], ids=["step", "sequence"])
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.deep)], ids=["step", "sequence"])
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
 def test_files_of_the_command_equal_unroll_without_this_package(kind, streaming, tmp_path, capsys):
     for module in ("safetensors", *(["onnxscript", "onnxruntime"] if kind == "onnx" else [])):

@@ -94,6 +94,7 @@ def test_the_same_trial_gives_the_same_number(tmp_path):
     assert [t.result["metrics"] for t in first] == [t.result["metrics"] for t in again]
 
 
+@pytest.mark.deep
 def test_a_script_without_a_guard_runs_in_processes_and_continues(tmp_path):
     body = GOOD + (
         "\nfrom atn_norms import ablation\n"
@@ -439,7 +440,7 @@ def test_text_that_utf_8_cannot_encode_does_not_end_the_run(place, tmp_path):
     assert re.search(message, faulty.error["error"] if message else "") and "\\udc80" in log(faulty)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.deep)])
 def test_printed_names_are_escaped_in_any_encoding(encoding, tmp_path):
     evil = "\N{GREEK SMALL LETTER ALPHA}\x1b]0;owned\x07"
     body = (

@@ -163,7 +163,7 @@ def test_an_exported_layer_takes_every_shape(cell, norm, dims, strict):
 
 
 @feature(GROUP, "traced norms of plugins in `torch.compile`, `torch.export` and `torch.jit.trace`", "native")
-@pytest.mark.parametrize("placement", ["joint", "per_gate"])
+@pytest.mark.parametrize("placement", ["joint", pytest.param("per_gate", marks=deep)])
 @pytest.mark.parametrize("norm", [pytest.param(name, marks=deep if name not in SOME else ()) for name in EVERY])
 def test_traced_norms_compile_and_export(norm, placement, graphs, runs):
     options: dict[str, Any] = {"norm": GallerySpec(name=norm), "window": 3, "placement": {"gates": placement}}
