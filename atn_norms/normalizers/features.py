@@ -21,7 +21,7 @@ from atn_norms.statistics import Average, Moments, promoted
 
 def _rounded(values: Tensor, x: Tensor) -> Tensor:
     """Return float64 values in the type of `x`, or in float32 if `x` is of half precision."""
-    return values.to(torch.promote_types(x.dtype, torch.float32))
+    return values.to(x.dtype if x.dtype.itemsize >= torch.float32.itemsize else torch.float32)
 
 
 class LayerNorm(Normalizer):
