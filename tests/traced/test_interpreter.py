@@ -20,6 +20,7 @@ from atn_norms.backends.traced.program import (
     REDUCTIONS,
     REGISTER,
     SMALL,
+    SMALL_INPUT,
     TORCH,
     UNARY,
     Instruction,
@@ -153,6 +154,86 @@ def test_sums_over_rows_and_groups(seed, rows, groups, width, op):
         inputs = [numbers(seed + place, rows, count) for place in range(ARITY[op])]
         bound = 1e-15 * count * float(torch.stack([x.abs().max() for x in inputs]).prod())
         compare(library.interpret(program, inputs)[0], program.evaluate(inputs)[0], tolerance=bound)
+
+
+EXACT_OPS = (
+    Op.COPY, Op.NEG, Op.ABS, Op.SIGN, Op.ADD, Op.SUB, Op.MUL, Op.MAX, Op.MIN, Op.GT, Op.LE, Op.AND, Op.SUM, Op.DOT,
+    Op.MUL_ADD, Op.MUL_SUB, Op.SUB_MUL, Op.MUL_MUL, Op.WHERE,
+)  # fmt: skip
+LARGEST_EXACT = 2**22  # below the integers that float32 cannot hold
+
+
+def bound_of(op: Op, bounds: list[int], count: int) -> int:
+    """Return the largest magnitude of a result, for integers of given magnitudes."""
+    a, b, c = [*bounds, 1, 1][:3]
+    if op in REDUCTIONS:
+        return 4 * count * a * b
+    if op in (Op.MUL_ADD, Op.MUL_SUB, Op.SUB_MUL):
+        return a * b + c
+    return a * b * c if op in (Op.MUL, Op.MUL_MUL) else sum(bounds)
+
+
+def drawn_program(data: st.DataObject, count: int) -> Program:
+    """Return instructions over whole rows, parts of rows and numbers of rows, in an order without a pattern."""
+    slots = [Slot(INPUT, count), Slot(INPUT, count + 2), Slot(SMALL_INPUT, 2), Slot(CONSTANT, 2)]
+    slots += [Slot(REGISTER, count)] * 3 + [Slot(REGISTER, count + 2), Slot(SMALL, 1), Slot(SMALL, 1)]
+    code = [Instruction(Op.COPY, 7, 0, count + 2, 1, count + 2, (Operand(1, 0, 1, count + 2),))]
+    bounds: dict[int, int] = dict.fromkeys((0, 1, 2, 3, 7), 2)
+    for _ in range(data.draw(st.integers(1, 14))):
+        op, operands = data.draw(st.sampled_from(EXACT_OPS)), []
+        for _ in range(ARITY[op]):
+            slot = data.draw(st.sampled_from([s for s in bounds if op not in REDUCTIONS or slots[s].length >= count]))
+            size = count if slots[slot].length >= count else 1
+            operands.append(Operand(slot, data.draw(st.integers(0, slots[slot].length - size)), 1, size))
+        bound = bound_of(op, [bounds[operand.slot] for operand in operands], count)
+        free = {8, 9} if op in REDUCTIONS else {4, 5, 6, 7}
+        target = data.draw(st.sampled_from(sorted(free - {operand.slot for operand in operands})))
+        if bound > LARGEST_EXACT:
+            continue
+        offset = 0 if op in REDUCTIONS else data.draw(st.integers(0, slots[target].length - count))
+        sizes = (count, 1) if op in REDUCTIONS else (1, count)
+        code.append(Instruction(op, target, offset, count, *sizes, tuple(operands)))
+        bounds[target] = max(bound, bounds.get(target, 0) if target == 7 else 0)
+    return Program(tuple(slots), tuple(code), tuple(sorted(set(bounds) - {0, 1, 2, 3})), (1.0, -2.0))
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float64", "narrow"])
+@given(st.integers(0, 2**20), st.integers(1, 35), st.integers(3, 150), st.data())
+def test_instructions_run_together_equal_torch(narrow, seed, rows, count, data):
+    """Integers, for which every order of operations is exact."""
+    library = load()
+    assert isinstance(library, Library)
+    program = drawn_program(data, count)
+    source = torch.Generator().manual_seed(seed)
+    inputs = [torch.randint(-2, 3, (rows, size), generator=source).double() for size in program.inputs]
+    for found, expected in zip(library.interpret(program, inputs, narrow), program.evaluate(inputs), strict=True):
+        assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float64", "narrow"])
+def test_a_result_is_complete_before_it_is_read_in_another_order(library, narrow):
+    """A sum enters the next operation, and a vector is read one element further than it is written."""
+    n = 150
+    whole = Operand(0, 0, 1, n)
+    slots = (
+        Slot(INPUT, n),
+        Slot(CONSTANT, 1),
+        Slot(SMALL, 1),
+        Slot(REGISTER, n),
+        Slot(REGISTER, n + 1),
+        Slot(REGISTER, n),
+    )
+    code = (
+        Instruction(Op.SUM, 2, 0, n, n, 1, (whole,)),
+        Instruction(Op.SUB, 3, 0, n, 1, n, (whole, Operand(2, 0, 1, 1))),
+        Instruction(Op.COPY, 4, n, 1, 1, 1, (Operand(1, 0, 1, 1),)),
+        Instruction(Op.NEG, 4, 0, n, 1, n, (whole,)),
+        Instruction(Op.ABS, 5, 0, n, 1, n, (Operand(4, 1, 1, n),)),
+    )
+    program = Program(slots, code, (3, 5), (-4.0,))
+    inputs = [torch.randint(-2, 3, (5, n), generator=torch.Generator().manual_seed(0)).double()]
+    for found, expected in zip(library.interpret(program, inputs, narrow), program.evaluate(inputs), strict=True):
+        assert torch.equal(found.double(), expected)
 
 
 @pytest.mark.parametrize("features", [3, 60, 600])

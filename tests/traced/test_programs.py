@@ -15,6 +15,7 @@ from atn_norms.backends.traced.program import (
     INPUT,
     REGISTER,
     SMALL,
+    SMALL_INPUT,
     Instruction,
     Op,
     Operand,
@@ -271,3 +272,26 @@ def test_parametrized_parameters_are_traced_through():
     normalizer = L1(5)
     nn.utils.parametrize.register_parametrization(normalizer, "weight", Positive())
     assert all(value <= EXACT for value in differences(normalizer, traced(normalizer, 5)).values())
+
+
+def operations(name: str, program: str) -> list[Op]:
+    return [instruction.op for instruction in getattr(traced(built(name, 6), 6), program).instructions]
+
+
+def test_the_gradient_of_a_power_reuses_the_power():
+    found = operations("LearnablePower", "measure_back")
+    assert [op for op in found if op in (Op.POW, Op.POW_LOG)] == [Op.POW_LOG]
+    assert not {Op.EQ, Op.WHERE} & set(found)  # an exponent of 1 plus an exponential is not 0
+
+
+def test_the_gradient_of_a_choice_between_multiples_is_one_multiple():
+    assert Op.MUL_ADD not in operations("TwoSided", "normalize_back")
+
+
+@pytest.mark.parametrize("name", ["L1", "LearnablePower", "Geometric", "TwoSided", "DynamicTanh"])
+def test_an_output_that_replaces_an_input_is_written_last(name):
+    program = traced(built(name, 6), 6).normalize_back
+    last = sum(slot.kind in (INPUT, SMALL_INPUT) for slot in program.slots) - 1
+    reads = [place for place, i in enumerate(program.instructions) if last in [o.slot for o in i.operands]]
+    writes = [place for place, i in enumerate(program.instructions) if i.target == program.outputs[0]]
+    assert max(reads) <= min(writes)

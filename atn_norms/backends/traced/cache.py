@@ -23,7 +23,9 @@ from atn_norms.backends.traced.program import Program
 from atn_norms.normalizers import Normalizer, PerGate
 
 TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features in float64, whose rounding is about 1e-14
-NARROW = 1e-6  # largest difference of an element, and of the root mean square of all rows: a dozen roundings of float32
+# Largest difference relative to an element, and to the root mean square of all elements, or of this element in all rows
+# if that is larger (a sum over a row has the errors of many terms): a dozen roundings of float32.
+NARROW = 1e-6
 NARROW_ROWS = 32
 MOST = 1024  # number of traced normalizers in the cache
 
@@ -139,7 +141,8 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
         inputs = [tensor.double().expand(NARROW_ROWS, -1) for tensor in inputs]
         wide, narrow = (library.interpret(program, inputs, is_narrow) for is_narrow in (False, True))
         for a, b in zip(narrow, wide, strict=True):
-            limit = NARROW * (b.abs() + b.square().mean().sqrt())
+            squares = b.square()
+            limit = NARROW * (b.abs() + torch.maximum(squares.mean(), squares.mean(0)).sqrt())
             if not bool(((a.double() - b).abs() <= limit).all()):
                 return False
     return True

@@ -55,7 +55,6 @@ class Lowering(Simplifier):
         self._given: set[int] = set()
         self._alive: list[Tensor] = []
         self._inputs = 0
-        self._known: dict[Any, int] = {}
 
     # -- inputs and outputs
 

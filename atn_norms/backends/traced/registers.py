@@ -33,7 +33,7 @@ class Draft:
 def allot(draft: Draft) -> Program:
     """Return the program of a draft, without instructions that no output needs, and with registers used again."""
     code = _shared_logarithms(draft, _needed(draft))
-    code = _without_copies(draft, _fused_products(draft, _fused_sums(draft, code)))
+    code = _scheduled(draft, _without_copies(draft, _fused_products(draft, _fused_sums(draft, code))))
     kinds = _kinds(draft, code)
     last: dict[int, int] = dict.fromkeys(draft.outputs, len(code))
     for place, instruction in enumerate(code):
@@ -52,7 +52,9 @@ def allot(draft: Draft) -> Program:
     for place, instruction in enumerate(code):
         if instruction.target not in names:
             slot = Slot(kinds[instruction.target], draft.slots[instruction.target].length)
-            names[instruction.target] = free[slot].pop() if free.get(slot) else len(slots)
+            # An output may be computed in place, so it shares its register with no other value.
+            shared = free.get(slot) and instruction.target not in draft.outputs
+            names[instruction.target] = free[slot].pop() if shared else len(slots)
             if names[instruction.target] == len(slots):
                 slots.append(slot)
         operands = tuple(replace(operand, slot=names[operand.slot]) for operand in instruction.operands)
@@ -73,6 +75,66 @@ def _needed(draft: Draft) -> list[Instruction]:
             wanted |= {operand.slot for operand in instruction.operands}
             kept.append(instruction)
     return kept[::-1]
+
+
+def _scheduled(draft: Draft, code: list[Instruction]) -> list[Instruction]:
+    """Order instructions for the kernels: results of statistics first, then operations on whole rows together.
+
+    The kernels keep the result of an operation on rows for the next one, which therefore reads it where possible. A sum
+    comes first among the readers, since it keeps the result too. Only operations on equally many elements run together.
+    """
+    kinds, needs = _kinds(draft, code), _needs(draft, code)
+    small = {i for i, instruction in enumerate(code) if kinds[instruction.target] == SMALL and not _is_sum(instruction)}
+    left = dict.fromkeys(range(len(code)))
+    order: list[int] = []
+    held = -1
+    while left:
+        ready = [place for place in left if needs[place].isdisjoint(left.keys())]
+        of_rows = [place for place in ready if place not in small]
+        last_of_rows = bool(order) and order[-1] not in small
+        if not of_rows or (len(of_rows) < len(ready) and not last_of_rows):
+            chosen = next(place for place in ready if place in small)
+        else:
+            readers = [place for place in of_rows if held in [operand.slot for operand in code[place].operands]]
+            sums = [place for place in readers if _is_sum(code[place])]
+            of_one_size = [place for place in of_rows if order and code[place].count == code[order[-1]].count]
+            chosen = (sums or readers or of_one_size or of_rows)[0]
+            held = held if sums else code[chosen].target
+        del left[chosen]
+        order.append(chosen)
+    return [code[place] for place in order]
+
+
+def _is_sum(instruction: Instruction) -> bool:
+    return instruction.op in REDUCTIONS
+
+
+def _needs(draft: Draft, code: list[Instruction]) -> list[set[int]]:
+    """Return the places of the instructions that must run before each instruction.
+
+    The first output is written after the last input was read, so that it can replace this input.
+    """
+    writers: dict[int, list[int]] = {}
+    needs: list[set[int]] = []
+    every: list[set[int]] = []  # also indirectly
+    for place, instruction in enumerate(code):
+        needs.append({writer for operand in instruction.operands for writer in writers.get(operand.slot, [])})
+        needs[-1] |= {other for other in writers.get(instruction.target, []) if _share(code[other], instruction)}
+        every.append(set().union(needs[-1], *(every[earlier] for earlier in needs[-1])))
+        writers.setdefault(instruction.target, []).append(place)
+    inputs = sum(slot.kind in INPUTS for slot in draft.slots)
+    firsts = writers.get(draft.outputs[0], []) if draft.outputs else []
+    for place, instruction in enumerate(code):
+        reads = inputs - 1 in [operand.slot for operand in instruction.operands]
+        if reads and place not in firsts and every[place].isdisjoint(firsts):
+            for first in firsts:
+                needs[first].add(place)
+    return needs
+
+
+def _share(one: Instruction, other: Instruction) -> bool:
+    """Return True if two instructions write a common element of a register."""
+    return one.offset < other.offset + other.length and other.offset < one.offset + one.length
 
 
 def _kinds(draft: Draft, code: list[Instruction]) -> dict[int, int]:

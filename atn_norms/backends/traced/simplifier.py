@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ class Simplifier(ABC):
     | `_slots` | every slot, by its number |
     | `_constants` | the numbers of slots of constants |
     | `_made` | register that one elementwise operation wrote -> the operation and its operands |
+    | `_known` | operation, size and operands, or constant -> the slot of the result |
     """
 
     def __init__(self) -> None:
         self._slots: list[Slot] = []
         self._constants: dict[int, tuple[float, ...]] = {}
         self._made: dict[int, tuple[Op, tuple[Operand, ...]]] = {}
+        self._known: dict[Any, int] = {}
 
     @abstractmethod
     def constant(self, values: tuple[float, ...]) -> int:
@@ -42,7 +45,8 @@ class Simplifier(ABC):
         """Return a cheaper operation of equal result, and True if the result must be negated.
 
         A division by one number for a row or for a part of it becomes a product with the reciprocal. Signs move
-        outwards. A choice between multiples of one operand becomes a multiple of a choice.
+        outwards. A choice between multiples of one operand, or a sum of multiples that exclude each other, becomes a
+        multiple of a choice. A power with an exponent less by 1 than that of a known power becomes a quotient.
         """
         if op == Op.DIV and operands[0].length > 1 and (operands[1].length == 1 or operands[1].repeat > 1):
             divisor = operands[1]
@@ -63,9 +67,47 @@ class Simplifier(ABC):
                 return Op.WHERE, (chosen[0], *(Operand(slot, 0, 1, 1) for slot in values)), False
         if op in (Op.ADD, Op.SUB) and inner[1] is not None:
             return Op.SUB if op == Op.ADD else Op.ADD, (operands[0], inner[1]), False
+        if op == Op.ADD and (multiple := self._split_multiple(*operands)):
+            return Op.MUL, multiple, False
+        if op == Op.POW and (greater := self._greater_power(*operands)):
+            return Op.DIV, (greater, operands[0]), False
         if op == Op.WHERE:
             return self._chosen(operands)
         return op, operands, False
+
+    def _greater_power(self, base: Operand, exponent: Operand) -> Operand | None:
+        """Return the power of a positive base whose exponent is greater by 1, if it is known."""
+        difference = self._definition(exponent, Op.SUB)
+        if not difference or self._constants.get(difference[1].slot) != (1.0,) or not self._is_positive(base):
+            return None
+        size = base.length
+        slot = self._known.get((Op.POW, size, (base, difference[0])))
+        return None if slot is None or (base.repeat, exponent.length) != (1, 1) else Operand(slot, 0, 1, size)
+
+    def _split_multiple(self, first: Operand, second: Operand) -> tuple[Operand, Operand] | None:
+        """Return vector and factors for the sum of two multiples of one vector, each 0 where the other one is not."""
+        term, other_term = self._split_term(first), self._split_term(second)
+        if term is None or other_term is None:
+            return None
+        (mask, vector, kept, one), (other_mask, other_vector, other_kept, other) = term, other_term
+        if (mask, vector) != (other_mask, other_vector) or kept == other_kept:
+            return None
+        yes, no = (one, other) if kept else (other, one)
+        pattern = pattern_of(*self._elementwise(Op.WHERE, (mask, yes, no), vector.length))
+        return None if pattern is None else (vector, pattern)
+
+    def _split_term(self, term: Operand) -> tuple[Operand, Operand, bool, Operand] | None:
+        """Return mask, vector, True if the vector is kept where the mask is true, and factor of a masked multiple."""
+        product = self._definition(term, Op.MUL) or ()
+        for masked, factor in (product, product[::-1]) if product else ():
+            chosen = self._definition(masked, Op.WHERE)
+            if not chosen or factor.length != 1:
+                continue
+            mask, *values = chosen
+            for kept, (vector, zero) in ((True, values), (False, values[::-1])):
+                if self._constants.get(zero.slot) == (0.0,) and (vector.repeat, vector.length) == (1, term.length):
+                    return mask, vector, kept, factor
+        return None
 
     def _chosen(self, operands: tuple[Operand, ...]) -> tuple[Op, tuple[Operand, ...], bool]:
         mask, *values = operands
@@ -85,12 +127,13 @@ class Simplifier(ABC):
         return parts if made == op and operand == whole else None
 
     def _is_positive(self, operand: Operand) -> bool:
-        """Return True if an operand is known to be positive: a positive number plus magnitudes or squares."""
+        """Return True for a positive number plus a magnitude, a square or an exponential."""
         for terms in (self._definition(operand, Op.ADD) or (),):
             for term, other in (terms, terms[::-1]) if terms else ():
                 number = self._constants.get(other.slot)
                 factors = self._definition(term, Op.MUL)
-                magnitude = self._definition(term, Op.ABS) or (factors and factors[0] == factors[1])
+                magnitude = self._definition(term, Op.ABS) or self._definition(term, Op.EXP)
+                magnitude = magnitude or (factors and factors[0] == factors[1])
                 if number is not None and min(number) > 0.0 and magnitude:
                     return True
         return False

@@ -42,11 +42,12 @@ INLINE FN(vec) FN(root)(FN(vec) x) {
         for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
     } while (0)
 
-/* Compute exp for arguments well within the range of REAL: range reduction to |r| <= ln(2) / 2, and Taylor's polynomial. */
-INLINE FN(vec) FN(near_exp)(FN(vec) x) {
+/* Compute exp(x + more) for arguments well within the range of REAL and a small second part: range reduction to |r| <= ln(2) / 2,
+   and Taylor's polynomial. */
+INLINE FN(vec) FN(near_exp_sum)(FN(vec) x, FN(vec) more) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10;
+    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10 + more;
     FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
@@ -57,7 +58,7 @@ INLINE FN(vec) FN(near_exp)(FN(vec) x) {
     p = p * r + 1.0 / 120.0;
 #else
     const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f + more;
     FN(vec) p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
     p = p * r + 1.0f / 120.0f;
 #endif
@@ -68,6 +69,9 @@ INLINE FN(vec) FN(near_exp)(FN(vec) x) {
     return (p + (REAL)1) * (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
 }
 
+/* Adding -0 changes nothing. */
+INLINE FN(vec) FN(near_exp)(FN(vec) x) { return FN(near_exp_sum)(x, FN(all)((REAL)-0.0)); }
+
 INLINE FN(vec) FN(exponential)(FN(vec) x) {
     if (!FN(any)(~(FN(whole))(FN(absolute)(x) <= (REAL)(IS_DOUBLE ? 708.0 : 87.0)))) return FN(near_exp)(x);
     FN(vec) y = x;
@@ -77,7 +81,7 @@ INLINE FN(vec) FN(exponential)(FN(vec) x) {
 
 /* Compute log of positive normal numbers: x = 2^n m with m within a factor sqrt(2) of 1, s = (m - 1) / (m + 1), log m = 2
    artanh s. */
-INLINE FN(vec) FN(near_log)(FN(vec) x) {
+INLINE FN(vec) FN(log_parts)(FN(vec) x, FN(vec) *exponent, FN(vec) *difference) {
     const FN(whole) bits = (FN(whole))x;
 #if IS_DOUBLE
     const FN(whole) up = (bits & 0xfffffffffffffLL) - 0x6a09e667f3bcdLL; /* < 0 where m < sqrt(2) */
@@ -105,8 +109,16 @@ INLINE FN(vec) FN(near_log)(FN(vec) x) {
     p = p * z + (REAL)(2.0 / 5.0);
     p = p * z + (REAL)(2.0 / 3.0);
     /* 2 s = d - s d, exact enough for small d; then the remaining terms of the series, and n ln 2 in two parts */
-    const REAL high = (REAL)(IS_DOUBLE ? 6.93147180369123816490e-1 : 0.693359375), low = (REAL)(IS_DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4);
-    return n * high + (d + (n * low - s * (d - z * p)));
+    const REAL low = (REAL)(IS_DOUBLE ? 1.90821492927058770002e-10 : -2.12194440e-4);
+    *exponent = n;
+    *difference = d;
+    return n * low - s * (d - z * p);
+}
+
+INLINE FN(vec) FN(near_log)(FN(vec) x) {
+    FN(vec) n, d;
+    const FN(vec) rest = FN(log_parts)(x, &n, &d);
+    return n * (REAL)(IS_DOUBLE ? 6.93147180369123816490e-1 : 0.693359375) + (d + rest);
 }
 
 INLINE int FN(all_normal)(FN(vec) x) {
@@ -121,16 +133,50 @@ INLINE FN(vec) FN(logarithm)(FN(vec) x) {
     return y;
 }
 
+/* Return true if x to the power e is well within the range of REAL; `product` is e log x. */
+INLINE int FN(near_power)(FN(vec) x, FN(vec) product) {
+    return FN(all_normal)(x) && !FN(any)(~(FN(whole))(FN(absolute)(product) <= (REAL)(IS_DOUBLE ? 700.0 : 86.0)));
+}
+
+#if IS_DOUBLE
 /* Compute x to the power e; l is log x. */
 INLINE FN(vec) FN(power_of)(FN(vec) x, FN(vec) l, FN(vec) e) {
     const FN(vec) product = l * e;
-    if (FN(all_normal)(x) && !FN(any)(~(FN(whole))(FN(absolute)(product) <= (REAL)(IS_DOUBLE ? 700.0 : 86.0)))) return FN(near_exp)(product);
+    if (FN(near_power)(x, product)) return FN(near_exp)(product);
+    FN(vec) y = x;
+    EACH_NUMBER(pow(x[i], e[i]));
+    return y;
+}
+
+INLINE FN(vec) FN(power)(FN(vec) x, FN(vec) e) { return FN(power_of)(x, FN(near_log)(x), e); }
+#else
+/* Return the rounding error of a product, or 0 where the processor has no fused operation. */
+INLINE FN(vec) FN(product_error)(FN(vec) a, FN(vec) b, FN(vec) product) {
+#if VECTOR_BYTES > 16
+    return (FN(vec))X86(fmsub_ps)(X86_FLOATS a, X86_FLOATS b, X86_FLOATS product);
+#else
+    return (FN(vec)){0};
+#endif
+}
+
+/* Compute x to the power e. The logarithm and its product with e have two parts, since the rounding error of a large product
+   would be a large relative error of the result. */
+INLINE FN(vec) FN(power)(FN(vec) x, FN(vec) e) {
+    FN(vec) n, d;
+    const FN(vec) rest = FN(log_parts)(x, &n, &d), first = n * 0.693359375f; /* exact */
+    const FN(vec) sum = first + d, low = rest + (d - (sum - first)), log = sum + low, error = low - (log - sum);
+    const FN(vec) product = log * e, more = FN(product_error)(log, e, product) + error * e;
+    if (FN(near_power)(x, product)) return FN(near_exp_sum)(product, more);
     FN(vec) y = x;
     EACH_NUMBER(pow((double)x[i], (double)e[i]));
     return y;
 }
 
-INLINE FN(vec) FN(power)(FN(vec) x, FN(vec) e) { return FN(power_of)(x, FN(near_log)(x), e); }
+INLINE FN(vec) FN(power_of)(FN(vec) x, FN(vec) l, FN(vec) e) {
+    (void)l; /* not exact enough */
+    return FN(power)(x, e);
+}
+#endif
 
 INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
     const FN(vec) size = FN(absolute)(x);

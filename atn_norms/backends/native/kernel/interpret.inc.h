@@ -1,4 +1,5 @@
-/* The interpreter of programs, for one instruction set: it runs the steps of program.c with the loops of operations.inc.h.
+/* The interpreter of programs, for one instruction set: it runs the steps of program.c with the loops of operations.inc.h, and
+   chains of steps with the moves of chains.inc.h.
 
    A program runs on one tile of rows at a time, small enough to keep its registers in the nearest cache. The rows of a register
    are contiguous, so an operation is one loop over all rows of the tile.
@@ -140,7 +141,18 @@ static void NUM(interpret)(const Ready *ready, const Input *input, long rows, do
         else if (own->kind == SLOT_CONSTANT) found[o] = (Input){program_constants(program) + own->at, 0};
         else found[o] = input[own->at];
     }
+    if (ready->summed >= 0) {
+        Input *own = found + ready->summed;
+        own->apart = 0;
+        memset((void *)own->at, 0, (size_t)(slot[program_outputs(program)[ready->summed]].length * NUM(size)(is_float_output(ready, ready->summed))));
+    }
     for (const Step *step = ready->step; step < ready->step + ready->steps; step++) {
+        if (step->chain) {
+            if (step->kind == STEP_SUMS ? step->from[0].is_float : step->is_float) F32(chain)(step, base, rows);
+            else F64(chain)(step, base, rows);
+            step += step->chain - 1;
+            continue;
+        }
         NUM(View) view[3];
         const NUM(View) to = NUM(view)(&step->to, base);
         for (int k = 0; k < step->operands; k++) view[k] = NUM(view)(step->from + k, base);

@@ -23,6 +23,7 @@
 #include "vectors.inc.h"
 #include "elementary.inc.h"
 #include "operations.inc.h"
+#include "chains.inc.h"
 #undef REAL
 #undef IS_DOUBLE
 #undef FN
@@ -33,6 +34,7 @@
 #include "vectors.inc.h"
 #include "elementary.inc.h"
 #include "operations.inc.h"
+#include "chains.inc.h"
 #undef REAL
 #undef IS_DOUBLE
 #undef FN

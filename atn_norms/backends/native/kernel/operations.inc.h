@@ -100,6 +100,9 @@ static void FN(loop)(int32_t op, const Run *run) {
 INLINE void FN(onto_doubles)(FN(vec) x, F64(vec) *sums) {
 #if IS_DOUBLE
     sums[0] += x;
+#elif VECTOR_BYTES == 64
+    sums[0] += (F64(vec))_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+    sums[1] += (F64(vec))_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
 #else
     typedef float half __attribute__((vector_size(VECTOR_BYTES / 2)));
     half halves[2];

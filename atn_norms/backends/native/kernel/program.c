@@ -7,8 +7,7 @@ static int operands_of(int32_t op) {
     return (op >= OP_ADD && op <= OP_OR) || op == OP_DOT ? 2 : 1;
 }
 
-/* Return the first output that uses a slot, or -1. */
-static int64_t output_of(const Program *program, int64_t slot) {
+int64_t atn_norms_output_of(const Program *program, int64_t slot) {
     const int64_t kind = program_slots(program)[slot].kind;
     for (int64_t o = 0; o < program->outputs && (kind == SLOT_REGISTER || kind == SLOT_SMALL); o++)
         if (program_outputs(program)[o] == slot) return o;
@@ -18,7 +17,7 @@ static int64_t output_of(const Program *program, int64_t slot) {
 static Source source(const Program *program, int narrow, int64_t at, const Operand *from) {
     const Slot *slot = program_slots(program) + at;
     const int is_float = narrow && is_row_slot(slot);
-    const int64_t size = is_float ? sizeof(float) : sizeof(double), output = output_of(program, at);
+    const int64_t size = is_float ? sizeof(float) : sizeof(double), output = atn_norms_output_of(program, at);
     Source found = {BASE_REGISTERS, is_float, from->offset * size, slot->length, from->repeat, from->length};
     if (output >= 0) found.base = (int32_t)(BASE_INPUTS + program->inputs + output);
     else if (slot->kind == SLOT_CONSTANT) {
@@ -67,7 +66,7 @@ static void ready_loop(const Program *program, const Instruction *code, Step *st
 static int direct(const Program *program, const Ready *ready) {
     const int32_t output = (int32_t)(BASE_INPUTS + program->inputs), last = output - 1;
     int written = 0;
-    if (program->outputs == 0 || output_of(program, program_outputs(program)[0]) != 0) return 0;
+    if (program->outputs == 0 || atn_norms_output_of(program, program_outputs(program)[0]) != 0) return 0;
     for (int64_t o = 1; o < program->outputs; o++)
         if (program_outputs(program)[o] == program_outputs(program)[0]) return 0;
     for (const Step *step = ready->step; step < ready->step + ready->steps; step++) {
@@ -82,9 +81,9 @@ static int direct(const Program *program, const Ready *ready) {
     return DIRECT_APART | DIRECT_OVER;
 }
 
-Ready atn_norms_ready(const Program *program, int narrow, Step *step) {
+Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add, int64_t sum) {
     const Instruction *code = program_code(program);
-    Ready ready = {program, narrow, 0, program->instructions, step};
+    Ready ready = {program, narrow, 0, 0, -1, program->instructions, step};
     for (int64_t i = 0; i < program->instructions; i++, code++, step++) {
         const Operand to = {code->target, code->offset, 1, (int32_t)program_slots(program)[code->target].length};
         *step = (Step){.op = code->op, .operands = operands_of(code->op), .count = code->count, .to = source(program, narrow, code->target, &to)};
@@ -94,5 +93,6 @@ Ready atn_norms_ready(const Program *program, int narrow, Step *step) {
         else ready_loop(program, code, step);
     }
     ready.direct = direct(program, &ready);
+    atn_norms_chains(&ready, add, sum);
     return ready;
 }

@@ -43,6 +43,15 @@ enum { BASE_REGISTERS, BASE_CONSTANTS, BASE_INPUTS };
    Operand. */
 typedef struct { int32_t base, is_float; int64_t bytes, apart, repeat, length; } Source;
 
+/* A part of a step in a chain. It works on vectors of the accumulator, which stay in processor registers from one move to the next.
+   An arithmetic move has code = operation * MOVE_MODES + mode. mode / 4 is the operand that the accumulator holds; bit 0 of the mode:
+   the first of the other operands is a number; bit 1: the second one is a number. */
+enum { MOVE_MODES = 12 };
+enum { MOVE_LOAD = OPERATIONS * MOVE_MODES, MOVE_LOAD_NUMBER, MOVE_STORE, MOVE_STORE_SUM, MOVE_SUM, MOVE_DOT, MOVE_DOT_SELF, MOVE_SQUARE, MOVE_END };
+enum { TARGET = 3 }; /* the place of the target among the operands of a step */
+typedef struct { int16_t code; int8_t of[2]; } Move; /* of: operands of the step, or -1 */
+enum { MOST_CHAIN = 32, MOST_CHAIN_NUMBERS = 24, MOST_CHAIN_SUMS = 8 }; /* steps, operands that are numbers, and sums of a chain */
+
 /* An instruction, prepared once for all tiles. */
 enum { STEP_ROWS, STEP_PARTS, STEP_PIECES, STEP_SUMS, STEP_ANY_SUMS };
 typedef struct {
@@ -52,6 +61,9 @@ typedef struct {
     int64_t count, parts;  /* of a sum: number of terms, and number of sums */
     int64_t repeat;        /* of a sum */
     Source to, from[3];
+    int32_t chain;         /* number of steps of the chain that starts here; 0: the step runs alone */
+    int32_t moves;         /* of a step of a chain */
+    Move move[3];
 } Step;
 
 /* One loop of an operation over `blocks` blocks of n elements, float or double. An operand is a vector, `apart` elements from
@@ -66,11 +78,12 @@ typedef struct {
 } Run;
 
 /* A program that is prepared to run. direct: the places where it may compute its first output directly, apart from all inputs,
-   or also over the last input. */
+   or also over the last input. added: it adds its first output to the numbers at the place that it gets. summed: the output that
+   it sums over the rows of a tile into one row, or -1. */
 enum { DIRECT_APART = 1, DIRECT_OVER = 2 };
 typedef struct {
     const Program *program;
-    int32_t narrow, direct;
+    int32_t narrow, direct, added, summed;
     int64_t steps;
     Step *step;
 } Ready;
@@ -90,8 +103,15 @@ static inline const double *program_constants(const Program *program) {
 }
 
 
-/* Prepare a program; `step` has room for all of its instructions. */
-Ready atn_norms_ready(const Program *program, int narrow, Step *step);
+/* Prepare a program; `step` has room for all of its instructions. If possible, add the first output to numbers, double (`add` = 0)
+   or float (1), and sum output `sum` over rows; -1: neither. */
+Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add, int64_t sum);
+
+/* Group the steps of a program into chains. */
+void atn_norms_chains(Ready *ready, int add, int64_t sum);
+
+/* Return the first output that uses a slot, or -1. */
+int64_t atn_norms_output_of(const Program *program, int64_t slot);
 
 /* Return true if an output holds floats. */
 static inline int is_float_output(const Ready *ready, int64_t output) {

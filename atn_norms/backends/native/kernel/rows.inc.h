@@ -81,10 +81,10 @@ static void FN(renormalize)(const Work *work, const SiteBuffers *line, int site,
     FN(traced_normalize)(work, line + site, t, row + start, end - start, x + start * features, features, to, features, space.room);
 }
 
-/* Backward through a site of any kind; on entry dx holds the gradient of its result. */
-static void FN(any_site_back)(const Work *work, FN(SiteGrads) grads, long t, long first, long rows, REAL *dx, long ldd, double *room) {
-    if (grads.line->norm == NORM_TRACED) FN(traced_back)(work, grads.line, t, first, rows, grads.x, grads.ldx, dx, ldd, room);
-    else FN(site_back)(grads, work->steps, t, rows, dx, ldd);
+/* Backward through a site of any kind; dy is the gradient of its result, and may be its dx. */
+static void FN(any_site_back)(const Work *work, FN(SiteGrads) grads, long t, long first, long rows, const REAL *dy, long ldd, double *room) {
+    if (grads.line->norm == NORM_TRACED) FN(traced_back)(work, grads.line, t, first, rows, grads.x, grads.ldx, dy, grads.dx, ldd, room);
+    else FN(site_back)(grads, work->steps, t, rows, dy, ldd);
 }
 
 /* Compute the statistics of a block's rows at step t; a program also normalizes the rows. */
@@ -462,8 +462,9 @@ static void FN(backward_products)(const Work *work, const FN(Group) *group, long
         FN(pair_back)(grads, work->steps, t, end - start, grads[0].dx, N);
         return;
     }
-    if (work->cell != CELL_GRU && step->drec != step->din) memcpy(grads[1].dx, grads[0].dx, (size_t)((end - start) * N) * sizeof(REAL));
-    for (int s = 0; s < 2; s++) FN(any_site_back)(work, grads[s], t, group->row + start, end - start, grads[s].dx, N, space.room);
+    const REAL *dy = work->cell == CELL_GRU ? grads[1].dx : grads[0].dx;
+    FN(any_site_back)(work, grads[1], t, group->row + start, end - start, dy, N, space.room);
+    FN(any_site_back)(work, grads[0], t, group->row + start, end - start, grads[0].dx, N, space.room);
 }
 
 static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {

@@ -81,11 +81,11 @@ INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, int is_float, REAL
 }
 
 /* Add gradients of the parameters, over the rows of a tile. */
-INLINE void FN(into_parameters)(const FN(Tile) *tile, Input output, int is_float) {
-    const long many = tile->site->parameters;
+INLINE void FN(into_parameters)(const FN(Tile) *tile, const Ready *ready, int64_t which, Input output) {
+    const long many = tile->site->parameters, rows = ready->summed == which ? 1 : tile->count;
     double *to = tile->site->dgain + tile->part * many;
-    if (is_float) F32(add_rows)(output.at, output.apart, tile->count, many, to);
-    else F64(add_rows)(output.at, output.apart, tile->count, many, to);
+    if (is_float_output(ready, which)) F32(add_rows)(output.at, output.apart, rows, many, to);
+    else F64(add_rows)(output.at, output.apart, rows, many, to);
 }
 
 #undef OUTPUT
@@ -135,33 +135,34 @@ static void FN(traced_normalize)(const Work *work, const SiteBuffers *site, long
     }
 }
 
-/* Backward through a site: on entry rows of dx hold the gradient of its result, on return that of its input; rows are ldd apart. */
-static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, REAL *dx, long ldd,
-                            double *room) {
+/* Backward through a site, from the gradient dy of its result to the gradient dx of its input; rows are ldd apart. dy may be dx. */
+static void FN(traced_back)(const Work *work, const SiteBuffers *site, long t, long first, long rows, const REAL *x, long ldx, const REAL *dy,
+                            REAL *dx, long ldd, double *room) {
     const long width = site->features / site->parts;
     const Ready *ready = site->ready + NORMALIZE_BACK;
     EACH_TILE(ready, rows) {
         REAL *to = dx + tile.r * ldd + tile.part * width;
-        Input output[4] = {FN(wanted)(ready, to, ldd, 1)}, input[5] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
+        Input output[4] = {FN(wanted)(ready, to, ldd, dy == dx)}, input[5] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room)};
         const long leaves = FN(lane_inputs)(&tile, input + 1, site->mu, site->v, 0);
         input[1 + leaves] = FN(parameters)(&tile, ready);
-        input[2 + leaves] = FN(as_input)(ready, to, ldd, tile.count, width, &tile.room);
+        input[2 + leaves] = FN(as_input)(ready, dy + (to - dx), ldd, tile.count, width, &tile.room);
         RUN_PROGRAM(ready, input, tile.count, tile.room, output);
         if (output[0].at != to) FN(into_rows)(&tile, output[0], is_float_output(ready, 0), to, ldd, width, 0);
         if (leaves == 2) FN(into_lanes)(&tile, output[1], is_float_output(ready, 1), site->dmu, 0, 1);
         if (leaves) FN(into_lanes)(&tile, output[leaves], is_float_output(ready, leaves), site->dv, 0, 1);
-        if (ready->program->outputs > 1 + leaves) FN(into_parameters)(&tile, output[1 + leaves], is_float_output(ready, 1 + leaves));
+        if (ready->program->outputs > 1 + leaves) FN(into_parameters)(&tile, ready, 1 + leaves, output[1 + leaves]);
     }
     if (site->groups == 0) return;
     FN(unpool)(site, work->steps, t);
     ready = site->ready + MEASURE_BACK;
     EACH_TILE(ready, rows) {
-        Input output[2] = {{NULL, 0}};
+        REAL *to = dx + tile.r * ldd + tile.part * width;
+        Input output[2] = {ready->added ? FN(wanted)(ready, to, ldd, 0) : (Input){NULL, 0}};
         Input input[4] = {FN(as_input)(ready, x + tile.r * ldx + tile.part * width, ldx, tile.count, width, &tile.room), FN(parameters)(&tile, ready)};
         FN(lane_inputs)(&tile, input + 2, site->dmean, site->dvar, site->prefix);
         RUN_PROGRAM(ready, input, tile.count, tile.room, output);
-        FN(into_rows)(&tile, output[0], is_float_output(ready, 0), dx + tile.r * ldd + tile.part * width, ldd, width, 1);
-        if (ready->program->outputs > 1) FN(into_parameters)(&tile, output[1], is_float_output(ready, 1));
+        if (output[0].at != to) FN(into_rows)(&tile, output[0], is_float_output(ready, 0), to, ldd, width, 1);
+        if (ready->program->outputs > 1) FN(into_parameters)(&tile, ready, 1, output[1]);
     }
 }
 

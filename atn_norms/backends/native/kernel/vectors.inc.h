@@ -9,8 +9,14 @@ typedef int32_t FN(whole) __attribute__((vector_size(VECTOR_BYTES)));
 #endif
 
 INLINE FN(vec) FN(all)(REAL x) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(set1_pd)(x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(set1_ps)(x);
+#else
     FN(vec) every = {0};
     return every + x;
+#endif
 }
 
 /* Load the first n numbers at an address, n at most a vector; the other elements are `fill`. */
