@@ -155,6 +155,7 @@ INLINE FN(vec) FN(product_error)(FN(vec) a, FN(vec) b, FN(vec) product) {
 #if VECTOR_BYTES > 16
     return (FN(vec))X86(fmsub_ps)(X86_FLOATS a, X86_FLOATS b, X86_FLOATS product);
 #else
+    (void)a; (void)b; (void)product;
     return (FN(vec)){0};
 #endif
 }
