@@ -96,3 +96,9 @@ def test_random_normalizers_are_native():
     norms = [an.RNN(2, HIDDEN, norm=RandomSpec(seed=seed), dtype=torch.float64) for seed in range(60)]
     reasons = [an.explain(layer) for layer in norms if "backend 'native'" not in an.explain(layer)]
     assert reasons == []
+
+
+def test_a_second_mean_that_reads_a_parameter():
+    """The kernels once mistook the first mean, whose output may lie over the parameters, for the parameter."""
+    options = {"norm": RandomSpec(seed=90214), "window": 2}
+    compare_backends(Pair("gru", hidden=HIDDEN, batch=3, steps=4, seed=2742, options=options))

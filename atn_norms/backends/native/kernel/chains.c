@@ -27,6 +27,11 @@ static int overlap(const Program *program, const Step *a, int i, const Step *b, 
     return one->bytes == other->bytes && is_vector(a, i) && is_vector(b, j) ? 1 : -1;
 }
 
+/* Return true if two accesses read or write the same vector, not only the same memory: an output may lie over an input. */
+static int is_same(const Program *program, const Step *a, int i, const Step *b, int j) {
+    return access_of(a, i)->base == access_of(b, j)->base && overlap(program, a, i, b, j) == 1;
+}
+
 static int type_of(const Step *step) { return is_sum(step) ? step->from[0].is_float : step->is_float; }
 
 /* Return true for functions of many instructions, which run faster over whole tiles. */
@@ -89,7 +94,7 @@ static int is_product(int32_t op) { return op == OP_MUL_ADD || op == OP_MUL_SUB 
 static Accumulator accumulator(const Program *program, const Step *step, const Step *holder, int place) {
     Accumulator found = {-1, -1};
     for (int k = 0; k < step->operands && holder; k++)
-        if (is_vector(step, k) && overlap(program, holder, place, step, k) == 1) {
+        if (is_vector(step, k) && is_same(program, holder, place, step, k)) {
             found.held = k;
             return found;
         }
@@ -100,7 +105,7 @@ static Accumulator accumulator(const Program *program, const Step *step, const S
 }
 
 static int is_square(const Program *program, const Step *step) {
-    return (step->op == OP_MUL || step->op == OP_DOT) && is_vector(step, 0) && is_vector(step, 1) && overlap(program, step, 0, step, 1) == 1;
+    return (step->op == OP_MUL || step->op == OP_DOT) && is_vector(step, 0) && is_vector(step, 1) && is_same(program, step, 0, step, 1);
 }
 
 /* Return true if a step after `place` reads the result of that step from memory. */
