@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atn_norms.errors import Problem, message, mismatch, short_repr
 from atn_norms.normalizers import Normalizer, scanning
-from atn_norms.normalizers.base import apply_norm
+from atn_norms.normalizers.base import apply_norm, has_population
 from atn_norms.normalizers.batch import synchronized
 from atn_norms.pytree import Leaf, Tree, checked_state, expand_mask
 from atn_norms.statistics import Statistic, statistics_dtype
@@ -42,7 +42,7 @@ class OverTime:
         now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0)
         index, memory = self.initial(x) if state is None else self._checked(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
-        if self._has_population:
+        if has_population(self.normalizer):
             pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
         y = self._normalized(x, pooled)
         if mask is None and not self.normalizer.uses_batch_statistics:
@@ -65,7 +65,7 @@ class OverTime:
         with scanning([self.normalizer]):
             pooled, memory = self._pooling.scan(steps, weights, memory)
             count = (weights > 0).cumsum(0)
-            if self._has_population:
+            if has_population(self.normalizer):
                 counted = self.normalizer.counted_steps(weights)
                 pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
         ys = self._normalized(xs, pooled)
@@ -118,10 +118,6 @@ class OverTime:
             return
         expected = f"[{', '.join(leading)}, ..., {features}] of a floating-point type"
         raise ValueError(mismatch(name, got, expected))
-
-    @property
-    def _has_population(self) -> bool:
-        return type(self.normalizer).population is not Normalizer.population
 
     @property
     def _pooling(self) -> Any:

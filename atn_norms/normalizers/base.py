@@ -254,6 +254,11 @@ def has_hooks(normalizer: nn.Module) -> bool:
     return False
 
 
+def has_population(normalizer: Normalizer) -> bool:
+    """Return True if the normalizer overrides `population`."""
+    return type(normalizer).population is not Normalizer.population
+
+
 def parameter_of(module: nn.Module, name: str) -> Any:
     """Return `module.name`, faster if it is a plain parameter: it may be parametrized or pruned instead."""
     own = module._parameters

@@ -1,5 +1,7 @@
 """Joint sums, a normed carry and projections on the native backend: results equal those of the reference."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -196,3 +198,20 @@ def test_a_plan_has_the_blocks_of_features_that_its_kernels_expect():
     for cell, sites in (("lstm", (single,)), ("lstm-projected", (site,)), ("lstm", (site, rows))):
         with pytest.raises(ValueError, match="plan: got .*; expected a site of 24 features"):
             Plan(cell, sites).check(6)
+
+
+@pytest.mark.parametrize("first", ["", "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter')"])
+def test_products_are_counted_if_torch_imports_its_counter_after_the_operators(first):
+    code = f"""
+import sys, torch
+import atn_norms as an
+layer = an.LSTM(2, 3, norm="layer", backend="native")
+assert "torch.utils.flop_counter" not in sys.modules
+{first}
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    layer(torch.zeros(5, 4, 2))
+print(counter.get_total_flops())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * 5 * 4 * 12 * (2 + 3)

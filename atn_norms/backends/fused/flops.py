@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -32,14 +32,14 @@ class _AfterCounter:
     def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
         if name != COUNTER:
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _AfterCounter]
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _AfterCounter]
                 while _waiting:
                     _register(_waiting.pop())
 

@@ -21,6 +21,7 @@ from atn_norms.backends.native.library import Library, constant_to_compilers, lo
 from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, tensors_of, trace
 from atn_norms.backends.traced.program import Program
 from atn_norms.normalizers import Normalizer, PerGate
+from atn_norms.normalizers.base import has_population
 
 TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features in float64, whose rounding is about 1e-14
 # Largest difference relative to an element, and to the root mean square of all elements, or of this element in all rows
@@ -38,7 +39,7 @@ _kept: dict[Any, TracedNorm | str] = {}
 
 def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
     """Return the programs of a normalizer over `features` features, or the reason why there are none."""
-    if type(normalizer).population is not Normalizer.population and type(normalizer) is not PerGate:
+    if has_population(normalizer) and type(normalizer) is not PerGate:
         return "it overrides population, which has no native kernel"
     if normalizer.uses_batch_statistics:
         return "it merges the rows of a batch before the window and is not declared as batch_moments"
