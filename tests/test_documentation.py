@@ -227,7 +227,7 @@ def test_the_numbers_of_a_published_report_follow_from_its_own_files(study):
         assert (RESULTS / study / f"{name}.csv").read_text(encoding="utf-8") == make(found)
 
 
-@pytest.mark.parametrize("study", [study for study in PUBLISHED if not study.startswith("charlm")])
+@pytest.mark.parametrize("study", [study for study in PUBLISHED if not study.startswith(("charlm", "tinyshakespeare"))])
 def test_a_published_study_still_plans_the_trials_it_published(study):
     """A new option must leave the identity of older trials alone, or their folders cannot be resumed."""
     from atn_norms.ablation import StudySpec, make_plan
@@ -268,7 +268,7 @@ def test_the_steps_to_learn_adding_in_prose_are_those_of_the_trials():
     page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
     assert f"below 0.02 between step {min(plain):,} and step {max(plain):,}, a normalized" in page
     assert f"LSTM between step {min(normed):,} and step {max(normed):,}." in page
-    assert f"trials {len(done)} have finished" in page or len(done) == 50
+    assert len(done) == 50
 
 
 def test_the_figure_of_the_results_follows_from_the_reports(tmp_path):
