@@ -29,6 +29,13 @@ static long FN(chunk_steps)(const Work *work) {
     return steps < work->steps ? steps : work->steps;
 }
 
+/* Return a distance for rows of n numbers that is an odd number of cache lines, so that equal columns of many rows do not share the
+   sets of a cache. */
+INLINE long FN(spread)(long n) {
+    const long line = 64 / (long)sizeof(REAL);
+    return ((n + line - 1) / line | 1) * line;
+}
+
 static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
 
 /* Take room for a packed [K, M] matrix with its bias, and fill it; element (k, m) is from[k * row + m * column]. */
@@ -105,14 +112,14 @@ static int FN(forward)(const Work *work, long N) {
 }
 
 /* dW += dA^T times the factors of the weights, and db += column sums, for rows `from` to `to` of the gates. */
-static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long N, long from, long to) {
+static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long from, long to) {
     const Call *call = work->call;
-    const long K = (chunk->last - chunk->first) * work->batch, D = work->inputs, few = D <= THIN;
+    const long K = (chunk->last - chunk->first) * work->batch, D = work->inputs, few = D <= THIN, apart = chunk->apart;
     const REAL *inputs = (const REAL *)call->xs + chunk->first * work->batch * D;
-    FN(thin)(from, to, N, K, few ? D : 0, chunk->dinput, inputs, call->dweight_ih, call->dbias_ih);
-    if (!few) FN(accumulate)(from, to, N, K, D, chunk->dinput, xs, call->dweight_ih);
-    if (call->dbias_hh) FN(thin)(from, to, N, K, 0, chunk->drecurrent, NULL, NULL, call->dbias_hh);
-    FN(accumulate)(from, to, N, K, work->output, chunk->drecurrent, hs, call->dweight_hh);
+    FN(thin)(from, to, apart, K, few ? D : 0, chunk->dinput, inputs, call->dweight_ih, call->dbias_ih);
+    if (!few) FN(accumulate)(from, to, apart, K, D, chunk->dinput, xs, call->dweight_ih);
+    if (call->dbias_hh) FN(thin)(from, to, apart, K, 0, chunk->drecurrent, NULL, NULL, call->dbias_hh);
+    FN(accumulate)(from, to, apart, K, work->output, chunk->drecurrent, hs, call->dweight_hh);
 }
 
 static int FN(backward)(const Work *work, long N) {
@@ -122,9 +129,10 @@ static int FN(backward)(const Work *work, long N) {
     const long rows_out = call->projection ? FN(panels)(H) * PANEL : 0, out = call->projection;
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
     const int teamed = FN(teamed)(work);
+    const long apart = work->mixed ? N : FN(spread)(N);
     const size_t each = FN(space_size)(work, group, H, N), many = (size_t)(steps * B);
     const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, R) + (call->dxs ? FN(packed_size)(N, D) : 0) + (out ? FN(packed_size)(R, H) : 0);
-    const size_t all = weights + each * (size_t)threads + many * (size_t)((call->joint ? 1 : 2) * N + rows_wide + rows_deep + rows_out + out);
+    const size_t all = weights + each * (size_t)threads + many * (size_t)((call->joint ? 1 : 2) * apart + rows_wide + rows_deep + rows_out + out);
     FN(Features) features;
     if (FN(take_features)(work, &features)) return 1;
     REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
@@ -134,8 +142,9 @@ static int FN(backward)(const Work *work, long N) {
     chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
     if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
     if (out) chunk.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
-    chunk.dinput = at; at += many * (size_t)N;
-    chunk.drecurrent = call->joint ? chunk.dinput : at; at += call->joint ? 0 : many * (size_t)N;
+    chunk.apart = apart;
+    chunk.dinput = at; at += many * (size_t)apart;
+    chunk.drecurrent = call->joint ? chunk.dinput : at; at += call->joint ? 0 : many * (size_t)apart;
     REAL *xs = at; at += many * (size_t)rows_wide;
     REAL *hs = at; at += many * (size_t)rows_deep;
     REAL *units = at; at += many * (size_t)rows_out;
@@ -174,7 +183,7 @@ static int FN(backward)(const Work *work, long N) {
             }
 #pragma omp for schedule(dynamic, 1)
             for (long n = 0; n < N; n += 64)
-                FN(weight_gradients)(work, &chunk, xs, hs, N, n, n + 64 < N ? n + 64 : N);
+                FN(weight_gradients)(work, &chunk, xs, hs, n, n + 64 < N ? n + 64 : N);
 #pragma omp for schedule(dynamic, 1)
             for (long n = 0; n < out; n += 64)
                 FN(accumulate)(n, n + 64 < out ? n + 64 : out, out, K, H, chunk.dprojected, units, call->dweight_hr);

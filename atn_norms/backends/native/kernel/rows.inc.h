@@ -315,7 +315,8 @@ typedef struct {
     FN(Packed) ih, hh;   /* W_ih as in the forward pass (to project again), and W_hh transposed */
     FN(Packed) back;     /* W_ih transposed, if dxs is required */
     FN(Packed) hr;       /* W_hr transposed, of a projection */
-    REAL *dinput, *drecurrent; /* [steps of the chunk, B, N] */
+    REAL *dinput, *drecurrent; /* [steps of the chunk, B, N], with rows `apart` */
+    long apart;
     REAL *dprojected;    /* [steps of the chunk, B, R] gradient of projected outputs */
     long first, last;
 } FN(Chunk);
@@ -390,7 +391,8 @@ typedef struct {
     long t;
     int first;                     /* true at the first step of a chunk */
     const REAL *in, *recurrent, *cells, *old, *dout, *dunits, *dh;
-    REAL *din, *drec, *dc, *dold;
+    REAL *din, *drec, *dc, *dold;  /* rows of din and drec are `apart` */
+    long apart;
 } FN(Backward);
 
 /* Normalize the rows of a block as in the forward pass, if programs do it, and those of a carried state. */
@@ -420,8 +422,8 @@ static void FN(backward_gates)(const Work *work, const FN(Group) *group, long bl
     for (long r = start; r < end; r++) {
         REAL *hidden = space.hidden + r * H;
         if (!FN(alive)(work, t, row + r)) { /* a masked step passes the gradient of the state on, and has no gradient of its inputs */
-            memset(step->din + r * N, 0, (size_t)N * sizeof(REAL));
-            memset(step->drec + r * N, 0, (size_t)N * sizeof(REAL));
+            memset(step->din + r * step->apart, 0, (size_t)N * sizeof(REAL));
+            memset(step->drec + r * step->apart, 0, (size_t)N * sizeof(REAL));
             memset(hidden, 0, (size_t)H * sizeof(REAL));
             if (lstm) FN(copy)(step->dold + r * H, step->dc + r * H, H);
             continue;
@@ -434,7 +436,7 @@ static void FN(backward_gates)(const Work *work, const FN(Group) *group, long bl
             if (call->projected) FN(fetch)(step->in + (r - B) * N, N, 0);
             if (t > 1 && !call->normed_carry) FN(fetch)(step->old + (r - B) * H, H, 0);
         }
-        const FN(Back) each = {x, u, step->old + r * H, step->dunits + r * H, call->projection ? space.plain.zeros : step->dh + r * H, step->din + r * N, step->drec + r * N, hidden};
+        const FN(Back) each = {x, u, step->old + r * H, step->dunits + r * H, call->projection ? space.plain.zeros : step->dh + r * H, step->din + r * step->apart, step->drec + r * step->apart, hidden};
         if (!lstm) FN(row_back)(work->cell, 0, H, each);
         else if (part) FN(row_cell_back)(0, H, each, step->dc + r * H, step->dold + r * H);
         else FN(row_output_back)(0, H, each, FN(side)(line + SITE_C, t, r - start, 1, step->cells + r * H, space.plain, FN(spare)(line, SITE_C, space, r, H)));
@@ -453,18 +455,19 @@ static void FN(backward_cell)(const Work *work, const FN(Group) *group, long blo
 /* Backward through a block's norms of the products. */
 static void FN(backward_products)(const Work *work, const FN(Group) *group, long block, const FN(Backward) *step, FN(Space) space) {
     const long t = step->t, H = work->hidden, N = FN(gates)(work) * H, start = FN(start)(work, group, block), end = FN(start)(work, group, block + 1);
+    const long apart = step->apart;
     const SiteBuffers *line = group->line[block];
     const FN(SiteGrads) grads[2] = {
-        {line + SITE_IH, step->in + start * N, N, step->din + start * N, FN(sums)(space, block, SITE_IH, H, N)},
-        {line + SITE_HH, step->recurrent + start * N, N, step->drec + start * N, FN(sums)(space, block, SITE_HH, H, N)},
+        {line + SITE_IH, step->in + start * N, N, step->din + start * apart, FN(sums)(space, block, SITE_IH, H, N)},
+        {line + SITE_HH, step->recurrent + start * N, N, step->drec + start * apart, FN(sums)(space, block, SITE_HH, H, N)},
     };
     if (FN(paired)(work)) {
-        FN(pair_back)(grads, work->steps, t, end - start, grads[0].dx, N);
+        FN(pair_back)(grads, work->steps, t, end - start, grads[0].dx, apart);
         return;
     }
     const REAL *dy = work->cell == CELL_GRU ? grads[1].dx : grads[0].dx;
-    FN(any_site_back)(work, grads[1], t, group->row + start, end - start, dy, N, space.room);
-    FN(any_site_back)(work, grads[0], t, group->row + start, end - start, grads[0].dx, N, space.room);
+    FN(any_site_back)(work, grads[1], t, group->row + start, end - start, dy, apart, space.room);
+    FN(any_site_back)(work, grads[0], t, group->row + start, end - start, grads[0].dx, apart, space.room);
 }
 
 static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long first, long last, FN(Space) space, FN(Member) me) {
@@ -472,7 +475,7 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
     const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, R = work->output, N = FN(gates)(work) * H;
     const int lstm = work->cell == CELL_LSTM, over_rows = FN(over_rows)(work->site + SITE_C);
     const FN(Group) group = FN(gather)(work, first, last);
-    const long row = group.row, rows = group.rows;
+    const long row = group.row, rows = group.rows, apart = chunk->apart;
     FN(Rows) unmasked = {0, space.features.rows};
     REAL *dh = space.h, *dc = space.c[0], *dold = space.c[1];
     if (me.id == 0) {
@@ -487,8 +490,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
         const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
-        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * N, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * N;
-        const FN(Backward) step = {t, t == chunk->first, in, recurrent, cells, old, dout, call->projection ? space.units : dout, dh, din, drec, dc, dold};
+        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * apart, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * apart;
+        const FN(Backward) step = {t, t == chunk->first, in, recurrent, cells, old, dout, call->projection ? space.units : dout, dh, din, drec, dc, dold, apart};
         if (call->projection) FN(unproject)(work, chunk, &group, t, dout, dh, space, me);
         if (call->joint) {
             if (me.id == 0) memset(space.projected, 0, (size_t)(rows * N) * sizeof(REAL));
@@ -523,14 +526,14 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         if (lstm) { REAL *swap = dc; dc = dold; dold = swap; }
         FN(wait)(me);
         if (work->mixed) {
-            FN(features_back)(work, space, me, SITE_IH, t, in, din, N, unmasked);
-            FN(features_back)(work, space, me, SITE_HH, t, recurrent, drec, N, unmasked);
+            FN(features_back)(work, space, me, SITE_IH, t, in, din, apart, unmasked);
+            FN(features_back)(work, space, me, SITE_HH, t, recurrent, drec, apart, unmasked);
             FN(wait)(me);
         }
         REAL *to = call->lengths ? space.recurrent : dh;
-        FN(weigh)(me, chunk->hh, rows, N, R, drec, N, to);
+        FN(weigh)(me, chunk->hh, rows, N, R, drec, apart, to);
         if (call->dxs)
-            FN(weigh)(me, chunk->back, rows, N, D, din, N, (REAL *)call->dxs + (t * B + row) * D);
+            FN(weigh)(me, chunk->back, rows, N, D, din, apart, (REAL *)call->dxs + (t * B + row) * D);
         if (work->cell != CELL_GRU && call->lengths == NULL) continue; /* the next step has a barrier before it reads */
         FN(wait)(me);
         for (long b = me.id; b < group.blocks; b += me.team)
