@@ -13,6 +13,8 @@
 #define LANE_STEP 8 /* the number of lanes of a block is a multiple of this */
 #define MOST_TOGETHER 4               /* blocks of rows that pass through time together */
 #define NEAR_BYTES ((size_t)1 << 20)  /* bytes of recurrent weights that fit into a near cache */
+#define DEPTH 128                     /* rows of a packed panel that are used together, 16 KiB at most */
+#define FETCH_BYTES 1024              /* distance at which a panel is prefetched */
 #define UNPACKED 8                    /* up to this number of rows times steps, weights are not packed */
 #define THIN 4                        /* input features up to which weight gradients are summed without a matrix product */
 

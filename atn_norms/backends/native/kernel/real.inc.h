@@ -155,6 +155,7 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
     }
     for (long k = 0; k < K; k++, panel += PANEL, at += ahead) {
         FN(vec) part[2];
+        for (int v = 0; v < wide; v++) __builtin_prefetch((const char *)(panel + v * VL) + FETCH_BYTES, 0, 3);
         for (int v = 0; v < wide; v++) part[v] = *(const FN(vec) *)(panel + v * VL);
         for (int r = 0; r < rows; r++) {
             const long times = r % 8 == 0 ? 8 : r % 4 == 0 ? 4 : r % 2 == 0 ? 2 : 1;
@@ -171,27 +172,29 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
         for (int v = 0; v < wide && v * VL < columns; v++) FN(store)(out + r * ldo + v * VL, sum[r][v], columns - v * VL);
 }
 
-/* Multiply R rows by the columns of one panel, in tiles of about equal size that fit into the registers. If the panel has
-   columns in its first vector only, the second one is computed only with `whole`. */
+/* Multiply R rows by the columns of one panel, in tiles of about equal size that fit into the registers. All tiles use the same
+   few rows of the panel, which stay in the nearest cache, before the next ones. If the panel has columns in its first vector only,
+   the second one is computed only with `whole`. */
 INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
                       REAL *out, long ldo, long columns) {
-    for (long tiles = (R + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; tiles--) {
-        const long rows = (R + tiles - 1) / tiles;
-#define TILE(n)                                                                              \
-    case n:                                                                                  \
-        if (columns > VL || whole) FN(tile)(n, 2, onto, K, A, lda, step, panel, bias, out, ldo, columns); \
-        else FN(tile)(n, 1, onto, K, A, lda, step, panel, bias, out, ldo, columns);              \
+    for (long from = 0; from < K || from == 0; from += DEPTH, A += DEPTH * step, panel += DEPTH * PANEL) {
+        const long deep = K - from < DEPTH ? K - from : DEPTH;
+        const int add = onto || from;
+        for (long row = 0, tiles = (R + TILE_ROWS - 1) / TILE_ROWS, rows; tiles > 0; tiles--, row += rows) {
+            rows = (R - row + tiles - 1) / tiles;
+#define TILE(n)                                                                                                                  \
+    case n:                                                                                                                      \
+        if (columns > VL || whole) FN(tile)(n, 2, add, deep, A + row * lda, lda, step, panel, bias, out + row * ldo, ldo, columns); \
+        else FN(tile)(n, 1, add, deep, A + row * lda, lda, step, panel, bias, out + row * ldo, ldo, columns);                     \
         break;
-        switch (rows) {
-            TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+            switch (rows) {
+                TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if TILE_ROWS > 6
-            TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+                TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
 #endif
-        }
+            }
 #undef TILE
-        A += rows * lda;
-        out += rows * ldo;
-        R -= rows;
+        }
     }
 }
 
