@@ -151,13 +151,12 @@ static void set_moves(const Program *program, Step *step, Accumulator from, int 
     if (store) add_move(step, store, TARGET, -1);
 }
 
-/* Return true if every write of an output is part of a chain, and no step reads it, so that each element may be added to. */
-static int can_sum(const Ready *ready, int64_t output) {
+/* Return true if every write of the first output is part of a chain, and no step reads it, so that each element may be added to. */
+static int can_add(const Ready *ready) {
     const Program *program = ready->program;
-    const int64_t *outputs = program_outputs(program), slot = outputs[output];
-    for (int64_t o = 0; o < program->outputs; o++)
-        if (o != output && outputs[o] == slot) return 0;
-    if (atn_norms_output_of(program, slot) != output) return 0;
+    const int64_t *outputs = program_outputs(program), slot = outputs[0];
+    for (int64_t o = 1; o < program->outputs; o++)
+        if (outputs[o] == slot) return 0;
     const Instruction *code = program_code(program);
     for (int64_t i = 0; i < program->instructions; i++) {
         const Step *step = ready->step + i;
@@ -177,11 +176,9 @@ static int is_zero(const Program *program, const Step *step) {
            *(const double *)((const char *)program_constants(program) + step->from[0].bytes) == 0.0;
 }
 
-static int is_output(const Ready *ready, const Step *step, int64_t output) {
-    return output >= 0 && step->to.base == BASE_INPUTS + ready->program->inputs + output;
-}
+static int is_added(const Ready *ready, const Step *step) { return ready->added && step->to.base == BASE_INPUTS + ready->program->inputs; }
 
-void atn_norms_chains(Ready *ready, int add, int64_t sum) {
+void atn_norms_chains(Ready *ready, int add) {
     const Program *program = ready->program;
     const Instruction *code = program_code(program);
     for (int64_t i = 0, many; i < ready->steps; i += many) {
@@ -190,8 +187,7 @@ void atn_norms_chains(Ready *ready, int add, int64_t sum) {
             first[many].chain = 1; /* part of a chain, until the chain is complete */
         if (many == 0) many = 1;
     }
-    ready->added = add >= 0 && program->outputs > 0 && is_float_output(ready, 0) == add && can_sum(ready, 0);
-    ready->summed = sum >= 0 && can_sum(ready, sum) ? (int32_t)sum : -1;
+    ready->added = add >= 0 && program->outputs > 0 && is_float_output(ready, 0) == add && can_add(ready);
     for (int64_t i = 0, many; i < ready->steps; i += many) {
         Step *first = ready->step + i;
         Accumulator from[MOST_CHAIN];
@@ -213,7 +209,7 @@ void atn_norms_chains(Ready *ready, int add, int64_t sum) {
         for (int j = 0; j < many; j++) {
             Step *step = first + j;
             const int64_t slot = code[i + j].target;
-            const int adds = (ready->added && is_output(ready, step, 0)) || is_output(ready, step, ready->summed);
+            const int adds = is_added(ready, step);
             const int needed = !is_sum(step) && (!is_local(ready, first, (int)many, slot) || is_read(program, first, (int)many, j, from));
             step->moves = 0;
             if (adds && is_zero(program, step)) continue;
@@ -224,7 +220,6 @@ void atn_norms_chains(Ready *ready, int add, int64_t sum) {
             for (int k = 0; k < first[j].operands; k++)
                 if (is_local(ready, first, (int)many, code[i + j].from[k].slot)) first[j].from[k].apart = 0;
         }
-        const int adds = (ready->added && is_output(ready, first, 0)) || is_output(ready, first, ready->summed);
-        first->chain = many == 1 && !adds ? 0 : (int32_t)many; /* a single step runs faster over a whole tile */
+        first->chain = many == 1 && !is_added(ready, first) ? 0 : (int32_t)many; /* a single step runs faster over a whole tile */
     }
 }

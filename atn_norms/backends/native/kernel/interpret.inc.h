@@ -141,11 +141,6 @@ static void NUM(interpret)(const Ready *ready, const Input *input, long rows, do
         else if (own->kind == SLOT_CONSTANT) found[o] = (Input){program_constants(program) + own->at, 0};
         else found[o] = input[own->at];
     }
-    if (ready->summed >= 0) {
-        Input *own = found + ready->summed;
-        own->apart = 0;
-        memset((void *)own->at, 0, (size_t)(slot[program_outputs(program)[ready->summed]].length * NUM(size)(is_float_output(ready, ready->summed))));
-    }
     for (const Step *step = ready->step; step < ready->step + ready->steps; step++) {
         if (step->chain) {
             if (step->kind == STEP_SUMS ? step->from[0].is_float : step->is_float) F32(chain)(step, base, rows);

@@ -81,9 +81,9 @@ static int direct(const Program *program, const Ready *ready) {
     return DIRECT_APART | DIRECT_OVER;
 }
 
-Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add, int64_t sum) {
+Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add) {
     const Instruction *code = program_code(program);
-    Ready ready = {program, narrow, 0, 0, -1, program->instructions, step};
+    Ready ready = {program, narrow, 0, 0, program->instructions, step};
     for (int64_t i = 0; i < program->instructions; i++, code++, step++) {
         const Operand to = {code->target, code->offset, 1, (int32_t)program_slots(program)[code->target].length};
         *step = (Step){.op = code->op, .operands = operands_of(code->op), .count = code->count, .to = source(program, narrow, code->target, &to)};
@@ -93,6 +93,6 @@ Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add, i
         else ready_loop(program, code, step);
     }
     ready.direct = direct(program, &ready);
-    atn_norms_chains(&ready, add, sum);
+    atn_norms_chains(&ready, add);
     return ready;
 }

@@ -78,12 +78,11 @@ typedef struct {
 } Run;
 
 /* A program that is prepared to run. direct: the places where it may compute its first output directly, apart from all inputs,
-   or also over the last input. added: it adds its first output to the numbers at the place that it gets. summed: the output that
-   it sums over the rows of a tile into one row, or -1. */
+   or also over the last input. added: it adds its first output to the numbers at the place that it gets. */
 enum { DIRECT_APART = 1, DIRECT_OVER = 2 };
 typedef struct {
     const Program *program;
-    int32_t narrow, direct, added, summed;
+    int32_t narrow, direct, added;
     int64_t steps;
     Step *step;
 } Ready;
@@ -104,11 +103,11 @@ static inline const double *program_constants(const Program *program) {
 
 
 /* Prepare a program; `step` has room for all of its instructions. If possible, add the first output to numbers, double (`add` = 0)
-   or float (1), and sum output `sum` over rows; -1: neither. */
-Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add, int64_t sum);
+   or float (1); -1: never. */
+Ready atn_norms_ready(const Program *program, int narrow, Step *step, int add);
 
 /* Group the steps of a program into chains. */
-void atn_norms_chains(Ready *ready, int add, int64_t sum);
+void atn_norms_chains(Ready *ready, int add);
 
 /* Return the first output that uses a slot, or -1. */
 int64_t atn_norms_output_of(const Program *program, int64_t slot);

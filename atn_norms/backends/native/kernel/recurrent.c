@@ -105,7 +105,7 @@ int32_t atn_norms_interpret(const int64_t *words, int32_t narrow, const void *co
     char *memory = atn_norms_memory(steps + (size_t)(program->tile_rows * program->row_doubles) * sizeof(double));
     Input input[MOST_SLOTS], output[MOST_SLOTS];
     if (!memory) return 1;
-    const Ready ready = atn_norms_ready(program, narrow, (Step *)memory, -1, -1);
+    const Ready ready = atn_norms_ready(program, narrow, (Step *)memory, -1);
     double *room = (double *)(memory + steps);
     for (int64_t row = 0; row < rows; row += program->tile_rows) {
         const int64_t count = rows - row < program->tile_rows ? rows - row : program->tile_rows;

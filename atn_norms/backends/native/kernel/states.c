@@ -205,8 +205,7 @@ static int load_programs(SiteBuffers *line, const Site *site, int is_double) {
     Step *step = (Step *)(ready + PROGRAMS);
     program = site->programs;
     for (int i = 0; i < PROGRAMS; i++, program = next_program(program)) {
-        const int64_t gradient = i == MEASURE_BACK ? 1 : i == NORMALIZE_BACK ? 1 + (site->groups == 0 ? 0 : site->centred ? 2 : 1) : -1;
-        ready[i] = atn_norms_ready(program, program->narrow && !is_double, step, i == MEASURE_BACK ? !is_double : -1, gradient < program->outputs ? gradient : -1);
+        ready[i] = atn_norms_ready(program, program->narrow && !is_double, step, i == MEASURE_BACK ? !is_double : -1);
         step += program->instructions;
     }
     for (int64_t i = 0; i < many; i++) line->parameter[i] = is_double ? ((const double *)site->gain)[i] : (double)((const float *)site->gain)[i];

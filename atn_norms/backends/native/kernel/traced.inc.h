@@ -82,10 +82,10 @@ INLINE void FN(into_rows)(const FN(Tile) *tile, Input output, int is_float, REAL
 
 /* Add gradients of the parameters, over the rows of a tile. */
 INLINE void FN(into_parameters)(const FN(Tile) *tile, const Ready *ready, int64_t which, Input output) {
-    const long many = tile->site->parameters, rows = ready->summed == which ? 1 : tile->count;
+    const long many = tile->site->parameters;
     double *to = tile->site->dgain + tile->part * many;
-    if (is_float_output(ready, which)) F32(add_rows)(output.at, output.apart, rows, many, to);
-    else F64(add_rows)(output.at, output.apart, rows, many, to);
+    if (is_float_output(ready, which)) F32(add_rows)(output.at, output.apart, tile->count, many, to);
+    else F64(add_rows)(output.at, output.apart, tile->count, many, to);
 }
 
 #undef OUTPUT
