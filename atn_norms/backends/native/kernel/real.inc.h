@@ -142,7 +142,7 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) {
             if (!onto) sum[r][v] = *(const FN(vec) *)(bias + v * VL);
-            else sum[r][v] = FN(load)(out + r * ldo + v * VL, columns - v * VL);
+            else sum[r][v] = v * VL < columns ? FN(load)(out + r * ldo + v * VL, columns - v * VL) : (FN(vec)){0};
         }
     /* The address of a row is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which
        processors add at no cost. Otherwise the compiler keeps an address for each row and runs out of registers. */
