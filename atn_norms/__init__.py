@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from atn_norms.deferred import deferred_names
+
 if TYPE_CHECKING:
     from atn_norms.assorted_time import AssortedTime as AssortedTime
     from atn_norms.cells import Cell as Cell
@@ -63,20 +65,11 @@ _HOME = {
     "pytree": ("detach", "reorder"),
     "windows": ("Cumulative", "Detached", "Exponential", "Sliding", "Window", "WindowSpec"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
-
+# The command line's help does not import torch.
+__all__, _look_up = deferred_names(__name__, _HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if not TYPE_CHECKING:  # type checkers would accept any name
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name on first access, so that the command line's help does not import torch."""
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value
-        return value
+    __getattr__ = _look_up
 
 
 def __dir__() -> list[str]:

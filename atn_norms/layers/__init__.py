@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from atn_norms.deferred import deferred_names
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import LayerSpec, NormLike, NormSites, PlacementLike, WindowLike, WindowSites
 from atn_norms.layers.torch_api import GRU, LSTM, RNN
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from atn_norms.layers.steps import LSTMCell as LSTMCell
     from atn_norms.layers.steps import RNNCell as RNNCell
 
+# Most programs need layers only.
 _HOME = {
     "convert": ("load_weights", "norm_parameters", "replace", "with_backend"),
     "export": ("StreamingStep",),
     "io": ("load", "save"),
     "steps": ("GRUCell", "LSTMCell", "RNNCell"),
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
 __all__ = [
     "GRU",
     "LSTM",
@@ -55,9 +54,4 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # type checkers would accept any name
-
-    def __getattr__(name: str) -> Any:
-        """Import a name on first access, since most programs need layers only."""
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    _, __getattr__ = deferred_names(__name__, _HOME)
