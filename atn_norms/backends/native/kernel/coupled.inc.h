@@ -77,7 +77,7 @@ static int FN(coupled_backward)(const Work *work) {
     const Call *call = work->call;
     const long T = work->steps, B = work->batch, D = work->inputs, H = work->hidden, N = FN(gates)(work) * H;
     const long rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(H) * PANEL, back_wide = call->dxs ? FN(panels)(D) * PANEL : 0;
-    FN(Coupled) all = {.packed = FN(chunk_steps)(work)};
+    FN(Coupled) all = {.packed = FN(chunk_steps)(work, work->batch)};
     const size_t many = (size_t)(all.packed * B);
     long *lists;
     REAL *turned = FN(coupled_room)(&all, work, 1, many * (size_t)(rows_wide + rows_deep) + (size_t)(back_wide * N), &lists);

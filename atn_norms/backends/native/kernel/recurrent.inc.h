@@ -22,10 +22,10 @@
 
 #include "rows.inc.h"
 
-/* Number of steps in a chunk: enough rows for an efficient product in the gradients of the weights, and few enough for the
-   cache. */
-static long FN(chunk_steps)(const Work *work) {
-    const long steps = (512 + work->batch - 1) / work->batch;
+/* Number of steps of `rows` rows in a chunk: enough rows for an efficient product in the gradients of the weights, and few enough for
+   the cache. */
+static long FN(chunk_steps)(const Work *work, long rows) {
+    const long steps = (512 + rows - 1) / rows;
     return steps < work->steps ? steps : work->steps;
 }
 
@@ -35,6 +35,9 @@ INLINE long FN(spread)(long n) {
     const long line = 64 / (long)sizeof(REAL);
     return ((n + line - 1) / line | 1) * line;
 }
+
+/* Round n up to a whole number of cache lines. */
+INLINE size_t FN(whole_lines)(long n) { return ((size_t)n * sizeof(REAL) + 63) / 64 * 64 / sizeof(REAL); }
 
 static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
 
@@ -111,82 +114,140 @@ static int FN(forward)(const Work *work, long N) {
     return 0;
 }
 
-/* dW += dA^T times the factors of the weights, and db += column sums, for rows `from` to `to` of the gates. */
-static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, const REAL *xs, const REAL *hs, long from, long to) {
+/* Sums for the gradients of weights and biases; a bias may be NULL. */
+typedef struct { REAL *weight_ih, *weight_hh, *weight_hr, *bias_ih, *bias_hh; } FN(WeightGrads);
+
+/* Pack a panel of an array [T, B, M], from column p on, for `rows` rows from `from` on of `steps` steps. */
+static void FN(pack_steps)(REAL *to, const REAL *from, long steps, long batch, long rows, long M, long p) {
+    for (long t = 0; t < steps; t++) FN(pack_panel)(to + t * rows * PANEL, from + t * batch * M, rows, M, p, M);
+}
+
+/* Pack the factors of the gradients of weights for the steps of a chunk; the members of a team share the panels. */
+static void FN(pack_factors)(const Work *work, const FN(Chunk) *chunk, const FN(Group) *group, FN(Member) me) {
     const Call *call = work->call;
-    const long K = (chunk->last - chunk->first) * work->batch, D = work->inputs, few = D <= THIN, apart = chunk->apart;
-    const REAL *inputs = (const REAL *)call->xs + chunk->first * work->batch * D;
-    FN(thin)(from, to, apart, K, few ? D : 0, chunk->dinput, inputs, call->dweight_ih, call->dbias_ih);
-    if (!few) FN(accumulate)(from, to, apart, K, D, chunk->dinput, xs, call->dweight_ih);
-    if (call->dbias_hh) FN(thin)(from, to, apart, K, 0, chunk->drecurrent, NULL, NULL, call->dbias_hh);
-    FN(accumulate)(from, to, apart, K, work->output, chunk->drecurrent, hs, call->dweight_hh);
+    const long B = work->batch, D = work->inputs, H = work->hidden, R = work->output, rows = group->rows, row = group->row;
+    const long steps = chunk->last - chunk->first, K = steps * rows, started = chunk->first == 0;
+    const REAL *xs = (const REAL *)call->xs + (chunk->first * B + row) * D, *output = (const REAL *)call->output + row * R;
+    if (D <= THIN && me.id == 0)
+        for (long t = 0; t < steps; t++) memcpy(chunk->xs + t * rows * D, xs + t * B * D, (size_t)(rows * D) * sizeof(REAL));
+    for (long p = me.id * PANEL; p < D && D > THIN; p += me.team * PANEL) FN(pack_steps)(chunk->xs + p * K, xs, steps, B, rows, D, p);
+    for (long p = me.id * PANEL; p < R; p += me.team * PANEL) {
+        REAL *hs = chunk->hs + p * K;
+        if (started) FN(pack_steps)(hs, (const REAL *)call->h0 + row * R, 1, B, rows, R, p);
+        FN(pack_steps)(hs + started * rows * PANEL, output + (chunk->first - 1 + started) * B * R, steps - started, B, rows, R, p);
+    }
+    for (long p = me.id * PANEL; p < H && call->projection; p += me.team * PANEL)
+        FN(pack_steps)(chunk->units + p * K, (const REAL *)call->units + (chunk->first * B + row) * H, steps, B, rows, H, p);
+}
+
+/* dW += dA^T times the factors of the weights, and db += column sums; the members of a team share the rows of dW. */
+static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, long K, long N, FN(WeightGrads) to, FN(Member) me) {
+    const long D = work->inputs, H = work->hidden, few = D <= THIN, apart = chunk->apart, out = work->call->projection, at_once = 64;
+    for (long from = me.id * at_once; from < N; from += me.team * at_once) {
+        const long end = from + at_once < N ? from + at_once : N;
+        FN(thin)(from, end, apart, K, few ? D : 0, chunk->dinput, chunk->xs, to.weight_ih, to.bias_ih);
+        if (!few) FN(accumulate)(from, end, apart, K, D, chunk->dinput, chunk->xs, to.weight_ih);
+        if (to.bias_hh) FN(thin)(from, end, apart, K, 0, chunk->drecurrent, NULL, NULL, to.bias_hh);
+        FN(accumulate)(from, end, apart, K, work->output, chunk->drecurrent, chunk->hs, to.weight_hh);
+    }
+    for (long from = me.id * at_once; from < out; from += me.team * at_once)
+        FN(accumulate)(from, from + at_once < out ? from + at_once : out, out, K, H, chunk->dprojected, chunk->units, to.weight_hr);
+}
+
+/* The whole backward pass of a group of blocks. */
+static void FN(backward_group)(const Work *work, FN(Chunk) chunk, long steps, long first, long last, long N, FN(Space) space, FN(WeightGrads) to,
+                               FN(Member) me) {
+    const FN(Group) group = FN(gather)(work, first, last);
+    for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
+        chunk.first = chunk.last > steps ? chunk.last - steps : 0;
+        FN(backward_block)(work, &chunk, first, last, space, me);
+        FN(pack_factors)(work, &chunk, &group, me);
+        FN(wait)(me);
+        FN(weight_gradients)(work, &chunk, (chunk.last - chunk.first) * group.rows, N, to, me);
+        FN(wait)(me);
+    }
+}
+
+/* The number of elements of all weights and biases. */
+static size_t FN(sums_size)(const Work *work, long N) {
+    return (size_t)(N * (work->inputs + work->output + 2) + work->call->projection * work->hidden);
+}
+
+static FN(WeightGrads) FN(sums_at)(const Work *work, REAL *at, long N) {
+    const Call *call = work->call;
+    REAL *weight_hh = at + N * work->inputs, *bias = weight_hh + N * work->output, *weight_hr = bias + 2 * N;
+    return (FN(WeightGrads)){at, weight_hh, weight_hr, call->dbias_ih ? bias : NULL, call->dbias_hh ? bias + N : NULL};
+}
+
+/* Add n numbers. */
+INLINE void FN(add)(REAL *restrict to, const REAL *restrict from, long n) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) to[i] += from[i];
+}
+
+/* Add the sums of one part of the rows; the threads share the rows of each matrix, in the same way for every part. */
+static void FN(add_sums)(const Work *work, FN(WeightGrads) to, FN(WeightGrads) from, long N) {
+    const long D = work->inputs, R = work->output, H = work->hidden, out = work->call->projection;
+#pragma omp for schedule(static) nowait
+    for (long n = 0; n < N; n++) {
+        FN(add)(to.weight_ih + n * D, from.weight_ih + n * D, D);
+        FN(add)(to.weight_hh + n * R, from.weight_hh + n * R, R);
+        if (to.bias_ih) to.bias_ih[n] += from.bias_ih[n];
+        if (to.bias_hh) to.bias_hh[n] += from.bias_hh[n];
+    }
+#pragma omp for schedule(static) nowait
+    for (long n = 0; n < out; n++) FN(add)(to.weight_hr + n * H, from.weight_hr + n * H, H);
 }
 
 static int FN(backward)(const Work *work, long N) {
     const Call *call = work->call;
-    const long B = work->batch, D = work->inputs, H = work->hidden, R = work->output, blocks = atn_norms_blocks(B), steps = FN(chunk_steps)(work);
-    const long threads = work->threads, rows_wide = D <= THIN ? 0 : FN(panels)(D) * PANEL, rows_deep = FN(panels)(R) * PANEL;
-    const long rows_out = call->projection ? FN(panels)(H) * PANEL : 0, out = call->projection;
-    const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group;
+    const long B = work->batch, D = work->inputs, H = work->hidden, R = work->output, blocks = atn_norms_blocks(B);
+    const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group, most = group * ((B + blocks - 1) / blocks);
+    const long steps = FN(chunk_steps)(work, most), threads = work->threads, out = call->projection;
     const int teamed = FN(teamed)(work);
-    const long apart = work->mixed ? N : FN(spread)(N);
-    const size_t each = FN(space_size)(work, group, H, N), many = (size_t)(steps * B);
+    /* Where the weights are small, each of several groups of rows has its own sums, which are added at the end. */
+    const long parts = work->mixed || FN(far)(work) ? 1 : items < MOST_SUMS ? items : MOST_SUMS;
+    const long apart = work->mixed ? N : FN(spread)(N), lanes = teamed ? 1 : threads < parts ? threads : parts;
+    const size_t many = (size_t)(steps * most), sums = FN(sums_size)(work, N), each = FN(space_size)(work, group, H, N);
+    const size_t wide = D <= THIN ? (size_t)D : (size_t)(FN(panels)(D) * PANEL), deep = (size_t)(FN(panels)(R) * PANEL);
+    const size_t own = FN(whole_lines)((long)(many * ((size_t)((call->joint ? 1 : 2) * apart + out) + wide + deep + (out ? (size_t)(FN(panels)(H) * PANEL) : 0))));
     const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, R) + (call->dxs ? FN(packed_size)(N, D) : 0) + (out ? FN(packed_size)(R, H) : 0);
-    const size_t all = weights + each * (size_t)threads + many * (size_t)((call->joint ? 1 : 2) * apart + rows_wide + rows_deep + rows_out + out);
     FN(Features) features;
     if (FN(take_features)(work, &features)) return 1;
-    REAL *room = atn_norms_memory(all * sizeof(REAL)), *at = room;
+    REAL *room = atn_norms_memory((weights + each * (size_t)(teamed ? threads : lanes) + own * (size_t)lanes + sums * (size_t)(parts - 1)) * sizeof(REAL)), *at = room;
     if (!room) { free(features.columns); return 1; }
-    FN(Chunk) chunk;
-    if (!call->projected) chunk.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
-    chunk.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
-    if (call->dxs) chunk.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
-    if (out) chunk.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
-    chunk.apart = apart;
-    chunk.dinput = at; at += many * (size_t)apart;
-    chunk.drecurrent = call->joint ? chunk.dinput : at; at += call->joint ? 0 : many * (size_t)apart;
-    REAL *xs = at; at += many * (size_t)rows_wide;
-    REAL *hs = at; at += many * (size_t)rows_deep;
-    REAL *units = at; at += many * (size_t)rows_out;
-    chunk.dprojected = at; at += many * (size_t)out;
-    for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
-        chunk.first = chunk.last > steps ? chunk.last - steps : 0;
-        const long K = (chunk.last - chunk.first) * B;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            const FN(Space) space = FN(own_space)(work, features, at, each, group, H, N);
-            if (teamed) {
-                const FN(Member) me = {atn_norms_thread(), atn_norms_team()};
-                for (long i = 0; i < items; i++)
-                    FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, me);
-                atn_norms_wait();
-            } else {
+    FN(Chunk) shared = {.apart = apart};
+    if (!call->projected) shared.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
+    shared.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
+    if (call->dxs) shared.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
+    if (out) shared.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
+    REAL *chunks = at, *spaces = chunks + own * (size_t)lanes, *further = spaces + each * (size_t)(teamed ? threads : lanes);
+    const FN(WeightGrads) total = {call->dweight_ih, call->dweight_hh, call->dweight_hr, call->dbias_ih, call->dbias_hh};
+#pragma omp parallel num_threads(teamed ? threads : lanes) if (threads > 1)
+    {
+        const FN(Space) space = FN(own_space)(work, features, spaces, each, group, H, N);
+        const FN(Member) me = teamed ? (FN(Member)){atn_norms_thread(), atn_norms_team()} : (FN(Member)){0, 1};
+        FN(Chunk) chunk = shared;
+        REAL *here = chunks + (teamed ? 0 : own * (size_t)atn_norms_thread());
+        chunk.dinput = here; here += many * (size_t)apart;
+        chunk.drecurrent = call->joint ? chunk.dinput : here; here += call->joint ? 0 : many * (size_t)apart;
+        chunk.xs = here; here += many * wide;
+        chunk.hs = here; here += many * deep;
+        chunk.dprojected = here; here += many * (size_t)out;
+        chunk.units = here;
+        if (teamed) {
+            for (long i = 0; i < items; i++)
+                FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, total, me);
+        } else {
 #pragma omp for schedule(dynamic, 1)
-                for (long i = 0; i < items; i++)
-                    FN(backward_block)(work, &chunk, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, space, (FN(Member)){0, 1});
+            for (long part = 0; part < parts; part++) {
+                REAL *numbers = further + sums * (size_t)(part - 1);
+                if (part) memset(numbers, 0, sums * sizeof(REAL));
+                const FN(WeightGrads) to = part ? FN(sums_at)(work, numbers, N) : total;
+                for (long i = items * part / parts; i < items * (part + 1) / parts; i++)
+                    FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, to, me);
             }
-#pragma omp for schedule(dynamic, 1)
-            for (long p = 0; p < rows_wide + rows_deep + rows_out; p += PANEL) { /* pack the factors of the weights */
-                if (p < rows_wide) {
-                    FN(pack_panel)(xs + p * K, (const REAL *)call->xs + chunk.first * B * D, K, D, p, D);
-                    continue;
-                }
-                if (p >= rows_wide + rows_deep) {
-                    const long q = p - rows_wide - rows_deep;
-                    FN(pack_panel)(units + q * K, (const REAL *)call->units + chunk.first * B * H, K, H, q, H);
-                    continue;
-                }
-                const long q = p - rows_wide, started = chunk.first == 0 ? B : 0;
-                if (started) FN(pack_panel)(hs + q * K, call->h0, B, R, q, R);
-                FN(pack_panel)(hs + q * K + started * PANEL, (const REAL *)call->output + (chunk.first - 1 + (started ? 1 : 0)) * B * R,
-                               K - started, R, q, R);
-            }
-#pragma omp for schedule(dynamic, 1)
-            for (long n = 0; n < N; n += 64)
-                FN(weight_gradients)(work, &chunk, xs, hs, n, n + 64 < N ? n + 64 : N);
-#pragma omp for schedule(dynamic, 1)
-            for (long n = 0; n < out; n += 64)
-                FN(accumulate)(n, n + 64 < out ? n + 64 : out, out, K, H, chunk.dprojected, units, call->dweight_hr);
+            for (long part = 1; part < parts; part++) FN(add_sums)(work, total, FN(sums_at)(work, further + sums * (size_t)(part - 1), N), N);
         }
     }
     free(features.columns);

@@ -310,14 +310,15 @@ static void FN(forward_block)(const Work *work, const FN(Weights) *weight, long 
     if (lstm) memcpy((REAL *)call->cn + row * H, c, (size_t)(rows * H) * sizeof(REAL));
 }
 
-/* Data that the backward blocks of one chunk of steps share. */
+/* Data for the backward steps of one chunk of steps of a group. */
 typedef struct {
     FN(Packed) ih, hh;   /* W_ih as in the forward pass (to project again), and W_hh transposed */
     FN(Packed) back;     /* W_ih transposed, if dxs is required */
     FN(Packed) hr;       /* W_hr transposed, of a projection */
-    REAL *dinput, *drecurrent; /* [steps of the chunk, B, N], with rows `apart` */
+    REAL *dinput, *drecurrent; /* [steps of the chunk, rows of the group, N], with rows `apart` */
     long apart;
-    REAL *dprojected;    /* [steps of the chunk, B, R] gradient of projected outputs */
+    REAL *dprojected;    /* [steps of the chunk, rows of the group, R] gradient of projected outputs */
+    REAL *xs, *hs, *units; /* packed factors of the gradients of weights; few inputs are not packed */
     long first, last;
 } FN(Chunk);
 
@@ -373,7 +374,7 @@ static void FN(add_up)(const Work *work, const FN(Group) *group, FN(Space) space
 static void FN(unproject)(const Work *work, const FN(Chunk) *chunk, const FN(Group) *group, long t, const REAL *dout, const REAL *dh, FN(Space) space,
                           FN(Member) me) {
     const long R = work->output;
-    REAL *sum = chunk->dprojected + ((t - chunk->first) * work->batch + group->row) * R;
+    REAL *sum = chunk->dprojected + (t - chunk->first) * group->rows * R;
     FN(wait)(me);
     for (long b = me.id; b < group->blocks; b += me.team)
         for (long r = FN(start)(work, group, b), end = FN(start)(work, group, b + 1); r < end; r++) {
@@ -490,7 +491,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
         const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
-        REAL *din = chunk->dinput + ((t - chunk->first) * B + row) * apart, *drec = chunk->drecurrent + ((t - chunk->first) * B + row) * apart;
+        const long before_rows = (t - chunk->first) * rows;
+        REAL *din = chunk->dinput + before_rows * apart, *drec = chunk->drecurrent + before_rows * apart;
         const FN(Backward) step = {t, t == chunk->first, in, recurrent, cells, old, dout, call->projection ? space.units : dout, dh, din, drec, dc, dold, apart};
         if (call->projection) FN(unproject)(work, chunk, &group, t, dout, dh, space, me);
         if (call->joint) {

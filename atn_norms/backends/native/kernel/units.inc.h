@@ -149,9 +149,6 @@ static void FN(units_gradients)(const Work *work, const FN(Units) *units, long f
     }
 }
 
-/* Round n up to a whole number of cache lines. */
-INLINE size_t FN(whole_lines)(long n) { return ((size_t)n * sizeof(REAL) + 63) / 64 * 64 / sizeof(REAL); }
-
 /* Take the next n numbers of `room`; if it is NULL, only count them. */
 static REAL *FN(next)(REAL *room, size_t *at, long n) {
     REAL *here = room ? room + *at : NULL;
