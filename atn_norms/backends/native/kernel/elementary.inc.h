@@ -42,9 +42,9 @@ INLINE FN(vec) FN(root)(FN(vec) x) {
         for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
     } while (0)
 
-/* Compute exp(x + more) for arguments well within the range of REAL and a small second part: range reduction to |r| <= ln(2) / 2,
-   and Taylor's polynomial. */
-INLINE FN(vec) FN(near_exp_sum)(FN(vec) x, FN(vec) more) {
+/* Return p and a power of two with exp(x + more) = (1 + p) * scale, for arguments well within the range of REAL and a small second
+   part: range reduction to |r| <= ln(2) / 2, and Taylor's polynomial without its 1, which keeps the digits of a small r. */
+INLINE FN(vec) FN(exp_parts)(FN(vec) x, FN(vec) more, FN(vec) *scale) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
     const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10 + more;
@@ -65,8 +65,14 @@ INLINE FN(vec) FN(near_exp_sum)(FN(vec) x, FN(vec) more) {
     p = p * r + (REAL)(1.0 / 24.0);
     p = p * r + (REAL)(1.0 / 6.0);
     p = p * r + (REAL)0.5;
-    p = p * r * r + r; /* adding 1 last keeps the digits of a small r */
-    return (p + (REAL)1) * (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
+    *scale = (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
+    return p * r * r + r;
+}
+
+INLINE FN(vec) FN(near_exp_sum)(FN(vec) x, FN(vec) more) {
+    FN(vec) scale;
+    const FN(vec) p = FN(exp_parts)(x, more, &scale);
+    return (p + (REAL)1) * scale;
 }
 
 /* Adding -0 changes nothing. */
@@ -179,30 +185,24 @@ INLINE FN(vec) FN(power_of)(FN(vec) x, FN(vec) l, FN(vec) e) {
 }
 #endif
 
-INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
-    const FN(vec) size = FN(absolute)(x);
-    FN(vec) y = x;
-    if (FN(any)(~(FN(whole))(size <= (REAL)(IS_DOUBLE ? 300.0 : 40.0)))) { /* also true for NaN */
-        EACH_NUMBER(tanh((double)x[i]));
-        return y;
-    }
-    const FN(whole) small = (FN(whole))(size < (REAL)(IS_DOUBLE ? 0.2 : 0.3));
-    const FN(vec) e = FN(near_exp)((REAL)-2 * x), z = x * x;
-    y = ((REAL)1 - e) / ((REAL)1 + e);
-#if IS_DOUBLE
-    if (!FN(any)(small)) return y;
-    FN(vec) p = z * (-443861162.0 / 1856156927625.0) + 6404582.0 / 10854718875.0; /* Taylor's polynomial, with an error below 1e-17 x */
-    p = p * z - 929569.0 / 638512875.0;
-    p = p * z + 21844.0 / 6081075.0;
-    p = p * z - 1382.0 / 155925.0;
-    p = p * z + 62.0 / 2835.0;
-    p = p * z - 17.0 / 315.0;
+/* Compute a / b for b from 1 to 2: with AVX-512 in float from an approximate reciprocal and one step of Newton's method, which is
+   faster than a division. */
+INLINE FN(vec) FN(over)(FN(vec) a, FN(vec) b) {
+#if VECTOR_BYTES == 64 && !IS_DOUBLE
+    const FN(vec) about = (FN(vec))_mm512_rcp14_ps((__m512)b), quotient = a * about;
+    return quotient + (a - quotient * b) * about;
 #else
-    FN(vec) p = z * (62.0f / 2835.0f) - 17.0f / 315.0f;
+    return a / b;
 #endif
-    p = p * z + (REAL)(2.0 / 15.0);
-    p = p * z - (REAL)(1.0 / 3.0);
-    return FN(choose)(small, x + x * (z * p), y);
+}
+
+/* tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1, which keeps the digits of a small x. */
+INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
+    const FN(vec) end = FN(all)((REAL)(IS_DOUBLE ? 20 : 10)), size = FN(absolute)(x); /* tanh is 1 from there on */
+    FN(vec) scale;
+    const FN(vec) p = FN(exp_parts)((REAL)-2 * FN(choose)((FN(whole))(size > end), end, size), FN(all)((REAL)-0.0), &scale);
+    const FN(vec) e = p * scale + (scale - (REAL)1), y = FN(over)(-e, e + (REAL)2);
+    return (FN(vec))((FN(whole))y | ((FN(whole))x & ~(FN(whole))size)); /* with the sign of x */
 }
 
 INLINE FN(vec) FN(logistic)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exponential)(-x)); }
