@@ -113,9 +113,29 @@ def test_recurrent_weights_larger_than_the_cache(cell, hidden):
     check(Pair(cell, "layer", "4", hidden, batch=70, steps=4, inputs=5, ragged=True, before=3))
 
 
-@pytest.mark.parametrize(("cell", "hidden"), [*LARGE, ("lstm", 9), ("gru", 9)])
-def test_the_number_of_threads_changes_no_bit(cell, hidden):
-    pair = Pair(cell, "layer", "4", hidden, batch=70, steps=4, inputs=5, before=3)
+def test_input_weights_larger_than_the_cache():
+    check(Pair("lstm", hidden=40, batch=70, steps=3, inputs=900, ragged=True))
+
+
+# One part of the rows, several, and the largest number of parts with more blocks than parts.
+PARTS = [(16, 3), (70, 4), (70, 9), (530, 9)]
+
+
+@pytest.mark.parametrize(("batch", "steps"), PARTS)
+@pytest.mark.parametrize("inputs", [4, 5])
+def test_parts_of_the_rows_with_separate_sums(inputs, batch, steps):
+    check(Pair("lstm", hidden=5, batch=batch, steps=steps, inputs=inputs, ragged=True, before=2))
+
+
+THREADED = [
+    *[(cell, hidden, 70, 4) for cell, hidden in [*LARGE, ("lstm", 9), ("gru", 9)]],
+    *[("lstm", 9, *part) for part in PARTS],
+]
+
+
+@pytest.mark.parametrize(("cell", "hidden", "batch", "steps"), THREADED)
+def test_the_number_of_threads_changes_no_bit(cell, hidden, batch, steps):
+    pair = Pair(cell, "layer", "4", hidden, batch=batch, steps=steps, inputs=5, before=3)
     given, results = (pair.xs(), pair.state()), []
     try:
         for threads in (1, 2, 3):

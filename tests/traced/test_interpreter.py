@@ -113,6 +113,9 @@ def test_zeros_infinities_and_nan_equal_torch(library, op):
     (found,) = library.interpret(elementwise(op, 1), inputs)
     expected = TORCH[op](*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-300, equal_nan=True)
+    if op in UNARY:
+        zero = expected == 0
+        assert torch.equal(found[zero].signbit(), expected[zero].signbit())
 
 
 @given(st.integers(0, 2**20), st.integers(1, 40), st.integers(1, 70), st.data())

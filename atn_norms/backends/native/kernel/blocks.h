@@ -12,8 +12,9 @@
 #define BLOCK_UNITS 32 /* features of each group in a block, for batch statistics */
 #define LANE_STEP 8 /* the number of lanes of a block is a multiple of this */
 #define MOST_TOGETHER 4               /* blocks of rows that pass through time together */
-#define MOST_SUMS 32                  /* groups of rows with separate sums for the gradients of small weights */
-#define NEAR_BYTES ((size_t)1 << 20)  /* bytes of recurrent weights that fit into a near cache */
+#define MOST_SUMS 32                  /* parts of the rows with separate sums for the gradients of small weights */
+#define ROWS_SUMMED 128               /* rows times steps of such a part, at least */
+#define NEAR_BYTES ((size_t)1 << 20)  /* bytes of weights that fit into a near cache */
 #define DEPTH 128                     /* rows of a packed panel that are used together, 16 KiB at most */
 #define FETCH_BYTES 1024              /* distance at which a panel is prefetched */
 #define UNPACKED 8                    /* up to this number of rows times steps, weights are not packed */

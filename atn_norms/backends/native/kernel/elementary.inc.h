@@ -202,7 +202,7 @@ INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
     FN(vec) scale;
     const FN(vec) p = FN(exp_parts)((REAL)-2 * FN(choose)((FN(whole))(size > end), end, size), FN(all)((REAL)-0.0), &scale);
     const FN(vec) e = p * scale + (scale - (REAL)1), y = FN(over)(-e, e + (REAL)2);
-    return (FN(vec))((FN(whole))y | ((FN(whole))x & ~(FN(whole))size)); /* with the sign of x */
+    return (FN(vec))((FN(whole))FN(absolute)(y) | ((FN(whole))x & ~(FN(whole))size)); /* with the sign of x, also for 0 */
 }
 
 INLINE FN(vec) FN(logistic)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exponential)(-x)); }

@@ -177,15 +177,16 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
    the second one is computed only with `whole`. */
 INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
                       REAL *out, long ldo, long columns) {
-    for (long from = 0; from < K || from == 0; from += DEPTH, A += DEPTH * step, panel += DEPTH * PANEL) {
+    for (long from = 0; from < K || from == 0; from += DEPTH) {
         const long deep = K - from < DEPTH ? K - from : DEPTH;
         const int add = onto || from;
+        const REAL *rest = A + from * step, *deeper = panel + from * PANEL;
         for (long row = 0, tiles = (R + TILE_ROWS - 1) / TILE_ROWS, rows; tiles > 0; tiles--, row += rows) {
             rows = (R - row + tiles - 1) / tiles;
 #define TILE(n)                                                                                                                  \
     case n:                                                                                                                      \
-        if (columns > VL || whole) FN(tile)(n, 2, add, deep, A + row * lda, lda, step, panel, bias, out + row * ldo, ldo, columns); \
-        else FN(tile)(n, 1, add, deep, A + row * lda, lda, step, panel, bias, out + row * ldo, ldo, columns);                     \
+        if (columns > VL || whole) FN(tile)(n, 2, add, deep, rest + row * lda, lda, step, deeper, bias, out + row * ldo, ldo, columns); \
+        else FN(tile)(n, 1, add, deep, rest + row * lda, lda, step, deeper, bias, out + row * ldo, ldo, columns);                     \
         break;
             switch (rows) {
                 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)

@@ -1,14 +1,15 @@
 /* A whole sequence of one recurrent layer and direction, forward and backward, for one REAL and one instruction set.
 
    Without batch statistics, rows are independent, and a block of rows passes through all time steps alone: product, statistics,
-   windows and gates stay in the cache, and steps need no barrier. If the recurrent weights are too large for a near cache,
-   threads pass through time as a team. Each thread computes some columns of the products of all rows, then the remaining work
-   of some blocks of rows, with a barrier after each phase. Blocks have a fixed size and each number is computed in one way, so
-   results do not depend on the number of threads.
+   windows and gates stay in the cache, and steps need no barrier. The blocks are divided into parts with separate sums for the
+   gradients of the weights, which are added at the end. If the weights are too large for a near cache, threads pass through
+   time as a team. Each thread computes some columns of the products of all rows, then the remaining work of some blocks of rows,
+   with a barrier after each phase. Blocks and parts do not depend on the number of threads and each number is computed in one
+   way, so results do not depend on it either.
 
-   If some sites have batch statistics and others do not, or the layer has a projection, all rows pass through time together.
-   Threads then also share the features of the sites with batch statistics. A layer with batch statistics alone has blocks of
-   hidden units instead (coupled.inc.h), which need fewer barriers. */
+   If some sites have batch statistics and others do not, or a layer with batch statistics has a projection, all rows pass
+   through time together. Threads then also share the features of the sites with batch statistics. A layer with batch statistics
+   alone has blocks of hidden units instead (coupled.inc.h), which need fewer barriers. */
 
 #include "real.inc.h"
 
@@ -154,18 +155,28 @@ static void FN(weight_gradients)(const Work *work, const FN(Chunk) *chunk, long 
         FN(accumulate)(from, from + at_once < out ? from + at_once : out, out, K, H, chunk->dprojected, chunk->units, to.weight_hr);
 }
 
-/* The whole backward pass of a group of blocks. */
+/* The whole backward pass of a group of blocks. `alone`: only the first member of the team passes through time, and all share the
+   gradients of the weights. */
 static void FN(backward_group)(const Work *work, FN(Chunk) chunk, long steps, long first, long last, long N, FN(Space) space, FN(WeightGrads) to,
-                               FN(Member) me) {
+                               FN(Member) me, int alone) {
     const FN(Group) group = FN(gather)(work, first, last);
     for (chunk.last = work->steps; chunk.last > 0; chunk.last = chunk.first) {
         chunk.first = chunk.last > steps ? chunk.last - steps : 0;
-        FN(backward_block)(work, &chunk, first, last, space, me);
+        if (!alone) FN(backward_block)(work, &chunk, first, last, space, me);
+        else if (me.id == 0) FN(backward_block)(work, &chunk, first, last, space, (FN(Member)){0, 1});
+        if (alone) FN(wait)(me);
         FN(pack_factors)(work, &chunk, &group, me);
         FN(wait)(me);
         FN(weight_gradients)(work, &chunk, (chunk.last - chunk.first) * group.rows, N, to, me);
         FN(wait)(me);
     }
+}
+
+/* Return the number of parts of the rows with separate sums: one, or several where the weights are small and the rows many. */
+static long FN(parts)(const Work *work, long items) {
+    const long least = work->steps * work->batch / ROWS_SUMMED, most = items < MOST_SUMS ? items : MOST_SUMS;
+    if (work->mixed || FN(far)(work) || least < 1) return 1;
+    return least < most ? least : most;
 }
 
 /* The number of elements of all weights and biases. */
@@ -205,47 +216,48 @@ static int FN(backward)(const Work *work, long N) {
     const long group = FN(together)(work, blocks), items = (blocks + group - 1) / group, most = group * ((B + blocks - 1) / blocks);
     const long steps = FN(chunk_steps)(work, most), threads = work->threads, out = call->projection;
     const int teamed = FN(teamed)(work);
-    /* Where the weights are small, each of several groups of rows has its own sums, which are added at the end. */
-    const long parts = work->mixed || FN(far)(work) ? 1 : items < MOST_SUMS ? items : MOST_SUMS;
-    const long apart = work->mixed ? N : FN(spread)(N), lanes = teamed ? 1 : threads < parts ? threads : parts;
+    const long parts = FN(parts)(work, items);
+    const int alone = !teamed && parts == 1 && threads > 1; /* one thread passes through time; all share the gradients of the weights */
+    const long members = teamed || alone ? threads : threads < parts ? threads : parts, chunks = teamed || alone ? 1 : members;
+    const long apart = work->mixed ? N : FN(spread)(N); /* features_back uses one distance for the rows of x and dx */
     const size_t many = (size_t)(steps * most), sums = FN(sums_size)(work, N), each = FN(space_size)(work, group, H, N);
     const size_t wide = D <= THIN ? (size_t)D : (size_t)(FN(panels)(D) * PANEL), deep = (size_t)(FN(panels)(R) * PANEL);
     const size_t own = FN(whole_lines)((long)(many * ((size_t)((call->joint ? 1 : 2) * apart + out) + wide + deep + (out ? (size_t)(FN(panels)(H) * PANEL) : 0))));
     const size_t weights = (call->projected ? 0 : FN(packed_size)(D, N)) + FN(packed_size)(N, R) + (call->dxs ? FN(packed_size)(N, D) : 0) + (out ? FN(packed_size)(R, H) : 0);
     FN(Features) features;
     if (FN(take_features)(work, &features)) return 1;
-    REAL *room = atn_norms_memory((weights + each * (size_t)(teamed ? threads : lanes) + own * (size_t)lanes + sums * (size_t)(parts - 1)) * sizeof(REAL)), *at = room;
+    REAL *room = atn_norms_memory((weights + each * (size_t)members + own * (size_t)chunks + sums * (size_t)(parts - 1)) * sizeof(REAL)), *at = room;
     if (!room) { free(features.columns); return 1; }
     FN(Chunk) shared = {.apart = apart};
     if (!call->projected) shared.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
     shared.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
     if (call->dxs) shared.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
     if (out) shared.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
-    REAL *chunks = at, *spaces = chunks + own * (size_t)lanes, *further = spaces + each * (size_t)(teamed ? threads : lanes);
+    REAL *arrays = at, *spaces = arrays + own * (size_t)chunks, *further = spaces + each * (size_t)members;
     const FN(WeightGrads) total = {call->dweight_ih, call->dweight_hh, call->dweight_hr, call->dbias_ih, call->dbias_hh};
-#pragma omp parallel num_threads(teamed ? threads : lanes) if (threads > 1)
+#pragma omp parallel num_threads(members) if (members > 1)
     {
         const FN(Space) space = FN(own_space)(work, features, spaces, each, group, H, N);
-        const FN(Member) me = teamed ? (FN(Member)){atn_norms_thread(), atn_norms_team()} : (FN(Member)){0, 1};
+        const FN(Member) me = chunks == 1 ? (FN(Member)){atn_norms_thread(), atn_norms_team()} : (FN(Member)){0, 1};
         FN(Chunk) chunk = shared;
-        REAL *here = chunks + (teamed ? 0 : own * (size_t)atn_norms_thread());
+        REAL *here = arrays + (chunks == 1 ? 0 : own * (size_t)atn_norms_thread());
         chunk.dinput = here; here += many * (size_t)apart;
         chunk.drecurrent = call->joint ? chunk.dinput : here; here += call->joint ? 0 : many * (size_t)apart;
         chunk.xs = here; here += many * wide;
         chunk.hs = here; here += many * deep;
         chunk.dprojected = here; here += many * (size_t)out;
         chunk.units = here;
-        if (teamed) {
+        if (teamed || alone) {
             for (long i = 0; i < items; i++)
-                FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, total, me);
+                FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, total, me, alone);
         } else {
 #pragma omp for schedule(dynamic, 1)
             for (long part = 0; part < parts; part++) {
-                REAL *numbers = further + sums * (size_t)(part - 1);
+                REAL *numbers = part ? further + sums * (size_t)(part - 1) : NULL;
                 if (part) memset(numbers, 0, sums * sizeof(REAL));
                 const FN(WeightGrads) to = part ? FN(sums_at)(work, numbers, N) : total;
                 for (long i = items * part / parts; i < items * (part + 1) / parts; i++)
-                    FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, to, me);
+                    FN(backward_group)(work, chunk, steps, i * group, (i + 1) * group < blocks ? (i + 1) * group : blocks, N, space, to, me, 0);
             }
             for (long part = 1; part < parts; part++) FN(add_sums)(work, total, FN(sums_at)(work, further + sums * (size_t)(part - 1), N), N);
         }

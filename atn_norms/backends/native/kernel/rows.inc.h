@@ -108,8 +108,10 @@ INLINE void FN(fetch)(const REAL *from, long n, const int write) {
     }
 }
 
-/* Return true if the recurrent weights are too large for a near cache. */
-INLINE int FN(far)(const Work *work) { return (size_t)(FN(gates)(work) * work->hidden * work->output) * sizeof(REAL) >= NEAR_BYTES; }
+/* Return true if the weights are too large for a near cache. */
+INLINE int FN(far)(const Work *work) {
+    return (size_t)(FN(gates)(work) * work->hidden * (work->inputs + work->output)) * sizeof(REAL) >= NEAR_BYTES;
+}
 
 /* A thread of a team; it processes every `team`-th block. */
 typedef struct { int id, team; } FN(Member);

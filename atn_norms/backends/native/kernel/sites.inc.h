@@ -145,11 +145,11 @@ static void FN(pair_back)(const FN(SiteGrads) *grads, long steps, long t, long r
     FN(sites_back)(2, grads, steps, t, rows, dy, ldd);
 }
 
-/* Backward through one site; without a norm of single rows dy is passed on. */
+/* Backward through one site; without a norm of single rows dy is passed on. Rows of x are contiguous. */
 static void FN(site_back)(FN(SiteGrads) grads, long steps, long t, long rows, const REAL *dy, long ldd) {
     if (FN(has_moments)(grads.line)) FN(sites_back)(1, &grads, steps, t, rows, dy, ldd);
     else
-        for (long r = 0; r < rows && grads.dx != dy; r++) FN(copy)(grads.dx + r * ldd, dy + r * ldd, ldd);
+        for (long r = 0; r < rows && grads.dx != dy; r++) FN(copy)(grads.dx + r * ldd, dy + r * ldd, grads.ldx);
 }
 
 /* Return true if both products of a cell have the same gradient and both sites can share one backward pass. */
