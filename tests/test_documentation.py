@@ -238,9 +238,27 @@ def test_a_published_study_still_plans_the_trials_it_published(study):
     assert {trial.id for trial in plan.trials} == {trial["id"] for trial in published}
 
 
-def test_published_reports_are_small():
+@pytest.mark.parametrize("study", PUBLISHED)
+def test_a_published_report_is_small(study):
+    assert (
+        sum(path.stat().st_size for path in (RESULTS / study).iterdir()) < 1_000_000
+    )  # adding: 50 curves of 200 points
+
+
+def test_all_published_reports_are_small():
     files = [path for path in RESULTS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert sum(path.stat().st_size for path in files) < 4_500_000  # a whole study has 50 curves, of up to 200 points
+    assert sum(path.stat().st_size for path in files) < 4_500_000
+
+
+@pytest.mark.parametrize("study", PUBLISHED)
+def test_the_page_of_results_counts_the_finished_trials_of_a_running_study(study):
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    with (RESULTS / study / "results.csv").open(encoding="utf-8") as file:
+        statuses = Counter(line["status"] for line in csv.DictReader(file))
+    begin = page.find(f"[{study}]({study}/report.html) is ", page.find("## A study that still runs"))
+    running = statuses["pending"] + statuses["running"] > 0
+    count = f"Of its {statuses.total()} trials {statuses['done']} have finished."
+    assert not running or (begin >= 0 and count in page[begin : begin + 300])
 
 
 def test_the_verdicts_in_prose_are_those_of_the_reports():

@@ -210,6 +210,8 @@ static void FN(add_sums)(const Work *work, FN(WeightGrads) to, FN(WeightGrads) f
     for (long n = 0; n < out; n++) FN(add)(to.weight_hr + n * H, from.weight_hr + n * H, H);
 }
 
+/* most: rows of the largest group; many: rows of a chunk; members: threads at work; chunks: work spaces for a chunk, of `own` numbers
+   each; wide and deep: columns of its packed inputs and outputs; further: the sums of all parts but the first. */
 static int FN(backward)(const Work *work, long N) {
     const Call *call = work->call;
     const long B = work->batch, D = work->inputs, H = work->hidden, R = work->output, blocks = atn_norms_blocks(B);

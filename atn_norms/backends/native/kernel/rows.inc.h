@@ -493,8 +493,8 @@ static void FN(backward_block)(const Work *work, const FN(Chunk) *chunk, long fi
         const REAL *cells = lstm ? (const REAL *)call->cells + now : NULL;
         const REAL *start_at = (const REAL *)(lstm ? call->c0 : call->h0) + row * H;
         const REAL *old = t == 0 ? start_at : call->normed_carry ? space.carry : (const REAL *)(lstm ? call->cells : call->output) + before;
-        const long before_rows = (t - chunk->first) * rows;
-        REAL *din = chunk->dinput + before_rows * apart, *drec = chunk->drecurrent + before_rows * apart;
+        const long place = (t - chunk->first) * rows * apart;
+        REAL *din = chunk->dinput + place, *drec = chunk->drecurrent + place;
         const FN(Backward) step = {t, t == chunk->first, in, recurrent, cells, old, dout, call->projection ? space.units : dout, dh, din, drec, dc, dold, apart};
         if (call->projection) FN(unproject)(work, chunk, &group, t, dout, dh, space, me);
         if (call->joint) {
