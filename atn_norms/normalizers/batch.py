@@ -214,24 +214,21 @@ class BatchNorm(Normalizer, _OfTorch):
             for leaves in zip(*(pooled for pooled, _ in records), strict=True)
         )
         count = count.squeeze(1)
-        unbiased = torch.where(count > 1, count / (count - 1), 1.0)
-        mask = (step >= 0) & (count >= 2)  # one sample has no variance
-        populations = 1 if self.max_steps is None else self.max_steps
-        population = torch.zeros_like(step) if self.max_steps is None else step
-        # [populations, recorded steps]
-        member = mask & (population == torch.arange(populations, device=step.device).unsqueeze(1))
-        share = member * torch.where(mask, count, 0.0)
-        share = share / share.sum(1, keepdim=True).clamp(min=1)
+        valid = (step >= 0) & (count >= 2)  # one sample has no variance
+        if self.max_steps is None:
+            member = valid.unsqueeze(0)
+        else:
+            member = valid & (step == torch.arange(self.max_steps, device=step.device).unsqueeze(1))
+        counts = torch.where(member, count, 0.0)  # [populations, recorded steps]
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         updated = member.any(1)
-        tracked = self.num_batches_tracked.reshape(populations) + updated
-        updates = tracked.clamp(min=1).to(mean.dtype)
-        rate = 1.0 / updates if self.momentum is None else torch.full_like(updates, self.momentum)
-        rate = torch.where(updated, rate, 0.0).unsqueeze(1)
-        for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, share * unbiased)):
-            old = promoted(running).reshape(populations, -1)
-            new = weights @ torch.where(mask.unsqueeze(1), leaf, 0.0)
-            running.copy_(torch.where(rate > 0, old + rate * (new - old), old).reshape(running.shape))
-        self.num_batches_tracked.copy_(tracked.reshape(self.num_batches_tracked.shape))
+        updates = self.num_batches_tracked.add_(updated.reshape(self.num_batches_tracked.shape))
+        rate = self.momentum or 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
+        updated, unbiased = updated.unsqueeze(1), share * (count / (count - 1).clamp(min=1))
+        for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, unbiased)):
+            old = promoted(running).reshape(len(member), -1)
+            new = weights @ torch.where(valid.unsqueeze(1), leaf, 0.0)
+            running.copy_(torch.where(updated, old + rate * (new - old), old).reshape(running.shape))
 
     def extra_repr(self) -> str:
         sync = ", sync=True" if self.sync else ""

@@ -145,11 +145,11 @@ class FusedProgram(Program):
             results = operators(plan, Inputs(*single, affine, populations, leaves, lengths), keep)  # type: ignore[arg-type]
         ys, hn, cn = [result.to(dtype) for result in results[:3]] if half else results[:3]
         carried, after = (hn, cn) if plan.is_lstm else (hn,), results[3:]
-        if not keep_state and rows is None:
-            return ys, (carried, tuple([() for _ in norms]))
-        following = self._following(plan, norms, after, steps if lengths is None else lengths, ys, rows)
         if rows is not None:
             rows.record(weights, after[plan.tensors :])
+        if not keep_state:
+            return ys, (carried, tuple([() for _ in norms]))
+        following = self._following(plan, norms, after, steps if lengths is None else lengths, ys, rows)
         return ys, (carried, tuple(following))
 
     def _following(
