@@ -2,14 +2,17 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from atn_norms.backends import Reference, Unsupported, base
 from atn_norms.backends.reference import ReferenceProgram
-from atn_norms.bench import BenchSpec, Case, Size, contest, engine, laws, measure, memory
+from atn_norms.bench import BenchSpec, Case, Size, contest, engine, laws, measure, memory, picture
 from atn_norms.bench.records import Row, compared
 from atn_norms.bench.textbook import Textbook, footprint
 from atn_norms.bench.timing import LEAST, interleaved, whole_call
@@ -265,6 +268,34 @@ def test_a_runner_that_breaks_does_not_stop_the_others(monkeypatch):
     assert case.rows[1].reason == "RuntimeError: out of breath"
 
 
+def test_other_runners_have_times_if_torch_fails(monkeypatch, tmp_path, capsys):
+    """torch's LSTM has no autocast to bfloat16 on some processors."""
+
+    def fail(self, *given):
+        raise RuntimeError("no such primitive")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", fail)
+    chosen = ("--modes", "inference", "--windows", "1", "--budget", "0.05", "--no-memory", "--size", "2,3,4,5")
+    assert main(("bench", *chosen, "--runners", "reference", "--picture", str(tmp_path / "b"))) == 1
+    printed = capsys.readouterr().out
+    assert "failed: RuntimeError: no such primitive" in printed
+    assert re.search(r"reference +1 +[\d.]+ [mu]s", printed)
+    assert "noise: unknown" in printed
+    assert re.search(r">[\d.]+ ms<", (tmp_path / "b.svg").read_text())
+
+
+def test_the_titles_of_a_picture_are_inside_of_it_and_name_the_case(tmp_path):
+    chosen = {"modes": ("inference",), "windows": (1,), "runners": ("reference",), "sizes": ((2, 3, 4, 5),)}
+    spec = BenchSpec(**chosen, placements=({"sum": "joint"},), autocast=True)
+    figure = picture._figure(measure(spec.model_copy(update={"budget": 0.05, "memory": False})))
+    (axes,) = figure.axes
+    title = axes.get_title(loc="left")
+    assert '{"sum": "joint"}' in title
+    assert "autocast" in title
+    (title,) = (text for text in axes.findobj(Text) if text.get_text() == title)
+    assert title.get_window_extent(FigureCanvasAgg(figure).get_renderer()).x0 >= 0
+
+
 def test_json_csv_and_picture_hold_every_figure(tmp_path, capsys):
     files = ("--csv", str(tmp_path / "b.csv"), "--picture", str(tmp_path / "b"))
     assert main(("bench", *QUICK, *files, "--json")) == 0
@@ -397,11 +428,13 @@ def test_autocast_is_on_in_every_call_and_in_the_gate(monkeypatch, capsys):
     assert "y: " in str(laws.broken_law(replace(TINY, autocast=True), "native", 3))
     monkeypatch.undo()
     enabled = []
-    forward = torch.nn.LSTM.forward
+    forward = torch.nn.GRU.forward
     monkeypatch.setattr(
-        torch.nn.LSTM, "forward", lambda self, *a: enabled.append(torch.is_autocast_enabled("cpu")) or forward(self, *a)
+        torch.nn.GRU, "forward", lambda self, *a: enabled.append(torch.is_autocast_enabled("cpu")) or forward(self, *a)
     )
-    code, (case,) = results(capsys, "--modes", "training", "--runners", "reference", "--windows", "2", "--autocast")
+    code, (case,) = results(
+        capsys, "--cells", "gru", "--modes", "training", "--runners", "reference", "--windows", "2", "--autocast"
+    )
     assert code == 0
     assert case["autocast"] is True
     assert enabled

@@ -59,7 +59,7 @@ def _measured(case: Case, spec: BenchSpec, judged: dict[tuple[object, ...], str 
             rows[row.label] = admitted
             continue
         # Everything is compared with torch.nn, and a runner within four times its time is never skipped.
-        limit = max(allowed, 4 * estimates[TORCH]) if name != TORCH else float("inf")
+        limit = max(allowed, 4 * estimates.get(TORCH, 0.0)) if name != TORCH else float("inf")
         try:
             seconds = whole_call(admitted.call, case.size.steps, limit, clock)
         except Exception as error:  # noqa: BLE001  the other runners still get their figures

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from atn_norms.bench.records import Bench, CaseResult
-from atn_norms.bench.spec import TORCH
+from atn_norms.bench.spec import TORCH, Case
 
 _INK, _MUTED, _PAPER = "#1b1f24", "#5b636d", "#fefefe"
 # Of Okabe and Ito's palette, distinguishable with any common colour vision.
@@ -74,16 +74,19 @@ def _figure(bench: Bench) -> Figure:
             inner = (left, top - tall + 0.35, width / columns - 1.4, tall - _ROOM + 0.1)
             axes = figure.add_axes((inner[0] / width, inner[1] / height, inner[2] / width, inner[3] / height))
             _panel(axes, case, limits)
+            axes.set_title(_head(case.case), loc="left", fontsize=8.5, x=-1.1 / inner[2])
         top -= tall
     return figure
 
 
-def _panel(axes: Axes, result: CaseResult, limits: tuple[float, float]) -> None:
-    case = result.case
+def _head(case: Case) -> str:
     threads = "1 thread" if case.threads == 1 else f"{case.threads} threads"
-    kept = ", malloc keeps" if case.malloc == "keep" else ""
-    head = f"{case.cell} {case.norm} {case.size}\n{case.mode}, {threads}{kept}"
-    axes.set_title(head, loc="left", fontsize=8.5, x=-1.1 / (_WIDTH - 1.4))
+    placed = f" {case.placement}" if case.placement else ""
+    others = ", autocast" * case.autocast + ", malloc keeps" * (case.malloc == "keep")
+    return f"{case.cell} {case.norm}{placed} {case.size}\n{case.mode}, {threads}{others}"
+
+
+def _panel(axes: Axes, result: CaseResult, limits: tuple[float, float]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(*limits)
     axes.set_ylim(len(result.rows) - 0.5, -0.5)
@@ -96,7 +99,8 @@ def _panel(axes: Axes, result: CaseResult, limits: tuple[float, float]) -> None:
     axes.axvline(1, color=_MUTED, linewidth=0.8, zorder=0)
     for place, row in enumerate(result.rows):
         if row.ratio is None:
-            axes.text(limits[0] * 1.05, place, row.status, va="center", color=_MUTED, fontsize=7.5, style="italic")
+            text = row.status if row.best is None else f"{1e3 * row.best:.3g} ms"  # torch.nn failed
+            axes.text(limits[0] * 1.05, place, text, va="center", color=_MUTED, fontsize=7.5, style="italic")
             continue
         colour = _COLOURS.get(row.runner, _OTHER)
         axes.plot([1, row.ratio], [place, place], color=colour, linewidth=3, solid_capstyle="butt")

@@ -165,7 +165,8 @@ def _print_case(result: CaseResult) -> None:
         rows.append((row.runner, row.window, *times, memory, _ratio(row.memory_ratio), note))
     print_table(str(result.case), _COLUMNS, rows)
     before, after = ("unknown" if load is None else f"{load:.1f}" for load in result.load)
-    emit(f"noise: torch.nn's median is {_ratio(result.noise)} times its best; load average {before}, then {after}\n")
+    noise = "unknown" if result.noise is None else f"torch.nn's median is {_ratio(result.noise)} times its best"
+    emit(f"noise: {noise}; load average {before}, then {after}\n")
 
 
 def _print_machine(results: Bench) -> None:
