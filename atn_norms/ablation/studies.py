@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,28 @@ from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
-from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord
+from atn_norms.ablation.store.trial import FILES
 from atn_norms.errors import SpecError, to_spec_error
 from atn_norms.specs import Where, parse
 
 
-def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, *, where: Where | None = None) -> Path:
+def create(
+    study: StudySpec | Mapping[str, Any],
+    out: Path | str | None = None,
+    *,
+    where: Where | None = None,
+    reuse: Iterable[StudyRecord] = (),
+) -> Path:
     """Write a study to a folder, ready to `run`, and return the folder; a folder that holds this study is not changed.
 
     A study that has grown by seeds, values, axes or another baseline is extended; finished trials are kept. `out` is by
     default `studies/NAME-KEY`, where the key is a hash of the study. A folder in `studies` that holds this study, or a
     smaller one that it extends, is used instead. `where`, from `specs.read`, adds file positions to errors.
+
+    `reuse` are other studies, from `load` or `report.read`. A trial that one of them has finished is copied, with its
+    model if the study's folder has it, and not trained again. Equal ids are equal trials: model, task, data, training,
+    seed and plugins. A trial of a function that wrote files is not copied.
 
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
     `StoreError` where the folder cannot be written.
@@ -40,7 +51,21 @@ def create(study: StudySpec | Mapping[str, Any], out: Path | str | None = None, 
     plan = make_plan(spec, where)
     folder = Path(out) if out is not None else _home(plan)
     StudyFolder(folder).create(plan, environment())
+    for identity, (name, trial) in finished_elsewhere(plan, reuse).items():
+        StudyFolder(folder).trial(identity).take(trial, name)
     return folder
+
+
+def finished_elsewhere(plan: Plan, others: Iterable[StudyRecord]) -> dict[str, tuple[str, TrialRecord]]:
+    """Return the trials of a plan that other studies have finished, by id, with the name of the first such study."""
+    wanted = {planned.id for planned in plan.trials}
+    found: dict[str, tuple[str, TrialRecord]] = {}
+    for other in others:
+        for trial in other.trials:
+            has_files = trial.folder is not None and (trial.folder / FILES).exists()
+            if trial.id in wanted and trial.result is not None and not has_files:
+                found.setdefault(trial.id, (other.name, trial))
+    return found
 
 
 def _home(plan: Plan) -> Path:

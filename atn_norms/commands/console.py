@@ -22,9 +22,9 @@ def at_home(path: Path | None) -> Path | None:
     return None if path is None else Path(os.path.expanduser(path))
 
 
-def all_at_home(paths: list[Path]) -> list[Path]:
+def all_at_home(paths: list[Path] | None) -> list[Path]:
     """Expand a leading ~ of each path."""
-    return [Path(os.path.expanduser(path)) for path in paths]
+    return [Path(os.path.expanduser(path)) for path in paths or ()]
 
 
 def example(*lines: str) -> str:

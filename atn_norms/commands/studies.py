@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,14 @@ def ablate(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of the study; default: studies/NAME-KEY.", callback=at_home),
     ] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Copy finished trials that another study or published report has; may be repeated.",
+            callback=all_at_home,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the trials and estimate their duration; train nothing.")
     ] = False,
@@ -49,14 +58,18 @@ def ablate(
     """Train and compare every point of a study, and write the report; the same command resumes a stopped study."""
     with _resumable("the same command"):
         from atn_norms.ablation import create, make_plan
+        from atn_norms.ablation.studies import finished_elsewhere
 
         _need(workers, scheduler)
         spec, where = _read(study, settings or [])
+        others = _records(reuse or []).values()
         if dry_run:
             plan = make_plan(spec, where)
+            there = finished_elsewhere(plan, others)
+            plan = replace(plan, trials=tuple(each for each in plan.trials if each.id not in there))
             _list_trials(plan, None if scheduler else max(1, min(workers, len(plan.trials))), as_json)
             return
-        _run(create(spec, out, where=where), workers, scheduler, as_json)
+        _run(create(spec, out, where=where, reuse=others), workers, scheduler, as_json)
 
 
 def resume(
@@ -154,12 +167,21 @@ def report(
     if others and out is None:
         raise SpecError("--out", "nothing", "a folder for the report of several studies")
     with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
-        from atn_norms.ablation import load, merge
-        from atn_norms.ablation.report import is_report, read
+        from atn_norms.ablation import merge
+        from atn_norms.ablation.report import is_report
 
-        records = {str(each): read(each) if is_report(each) else load(each) for each in folders}
         wanted = [each.strip() for each in formats.split(",") if each.strip()]
-        _report(merge(records), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted)
+        _report(
+            merge(_records(folders)), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted
+        )
+
+
+def _records(folders: Sequence[Path]) -> dict[str, StudyRecord]:
+    """Read studies and published reports, by the names of their folders."""
+    from atn_norms.ablation import load
+    from atn_norms.ablation.report import is_report, read
+
+    return {str(each): read(each) if is_report(each) else load(each) for each in folders}
 
 
 def _levels(settings: Sequence[str]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch import nn
 from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.files import Folder, StoreError
-from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.ablation.store.trial import FILES, TrialFolder
 from atn_norms.errors import SpecError, brief, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
 from atn_norms.text import encodable
@@ -101,7 +101,7 @@ class Trial:
     @property
     def folder(self) -> Path:
         """A folder of the trial for the function's files, created at the first access."""
-        files = self._folder.folder.folder("files")
+        files = self._folder.folder.folder(FILES)
         files.make()
         return files.path
 

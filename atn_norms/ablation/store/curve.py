@@ -79,6 +79,14 @@ class Curve:
             self._hash.update(content)
             failpoint(f"{NAME}:added")
 
+    def replace(self, points: list[dict[str, Any]], place: str) -> None:
+        """Write these points in place of the file's; `StoreError` that names the place of a damaged one."""
+        self.cut(None, elsewhere=False)
+        before = 0
+        for number, point in enumerate(points, 1):
+            before = _parse_point(canonical(point).encode(), f"{place}: point {number}", before)["step"]
+            self.add(point)
+
     def mark(self) -> dict[str, Any]:
         """Make the file durable, and return its size in bytes and its SHA-256."""
         with named("write", self.path):

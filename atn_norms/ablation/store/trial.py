@@ -23,6 +23,7 @@ from atn_norms.files import most_bytes
 from atn_norms.text import encodable
 
 REJECTED = "checkpoint.rejected.pt"
+FILES = "files"  # the folder with a function's own files
 FUNCTION = "python"  # the kind of task whose trials may take more steps than the study declares
 MOST_TRACEBACK = 2**20  # characters of a stored traceback
 
@@ -109,6 +110,25 @@ class TrialFolder:
         self._refuse_lost()
         self.folder.write_json("result.json", {**result, "curve": mark})
         self.clear()
+
+    def take(self, finished: TrialRecord, study: str) -> None:
+        """Write the curve, the result and any model of this trial from another study, unless the trial is done.
+
+        Errors: `Busy` while another process trains the trial; `StoreError` for a damaged curve or result.
+        """
+        place = f"study {study!r}: trial {self.id}"
+        with self.lock():
+            if self.has_result():
+                return
+            self._curve.replace(finished.curve, place)
+            result = {**(finished.result or {}), "curve": self._curve.mark()}
+            check_result(result, self.id, place)
+            source = Folder(finished.folder) if finished.folder is not None else None
+            if source is not None and source.has(MODEL):
+                self.keep_model(source.read(MODEL, most_bytes()))
+            self.write_run(finished.run or {})
+            self.log(f"copied from study {study!r}")
+            self.finish(result)
 
     def keep_model(self, content: bytes) -> None:
         """Write `model.safetensors`, which is valid once `result.json` exists."""
