@@ -1,7 +1,8 @@
-"""Print the tables of docs/results/index.md from the reports in this folder, and draw its figure, overview.svg.
+"""Write the tables of docs/results/index.md from the reports in this folder, and draw its figure, overview.svg.
 
 Run `python docs/results/summary.py`. All declared comparisons of all complete studies are one family here, so the
-p-values are adjusted for all of them at once. A study that still runs has no verdict.
+p-values are adjusted for all of them at once. A study that still runs has no verdict. A table that the page does not
+have is printed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from atn_norms.ablation.report.names import NOTHING, TIMES, chances, change, nam
 from atn_norms.ablation.store.records import StudyRecord
 
 HERE = Path(__file__).parent
+PAGE = HERE / "index.md"
 FIGURE = HERE / "overview.svg"
 STUDIES = sorted(path.parent for path in HERE.glob("*/study.json"))
 TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -35,6 +37,7 @@ class Compared:
     point: str
     row: Row
     difference: Difference
+    margin: float | None
     both_trivial: bool
 
 
@@ -70,7 +73,7 @@ def collected() -> tuple[list[Compared], list[Compared], list[Compared]]:
             if unfinished(found.record):
                 interim += _compared(folder.name, points, trivial, task.primary)
                 continue
-            ends += _compared(folder.name, points, trivial, task.primary)
+            ends += _compared(folder.name, points, trivial, task.primary, task.endpoint.margin)
             steps += _compared(folder.name, points, trivial, task.speed.comparison) if task.speed else []
     return ends, steps, interim
 
@@ -82,7 +85,7 @@ def unfinished(record: StudyRecord) -> bool:
 
 def decided(ends: list[Compared]) -> list[tuple[Compared, Decision]]:
     """Correct all comparisons as one family."""
-    decisions = decide([each.difference for each in ends], [None] * len(ends))
+    decisions = decide([each.difference for each in ends], [each.margin for each in ends])
     pairs = zip(ends, decisions, strict=True)
     return [(each, replace(decision, both_trivial=each.both_trivial)) for each, decision in pairs]
 
@@ -108,9 +111,11 @@ def _start(each: Compared) -> list[str]:
     return [f"[{each.study}]({each.study}/report.html)", each.point, str(each.difference.pairs)]
 
 
-def _compared(study: str, points: list[str], trivial: list[bool], comparison: Comparison) -> list[Compared]:
+def _compared(
+    study: str, points: list[str], trivial: list[bool], comparison: Comparison, margin: float | None = None
+) -> list[Compared]:
     rows = zip(points, comparison.rows, trivial, strict=True)
-    return [Compared(study, point, row, row.against, guess) for point, row, guess in rows if row.against]
+    return [Compared(study, point, row, row.against, margin, guess) for point, row, guess in rows if row.against]
 
 
 def _ever(row: Row, difference: Difference) -> bool:
@@ -176,6 +181,19 @@ def draw(target: Path = FIGURE) -> None:
         target.write_text(save(figure, "overview", title, described).svg, encoding="utf-8")
 
 
+def update(page: Path = PAGE) -> None:
+    """Replace the tables of the page by those with the same header; print the others."""
+    text = page.read_text(encoding="utf-8")
+    for table in main().split("\n\n"):
+        table = table.strip()
+        begin = text.find(f"\n{table.splitlines()[0]}\n") + 1
+        if not begin:
+            print(table, end="\n\n")
+            continue
+        text = text[:begin] + table + text[text.index("\n\n", begin) :]
+    page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     draw()
-    print(main(), end="")
+    update()
