@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from atn_norms.ablation import Busy, StoreError, StudySpec, create, load, make_plan, report, run
+from atn_norms.ablation import Busy, StoreError, StudySpec, create, load, make_plan, run
 from atn_norms.ablation.store.files import Folder
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import main
@@ -100,86 +100,116 @@ WIDER = {**STUDY, "name": "wider", "axes": {"norm": ["none", "layer", "rms"]}, "
 
 @pytest.fixture
 def finished(tmp_path):
-    """The folder of a finished study, its published report, and the records of both."""
+    """The folder of a finished study of two trials."""
     folder = create(STUDY, tmp_path / "finished")
-    report.write(run(folder, workers=0), tmp_path / "published", formats=())
-    return {"folder": load(folder), "report": report.read(tmp_path / "published")}
+    run(folder, workers=0)
+    return folder
 
 
-@pytest.mark.parametrize("source", ["folder", "report"])
-def test_trials_that_another_study_finished_are_copied(tmp_path, finished, source):
-    ours = {trial.id: trial for trial in finished["folder"].trials}
-    folder = create(WIDER, tmp_path / "wider", reuse=[finished[source]])
-    before = {trial.id: trial for trial in load(folder).trials}
-    assert {identity for identity, trial in before.items() if trial.status == "done"} == set(ours)
+def content(folder, *names):
+    return {path.relative_to(folder): path.read_bytes() for name in names for path in folder.rglob(name)}
+
+
+def test_trials_that_another_study_finished_are_copied(tmp_path, finished):
+    ours = {trial.id: trial for trial in load(finished).trials}
+    folder = create(WIDER, tmp_path / "wider", reuse=[finished])
+    copied = content(finished, "result.json", "metrics.jsonl", "model.safetensors", "run.json")
+    assert content(folder, "result.json", "metrics.jsonl", "model.safetensors", "run.json") == copied
+    assert len(copied) == 4 * len(ours)
     for trial in run(folder, workers=0).trials:
         log = (folder / "trials" / trial.id / "log.txt").read_text()
         assert trial.status == "done"
-        assert ("copied from study 'growing'" in log) == (trial.id in ours) != ("attempt" in log)
-        if trial.id in ours:
-            same = ours[trial.id]
-            assert trial.result == same.result and trial.curve == same.curve and trial.curve
-            assert {"seconds", "host", "attempts"} <= set(trial.run or {}) <= set(same.run)
-            model = folder / "trials" / trial.id / "model.safetensors"
-            assert model.exists() == (source == "folder")
-            assert source == "report" or model.read_bytes() == (same.folder / "model.safetensors").read_bytes()
-    fresh = run(create(WIDER, tmp_path / "fresh"), workers=0)
-    wider = {trial.id: trial.result for trial in load(folder).trials}
-    assert wider == {trial.id: trial.result for trial in fresh.trials}, "training all of it gives the same"
+        assert (f"copied from {finished}" in log) == (trial.id in ours) != ("attempt" in log)
+    fresh = create(WIDER, tmp_path / "fresh")
+    run(fresh, workers=0)
+    same = content(folder, "result.json", "metrics.jsonl", "model.safetensors")
+    assert same == content(fresh, "result.json", "metrics.jsonl", "model.safetensors"), "training all gives the same"
 
 
 def test_a_copy_replaces_a_half_trained_trial_and_no_finished_one(tmp_path, finished):
     folder = create(WIDER, tmp_path / "wider")
-    half, done = (folder / "trials" / trial.id for trial in finished["folder"].trials)
+    half, done = (folder / "trials" / trial.id for trial in load(finished).trials)
+    run(folder, workers=0)
+    before = content(done, "*")
+    (half / "result.json").unlink()
     (half / "metrics.jsonl").write_text('{"step":1,"train_loss":9.0,"validation":null}\n')
     (half / "checkpoint.pt").write_bytes(b"of an interrupted run")
-    run(folder, workers=0)
-    content = {path: path.read_bytes() for path in done.iterdir()}
-    (half / "result.json").unlink()
-    create(WIDER, folder, reuse=[finished["report"], finished["folder"]])
-    assert {path: path.read_bytes() for path in done.iterdir()} == content
-    assert load(folder).count("done") == len(load(folder).trials)
-    assert (half / "metrics.jsonl").read_bytes() == (finished["folder"].trials[0].folder / "metrics.jsonl").read_bytes()
+    create(WIDER, folder, reuse=[finished, finished])
+    assert content(done, "*") == before
+    assert load(folder).count("done") == 6
+    assert content(half, "metrics.jsonl") == content(finished / "trials" / half.name, "metrics.jsonl")
     assert not (half / "checkpoint.pt").exists()
 
 
-def unordered(published):
-    path = published / "curves.csv"
-    path.write_text(path.read_text().replace(",3,", ",1,"))
+def test_a_process_that_lost_its_trial_does_not_change_the_copy(tmp_path, finished):
+    folder = create(WIDER, tmp_path / "wider")
+    trial = load(finished).trials[0].id
+    with (folder / "trials" / trial / "metrics.jsonl").open("a") as curve:
+        create(WIDER, folder, reuse=[finished])
+        curve.write('{"step":1,"train_loss":9.0,"validation":null}\n')
+    assert load(folder).count("done") == 2
 
 
-def unscored(published):
-    path = published / "results.csv"
-    header, first, *rest = path.read_text().splitlines()
-    fields = first.split(",")
-    fields[header.split(",").index("test")] = ""
-    path.write_text("\n".join([header, ",".join(fields), *rest, ""]))
+@pytest.mark.parametrize("file", ["metrics.jsonl", "result.json"])
+def test_a_damaged_trial_is_an_error_before_anything_is_created(tmp_path, finished, file):
+    damaged = sorted(finished.rglob(file))[0]
+    damaged.write_bytes(damaged.read_bytes().replace(b"1", b"2").replace(b"finished", b"ended"))
+    with pytest.raises(StoreError, match=f"^{damaged}: "):
+        create(WIDER, tmp_path / "wider", reuse=[finished])
+    assert not (tmp_path / "wider").exists()
 
 
-DAMAGED = [
-    (unordered, r"point \d: damaged: step: expected .* above \d"),
-    (unscored, "damaged: metrics.test: got nothing"),
-]
+def test_two_results_of_a_trial_are_an_error(tmp_path, finished):
+    other = create({**STUDY, "name": "other"}, tmp_path / "other")
+    run(other, workers=0)
+    changed = sorted(other.rglob("result.json"))[0]
+    result = json.loads(changed.read_text())
+    result["metrics"]["test"]["mean squared error"] += 1.0
+    changed.write_text(json.dumps(result))
+    with pytest.raises(
+        StoreError, match=f"two results of trial {changed.parent.name}, seed 0: {finished} has .*{other} has"
+    ):
+        create(WIDER, tmp_path / "wider", reuse=[finished, other])
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGED)
-def test_a_damaged_report_gives_no_result(tmp_path, finished, damage, message):
-    damage(tmp_path / "published")
-    with pytest.raises(StoreError, match=rf"study 'growing': trial \w{{16}}: {message}"):
-        create(WIDER, tmp_path / "wider", reuse=[report.read(tmp_path / "published")])
-    assert load(tmp_path / "wider").count("done") < 2
-    assert run(tmp_path / "wider", workers=0).count("done") == 6
+@pytest.mark.parametrize(
+    ("theirs", "ours", "copied", "models"),
+    [
+        ("last", "last", 2, 2),
+        ("best", "last", 0, 0),
+        ("none", "last", 0, 0),
+        ("last", "none", 2, 0),
+        ("none", "none", 2, 0),
+    ],
+)
+def test_a_copied_model_is_the_one_that_training_would_save(tmp_path, theirs, ours, copied, models):
+    def keeping(which):
+        return {**STUDY, "train": {**STUDY["train"], "keep_model": which}}
+
+    source = create(keeping(theirs), tmp_path / "source")
+    run(source, workers=0)
+    folder = create(keeping(ours), tmp_path / "target")
+    for trial in load(folder).trials:
+        (folder / "trials" / trial.id / "model.safetensors").write_bytes(b"of an interrupted attempt")
+    create(keeping(ours), folder, reuse=[source])
+    assert load(folder).count("done") == copied
+    done = [folder / "trials" / trial.id for trial in load(folder).trials if trial.status == "done"]
+    assert sum((path / "model.safetensors").exists() for path in done) == models
+    run(folder, workers=0)
+    fresh = create(keeping(ours), tmp_path / "fresh")
+    run(fresh, workers=0)
+    assert content(folder, "model.safetensors") == content(fresh, "model.safetensors") or ours == "none"
 
 
 def test_a_trial_that_is_being_trained_is_not_replaced(tmp_path, finished):
     folder = create(WIDER, tmp_path / "wider")
-    trial = StudyFolder(folder).trial(finished["folder"].trials[0].id)
+    trial = StudyFolder(folder).trial(load(finished).trials[0].id)
     with trial.lock(), pytest.raises(Busy, match="is being trained by another process"):
-        create(WIDER, folder, reuse=[finished["folder"]])
+        create(WIDER, folder, reuse=[finished])
     assert load(folder).count("done") == 0
 
 
-def test_the_files_of_a_function_are_not_lost_by_a_copy(tmp_path):
+def test_a_trial_of_a_function_that_wrote_files_is_trained(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def train(norm, seed, trial):\n"
         "    if norm == 'layer':\n        (trial.folder / 'table.csv').write_text('1')\n"
@@ -187,7 +217,8 @@ def test_the_files_of_a_function_are_not_lost_by_a_copy(tmp_path):
     )
     task = {"kind": "python", "file": str(tmp_path / "mine.py"), "goal": "max"}
     study = {"task": task, "axes": {"norm": ["none", "layer"]}, "seeds": 1}
-    other = run(create(study, tmp_path / "a"), workers=0)
+    other = create(study, tmp_path / "a")
+    run(other, workers=0)
     folder = create({**study, "seeds": 2}, tmp_path / "b", reuse=[other])
     assert [trial.points[0]["norm"] for trial in load(folder).trials if trial.status == "done"] == ["none"]
 
@@ -195,13 +226,15 @@ def test_the_files_of_a_function_are_not_lost_by_a_copy(tmp_path):
 def test_the_command_copies_and_a_dry_run_lists_the_others(tmp_path, finished, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wider.yaml").write_text(json.dumps(WIDER))
-    command = ["ablate", "wider.yaml", "--workers", "0", "--out", "wider"]
-    assert main((*command, "--reuse", "finished", "--reuse", "published", "--dry-run", "--json")) == 0
+    command = ["ablate", "wider.yaml", "--workers", "0", "--out", "wider", "--reuse", "finished"]
+    assert main((*command, "--dry-run", "--json")) == 0
     left = json.loads(capsys.readouterr().out)["trials"]
-    assert len(left) == 4 and not {each["id"] for each in left} & {trial.id for trial in finished["folder"].trials}
-    assert main((*command, "--reuse", "published")) == 0
+    assert len(left) == 4 and not {each["id"] for each in left} & {trial.id for trial in load(finished).trials}
+    assert main(command) == 0
     assert "training 4 of 6 trials" in capsys.readouterr().out
     assert main((*command, "--reuse", "wider", "--dry-run")) == 0
     assert "0 trials" in capsys.readouterr().out
-    assert main((*command, "--reuse", "publishd")) == 2
-    assert "publishd: no such folder" in capsys.readouterr().err
+    assert main((*command, "--reuse", "wider/report")) == 2
+    assert "wider/report: got no study.resolved.json; expected a study's folder" in capsys.readouterr().err
+    with pytest.raises(SpecError, match="reuse: got 'finished'; expected a list of folders"):
+        create(WIDER, "elsewhere", reuse="finished")

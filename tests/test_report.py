@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -652,6 +653,30 @@ def test_costs_are_reported_for_each_point():
     assert report_costs.machines(study(score)) == [("trained on here", "30 trials")]
 
 
+def test_processors_are_reported_and_seeds_that_mix_them(tmp_path):
+    """Rounding differs between processors, so a difference within such a seed has one more cause."""
+    record = study(score)
+    kinds = [
+        f"Maker {'B' if trial.seed == 1 and trial.points[0]['norm'] == 'layer' else 'A'}" for trial in record.trials
+    ]
+    kinds[-1] = ""  # recorded by no older version
+    trials = [
+        replace(t, run={**(t.run or {}), "processor": kind}) for t, kind in zip(record.trials, kinds, strict=True)
+    ]
+    record = replace(record, trials=tuple(trials))
+    counts = Counter(kinds)
+    lines = [
+        ("trained on here", "1 trial"),
+        ("trained on here", f"{counts['Maker A']} trials, Maker A"),
+        ("trained on here", f"{counts['Maker B']} trials, Maker B"),
+        ("seeds with trials on different processors", "1"),
+    ]
+    assert report_costs.machines(record) == lines
+    report.write(record, tmp_path, formats=())
+    assert report_costs.machines(report.read(tmp_path)) == lines
+    assert "seeds with trials on different processors" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
 def test_an_invalid_level_is_rejected(given):
     with pytest.raises(SpecError, match=re.escape(f"--reach: got {given!r}; expected TASK=LEVEL with a number")):
@@ -662,3 +687,38 @@ def test_levels_are_read_as_they_are_given():
     assert _levels(["adding=0.1", "a=b=1e-2"]) == {"adding": 0.1, "a=b": 0.01}
     with pytest.raises(SpecError, match="--reach adding: got nan; expected a finite number"):
         findings(study(score, seeds=1), _levels(["adding=nan"]))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("study.json", b"[" * 200_000, "damaged, study.json and the CSV files do not fit"),
+        ("study.json", b'{"tasks": [1], "trials": []}', "damaged, study.json and the CSV files do not fit"),
+        ("curves.csv", b"trial,step,train_loss,validation\n" + b"x" * 200_000, "damaged, study.json and the CSV"),
+        ("results.csv", b"\xff\xfe", r"results.csv: got bytes that are not UTF-8 \(.*\); expected UTF-8 text"),
+    ],
+)
+def test_a_damaged_published_report_is_an_error(whole, tmp_path, file, content, message):
+    record, _ = whole
+    report.write(record, tmp_path, formats=())
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(StoreError, match=message) as raised:
+        report.read(tmp_path)
+    assert str(tmp_path) in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_pipe_in_a_published_report_is_an_error(whole, tmp_path):
+    record, _ = whole
+    report.write(record, tmp_path, formats=())
+    (tmp_path / "curves.csv").unlink()
+    os.mkfifo(tmp_path / "curves.csv")
+    with pytest.raises(StoreError, match="curves.csv: got a named pipe; expected a regular file"):
+        report.read(tmp_path)
+
+
+def test_a_study_of_one_point_without_curves_has_a_report(tmp_path):
+    record = study(score)
+    (first, *_) = record.trials
+    alone = replace(first, curve=[])
+    report.write(replace(record, trials=(alone,), axes={}), tmp_path)
+    assert (tmp_path / "report.html").exists()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from atn_norms.ablation import TrainSpec, create, load
+from atn_norms.ablation.execution.environment import processor
 from atn_norms.ablation.execution.trial import Diverged, Trainer, isolated, run_trial
 from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.store import files
@@ -220,8 +221,11 @@ def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
         run_trial(trial, slowly_until_the_fifth)
     counted = trial.run()["seconds"]
     assert counted >= 0.2  # two sleeps before the checkpoint at step 3
+    here = processor()
+    trial.write_run({**trial.run(), "processor": "another"})
     run_trial(trial)
     assert trial.run()["attempts"] == 2 and trial.run()["seconds"] > counted
+    assert trial.run()["processor"] == f"another; {here}"
 
 
 @pytest.mark.parametrize(("most", "begins"), [(0.0, 5), (60.0, 1)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
+from atn_norms.ablation.store.merge import refuse_two_results
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
-from atn_norms.ablation.store.trial import FILES
-from atn_norms.errors import SpecError, to_spec_error
+from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.errors import SpecError, short_repr, to_spec_error
 from atn_norms.specs import Where, parse
 
 
@@ -29,7 +30,7 @@ def create(
     out: Path | str | None = None,
     *,
     where: Where | None = None,
-    reuse: Iterable[StudyRecord] = (),
+    reuse: Sequence[Path | str] = (),
 ) -> Path:
     """Write a study to a folder, ready to `run`, and return the folder; a folder that holds this study is not changed.
 
@@ -37,9 +38,9 @@ def create(
     default `studies/NAME-KEY`, where the key is a hash of the study. A folder in `studies` that holds this study, or a
     smaller one that it extends, is used instead. `where`, from `specs.read`, adds file positions to errors.
 
-    `reuse` are other studies, from `load` or `report.read`. A trial that one of them has finished is copied, with its
-    model if the study's folder has it, and not trained again. Equal ids are equal trials: model, task, data, training,
-    seed and plugins. A trial of a function that wrote files is not copied.
+    `reuse` are folders of other studies. A trial that one of them has finished is copied, and not trained again. Equal
+    ids are equal trials: model, task, data, training, seed and plugins. A trial is trained if the other study saved
+    another model than `keep_model` asks for, or if it is of a function that wrote files.
 
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
     `StoreError` where the folder cannot be written.
@@ -49,23 +50,35 @@ def create(
     except ValidationError as error:
         raise to_spec_error(error, data=study) from error
     plan = make_plan(spec, where)
+    finished = finished_elsewhere(plan, reuse)
     folder = Path(out) if out is not None else _home(plan)
-    StudyFolder(folder).create(plan, environment())
-    for identity, (name, trial) in finished_elsewhere(plan, reuse).items():
-        StudyFolder(folder).trial(identity).take(trial, name)
+    store = StudyFolder(folder)
+    store.create(plan, environment())
+    for planned in plan.trials:
+        if planned.id in finished:
+            store.trial(planned.id).take(finished[planned.id], planned.trial)
     return folder
 
 
-def finished_elsewhere(plan: Plan, others: Iterable[StudyRecord]) -> dict[str, tuple[str, TrialRecord]]:
-    """Return the trials of a plan that other studies have finished, by id, with the name of the first such study."""
-    wanted = {planned.id for planned in plan.trials}
-    found: dict[str, tuple[str, TrialRecord]] = {}
-    for other in others:
-        for trial in other.trials:
-            has_files = trial.folder is not None and (trial.folder / FILES).exists()
-            if trial.id in wanted and trial.result is not None and not has_files:
-                found.setdefault(trial.id, (other.name, trial))
-    return found
+def finished_elsewhere(plan: Plan, folders: Sequence[Path | str]) -> dict[str, TrialFolder]:
+    """Return the finished trials of a plan that other studies have, by id.
+
+    Errors: `StoreError` for a folder that is not a study's, a damaged trial, and two results of one trial.
+    """
+    if isinstance(folders, (str, Path)):
+        raise SpecError("reuse", short_repr(folders), "a list of folders")
+    wanted = {planned.id: planned for planned in plan.trials}
+    found: dict[str, tuple[Path, TrialRecord]] = {}
+    for each in folders:
+        store = StudyFolder(each)
+        for entry in store.resolved()["trials"]:
+            trial = store.trial(entry["id"])
+            if entry["id"] not in wanted or not trial.has_result() or not trial.serves(wanted[entry["id"]].trial):
+                continue
+            record = store.load_trial(entry | {"points": list(wanted[entry["id"]].points)}, plan.tasks)
+            known = found.setdefault(entry["id"], (store.path, record))
+            refuse_two_results(str(known[0]), known[1], str(store.path), record)
+    return {identity: StudyFolder(path).trial(identity) for identity, (path, _) in found.items()}
 
 
 def _home(plan: Plan) -> Path:

@@ -46,7 +46,7 @@ def ablate(
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="Copy finished trials that another study or published report has; may be repeated.",
+            help="Copy the finished trials that another study shares; may be repeated.",
             callback=all_at_home,
         ),
     ] = None,
@@ -62,14 +62,13 @@ def ablate(
 
         _need(workers, scheduler)
         spec, where = _read(study, settings or [])
-        others = _records(reuse or []).values()
         if dry_run:
             plan = make_plan(spec, where)
-            there = finished_elsewhere(plan, others)
+            there = finished_elsewhere(plan, reuse or [])
             plan = replace(plan, trials=tuple(each for each in plan.trials if each.id not in there))
             _list_trials(plan, None if scheduler else max(1, min(workers, len(plan.trials))), as_json)
             return
-        _run(create(spec, out, where=where, reuse=others), workers, scheduler, as_json)
+        _run(create(spec, out, where=where, reuse=reuse or []), workers, scheduler, as_json)
 
 
 def resume(
@@ -167,21 +166,12 @@ def report(
     if others and out is None:
         raise SpecError("--out", "nothing", "a folder for the report of several studies")
     with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
-        from atn_norms.ablation import merge
-        from atn_norms.ablation.report import is_report
+        from atn_norms.ablation import load, merge
+        from atn_norms.ablation.report import is_report, read
 
+        records = {str(each): read(each) if is_report(each) else load(each) for each in folders}
         wanted = [each.strip() for each in formats.split(",") if each.strip()]
-        _report(
-            merge(_records(folders)), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted
-        )
-
-
-def _records(folders: Sequence[Path]) -> dict[str, StudyRecord]:
-    """Read studies and published reports, by the names of their folders."""
-    from atn_norms.ablation import load
-    from atn_norms.ablation.report import is_report, read
-
-    return {str(each): read(each) if is_report(each) else load(each) for each in folders}
+        _report(merge(records), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted)
 
 
 def _levels(settings: Sequence[str]) -> dict[str, float]:

@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": _model_name(),
         "cores": os.cpu_count(),
         "host": platform.node(),
     }
@@ -55,7 +55,14 @@ def _own_version() -> str:
         return "not installed"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name and the instruction set that torch uses, on which rounding depends."""
+    import torch
+
+    return f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _model_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atn_norms.ablation.execution.environment import processor
 from atn_norms.ablation.execution.function import Diverged, OnStep, changed_data, run_function
 from atn_norms.ablation.grid import optimizers
 from atn_norms.ablation.grid.functions import is_function
@@ -292,6 +293,7 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
             "started": run.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": before,
             "host": platform.node(),
+            "processor": "; ".join(dict.fromkeys([*filter(None, [run.get("processor")]), processor()])),
             "process": os.getpid(),
             "versions": versions or {},
         }

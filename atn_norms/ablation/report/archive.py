@@ -11,13 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atn_norms.ablation.store.files import StoreError, named
+from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.errors import brief
 
 FILE = "study.json"
+MOST_BYTES = 2**28  # bytes of the largest file that is read: 256 MiB
 _KEPT = ("steps", "keep")  # training options that a report reads
 _HASHES = ("data", "plugins")
 _NUMBERS = ("seconds", "attempts")
+_MACHINE = ("versions", "processor")
 
 
 def study_json(record: StudyRecord) -> str:
@@ -28,7 +31,7 @@ def study_json(record: StudyRecord) -> str:
             "points": list(trial.points),
             "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
             **{key: trial.trial[key] for key in _HASHES if trial.trial.get(key)},
-            **({"versions": versions} if (versions := (trial.run or {}).get("versions")) else {}),
+            **{key: trial.run[key] for key in _MACHINE if trial.run and trial.run.get(key)},
         }
         for trial in record.trials
     ]
@@ -64,13 +67,17 @@ def read(folder: Path | str) -> StudyRecord:
         trials = tuple(_trial(entry, lines[entry["id"]], curves.get(entry["id"], [])) for entry in whole.pop("trials"))
         tasks = {name: TaskFacts(**facts) for name, facts in whole.pop("tasks").items()}
         return StudyRecord(**whole, tasks=tasks, trials=trials)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder}: damaged, {FILE} and the CSV files do not fit ({error!r})") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, csv.Error) as error:
+        problem = brief(repr(error), 200)
+        raise StoreError(f"{folder}: damaged, {FILE} and the CSV files do not fit ({problem})") from error
 
 
 def _text(path: Path) -> str:
-    with named("read", path):
-        return path.read_text(encoding="utf-8")
+    content = Folder(path.parent).read(path.name, MOST_BYTES)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path}: got bytes that are not UTF-8 ({error.reason}); expected UTF-8 text") from error
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -101,7 +108,7 @@ def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, An
     run = {key: json.loads(line[key]) for key in _NUMBERS if line[key]} | (
         {"host": line["host"]} if line["host"] else {}
     )
-    run |= {"versions": entry["versions"]} if "versions" in entry else {}
+    run |= {key: entry[key] for key in _MACHINE if key in entry}
     seed = int(line["seed"])
     return TrialRecord(
         id=entry["id"],

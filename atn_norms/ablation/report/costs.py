@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from atn_norms.ablation.analysis.intervals import mean, median
 from atn_norms.ablation.report.findings import Findings
@@ -61,16 +62,26 @@ def total(record: StudyRecord) -> str:
 
 
 def machines(record: StudyRecord) -> list[tuple[str, str]]:
-    """Return each machine with its number of trials and, if recorded, its versions."""
-    found = Counter(
-        (str(run.get("host", NOTHING)), ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()))
-        for trial in record.trials
-        if (run := trial.run)
-    )
-    return [
-        (f"trained on {host}", f"{plural(count, 'trial')}{f', {versions}' if versions else ''}")
-        for (host, versions), count in sorted(found.items())
+    """Return each machine with its number of trials and, if recorded, its processor and versions.
+
+    A last line lists the seeds whose trials ran on different processors, which round differently.
+    """
+    runs = [(trial.seed, trial.run) for trial in record.trials if trial.run]
+    found = Counter((str(run.get("host", NOTHING)), _software(run)) for _, run in runs)
+    lines = [
+        (f"trained on {host}", f"{plural(count, 'trial')}{f', {described}' if described else ''}")
+        for (host, described), count in sorted(found.items())
     ]
+    kinds: dict[int, set[str]] = {}
+    for seed, run in runs:
+        kinds.setdefault(seed, set()).update(filter(None, [run.get("processor")]))
+    mixed = [str(seed) for seed, names in sorted(kinds.items()) if len(names) > 1]
+    return lines + ([("seeds with trials on different processors", ", ".join(mixed))] if mixed else [])
+
+
+def _software(run: Mapping[str, Any]) -> str:
+    versions = [f"{name} {version}" for name, version in (run.get("versions") or {}).items()]
+    return ", ".join([*filter(None, [run.get("processor")]), *versions])
 
 
 def seconds(trial: TrialRecord) -> float | None:

@@ -151,7 +151,7 @@ def _beside(keys: list[Line2D], width: float) -> int:
     words = [len(str(key.get_label())) for key in keys]
 
     def needed(columns: int) -> float:
-        deep = math.ceil(len(words) / columns)
+        deep = max(1, math.ceil(len(words) / columns))
         return sum(0.62 + 0.08 * max(words[i : i + deep]) for i in range(0, len(words), deep))
 
     return next((columns for columns in (_KEYS, 3, 2) if needed(columns) < width), 1)

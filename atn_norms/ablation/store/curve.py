@@ -79,13 +79,10 @@ class Curve:
             self._hash.update(content)
             failpoint(f"{NAME}:added")
 
-    def replace(self, points: list[dict[str, Any]], place: str) -> None:
-        """Write these points in place of the file's; `StoreError` that names the place of a damaged one."""
-        self.cut(None, elsewhere=False)
-        before = 0
-        for number, point in enumerate(points, 1):
-            before = _parse_point(canonical(point).encode(), f"{place}: point {number}", before)["step"]
-            self.add(point)
+    def replace(self, content: bytes) -> None:
+        """Replace the file atomically; a process that has the old file open does not change the new one."""
+        self.close()
+        self.folder.write(NAME, content)
 
     def mark(self) -> dict[str, Any]:
         """Make the file durable, and return its size in bytes and its SHA-256."""
@@ -141,10 +138,20 @@ class Curve:
                 finally:
                     os.close(descriptor)
         if size != mark["bytes"] or (whole and digest.hexdigest() != mark["sha256"]):
-            raise StoreError(
-                f"{self.path}: damaged: got {f'{size} bytes' if there else 'no file'}; expected the {mark['bytes']} "
-                "bytes that result.json counted; remove result.json to train the trial again"
-            )
+            raise self._unmarked(f"{size} bytes" if there else "no file", mark)
+
+    def content(self, mark: dict[str, Any]) -> bytes:
+        """Return the content of the file; `StoreError` unless it is that of the mark."""
+        content = self.folder.read(NAME, MOST_BYTES) if self.folder.has(NAME) else b""
+        if {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} != mark:
+            raise self._unmarked(f"{len(content)} bytes", mark)
+        return content
+
+    def _unmarked(self, got: str, mark: dict[str, Any]) -> StoreError:
+        return StoreError(
+            f"{self.path}: damaged: got {got}; expected the {mark['bytes']} bytes that result.json counted; remove "
+            "result.json to train the trial again"
+        )
 
     def close(self) -> None:
         """Close the file."""

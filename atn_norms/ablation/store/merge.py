@@ -84,13 +84,18 @@ def _at(value: Any, path: Sequence[str]) -> str:
 
 def _further(first: str, kept: TrialRecord, name: str, trial: TrialRecord) -> tuple[str, TrialRecord]:
     """Return the trial that got further, with the name of its record; refuse two different results."""
+    refuse_two_results(first, kept, name, trial)
+    ahead = _PROGRESS.index(trial.status) > _PROGRESS.index(kept.status)
+    return (name, trial) if ahead else (first, kept)
+
+
+def refuse_two_results(first: str, kept: TrialRecord, name: str, trial: TrialRecord) -> None:
+    """Raise `StoreError` where two studies have other results of the same trial."""
     ours, theirs = _outcome(kept), _outcome(trial)
     if ours and theirs and ours != theirs:
         results = f"{first} has {short_repr(ours)}, {name} has {short_repr(theirs)}"
         cure = "remove the seeds of one of them from its study; processors differ in the last digits of a result"
         raise StoreError(f"two results of trial {trial.id}, seed {trial.seed}: {results}; {cure}")
-    ahead = _PROGRESS.index(trial.status) > _PROGRESS.index(kept.status)
-    return (name, trial) if ahead else (first, kept)
 
 
 def _outcome(trial: TrialRecord) -> tuple[str, Any] | None:

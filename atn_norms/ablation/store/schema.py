@@ -70,6 +70,7 @@ class StoredRun(Stored):
     seconds: float = Field(default=0.0, ge=0)
     started: str | None = None
     host: str | None = None
+    processor: str | None = None
     process: int | None = None
     versions: dict[str, str] = {}
 

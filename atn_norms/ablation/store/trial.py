@@ -111,24 +111,36 @@ class TrialFolder:
         self.folder.write_json("result.json", {**result, "curve": mark})
         self.clear()
 
-    def take(self, finished: TrialRecord, study: str) -> None:
-        """Write the curve, the result and any model of this trial from another study, unless the trial is done.
+    def serves(self, trial: dict[str, Any]) -> bool:
+        """Return True if this trial has all files that training `trial`, which has the same id, would write."""
+        kept, wanted = (_kept_model(each) for each in (self.trial(), trial))
+        if trial["task"]["kind"] == FUNCTION:
+            return not self.folder.has(FILES)
+        return wanted == "none" or (wanted == kept and self.folder.has(MODEL))
 
-        Errors: `Busy` while another process trains the trial; `StoreError` for a damaged curve or result.
+    def take(self, source: TrialFolder, trial: dict[str, Any]) -> None:
+        """Copy the files of the same finished trial in another study, unless this one is done.
+
+        Errors: `Busy` while another process trains this trial; `StoreError` for a damaged source.
         """
-        place = f"study {study!r}: trial {self.id}"
+        result = source.result()
+        assert result is not None and source.id == self.id
+        curve = source._curve.content(result["curve"])
+        has_model = _kept_model(trial) != "none" and source.folder.has(MODEL)
+        model = source.folder.read(MODEL, most_bytes()) if has_model else None
         with self.lock():
             if self.has_result():
                 return
-            self._curve.replace(finished.curve, place)
-            result = {**(finished.result or {}), "curve": self._curve.mark()}
-            check_result(result, self.id, place)
-            source = Folder(finished.folder) if finished.folder is not None else None
-            if source is not None and source.has(MODEL):
-                self.keep_model(source.read(MODEL, most_bytes()))
-            self.write_run(finished.run or {})
-            self.log(f"copied from study {study!r}")
-            self.finish(result)
+            self._curve.replace(curve)
+            if model is not None:
+                self.keep_model(model)
+            elif self.folder.has(MODEL):  # of an interrupted attempt
+                self.folder.remove(MODEL)
+            self.write_run(source.run())
+            self.log(f"copied from {source.path}")
+            self._refuse_lost()
+            self.folder.write_json("result.json", result)
+            self.clear()
 
     def keep_model(self, content: bytes) -> None:
         """Write `model.safetensors`, which is valid once `result.json` exists."""
@@ -278,3 +290,9 @@ class TrialFolder:
     def _reached(self, status: Status) -> int:
         last = self.heartbeat() if status == "running" else None
         return max(self.last_step(), (last.step or 0) if last is not None else 0)
+
+
+def _kept_model(trial: dict[str, Any]) -> str | None:
+    """Return which weights a trial saves; None for a function, which decides it."""
+    train = trial["train"]
+    return train.get("keep_model") or train.get("keep")
