@@ -40,7 +40,7 @@ def create(
 
     `reuse` are folders of other studies. A trial that one of them has finished is copied, and not trained again. Equal
     ids are equal trials: model, task, data, training, seed and plugins. A trial is trained if the other study saved
-    another model than `keep_model` asks for, or if it is of a function that wrote files.
+    another model than `keep_model` selects, or if it is of a function that wrote files.
 
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
     `StoreError` where the folder cannot be written.
