@@ -4,19 +4,22 @@ import ast
 import csv
 import inspect
 import json
+import math
 import os
 import re
 import runpy
+import statistics
 import subprocess
 import sys
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from atn_norms.ablation.analysis.paired import Paired
 from atn_norms.plugins import Hooks
 from atn_norms.registry import FAMILIES, registry
 
@@ -283,7 +286,11 @@ def test_the_verdicts_in_prose_are_those_of_the_reports():
         f"Of {len(decisions)} comparisons with window 1, corrected for their number, {counts['undecided']} are"
         in readme
     )
-    assert [each.both_trivial for each in decisions if each.verdict != "undecided"] == [True], "as the README states"
+    (ours,) = (each for each in decisions if each.verdict != "undecided" and not each.both_trivial)
+    assert f"helps (ten seeds, adjusted p = {ours.p:.3f})" in " ".join(readme.split())
+    assert [each.both_trivial for each in decisions if each.verdict != "undecided"] == [False, True], (
+        "as the README states"
+    )
 
 
 def test_the_steps_to_learn_adding_in_prose_are_those_of_the_trials():
@@ -296,6 +303,89 @@ def test_the_steps_to_learn_adding_in_prose_are_those_of_the_trials():
     assert f"below 0.02 between step {min(plain):,} and step {max(plain):,}, a normalized" in page
     assert f"LSTM between step {min(normed):,} and step {max(normed):,}." in page
     assert len(done) == 50
+
+
+def scores_of(study):
+    with (RESULTS / study / "results.csv").open(encoding="utf-8") as file:
+        return {line["trial"]: line for line in csv.DictReader(file) if line["status"] == "done"}
+
+
+def test_the_repeated_trials_of_copying_in_prose_are_those_of_the_reports():
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    first, second = scores_of("paper-copying"), scores_of("copying")
+    both = [trial for trial in first if trial in second]
+    changes = [float(second[t]["test"]) - float(first[t]["test"]) for t in both if second[t]["norm"] != "none"]
+    assert len(both) == 25 and len(changes) == 20
+    assert (
+        f"The 20 trials with a norm differ by up to {max(map(abs, changes)):.3f} nats (standard deviation "
+        f"{statistics.stdev(changes):.3f}), and are lower by {-statistics.mean(changes):.3f} on average."
+    ) in page
+
+
+def test_the_differences_of_copying_in_prose_are_those_of_the_reports():
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    arms = defaultdict(dict)
+    for line in scores_of("copying").values():
+        arms[line["norm"], line["window"]][int(line["seed"])] = float(line["test"])
+
+    def paired(one, other, seeds=range(10)):
+        return Paired.of([arms[one][seed] - arms[other][seed] for seed in seeds])
+
+    def signed(value, digits):
+        return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+    layer, wide, plain = ("layer", "1"), ("layer", "45"), ("none", "any")
+    unseen = paired(wide, layer, range(5, 10))
+    low, high = signed(unseen.interval.low, 4), signed(unseen.interval.high, 4)
+    assert f"give {signed(unseen.mean, 4)} [{low}, {high}] alone (p = {unseen.p:.3f}, not corrected)" in page
+    texts = []
+    for one in (layer, wide):
+        found = paired(one, plain)
+        texts.append(f"{-found.mean:.3f} [{-found.interval.high:.3f}, {-found.interval.low:.3f}]")
+    assert f"layer normalization is lower by {texts[0]} at window 1 and by {texts[1]} at window 45." in page
+    whole = paired(wide, layer)
+    ends = f"[{-whole.interval.high:.3f}, {-whole.interval.low:.3f}]"
+    assert f"lower by {-whole.mean:.3f} nats a step {ends}" in page
+    means = [f"{statistics.mean(arms[arm].values()):.3f}" for arm in (plain, layer, wide)]
+    sentence = "The plain LSTM has {}, layer normalization {} at window 1 and {} at window 45."
+    assert sentence.format(*means) in page
+
+
+@pytest.mark.parametrize(
+    ("longer", "shorter", "different"),
+    [("adding", "paper-adding", 1), ("paper-denoise-whole", "paper-denoise", 0), ("charlm", "charlm-short", 0)],
+)
+def test_studies_that_share_their_first_steps_have_the_same_curves(longer, shorter, different):
+    points, curves = [], []
+    for study in (longer, shorter):
+        points.append({(t["norm"], t["window"], t["seed"]): t["trial"] for t in scores_of(study).values()})
+        with (RESULTS / study / "curves.csv").open(encoding="utf-8") as file:
+            curves.append({(line["trial"], line["step"]): line["train_loss"] for line in csv.DictReader(file)})
+    shared = points[0].keys() & points[1].keys()
+    changed = 0
+    for point in shared:
+        one, other = (
+            {step: loss for (t, step), loss in c.items() if t == p[point]} for p, c in zip(points, curves, strict=True)
+        )
+        assert one.keys() & other.keys()
+        changed += any(one[step] != other[step] for step in one.keys() & other.keys())
+    assert len(shared) >= 9 and changed == different
+
+
+def test_the_spread_of_adding_in_prose_is_that_of_the_report():
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    arms = defaultdict(dict)
+    for line in scores_of("adding").values():
+        arms[line["norm"], line["window"]][int(line["seed"])] = math.log(float(line["test"]))
+    spreads = [math.exp(max(arm.values()) - min(arm.values())) for arm in arms.values()]
+    assert f"differ between seeds by factors of {min(spreads):.0f} to {max(spreads):.0f}." in page
+    plain = statistics.mean(arms["none", "any"].values())
+    ratios = [math.exp(statistics.mean(arm.values()) - plain) for (norm, _), arm in arms.items() if norm != "none"]
+    assert f"LSTM is {min(ratios):.2f} to {max(ratios):.2f} of the plain LSTM's (exploratory)." in page
+    rest = [seed for seed in range(10) if seed != 4]
+    found = Paired.of([arms["rms", "25"][seed] - arms["rms", "1"][seed] for seed in rest])
+    low, high = math.exp(found.interval.low), math.exp(found.interval.high)
+    assert f"Without it the ratio is \N{MULTIPLICATION SIGN}{math.exp(found.mean):.3g} [{low:.3g}, {high:.3g}]" in page
 
 
 def test_the_figure_of_the_results_follows_from_the_reports(tmp_path):
