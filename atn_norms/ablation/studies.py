@@ -43,7 +43,7 @@ def create(
     another model than `keep_model` selects, or if it is of a function that wrote files.
 
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
-    `StoreError` where the folder cannot be written.
+    `StoreError` where the folder cannot be written, and for a damaged folder in `reuse`.
     """
     try:
         spec = study if isinstance(study, StudySpec) else StudySpec.model_validate(study)

@@ -1,8 +1,8 @@
 """Write the tables of docs/results/index.md from the reports in this folder, and draw its figure, overview.svg.
 
 Run `python docs/results/summary.py`. All declared comparisons of all complete studies are one family here, so the
-p-values are adjusted for all of them at once. A study that still runs has no verdict. A table that the page does not
-have is printed.
+p-values are adjusted for all of them at once. A study that still runs is not among them, since looking at a comparison
+before the end makes its p-value invalid. A table that the page does not have is printed.
 """
 
 from __future__ import annotations
@@ -42,15 +42,12 @@ class Compared:
 
 
 def main() -> str:
-    """Return the tables of verdicts, of studies that still run, and of steps to a level, in Markdown."""
-    ends, steps, interim = collected()
+    """Return the tables of verdicts and of steps to a level, in Markdown."""
+    ends, steps = collected()
     start = ["study", "point", "n"]
     middle = ["difference to window 1", "p", "p, sign flip", "adjusted p", "power", "seeds needed"]
     headers = ["study", "point", "verdict", "n", *middle]
     tables = [_markdown(headers, [_line(*pair) for pair in decided(ends)])]
-    if interim:
-        running = [[*_start(each), change(each.difference), chances(each.difference.p)] for each in interim]
-        tables.append(_markdown([*start, "difference to window 1", "p, unadjusted"], running))
     soon = [
         [each.study, each.point, str(each.difference.pairs), change(each.difference), chances(each.difference.p)]
         for each in steps
@@ -60,22 +57,20 @@ def main() -> str:
     return "\n".join(tables)
 
 
-def collected() -> tuple[list[Compared], list[Compared], list[Compared]]:
-    """Return the comparisons by the endpoint and by the steps to a level, and those of studies that still run."""
+def collected() -> tuple[list[Compared], list[Compared]]:
+    """Return the comparisons of complete studies, by the endpoint and by the steps to a level."""
     ends: list[Compared] = []
     steps: list[Compared] = []
-    interim: list[Compared] = []
     for folder in STUDIES:
         found = report.findings(report.read(folder))
+        if unfinished(found.record):
+            continue
         for task in found.tasks:
             points = [name(found.record, row.point) for row in task.primary.rows]
             trivial = [task.both_trivial(place) for place in range(len(points))]
-            if unfinished(found.record):
-                interim += _compared(folder.name, points, trivial, task.primary)
-                continue
             ends += _compared(folder.name, points, trivial, task.primary, task.endpoint.margin)
             steps += _compared(folder.name, points, trivial, task.speed.comparison) if task.speed else []
-    return ends, steps, interim
+    return ends, steps
 
 
 def unfinished(record: StudyRecord) -> bool:

@@ -67,7 +67,7 @@ def machines(record: StudyRecord) -> list[tuple[str, str]]:
     A last line lists the seeds whose trials ran on different processors, which round differently.
     """
     runs = [(trial.seed, trial.run) for trial in record.trials if trial.run]
-    found = Counter((str(run.get("host", NOTHING)), _software(run)) for _, run in runs)
+    found = Counter((str(run.get("host", NOTHING)), _described(run)) for _, run in runs)
     lines = [
         (f"trained on {host}", f"{plural(count, 'trial')}{f', {described}' if described else ''}")
         for (host, described), count in sorted(found.items())
@@ -79,7 +79,7 @@ def machines(record: StudyRecord) -> list[tuple[str, str]]:
     return lines + ([("seeds with trials on different processors", ", ".join(mixed))] if mixed else [])
 
 
-def _software(run: Mapping[str, Any]) -> str:
+def _described(run: Mapping[str, Any]) -> str:
     versions = [f"{name} {version}" for name, version in (run.get("versions") or {}).items()]
     return ", ".join([*filter(None, [run.get("processor")]), *versions])
 
