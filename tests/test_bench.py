@@ -286,7 +286,7 @@ def test_other_runners_have_times_if_torch_fails(monkeypatch, tmp_path, capsys):
 
 def test_the_titles_of_a_picture_are_inside_of_it_and_name_the_case(tmp_path):
     chosen = {"modes": ("inference",), "windows": (1,), "runners": ("reference",), "sizes": ((2, 3, 4, 5),)}
-    spec = BenchSpec(**chosen, placements=({"sum": "joint"},), autocast=True)
+    spec = BenchSpec.model_validate({**chosen, "placements": [{"sum": "joint"}], "autocast": True})
     figure = picture._figure(measure(spec.model_copy(update={"budget": 0.05, "memory": False})))
     (axes,) = figure.axes
     title = axes.get_title(loc="left")

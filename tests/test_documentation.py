@@ -321,6 +321,12 @@ def scores_of(study):
         return {line["trial"]: line for line in csv.DictReader(file) if line["status"] == "done"}
 
 
+def paired_of(differences) -> Paired:
+    found = Paired.of(differences)
+    assert found is not None
+    return found
+
+
 def test_the_repeated_trials_of_copying_in_prose_are_those_of_the_reports():
     page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
     first, second = scores_of("paper-copying"), scores_of("copying")
@@ -340,7 +346,7 @@ def test_the_differences_of_copying_in_prose_are_those_of_the_reports():
         arms[line["norm"], line["window"]][int(line["seed"])] = float(line["test"])
 
     def paired(one, other, seeds=range(10)):
-        return Paired.of([arms[one][seed] - arms[other][seed] for seed in seeds])
+        return paired_of([arms[one][seed] - arms[other][seed] for seed in seeds])
 
     def signed(value, digits):
         return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
@@ -394,7 +400,7 @@ def test_the_spread_of_adding_in_prose_is_that_of_the_report():
     ratios = [math.exp(statistics.mean(arm.values()) - plain) for (norm, _), arm in arms.items() if norm != "none"]
     assert f"LSTM is {min(ratios):.2f} to {max(ratios):.2f} of the plain LSTM's (exploratory)." in page
     rest = [seed for seed in range(10) if seed != 4]
-    found = Paired.of([arms["rms", "25"][seed] - arms["rms", "1"][seed] for seed in rest])
+    found = paired_of([arms["rms", "25"][seed] - arms["rms", "1"][seed] for seed in rest])
     low, high = math.exp(found.interval.low), math.exp(found.interval.high)
     assert f"Without it the ratio is \N{MULTIPLICATION SIGN}{math.exp(found.mean):.3g} [{low:.3g}, {high:.3g}]" in page
 
