@@ -339,6 +339,28 @@ def test_the_repeated_trials_of_copying_in_prose_are_those_of_the_reports():
     ) in page
 
 
+def test_the_repetitions_of_copying_in_prose_are_those_of_the_reports():
+    page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
+    first, second = (
+        {(t["window"], int(t["seed"])): float(t["test"]) for t in scores_of(study).values() if t["norm"] == "layer"}
+        for study in ("copying", "copying-windows")
+    )
+
+    def signed(value, digits=3):
+        return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+    changes = {key: second[key] - first[key] for key in second if key in first and key[1] in (0, 5)}
+    wide, narrow = ([signed(changes[window, seed]) for seed in (0, 5)] for window in ("45", "1"))
+    assert f"higher by {wide[0]} and {wide[1]} than in `copying`, at window 1 by {narrow[0]} and {narrow[1]}." in page
+    pairs = [[each["45", seed] - each["1", seed] for seed in (0, 5)] for each in (second, first)]
+    again, before = (statistics.mean(each) for each in pairs)
+    assert f"is +{signed(again)} instead of {signed(before)}." in page
+    intel = statistics.mean(first["45", seed] - first["1", seed] for seed in (0, 1, 2, 3, 5, 6, 7, 8))
+    amd = statistics.mean([*pairs[0], *(first["45", seed] - first["1", seed] for seed in (4, 9))])
+    assert f"have a mean difference of {signed(intel)}, the four on" in page
+    assert f"the AMD processor (seeds 0, 4, 5 and 9) of {signed(amd)}." in page
+
+
 def test_the_differences_of_copying_in_prose_are_those_of_the_reports():
     page = " ".join((RESULTS / "index.md").read_text(encoding="utf-8").split())
     arms = defaultdict(dict)
