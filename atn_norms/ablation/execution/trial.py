@@ -25,7 +25,7 @@ from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
 from atn_norms.ablation.store.records import model_builder
-from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.ablation.store.trial import TrialFolder, keeps_model
 from atn_norms.errors import plural, short_repr
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.io import to_bytes
@@ -366,11 +366,6 @@ def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> tuple[Trainer, bool]
         folder.reject_checkpoint(str(error))
         return Trainer(trial), False
     return trainer, True
-
-
-def keeps_model(train: dict[str, Any]) -> str:
-    """Return which weights a trial saves: `best`, `last` or `none`; by default the scored ones (`keep`)."""
-    return train.get("keep_model") or train["keep"]
 
 
 def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:

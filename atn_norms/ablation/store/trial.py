@@ -113,20 +113,21 @@ class TrialFolder:
 
     def serves(self, trial: dict[str, Any]) -> bool:
         """Return True if this trial has all files that training `trial`, which has the same id, would write."""
-        kept, wanted = (_kept_model(each) for each in (self.trial(), trial))
         if trial["task"]["kind"] == FUNCTION:
             return not self.folder.has(FILES)
-        return wanted == "none" or (wanted == kept and self.folder.has(MODEL))
+        wanted = keeps_model(trial["train"])
+        return wanted == "none" or (wanted == keeps_model(self.trial()["train"]) and self.folder.has(MODEL))
 
     def take(self, source: TrialFolder, trial: dict[str, Any]) -> None:
         """Copy the files of the same finished trial in another study, unless this one is done.
 
         Errors: `Busy` while another process trains this trial; `StoreError` for a damaged source.
         """
-        result = source.result()
+        result = source.result(whole=False)
         assert result is not None and source.id == self.id
         curve = source._curve.content(result["curve"])
-        has_model = _kept_model(trial) != "none" and source.folder.has(MODEL)
+        wants_model = trial["task"]["kind"] == FUNCTION or keeps_model(trial["train"]) != "none"
+        has_model = wants_model and source.folder.has(MODEL)
         model = source.folder.read(MODEL, most_bytes()) if has_model else None
         with self.lock():
             if self.has_result():
@@ -292,7 +293,6 @@ class TrialFolder:
         return max(self.last_step(), (last.step or 0) if last is not None else 0)
 
 
-def _kept_model(trial: dict[str, Any]) -> str | None:
-    """Return which weights a trial saves; None for a function, which decides it."""
-    train = trial["train"]
-    return train.get("keep_model") or train.get("keep")
+def keeps_model(train: dict[str, Any]) -> str:
+    """Return which weights a trial saves: `best`, `last` or `none`; by default the scored ones (`keep`)."""
+    return train.get("keep_model") or train["keep"]
