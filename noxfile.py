@@ -14,7 +14,7 @@ import nox
 from nox.virtualenv import PassthroughEnv
 
 ROOT = Path(__file__).parent
-LONG_TESTS = 1300  # seconds after which no long test starts; fewer if TIME_LEFT says so
+LONG_TESTS = 1300  # seconds after which no long test starts; earlier if TIME_LEFT is smaller
 STUCK = 800  # further seconds after which the stage fails
 TESTED = ("ablation", "data", "export", "testing", "test")  # extras that the default tests need
 NO_TESTS = 5  # pytest's exit code where no test is selected
