@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from atn_norms.ablation import report
 from atn_norms.ablation.analysis.comparison import compare
@@ -533,6 +534,18 @@ def test_a_trial_that_diverged_before_any_measurement_has_a_cross(monkeypatch):
     record = replace(record, trials=tuple(trials))
     curves.curves(record, compare(record)[0], "curves", None)
     assert [list(line.get_xdata()) for line in crosses] == [[2]] * 4
+
+
+def test_a_rounded_path_is_the_line_that_was_drawn():
+    figure = Figure(figsize=(3, 2))
+    axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+    (line,) = axes.plot([math.sin(7 * x) for x in range(30)], gid="wave")
+    drawn = ET.fromstring(save(figure, "rounded", "a wave", "text").svg)
+    (path,) = drawn.find(".//*[@id='rounded-wave']").iter("{http://www.w3.org/2000/svg}path")
+    numbers = re.findall(r"[\d.]+", path.get("d"))
+    assert max(len(number.partition(".")[2]) for number in numbers) == 2
+    points = [[x * 72 / figure.dpi, 144 - y * 72 / figure.dpi] for x, y in axes.transData.transform(line.get_xydata())]
+    assert list(map(float, numbers)) == pytest.approx([number for point in points for number in point], abs=0.0051)
 
 
 def test_reaching_a_level_at_the_very_last_step_is_reaching_it():

@@ -111,9 +111,14 @@ def save(figure: Figure, name: str, title: str, text: str) -> Picture:
 
 
 def _accessible(svg: str, name: str, title: str, text: str) -> str:
-    """Prefix every id with the picture's name, so several share a page, and add a title and a description."""
+    """Prefix every id with the picture's name, so several share a page, and add a title and a description.
+
+    Coordinates are rounded to 0.01 points, and paths written without spaces, so that many curves need little space.
+    """
     svg = _in_tags(svg, r'(\bid="|url\(#|href="#)', lambda match: f"{match[0]}{name}-")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = _in_tags(svg, r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."))
+    svg = _in_tags(svg, r"\s+([LCQz])\b\s*", lambda match: match[1])
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
     labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(text)}</desc>'
     start = svg.index(">", svg.index("<svg ")) + 1
