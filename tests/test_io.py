@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import atn_norms as an
 from atn_norms.errors import SpecError
 from atn_norms.layers import io
+from atn_norms.normalizers import LayerNorm, NormSpec, RMSNorm
 from atn_norms.tasks import Model
 
 pytest.importorskip("safetensors")
@@ -105,6 +107,82 @@ def test_an_incompatible_model_is_rejected(other, message, tmp_path):
     path = an.save(an.replace(Tagger(), norm="layer", window=4), tmp_path / "m.safetensors")
     with pytest.raises(SpecError, match=message):
         an.load(path, other())
+
+
+class UnknownSpec(NormSpec):
+    """A normalizer that no plugin registers."""
+
+    kind: Literal["unknown"] = "unknown"
+    gain: float = 2.0
+
+    def build(self, features: int) -> LayerNorm:
+        return LayerNorm(features)
+
+
+class DisguisedSpec(UnknownSpec):
+    """A normalizer with the kind of another one, which is registered."""
+
+    kind: Literal["rms"] = "rms"  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("spec", "kind"), [(UnknownSpec, "unknown"), (DisguisedSpec, "rms")])
+def test_a_normalizer_without_a_plugin_is_passed_to_load(spec, kind, tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = nn.Sequential(an.LSTM(2, 3, norm=spec(gain=3.0), window=4))
+    an.save(model, path)
+    fresh = nn.Sequential(an.LSTM(2, 3, norm=spec(gain=3.0), window=4))
+    assert an.load(path, fresh) is fresh
+    assert all(map(torch.equal, model.state_dict().values(), fresh.state_dict().values()))
+    with pytest.raises(
+        SpecError, match=rf"model.safetensors: got a .*Sequential with the normalizer '{kind}', whose code"
+    ):
+        an.load(path)
+    for other in (an.LSTM(2, 3, norm=spec(gain=2.0), window=4), an.LSTM(2, 3, norm="rms", window=4), nn.LSTM(2, 3)):
+        with pytest.raises(SpecError, match=rf"0: got .*LSTM.*; expected the normalizer '{kind}' in a layer with"):
+            an.load(path, nn.Sequential(other))
+
+
+@pytest.mark.parametrize("cell", [an.LSTM, an.LSTMCell])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_options_that_were_changed_on_a_norm_are_kept(cell, fresh, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return nn.ModuleList([cell(3, 5, norm={"sites": {"ih": "batch", "hh": "rms"}}, window=3)]).eval()
+
+    model, x = made(), torch.randn(2, 2, 3)[0] if cell is an.LSTMCell else torch.randn(4, 2, 3)
+    end = "" if cell is an.LSTMCell else "_l0"
+    model[0].get_submodule(f"norm_ih{end}").momentum = None
+    setattr(model[0], f"norm_hh{end}", RMSNorm(20, eps=0.5))
+    an.save(model, tmp_path / "model.safetensors")
+    loaded = an.load(tmp_path / "model.safetensors", made() if fresh else None)
+    assert loaded[0].get_submodule(f"norm_ih{end}").momentum is None
+    assert torch.equal(loaded[0](x)[0], model[0](x)[0])
+    assert not torch.equal(loaded[0](x)[0], made()[0](x)[0])
+
+
+def test_a_norm_of_another_class_than_the_options_give_is_not_saved(tmp_path):
+    class Other(LayerNorm):
+        pass
+
+    model = an.GRU(3, 5, norm="layer")
+    model.norm_hh_l0 = Other(15)
+    with pytest.raises(
+        TypeError, match=r"norm_hh_l0: got a .*Other; expected the .*LayerNorm of the options of the layer"
+    ):
+        an.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"norm_hh_l0": {"forward": 1}}, {"norm_hh_l0": {"eps": [1]}}, {"": {"input_size": 1}}]
+)
+def test_a_file_cannot_set_any_attribute(changed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    content = io.to_bytes(an.GRU(3, 5, norm="layer"))
+    description, _ = io._parse(path, content)
+    description["attributes"] = {"": changed}
+    with pytest.raises(SpecError, match=r"model.safetensors: .*expected a number, text or None of a norm of the layer"):
+        io._loaded(path, description, io._parse(path, content)[1], None)
 
 
 def test_a_model_of_other_shapes_is_rejected(tmp_path):

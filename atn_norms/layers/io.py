@@ -19,7 +19,17 @@ from atn_norms.errors import Problem, SpecError, brief, nearest_file, not_instal
 from atn_norms.files import most_bytes, read_regular, write_whole
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.convert import replacement, substitute
-from atn_norms.layers.structure import class_name, construct, describe, layer_of, layer_options
+from atn_norms.layers.structure import (
+    changed_attributes,
+    class_name,
+    construct,
+    describe,
+    layer_of,
+    layer_options,
+    parts,
+    restore_attributes,
+    unregistered,
+)
 from atn_norms.registry import registry
 
 FORMAT = 1  # version of the description in a file; raised when an older program cannot read it correctly
@@ -45,6 +55,8 @@ class _Description(_Every):
     aliases: dict[str, str]
     frozen: list[str]
     sha256: str
+    unregistered: dict[str, list[str]] = Field(default_factory=dict)
+    attributes: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     preprocessing: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -52,10 +64,12 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Save a module with the options of its layers to one safetensors file, and return the path.
 
     The file holds every parameter and buffer, the options of each layer of this package, the versions of their plugins,
-    and a checksum. It holds no code. After a crash the old file or the new file exists, never a part.
+    and a checksum. It holds no code: a model with a normalizer, window or cell that is not registered is loaded into a
+    new model. After a crash the old file or the new file exists, never a part.
 
-    Errors: `TypeError` for a module with state other than tensors; `OSError` if the file cannot be written; `SpecError`
-    for a missing folder, and if safetensors is not installed.
+    Errors: `TypeError` for a module with state other than tensors, and for a norm that was replaced by one of another
+    class than the options of its layer give; `OSError` if the file cannot be written; `SpecError` for a missing folder,
+    and if safetensors is not installed.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), an.GRU(2, 4, norm="rms", window=5))
@@ -82,8 +96,9 @@ def load(
     """Load a module that `save` wrote, in evaluation mode.
 
     Layers of this package, classes of `torch.nn` and their containers are constructed from the file. For a class of
-    your own, pass a new `model` of this class. Its `torch.nn.LSTM`, `GRU` and `RNN` layers are replaced by the saved
-    layers, and its parameters and buffers are loaded. `model` is changed in place and returned.
+    your own, or an unregistered normalizer, window or cell, pass a new `model` with it. Its `torch.nn.LSTM`, `GRU` and
+    `RNN` layers are replaced by the saved layers, and its parameters and buffers are loaded. `model` is changed in
+    place and returned.
 
     Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`. `SpecError` for
     a plugin that is not installed, and for a `model` with other layers, parameters or shapes than the file. A plugin of
@@ -144,6 +159,8 @@ def to_bytes(module: nn.Module, preprocessing: Mapping[str, Any] | None = None) 
         "class": class_name(module),
         "structure": describe(module),
         "layers": {name: layer_options(layer) for name, layer in layers.items()},
+        "unregistered": {name: found for name, layer in layers.items() if (found := unregistered(layer))},
+        "attributes": {name: found for name, layer in layers.items() if (found := changed_attributes(layer))},
         "aliases": aliases,
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
     }
@@ -247,7 +264,8 @@ def _error(file: Path, got: str, expected: str, cure: str = "") -> SpecError:
 def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
-        got = f"a {description['class']}, whose code is not in the file"
+        own = sorted({each for kinds in description.get("unregistered", {}).values() for each in kinds})
+        got = f"a {description['class']}{' with the ' if own else ''}{', '.join(own)}, whose code is not in the file"
         expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):
@@ -270,25 +288,31 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
     modules = dict(model.named_modules())
     ours: dict[nn.Module, nn.Module] = {}
     problems = []
+    unknown: dict[str, list[str]] = description.get("unregistered", {})
     for name, saved in description["layers"].items():
-        wanted, there = layer_of(saved), modules.get(name)
-        if isinstance(there, nn.RNNBase):
-            options = {option: getattr(wanted.spec, option) for option in ("norm", "window", "placement", "backend")}
-            ours[there] = replacement(name, there, options)
+        there, own = modules.get(name), unknown.get(name, [])
+        wanted = None if own else layer_of(saved)  # without its code no layer can be built
+        if wanted is not None and isinstance(there, nn.RNNBase):
+            given = {option: getattr(wanted.spec, option) for option in ("norm", "window", "placement", "backend")}
+            ours[there] = replacement(name, there, given)
             there = ours[there]
-        if not isinstance(there, CellHost) or not _same(there, wanted):
+        if not (isinstance(there, CellHost) and unregistered(there) == own and _same(there, wanted or saved)):
             got = "nothing" if there is None else repr(there) if isinstance(there, CellHost) else type(there).__name__
-            problems.append(f"{name or 'model'}: got {got}; expected {wanted!r}, as saved")
+            shown = "cell", "input_size", "hidden_size", "norm", "window"
+            options = {option: saved["layer"].get(option) for option in shown}
+            expected = f"the {', '.join(own)} in a layer with {options}" if wanted is None else repr(wanted)
+            problems.append(f"{name or 'model'}: got {got}; expected {expected}, as saved")
     if problems:
         raise SpecError.of(Problem(position=str(file), detail=each) for each in problems)
     return substitute(model, ours)
 
 
-def _same(layer: CellHost, saved: CellHost) -> bool:
-    """Return True if two layers compute equal outputs from equal parameters."""
-    irrelevant = {"init", "forget_bias", "backend"}
-    mine, theirs = (each.spec.model_dump(exclude=irrelevant) for each in (layer, saved))
-    return mine == theirs and layer_options(layer)["step"] == layer_options(saved)["step"]
+def _same(layer: CellHost, saved: CellHost | dict[str, Any]) -> bool:
+    """Return True if a layer computes the same outputs as a saved one, or its description, from the same parameters."""
+    described = layer_options(layer), layer_options(saved) if isinstance(saved, CellHost) else saved
+    irrelevant = dict.fromkeys(("init", "forget_bias", "backend"))
+    mine, theirs = ((each["layer"] | irrelevant, each["step"]) for each in described)
+    return mine == theirs
 
 
 def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -302,6 +326,10 @@ def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors:
         owner, _, source = first.rpartition(".")
         shared = getattr(model.get_submodule(owner), source)
         setattr(model.get_submodule(path), leaf, shared)
+    for name, changed in description.get("attributes", {}).items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, CellHost)  # `layers` has it
+        restore_attributes(layer, changed)
     for name in description["frozen"]:
         model.get_parameter(name).requires_grad_(False)
 
@@ -330,23 +358,13 @@ def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]
 
 def _plugins(layers: Any) -> dict[str, dict[str, str]]:
     """Return `family:kind` -> distribution and version, for each kind of a plugin."""
-    kinds = {pair for layer in layers for pair in _kinds(layer.spec)}
+    kinds = {(spec.family, spec.kind) for layer in layers for spec in parts(layer.spec)}
     entries = {f"{family}:{kind}": registry.kinds(family).get(kind) for family, kind in sorted(kinds)}
     return {
         name: {"distribution": entry.distribution, "version": entry.version}
         for name, entry in entries.items()
         if entry is not None and entry.distribution != KEY
     }
-
-
-def _kinds(spec: Any) -> Iterator[tuple[str, str]]:
-    """Yield (family, kind) of an options model and of every model inside it."""
-    if getattr(spec, "family", None) and hasattr(spec, "kind"):
-        yield spec.family, spec.kind
-    values = vars(spec).values() if hasattr(type(spec), "model_fields") else spec
-    for value in values.values() if isinstance(values, Mapping) else values:
-        if hasattr(type(value), "model_fields") or isinstance(value, Mapping | tuple):
-            yield from _kinds(value)
 
 
 def _check_plugins(file: Path, plugins: Mapping[str, Mapping[str, str]]) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from atn_norms.errors import SpecError
-from atn_norms.layers.base import CellHost
+from atn_norms.layers.base import OWNED, CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import LayerSpec
 from atn_norms.layers.steps import GRUCell, LSTMCell, RNNCell
+from atn_norms.registry import registry
 from atn_norms.windows import Window, WindowSpec
 
 TRUSTED = ("torch.nn.", "atn_norms.")  # packages whose classes a file may name; every other class stays unimported
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STEPS = {"lstm": LSTMCell, "gru": GRUCell, "rnn": RNNCell}
+_PLAIN = (bool, int, float, str, type(None))  # attributes that JSON keeps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -72,6 +75,69 @@ def layer_options(layer: CellHost) -> dict[str, Any]:
     return {"layer": layer.spec.model_dump(mode="json"), "step": not isinstance(layer, Recurrent)}
 
 
+def parts(spec: Any) -> Iterator[Any]:
+    """Yield an options model that has a kind, and every such model inside it."""
+    if getattr(spec, "family", None) and hasattr(spec, "kind"):
+        yield spec
+    values = vars(spec).values() if hasattr(type(spec), "model_fields") else spec
+    for value in values.values() if isinstance(values, Mapping) else values:
+        if hasattr(type(value), "model_fields") or isinstance(value, Mapping | tuple):
+            yield from parts(value)
+
+
+def unregistered(layer: CellHost) -> list[str]:
+    """Return the normalizers, windows and cells of a layer that the registry does not have, such as `window 'mine'`."""
+    found = set()
+    for spec in parts(layer.spec):
+        entry = registry.kinds(spec.family).get(spec.kind)
+        if entry is None or entry.spec is not type(spec):
+            found.add(f"{spec.family} {spec.kind!r}")
+    return sorted(found)
+
+
+def changed_attributes(layer: CellHost) -> dict[str, dict[str, Any]]:
+    """Return the attributes of norms and windows that no longer have the values of the layer's options.
+
+    The result is module name -> attribute -> value, for numbers, texts and None. `sync` is left out, since it belongs
+    to a group of processes. Errors: `TypeError` for a module of another class than the options give.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for suffix in layer._suffixes:
+        for site in layer._sites:
+            with torch.random.fork_rng(devices=[]):
+                built = {"norm": layer.spec.normalizer(layer.cell, site), "window": layer.spec.window_at(site).build()}
+            for kind, fresh in built.items():
+                name = f"{kind}_{site}{suffix}"
+                if isinstance(fresh, nn.Module) and name in layer._modules:
+                    for path, expected in fresh.named_modules(prefix=name):
+                        changed = _changed(path, layer.get_submodule(path), expected)
+                        found |= {path: changed} if changed else {}
+    return found
+
+
+def _changed(path: str, module: nn.Module, expected: nn.Module) -> dict[str, Any]:
+    if type_before_parametrizations(module) is not type(expected):
+        names = (class_name(each) for each in (module, expected))
+        raise TypeError("{}: got a {}; expected the {} of the options of the layer".format(path, *names))
+    mine, theirs = (
+        {name: value for name, value in vars(each).items() if isinstance(value, _PLAIN) and name[0] != "_"}
+        for each in (module, expected)
+    )
+    shared = [name for name in theirs if name in mine and name not in ("training", "sync")]
+    return {name: mine[name] for name in shared if mine[name] != theirs[name]}
+
+
+def restore_attributes(layer: CellHost, changed: dict[str, dict[str, Any]]) -> None:
+    """Set the attributes that `changed_attributes` returned; `SpecError` for one that the norms of the layer lack."""
+    known = {path: module for path, module in layer.named_modules() if path.startswith(OWNED)}
+    for path, values in changed.items():
+        for name, value in values.items():
+            there = vars(known[path]) if path in known else {}
+            if not (isinstance(value, _PLAIN) and isinstance(there.get(name, ...), _PLAIN) and name[0] != "_"):
+                raise SpecError((path, name), repr(value), "a number, text or None of a norm of the layer")
+            setattr(known[path], name, value)
+
+
 def class_name(module: nn.Module) -> str:
     """Return the full name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
@@ -84,6 +150,8 @@ def _described(module: nn.Module) -> dict[str, Any]:
         kind = module.spec.cell.kind
         if type(module) not in (class_of(kind), _STEPS.get(kind)):
             raise TypeError("a subclass may compute something else")
+        if unregistered(module):
+            raise TypeError("a kind that no other process knows")
         return layer_options(module)
     if not class_name(module).startswith(TRUSTED):
         raise TypeError("a class of the caller's own")
