@@ -1,5 +1,6 @@
 """Studies of functions: the same engine and store, and faulty functions."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -337,6 +338,9 @@ def test_bad_points_are_rejected_before_training(tmp_path, change, message):
     assert not (tmp_path / "study").exists()
 
 
+MODULE, NAME = "from atn_norms import ablation", "from atn_norms.ablation import ablate"
+
+
 def test_changed_code_is_another_study(tmp_path):
     path = written(tmp_path, GOOD)
     folder = ablation.create(study(path), tmp_path / "study")
@@ -361,8 +365,30 @@ def test_additional_files_count_by_content(tmp_path):
     [
         ("x = 1", "x = 2", False),
         ("if __name__ == '__main__':\n    a()", "if __name__ == '__main__':\n    b()", True),
-        ("ablation.ablate(train, seeds=1)", "ablation.ablate(train, seeds=2)", True),
-        ("record = ablate(train, seeds=1)", "record = ablate(train, seeds=2)", True),
+        ("if '__main__' == __name__:\n    a()", "if '__main__' == __name__:\n    b()", True),
+        ("if __name__ != '__main__':\n    a()", "if __name__ != '__main__':\n    b()", False),
+        ("if __name__ == '__main__' or x:\n    a()", "if __name__ == '__main__' or x:\n    b()", False),
+        (
+            "if __name__ == '__main__':\n    a()\nelse:\n    a()",
+            "if __name__ == '__main__':\n    a()\nelse:\n    b()",
+            False,
+        ),
+        (f"{MODULE}\nablation.ablate(train, seeds=1)", f"{MODULE}\nablation.ablate(train, seeds=2)", True),
+        (f"{NAME}\nrecord = ablate(train, seeds=1)", f"{NAME}\nrecord = ablate(train, seeds=2)", True),
+        (f"{NAME} as go\ngo(train,\n  seeds=1)", f"{NAME} as go\ngo(train,\n  seeds=2)", True),
+        (
+            "import atn_norms as an\nan.ablation.ablate(f, seeds=1)",
+            "import atn_norms as an\nan.ablation.ablate(f, seeds=2)",
+            True,
+        ),
+        (f"{NAME}\nx = 1; ablate(train)", f"{NAME}\nx = 2; ablate(train)", False),
+        ("from lesion import ablate\nW = ablate(2)", "from lesion import ablate\nW = ablate(3)", False),
+        (
+            f"{NAME}\ndef ablate(n):\n    return n\nW = ablate(2)",
+            f"{NAME}\ndef ablate(n):\n    return n\nW = ablate(3)",
+            False,
+        ),
+        ("W = model.ablate(2)", "W = model.ablate(3)", False),
         ("if x:\n    a()", "if x:\n    b()", False),
     ],
 )
@@ -371,6 +397,75 @@ def test_code_that_only_starts_studies_does_not_count(tmp_path, before, after, s
     first = hash_code(path)
     path.write_text(after)
     assert (hash_code(path) == first) == same
+
+
+def scores(record: Any) -> list[float]:
+    return [trial.result["metrics"]["test"]["score"] for trial in record.trials]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.deep)])
+def test_functions_of_two_folders_import_their_own_helpers(workers, tmp_path):
+    for folder, value in (("a", 1.0), ("b", 100.0)):
+        (tmp_path / folder).mkdir()
+        written(
+            tmp_path, "import shared_name\ndef train(x):\n    return x * shared_name.VALUE", f"{folder}/{folder}.py"
+        )
+        written(tmp_path, f"VALUE = {value}", f"{folder}/shared_name.py")
+    tasks = [{"kind": "python", "file": str(tmp_path / each / f"{each}.py")} for each in ("a", "b")]
+    content = {"tasks": tasks, "axes": {"x": [1, 2]}, "seeds": 1}
+    record = ablation.run(ablation.create(content, tmp_path / "study"), workers=workers)
+    assert scores(record) == [1, 2, 100, 200]
+
+
+@pytest.mark.parametrize("name", ["mine.py", "pkg/mine.py"])
+def test_an_edited_helper_is_imported_again_in_the_same_process(name, tmp_path, monkeypatch):
+    (tmp_path / "pkg").mkdir()
+    if "/" in name:
+        written(tmp_path, "", "pkg/__init__.py")
+    helper = "pkg.edited" if "/" in name else "edited"
+    path = written(
+        tmp_path,
+        f"import {helper} as edited\ndef train():\n    import late\n    return edited.VALUE + late.VALUE",
+        name,
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    places = list(sys.path)
+    own = None
+    for value in (1.0, 1000.0, 7.0):
+        written(tmp_path, f"VALUE = {value}", f"{helper.replace('.', '/')}.py")
+        written(tmp_path, f"VALUE = {value * 2}", "late.py")
+        own = own or importlib.import_module(helper)
+        content = {"task": {"kind": "python", "file": str(path)}, "seeds": 2}
+        record = ablation.run(ablation.create(content, tmp_path / f"study-{value}"), workers=0)
+        assert scores(record) == [value * 3] * 2
+    assert sys.modules[helper] is own and own.VALUE == 1.0, "the modules of the caller come back"
+    assert sys.path == places and "late" not in sys.modules
+
+
+def test_a_helper_is_imported_once_for_all_trials_of_a_process(tmp_path):
+    written(
+        tmp_path,
+        "from pathlib import Path\nwith Path(__file__).with_name('log').open('a') as file:\n    file.write('.')",
+        "slow.py",
+    )
+    path = written(tmp_path, "import slow\ndef train():\n    return 1.0")
+    ablation.run(
+        ablation.create({"task": {"kind": "python", "file": str(path)}, "seeds": 3}, tmp_path / "study"), workers=0
+    )
+    assert (tmp_path / "log").read_text() == "."
+
+
+def test_installed_modules_and_those_of_python_are_not_imported_again(tmp_path):
+    written(tmp_path, "x = 1", "json.py")
+    path = written(
+        tmp_path, "import json, hypothesis, atn_norms.tasks\ndef train():\n    return float(hasattr(json, 'dumps'))"
+    )
+    before = {name: sys.modules[name] for name in ("json", "torch", "atn_norms.tasks")}
+    record = ablation.run(
+        ablation.create({"task": {"kind": "python", "file": str(path)}, "seeds": 1}, tmp_path / "study"), workers=0
+    )
+    assert scores(record) == [1.0]
+    assert all(sys.modules[name] is module for name, module in before.items())
 
 
 def test_a_local_module_that_is_imported_counts(tmp_path):
@@ -567,7 +662,7 @@ def test_installed_modules_do_not_count(tmp_path):
 
 def test_a_form_feed_is_no_line_end_of_code(tmp_path):
     """The line of the call of `ablate` is left out of the hash, and no other one."""
-    code = "'\x0c'\nx = {}\nablate(train)\ny = 2\n"
+    code = f"'\x0c'\nx = {{}}\n{NAME}\nablate(train)\ny = 2\n"
     first, second, third = (
         hash_code(written(tmp_path, text))
         for text in (code.format(1), code.format(2), code.format(1).replace("ablate(train)", "ablate(train, seeds=3)"))

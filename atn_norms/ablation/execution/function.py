@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from atn_norms.ablation.grid.functions import FunctionSpec, load_function
+from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.trial import FILES, TrialFolder
@@ -33,7 +33,7 @@ FRESH = {"step": 0, "first": None, "best": math.inf, "since": 0}  # the reports 
 GRACE = 2.0  # seconds for a process that a function left running to end
 
 OnStep = Callable[[int], None]
-_SET_BY_IMPORTS: dict[str, dict[str, Any]] = {}  # file of a function -> settings that its first load here changed
+_SET_BY_IMPORTS: dict[tuple[str, str], dict[str, Any]] = {}  # file and hash -> settings that its first load changed
 
 
 class Diverged(Exception):
@@ -169,13 +169,14 @@ def run_function(
     `sys.exit`; every exception of the function.
     """  # noqa: E501
     task = FunctionSpec.model_validate(trial["task"])
+    data = task.data()
     for option, content in trial["data"].items():
-        if task.data()[option] != content:
+        if data[option] != content:
             raise changed_data(option)
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
-    with _contained(folder, task.function):
-        function = _loaded(task)
+    with _contained(folder, task.function), local_modules(Path(task.file), data["file"]):
+        function = _loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         _seed(trial["seed"])
         try:
@@ -190,16 +191,17 @@ def run_function(
     return result | {"step": handle._step}
 
 
-def _loaded(task: FunctionSpec) -> Callable[..., Any]:
+def _loaded(task: FunctionSpec, code: str) -> Callable[..., Any]:
     """Load a function, with the global settings that its modules set when they are imported.
 
-    Python imports a module once in a process, and the settings are restored after each trial. Without this, only the
-    first trial of a process would have them.
+    The modules of one `code` are imported once in a process, and the settings are restored after each trial. Without
+    this, only the first trial of a process would have them.
     """
     before = _settings()
     function = load_function(task)
     now = _settings()
-    _put_settings(_SET_BY_IMPORTS.setdefault(task.file, {name: now[name] for name in now if now[name] != before[name]}))
+    changed = {name: now[name] for name in now if now[name] != before[name]}
+    _put_settings(_SET_BY_IMPORTS.setdefault((task.file, code), changed))
     return function
 
 

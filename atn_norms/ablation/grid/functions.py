@@ -12,9 +12,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -32,8 +34,9 @@ LARGEST = 10_000_000  # bytes of a Python file
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
-ENTRY = "ablate"  # a call of this name starts a study; changing it does not change what a trial computes
+ENTRY = "atn_norms.ablation.ablate"  # a call of it starts a study; changing it does not change what a trial computes
 
+_KEPT: dict[str, tuple[str, dict[str, ModuleType]]] = {}  # file -> hash of its code, and its local modules by name
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
 
@@ -92,18 +95,13 @@ def hash_code(file: Path) -> str:
 
     In a package these are the modules of the package. Installed modules do not count, since a user does not edit them.
 
-    The block under `if __name__ == "__main__":` and statements that call `ablate` are left out: they start studies and
-    change no result.
+    The block under `if __name__ == "__main__":` and statements that call this package's `ablate` are left out: they
+    start studies and change no result.
 
     Errors: `SpecError` for a file that cannot be read or is not Python.
     """
     total = hashlib.sha256()
-    _, root = _module_name(file)
-    packages = [folder / "__init__.py" for folder in file.parents if root in folder.parents]  # run before the file
-    seen: set[Path] = set()
-    for each in (file, *packages):
-        _add_local_files(each, root, seen)
-    for each in sorted(seen):
+    for each in sorted(_local_files(file)):
         total.update(f"{os.path.relpath(each, file.parent)}\0{_counted(each)}\n".encode())
     return total.hexdigest()[:16]
 
@@ -145,8 +143,53 @@ def placed_in(section: str, error: SpecError) -> list[Problem]:
     return [Problem((section, *each.path), message(replace(each, path=()))) for each in error.problems]
 
 
+@contextmanager
+def local_modules(file: Path, code: str) -> Iterator[None]:
+    """Inside the block, import the modules beside a file from its folder, as they are on disk.
+
+    Modules that the process imported before, from another folder or before an edit, are put aside and come back
+    afterwards. The modules of one `code`, the hash of the file, are imported once in a process.
+    """
+    _, root = _module_name(file)
+    tops = {_top(each.relative_to(root).as_posix()) for each in _local_files(file) if root in each.parents}
+    aside = {name: module for name, module in sys.modules.items() if _top(name) in tops and _is_own(name, module)}
+    known, modules = _KEPT.get(str(file), ("", {}))
+    for name in aside:
+        del sys.modules[name]
+    before = {_top(name) for name in sys.modules} - tops
+    if known == code:
+        sys.modules.update(modules)
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the function may have changed it
+            sys.path.remove(str(root))
+        new = {name: module for name, module in sys.modules.items() if _top(name) not in before}
+        own = [name for name, module in new.items() if _is_own(name, module, root)]
+        _KEPT[str(file)] = code, {name: sys.modules.pop(name) for name in own}
+        sys.modules.update(aside)
+
+
+def _top(name: str) -> str:
+    """Return the first part of a module's dotted name, or of the relative path of its file."""
+    return name.partition("/")[0].partition(".")[0]
+
+
+def _is_own(name: str, module: Any, root: Path | None = None) -> bool:
+    """Check whether a module may be the user's, below `root` if it is given: neither installed nor of Python."""
+    if _top(name) in sys.stdlib_module_names:
+        return False
+    file = getattr(module, "__dict__", {}).get("__file__")
+    path = Path(file) if isinstance(file, str) else None
+    return not (path and INSTALLED & set(path.parts)) and (root is None or (path is not None and root in path.parents))
+
+
 def load_function(task: FunctionSpec) -> Callable[..., Any]:
     """Execute a function's file, up to the statement that would start the study again, and return the function.
+
+    `local_modules` decides which modules it imports.
 
     Errors: `SpecError` for a file that raises, and for a function that is not there.
     """
@@ -216,9 +259,7 @@ def refuse_nested_start() -> None:
 
 
 def _executed(file: Path) -> dict[str, Any]:
-    name, folder = _module_name(file)
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    name, _ = _module_name(file)
     if "." in name:  # a module of a package, which may import relatively
         return vars(importlib.import_module(name))
     spec = importlib.util.spec_from_file_location(name, file)
@@ -283,22 +324,53 @@ def _definition(task: FunctionSpec) -> ast.FunctionDef:
 
 
 def _counted(file: Path) -> str:
-    """Return the text of a file without the statements that only start studies."""
-    starts = [node for node in _tree(file).body if _starts_a_study(node)]
-    skipped = {number for node in starts for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    lines = re.split("\r\n|\r|\n", _text(file))  # the lines of Python's grammar: no other character ends one
-    lines = [line for number, line in enumerate(lines, 1) if number not in skipped]
-    return "\n".join(lines).rstrip()
+    """Return the text of a file without the lines that only start studies."""
+    tree = _tree(file)
+    names = dict(_bound(tree))
+    starts, others = set[int](), set[int]()
+    for node in tree.body:
+        lines = starts if _starts_a_study(node, names) else others
+        lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    text = re.split("\r\n|\r|\n", _text(file))  # the lines of Python's grammar: no other character ends one
+    return "\n".join(line for number, line in enumerate(text, 1) if number not in starts - others).rstrip()
 
 
-def _starts_a_study(node: ast.stmt) -> bool:
+def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the names that absolute imports at the top level of a file bind, and what they stand for.
+
+    A name that a definition or an assignment binds too stands for itself.
+    """
+    for node in sorted(tree.body, key=lambda each: not isinstance(each, ast.Import | ast.ImportFrom)):
+        if isinstance(node, ast.Import):
+            for each in node.names:
+                yield (each.asname, each.name) if each.asname else (each.name.partition(".")[0],) * 2
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((each.asname or each.name, f"{node.module}.{each.name}") for each in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node.name
+        elif isinstance(node, ast.Assign):
+            yield from ((each.id, each.id) for each in node.targets if isinstance(each, ast.Name))
+
+
+def _starts_a_study(node: ast.stmt, names: Mapping[str, str]) -> bool:
+    """Check for a call of `ablate`, and for the block under `if __name__ == "__main__":`; `names` are `_bound`."""
     if isinstance(node, ast.If):
-        names = {each.id for each in ast.walk(node.test) if isinstance(each, ast.Name)}
-        return "__name__" in names and not node.orelse
+        sides = {"__name__", repr("__main__")}
+        return not node.orelse and ast.unparse(node.test) in {f"{a} == {b}" for a, b in permutations(sides)}
     if isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call):
-        called = node.value.func
-        return ENTRY in (getattr(called, "attr", None), getattr(called, "id", None))
+        first, dot, rest = ast.unparse(node.value.func).partition(".")
+        return f"{names.get(first, first)}{dot}{rest}" == ENTRY
     return False
+
+
+def _local_files(file: Path) -> set[Path]:
+    """Return a file and the modules beside it that it imports, directly or indirectly."""
+    _, root = _module_name(file)
+    packages = [folder / "__init__.py" for folder in file.parents if root in folder.parents]  # run before the file
+    seen: set[Path] = set()
+    for each in (file, *packages):
+        _add_local_files(each, root, seen)
+    return seen
 
 
 def _add_local_files(file: Path, root: Path, seen: set[Path]) -> None:
