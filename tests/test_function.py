@@ -476,6 +476,30 @@ def test_a_local_module_that_is_imported_counts(tmp_path):
     assert hash_code(path) != first and helper.exists()
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_model_of_a_failed_attempt_survives_with_its_checkpoint_only(saved, tmp_path):
+    """The first attempt keeps a model and fails; the second keeps none."""
+    body = f"""
+    import torch, pathlib
+    def train(trial):
+        state = trial.checkpoint.load()
+        mark = pathlib.Path({str(tmp_path / "mark")!r})
+        if not mark.exists():
+            mark.touch()
+            trial.report(1, 1.0)
+            trial.keep(torch.nn.Linear(2, 2))
+            if {saved}:
+                trial.checkpoint.save({{"weight": torch.zeros(1)}})
+            raise RuntimeError("once")
+        assert (state is not None) == {saved}
+        return 1.0
+    """
+    trial = only(tmp_path, body)
+    assert trial.status == "failed"
+    (trial,) = ablation.run(tmp_path / "study", workers=0).trials
+    assert trial.status == "done" and (trial.folder / "model.safetensors").exists() == saved
+
+
 @pytest.mark.parametrize("bad", [lambda: 1, len, print, str.upper, GOOD])
 def test_functions_that_workers_cannot_load_are_rejected(bad):
     with pytest.raises(SpecError, match="expected a function defined by def at the top level of a file"):

@@ -201,6 +201,40 @@ def test_a_copied_model_is_the_one_that_training_would_save(tmp_path, theirs, ou
     assert content(folder, "model.safetensors") == content(fresh, "model.safetensors") or ours == "none"
 
 
+def test_a_diverged_trial_is_copied_and_needs_no_model(tmp_path):
+    train = {**STUDY["train"], "optimizer": {"kind": "sgd", "lr": 1e30}}
+    source = create({**STUDY, "train": train}, tmp_path / "source")
+    assert run(source, workers=0).count("diverged") == 2
+    assert (
+        load(create({**STUDY, "train": train, "seeds": 2}, tmp_path / "target", reuse=[source])).count("diverged") == 2
+    )
+
+
+def test_a_damaged_model_is_not_copied(tmp_path):
+    source = create(STUDY, tmp_path / "source")
+    run(source, workers=0)
+    for path in source.glob("trials/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(StoreError, match=r"source/trials/\w+/model\.safetensors: got a damaged"):
+        create(WIDER, tmp_path / "target", reuse=[source])
+
+
+@pytest.mark.parametrize("saved", ["none", "last"])
+def test_finished_trials_keep_the_model_that_the_study_selects(saved, tmp_path):
+    def keeping(which):
+        return {**STUDY, "train": {**STUDY["train"], "keep_model": which}}
+
+    folder = create(keeping(saved), tmp_path / "study")
+    run(folder, workers=0)
+    before = (folder / "study.yaml").read_bytes()
+    message = rf"study: got train\.keep_model best, and finished trials that saved {saved}; expected keep_model {saved}"
+    with pytest.raises(SpecError, match=message):
+        create({**keeping("best"), "seeds": 2}, folder)
+    assert (folder / "study.yaml").read_bytes() == before
+    create({**keeping("none"), "seeds": 2}, folder)
+    assert run(folder, workers=0).count("done") == 4
+
+
 def test_a_trial_that_is_being_trained_is_not_replaced(tmp_path, finished):
     folder = create(WIDER, tmp_path / "wider")
     trial = StudyFolder(folder).trial(load(finished).trials[0].id)

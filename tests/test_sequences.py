@@ -438,6 +438,11 @@ INDEXES = [
         {},
         f"{BAD_ROW} '0.npy' in column 'file' again, after ROOT/index.csv:2; expected each file once",
     ),
+    (
+        [("0.npy", "train"), ("./x/../0.npy", "test")],
+        {"split_column": "label"},
+        f"{BAD_ROW} './x/../0.npy' in column 'file' again, after ROOT/index.csv:2; expected each file once",
+    ),
     ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} no value in column 'label'; expected a value"),
     ([("0.npy", "1"), ("1.npy", "")], {"mode": "regress"}, f"{BAD_ROW} no value in column 'label'; expected a number"),
     ([("0.npy", "1"), ("1.npy", "x")], {"mode": "regress"}, f"{BAD_ROW} 'x' in column 'label'; expected a number"),

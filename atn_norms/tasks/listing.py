@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,15 +102,16 @@ def _in_index(path: Path, spec: SequencesSpec) -> list[Item]:
             got = f"{part!r} in column {spec.split_column!r}"
             raise fault("path", table.place(row), got, f"one of {', '.join(PARTS)}", PARTS, part)
         place, cell = table.place(row), f"{name!r} in column {spec.file_column!r}"
-        if name in seen:
-            raise fault("path", place, f"{cell} again, after {table.place(seen[name])}", "each file once")
         file = path.parent / name
+        whole = os.path.normpath(file)  # a path may be written in several ways
+        if whole in seen:
+            raise fault("path", place, f"{cell} again, after {table.place(seen[whole])}", "each file once")
         if not file.is_file():
             near = nearest_file(file)
-            whole = near and Path(name).with_name(near).as_posix()
             expected = f"a file relative to {path.parent}"
-            raise SpecError("path", f"{cell}, and no such file", expected, whole, str(place))
-        seen[name] = row
+            nearest = near and Path(name).with_name(near).as_posix()
+            raise SpecError("path", f"{cell}, and no such file", expected, nearest, str(place))
+        seen[whole] = row
         items.append(Item(name, file, label, part, table.place(row)))
     return items
 

@@ -175,6 +175,7 @@ def run_function(
             raise changed_data(option)
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
+    folder.start()
     with _contained(folder, task.function), local_modules(Path(task.file), data["file"]):
         function = _loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)

@@ -27,7 +27,7 @@ from pydantic_core import CoreSchema
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.renames import rename_study
-from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, place, resolve
+from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, has_norm, place, resolve
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.labels import label, plain
 from atn_norms.ablation.store.records import Endpoint
@@ -271,7 +271,13 @@ class StudySpec(Options):
             got = f"got {count * seeds} trials ({count} points with {seeds} seeds); expected at most {MOST_POINTS}"
             raise invalid("study", [Problem(("seeds",), got)])
         problems = [each for point in self.resolved_points if isinstance(point, list) for each in point]
-        problems += [*self._twice(), *self._baseline_problems(), *self._task_problems(), *self._level_problems()]
+        problems += [
+            *self._twice(),
+            *self._absent_norm_problems(),
+            *self._baseline_problems(),
+            *self._task_problems(),
+            *self._level_problems(),
+        ]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
         return self
@@ -334,6 +340,19 @@ class StudySpec(Options):
         for name in self.tune:
             if axis_path(name) in axes:
                 yield Problem(("tune", name), IS_AXIS)
+
+    def _absent_norm_problems(self) -> Iterator[Problem]:
+        """Yield a problem for each varied option of a norm that no point of the study has."""
+        varied = {axis_path(name): (section, name) for section in ("axes", "tune") for name in getattr(self, section)}
+        whole = ("model", "norm")
+        norms = [
+            self.model.get("norm"),
+            *(getattr(self, varied[whole][0])[varied[whole][1]] if whole in varied else ()),
+        ]
+        for path, where in varied.items():
+            if path[:2] == whole and path != whole and not any(map(has_norm, norms)):
+                got = "got an option of a norm, which no point has; expected model.norm, or an axis norm"
+                yield Problem(where, got)
 
     def _task_problems(self) -> Iterator[Problem]:
         """Yield a problem for each entry of a per-task option that names no task of the study."""

@@ -19,7 +19,7 @@ from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store.schema import StoredEnvironment, check, check_study
-from atn_norms.ablation.store.trial import TrialFolder
+from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
 from atn_norms.errors import SpecError, beside
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class StudyFolder:
             self._require_empty_or_study()
         else:
             self._refuse_another(plan)
+            self._refuse_other_models(plan)
         for planned in plan.trials:
             trial = self.trial(planned.id)
             if not trial.has_trial():
@@ -169,6 +170,16 @@ class StudyFolder:
             raise self._unusable(got, "this study", ELSEWHERE)
         got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
         raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", ELSEWHERE)
+
+    def _refuse_other_models(self, plan: Plan) -> None:
+        """Raise `SpecError` if finished trials lack the model that the study now selects."""
+        for planned in plan.trials:
+            trial = self.trial(planned.id)
+            if planned.trial["task"]["kind"] != FUNCTION and trial.has_trial() and trial.has_result():
+                wanted, saved = keeps_model(planned.trial["train"]), keeps_model(trial.trial()["train"])
+                if wanted not in ("none", saved):
+                    got = f"train.keep_model {wanted}, and finished trials that saved {saved}"
+                    raise self._unusable(got, f"keep_model {saved}", ELSEWHERE)
 
     def _unusable(self, got: str, expected: str, cure: str = "") -> SpecError:
         return SpecError(position=str(self.path), got=got, expected=expected, detail=cure)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from atn_norms.ablation.store import checkpoints
@@ -18,7 +19,7 @@ from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
 from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
 from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
-from atn_norms.errors import brief, short_repr
+from atn_norms.errors import SpecError, brief, short_repr
 from atn_norms.files import most_bytes
 from atn_norms.text import encodable
 
@@ -115,6 +116,8 @@ class TrialFolder:
         """Return True if this trial has all files that training `trial`, which has the same id, would write."""
         if trial["task"]["kind"] == FUNCTION:
             return not self.folder.has(FILES)
+        if (result := self.result(whole=False)) and result["outcome"] != "finished":
+            return True  # a diverged trial saves no model
         wanted = keeps_model(trial["train"])
         return wanted == "none" or (wanted == keeps_model(self.trial()["train"]) and self.folder.has(MODEL))
 
@@ -129,14 +132,16 @@ class TrialFolder:
         wants_model = trial["task"]["kind"] == FUNCTION or keeps_model(trial["train"]) != "none"
         has_model = wants_model and source.folder.has(MODEL)
         model = source.folder.read(MODEL, most_bytes()) if has_model else None
+        if model is not None:
+            _check_model(model, source.path / MODEL)
         with self.lock():
             if self.has_result():
                 return
             self._curve.replace(curve)
             if model is not None:
                 self.keep_model(model)
-            elif self.folder.has(MODEL):  # of an interrupted attempt
-                self.folder.remove(MODEL)
+            else:
+                self._drop_model()
             self.write_run(source.run())
             self.log(f"copied from {source.path}")
             self._refuse_lost()
@@ -147,6 +152,16 @@ class TrialFolder:
         """Write `model.safetensors`, which is valid once `result.json` exists."""
         self._refuse_lost()
         self.folder.write(MODEL, content)
+
+    def start(self) -> None:
+        """Remove the model of an earlier attempt, unless a checkpoint continues that attempt."""
+        if not self.folder.has("checkpoint.pt"):
+            self._drop_model()
+
+    def _drop_model(self) -> None:
+        if self.folder.has(MODEL):
+            self._refuse_lost()
+            self.folder.remove(MODEL)
 
     def clear(self) -> None:
         """Remove the files that a finished trial no longer needs."""
@@ -236,6 +251,7 @@ class TrialFolder:
         self._refuse_lost()
         if self.folder.has("checkpoint.pt"):
             self.folder.rename("checkpoint.pt", REJECTED)
+        self._drop_model()
         self.log(f"checkpoint.pt cannot be used and is now {REJECTED}: {problem}; starting over")
         self._curve.cut(None, self._lock is not None and self._lock.orphaned)
         self.loss = None
@@ -291,6 +307,16 @@ class TrialFolder:
     def _reached(self, status: Status) -> int:
         last = self.heartbeat() if status == "running" else None
         return max(self.last_step(), (last.step or 0) if last is not None else 0)
+
+
+def _check_model(content: bytes, file: Path) -> None:
+    """Raise `StoreError` for the content of a model file that is damaged."""
+    from atn_norms.layers.io import preprocessing_of
+
+    try:
+        preprocessing_of(content, file)
+    except SpecError as error:
+        raise StoreError(str(error)) from error
 
 
 def keeps_model(train: dict[str, Any]) -> str:
