@@ -248,7 +248,7 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
     if not isinstance(lengths, Tensor) and hasattr(lengths, "tolist"):
         lengths = cast(Any, lengths).tolist()  # numpy's unsigned types have no equivalent in old versions of torch
     try:
-        counts = torch.as_tensor(lengths)
+        counts = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(error(short_repr(lengths))) from None
     if counts.is_meta:

@@ -67,6 +67,10 @@ class Program(ABC):
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Return the program itself, since nothing changes it."""
+        return self
+
     @abstractmethod
     def run(self, inputs: CellInputs, state: Tree, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
         """Return the outputs of all steps `[T, B, R]`, and the state after each row's last step.

@@ -20,6 +20,11 @@ from atn_norms.options import Options
 from atn_norms.pytree import Tree, describe_structure, where_mask
 
 
+def autocasts(kind: str) -> bool:
+    """Return True if autocast is on for a kind of device; the meta device has none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 class Placement(Options):
     """Places of the norms in a cell; the default is the paper's cell.
 
@@ -163,7 +168,7 @@ class Cell(ABC):
             got = f"carried tensors {describe_structure(carried)}"
             raise ValueError(mismatch(name, got, f"({expected}) for a batch of {batch}"))
         for c in carried:
-            mixed = c.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type)
+            mixed = c.dtype != like.dtype and not autocasts(like.device.type)
             if mixed or c.device != like.device:
                 expected = f"the layer's {like.dtype} on {like.device}"
                 raise ValueError(mismatch(name, f"{c.dtype} on {c.device}", expected))

@@ -15,7 +15,7 @@ from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import CellInputs, Program, Unsupported, choose, describe, prepared, select
 from atn_norms.backends.base import Selected
 from atn_norms.backends.costs import cost_of_reference
-from atn_norms.cells import CellWeights
+from atn_norms.cells import CellWeights, autocasts
 from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import layer_class
@@ -210,7 +210,7 @@ class Recurrent(CellHost):
     def _fresh(self, cells: list[CellWeights], xs: Tensor, hx: Any) -> Tree:
         """Return the state before the first step of a call; under autocast, zeros have the type of the input."""
         state = self._initial(cells, xs.shape[1], hx, shown=False)
-        mixed = hx is None and torch.is_autocast_enabled(xs.device.type)
+        mixed = hx is None and autocasts(xs.device.type)
         return _cast_carried(state, xs.dtype) if mixed else state
 
     def _initial(self, cells: list[CellWeights], batch: int, hx: Any, shown: bool) -> Tree:
@@ -242,7 +242,7 @@ class Recurrent(CellHost):
     ) -> tuple[Tensor, Tree]:
         """Run every layer in turn, time first; under autocast, compute in the weights' type and round the results."""
         kind, dtype = xs.device.type, cells[0].like.dtype
-        if torch.is_autocast_enabled(kind):
+        if autocasts(kind):
             half, ((((h, *_), _), *_), *_) = torch.get_autocast_dtype(kind), state
             result = dtype if dtype == torch.float64 else self.cell.autocast_type(half, h.dtype)
             with torch.autocast(kind, enabled=False):
@@ -333,7 +333,7 @@ class Recurrent(CellHost):
             twin.check_forward_args(x, hx, batch_sizes)
             weight = self.all_weights[0][0]
             for h in [hx] if isinstance(hx, Tensor) else hx:
-                if h.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+                if h.dtype != weight.dtype and not autocasts(weight.device.type):
                     raise RuntimeError(mismatch("hx", str(h.dtype), f"the type of the layer, {weight.dtype}"))
 
     def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:

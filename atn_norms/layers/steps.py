@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends import choose
+from atn_norms.cells import autocasts
 from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
@@ -77,7 +78,7 @@ class _StepCell(CellHost):
         weights = self.cell_weights("")
         if state is None:
             carried, norms = self.cell.initial(weights, rows.shape[0])  # type: ignore[misc]
-            if torch.is_autocast_enabled(x.device.type):  # as in torch.nn the state has the type of the input
+            if autocasts(x.device.type):  # as in torch.nn the state has the type of the input
                 carried = tuple(c.to(x.dtype) for c in carried)
             state = carried, norms
         else:

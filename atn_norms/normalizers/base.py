@@ -225,6 +225,9 @@ def batch_moments(normalizer: Normalizer) -> BatchMoments | None:
 
 
 def _declares(normalizer: Normalizer, declaration: str) -> bool:
+    own = normalizer.__dict__
+    if "normalize" in own or "measure" in own or "population" in own:  # replaced on this object
+        return False
     for base in type(normalizer).__mro__:  # the first class that defines the declaration or a method decides
         attributes = base.__dict__
         if declaration in attributes:

@@ -78,7 +78,6 @@ class BatchNorm(Normalizer, _OfTorch):
     running_var: Tensor
     num_batches_tracked: Tensor
     affine = True  # of torch's batch norms
-    track_running_stats = True
 
     def __init__(
         self,
@@ -116,6 +115,18 @@ class BatchNorm(Normalizer, _OfTorch):
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
+
+    @property
+    def track_running_stats(self) -> bool:
+        """True, under torch's name: evaluation uses the populations."""
+        return True
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        if value is not True:
+            raise ValueError(
+                mismatch("track_running_stats", repr(value), "True, since evaluation uses the populations")
+            )
 
     @property
     def num_features(self) -> int:
@@ -223,7 +234,8 @@ class BatchNorm(Normalizer, _OfTorch):
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         updated = member.any(1)
         updates = self.num_batches_tracked.add_(updated.reshape(self.num_batches_tracked.shape))
-        rate = self.momentum or 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
+        every = 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
+        rate = every if self.momentum is None else self.momentum
         updated, unbiased = updated.unsqueeze(1), share * (count / (count - 1).clamp(min=1))
         for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, unbiased)):
             old = promoted(running).reshape(len(member), -1)

@@ -37,6 +37,15 @@ def _saved(thing):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
+def test_a_parametrized_layer_is_copied_after_a_call():
+    """`parametrize` copies the attributes of a module without asking it for them."""
+    layer, x = an.LSTM(3, 5, norm="layer", window=2), torch.randn(4, 2, 3)
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    expected = layer(x)[0]
+    assert torch.equal(copy.deepcopy(layer)(x)[0], expected)
+    assert torch.equal(torch.optim.swa_utils.AveragedModel(layer)(x)[0], expected)
+
+
 @pytest.mark.parametrize("way", COPIES)
 @given(layer_cases(), st.integers(1, 2), st.booleans())
 def test_a_copy_of_a_layer_is_the_layer(way, case: LayerCase, depth, both):

@@ -288,3 +288,22 @@ def test_records_of_a_failed_call_are_dropped():
     fresh.load_state_dict(dict(layer.named_parameters()), strict=False)
     fresh(xs)
     compare(buffers(layer.norm_hh_l0), buffers(fresh.norm_hh_l0), tolerance=0)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_momentum_of_zero_freezes_the_populations(backend):
+    layer: Any = an.RNN(2, 3, norm="batch", window=2, backend=backend)
+    for norm in (layer.norm_ih_l0, layer.norm_hh_l0):
+        norm.momentum = 0.0  # as users of torch's batch norms do
+        norm.running_mean.fill_(7.0)
+    layer(torch.randn(4, 5, 2))
+    assert (layer.norm_ih_l0.running_mean == 7).all() and (layer.norm_hh_l0.running_var == 1).all()
+    assert layer.norm_ih_l0.num_batches_tracked > 0
+
+
+def test_running_statistics_cannot_be_switched_off():
+    norm = an.BatchNorm(3)
+    with pytest.raises(ValueError, match="track_running_stats: got False; expected True, since evaluation"):
+        norm.track_running_stats = False
+    norm.track_running_stats = True
+    assert norm.track_running_stats

@@ -187,6 +187,18 @@ def test_weights_that_depend_on_the_input_differentiate_twice():
     compare(twice, expected_twice, tolerance=EXACT, scale=level(expected_twice))
 
 
+@pytest.mark.parametrize("half_life", [1e-3, 9e-4, 1e-300])
+def test_a_window_that_forgets_at_once_differentiates_twice(half_life):
+    found = []
+    for window in ({"kind": "exponential", "half_life": half_life}, 1):
+        torch.manual_seed(0)
+        layer = an.RNN(2, 3, norm="layer", window=window, dtype=torch.float64, backend="native")
+        xs = torch.linspace(-1, 2, 16, dtype=torch.float64).reshape(4, 2, 2).requires_grad_()
+        (first,) = torch.autograd.grad(layer(xs)[0].square().sum(), xs, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), xs)[0])
+    compare(*found, tolerance=EXACT, scale=level(found[1]))
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
 @pytest.mark.parametrize("window", ["4", "exponential"])
 def test_weights_of_a_state_have_no_gradient_in_any_backend(norm, window):

@@ -189,3 +189,20 @@ def test_incompatible_tensors_are_never_read():
     found, _ = layer.unroll(xs, altered(state, torch.Tensor.float))
     expected, _ = layer.unroll(xs, state)
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["measure", "normalize"])
+def test_a_method_that_is_replaced_on_a_norm_is_called(method):
+    def doubled(*arguments: Any) -> Any:
+        return original(2 * arguments[0], *arguments[1:])
+
+    outputs, xs = [], torch.randn(5, 2, 2, dtype=torch.float64)
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        layer: Any = an.GRU(2, 3, norm="layer", window=2, backend=backend, dtype=torch.float64)
+        before = layer(xs)[0]
+        original = getattr(layer.norm_hh_l0, method)
+        setattr(layer.norm_hh_l0, method, doubled)
+        outputs.append(layer(xs)[0])
+        assert (outputs[-1] - before).abs().max() > 1e-3
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)

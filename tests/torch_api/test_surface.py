@@ -171,3 +171,18 @@ def test_numpy_integers_and_mappings_are_options(cell):
     assert CELLS[cell](3, 4, norm="layer", window=np.int64(3)).spec.window.steps == 3
     sites = MappingProxyType({"sites": MappingProxyType({"ih": norm})})
     assert CELLS[cell](3, 4, norm=sites).spec.norm.sites["ih"].eps == 1e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@every_layer
+def test_a_layer_on_the_meta_device_computes_shapes(cell, norm):
+    layer = CELLS[cell](3, 4, norm=norm, device="meta")
+    ys, _ = layer(torch.empty(5, 2, 3, device="meta"))
+    assert ys.is_meta and ys.shape == (5, 2, 4) and layer.unroll(torch.empty(5, 2, 3, device="meta"))[0].is_meta
+
+
+def test_a_default_device_does_not_move_lengths():
+    layer = an.LSTM(3, 4, norm="layer")
+    with torch.device("meta"):
+        ys, _ = layer.unroll(torch.randn(5, 2, 3, device="cpu"), lengths=[5, 2])
+    assert ys.shape == (5, 2, 4) and not ys[2:, 1].any()

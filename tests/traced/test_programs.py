@@ -1,5 +1,6 @@
 """Programs: recording, results, and rejection of malformed programs."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from atn_norms.backends.traced.program import (
     ProgramError,
     Slot,
 )
+from atn_norms.statistics import promoted
 from tests.traced.gallery import EVERY, L1, PowerMean, Scaled, built
 
 EXACT = 1e-12  # for a dozen features; sums in another order differ by their length times 1e-16
@@ -176,6 +178,24 @@ def test_an_attribute_that_cannot_be_tracked_has_no_program():
     normalizer = L1(4)
     object.__setattr__(normalizer, "settings", object())
     assert traced_norm(normalizer, 4) == "its attribute 'settings' is a object, which may change unnoticed"
+
+
+@pytest.mark.parametrize("base", [str, float, int, tuple])
+def test_a_value_that_carries_attributes_has_no_program(base):
+    normalizer, kind = L1(4), type("Carrying", (base,), {})
+    normalizer.settings = kind()
+    assert "may change unnoticed" in str(traced_norm(normalizer, 4))
+
+
+def test_a_measure_that_changes_its_input_in_place_has_no_program():
+    """In float32 `promoted` copies, so the reference runs it; a trace in float64 has no copy."""
+
+    class InPlace(Scaled):
+        def measure(self, x: Any) -> Any:
+            return an.Average.of(promoted(x).square_())
+
+    place = r"test_programs.py, line \d+: return an.Average.of\(promoted\(x\).square_\(\)\)"
+    assert re.fullmatch(rf"its input is changed in place \({place}\)", str(traced_norm(InPlace(4), 4)))
 
 
 def test_a_program_that_differs_from_its_python_is_a_warning_with_numbers():

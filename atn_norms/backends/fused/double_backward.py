@@ -217,12 +217,17 @@ def _cell(plan: Plan, inputs: Inputs) -> Cell:
     return RNNEquations(hidden, placement, "relu" if plan.kind == "rnn_relu" else "tanh")
 
 
+ONE_STEP = 5e-4  # a half-life at which the weight of the step before is 0
+
+
 def _window(plan: SitePlan) -> Window[Any]:
     window: Window[Any]
     if plan.steps:
         window = Weighted(plan.taps) if plan.taps else Sliding(plan.steps)
     elif plan.past:
         window = Past(plan.decay)
+    elif plan.decay == 1.0:
+        window = Cumulative()
     else:
-        window = Cumulative() if plan.decay == 1.0 else Exponential(-1.0 / log2(plan.decay))
+        window = Exponential(-1.0 / log2(plan.decay) if plan.decay else ONE_STEP)
     return Detached(window) if plan.detached else window

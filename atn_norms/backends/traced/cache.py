@@ -208,6 +208,12 @@ def _frozen(value: Any) -> Any:
     kind = type(value)
     if kind is float:
         return "float", value.hex()
+    if (
+        isinstance(value, (*_PLAIN, list, tuple, set))
+        and hasattr(value, "__dict__")
+        and not isinstance(value, enum.Enum)
+    ):
+        raise TypeError  # a subclass that carries attributes
     if isinstance(value, _PLAIN):
         return kind, value
     if isinstance(value, Tensor):

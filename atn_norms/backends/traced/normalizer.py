@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atn_norms.backends.traced.program import Program
-from atn_norms.backends.traced.recorder import Recorder, Untraceable
+from atn_norms.backends.traced.recorder import Recorder, Untraceable, described, raised_at
 from atn_norms.normalizers import Normalizer
 from atn_norms.statistics import Average, Moments
 
@@ -267,8 +267,13 @@ class _Tracing:
 
 
 def _observe(recorder: Recorder, function: Callable[[], Any]) -> Any:
-    with torch.enable_grad(), recorder:
-        return function()
+    try:
+        with torch.enable_grad(), recorder:
+            return function()
+    except RuntimeError as error:
+        if "in-place" not in str(error):
+            raise
+        raise Untraceable(f"its input is changed in place{described(raised_at(error))}") from None
 
 
 def _differentiate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,13 @@ class Recorder(TorchDispatchMode):
 # Operations whose results do not depend on the elements of their arguments.
 CREATES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "lift_fresh", "empty_like"}
 CREATES |= {"new_empty", "new_empty_strided", "lift_fresh_copy"}
+
+
+def raised_at(error: Exception) -> tuple[str, int] | None:
+    """Return the innermost line outside of torch and this package that raised an error."""
+    frames = [(each.filename, each.lineno or 0) for each in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if not frame[0].startswith((_PACKAGE, _TORCH, "<"))]
+    return own[-1] if own else None
 
 
 def _line() -> tuple[str, int] | None:
