@@ -273,13 +273,14 @@ class KindField:
             value = self.shorthand(value)
             if self._accepts(value, nullable):
                 return value
-        if isinstance(value, str):
+        number = "an integer, " if (self.shorthand_schema or {}).get("type") == "integer" else ""
+        if isinstance(value, str) and not (number and value.isdecimal()):
             if nullable and value == "none":
                 return None
             return self._model(value, (), ["none"] if nullable else []).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        expected = f"a {self.family}'s kind ({self._known()}), a mapping or a spec"
+        expected = f"{number}a {self.family}'s kind ({self._known()}), a mapping or a spec"
         raise pydantic_error(Problem(got=typed_repr(value), expected=expected))
 
     def _accepts(self, value: Any, nullable: bool) -> bool:

@@ -75,6 +75,7 @@ def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference(
     assert named.needed is not None
     assert student.power(0.02 / deviation, named.needed, 0.025) >= 0.8
     assert seeds_needed(decide([difference(-sum(NOISE) / 8)], [None])[0]) == ">10000"
+    assert decide([difference(-10.0, n=3)], [None])[0].needed == 5, "no verdict has fewer seeds"
 
 
 def test_multiplicative_scores_are_compared_as_logarithms():

@@ -403,6 +403,33 @@ def scores(record: Any) -> list[float]:
     return [trial.result["metrics"]["test"]["score"] for trial in record.trials]
 
 
+def test_a_study_of_a_function_prints_its_answer_and_its_failures(tmp_path, capsys, monkeypatch):
+    path = written(
+        tmp_path, "def train(x):\n    if x > 2:\n        raise ValueError('no')\n    return float(x)", "printing.py"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module(path.stem).train
+    record = ablation.ablate(function, axes={"x": [1, 2, 3]}, seeds=1, out=tmp_path / "study", workers=0)
+    out = " ".join(capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").split())
+    assert "train: X: helps at 0, hurts at 0, undecided at" in out and "The lowest mean test score is 1" in out
+    assert f"1 trial failed; see atn-norms status {tmp_path / 'study'} report:" in out
+    assert repr(record).startswith(
+        "StudyRecord(name='printing', tasks=['train'], axes={'x': ['1', '2', '3']}, trials: 2 done"
+    )
+    assert "1 failed)" in repr(record) and len(repr(record.best())) < 1000
+
+
+def test_an_interrupted_study_of_a_function_says_how_to_resume(tmp_path, capsys, monkeypatch):
+    path = written(tmp_path, "def train(x):\n    raise KeyboardInterrupt", "interrupted.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module(path.stem).train
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ablation.ablate(function, axes={"x": [1]}, seeds=1, out=tmp_path / "study", workers=0)
+    assert caught.value.__suppress_context__
+    expected = f"interrupted; the same call resumes, and so does atn-norms resume {tmp_path / 'study'}"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.deep)])
 def test_functions_of_two_folders_import_their_own_helpers(workers, tmp_path):
     for folder, value in (("a", 1.0), ("b", 100.0)):

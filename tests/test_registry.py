@@ -103,7 +103,7 @@ def messages(data: dict[Any, Any]) -> list[str]:
         ({"size": 1, "window": 0}, "window: got 0; expected at least 1"),
         (
             {"size": 1, "window": None},
-            "window: got NoneType None; expected a window's kind (one of last), a mapping or a spec",
+            "window: got NoneType None; expected an integer, a window's kind (one of last), a mapping or a spec",
         ),
         ({"size": 1, "seeds": "x"}, "seeds: got 'x'; expected an integer, or a list"),
         ({"size": 1, "more": {"a"}}, "more: got {'a'}; expected a list"),

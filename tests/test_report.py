@@ -505,9 +505,9 @@ def test_the_curves_of_every_point_are_drawn(baseline, monkeypatch):
     drawn = []
     seeds = curves._seeds
 
-    def watched(axes, point, measure, **look):
+    def watched(axes, point, *how, **look):
         drawn.append(point)
-        seeds(axes, point, measure, **look)
+        seeds(axes, point, *how, **look)
 
     monkeypatch.setattr(curves, "_seeds", watched)
     record = study(score, baseline=baseline)
@@ -546,6 +546,23 @@ def test_a_rounded_path_is_the_line_that_was_drawn():
     assert max(len(number.partition(".")[2]) for number in numbers) == 2
     points = [[x * 72 / figure.dpi, 144 - y * 72 / figure.dpi] for x, y in axes.transData.transform(line.get_xydata())]
     assert list(map(float, numbers)) == pytest.approx([number for point in points for number in point], abs=0.0051)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_the_thick_line_is_the_mean_of_the_table(log, monkeypatch):
+    drawn = []
+
+    def watched(figure, *rest):
+        drawn.extend(line for axes in figure.axes for line in axes.lines if line.get_linewidth() == 2)
+        return save(figure, *rest)
+
+    monkeypatch.setattr(curves, "save", watched)
+    record = study(lambda norm, window, seed: 0.01 * 10.0**seed, seeds=3)
+    facts = {name: replace(each, spread="multiplicative" if log else "additive") for name, each in record.tasks.items()}
+    record = replace(record, tasks=facts)
+    curves.curves(record, compare(record)[0], "curves", None)
+    ends = {round(float(line.get_ydata()[-1]), 6) for line in drawn if len(line.get_ydata())}
+    assert ends == {0.1 if log else 0.37}
 
 
 def test_reaching_a_level_at_the_very_last_step_is_reaching_it():

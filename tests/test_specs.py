@@ -329,6 +329,8 @@ def test_a_layer_comes_from_any_file_alike(suffix, tmp_path):
             r"^window\.half_life: got inf; expected a finite number",
         ),
         ({"window": 0}, r"^window: got 0; expected at least 1$"),
+        ({"window": 2.5}, r"^window: got float 2.5; expected an integer, a window's kind \(one of cumulative"),
+        ({"window": "10"}, r"^window: got str '10'; expected an integer, a window's kind"),
     ],
 )
 def test_an_impossible_mapping_is_rejected_with_the_reason(change, message):

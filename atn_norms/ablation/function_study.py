@@ -16,9 +16,10 @@ from atn_norms.ablation.execution.remaining import RemainingTime
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
 from atn_norms.ablation.report import findings, write
 from atn_norms.ablation.report.costs import duration
-from atn_norms.ablation.report.sentences import verdict_line
+from atn_norms.ablation.report.sentences import answer, verdict_line
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.ablation.studies import create
+from atn_norms.errors import plural
 from atn_norms.text import encodable, escape_controls
 
 
@@ -84,18 +85,25 @@ def ablate(
     folder = create(study, out)
     log = _Log(folder, None if scheduler else max(1, workers))
     with _main_not_run_again():
-        record = run(
-            folder,
-            workers=workers,
-            scheduler=scheduler,
-            on_start=log.start if on_event is None else None,
-            on_event=on_event or log.see,
-        )
+        try:
+            record = run(
+                folder,
+                workers=workers,
+                scheduler=scheduler,
+                on_start=log.start if on_event is None else None,
+                on_event=on_event or log.see,
+            )
+        except KeyboardInterrupt:
+            if on_event is None:
+                _print(f"interrupted; the same call resumes, and so does atn-norms resume {folder}")
+            raise KeyboardInterrupt from None
     result = findings(record)
     page = write(result, folder / "report")[0]
     if on_event is None:
         for each in result.tasks:
-            _print(f"{each.task}: {verdict_line(result, each)}")
+            _print(" ".join([f"{each.task}: {verdict_line(result, each)}.", *answer(result, each)]))
+        if failed := record.count("failed"):
+            _print(f"{plural(failed, 'trial')} failed; see atn-norms status {folder}")
         _print(f"report: {page}")
     return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,7 +167,13 @@ def _print_case(result: CaseResult) -> None:
     print_table(str(result.case), _COLUMNS, rows)
     before, after = ("unknown" if load is None else f"{load:.1f}" for load in result.load)
     noise = "unknown" if result.noise is None else f"torch.nn's median is {_ratio(result.noise)} times its best"
-    emit(f"noise: {noise}; load average {before}, then {after}\n")
+    busy = max((load for load in result.load if load is not None), default=0.0) > 1.5 * (os.cpu_count() or 1)
+    cure = (
+        "\nthe machine is busy with other work, so all ratios may be wrong; measure again on an idle one"
+        if busy
+        else ""
+    )
+    emit(f"noise: {noise}; load average {before}, then {after}{cure}\n")
 
 
 def _print_machine(results: Bench) -> None:

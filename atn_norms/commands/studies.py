@@ -254,7 +254,8 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
         _report(record, folder, as_json)
     failed = [trial for trial in record.trials if trial.status == "failed"]
     if failed:
-        emit(f"{len(failed)} trials failed; see {shlex.join(['atn-norms', 'status', str(folder)])}", error=True)
+        command = shlex.join(["atn-norms", "status", str(folder)])
+        emit(f"{plural(len(failed), 'trial')} failed; see {command}", error=True)
         raise typer.Exit(1)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from atn_norms.errors import did_you_mean, one_of
+from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
@@ -112,8 +113,10 @@ def _warn_about(left: Sequence[TypeError], ours: Mapping[nn.Module, nn.Module], 
     if left:
         warnings.warn(f"replace: {len(left)} recurrent layer(s) unchanged. {'. '.join(map(str, left))}", stacklevel=3)
     if not ours:
+        already = [name or "the model itself" for name, each in model.named_modules() if isinstance(each, CellHost)]
+        got = f", which has layers of atn_norms already ({', '.join(already[:3])})" if already else ""
         warnings.warn(
-            f"replace: got {type(model).__name__}; expected a model with an nn.LSTM, nn.GRU or nn.RNN. "
+            f"replace: got {type(model).__name__}{got}; expected a model with an nn.LSTM, nn.GRU or nn.RNN. "
             "The model is unchanged",
             stacklevel=3,
         )

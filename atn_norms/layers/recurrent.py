@@ -308,6 +308,12 @@ class Recurrent(CellHost):
 
     def _batched_hx(self, hx: Any, batched: bool) -> Any:
         wanted = 3 if batched else 2
+        if not all(isinstance(h, Tensor) for h in ([hx] if isinstance(hx, Tensor) else hx)):
+            names = ", ".join(self.cell.carried)
+            expected = (
+                f"the tensor{'s' if len(self.cell.carried) > 1 else ''} {names}; `unroll` takes a state of `unroll`"
+            )
+            raise TypeError(mismatch("hx", describe_structure(hx), expected))
         dims = [h.dim() for h in ([hx] if isinstance(hx, Tensor) else hx)]
         if any(d != wanted for d in dims):
             kind = "batched 3-D" if batched else "unbatched 2-D"

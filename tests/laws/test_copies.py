@@ -38,7 +38,7 @@ def _saved(thing):
 
 
 def test_a_parametrized_layer_is_copied_after_a_call():
-    """`parametrize` copies the attributes of a module without asking it for them."""
+    """`parametrize` copies the attributes of a module without its `__getstate__`."""
     layer, x = an.LSTM(3, 5, norm="layer", window=2), torch.randn(4, 2, 3)
     torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
     expected = layer(x)[0]

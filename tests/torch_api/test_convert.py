@@ -60,6 +60,11 @@ def test_nothing_to_replace_warns():
         an.replace(nn.Linear(2, 2), norm="layer")
     with pytest.warns(UserWarning, match="expected a model with an nn.LSTM"):
         an.replace(nn.Sequential(nn.LSTM(3, 4)), norm="layer", skip="0")
+    replaced = an.replace(nn.ModuleDict({"encoder": nn.LSTM(3, 4)}), norm="layer")
+    with pytest.warns(
+        UserWarning, match=r"got ModuleDict, which has layers of atn_norms already \(encoder\); expected"
+    ):
+        an.replace(replaced, norm="rms")
     with pytest.raises(TypeError, match="0: got Own"):
         an.replace(nn.Sequential(Own(3, 4)), norm="layer")
 

@@ -64,9 +64,13 @@ class Decision:
 
     @property
     def needed(self) -> int | None:
-        """The number of seeds that detect `target` with a probability of 80%; None if unknown, or above 10,000."""
+        """The number of seeds that detect `target` with a probability of 80%; None if unknown, or above 10,000.
+
+        It is at least the number of seeds that a verdict needs.
+        """
         paired = self.difference.paired
-        return student.needed(paired.standardized(self.target), self.alpha) if paired else None
+        found = student.needed(paired.standardized(self.target), self.alpha) if paired else None
+        return found and max(found, ENOUGH_SEEDS)
 
 
 def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -> list[Decision]:

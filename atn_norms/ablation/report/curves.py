@@ -1,4 +1,7 @@
-"""Learning curves: a thin line for each seed, a thick line for the mean of the finished seeds, and their band."""
+"""Learning curves: a thin line for each seed, a thick line for the mean of the finished seeds, and their band.
+
+The mean is geometric where scores are compared as ratios.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
                 width=_WIDTH,
                 height=_HEIGHT,
             )
-            _draw(axes, record, layout, panel, measure)
+            _draw(axes, record, layout, panel, measure, comparison.measure.log)
             for guide in guides:
                 axes.axhline(guide.value, zorder=1, **guide.line)
             scale(axes, "y", seen, facts.goal)
@@ -157,17 +160,17 @@ def _beside(keys: list[Line2D], width: float) -> int:
     return next((columns for columns in (_KEYS, 3, 2) if needed(columns) < width), 1)
 
 
-def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str) -> None:
+def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str, log: bool) -> None:
     tidy(axes, "both")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_title(shortened(panel.title, 38), fontweight="bold", fontsize=10 if len(panel.title) <= 30 else 8.5)
     for point in panel.behind:
-        _seeds(axes, point, measure, color=INK, linestyle=DASHES[1])
+        _seeds(axes, point, measure, log, color=INK, linestyle=DASHES[1])
     for point in panel.points:
-        _seeds(axes, point, measure, **look(layout.place(record, point)))
+        _seeds(axes, point, measure, log, **look(layout.place(record, point)))
 
 
-def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
+def _seeds(axes: Axes, point: Point, measure: str, log: bool, **look: Any) -> None:
     finished = []
     for trial in point.trials:
         steps, values = _line(trial, measure)
@@ -189,7 +192,9 @@ def _seeds(axes: Axes, point: Point, measure: str, **look: Any) -> None:
             axes.fill_between(
                 shared, table.min(axis=0), table.max(axis=0), color=look["color"], alpha=0.13, linewidth=0, zorder=1
             )
-        axes.plot(shared, table.mean(axis=0), linewidth=2, **look)
+        geometric = log and bool((table > 0).all())
+        centre = np.exp(np.log(table).mean(axis=0)) if geometric else table.mean(axis=0)
+        axes.plot(shared, centre, linewidth=2, **look)
 
 
 def _keys(

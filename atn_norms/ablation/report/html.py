@@ -73,9 +73,10 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
         words += f" Data: {'; '.join(facts.notes)}."
     test, drawn = score_name(facts.metric), forest(record, task, f"forest-{slug}")
     grid = len(task.final.rows) > 1
+    drawn_curves = curves(record, task.final, f"curves-{slug}", task.level.value)
     final = [
         *([Shown(heatmap(record, task.final, f"heatmap-{slug}", test), _HEATMAP)] if grid else []),
-        Shown(curves(record, task.final, f"curves-{slug}", task.level.value), _CURVES),
+        Shown(drawn_curves, _CURVES.format(mean="geometric mean" if task.final.measure.log else "mean")),
         Shown(strip(record, task.final, f"strip-{slug}", test, facts.baselines), _STRIP),
     ]
     speed = []
@@ -103,14 +104,14 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
 
 _FOREST = (
     "Each row is a declared comparison. The bar is its 95% interval without correction. The verdict uses the "
-    "adjusted p-value. So a bar may exclude 0 while the comparison is undecided."
+    "adjusted p-value. So a bar may exclude “no effect” while the comparison is undecided."
 )
 _HEATMAP = (
     "Each cell is a point of the grid. If several cells are the same point, such as all windows without a norm, they "
     "are one rectangle. Hatched: no number."
 )
 _CURVES = (
-    "Thin lines: single seeds. Thick line: mean of the finished seeds. Band: from the lowest to the highest of them, "
+    "Thin lines: single seeds. Thick line: {mean} of the finished seeds. Band: from the lowest to the highest of them, "
     "up to the last step that all of them have. Cross: a trial diverged or failed. Dashed black: the baseline, if it "
     "is in another panel."
 )

@@ -101,14 +101,14 @@ class TrialRecord:
     """
 
     id: str
-    trial: dict[str, Any]
+    trial: dict[str, Any] = field(repr=False)
     points: tuple[dict[str, str], ...]
     seed: int
     status: Status
     result: dict[str, Any] | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list, repr=False)
     run: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
+    error: dict[str, Any] | None = field(default=None, repr=False)
     step: int = 0
     folder: Path | None = None
 
@@ -204,6 +204,10 @@ class StudyRecord:
             raise SpecError((f"study {self.name!r}",), f"no finished trial with {description}", "at least one")
         facts = self.tasks[tasks[0]]
         return (min if facts.goal == "min" else max)(found, key=lambda trial: _selection(trial, facts))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {status}" for status, count in self.counts().items() if count)
+        return f"StudyRecord(name={self.name!r}, tasks={list(self.tasks)}, axes={self.axes}, trials: {counts})"
 
     def count(self, status: Status) -> int:
         """Return the number of trials with a status."""
