@@ -419,7 +419,7 @@ def test_a_study_of_a_function_prints_its_answer_and_its_failures(tmp_path, caps
     assert "1 failed)" in repr(record) and len(repr(record.best())) < 1000
 
 
-def test_an_interrupted_study_of_a_function_says_how_to_resume(tmp_path, capsys, monkeypatch):
+def test_an_interrupted_study_of_a_function_states_how_to_resume(tmp_path, capsys, monkeypatch):
     path = written(tmp_path, "def train(x):\n    raise KeyboardInterrupt", "interrupted.py")
     monkeypatch.syspath_prepend(tmp_path)
     function = importlib.import_module(path.stem).train
@@ -523,7 +523,8 @@ def test_the_model_of_a_failed_attempt_survives_with_its_checkpoint_only(saved, 
     """
     trial = only(tmp_path, body)
     assert trial.status == "failed"
-    (trial,) = ablation.run(tmp_path / "study", workers=0).trials
+    record: Any = ablation.run(tmp_path / "study", workers=0)
+    (trial,) = record.trials
     assert trial.status == "done" and (trial.folder / "model.safetensors").exists() == saved
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_a_normalizer_without_a_plugin_is_passed_to_load(spec, kind, tmp_path):
 @pytest.mark.parametrize("cell", [an.LSTM, an.LSTMCell])
 @pytest.mark.parametrize("fresh", [False, True])
 def test_options_that_were_changed_on_a_norm_are_kept(cell, fresh, tmp_path):
-    def made():
+    def made() -> Any:
         torch.manual_seed(0)
         return nn.ModuleList([cell(3, 5, norm={"sites": {"ih": "batch", "hh": "rms"}}, window=3)]).eval()
 
@@ -154,7 +154,7 @@ def test_options_that_were_changed_on_a_norm_are_kept(cell, fresh, tmp_path):
     model[0].get_submodule(f"norm_ih{end}").momentum = None
     setattr(model[0], f"norm_hh{end}", RMSNorm(20, eps=0.5))
     an.save(model, tmp_path / "model.safetensors")
-    loaded = an.load(tmp_path / "model.safetensors", made() if fresh else None)
+    loaded: Any = an.load(tmp_path / "model.safetensors", made() if fresh else None)
     assert loaded[0].get_submodule(f"norm_ih{end}").momentum is None
     assert torch.equal(loaded[0](x)[0], model[0](x)[0])
     assert not torch.equal(loaded[0](x)[0], made()[0](x)[0])

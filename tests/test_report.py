@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -540,7 +541,7 @@ def test_a_rounded_path_is_the_line_that_was_drawn():
     figure = Figure(figsize=(3, 2))
     axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
     (line,) = axes.plot([math.sin(7 * x) for x in range(30)], gid="wave")
-    drawn = ET.fromstring(save(figure, "rounded", "a wave", "text").svg)
+    drawn: Any = ET.fromstring(save(figure, "rounded", "a wave", "text").svg)
     (path,) = drawn.find(".//*[@id='rounded-wave']").iter("{http://www.w3.org/2000/svg}path")
     numbers = re.findall(r"[\d.]+", path.get("d"))
     assert max(len(number.partition(".")[2]) for number in numbers) == 2

@@ -343,7 +343,8 @@ def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in sorted(tree.body, key=lambda each: not isinstance(each, ast.Import | ast.ImportFrom)):
         if isinstance(node, ast.Import):
             for each in node.names:
-                yield (each.asname, each.name) if each.asname else (each.name.partition(".")[0],) * 2
+                first = each.name.partition(".")[0]
+                yield (each.asname, each.name) if each.asname else (first, first)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield from ((each.asname or each.name, f"{node.module}.{each.name}") for each in node.names)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
