@@ -165,7 +165,7 @@ def test_an_exported_layer_takes_every_shape(cell, norm, dims, strict):
 @feature(GROUP, "traced norms of plugins in `torch.compile`, `torch.export` and `torch.jit.trace`", "native")
 @pytest.mark.parametrize("placement", ["joint", pytest.param("per_gate", marks=deep)])
 @pytest.mark.parametrize("norm", [pytest.param(name, marks=deep if name not in SOME else ()) for name in EVERY])
-def test_traced_norms_compile_and_export(norm, placement, graphs, runs):
+def test_traced_norms_compile_and_export(norm, placement, graphs, runs, recwarn):
     options: dict[str, Any] = {"norm": GallerySpec(name=norm), "window": 3, "placement": {"gates": placement}}
     layer = an.LSTM(3, 6, **options).eval()
     assert "backend 'native'" in an.explain(layer)
@@ -186,6 +186,7 @@ def test_traced_norms_compile_and_export(norm, placement, graphs, runs):
         state = expected[1]
     assert graphs.frame_count == 2
     assert set(runs) == {"native"}
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -164,10 +164,11 @@ class StudyFolder:
             raise self._unusable(got, "this study", cure)
         if changes := plan.changed_plugins(there):
             cure = "Install the versions of the study, or choose another folder."
-            raise self._unusable(f"this study with other plugins ({changes})", "this study", cure)
+            trained = "those that the trials in this folder were trained with"
+            raise self._unusable(f"a study with other plugins ({changes})", trained, cure)
         if changes := plan.changed_data(there):
-            got = f"this study with other data or code ({changes}), which makes it another study"
-            raise self._unusable(got, "this study", ELSEWHERE)
+            trained = "those that the trials in this folder were trained with"
+            raise self._unusable(f"a study with other data or code ({changes})", trained, ELSEWHERE)
         got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
         raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", ELSEWHERE)
 

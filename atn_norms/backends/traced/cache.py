@@ -193,9 +193,14 @@ def fingerprint(module: nn.Module) -> Any:
     return type(module), tuple(own), tuple(tensors), tuple(modules)
 
 
-@lru_cache(maxsize=1024)
+@constant_to_compilers
 def _class_names(kind: type) -> tuple[str, ...]:
     """Return the names of class attributes and methods that a plugin's classes define."""
+    return _found_names(kind)
+
+
+@lru_cache(maxsize=1024)
+def _found_names(kind: type) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for base in kind.__mro__:
         if base in (Normalizer, nn.Module):
