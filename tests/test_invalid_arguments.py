@@ -405,5 +405,5 @@ def test_a_normalize_that_returns_something_else_is_named(normalized):
 @pytest.mark.parametrize("cell", [an.LSTM, an.GRU])
 def test_a_state_of_unroll_is_no_hidden_state_of_torch(cell):
     layer, x = cell(3, 5, norm="layer", window=4), torch.randn(7, 2, 3)
-    with pytest.raises(TypeError, match=r"hx: got \(.*; expected the tensors? h.*; `unroll` takes a state of `unroll`"):
+    with pytest.raises(TypeError, match=r"hx: got \(.*; expected h.* as tensors; `unroll` takes a state of `unroll`"):
         layer(x, layer.unroll(x)[1])

@@ -176,6 +176,18 @@ class CellHost(nn.Module):
         return f"{type(self).__name__}({self._described()})"
 
 
+def torch_twin(name: str | None, **options: Any) -> Any:
+    """Return torch.nn's module with these options on the meta device; torch's errors are raised."""
+    return getattr(nn, str(name))(**options, device="meta")
+
+
+def torch_options(spec: LayerSpec) -> dict[str, Any]:
+    """Return the options of torch.nn's module in the options of a layer."""
+    shared = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    own = {key: value for key, value in spec.cell.model_dump().items() if key != "kind"}
+    return {name: getattr(spec, name) for name in shared} | own
+
+
 OWNED = ("norm", "window")  # what a layer registers for each site of each cell
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 

@@ -15,9 +15,10 @@ from atn_norms.assorted_time import checked_lengths
 from atn_norms.backends import CellInputs, Program, Unsupported, choose, describe, prepared, select
 from atn_norms.backends.base import Selected
 from atn_norms.backends.costs import cost_of_reference
-from atn_norms.cells import CellWeights, autocasts
+from atn_norms.cells import CellWeights
+from atn_norms.cells.base import autocasts
 from atn_norms.errors import mismatch
-from atn_norms.layers.base import CellHost
+from atn_norms.layers.base import CellHost, torch_options, torch_twin
 from atn_norms.layers.classes import layer_class
 from atn_norms.layers.spec import LayerSpec, make_layer_spec
 from atn_norms.pytree import Tree, describe_structure
@@ -307,14 +308,11 @@ class Recurrent(CellHost):
         return x.dim() == 3
 
     def _batched_hx(self, hx: Any, batched: bool) -> Any:
-        wanted = 3 if batched else 2
-        if not all(isinstance(h, Tensor) for h in ([hx] if isinstance(hx, Tensor) else hx)):
-            names = ", ".join(self.cell.carried)
-            expected = (
-                f"the tensor{'s' if len(self.cell.carried) > 1 else ''} {names}; `unroll` takes a state of `unroll`"
-            )
+        wanted, every = 3 if batched else 2, [hx] if isinstance(hx, Tensor) else hx
+        if not all(isinstance(h, Tensor) for h in every):
+            expected = f"{', '.join(self.cell.carried)} as tensors; `unroll` takes a state of `unroll`"
             raise TypeError(mismatch("hx", describe_structure(hx), expected))
-        dims = [h.dim() for h in ([hx] if isinstance(hx, Tensor) else hx)]
+        dims = [h.dim() for h in every]
         if any(d != wanted for d in dims):
             kind = "batched 3-D" if batched else "unbatched 2-D"
             names = ("hx",) if len(dims) == 1 else ("hx", "cx")
@@ -362,7 +360,7 @@ class Recurrent(CellHost):
         """Build torch's module for `_twin` once; no call changes it, so replicas in threads may share it."""
         if self.cell.torch_name is not None:
             with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was built
-                self.__dict__["_torch_pattern"] = torch_twin(self.cell.torch_name, **_torch_options(self.spec))
+                self.__dict__["_torch_pattern"] = torch_twin(self.cell.torch_name, **torch_options(self.spec))
 
     def _twin(self) -> Any:
         """Return torch's module with the same options and the current weights of this layer, for one call."""
@@ -386,17 +384,6 @@ class Recurrent(CellHost):
 def _cast_carried(state: Tree, dtype: torch.dtype) -> Tree:
     """Return a state with the hidden states of every cell in `dtype`; statistics stay in float64."""
     return tuple(tuple((tuple(c.to(dtype) for c in carried), norms) for carried, norms in layer) for layer in state)
-
-
-def torch_twin(name: str | None, **options: Any) -> Any:
-    """Return torch.nn's module with these options on the meta device; torch's errors are raised."""
-    return getattr(nn, str(name))(**options, device="meta")
-
-
-def _torch_options(spec: LayerSpec) -> dict[str, Any]:
-    shared = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
-    own = {key: value for key, value in spec.cell.model_dump().items() if key != "kind"}
-    return {name: getattr(spec, name) for name in shared} | own
 
 
 def reversed_in_time(xs: Tensor, lengths: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends import choose
-from atn_norms.cells import autocasts
+from atn_norms.cells.base import autocasts
 from atn_norms.errors import mismatch
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec

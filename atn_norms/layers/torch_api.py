@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from atn_norms.layers.base import torch_twin
 from atn_norms.layers.classes import layer_class
-from atn_norms.layers.recurrent import Recurrent, torch_twin
+from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec, to_plain
 
 _LARGEST = 2**24  # torch overflows on larger sizes; the check of the options reports them
