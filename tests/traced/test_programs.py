@@ -187,6 +187,33 @@ def test_a_value_that_carries_attributes_has_no_program(base):
     assert "may change unnoticed" in str(traced_norm(normalizer, 4))
 
 
+class Frozen(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x / self._scale(pooled) if self.weight.requires_grad else x
+
+    def _scale(self, pooled: Any) -> Any:
+        return pooled.mean + 0.1
+
+
+def _dropped(x: Any) -> Any:
+    return next(value if torch.is_grad_enabled() else value.abs() for value in (x,))
+
+
+class Moody(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return self._helped(x) / (pooled.mean + 0.1)
+
+    def _helped(self, x: Any) -> Any:
+        return _dropped(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [(Frozen, "requires_grad in Frozen.normalize"), (Moody, "is_grad_enabled in _dropped")]
+)
+def test_code_that_reads_a_mode_has_no_program(kind, place):
+    assert traced_norm(kind(4), 4) == f"it reads {place}, which may change between two calls of a program"
+
+
 def test_a_measure_that_changes_its_input_in_place_has_no_program():
     """In float32 `promoted` copies, so the reference runs it; a trace in float64 has no copy."""
 

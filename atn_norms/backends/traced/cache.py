@@ -29,6 +29,15 @@ TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features i
 NARROW = 1e-6
 NARROW_ROWS = 32
 MOST = 1024  # number of traced normalizers in the cache
+OURS = ("torch.", "atn_norms.")  # modules whose functions are known
+MODES = {
+    "requires_grad",
+    "is_leaf",
+    "is_grad_enabled",
+    "is_inference",
+    "is_inference_mode_enabled",
+    "is_autocast_enabled",
+}
 
 UNPREPARED = (
     "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"
@@ -85,6 +94,8 @@ def _is_plain(normalizer: Normalizer) -> bool:
 
 
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
+    if read := _reads_a_mode(normalizer):
+        return f"it reads {read}, which may change between two calls of a program"
     # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
         torch.inference_mode(False),
@@ -147,6 +158,39 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
             if not bool(((a.double() - b).abs() <= limit).all()):
                 return False
     return True
+
+
+def _reads_a_mode(normalizer: Normalizer) -> str | None:
+    """Return the first name of `MODES` in the code of a normalizer, or in the functions of its module that it names."""
+    waiting = [
+        (type(module), getattr(type(module), name, None))
+        for module in normalizer.modules()
+        for name in ("measure", "normalize", "forward")
+    ]
+    seen = set()
+    while waiting:
+        kind, value = waiting.pop()
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if (
+            not isinstance(function, types.FunctionType)
+            or function in seen
+            or (function.__module__ or "").startswith(OURS)
+        ):
+            continue
+        seen.add(function)
+        for name in _names(function.__code__):
+            if name in MODES:
+                return f"{name} in {function.__qualname__}"
+            waiting.append((kind, getattr(kind, name, function.__globals__.get(name))))
+    return None
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of attributes and globals in a piece of code, with the functions inside it."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
 
 
 class _Unfrozen(Exception):
