@@ -161,9 +161,11 @@ def local_modules(file: Path, code: str) -> Iterator[None]:
         sys.modules.update(modules)
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would miss an edit within one second
     try:
         yield
     finally:
+        sys.dont_write_bytecode = writes
         with suppress(ValueError):  # the function may have changed it
             sys.path.remove(str(root))
         new = {name: module for name, module in sys.modules.items() if _top(name) not in before}
