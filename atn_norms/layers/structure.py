@@ -90,7 +90,7 @@ def unregistered(layer: CellHost) -> list[str]:
     found = set()
     for spec in parts(layer.spec):
         entry = registry.kinds(spec.family).get(spec.kind)
-        if entry is None or entry.spec is not type(spec):
+        if entry is None or _full_name(entry.spec) != _full_name(type(spec)):  # a module may have been imported again
             found.add(f"{spec.family} {spec.kind!r}")
     return sorted(found)
 
@@ -140,7 +140,11 @@ def restore_attributes(layer: CellHost, changed: dict[str, dict[str, Any]]) -> N
 
 def class_name(module: nn.Module) -> str:
     """Return the full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return _full_name(type(module))
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
