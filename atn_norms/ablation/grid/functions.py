@@ -152,11 +152,12 @@ def local_modules(file: Path, code: str) -> Iterator[None]:
     """
     _, root = _module_name(file)
     tops = {_top(each.relative_to(root).as_posix()) for each in _local_files(file) if root in each.parents}
-    aside = {name: module for name, module in sys.modules.items() if _top(name) in tops and _is_own(name, module)}
+    every = list(sys.modules.items())  # another thread may import at the same time
+    aside = {name: module for name, module in every if _top(name) in tops and _is_own(name, module)}
     known, modules = _KEPT.get(str(file), ("", {}))
     for name in aside:
         del sys.modules[name]
-    before = {_top(name) for name in sys.modules} - tops
+    before = {_top(name) for name, _ in every} - tops
     if known == code:
         sys.modules.update(modules)
     sys.path.insert(0, str(root))
@@ -168,8 +169,8 @@ def local_modules(file: Path, code: str) -> Iterator[None]:
         sys.dont_write_bytecode = writes
         with suppress(ValueError):  # the function may have changed it
             sys.path.remove(str(root))
-        new = {name: module for name, module in sys.modules.items() if _top(name) not in before}
-        own = [name for name, module in new.items() if _is_own(name, module, root)]
+        new = [(name, module) for name, module in list(sys.modules.items()) if _top(name) not in before]
+        own = [name for name, module in new if _is_own(name, module, root)]
         _KEPT[str(file)] = code, {name: sys.modules.pop(name) for name in own}
         sys.modules.update(aside)
 
