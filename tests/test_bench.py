@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -439,3 +440,18 @@ def test_autocast_is_on_in_every_call_and_in_the_gate(monkeypatch, capsys):
     assert case["autocast"] is True
     assert enabled
     assert all(enabled)
+
+
+@pytest.mark.parametrize(("load", "busy"), [(99.0, True), (0.1, False), (None, False)])
+def test_a_busy_machine_is_reported(load, busy, monkeypatch, capsys):
+    def average():
+        if load is None:
+            raise OSError
+        return (load, load, load)
+
+    monkeypatch.setattr(os, "getloadavg", average)
+    assert (
+        main(("bench", *QUICK[:2], "--runners", "reference", "--budget", "0.05", "--no-memory", "--modes", "inference"))
+        == 0
+    )
+    assert ("the machine is busy with other work" in capsys.readouterr().out) == busy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def ablate(
             )
         except KeyboardInterrupt:
             if on_event is None:
-                _print(f"interrupted; the same call resumes, and so does atn-norms resume {folder}")
+                command = shlex.join(["atn-norms", "resume", str(folder)])
+                _print(f"interrupted; the same call resumes, and so does {command}")
             raise KeyboardInterrupt from None
     result = findings(record)
     page = write(result, folder / "report")[0]
@@ -103,7 +105,7 @@ def ablate(
         for each in result.tasks:
             _print(" ".join([f"{each.task}: {verdict_line(result, each)}.", *answer(result, each)]))
         if failed := record.count("failed"):
-            _print(f"{plural(failed, 'trial')} failed; see atn-norms status {folder}")
+            _print(f"{plural(failed, 'trial')} failed; see {shlex.join(['atn-norms', 'status', str(folder)])}")
         _print(f"report: {page}")
     return record
 

@@ -24,7 +24,7 @@ def facts() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -33,6 +33,11 @@ def facts() -> dict[str, Any]:
         "native_kernels_missing": library if isinstance(library, str) else None,
         "load": load_average(),
     }
+
+
+def usable_cores() -> int | None:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,6 +157,8 @@ def _check_device(device: str | None, check: bool, tiny: bool, out: Path) -> Non
 
 
 def _print_case(result: CaseResult) -> None:
+    from atn_norms.bench.machine import usable_cores
+
     rows = []
     for row in result.rows:
         note = row.reason if row.status == "measured" else f"{row.status}: {row.reason}"
@@ -167,13 +168,10 @@ def _print_case(result: CaseResult) -> None:
     print_table(str(result.case), _COLUMNS, rows)
     before, after = ("unknown" if load is None else f"{load:.1f}" for load in result.load)
     noise = "unknown" if result.noise is None else f"torch.nn's median is {_ratio(result.noise)} times its best"
-    busy = max((load for load in result.load if load is not None), default=0.0) > 1.5 * (os.cpu_count() or 1)
-    cure = (
-        "\nthe machine is busy with other work, so all ratios may be wrong; measure again on an idle one"
-        if busy
-        else ""
-    )
-    emit(f"noise: {noise}; load average {before}, then {after}{cure}\n")
+    emit(f"noise: {noise}; load average {before}, then {after}")
+    if max((load for load in result.load if load is not None), default=0.0) > 1.5 * (usable_cores() or 1):
+        emit("the machine is busy with other work, so all ratios may be wrong; measure again on an idle one")
+    emit("")
 
 
 def _print_machine(results: Bench) -> None:

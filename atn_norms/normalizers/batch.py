@@ -234,8 +234,9 @@ class BatchNorm(Normalizer, _OfTorch):
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         updated = member.any(1)
         updates = self.num_batches_tracked.add_(updated.reshape(self.num_batches_tracked.shape))
-        every = 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
-        rate = every if self.momentum is None else self.momentum
+        rate: float | Tensor | None = self.momentum
+        if rate is None:
+            rate = 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
         updated, unbiased = updated.unsqueeze(1), share * (count / (count - 1).clamp(min=1))
         for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, unbiased)):
             old = promoted(running).reshape(len(member), -1)

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
@@ -359,8 +358,7 @@ def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
 def _starts_a_study(node: ast.stmt, names: Mapping[str, str]) -> bool:
     """Check for a call of `ablate`, and for the block under `if __name__ == "__main__":`; `names` are `_bound`."""
     if isinstance(node, ast.If):
-        sides = {"__name__", repr("__main__")}
-        return not node.orelse and ast.unparse(node.test) in {f"{a} == {b}" for a, b in permutations(sides)}
+        return not node.orelse and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
     if isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call):
         first, dot, rest = ast.unparse(node.value.func).partition(".")
         return f"{names.get(first, first)}{dot}{rest}" == ENTRY

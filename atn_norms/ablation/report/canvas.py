@@ -111,18 +111,35 @@ def save(figure: Figure, name: str, title: str, text: str) -> Picture:
 
 
 def _accessible(svg: str, name: str, title: str, text: str) -> str:
-    """Prefix every id with the picture's name, so several share a page, and add a title and a description.
-
-    Coordinates are rounded to 0.01 points, and paths written without spaces, so that many curves need little space.
-    """
+    """Prefix every id with the picture's name, so several share a page, and add a title and a description."""
     svg = _in_tags(svg, r'(\bid="|url\(#|href="#)', lambda match: f"{match[0]}{name}-")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = _in_tags(svg, r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."))
-    svg = _in_tags(svg, r"\s+([LCQz])\b\s*", lambda match: match[1])
-    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
+    svg = _compact(svg).replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
     labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(text)}</desc>'
     start = svg.index(">", svg.index("<svg ")) + 1
     return svg[:start] + labels + svg[start:]
+
+
+def _compact(svg: str) -> str:
+    """Round coordinates to 0.01 points, write lines relative to their start, and drop ids and spaces without a use."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = _in_tags(svg, r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "")
+    svg = _in_tags(svg, r"\d+\.\d{3,}", lambda match: _points(round(100 * float(match[0]))))
+    return _in_tags(re.sub(r">\s+<", "><", svg), r'\bd="([MLz\s\d.-]+)"', _relative)
+
+
+def _relative(path: re.Match[str]) -> str:
+    """Write a path of straight lines with the differences between its points."""
+    out, here = "", (0, 0)
+    for command, x, y in re.findall(r"([ML])\s*(\S+)\s+([^\sMLz]+)|z", path[1]):
+        before, here = here, (round(100 * float(x or 0)), round(100 * float(y or 0)))
+        start = before if command == "L" else (0, 0)
+        out += f"{command}{_points(here[0] - start[0])} {_points(here[1] - start[1])}" if command else "z"
+    return f'd="{out.replace("L", "l")}"'
+
+
+def _points(hundredths: int) -> str:
+    return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".")
 
 
 def _in_tags(svg: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> str:

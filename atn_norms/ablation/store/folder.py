@@ -162,12 +162,11 @@ class StudyFolder:
             got = f"a study with all {len(mine)} trials of this study and {lacking} more"
             cure = f"To resume all of them: atn-norms resume {self.path}. Or choose another folder."
             raise self._unusable(got, "this study", cure)
+        trained = "those that the trials in this folder were trained with"
         if changes := plan.changed_plugins(there):
             cure = "Install the versions of the study, or choose another folder."
-            trained = "those that the trials in this folder were trained with"
             raise self._unusable(f"a study with other plugins ({changes})", trained, cure)
         if changes := plan.changed_data(there):
-            trained = "those that the trials in this folder were trained with"
             raise self._unusable(f"a study with other data or code ({changes})", trained, ELSEWHERE)
         got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
         raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", ELSEWHERE)
