@@ -25,7 +25,7 @@ from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report import costs as report_costs
 from atn_norms.ablation.report import curves, forest, heatmap, strip
 from atn_norms.ablation.report.canvas import save
-from atn_norms.ablation.report.csv_export import points_csv, results_csv
+from atn_norms.ablation.report.csv_export import curves_csv, points_csv, results_csv
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.heatmap import blocks, shade
 from atn_norms.ablation.report.html import sections
@@ -748,6 +748,16 @@ def test_a_pipe_in_a_published_report_is_an_error(whole, tmp_path):
     os.mkfifo(tmp_path / "curves.csv")
     with pytest.raises(StoreError, match="curves.csv: got a named pipe; expected a regular file"):
         report.read(tmp_path)
+
+
+@pytest.mark.parametrize(("validation", "written"), [(0.5, "0.123456789"), (None, "0.12345678901234567")])
+def test_training_losses_are_exact_only_where_the_report_draws_them(validation, written):
+    record = study(score, seeds=1)
+    line = {"step": 7, "train_loss": 0.12345678901234567, "validation": validation}
+    record = replace(record, trials=tuple(replace(trial, curve=[line]) for trial in record.trials))
+    rows = list(csv.DictReader(curves_csv(findings(record)).splitlines()))
+    assert len(rows) == len(record.trials)
+    assert {row["train_loss"] for row in rows} == {written}
 
 
 def test_a_study_of_one_point_without_curves_has_a_report(tmp_path):

@@ -1,11 +1,11 @@
-"""The numbers of a study as CSV in full precision: every trial, every point, every measured step."""
+"""The numbers of a study as CSV: every trial, every point, every measured step."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Difference, outcome
@@ -112,10 +112,22 @@ def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:
 
 
 def curves_csv(found: Findings) -> str:
-    """Return every learning curve, with a line for each measured step; `trial` is the id in results.csv."""
-    columns = ("step", "train_loss", "validation")
-    curves = ((trial.id, line) for trial in found.record.trials for line in trial.curve)
-    return _csv(["trial", *columns], ([name, *map(line.get, columns)] for name, line in curves))
+    """Return every learning curve, with a line for each measured step; `trial` is the id in results.csv.
+
+    Training losses of a trial with validations have 9 significant digits, as float32 has. A report reads them for no
+    other trial, so it is the same when it is written again from the file.
+    """
+    headers = ["trial", "step", "train_loss", "validation"]
+    return _csv(headers, (line for trial in found.record.trials for line in _curve(trial)))
+
+
+def _curve(trial: TrialRecord) -> Iterator[list[Any]]:
+    validated = any(line.get("validation") is not None for line in trial.curve)
+    for line in trial.curve:
+        loss = line.get("train_loss")
+        if validated and loss is not None:
+            loss = float(f"{loss:.9g}")
+        yield [trial.id, line["step"], loss, line.get("validation")]
 
 
 def task_of(trial: TrialRecord) -> str:
