@@ -14,7 +14,7 @@ PACKAGE = ROOT / "atn_norms"
 # A part may import itself and the parts in the rows above; not its neighbours in a row, and not the rows below.
 ROWS = [
     {"deferred", "deprecation", "errors", "text"},
-    {"drawing", "files", "options", "pytree", "trees", "problems"},
+    {"drawing", "files", "modes", "options", "pytree", "trees", "problems"},
     {"statistics", "registry"},
     {"windows", "normalizers", "round_trip"},
     {"assorted_time"},

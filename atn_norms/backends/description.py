@@ -16,11 +16,11 @@ from atn_norms.backends.fused.plan import (
     SitePlan,
 )
 from atn_norms.backends.fused.plugin_windows import recognized
-from atn_norms.backends.modes import unsupported_transform
 from atn_norms.backends.program import Unsupported
 from atn_norms.backends.traced.cache import traced_norm
 from atn_norms.backends.traced.normalizer import TracedNorm, tensors_of
 from atn_norms.cells import Cell, CellWeights
+from atn_norms.modes import unsupported_transform
 from atn_norms.normalizers import (
     BatchMoments,
     FeatureMoments,

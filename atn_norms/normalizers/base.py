@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from atn_norms.statistics import NoStatistic, Statistic
 if TYPE_CHECKING:
     from atn_norms.windows import Window
 
+_DECLARED = "measure", "normalize", "population"
 LARGEST = 3e38  # the largest float32, rounded down
 
 
@@ -60,6 +61,8 @@ class Normalizer(nn.Module, ABC):
     shift_invariant: bool = False
     permutation_equivariant: bool = False
 
+    _defined: Mapping[str, Any] = {}  # the methods that a declaration covers, as the class was made
+
     couples_batch = RenamedAttribute("uses_batch_statistics")
     differs_in_evaluation = RenamedAttribute("train_eval_differ")
     order_free = RenamedAttribute("permutation_equivariant")
@@ -68,6 +71,7 @@ class Normalizer(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         adopt_renamed(cls)
+        cls._defined = {name: vars(cls).get(name) for name in _DECLARED}
 
     def __init__(self) -> None:
         super().__init__()
@@ -231,7 +235,8 @@ def _declares(normalizer: Normalizer, declaration: str) -> bool:
     for base in type(normalizer).__mro__:  # the first class that defines the declaration or a method decides
         attributes = base.__dict__
         if declaration in attributes:
-            return True
+            methods = attributes.get("_defined", {})
+            return all(attributes.get(name) is method for name, method in methods.items())  # none was replaced
         if "measure" in attributes or "normalize" in attributes or "population" in attributes:
             return False
     return False

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from atn_norms.errors import mismatch
+from atn_norms.modes import observed
 from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
 from atn_norms.options import checked_count
 from atn_norms.pytree import expand_mask
@@ -238,10 +239,11 @@ class BatchNorm(Normalizer, _OfTorch):
         if rate is None:
             rate = 1.0 / updates.clamp(min=1).to(mean.dtype).reshape(-1, 1)
         updated, unbiased = updated.unsqueeze(1), share * (count / (count - 1).clamp(min=1))
+        if not _all_known(valid):  # a weight of 0 does not remove an infinite statistic
+            mean, var = (torch.where(valid.unsqueeze(1), leaf, 0.0) for leaf in (mean, var))
         for running, leaf, weights in ((self.running_mean, mean, share), (self.running_var, var, unbiased)):
             old = promoted(running).reshape(len(member), -1)
-            new = weights @ torch.where(valid.unsqueeze(1), leaf, 0.0)
-            running.copy_(torch.where(updated, old + rate * (new - old), old).reshape(running.shape))
+            running.copy_(torch.where(updated, old.lerp(weights @ leaf, rate), old).reshape(running.shape))
 
     def extra_repr(self) -> str:
         sync = ", sync=True" if self.sync else ""
@@ -320,6 +322,11 @@ def _exclusive() -> Iterator[None]:
         return
     with _UPDATES:
         yield
+
+
+def _all_known(flags: Tensor) -> bool:
+    """Return True if all flags are known to be True: plain ones on the CPU, with no observer of the call."""
+    return type(flags) is Tensor and flags.device.type == "cpu" and not observed() and bool(flags.all())
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

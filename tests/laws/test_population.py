@@ -223,6 +223,19 @@ def test_steps_of_one_row_leave_a_shared_population_unchanged(backend):
 
 
 @pytest.mark.parametrize("slots", [None, 6])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_infinite_step_of_one_row_leaves_the_populations_finite(backend, slots):
+    layer = an.RNN(2, 3, norm={"kind": "batch", "max_steps": slots}, backend=backend).double()
+    x = torch.randn(5, 2, 2, dtype=torch.float64)
+    x[4, 1] = torch.inf
+    layer.unroll(x, None, [3, 5])
+    found = {name: buffer for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
+    assert found
+    for name, buffer in found.items():
+        assert buffer.isfinite().all(), name
+
+
+@pytest.mark.parametrize("slots", [None, 6])
 def test_single_steps_of_one_row_are_not_recorded(slots):
     norm = an.AssortedTime(an.BatchNorm(2, max_steps=slots), window=3)
     x, state = torch.randn(2, 2), None

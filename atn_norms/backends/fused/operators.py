@@ -13,7 +13,7 @@ from atn_norms.backends.fused.double_backward import differentiable_backward
 from atn_norms.backends.fused.flops import register_flops
 from atn_norms.backends.fused.inputs import SINGLE, Fitted, Grads, Inputs, schema_of
 from atn_norms.backends.fused.plan import Plan
-from atn_norms.backends.modes import batched, check_no_tangents, empty_like, in_transform, unobserved
+from atn_norms.modes import batched, check_no_tangents, empty_like, in_transform, unobserved
 
 
 class Kernels(Protocol):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from atn_norms.backends.code import window_state
 from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
 from atn_norms.statistics import Average, CountedMoments, Moments
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
@@ -86,20 +87,20 @@ def recognized(window: Window[Any]) -> Recognized | None:
     The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
     state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
     """
-    kept = getattr(window, _KEPT, None)
-    if kept is not None and kept[0] == _PROCESS:
+    kept, now = getattr(window, _KEPT, None), (_PROCESS, window_state(type(window)))
+    if kept is not None and kept[0] == now:
         return None if kept[1] is None else Recognized(*kept[1])
     parameters = getattr(type(window), "__dataclass_params__", None)
     if torch.compiler.is_compiling() or parameters is None or not parameters.frozen:
         return None
-    if type(window).scan is not Window.scan:
+    if type(window).scan is not Window.scan or isinstance(now[1], str):
         return None
     try:
-        found = _recognized(window)
+        found = _recognized(window, now[1])
     except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
         found = None
     with suppress(AttributeError):  # a dataclass with slots
-        object.__setattr__(window, _KEPT, (_PROCESS, None if found is None else tuple(found)))
+        object.__setattr__(window, _KEPT, (now, None if found is None else tuple(found)))
     return found
 
 
@@ -109,7 +110,7 @@ _KEPT, _PROCESS = "_atn_norms_recognized", urandom(8).hex()
 
 
 @lru_cache(maxsize=256)
-def _recognized(window: Window[Any]) -> Recognized | None:
+def _recognized(window: Window[Any], state: int) -> Recognized | None:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         taps = _taps(window)
         if taps:

@@ -11,9 +11,9 @@ from atn_norms.backends.fused.checks import check_gradients, check_inputs
 from atn_norms.backends.fused.inputs import Fitted, Grads, Inputs
 from atn_norms.backends.fused.operators import Operators
 from atn_norms.backends.fused.plan import DOUBLE, Plan
-from atn_norms.backends.modes import empty_like
 from atn_norms.backends.native.layout import fits, fits_backward, kept_shapes, with_layout
 from atn_norms.backends.native.library import load
+from atn_norms.modes import empty_like
 
 CPU = torch.device("cpu")
 

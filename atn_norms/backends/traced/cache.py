@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import enum
-import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, lru_cache
-from pathlib import PurePath
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atn_norms.backends.modes import in_transform
+from atn_norms.backends.code import NORM, code_names, frozen, norm_state, reads_of
 from atn_norms.backends.native.library import Library, constant_to_compilers, load
 from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, tensors_of, trace
 from atn_norms.backends.traced.program import Program
+from atn_norms.modes import in_transform
 from atn_norms.normalizers import Normalizer, PerGate
 from atn_norms.normalizers.base import has_population
 
@@ -29,7 +28,7 @@ TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features i
 NARROW = 1e-6
 NARROW_ROWS = 32
 MOST = 1024  # number of traced normalizers in the cache
-OURS = ("torch.", "atn_norms.")  # modules whose functions are known
+MOST_TRACES = 32  # of one normalizer; a trace takes a tenth of a second
 MODES = {
     "requires_grad",
     "is_leaf",
@@ -43,6 +42,9 @@ UNPREPARED = (
     "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"
 )
 
+CHANGES = "it has a value that changes between calls, and every value needs a trace; keep the value in a buffer"
+
+_traces: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _kept: dict[Any, TracedNorm | str] = {}
 
 
@@ -64,6 +66,9 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
         if torch.compiler.is_compiling() or in_transform() or not _is_plain(normalizer):
             warn_unprepared()
             return UNPREPARED  # not cached: the next call may trace it
+        _traces[normalizer] = _traces.get(normalizer, 0) + 1
+        if _traces[normalizer] > MOST_TRACES:
+            return CHANGES
         found = _checked(normalizer, features)
         if len(_kept) >= MOST:
             _kept.clear()
@@ -161,36 +166,13 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
 
 
 def _reads_a_mode(normalizer: Normalizer) -> str | None:
-    """Return the first name of `MODES` in the code of a normalizer, or in the functions of its module that it names."""
-    waiting = [
-        (type(module), getattr(type(module), name, None))
-        for module in normalizer.modules()
-        for name in ("measure", "normalize", "forward")
-    ]
-    seen = set()
-    while waiting:
-        kind, value = waiting.pop()
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if (
-            not isinstance(function, types.FunctionType)
-            or function in seen
-            or (function.__module__ or "").startswith(OURS)
-        ):
-            continue
-        seen.add(function)
-        for name in _names(function.__code__):
-            if name in MODES:
-                return f"{name} in {function.__qualname__}"
-            waiting.append((kind, getattr(kind, name, function.__globals__.get(name))))
+    """Return the first name of `MODES` in the code of a normalizer, or in the functions that it names."""
+    for module in normalizer.modules():
+        for function, code, *_ in reads_of(type(module), NORM).functions:
+            for name in code_names(code):
+                if name in MODES:
+                    return f"{name} in {function.__qualname__}"
     return None
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Yield the names of attributes and globals in a piece of code, with the functions inside it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)
 
 
 class _Unfrozen(Exception):
@@ -198,23 +180,6 @@ class _Unfrozen(Exception):
 
 
 _MODULE = frozenset(nn.Module().__dict__) - {"training"}
-_PLAIN = (
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bool,
-    type(None),
-    torch.dtype,
-    torch.device,
-    PurePath,
-    enum.Enum,
-    range,
-    slice,
-)
-_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, cached_property)
-_NAMED += (staticmethod, classmethod, types.MethodType, types.GenericAlias, torch.jit.ScriptFunction)
 
 
 def fingerprint(module: nn.Module) -> Any:
@@ -226,15 +191,18 @@ def fingerprint(module: nn.Module) -> Any:
     own = []
     for name, value in (*values, *((name, getattr(type(module), name, None)) for name in _class_names(type(module)))):
         try:
-            own.append((name, _frozen(value)))
+            own.append((name, frozen(value)))
         except TypeError:
             kind = type(value).__name__
             raise _Unfrozen(f"its attribute {name!r} is a {kind}, which may change unnoticed") from None
+    state = norm_state(type(module))
+    if isinstance(state, str):
+        raise _Unfrozen(state)
     tensors = [
         (name, None if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())
     ]
     modules = [(name, None if child is None else fingerprint(child)) for name, child in module._modules.items()]
-    return type(module), tuple(own), tuple(tensors), tuple(modules)
+    return type(module), state, tuple(own), tuple(tensors), tuple(modules)
 
 
 @constant_to_compilers
@@ -249,33 +217,7 @@ def _found_names(kind: type) -> tuple[str, ...]:
     for base in kind.__mro__:
         if base in (Normalizer, nn.Module):
             break
-        names |= dict.fromkeys(name for name in vars(base) if not name.startswith("__") and name != "_abc_impl")
+        names |= dict.fromkeys(
+            name for name in vars(base) if not name.startswith("__") and name not in ("_abc_impl", "_defined")
+        )
     return tuple(names)
-
-
-def _frozen(value: Any) -> Any:
-    kind = type(value)
-    if kind is float:
-        return "float", value.hex()
-    if (
-        isinstance(value, (*_PLAIN, list, tuple, set))
-        and hasattr(value, "__dict__")
-        and not isinstance(value, enum.Enum)
-    ):
-        raise TypeError  # a subclass that carries attributes
-    if isinstance(value, _PLAIN):
-        return kind, value
-    if isinstance(value, Tensor):
-        return "tensor"  # an operation that reads such a tensor has no program
-    if isinstance(value, (list, tuple)):
-        return (kind, *map(_frozen, value))
-    if isinstance(value, (set, frozenset)):
-        return kind, frozenset(map(_frozen, value))
-    if isinstance(value, Mapping):
-        return (kind, *((name, _frozen(part)) for name, part in value.items()))
-    parameters = getattr(kind, "__dataclass_params__", None)
-    config = getattr(kind, "model_config", {})
-    if isinstance(value, _NAMED) or (parameters is not None and parameters.frozen) or config.get("frozen"):
-        hash(value)
-        return value
-    raise TypeError
