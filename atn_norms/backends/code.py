@@ -110,9 +110,17 @@ def _problem(reads: Reads) -> str:
 
 
 def reads_of(kind: type, start: tuple[str, ...]) -> Reads:
-    """Return what the methods `start` of a class read, and every function that they name."""
+    """Return what the methods `start` of a class read, with every function that they name and all class attributes."""
     walk = _Walk(kind)
     walk.visit(kind, start, set())
+    for owner in filter(lambda owner: walk.is_own(owner.__module__), kind.__mro__):
+        for name in vars(owner):
+            if (
+                not name.startswith("__")
+                and name not in ("_abc_impl", "_defined")
+                and not _is_slot(getattr(kind, name))
+            ):
+                walk.names[0, name] = partial(_inherited, kind), name
     return Reads(tuple(walk.functions.values()), tuple(walk.names.values()))
 
 
@@ -179,6 +187,10 @@ def _global(names: dict[str, Any], name: str) -> Any:
 
 def _attribute(owner: type | types.ModuleType, name: str) -> Any:
     return vars(owner).get(name, _Missing)
+
+
+def _inherited(kind: type, name: str) -> Any:
+    return getattr(kind, name, _Missing)
 
 
 def _content(cell: types.CellType, name: str) -> Any:

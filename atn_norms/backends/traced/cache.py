@@ -187,27 +187,30 @@ def fingerprint(module: nn.Module) -> Any:
 
     Errors: an attribute that could change unnoticed, such as an object of a class of your own.
     """
+    kind = type(module)
+    state = norm_state(kind)
+    if isinstance(state, str):
+        raise _Unfrozen(state)
     values = [(name, value) for name, value in module.__dict__.items() if name not in _MODULE]
+    if not state:
+        values += [(name, getattr(kind, name, None)) for name in _class_names(kind)]
     own = []
-    for name, value in (*values, *((name, getattr(type(module), name, None)) for name in _class_names(type(module)))):
+    for name, value in values:
         try:
             own.append((name, frozen(value)))
         except TypeError:
-            kind = type(value).__name__
-            raise _Unfrozen(f"its attribute {name!r} is a {kind}, which may change unnoticed") from None
-    state = norm_state(type(module))
-    if isinstance(state, str):
-        raise _Unfrozen(state)
+            problem = f"its attribute {name!r} is a {type(value).__name__}, which may change unnoticed"
+            raise _Unfrozen(problem) from None
     tensors = [
         (name, None if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())
     ]
     modules = [(name, None if child is None else fingerprint(child)) for name, child in module._modules.items()]
-    return type(module), state, tuple(own), tuple(tensors), tuple(modules)
+    return kind, state, tuple(own), tuple(tensors), tuple(modules)
 
 
 @constant_to_compilers
 def _class_names(kind: type) -> tuple[str, ...]:
-    """Return the names of class attributes and methods that a plugin's classes define."""
+    """Return the names of the attributes and methods of a class of this package or of torch."""
     return _found_names(kind)
 
 
