@@ -37,15 +37,15 @@ INLINE FN(vec) FN(normed)(const FN(Side) *side, int gate, long i, long n) {
 /* Compute the new c, and the reciprocal of the output gate. */
 INLINE void FN(lstm)(const long n, long at, long H, const FN(Side) x, const FN(Side) u, const REAL *restrict old, REAL *restrict c,
                      REAL *restrict gate) {
-    const FN(vec) i = (REAL)1 + FN(exp)(-GATE(0)), f = (REAL)1 + FN(exp)(-GATE(1)), g = FN(small_exp)(GATE(2));
-    FN(store)(c + at, AT(old) / f + ((REAL)1 - g) / (i * ((REAL)1 + g)), n);
+    const FN(vec) i = (REAL)1 + FN(exp)(-GATE(0)), f = (REAL)1 + FN(exp)(-GATE(1)), g = FN(exp_below)(GATE(2));
+    FN(store)(c + at, AT(old) / f - g / (i * ((REAL)2 + g)), n);
     FN(store)(gate + at, (REAL)1 + FN(exp)(-GATE(3)), n);
 }
 
 /* h = tanh(y) / `gate`, where `gate` is the reciprocal of the output gate and y the normalized c. */
 INLINE void FN(lstm_output)(const long n, long at, const FN(Side) y, const REAL *restrict gate, REAL *restrict h) {
-    const FN(vec) e = FN(small_exp)(FN(normed)(&y, 0, at, n));
-    FN(store)(h + at, ((REAL)1 - e) / (AT(gate) * ((REAL)1 + e)), n);
+    const FN(vec) e = FN(exp_below)(FN(normed)(&y, 0, at, n));
+    FN(store)(h + at, ((REAL)0 - e) / (AT(gate) * ((REAL)2 + e)), n);
 }
 
 /* From the gradient of h, compute the gradients of the output gate's pre-activation and of y. */

@@ -62,12 +62,26 @@ INLINE FN(vec) FN(at_least)(FN(vec) x, REAL limit) {
 #endif
 }
 
-/* Compute exp of arguments that are NaN or neither too large nor too small for REAL: range reduction to |r| <= ln(2) / 2, then
-   a polynomial (minimax in float, with a relative error of 2.8e-9; Taylor's in double). */
-INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
+/* Reduce x, which is NaN or neither too large nor too small for exp: return 2^n, and set r with exp(x) = 2^n exp(r) and
+   |r| <= ln(2) / 2. */
+INLINE FN(vec) FN(reduced)(FN(vec) x, FN(vec) *r) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+    const FN(vec) n = shifted - 6755399441055744.0;
+    *r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+    return (FN(vec))(((FN(whole))shifted + 1023) << 52);
+#else
+    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 12582912.0f;
+    *r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    return (FN(vec))(((FN(whole))shifted + 127) << 23);
+#endif
+}
+
+/* Compute (exp(r) - 1) / r by a polynomial for |r| <= ln(2) / 2: minimax in float, with a relative error of 2.8e-9 of exp(r);
+   Taylor's in double. */
+INLINE FN(vec) FN(exp_slope)(FN(vec) r) {
+#if IS_DOUBLE
     FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
@@ -79,20 +93,21 @@ INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
     p = p * r + 1.0 / 24.0;
     p = p * r + 1.0 / 6.0;
     p = p * r + 0.5;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
-    return p * (FN(vec))(((FN(whole))shifted + 1023) << 52);
+    return p * r + 1.0;
 #else
-    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
     FN(vec) p = r * 0.0013839915627613664f + 0.00837522093206644f;
     p = p * r + 0.0416681207716465f;
     p = p * r + 0.16666418313980103f;
     p = p * r + 0.4999999403953552f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * (FN(vec))(((FN(whole))shifted + 127) << 23);
+    return p * r + 1.0f;
 #endif
+}
+
+/* Compute exp of arguments that are NaN or neither too large nor too small for REAL. */
+INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
+    FN(vec) r;
+    const FN(vec) scale = FN(reduced)(x, &r);
+    return (FN(exp_slope)(r) * r + (REAL)1) * scale;
 }
 
 /* Compute exp; NaN stays NaN, and the result saturates at both ends. */
@@ -103,16 +118,18 @@ INLINE FN(vec) FN(exp)(FN(vec) x) {
 
 INLINE FN(vec) FN(sigmoid)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
 
-/* Compute exp(-2 x) for tanh(x) = (1 - e) / (1 + e), limited to arguments with tanh(x) below 1 in REAL, so that products of it
-   stay finite. */
-INLINE FN(vec) FN(small_exp)(FN(vec) x) {
+/* Compute e = exp(-2 x) - 1 for tanh(x) = -e / (2 + e), which keeps the digits of a small x. Arguments are limited to those with
+   tanh(x) below 1 in REAL, so that products of e stay finite. Write `0 - e`, since tanh(0) is not -0. */
+INLINE FN(vec) FN(exp_below)(FN(vec) x) {
     const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
-    return FN(bounded_exp)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end));
+    FN(vec) r;
+    const FN(vec) scale = FN(reduced)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end), &r);
+    return FN(exp_slope)(r) * r * scale + (scale - (REAL)1);
 }
 
 INLINE FN(vec) FN(tanh)(FN(vec) x) {
-    const FN(vec) e = FN(small_exp)(x);
-    return ((REAL)1 - e) / ((REAL)1 + e);
+    const FN(vec) e = FN(exp_below)(x);
+    return ((REAL)0 - e) / ((REAL)2 + e);
 }
 
 /* Pack a matrix of K rows and M columns into panels [M / PANEL][K][PANEL]; element (k, m) is from[k * row + m * column]. */
