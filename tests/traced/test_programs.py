@@ -25,7 +25,8 @@ from atn_norms.backends.traced.program import (
     Slot,
 )
 from atn_norms.statistics import promoted
-from tests.traced.gallery import EVERY, L1, PowerMean, Scaled, built
+from tests.compare import compare
+from tests.traced.gallery import EVERY, L1, GallerySpec, PowerMean, Scaled, built
 
 EXACT = 1e-12  # for a dozen features; sums in another order differ by their length times 1e-16
 
@@ -155,6 +156,59 @@ def test_options_and_code_are_part_of_the_fingerprint_and_elements_are_not():
     assert fingerprint(first) != fingerprint(L1(4))
     second.p = 3.0
     assert fingerprint(first) != fingerprint(second.eval())
+
+
+@pytest.mark.parametrize(("power", "size"), [(5.0, 1e9), (8.0, 1e5)])
+def test_rows_that_overflow_float32_are_float64(power, size):
+    native, reference = (an.GRU(3, 4, norm=GallerySpec(name="PowerMean"), backend=b) for b in ("native", "reference"))
+    for layer in (native, reference):
+        torch.manual_seed(0)
+        layer.reset_parameters()
+        for norm in layer.modules():
+            if isinstance(norm, PowerMean):
+                norm.p = power
+    x = size * torch.randn(5, 2, 3)
+    compare(native(x)[0], reference(x)[0], tolerance=1e-5)
+
+
+def _epsilon(x: Any) -> float:
+    return torch.finfo(x.dtype).eps
+
+
+class Typed(Scaled):
+    def measure(self, x: Any) -> Any:
+        return an.Average.of(promoted(x).square())
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x * torch.rsqrt(pooled.mean + _epsilon(x))
+
+
+class Branched(Typed):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x * torch.rsqrt(pooled.mean + (1e-2 if x.dtype == torch.float32 else 1e-8))
+
+
+class Rounded(Typed):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x * torch.rsqrt(pooled.mean.to(x.dtype) + 1e-5)
+
+
+@pytest.mark.parametrize("kind", [Typed, Branched])
+def test_a_result_that_depends_on_the_type_of_x_has_no_program(kind):
+    assert traced_norm(kind(4), 4) == "its result depends on the type of x in another way than by rounding"
+
+
+def test_code_that_rounds_to_the_type_of_x_has_a_program():
+    assert not isinstance(traced_norm(Rounded(4), 4), str)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_a_statistic_without_a_row_for_each_row_has_no_program(axis):
+    class Flat(Typed):
+        def measure(self, x: Any) -> Any:
+            return an.Average(promoted(x).square().mean(axis, keepdim=axis == 0))
+
+    assert traced_norm(Flat(4), 4) == "its measure returns leaves of another shape than [..., d]"
 
 
 def test_a_changed_option_has_another_program():

@@ -16,8 +16,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from atn_norms.backends.code import NORM, code_names, frozen, norm_state, reads_of
 from atn_norms.backends.native.library import Library, constant_to_compilers, load
-from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, tensors_of, trace
+from atn_norms.backends.traced.normalizer import (
+    PROGRAMS,
+    TracedNorm,
+    difference_in_float32,
+    differences,
+    tensors_of,
+    trace,
+)
 from atn_norms.backends.traced.program import Program
+from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.modes import in_transform
 from atn_norms.normalizers import Normalizer, PerGate
 from atn_norms.normalizers.base import has_population
@@ -26,8 +34,13 @@ TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features i
 # Largest difference relative to an element, and to the root mean square of all elements, or of this element in all rows
 # if that is larger (a sum over a row has the errors of many terms): a dozen roundings of float32.
 NARROW = 1e-6
+RANGE = 1e-4  # the same for large and small rows, which show an overflow or an underflow
 NARROW_ROWS = 32
+# Mean and deviation of the rows of a comparison, and the largest difference.
+ROWS = (0.0, 1.0, NARROW), (1e4, 1e-2, NARROW), (0.0, 1e-10, RANGE), (0.0, 1e2, RANGE), (0.0, 1e10, RANGE)
 MOST = 1024  # number of traced normalizers in the cache
+TYPES = {"dtype", "finfo", "is_floating_point", "element_size", "itemsize", "get_default_dtype", "type"}
+TYPED = 1e-3  # largest difference of code that runs in float32
 MOST_TRACES = 32  # of one normalizer; a trace takes a tenth of a second
 MODES = {
     "requires_grad",
@@ -99,8 +112,8 @@ def _is_plain(normalizer: Normalizer) -> bool:
 
 
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    if read := _reads_a_mode(normalizer):
-        return f"it reads {read}, which may change between two calls of a program"
+    for name, function in _names_in(normalizer, MODES):
+        return f"it reads {name} in {function}, which may change between two calls of a program"
     # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
         torch.inference_mode(False),
@@ -111,7 +124,12 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         traced = trace(normalizer, features)
         if isinstance(traced, str):
             return traced
-        found = differences(normalizer, traced)
+        try:
+            found = differences(normalizer, traced)
+        except Untraceable as error:
+            return str(error)
+        if any(_names_in(normalizer, TYPES)) and not difference_in_float32(normalizer, traced) <= TYPED:
+            return "its result depends on the type of x in another way than by rounding"
     worst = {name: value for name, value in found.items() if not value <= TOLERANCE}
     if not worst:
         return narrowed(normalizer, traced)
@@ -124,8 +142,8 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
 def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
     """Return the programs; in layers of float32, those that are exact enough run in float32.
 
-    The comparison uses rows of mean 0, and rows of mean 1e4 and deviation 1e-2, which keep their digits only if the
-    subtraction of the mean is exact.
+    The comparison uses rows of mean 0 and deviations from 1e-10 to 1e10, and rows of mean 1e4 and deviation 1e-2, which
+    keep their digits only if the subtraction of the mean is exact.
     """
     library = load()
     if isinstance(library, str):
@@ -142,7 +160,7 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
     source = torch.Generator().manual_seed(11)
     parameters = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors_of(normalizer)]
     flat = torch.cat([torch.zeros(0), *parameters])
-    for mean, deviation in ((0.0, 1.0), (1e4, 1e-2)):
+    for mean, deviation, largest in ROWS:
         x = (mean + deviation * torch.randn(NARROW_ROWS, traced.features, generator=source)).double()
         spread = torch.rand(NARROW_ROWS, traced.width, generator=source, dtype=torch.float64)
         leaves = traced.measure.evaluate([x, flat.double().expand(NARROW_ROWS, -1)]) if traced.leaves else []
@@ -158,21 +176,19 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
         inputs = [tensor.double().expand(NARROW_ROWS, -1) for tensor in inputs]
         wide, narrow = (library.interpret(program, inputs, is_narrow) for is_narrow in (False, True))
         for a, b in zip(narrow, wide, strict=True):
-            squares = b.square()
-            limit = NARROW * (b.abs() + torch.maximum(squares.mean(), squares.mean(0)).sqrt())
-            if not bool(((a.double() - b).abs() <= limit).all()):
+            squares = torch.where(b.isfinite(), b, 0.0).square()
+            limit = largest * (b.abs() + torch.maximum(squares.mean(), squares.mean(0)).sqrt())
+            close = (a.double() - b).abs() <= limit
+            if not bool((close | (a == b) | (a.isnan() & b.isnan())).all()):
                 return False
     return True
 
 
-def _reads_a_mode(normalizer: Normalizer) -> str | None:
-    """Return the first name of `MODES` in the code of a normalizer, or in the functions that it names."""
+def _names_in(normalizer: Normalizer, names: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield each name that the code of a normalizer has, with the function that has it."""
     for module in normalizer.modules():
         for function, code, *_ in reads_of(type(module), NORM).functions:
-            for name in code_names(code):
-                if name in MODES:
-                    return f"{name} in {function.__qualname__}"
-    return None
+            yield from ((name, function.__qualname__) for name in code_names(code) if name in names)
 
 
 class _Unfrozen(Exception):

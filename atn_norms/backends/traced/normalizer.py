@@ -16,6 +16,7 @@ from atn_norms.backends.traced.recorder import Recorder, Untraceable, described,
 from atn_norms.normalizers import Normalizer
 from atn_norms.statistics import Average, Moments
 
+WRONG_SHAPE = "its measure returns leaves of another shape than [..., d]"
 PROGRAMS = ("measure", "normalize", "measure_back", "normalize_back")
 
 
@@ -313,8 +314,8 @@ def _checked_statistic(twin: Normalizer, statistic: Any) -> tuple[list[Tensor], 
     """Return the leaves of a statistic, and True for `Moments`; raise an error if no kernel can pool it."""
     leaves = list(statistic)
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.shape[:1] != (1,) or leaf.numel() == 0:
-            raise Untraceable("its measure returns leaves of another shape than [..., d]")
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[0] != 1 or leaf.numel() == 0:
+            raise Untraceable(WRONG_SHAPE)
         if leaf.dtype != torch.float64:
             raise Untraceable(f"its measure returns {leaf.dtype}; statistics are float64 (use atn_norms.promoted)")
     if type(statistic) is Moments and leaves[0].shape == leaves[1].shape:
@@ -351,6 +352,8 @@ def differences(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> di
     """Return the largest differences between programs and the normalizer's Python code, relative to the largest value.
 
     The comparison runs in float64 on random rows and covers the statistic, the result, and their gradients.
+
+    Errors: `Untraceable` for a statistic that does not have one row for each row of `x`.
     """
     twin = _twin(normalizer, 0)
     source = torch.Generator().manual_seed(7)
@@ -360,6 +363,8 @@ def differences(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> di
     own = flat.expand(rows, -1)
 
     statistic = twin.measure(x)
+    if any(len(leaf) != rows for leaf in statistic):
+        raise Untraceable(WRONG_SHAPE)
     leaves = [leaf.detach().abs().add(0.1).requires_grad_() for leaf in statistic]
     y = twin.normalize(x, _rebuilt(statistic, leaves))
     packed = _flat(leaves, traced.centred)
@@ -379,6 +384,26 @@ def differences(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> di
     wanted = [expected[0], *of_leaves, *_joined(expected[1 + len(leaves) :], 0)]
     found["gradient of the result"] = _apart(_summed(outputs, 1 + len(of_leaves)), wanted)
     return found
+
+
+def difference_in_float32(normalizer: Normalizer, traced: TracedNorm, rows: int = 5) -> float:
+    """Return the largest difference between programs and Python code on float32, relative to the largest of its row.
+
+    The programs run in float64. Rows have several scales, so that constants that depend on the type are found.
+    """
+    twin = _twin(normalizer, 0).float()
+    source = torch.Generator().manual_seed(7)
+    tensors = [tensor.detach().double().reshape(-1) for tensor in tensors_of(twin)]
+    own = torch.cat([torch.zeros(0, dtype=torch.float64), *tensors]).expand(rows, -1)
+    worst = 0.0
+    for scale in (1.0, 1e-3, 1e-6):
+        x = scale * torch.randn(rows, traced.features, generator=source)
+        with torch.no_grad():
+            y = twin.normalize(x, twin.measure(x)).double()
+        leaves = traced.measure.evaluate([x.double(), own]) if traced.leaves else []
+        (expected,) = traced.normalize.evaluate([x.double(), *leaves, own])
+        worst = max(worst, float(((y - expected).abs().amax(1) / y.abs().amax(1)).max()))
+    return worst
 
 
 def _gradients(outputs: Sequence[Tensor], weights: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
