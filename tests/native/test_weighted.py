@@ -161,7 +161,16 @@ class Mutable(Plugin):
     __dataclass_params__ = None
 
 
-@pytest.mark.parametrize("kind", [Lying, Cut, Halving, Mutable])
+class Robust(Plugin):
+    """A window that ignores steps with a large statistic."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        small = torch.stack([leaf.abs().flatten(1).amax(1) < 10 for leaf in now]).all(0)
+        pooled, after = super().push(now, weight * small, state)
+        return pooled, after
+
+
+@pytest.mark.parametrize("kind", [Lying, Cut, Halving, Mutable, Robust])
 def test_a_window_that_differs_from_its_declaration_runs_on_the_reference(kind):
     assert recognized(Plugin(TAPS["triangular"])) == Recognized(TAPS["triangular"])
     assert recognized(kind(TAPS["triangular"])) is None
@@ -203,6 +212,20 @@ class BeforeSpec(an.WindowSpec):
 
     def build(self) -> Before:
         return Before(self.decay, self.includes_now)
+
+
+@dataclass(frozen=True)
+class Capped(Before):
+    """A window whose total weight has a limit."""
+
+    def push(self, now: Any, weight: Tensor, state: Any) -> Any:
+        pooled, (total, past) = super().push(now, weight, state)
+        return pooled, (total.clamp(max=500.0), past)
+
+
+def test_a_running_window_with_a_limit_runs_on_the_reference():
+    assert recognized(Before(1.0)) == Recognized(decay=1.0, past=True)
+    assert recognized(Capped(1.0)) is None
 
 
 def before(decay: float, *, includes_now: bool = False, detached: bool = False, **fields: Any) -> Pair:

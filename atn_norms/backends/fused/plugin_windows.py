@@ -19,6 +19,9 @@ from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
 _TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
+_STEPS = 12
+_SIZES = torch.tensor([1.0, 1e-3, 1e-1, 1e1, 1e3, 1.0], dtype=torch.float64)  # of the statistics of each row
+_TOTALS = torch.tensor([1.0, 2.0, 1e1, 1e2, 1e4, 1e6], dtype=torch.float64)  # weights of a running state
 _TINY = 2.0**-70  # weight of a step that leaves the rounded total weight of the past as it is
 _KINDS: tuple[tuple[Any, tuple[int, ...]], ...] = ((Average, (2,)), (Moments, (2, 2)), (CountedMoments, (2, 2, 1)))
 
@@ -149,7 +152,7 @@ def _agrees(window: Window[Any], known: Window[Any]) -> bool:
     """Return True if two windows agree in values, states and gradients, over masked steps from a random state."""
     other = Detached(known) if window.detaches_past else known
     for kind, sizes in _KINDS:
-        now = kind(*(torch.zeros(3, size, dtype=torch.float64) for size in sizes))
+        now = kind(*(torch.zeros(len(_SIZES), size, dtype=torch.float64) for size in sizes))
         if window.layout(now) != known.layout(now):
             return False
         found, expected = (_outcome(each, kind, sizes, known.initial(now)) for each in (window, other))
@@ -159,27 +162,48 @@ def _agrees(window: Window[Any], known: Window[Any]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() <= _TOLERANCE).all())
+    """Return True if each row is equal up to the rounding of its largest number."""
+    if a.shape != b.shape:
+        return False
+    largest = b.abs().reshape(len(b), -1).amax(1).reshape(-1, *[1] * (b.ndim - 1)) if b.numel() else b
+    return bool(((a - b).abs() <= _TOLERANCE * largest).all())
 
 
 def _outcome(window: Window[Any], kind: Any, sizes: tuple[int, ...], like: Tree) -> list[Tensor]:
-    """Return pooled statistics, states and gradients of three steps, from a random state and from the initial state."""
-    source = torch.Generator().manual_seed(3)
+    """Return pooled statistics, states and gradients of some steps, from a random state and from the initial state.
+
+    Each row has statistics of another size, and after the random state another total weight, so that a window is found
+    whose result depends on them in another way. The rows of every tensor come first.
+    """
+    source, rows = torch.Generator().manual_seed(3), len(_SIZES)
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=source, dtype=torch.float64) + 0.5
 
-    steps = [kind(*(random(3, size) for size in sizes)) for _ in range(3)]
+    def of_rows(sizes: Tensor, ndim: int) -> Tensor:
+        return sizes.reshape(-1, *[1] * (ndim - 1))
+
+    def statistic(place: int, *shape: int) -> Tensor:
+        """Return a random leaf: a mean of both signs, a variance, or a count."""
+        value = random(*shape)
+        if place == 0:
+            return of_rows(_SIZES, value.ndim) * value * (torch.rand(shape, generator=source) - 0.5).sign()
+        return value if place == 2 else of_rows(_SIZES, value.ndim).square() * value
+
+    steps = [kind(*(statistic(place, rows, size) for place, size in enumerate(sizes))) for _ in range(_STEPS)]
     if kind is CountedMoments:  # a window of one step returns the count of the step, others their total weight
         steps = [kind(mean, var, torch.ones_like(count)) for mean, var, count in steps]
     for step in steps:
         for leaf in step:
             leaf.requires_grad_()
-    factors = [random(3, size) for size in sizes]
+    factors = [random(rows, size) for size in sizes]
     weights = random(*like[0].shape).gt(0.8).double()
-    weights[2:] = 1.0
-    opened = weights, tuple(random(*leaf.shape).requires_grad_() for leaf in like[1])
-    masks = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    weights[-1] = 1.0
+    if weights.ndim == 1:
+        weights = torch.where(weights > 0, _TOTALS, weights)
+    opened = weights, tuple(statistic(place, *leaf.shape).requires_grad_() for place, leaf in enumerate(like[1]))
+    masks = torch.rand(_STEPS, rows, generator=source, dtype=torch.float64).gt(0.3).double()
+    masks[0] = 1.0
     results: list[Tensor] = []
     losses = []
     for state in (opened, window.initial(steps[0])):
