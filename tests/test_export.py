@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import atn_norms as an
 from atn_norms.cli import main
@@ -65,6 +67,22 @@ def test_the_model_is_left_as_it_was():
     layer = an.LSTM(3, 4, norm="layer", window=3)
     an.StreamingStep(layer)
     assert layer.training and layer.spec.backend == "auto" and all(p.requires_grad for p in layer.parameters())
+
+
+def test_a_streamed_step_uses_the_current_weights_of_a_pruned_layer(tmp_path):
+    layer: Any = trained(an.GRU(3, 4, norm="layer", window=3))
+    prune.l1_unstructured(layer, "weight_hh_l0", 0.5)
+    with torch.no_grad():
+        layer(torch.randn(1, 2, 3))  # a weight with a gradient cannot be copied
+        layer.weight_hh_l0_orig.mul_(2)
+        step = an.StreamingStep(layer)
+    inputs = [torch.randn(1, 3), *step.initial()]
+    compare(step(*inputs)[0], layer(inputs[0].unsqueeze(0))[0][0], tolerance=1e-6)
+    assert export(step, inputs, tmp_path / "m.pt2", "pt2").difference == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for each in (layer, step.layer):
+            each.weight_hh_l0_orig.mul_(2)
+    compare(step(*inputs)[0], layer(inputs[0].unsqueeze(0))[0][0], tolerance=1e-6)
 
 
 def test_bidirectional_layers_are_rejected():

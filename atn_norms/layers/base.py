@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
@@ -106,6 +109,16 @@ class CellHost(nn.Module):
                 norms[site] = SiteNorm(modules[name], window)  # type: ignore[arg-type]
         return CellWeights({name: parameter_of(self, name + suffix) for name in self._tensors}, norms)
 
+    def recompute_weights(self) -> None:
+        """Run the pre-hooks of pruning, `weight_norm` and `spectral_norm`, which torch runs before `forward` alone.
+
+        Methods other than `forward` that compute with the weights call this method first.
+        """
+        if self._forward_pre_hooks:
+            for hook in self._forward_pre_hooks.values():
+                if isinstance(hook, _RECOMPUTE_WEIGHTS):
+                    hook(self, ())
+
     def _initialize(self, name: str, parameter: Tensor) -> None:
         if self.spec.init == "torch":
             bound = self.hidden_size**-0.5
@@ -189,6 +202,7 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
 
 
 OWNED = ("norm", "window")  # what a layer registers for each site of each cell
+_RECOMPUTE_WEIGHTS = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that set a weight and read no input
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 

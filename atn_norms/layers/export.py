@@ -81,6 +81,7 @@ class StreamingStep(nn.Module):
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         leaves, after = iter(state), []
+        self.layer.recompute_weights()
         y = self.before(frame.unsqueeze(0))
         for suffix, (before,) in zip(self.layer._suffixes, self._state, strict=True):
             weights = self.layer.cell_weights(suffix)

@@ -175,6 +175,8 @@ class Recurrent(CellHost):
         depends on the scale of the weights, which it does not with empty windows (docs/mathematics.md).
         `initial(batch, hidden(state))` keeps the hidden state and starts with empty windows.
 
+        Hooks of pruning, `weight_norm` and `spectral_norm` run before the first step; other hooks do not run.
+
         Errors: `ValueError` for a carried state of a bidirectional layer, for T = 0, and for lengths or a state that do
         not fit. The reverse direction starts at the end of the sequence, so its state cannot be continued.
         """
@@ -186,6 +188,7 @@ class Recurrent(CellHost):
             raise ValueError(mismatch("state", "a state for a bidirectional layer", expected))
         batched = self._checked_dims(x)
         given = x if batched else x.unsqueeze(self._batch_axis)
+        self.recompute_weights()
         cells = self._cells()
         self._check_shapes(cells, given, None, None)
         xs = self._time_first(given)

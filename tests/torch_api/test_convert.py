@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import atn_norms as an
 from tests.compare import compare
@@ -202,6 +203,36 @@ def test_hooks_on_norms_are_called(cell, norm, placement, runs):
     handle.remove()
     layer(x)
     assert runs["native"] == 1
+
+
+RECOMPUTED: dict[str, Any] = {
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight_hh_l0", 0.5),
+    "weight norm": lambda layer: nn.utils.weight_norm(layer, "weight_hh_l0"),
+    "spectral norm": lambda layer: nn.utils.spectral_norm(layer, "weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("utility", RECOMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_unroll_recomputes_weights_as_forward_does(utility, norm):
+    layer, other = (an.GRU(3, 4, norm=norm).eval() for _ in range(2))
+    for each in (layer, other):
+        RECOMPUTED[utility](each)
+    x = torch.randn(5, 2, 3)
+    for each in (layer, other):
+        each(x)
+    layer.load_state_dict(other.state_dict())
+    compare(layer.unroll(x)[0], other(x)[0], tolerance=1e-6)
+    for _ in range(2):
+        layer.unroll(x)[0].sum().backward()
+
+
+def test_unroll_calls_no_hook_of_the_caller():
+    layer, calls = an.GRU(3, 4, norm="layer"), []
+    layer.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    layer.unroll(torch.randn(5, 2, 3))
+    assert not calls
 
 
 def test_the_option_sync_changes_no_description_where_it_is_off():
