@@ -328,6 +328,15 @@ def with_a_child():
     return model
 
 
+def test_a_normalizer_that_overrides_forward_is_rejected():
+    class Halved(an.LayerNorm):
+        def forward(self, x, pooled):
+            return 0.5 * super().forward(x, pooled)
+
+    with pytest.raises(TypeError, match="Halved: got a `forward`; expected a `normalize`, which fast backends compute"):
+        Halved(4)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

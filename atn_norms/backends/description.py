@@ -89,7 +89,8 @@ def describe(cell: Cell, weights: CellWeights) -> tuple[Description, tuple[Decla
 def _declared(normalizer: Normalizer, site: str, features: int) -> Declared | Unsupported:
     """Return the form in which kernels compute a normalizer, or the reason why they do not."""
     if has_hooks(normalizer):
-        return Unsupported("norm", f"the norm at {site} has hooks, which only the reference calls", "remove the hooks")
+        text = f"the norm at {site} has hooks or a replaced `forward`, which only the reference calls"
+        return Unsupported("norm", text, "remove the hooks")
     moments = feature_moments(normalizer) or batch_moments(normalizer)
     if moments is None:
         traced = _traced_site(normalizer, features)

@@ -77,6 +77,9 @@ class Normalizer(nn.Module, ABC):
         super().__init__()
         if type(self).measure is Normalizer.measure and not self.stateless:
             raise TypeError(mismatch(type(self).__name__, "no `measure`", "a `measure`, or `stateless = True`"))
+        if type(self).forward is not Normalizer.forward:
+            expected = "a `normalize`, which fast backends compute"
+            raise TypeError(mismatch(type(self).__name__, "a `forward`", expected))
 
     def measure(self, x: Tensor) -> Statistic:
         """Compute the statistic of every row of `x` `[..., D]`; leaves in float64 where the device has it.
@@ -254,10 +257,12 @@ class NormSpec(Options, ABC):
 
 
 def has_hooks(normalizer: nn.Module) -> bool:
-    """Return True if the normalizer, or a module inside it, has hooks."""
+    """Return True if the normalizer, or a module inside it, has hooks, or a `forward` that replaces its method."""
     modules = normalizer.modules() if normalizer._modules else (normalizer,)  # `modules` takes its time
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if "forward" in module.__dict__:
             return True
     return False
 

@@ -235,6 +235,19 @@ def test_unroll_calls_no_hook_of_the_caller():
     assert not calls
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_forward_that_is_replaced_on_a_norm_is_called(placement):
+    layer: Any = an.GRU(3, 4, norm="layer", window=2, placement=PLACEMENTS[placement])
+    norm = layer.norm_hh_l0.gates[0] if placement == "per gate" else layer.norm_hh_l0
+    x, inputs = torch.randn(5, 2, 3), []
+    expected = layer(x)
+    original = norm.forward
+    norm.forward = lambda x, pooled: (inputs.append(x), original(x, pooled))[1]
+    compare(layer(x), expected, tolerance=1e-5)
+    assert len(inputs) == 5
+    assert "the norm at hh has hooks" in an.explain(layer)
+
+
 def test_the_option_sync_changes_no_description_where_it_is_off():
     """Ids of trials are hashes of descriptions."""
     described = an.LSTM(3, 4, norm="batch").spec.model_dump()["norm"]
