@@ -173,6 +173,22 @@ def test_a_norm_of_another_class_than_the_options_give_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_layer_with_other_norms_than_the_options_give_is_not_saved(tmp_path):
+    fewer, none, more = an.LSTM(3, 5, norm="layer"), an.GRU(3, 5, norm="layer"), an.GRU(3, 5)
+    del fewer.norm_c_l0
+    none.norm_hh_l0 = None  # pyright: ignore[reportAttributeAccessIssue]
+    more.norm_hh_l0 = LayerNorm(15)
+    layer_norm = r"atn_norms\.\S*\.LayerNorm"
+    for model, message in [
+        (fewer, rf"norm_c_l0: got nothing; expected the {layer_norm} of the options of the layer"),
+        (none, rf"norm_hh_l0: got nothing; expected the {layer_norm} of the options of the layer"),
+        (more, rf"norm_hh_l0: got a {layer_norm}; expected nothing, as in the options of the layer"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            an.save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "changed", [{"norm_hh_l0": {"forward": 1}}, {"norm_hh_l0": {"eps": [1]}}, {"": {"input_size": 1}}]
 )

@@ -67,9 +67,9 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
     and a checksum. It holds no code: a model with a normalizer, window or cell that is not registered is loaded into a
     new model. After a crash the old file or the new file exists, never a part.
 
-    Errors: `TypeError` for a module with state other than tensors, and for a norm that was replaced by one of another
-    class than the options of its layer give; `OSError` if the file cannot be written; `SpecError` for a missing folder,
-    and if safetensors is not installed.
+    Errors: `TypeError` for a module with state other than tensors, and for a layer with other norms than its options
+    give: one of another class, or one that was added or deleted. `OSError` if the file cannot be written; `SpecError`
+    for a missing folder, and if safetensors is not installed.
 
     >>> import torch, atn_norms as an
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), an.GRU(2, 4, norm="rms", window=5))

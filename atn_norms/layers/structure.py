@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from atn_norms.errors import SpecError
+from atn_norms.errors import SpecError, mismatch
 from atn_norms.layers.base import OWNED, CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent
@@ -99,26 +99,33 @@ def changed_attributes(layer: CellHost) -> dict[str, dict[str, Any]]:
     """Return the attributes of norms and windows that no longer have the values of the layer's options.
 
     The result is module name -> attribute -> value, for numbers, texts and None. `sync` is left out, since it belongs
-    to a group of processes. Errors: `TypeError` for a module of another class than the options give.
+    to a group of processes. Errors: `TypeError` for a module of another class than the options give, for a missing
+    module, and for a norm where the options give none.
     """
     found: dict[str, dict[str, Any]] = {}
     for suffix in layer._suffixes:
         for site in layer._sites:
             with torch.random.fork_rng(devices=[]):
-                built = {"norm": layer.spec.normalizer(layer.cell, site), "window": layer.spec.window_at(site).build()}
+                norm = layer.spec.normalizer(layer.cell, site)
+                built = {"norm": norm, "window": layer.spec.window_at(site).build() if norm is not None else None}
             for kind, fresh in built.items():
                 name = f"{kind}_{site}{suffix}"
-                if isinstance(fresh, nn.Module) and name in layer._modules:
+                module = layer._modules.get(name)
+                if isinstance(fresh, nn.Module):
+                    inside = {} if module is None else dict(module.named_modules(prefix=name, remove_duplicate=False))
                     for path, expected in fresh.named_modules(prefix=name):
-                        changed = _changed(path, layer.get_submodule(path), expected)
+                        changed = _changed(path, inside.get(path), expected)
                         found |= {path: changed} if changed else {}
+                elif module is not None:
+                    expected = "nothing, as in the options of the layer"
+                    raise TypeError(mismatch(name, f"a {class_name(module)}", expected))
     return found
 
 
-def _changed(path: str, module: nn.Module, expected: nn.Module) -> dict[str, Any]:
-    if type_before_parametrizations(module) is not type(expected):
-        names = (class_name(each) for each in (module, expected))
-        raise TypeError("{}: got a {}; expected the {} of the options of the layer".format(path, *names))
+def _changed(path: str, module: nn.Module | None, expected: nn.Module) -> dict[str, Any]:
+    if module is None or type_before_parametrizations(module) is not type(expected):
+        got = "nothing" if module is None else f"a {class_name(module)}"
+        raise TypeError(mismatch(path, got, f"the {class_name(expected)} of the options of the layer"))
     mine, theirs = (
         {name: value for name, value in vars(each).items() if isinstance(value, _PLAIN) and name[0] != "_"}
         for each in (module, expected)
