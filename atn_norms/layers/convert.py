@@ -204,8 +204,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[
 
 def _belongs_to_a_norm(key: str, own: Mapping[str, Any]) -> bool:
     """Return True if a key is an entry of a norm, in a layer whose weights the model has."""
-    match = re.fullmatch(r"(.*?)norm_[a-z]+(_l\d+(?:_reverse)?)?\..+", key)
-    return match is not None and f"{match[1]}weight_hh{match[2] or ''}" in own
+    norms = re.finditer(r"(?:^|(?<=\.))norm_[a-z]+(_l\d+(?:_reverse)?)?\.", key)  # a module may have such a name too
+    return any(f"{key[: norm.start()]}weight_hh{norm[1] or ''}" in own for norm in norms)
 
 
 def substitute(model: nn.Module, ours: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -132,6 +132,14 @@ def test_load_weights_rejects_keys_other_than_norms():
     assert set(missing) == set(an.norm_parameters(ours))
 
 
+def test_load_weights_accepts_modules_named_like_norms():
+    theirs: Any = nn.ModuleDict({"norm_enc": nn.LSTM(3, 4), "norm_ih_l0": nn.LSTM(3, 4)})
+    ours: Any = nn.ModuleDict({"norm_enc": an.LSTM(3, 4, norm="rms"), "norm_ih_l0": an.LSTM(3, 4, norm="rms")})
+    fresh, dropped = an.load_weights(theirs, ours.state_dict())
+    assert dropped == list(an.norm_parameters(ours)) and not fresh
+    compare(dict(theirs.state_dict()), {k: v for k, v in ours.state_dict().items() if k not in dropped}, tolerance=0)
+
+
 @feature(GROUP, "`torch.optim.swa_utils.update_bn`", "native")
 @every_placement
 @every_layer
