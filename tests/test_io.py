@@ -315,6 +315,19 @@ def test_explain_takes_any_module(model):
     assert ("1: GRU(2, 3, norm=none)" in text) == isinstance(model, nn.Sequential)
 
 
+def test_a_norm_of_the_kind_sliding_has_a_repr():
+    class SlidingNormSpec(an.NormSpec):
+        kind: Literal["sliding"] = "sliding"
+        eps: float = 1e-5
+
+        def build(self, features: int) -> LayerNorm:
+            return LayerNorm(features, eps=self.eps)
+
+    layer = an.GRU(2, 3, norm=SlidingNormSpec(eps=0.5), window=4)
+    assert repr(layer) == "GRU(2, 3, norm=sliding(eps=0.5), window=4)"
+    assert an.explain(layer).startswith(repr(layer))
+
+
 def test_explain_rejects_other_objects():
     with pytest.raises(TypeError, match=r"model: got int; expected a torch\.nn\.Module"):
         an.explain(3)  # pyright: ignore[reportArgumentType]

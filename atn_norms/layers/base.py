@@ -20,6 +20,7 @@ from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure, parameter_of
 from atn_norms.normalizers.batch import synchronized
 from atn_norms.options import Options, changed_options, kind_label
+from atn_norms.windows import SlidingSpec
 
 
 class CellHost(nn.Module):
@@ -212,7 +213,7 @@ def _label(spec: Any) -> str:
         return "none"
     if hasattr(spec, "sites"):
         return "{" + ", ".join(f"{site}: {_label(one)}" for site, one in spec.sites.items()) + "}"
-    if spec.kind == "sliding":
+    if isinstance(spec, SlidingSpec):
         return str(spec.steps)
     options = changed_options(spec).items()
     return kind_label(
