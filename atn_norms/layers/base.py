@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.errors import mismatch
+from atn_norms.errors import mismatch, short_repr
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure, parameter_of
@@ -30,8 +30,11 @@ class CellHost(nn.Module):
     registered as `window_<site>` with the same suffix.
     """
 
+    _fixed: frozenset[str] = frozenset()  # options that cannot be assigned
+
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
+        self._fixed = _FIXED | type(spec.cell).model_fields.keys() - {"kind"}
         self.spec = spec
         self.cell: Cell = spec.equations()
         windows = {site: spec.window_at(site).build() for site in self.cell.sites}
@@ -152,6 +155,10 @@ class CellHost(nn.Module):
         super().add_module(name, synchronized(self._modules.get(name), module))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed:
+            cure = "Use atn_norms.with_backend for a copy" if name == "backend" else "Build a new layer with the option"
+            expected = f"no assignment, since the options of a layer are fixed. {cure}"
+            raise AttributeError(mismatch(f"{type(self).__name__}.{name}", short_repr(value), expected))
         if name == "qconfig":
             warnings.warn(
                 f"{type(self).__name__}: got a quantization config; the layer stays in floating point. "
@@ -202,6 +209,7 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in shared} | own
 
 
+_FIXED = frozenset(LayerSpec.model_fields) - {"cell", "batch_first", "dropout"} | {"nonlinearity", "proj_size"}
 OWNED = ("norm", "window")  # what a layer registers for each site of each cell
 _RECOMPUTE_WEIGHTS = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that set a weight and read no input
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import atn_norms as an
+from atn_norms.layers.spec import LayerSpec
 from tests.compare import compare
 from tests.torch_api.features import feature
 from tests.torch_api.test_transforms import CELLS, NORMS, every_layer
@@ -88,6 +89,23 @@ def test_dropout_and_batch_first_may_be_assigned(cell, norm):
     assert layer.spec.batch_first and layer.spec.dropout == 0.0
     with pytest.raises(ValueError, match="dropout"):
         layer.dropout = 2.0
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_options_that_cannot_be_assigned_raise(cell, norm):
+    layer = CELLS[cell](3, 4, norm=norm)
+    names = {*LayerSpec.model_fields, "nonlinearity", "proj_size"} - {"cell", "dropout", "batch_first"}
+    for name in names:
+        with pytest.raises(AttributeError, match=rf"\.{name}: got 5; expected no assignment, since .*(new layer|copy)"):
+            setattr(layer, name, 5)
+        assert name not in vars(layer)
+    with pytest.raises(AttributeError, match=r"LSTMCell\.window: got 5; expected no assignment"):
+        an.LSTMCell(3, 4, norm="layer").window = 5
+    copied = copy.deepcopy(layer)
+    with pytest.raises(AttributeError, match=r"backend: got 'native'; .*Use atn_norms\.with_backend"):
+        copied.backend = "native"
+    compare(copied(torch.ones(2, 1, 3))[0], layer(torch.ones(2, 1, 3))[0], tolerance=0)
 
 
 @feature(
