@@ -322,6 +322,12 @@ def hooked(name):
     return model
 
 
+def with_a_forward():
+    model: Any = nn.GRU(2, 3)
+    model.forward = lambda *inputs: nn.GRU.forward(model, *inputs)
+    return model
+
+
 def with_a_child():
     model = nn.GRU(2, 3)
     model.head = nn.Linear(2, 2)
@@ -346,6 +352,7 @@ def test_a_normalizer_that_overrides_forward_is_rejected():
         (lambda: hooked("register_forward_hook"), "got a GRU with hooks; expected"),
         (lambda: hooked("register_forward_pre_hook"), "got a GRU with hooks; expected"),
         (lambda: hooked("register_full_backward_hook"), "got a GRU with hooks; expected"),
+        (with_a_forward, "got a GRU with a replaced `forward`; expected"),
         (with_a_child, r"got a GRU with modules or buffers inside \(head\); expected"),
     ],
 )

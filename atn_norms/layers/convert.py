@@ -58,8 +58,9 @@ def replace(
     | `only`, `skip` | qualified names of layers to replace or to keep, `*` as in file names; default: replace all |
 
     A layer that cannot be replaced stays unchanged, and a warning names it with the reason: a subclass, a parametrized
-    or pruned layer, a layer with hooks or modules inside, or a single-step cell such as `nn.LSTMCell`. Two other cases
-    give a warning: no layer is replaced, or an existing optimizer does not have the new parameters.
+    or pruned layer, a layer with hooks, a replaced `forward` or modules inside, or a single-step cell such as
+    `nn.LSTMCell`. Two other cases give a warning: no layer is replaced, or an existing optimizer does not have the new
+    parameters.
 
     Errors: `TypeError` if `model` is not a module, if none of its layers can be replaced, or if a layer of `only`
     cannot. `ValueError` for a name that matches no layer. `SpecError` for options that do not fit. The model is
@@ -256,6 +257,8 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
         )
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise TypeError(f"{name}: got a {kind.upper()} with hooks; expected no hooks. Remove the hooks")
+    if "forward" in vars(module):
+        raise TypeError(f"{name}: got a {kind.upper()} with a replaced `forward`; expected none. Delete the attribute")
     if module._modules or module._buffers:
         inside = ", ".join([*module._modules, *module._buffers])
         raise TypeError(f"{name}: got a {kind.upper()} with modules or buffers inside ({inside}); expected none")
