@@ -111,7 +111,7 @@ class Normalizer(nn.Module, ABC):
         missing_keys[start : start + 1] = map(KeyWithCure, missing_keys[start : start + 1])
 
     def forward(self, x: Tensor, pooled: Any) -> Tensor:
-        """Call `normalize`; hooks of torch.nn are called with this method."""
+        """Call `normalize`, with the hooks of torch.nn; a subclass overrides `normalize`, never this method."""
         return self.normalize(x, pooled)
 
     @contextmanager
@@ -281,6 +281,20 @@ def parameter_of(module: nn.Module, name: str) -> Any:
 def apply_norm(normalizer: Normalizer, x: Tensor, pooled: Any) -> Tensor:
     """Normalize; with hooks, call the module, which runs them."""
     return normalizer(x, pooled) if has_hooks(normalizer) else normalizer.normalize(x, pooled)
+
+
+def affine(normal: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Multiply by the gain and add the shift; None is no gain or no shift."""
+    scaled = normal if gain is None else normal * gain
+    return scaled if shift is None else scaled + shift
+
+
+def reset_affine(gain: Tensor | None, shift: Tensor | None, start: float = 1.0) -> None:
+    """Set the gain to `start` and the shift to 0."""
+    if gain is not None:
+        nn.init.constant_(gain, start)
+    if shift is not None:
+        nn.init.zeros_(shift)
 
 
 def checked_features(features: int) -> int:

@@ -15,7 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atn_norms.errors import mismatch
 from atn_norms.modes import observed
-from atn_norms.normalizers.base import LARGEST, BatchMoments, Normalizer, NormSpec, checked_eps, checked_features
+from atn_norms.normalizers.base import (
+    LARGEST,
+    BatchMoments,
+    Normalizer,
+    NormSpec,
+    affine,
+    checked_eps,
+    checked_features,
+    reset_affine,
+)
 from atn_norms.options import checked_count
 from atn_norms.pytree import expand_mask
 from atn_norms.statistics import CountedMoments, Moments, promoted
@@ -111,8 +120,7 @@ class BatchNorm(Normalizer, _OfTorch):
 
     def reset_parameters(self) -> None:
         """Set the gain to `initial_gain`, the shift to 0, and the population to mean 0 and variance 1."""
-        nn.init.constant_(self.weight, self.initial_gain)
-        nn.init.zeros_(self.bias)
+        reset_affine(self.weight, self.bias, self.initial_gain)
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
@@ -163,7 +171,7 @@ class BatchNorm(Normalizer, _OfTorch):
         return CountedMoments(rows, torch.zeros_like(rows), torch.ones_like(rows[..., :1]))
 
     def normalize(self, x: Tensor, pooled: Moments | CountedMoments) -> Tensor:
-        return (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps) * self.weight + self.bias
+        return affine((x - pooled.mean) * torch.rsqrt(pooled.var + self.eps), self.weight, self.bias)
 
     def population(self, pooled: CountedMoments, step: Tensor) -> Moments | CountedMoments:
         if pooled.mean.ndim != step.ndim + 1:

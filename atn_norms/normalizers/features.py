@@ -12,9 +12,11 @@ from atn_norms.normalizers.base import (
     FeatureMoments,
     Normalizer,
     NormSpec,
+    affine,
     checked_eps,
     checked_features,
     parameter_of,
+    reset_affine,
 )
 from atn_norms.statistics import Average, Moments, promoted
 
@@ -58,15 +60,14 @@ class LayerNorm(Normalizer):
 
     def reset_parameters(self) -> None:
         """Set the gain to 1 and the shift to 0."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        reset_affine(self.weight, self.bias)
 
     def measure(self, x: Tensor) -> Moments:
         return Moments.of(x)
 
     def normalize(self, x: Tensor, pooled: Moments) -> Tensor:
         normal = (x - pooled.mean) * torch.rsqrt(pooled.var + self.eps)
-        return _rounded(normal, x) * self.weight + self.bias
+        return affine(_rounded(normal, x), self.weight, self.bias)
 
     def feature_moments(self) -> FeatureMoments:
         return FeatureMoments(1, True, self.eps, parameter_of(self, "weight"), parameter_of(self, "bias"))
@@ -119,16 +120,13 @@ class RMSNorm(Normalizer):
 
     def reset_parameters(self) -> None:
         """Set the gain to 1 and the shift to 0."""
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        reset_affine(self.weight, self.bias)
 
     def measure(self, x: Tensor) -> Average:
         return Average.of(promoted(x).square())
 
     def normalize(self, x: Tensor, pooled: Average) -> Tensor:
-        y = x * _rounded(torch.rsqrt(pooled.mean + self.eps), x) * self.weight
-        return y if self.bias is None else y + self.bias
+        return affine(x * _rounded(torch.rsqrt(pooled.mean + self.eps), x), self.weight, self.bias)
 
     def feature_moments(self) -> FeatureMoments:
         return FeatureMoments(1, False, self.eps, parameter_of(self, "weight"), parameter_of(self, "bias"))

@@ -91,6 +91,23 @@ def test_dropout_and_batch_first_may_be_assigned(cell, norm):
         layer.dropout = 2.0
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_without_gain_or_shift_is_the_same_on_every_backend(norm, name):
+    layer = an.GRU(3, 4, norm={"kind": norm, "bias": True} if norm == "rms" else norm, window=2)
+    for parameter in an.norm_parameters(layer).values():
+        nn.init.normal_(parameter)
+    identity, neutral = copy.deepcopy(layer), nn.init.ones_ if name == "weight" else nn.init.zeros_
+    for module, other in zip(layer.children(), identity.children(), strict=True):
+        setattr(module, name, None)
+        neutral(other.get_parameter(name))
+    x = torch.randn(5, 2, 3)
+    for backend in ("native", "reference"):
+        compare(an.with_backend(layer, backend)(x)[0], an.with_backend(identity, backend)(x)[0], tolerance=1e-6)
+    layer.reset_parameters()
+    assert all(getattr(module, name) is None for module in layer.children())
+
+
 @pytest.mark.parametrize("norm", [None, "layer"])
 @every_layer
 def test_options_that_cannot_be_assigned_raise(cell, norm):
