@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,11 +13,13 @@ from atn_norms.commands import bench, check, doctor, export, files, models, new_
 from atn_norms.commands import list as list_command
 from atn_norms.commands.console import example
 from atn_norms.commands.output import (
+    discard_results,
     emit,
     escaped_logging,
     reserved,
     separate_stdout,
     tolerate_encodings,
+    unwritable_results,
 )
 from atn_norms.commands.signals import ignore
 from atn_norms.commands.supervisor import supervised
@@ -114,11 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 130)
     except BrokenPipeError:
-        # The reader is gone; the rest of the buffer must not raise again when Python closes the stream.
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_results()
         return 0
     except Exception as error:  # noqa: BLE001  a plugin may raise anything, and a user wants a sentence
+        error = unwritable_results() or error
         if debug:
             emit(traceback.format_exc(), end="", error=True)
         return _fail(_sentence(error), 2)

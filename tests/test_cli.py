@@ -562,6 +562,18 @@ def test_a_closed_pipe_is_no_error():
     assert error == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["list", "normalizers"], ["--help"]])
+def test_a_full_standard_output_is_one_error(arguments):
+    command = [sys.executable, "-m", "atn_norms", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+    assert done.stderr == "atn-norms: stdout: got No space left on device; expected a writable stream\n"
+    assert done.returncode == 2
+
+
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 

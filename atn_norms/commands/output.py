@@ -34,6 +34,25 @@ def emit(text: str = "", *, end: str = "\n", error: bool = False) -> None:
         print(escape_controls(text), end=end, file=stream, flush=True)
 
 
+def discard_results() -> None:
+    """Redirect standard output to nowhere: what its buffer still holds would raise again when Python closes it."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def unwritable_results() -> Exception | None:
+    """Return an error if standard output cannot be written, as on a full disk, and discard its buffer."""
+    from atn_norms.errors import SpecError
+
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        discard_results()
+        return SpecError(position="stdout", got=str(error.strerror), expected="a writable stream")
+    return None
+
+
 def encodes_unicode() -> bool:
     """Return whether the results may contain any character."""
     encoding = getattr(results(), "encoding", None) or "utf-8"
