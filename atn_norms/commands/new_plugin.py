@@ -71,7 +71,8 @@ def new_plugin(
     folder = Path(f"atn-norms-{name.replace('_', '-')}") if out is None else out
     written = write_whole(folder, contents(name, kind))
     emit(f"wrote {folder}: {', '.join(written)}")
-    emit(f'next: cd {folder}, pip install -e ".[test]", pytest, atn-norms check {name}')
+    check = f"atn-norms check {name}" + (f" --family {kind}" if _in_other_families(name, kind) else "")
+    emit(f'next: cd {folder}, pip install -e ".[test]", pytest, {check}')
 
 
 def contents(name: str, family: str) -> dict[str, str]:
@@ -143,3 +144,9 @@ def _require_free_name(name: str, family: str) -> None:
     module = "atn_norms_" + name.replace("-", "_")
     if importlib.util.find_spec(module) is not None:
         raise SpecError("NAME", f"{short_repr(name)}, whose module {module} is installed already", "a new name")
+
+
+def _in_other_families(name: str, family: str) -> bool:
+    from atn_norms.registry import FAMILIES, registry
+
+    return any(name in registry.kinds(other) for other in FAMILIES if other != family)

@@ -124,8 +124,9 @@ def test_invalid_names_are_rejected(tmp_path, capsys, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kind_of_another_family_may_have_the_name(tmp_path):
+def test_a_kind_of_another_family_may_have_the_name(tmp_path, capsys):
     assert write(tmp_path, "layer", "--kind", "window") == 0
+    assert "atn-norms check layer --family window\n" in capsys.readouterr().out
 
 
 def test_a_module_that_is_installed_is_not_shadowed(tmp_path, site, capsys):
