@@ -679,6 +679,19 @@ def test_every_comparison_is_a_line_of_the_points_file():
     assert sum(count for (_, _, role), count in roles.items() if role == "primary") == 4
 
 
+def test_the_points_file_has_the_comparisons_with_window_1_as_the_baseline():
+    axes = {"norm": ["none", "layer"], "window": ["1", "5"]}
+    found = findings(grid(axes, ends, baseline={"window": "1"}))
+    lines = list(csv.DictReader(io.StringIO(points_csv(found))))
+    compared = [line for line in lines if line["against"]]
+    assert {(line["norm"], line["window"], line["against"]) for line in compared} == {("layer", "5", "window 1")}
+    (line,) = [x for x in compared if x["role"] == "primary"]
+    ((row, decision),) = found.tasks[0].decided()
+    assert row.against is not None
+    assert (float(line["estimate"]), float(line["adjusted_p"])) == (row.against.mean, decision.p)
+    assert line["verdict"] == decision.verdict
+
+
 def test_costs_are_reported_for_each_point():
     costs = report_costs.costs(findings(wreck(study(score))))
     assert [cost.timed for cost in costs] == [6, 6, 6, 6, 5]

@@ -74,12 +74,13 @@ def points_csv(found: Findings) -> str:
                 line = [task.task, called, goal, *labels(record, point).values()]
                 line += [*(point.tuned.get(axis, "") for axis in record.tune), len(point.trials), len(point.values)]
                 line += [point.lost, point.mean, *_ends(point.interval), point.median]
-                compared = {called_baseline(record): row.against}
-                compared["window 1"] = contrast.rows[place].against if contrast else None
+                compared = [(called_baseline(record), row.against)]
+                if contrast:
+                    compared.append(("window 1", contrast.rows[place].against))
                 decision = task.decisions.get(place) if comparison is task.primary else None
                 rows = [
                     _compared(name, against, decision if decision and against is decision.difference else None)
-                    for name, against in compared.items()
+                    for name, against in compared
                     if against
                 ]
                 lines += [[*line, *against] for against in rows or [[""] * len(_COMPARED)]]
