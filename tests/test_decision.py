@@ -14,6 +14,8 @@ from atn_norms.ablation.analysis.comparison import Measure, compare, compare_tas
 from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import NOTHING, TIMES, change, margin, seeds_needed, verdict
+from atn_norms.ablation.report.sentences import caution, endpoint
+from atn_norms.ablation.report.tables import table
 from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts, TrialRecord
 from atn_norms.errors import SpecError
 from tests.recorded import METRIC, grid
@@ -63,6 +65,21 @@ def test_a_diverged_side_excludes_a_verdict_in_its_favour():
     assert decide([equal], [0.5])[0].verdict == "undecided"
 
 
+def test_a_diverged_seed_excludes_a_verdict_also_where_the_other_side_has_no_score():
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: (2.0 if p["norm"] == "none" else 1.0) + 0.01 * s, seeds=6,
+                  baseline={"norm": "none"})  # fmt: skip
+    gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+    *others, last = record.trials
+    assert (last.points[0]["norm"], last.seed) == ("layer", 5)
+    for status in ("failed", "pending"):
+        trials = tuple(replace(t, status=status, result=None) if t.seed == 5 else t for t in others)
+        (task,) = findings(replace(record, trials=(*trials, replace(last, status="diverged", result=gone)))).tasks
+        ((row, decision),) = task.decided()
+        assert row.against is not None
+        assert (row.against.pairs, row.against.ranked, row.against.diverged) == (5, 5, 1)
+        assert (decision.verdict, row.against.verdict) == ("undecided", "undecided")
+
+
 def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference():
     found = difference(-0.01)
     paired = found.paired
@@ -105,6 +122,20 @@ def test_a_score_of_zero_keeps_a_multiplicative_task_on_its_own_scale():
     record = grid({"norm": ["none", "layer"]}, lambda p, s: float(s), baseline={"norm": "none"}, facts=facts)
     assert not final(record, "adding").log
     assert compare(record)[0].rows[0].point.mean == 2.0
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_margin_that_is_a_ratio_is_not_tested_on_differences(zero):
+    facts = TaskFacts(METRIC, {"always 1": 1 / 6}, spread="multiplicative")
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: 0.0 if zero and s == 0 else 0.1 + 0.0001 * s, seeds=6,
+                  baseline={"norm": "none"}, facts=facts)  # fmt: skip
+    found = findings(replace(record, study={**record.study, "margin": 1.25}))
+    ((_, decision),) = found.tasks[0].decided()
+    notice = f"The margin, {TIMES}1.25, is a ratio and is not tested, because a score is not positive."
+    assert (notice in endpoint(found, found.tasks[0])) == zero
+    assert decision.verdict == ("undecided" if zero else "no difference")
+    assert (decision.margin, decision.p_equivalence is None) == ((None, True) if zero else (math.log(1.25), False))
+    assert table(found).records[1]["decision"]["margin"] == (None if zero else 1.25)
 
 
 def test_the_tail_is_the_mean_of_the_last_validations():
@@ -197,6 +228,22 @@ def test_a_value_that_diverges_is_not_chosen_and_an_unfinished_seed_does_not_dec
     late = {**(trials[0].result or {}), "metrics": {"validation": {METRIC: 0.01}, "test": {METRIC: 1.0}}}
     half = (replace(trials[0], result=late), trials[1], replace(trials[2], status="running", result=None), trials[3])
     assert compare(replace(record, trials=half))[0].rows[0].point.tuned == {"lr": "0.2"}, "seed 1 alone decides"
+
+
+@pytest.mark.parametrize("status", ["failed", "pending"])
+def test_a_value_without_an_outcome_does_not_prevent_tuning(status):
+    losses = {"1e-4": 5.0, "1e-3": 0.5, "1e-2": 0.1, "1.0": 0.0}
+    record = tuned({("none", rate): [(loss, loss)] * 2 for rate, loss in losses.items()})
+    trials = tuple(
+        replace(each, status=status, result=None) if each.points[0]["lr"] == "1.0" else each for each in record.trials
+    )
+    record = replace(record, trials=trials)
+    (row,) = compare(record)[0].rows
+    assert (row.point.tuned, row.point.mean) == ({"lr": "1e-2"}, 0.1)
+    notice = "Every trial with lr 1.0 failed at none. A value without an outcome is not chosen."
+    assert (notice in caution(findings(record))) == (status == "failed")
+    nothing = replace(record, trials=tuple(replace(each, status=status, result=None) for each in record.trials))
+    assert compare(nothing)[0].rows[0].point.tuned == {"lr": "1e-4"}
 
 
 def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():

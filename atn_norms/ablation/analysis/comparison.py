@@ -29,6 +29,7 @@ class Measure:
     | `score` | trial -> number; infinite, as the worst value, if it ended without one; None if it has not ended    |
     | `limit` | value that replaces an infinite number in a mean; None: infinite numbers are excluded from means    |
     | `log`   | True: logarithms are averaged and compared, so means are geometric and differences are ratios       |
+    | `ratio_margin` | True: a margin is a ratio, also where a score that is not positive prevents logarithms       |
     """
 
     name: str
@@ -36,6 +37,7 @@ class Measure:
     score: Callable[[TrialRecord], float | None]
     limit: float | None = None
     log: bool = False
+    ratio_margin: bool = False
 
     def scaled(self, value: float) -> float:
         """Convert a score to the scale on which scores are averaged and subtracted; infinite scores stay infinite."""
@@ -81,7 +83,7 @@ def in_logarithm(measure: Measure, record: StudyRecord, task: str) -> Measure:
     if record.tasks[task].spread != "multiplicative":
         return measure
     values = [measure.score(trial) for trial in record.trials if trial.points and trial.points[0].get("task") == task]
-    return replace(measure, log=all(value is None or value > 0 for value in values))
+    return replace(measure, log=all(value is None or value > 0 for value in values), ratio_margin=True)
 
 
 def is_number(value: object) -> bool:
@@ -205,8 +207,8 @@ class Difference:
     | `improvement` | probability of improvement, 0 to 1; a side without a finite number loses, two such sides tie    |
     | `chance`      | Wilson interval of `improvement`; None without a pair                                           |
     | `ranked`      | m, the number of seeds at which both trials ended                                               |
-    | `diverged`    | number of these seeds at which the point diverged                                               |
-    | `reference_diverged` | number of these seeds at which the reference diverged                                    |
+    | `diverged`    | number of all seeds at which the point diverged, also where the reference has no score          |
+    | `reference_diverged` | number of all seeds at which the reference diverged                                      |
     """
 
     reference: Point
@@ -240,8 +242,8 @@ class Difference:
             improvement=wins / len(ranked) if ranked else math.nan,
             chance=wilson(wins, len(ranked)),
             ranked=len(ranked),
-            diverged=sum(point.ends[seed] == "diverged" for seed in ranked),
-            reference_diverged=sum(reference.ends[seed] == "diverged" for seed in ranked),
+            diverged=point.diverged,
+            reference_diverged=reference.diverged,
         )
 
     @property
@@ -389,6 +391,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
     The mean is over the seeds at which the trials of all values have ended. Fewer diverged trials are always better.
+    A value without any outcome, such as one whose trials all failed, is not chosen and excludes no seed.
     """
     if not record.tune:
         return {}, trials
@@ -402,7 +405,8 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
         cell: {trial.seed: value for trial in own if (value := measure.score(trial)) is not None}
         for cell, own in found.items()
     }
-    shared = set.intersection(*(set(own) for own in scores.values()))
+    scored = {cell: own for cell, own in scores.items() if own} or scores
+    shared = set.intersection(*(set(own) for own in scored.values()))
 
     def cost(cell: Cell) -> tuple[int, float]:
         values = [scores[cell][seed] for seed in sorted(shared)]
@@ -410,7 +414,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
         return len(values) - len(finite), sign * mean(finite) if finite else 0.0
 
     places = {label: i for labels in record.tune.values() for i, label in enumerate(labels)}
-    best = min(sorted(found, key=lambda cell: [places[label] for _, label in cell]), key=cost)
+    best = min(sorted(scored, key=lambda cell: [places[label] for _, label in cell]), key=cost)
     return dict(best), tuple(found[best])
 
 

@@ -21,7 +21,7 @@ class Decision:
     | `difference`    | the comparison                                                                                |
     | `p`             | p-value of "no difference", adjusted by Holm's method over the family                         |
     | `p_equivalence` | p-value of "a difference of at least the margin", adjusted the same way; None without a margin |
-    | `margin`        | margin on the measure's scale (the logarithm of a ratio); None if the study has no margin     |
+    | `margin`        | margin on the measure's scale (the logarithm of a ratio); None if no margin is tested         |
     | `family`        | the number of declared comparisons of the study                                               |
     | `both_trivial`  | whether a trivial predictor scores better than both sides on average                          |
     """
@@ -78,7 +78,7 @@ def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -
 
     `margins`: the margin of each comparison, in the unit of its `effect`. A comparison of fewer than two pairs is part
     of the family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each
-    with its own 5%.
+    with its own 5%. A margin that is a ratio is not tested on scores without logarithms.
     """
     scaled = [_scaled(each, margin) for each, margin in zip(differences, margins, strict=True)]
     tests = holm([each.p if each.p is not None else 1.0 for each in differences])
@@ -92,4 +92,7 @@ def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -
 
 
 def _scaled(difference: Difference, margin: float | None) -> float | None:
-    return math.log(margin) if margin is not None and difference.measure.log else margin
+    measure = difference.measure
+    if margin is None or (measure.ratio_margin and not measure.log):
+        return None
+    return math.log(margin) if measure.log else margin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +14,7 @@ from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
 from atn_norms.ablation.report.names import (
+    TIMES,
     WORSE,
     average,
     called_baseline,
@@ -28,7 +29,7 @@ from atn_norms.ablation.report.names import (
     never,
     number,
 )
-from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.ablation.store.records import Status, StudyRecord
 from atn_norms.errors import plural
 
 _ORDER = ("done", "diverged", "failed", "running", "pending")
@@ -89,15 +90,40 @@ def coverage(record: StudyRecord) -> str:
 
 
 def caution(found: Findings) -> str:
-    """Return a warning if the seeds are too few for any verdict, else an empty text."""
+    """Return warnings if the seeds are too few for any verdict, and if no trial of a tuned value has an outcome."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    if not most or most >= ENOUGH_SEEDS:
-        return ""
-    return (
-        f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
-        f"{ENOUGH_SEEDS} seeds. A difference may be chance."
-    )
+    warnings = _failed_values(found)
+    if most and most < ENOUGH_SEEDS:
+        warnings = [
+            f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
+            f"{ENOUGH_SEEDS} seeds. A difference may be chance.",
+            *warnings,
+        ]
+    return " ".join(warnings)
+
+
+def _failed_values(found: Findings) -> list[str]:
+    """Return sentences about the tuned values at which every trial of a point failed."""
+    record, failed = found.record, dict[str, list[str]]()
+    for task in found.tasks:
+        for row in task.final.rows if record.tune else ():
+            statuses: dict[str, set[Status]] = {}
+            for trial in row.point.candidates:
+                value = listed([f"{leaf(axis)} {trial.points[0][axis]}" for axis in record.tune])
+                statuses.setdefault(value, set()).add(trial.status)
+            point = name(record, row.point) + (f" of {task.task}" if len(found.tasks) > 1 else "")
+            for value in (value for value, ends in statuses.items() if ends == {"failed"}):
+                failed.setdefault(value, []).append(point)
+    if not failed:
+        return []
+    sentences = [f"Every trial with {value} failed at {_some(points, 'point')}." for value, points in failed.items()]
+    return [*sentences, "A value without an outcome is not chosen."]
+
+
+def _some(names: Sequence[str], noun: str) -> str:
+    """Join names to an enumeration; give only their number if they are many."""
+    return listed(names) if len(names) <= _MOST_NAMED else plural(len(names), noun)
 
 
 def verdict_line(found: Findings, task: TaskFindings) -> str:
@@ -135,6 +161,11 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
     words = f"Primary endpoint: {measure.name}, {origin}."
     if measure.log:
         words += " Its logarithms are compared, so means are geometric and differences are ratios."
+    if measure.ratio_margin and not measure.log and task.endpoint.margin is not None:
+        words += (
+            f" The margin, {TIMES}{task.endpoint.margin:.3g}, is a ratio and is not tested, because a score is not "
+            "positive."
+        )
     if family > 1:
         words += f" The p-values are adjusted for {family} declared comparisons (Holm)."
     return words

@@ -231,7 +231,7 @@ def _decision(task: TaskFindings, place: int) -> dict[str, Any] | None:
         "endpoint": task.primary.measure.name,
         **(_numbers(decision.difference) or {}),
         "adjusted_p": decision.p,
-        "margin": task.endpoint.margin,
+        "margin": None if decision.margin is None else task.endpoint.margin,
         "adjusted_p_equivalence": decision.p_equivalence,
         "family": decision.family,
         "power": decision.power,
