@@ -299,6 +299,36 @@ def test_a_resumed_function_equals_the_uninterrupted(tmp_path):
     assert outputs[0] == outputs[1] and len(outputs[0][1]) == 6
 
 
+NOT_LOADED = """
+import os, torch
+def train(trial, stop, reports):
+    first = not os.path.exists(stop)
+    for step in range(1, 8 if first else reports + 1):
+        trial.report(step, 1.0 / step)
+        if step == 5 and first:
+            trial.keep(torch.nn.Linear(1, 1))
+            trial.checkpoint.save({"step": step})
+    if first:
+        open(stop, "w").close()
+        raise RuntimeError("interrupted")
+    assert not reports or trial.checkpoint.load() is None
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("reports", [10, 3, 0])
+def test_an_attempt_that_does_not_load_the_checkpoint_starts_an_empty_curve(reports, tmp_path):
+    given = {"axes": {}, "seeds": 1, "task": {"arguments": {"stop": str(tmp_path / "stop"), "reports": reports}}}
+    trial: Any
+    (trial,) = trials(tmp_path / "study", written(tmp_path, NOT_LOADED), **given)
+    assert trial.status == "failed" and "interrupted" in trial.error["error"]
+    (trial,) = ablation.run(tmp_path / "study", workers=0).trials
+    assert (trial.status, trial.result["step"]) == ("done", reports)
+    assert [line["step"] for line in trial.curve] == list(range(1, reports + 1))
+    assert not (trial.folder / "model.safetensors").exists()
+    assert "the function did not load it" in log(trial)
+
+
 def test_kept_models_are_loaded_with_their_trial(tmp_path):
     pytest.importorskip("safetensors")
     body = """

@@ -49,17 +49,22 @@ class Checkpoint:
         if self._stored is not None and self._stored.keys() != {"state", "random", "watch"}:
             folder.reject_checkpoint("got other parts than a function's checkpoint has")
             self._stored = None
+        self._is_loaded = False
 
     def save(self, state: dict[str, Any]) -> None:
         """Save `state`: a mapping of tensors, numbers, text, and lists, tuples and mappings of these.
 
         The random states of torch, Python and NumPy are saved with it.
         """
+        self.reject_unless_loaded()
         self._folder.save({"state": state, "random": _random_state(), "watch": self._trial._watched()})
         self._on_saved()
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last saved state and restore its random states; None at the beginning of a trial."""
+        """Return the last saved state and restore its random states; None at the beginning of a trial.
+
+        Call it before the first report: a checkpoint that is not loaded by then is set aside, and the curve is empty.
+        """
         if self._stored is None:
             return None
         try:
@@ -72,7 +77,14 @@ class Checkpoint:
             self._trial._continue(FRESH)
             _seed(self._trial.seed)
             return None
+        self._is_loaded = True
         return self._stored["state"]
+
+    def reject_unless_loaded(self) -> None:
+        """Set a checkpoint aside that the function has not loaded, and empty the learning curve."""
+        if self._stored is not None and not self._is_loaded:
+            self._folder.reject_checkpoint("the function did not load it")
+            self._stored = None
 
 
 class Trial:
@@ -122,6 +134,7 @@ class Trial:
         number = _number(value)
         if number is None:
             raise TypeError(f"value: got {type(value).__name__} {short_repr(value)}; expected a number")
+        self.checkpoint.reject_unless_loaded()
         self._refuse_divergence(number)
         self._step = step
         metric = self._task["reports"] == "metric"
@@ -135,6 +148,7 @@ class Trial:
 
     def keep(self, model: nn.Module) -> None:
         """Save a model with the trial, for `ablation.load(DIR).best().model()`; a later call replaces it."""
+        self.checkpoint.reject_unless_loaded()
         self._folder.keep_model(to_bytes(model))
 
     def _refuse_divergence(self, number: float) -> None:
@@ -182,6 +196,7 @@ def run_function(
         _seed(trial["seed"])
         try:
             returned = _called(function, task.function, trial["model"], handle)
+            handle.checkpoint.reject_unless_loaded()
             result["metrics"] = {"test": _metrics(task, returned)}
             _refuse_other_metrics(folder, task, result["metrics"]["test"])
             if handle.should_stop:
