@@ -107,6 +107,29 @@ def test_an_invalid_schedule_is_rejected_with_its_path(schedule, message):
     assert message in str(to_spec_error(caught.value, data=data))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "got"), [("cosine", "cosine"), ({"warmup": 5}, "constant with a warmup"), ("plateau", "plateau")]
+)
+def test_a_schedule_that_rprop_ignores_is_rejected(schedule, got):
+    data = {"optimizer": "rprop", "schedule": schedule}
+    with pytest.raises(ValidationError) as caught:
+        TrainSpec.model_validate(data)
+    expected = "expected constant, since rprop reads its rate only at the first step"
+    assert f"schedule: got {got}; {expected}" in str(to_spec_error(caught.value, data=data))
+    assert TrainSpec.model_validate({"optimizer": "rprop", "schedule": "constant"}).schedule["kind"] == "constant"
+
+
+def test_torch_s_rprop_reads_its_rate_only_at_the_first_step():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for parameter, factor in zip(parameters, (1.0, 0.0), strict=True):
+        optimizer = torch.optim.Rprop([parameter], lr=0.1)
+        for _ in range(3):
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1 * factor
+    assert parameters[0].item() == parameters[1].item()
+
+
 def test_the_schema_shows_every_schedule_with_its_options():
     shown = TrainSpec.model_json_schema()["properties"]["schedule"]["anyOf"]
     assert shown[0] == {"enum": list(schedules.KINDS)}

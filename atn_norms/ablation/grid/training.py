@@ -69,6 +69,15 @@ class TrainSpec(Options):
                 raise invalid("train", [Problem((name,), f"{points}; expected at most {MOST_CURVE_POINTS}")])
         return self
 
+    @model_validator(mode="after")
+    def _refuse_a_schedule_of_rprop(self) -> Self:
+        kind, warmup = self.schedule["kind"], self.schedule["warmup"]
+        if self.optimizer["kind"] == "rprop" and (kind != "constant" or warmup):
+            got = f"got {kind} with a warmup" if warmup else f"got {kind}"
+            expected = "expected constant, since rprop reads its rate only at the first step"
+            raise invalid("train", [Problem(("schedule",), f"{got}; {expected}")])
+        return self
+
     def filled(self, batch_size: int) -> dict[str, Any]:
         """Return every option as JSON, all filled in; `batch_size` is the task's default."""
         tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)
