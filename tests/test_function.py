@@ -359,6 +359,22 @@ def test_changed_metrics_fail(tmp_path):
         ({"axes": {"norm": ["none"], "window": [1], "seed": [1]}}, "seed"),
         ({"train": {"optimizer": "adam"}}, r"train\.optimizer: got an option that a python task does not use"),
         ({"model": {"cell": "lstm"}}, r"model\.cell: got an option; expected none: a python task has arguments"),
+        (
+            {"task": {"arguments": {"window": 9}}},
+            r"task\.arguments\.window: got an argument that is an axis already; expected each argument once",
+        ),
+        (
+            {"task": {"arguments": {"window": 9}}, "axes": {"norm": ["none"]}, "tune": {"window": [1, 3]}},
+            r"task\.arguments\.window: got an argument that is an axis already; expected each argument once",
+        ),
+        (
+            {"endpoint": "tail"},
+            "endpoint: got tail for train, whose function reports losses; expected final, or reports: metric",
+        ),
+        (
+            {"endpoint": {"train": "steps"}, "reach": 0.5},
+            r"endpoint\.train: got steps for train, whose function reports losses; expected final, or reports: metric",
+        ),
     ],
 )
 def test_bad_points_are_rejected_before_training(tmp_path, change, message):
@@ -366,6 +382,12 @@ def test_bad_points_are_rejected_before_training(tmp_path, change, message):
     with pytest.raises(SpecError, match=message):
         ablation.create(study(written(tmp_path, GOOD), task=task, **change), tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("endpoint", ["tail", "steps"])
+def test_a_function_that_reports_its_metric_may_have_any_endpoint(tmp_path, endpoint):
+    options = {"task": {"reports": "metric"}, "endpoint": endpoint, "reach": 0.5}
+    assert ablation.create(study(written(tmp_path, GOOD), **options), tmp_path / "study").is_dir()
 
 
 MODULE, NAME = "from atn_norms import ablation", "from atn_norms.ablation import ablate"

@@ -116,6 +116,11 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
         task = FunctionSpec.model_validate(dict(data["task"]))
     except ValidationError as error:
         return problems + [p._replace(path=("task", *p.path)) for p in problems_of(error, data["task"])], {}
+    problems += [
+        Problem(("task", "arguments", name), "got an argument that is an axis already; expected each argument once")
+        for name in task.arguments
+        if name in varied
+    ]
     arguments = {**task.arguments, **{name: data["model"][name] for name in data["model"] if name in varied}}
     if "norm" in arguments and not has_norm(arguments["norm"]) and "window" in arguments:
         arguments["window"] = 1  # without a norm a window changes nothing

@@ -277,6 +277,7 @@ class StudySpec(Options):
             *self._baseline_problems(),
             *self._task_problems(),
             *self._level_problems(),
+            *self._validation_problems(),
         ]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
@@ -370,6 +371,18 @@ class StudySpec(Options):
             level = self.reach.get(name) if isinstance(self.reach, dict) else self.reach
             if level is None and Endpoint.of({"endpoint": self.endpoint}, name).measure == "steps":
                 yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
+
+    def _validation_problems(self) -> Iterator[Problem]:
+        """Yield a problem for each task whose endpoint needs validations and whose function reports losses."""
+        for point in self.points():
+            name = point.labels["task"]
+            measure = Endpoint.of({"endpoint": self.endpoint}, name).measure
+            if measure != "final" and is_function(point.task) and point.task.reports == "loss":
+                by_task = isinstance(self.endpoint, dict) and name in self.endpoint
+                got = f"got {measure} for {name}, whose function reports losses"
+                yield Problem(
+                    ("endpoint", name) if by_task else ("endpoint",), f"{got}; expected final, or reports: metric"
+                )
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
