@@ -259,6 +259,23 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     printed(capsys, "resume", "here", "--workers", "0")
 
 
+def test_an_edited_study_file_is_not_silently_ignored_by_report(capsys, folder):
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
+    assert main(["report", "here"]) == 0
+    assert capsys.readouterr().err == ""
+    file = folder / "here/study.yaml"
+    whole = file.read_text()
+    for text, problem in ((whole.replace("seeds: 1", "seeds: 2"), CHANGED), ("a: [", "expected the node content")):
+        file.write_text(text)
+        assert main(["report", "here", "--out", "published", "--formats", "md"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith("warning: here/study.yaml:") and problem in captured.err
+        assert captured.err.endswith("The report is of the study as it was created.\n")
+        assert "report: published/report.html" in captured.out
+        assert main(["report", "published"]) == 0
+        assert capsys.readouterr().err == "", "the published file is that of the study"
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -113,6 +113,11 @@ def refuse_edited(folder: Path | str) -> None:
     resolved = store.resolved()
     refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
     refuse_changed_functions(store.path, (each["trial"] for each in resolved["trials"]))
+    refuse_edited_file(store, resolved)
+
+
+def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any]) -> None:
+    """Raise `SpecError` where the study.yaml of a study has changed since it was created."""
     file, text = store.path / "study.yaml", store.source()
     if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
         take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])

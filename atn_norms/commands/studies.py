@@ -166,12 +166,27 @@ def report(
     if others and out is None:
         raise SpecError("--out", "nothing", "a folder for the report of several studies")
     with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
-        from atn_norms.ablation import load, merge
+        from atn_norms.ablation import merge
         from atn_norms.ablation.report import is_report, read
 
-        records = {str(each): read(each) if is_report(each) else load(each) for each in folders}
+        records = {str(each): read(each) if is_report(each) else _load(each) for each in folders}
         wanted = [each.strip() for each in formats.split(",") if each.strip()]
         _report(merge(records), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted)
+
+
+def _load(folder: Path) -> StudyRecord:
+    """Read a study, with a warning where its study.yaml was edited: a report does not use this file."""
+    from atn_norms.ablation.store.files import StoreError
+    from atn_norms.ablation.store.folder import StudyFolder
+    from atn_norms.ablation.studies import refuse_edited_file
+
+    store = StudyFolder(folder)
+    resolved = store.resolved()
+    try:
+        refuse_edited_file(store, resolved)
+    except (SpecError, StoreError) as error:
+        emit(f"warning: {error}\nThe report is of the study as it was created.", error=True)
+    return store.load(resolved)
 
 
 def _levels(settings: Sequence[str]) -> dict[str, float]:
