@@ -659,6 +659,34 @@ def test_the_page_reports_the_time_to_a_level(tmp_path):
         report.write(record, tmp_path, {"adding2": 0.1})
 
 
+def test_a_report_removes_the_files_of_the_earlier_report_only(tmp_path):
+    record = grid(WINDOWED, ends, seeds=2, baseline=NONE)
+    record = replace(record, tasks={"adding": TaskFacts(METRIC)})  # no trivial predictor, so no default level
+    own = {"notes.md", "forest-mine.svg", "tables.txt", "curves-adding.pdf"}
+    for name in own:
+        (tmp_path / name).write_text("a user's file")
+    first = {path.name for path in report.write(record, tmp_path, {"adding": 0.1})}
+    assert "steps-strip-adding.png" in first
+    second = {path.name for path in report.write(record, tmp_path)}
+    assert second < first and not any(name.startswith("steps-") for name in second)
+    assert {path.name for path in tmp_path.iterdir()} == second | own
+    third = {path.name for path in report.write(record, tmp_path, formats=("svg",))}
+    assert third < second and "tables.md" not in third
+    assert {path.name for path in tmp_path.iterdir()} == third | own
+    assert {path.read_text() for path in map(tmp_path.joinpath, own)} == {"a user's file"}
+
+
+@pytest.mark.parametrize("page", [b"\xff", b'<a href="../notes.md"><a href="notes.md"><a href="study.json">'])
+def test_a_foreign_page_makes_a_report_remove_nothing(page, tmp_path):
+    (tmp_path / "report").mkdir()
+    for name in ("notes.md", "report/notes.md", "report/tables.md"):
+        (tmp_path / name).write_text("a user's file")
+    (tmp_path / "report/report.html").write_bytes(page)
+    report.write(study(score, seeds=1), tmp_path / "report", formats=())
+    for name in ("notes.md", "report/notes.md", "report/tables.md"):
+        assert (tmp_path / name).read_text() == "a user's file"
+
+
 def test_every_comparison_is_a_line_of_the_points_file():
     found = findings(grid(WINDOWED, ends, baseline=NONE))
     lines = list(csv.DictReader(io.StringIO(points_csv(found))))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from atn_norms.ablation.report.archive import is_report, read
+from atn_norms.ablation.report.archive import MOST_BYTES, is_report, read
 from atn_norms.ablation.report.findings import Findings, findings
 from atn_norms.ablation.report.tables import Table, table
-from atn_norms.ablation.store.files import Folder
+from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.drawing import import_matplotlib
 from atn_norms.errors import SpecError, unknown
@@ -16,6 +18,10 @@ from atn_norms.errors import SpecError, unknown
 __all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "table", "write"]
 
 FORMATS = ("svg", "png", "md", "tex")
+# The links of a page to the files that depend on the options of `write`.
+_LINK = re.compile(
+    rb'href="((?:forest|curves|(?:steps-)?(?:heatmap|strip))-[a-z0-9-]+\.(?:svg|png)|tables\.(?:md|tex))"'
+)
 
 
 def write(
@@ -35,6 +41,7 @@ def write(
     | `reach`   | task -> level for steps to a level; it replaces `reach` of the study and the default level     |
     | `formats` | the files of pictures (`svg`, `png`) and tables (`md`, `tex`) to write; the page has all       |
 
+    The files of an earlier report in the folder are replaced, and those that this report does not have are removed.
     The same record always gives the same bytes. `read` returns the record of a folder that `write` wrote.
 
     Errors: `SpecError` for a level of an unknown task, or an unknown format; `StoreError` that names the file that
@@ -63,6 +70,16 @@ def write(
     place = folder if isinstance(folder, Folder) else Folder(folder)
     place.make()
     place.remove_leftovers()
+    for name in _linked(place) - content.keys():
+        place.remove(name)
     for name, data in content.items():
         place.write(name, data)
     return [place.path / name for name in content]
+
+
+def _linked(folder: Folder) -> set[str]:
+    """Return the pictures and tables that the page of an earlier report links to; a user's files are not among them."""
+    if folder.has("report.html"):
+        with suppress(StoreError):  # the new page replaces one that cannot be read
+            return {name.decode() for name in _LINK.findall(folder.read("report.html", MOST_BYTES))}
+    return set()
