@@ -47,6 +47,17 @@ def test_a_verdict_uses_the_four_words_and_names_the_margin():
     assert "4 declared comparisons (Holm)" in endpoint(none, none.tasks[0])
 
 
+def test_a_level_that_the_study_does_not_declare_is_stated_with_the_endpoint():
+    record = study(score)
+    record = replace(record, study={**record.study, "reach": 0.1, "endpoint": "steps"})
+    notice = "The level, 0.0500, was named for this report instead of the declared level, 0.100."
+    for levels, is_shown in ((None, False), ({"adding": 0.1}, False), ({"adding": 0.05}, True)):
+        found = findings(record, levels)
+        words = endpoint(found, found.tasks[0])
+        assert words.startswith("Primary endpoint: steps to the level, as the study declares.")
+        assert (notice in words) == is_shown
+
+
 def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
     """The trivial predictor scores 1/6; `rms` helps against `none`, and both are worse."""
     means = {"none": 1.0, "rms": 0.5, "layer": 0.1}

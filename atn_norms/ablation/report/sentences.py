@@ -11,6 +11,7 @@ from typing import Any
 from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
 from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.analysis.time_to_target import level
 from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.report.findings import Findings, Speed, TaskFindings
 from atn_norms.ablation.report.names import (
@@ -159,6 +160,13 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
     measure, family = task.primary.measure, sum(len(each.decisions) for each in found.tasks)
     origin = "as the study declares" if task.endpoint.declared else "the default, since the study declares none"
     words = f"Primary endpoint: {measure.name}, {origin}."
+    if task.endpoint.measure == "steps":
+        declared = level(found.record, task.task).value
+        if task.level.value != declared:
+            words += (
+                f" The level, {number(task.level.value)}, was named for this report instead of the declared level, "
+                f"{number(declared)}."
+            )
     if measure.log:
         words += " Its logarithms are compared, so means are geometric and differences are ratios."
     if measure.ratio_margin and not measure.log and task.endpoint.margin is not None:
@@ -245,11 +253,11 @@ def _exploratory(comparison: Comparison) -> str:
 
 def _soonest(record: StudyRecord, task: TaskFindings, speed: Speed) -> str:
     """Return a sentence about the point that reaches the level first, and the exploratory verdicts on the steps."""
-    level = task.level
-    what = f"A validation {task.facts.metric} of {number(level.value)} is reached"
+    to = task.level
+    what = f"A validation {task.facts.metric} of {number(to.value)} is reached"
     best = speed.comparison.best
     if best is None or best.point.lost == len(best.point.scores):
-        return f"{what} by no point within {level.limit} steps."
+        return f"{what} by no point within {to.limit} steps."
     missed = f", {never(best.point)} seeds" if best.point.lost else ""
     who = f" soonest by {_leader(record, speed.comparison, best)}," if len(speed.comparison.rows) > 1 else ""
     lead = f"{what}{who} after {average(best.point, ' steps')} on average{missed}"
