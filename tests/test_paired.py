@@ -30,6 +30,24 @@ def test_students_distribution_is_scipys(df):
         assert student.quantile(q, df) == pytest.approx(stats.t.ppf(q, df), rel=1e-9)
 
 
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 9, 10, 33, 34, 199, 1000])
+def test_a_tail_is_exact_down_to_the_smallest_numbers(df):
+    ts = [0.0, 0.5, 1.7, 1.75, 2.0, 5.0, 9.0, 20.0, 40.0, 100.0, 1e3, 1e6, 1e8]
+    previous = 0.6
+    for t in ts:
+        exact, found = float(stats.t.sf(t, df)), student.cdf(-t, df)
+        assert found == pytest.approx(exact, rel=1e-12, abs=1e-300)
+        assert 0 <= found < previous or exact == 0
+        assert student.cdf(t, df) == pytest.approx(1 - found, rel=1e-15)
+        previous = found
+
+
+def test_the_p_value_of_many_seeds_is_above_zero():
+    values = [1.0 + 0.145 * (-1) ** seed for seed in range(34)]
+    found, exact = paired(values).p, float(stats.ttest_1samp(values, 0).pvalue)
+    assert 0 < found == pytest.approx(exact, rel=1e-10)
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 20, 1000])
 @pytest.mark.parametrize("alpha", [0.05, 0.003])
 def test_power_is_that_of_the_noncentral_distribution(n, alpha):
