@@ -246,6 +246,17 @@ def test_a_value_without_an_outcome_does_not_prevent_tuning(status):
     assert compare(nothing)[0].rows[0].point.tuned == {"lr": "1e-4"}
 
 
+def test_values_without_a_common_seed_are_tuned_by_the_mean_of_each():
+    record = tuned({("none", rate): [(loss, loss)] * 2 for rate, loss in {"1e-4": 5.0, "1e-3": 0.5}.items()})
+    lost = {("1e-4", 0), ("1e-3", 1)}
+    trials = tuple(
+        replace(each, status="failed", result=None) if (each.points[0]["lr"], each.seed) in lost else each
+        for each in record.trials
+    )
+    (row,) = compare(replace(record, trials=trials))[0].rows
+    assert row.point.tuned == {"lr": "1e-3"}
+
+
 def test_a_tuned_option_multiplies_the_trials_and_is_no_axis():
     options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "seeds": 2}
     plan = make_plan(StudySpec(**options, axes={"norm": ("none", "layer")}, tune={"train.optimizer.lr": (0.001, 0.01)}))

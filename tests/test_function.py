@@ -364,8 +364,8 @@ def test_changed_metrics_fail(tmp_path):
             r"task\.arguments\.window: got an argument that is an axis already; expected each argument once",
         ),
         (
-            {"task": {"arguments": {"window": 9}}, "axes": {"norm": ["none"]}, "tune": {"window": [1, 3]}},
-            r"task\.arguments\.window: got an argument that is an axis already; expected each argument once",
+            {"axes": {"norm": ["none"]}, "tune": {"window": [1, 3]}},
+            "tune: got tuned options for a function; expected a task with validation scores",
         ),
         (
             {"endpoint": "tail"},

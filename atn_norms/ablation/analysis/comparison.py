@@ -390,7 +390,8 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
 def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> tuple[Labels, tuple[TrialRecord, ...]]:
     """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
-    The mean is over the seeds at which the trials of all values have ended. Fewer diverged trials are always better.
+    The mean is over the seeds at which the trials of all values have ended, or over the seeds of each value if they
+    share none. Fewer diverged trials are always better.
     A value without any outcome, such as one whose trials all failed, is not chosen and excludes no seed.
     """
     if not record.tune:
@@ -409,7 +410,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     shared = set.intersection(*(set(own) for own in scored.values()))
 
     def cost(cell: Cell) -> tuple[int, float]:
-        values = [scores[cell][seed] for seed in sorted(shared)]
+        values = [scores[cell][seed] for seed in sorted(shared or scores[cell])]
         finite = [measure.scaled(value) for value in values if math.isfinite(value)]
         return len(values) - len(finite), sign * mean(finite) if finite else 0.0
 

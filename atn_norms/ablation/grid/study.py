@@ -278,6 +278,7 @@ class StudySpec(Options):
             *self._task_problems(),
             *self._level_problems(),
             *self._validation_problems(),
+            *self._tuning_problems(),
         ]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
@@ -383,6 +384,11 @@ class StudySpec(Options):
                 yield Problem(
                     ("endpoint", name) if by_task else ("endpoint",), f"{got}; expected final, or reports: metric"
                 )
+
+    def _tuning_problems(self) -> Iterator[Problem]:
+        """Yield a problem if a function would be tuned: it returns test metrics alone, and tuning needs validations."""
+        if self.tune and any(is_function(point.task) for point in self.points()):
+            yield Problem(("tune",), "got tuned options for a function; expected a task with validation scores")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
