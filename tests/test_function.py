@@ -671,6 +671,43 @@ def test_printed_names_are_escaped_in_any_encoding(encoding, tmp_path):
     assert "report: study/report/report.html" in out
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ('{"step": 1, "best": numpy.float64(2)}', r"state['best']: got numpy.float64 np.float64(2.0); expected tensors, "),
+        ('{"of": [1, {"all": numpy.zeros(1)}]}', r"state['of'][1]['all']: got numpy.ndarray array([0.]); expected "),
+        ('{"counts": collections.defaultdict(int)}', "state['counts']: got collections.defaultdict "),
+        ('{numpy.int64(3): 1}', "state: got numpy.int64 np.int64(3); expected tensors, "),
+        ("3", "state: got int 3; expected a mapping such as "),
+        ("None", "state: got NoneType None; expected a mapping such as "),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_could_not_be_loaded_is_refused(state, message, tmp_path):
+    trial = only(tmp_path, f"import collections, numpy\ndef train(trial):\n    trial.checkpoint.save({state})\n")
+    assert trial.status == "failed" and message in trial.error["error"]
+    assert not (trial.folder / "checkpoint.pt").exists()
+
+
+def test_whatever_torch_loads_is_a_checkpoint(tmp_path):
+    body = """
+    import collections, torch
+    def train(trial):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+        count = collections.Counter("ab")
+        trial.checkpoint.save({
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "parameter": model.weight, "count": count,
+            "set": {1, 2}, "tuple": (1, [None, 2j]), 3: b"x", "dtype": torch.float64, "size": torch.Size([2]),
+        })
+        raise RuntimeError("interrupted")
+    """
+    trial = only(tmp_path, body)
+    assert "interrupted" in trial.error["error"]
+    checkpoints.unpack(trial.id, (trial.folder / "checkpoint.pt").read_bytes())
+
+
 FOREIGN = {
     "random": lambda state: state.update(random={"torch": torch.zeros(3, dtype=torch.uint8), "python": [3, [], None]}),
     "no random": lambda state: state.update(random={}),

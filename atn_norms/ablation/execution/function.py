@@ -22,9 +22,10 @@ from torch import nn
 
 from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules
 from atn_norms.ablation.grid.schedules import Improvement
+from atn_norms.ablation.store.checkpoints import first_unloadable
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.trial import FILES, TrialFolder
-from atn_norms.errors import SpecError, brief, nearest, plural, short_repr, typed_repr
+from atn_norms.errors import SpecError, brief, mismatch, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
 from atn_norms.text import encodable
 
@@ -55,7 +56,15 @@ class Checkpoint:
         """Save `state`: a mapping of tensors, numbers, text, and lists, tuples and mappings of these.
 
         The random states of torch, Python and NumPy are saved with it.
+
+        Errors: `TypeError` for a state that is no mapping, and for a part that `load` could not read.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(mismatch("state", typed_repr(state), "a mapping such as {'step': 3}"))
+        if (unloadable := first_unloadable(state, "state")) is not None:
+            path, part = unloadable
+            got = f"{type(part).__module__}.{type(part).__qualname__} {short_repr(part)}"
+            raise TypeError(mismatch(path, got, "tensors, numbers, text, and lists, tuples and mappings of these"))
         self.reject_unless_loaded()
         self._folder.save({"state": state, "random": _random_state(), "watch": self._trial._watched()})
         self._on_saved()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import OrderedDict
 from typing import Any
 
 from atn_norms.ablation.store.curve import is_mark
@@ -42,6 +43,35 @@ def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_mark(checkpoint.get("metrics")):
         raise StoreError("got no mark of a learning curve; expected one")
     return checkpoint["state"], checkpoint["metrics"]
+
+
+def first_unloadable(value: Any, path: str) -> tuple[str, Any] | None:
+    """Return the path and the value of the first part that torch saves but does not load; None if it loads all."""
+    import torch
+
+    kind = type(value)
+    if kind in (torch.Tensor, torch.nn.Parameter, str, bytes, bool, int, float, type(None)):
+        return None
+    if kind in (dict, OrderedDict):
+        parts = [(path, key) for key in value] + [(f"{path}[{key!r}]", part) for key, part in value.items()]
+    elif kind in (list, tuple):
+        parts = [(f"{path}[{i}]", part) for i, part in enumerate(value)]
+    else:
+        return None if _loads(value) else (path, value)
+    return next(filter(None, (first_unloadable(part, place) for place, part in parts)), None)
+
+
+def _loads(value: Any) -> bool:
+    import torch
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001  pickling a foreign value may raise any error
+        return False
+    return True
 
 
 def sign(archive: bytes) -> bytes:
