@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import atn_norms
-from atn_norms.ablation import create
+from atn_norms.ablation import StudySpec, create
 from atn_norms.ablation.grid import presets
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import COMMANDS, _sentence, main
@@ -425,6 +425,7 @@ def test_a_study_from_start_to_report(capsys, folder):
     assert {Path(path).suffix for path in small} == {".html", ".csv", ".yaml", ".json"}
     small = json.loads(printed(capsys, "report", "small", "--formats", "svg, md", "--json"))["report"]
     assert {Path(path).suffix for path in small} == {".html", ".csv", ".yaml", ".json", ".svg", ".md"}
+    printed(capsys, "report", "here", "--out", "small", "--formats", "")  # replaces a published report
     assert main(["report", "here", "--formats", "pgn"]) == 2
     expected = "formats: got unknown format 'pgn'; expected one of svg, png, md, tex; did you mean 'png'?"
     assert expected in capsys.readouterr().err
@@ -457,6 +458,20 @@ def test_a_missing_extra_is_reported_before_training(capsys, folder, monkeypatch
         assert f"got no package {absent}; expected an installed package. Run pip install" in error
         assert cure in error
     assert not (folder / "studies").exists()
+
+
+def test_a_report_replaces_no_other_files(capsys, folder):
+    create(StudySpec.model_validate(read(folder / "study.yaml")[0]), "here")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    expected = "expected an empty folder, or a published report. Choose another folder."
+    for out, name in ((".", "here"), ("here", ".lock"), (str(folder / "here" / "trials"), None)):
+        error = error_of(capsys, "report", "here", "--out", out)
+        name = name or next((folder / "here" / "trials").iterdir()).name
+        assert f"{out}: got a folder with {name!r}; {expected}" in error
+    (folder / "here" / "results.csv").write_text("")
+    (folder / "here" / "study.json").write_text("")
+    assert expected in error_of(capsys, "report", "here", "--out", "here")
+    assert before.items() <= {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}.items()
 
 
 def test_a_study_file_is_never_overwritten_by_its_own_study(capsys, folder):

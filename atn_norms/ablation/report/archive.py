@@ -11,11 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atn_norms.ablation.store.files import Folder, StoreError
+from atn_norms.ablation.store.files import Folder, StoreError, is_temporary
+from atn_norms.ablation.store.folder import ELSEWHERE, RESOLVED
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
-from atn_norms.errors import brief
+from atn_norms.errors import SpecError, brief
 
 FILE = "study.json"
+RECORD = (FILE, "results.csv")  # the files by which a published report is recognized
 MOST_BYTES = 2**28  # bytes of the largest file that is read: 256 MiB
 _KEPT = ("steps", "keep")  # training options that a report reads
 _HASHES = ("data", "plugins")
@@ -51,7 +53,18 @@ def study_json(record: StudyRecord) -> str:
 
 def is_report(folder: Path | str) -> bool:
     """Return True if a folder is a published report."""
-    return (Path(folder) / FILE).is_file() and (Path(folder) / "results.csv").is_file()
+    return all((Path(folder) / name).is_file() for name in RECORD)
+
+
+def refuse_other_files(folder: Path | str) -> None:
+    """Raise `SpecError` for a folder with files that no report wrote; a published report may be replaced."""
+    place = Folder(folder)
+    if not place.path.is_dir() or (is_report(folder) and not place.has(RESOLVED)):
+        return
+    others = [name for name in place.names() if not is_temporary(name)]
+    if others:
+        got, expected = f"a folder with {others[0]!r}", "an empty folder, or a published report"
+        raise SpecError(position=str(folder), got=got, expected=expected, detail=ELSEWHERE)
 
 
 def read(folder: Path | str) -> StudyRecord:
