@@ -674,7 +674,7 @@ def test_printed_names_are_escaped_in_any_encoding(encoding, tmp_path):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ('{"step": 1, "best": numpy.float64(2)}', r"state['best']: got numpy.float64 np.float64(2.0); expected tensors, "),
+        ('{"step": 1, "best": numpy.float64(2)}', r"state['best']: got numpy.float64 np.float64(2.0); expected "),
         ('{"of": [1, {"all": numpy.zeros(1)}]}', r"state['of'][1]['all']: got numpy.ndarray array([0.]); expected "),
         ('{"counts": collections.defaultdict(int)}', "state['counts']: got collections.defaultdict "),
         ('{numpy.int64(3): 1}', "state: got numpy.int64 np.int64(3); expected tensors, "),

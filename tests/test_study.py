@@ -157,6 +157,7 @@ def test_options_of_an_absent_norm_are_dropped_like_its_window():
 
 def test_an_axis_may_be_any_option():
     study = plan(
+        model={"hidden_size": 3},
         axes={"train.optimizer.lr": [0.1, 0.01], "task.length": [4, 5], "model.cell": ["gru"]},
         train={"steps": 2, "optimizer": "sgd", "batch_size": 5},
     )
@@ -165,6 +166,13 @@ def test_an_axis_may_be_any_option():
     assert settings == [(0.1, 4), (0.1, 5), (0.01, 4), (0.01, 5)]
     assert {t.trial["train"]["optimizer"]["kind"] for t in study.trials} == {"sgd"}
     assert study.baseline == {"train.optimizer.lr": "0.1"}, "without `none`, the first value of the first axis"
+
+
+def test_an_axis_may_have_the_value_of_the_base():
+    study = plan(
+        axes={"hidden_size": [3, 5], "model.cell": ["lstm", "gru"], "norm.eps": [1.0]}, model=LSTM | {"norm": "rms"}
+    )
+    assert len(study.trials) == 4
 
 
 def test_an_axis_may_add_an_option_to_the_base():
@@ -254,6 +262,11 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"name": "\ud800"}, "name: got '\\ud800', which has an unpaired surrogate; expected text"),
         ({"model": LSTM | {"backend": "nativ"}}, "model.backend: got unknown backend 'nativ'"),
         ({"model": LSTM | {"hidden_size": 10**200}}, "a number is too large"),
+        ({"model": LSTM | {"norm": "layer", "window": 5}, "axes": {"window": [1, 3]}}, "model.window: got 5, which the axis window replaces; expected no value, or one of the axis"),  # noqa: E501
+        ({"train": {"optimizer": {"kind": "sgd", "lr": 0.5}}, "axes": {"train.optimizer.lr": [0.1]}}, "train.optimizer.lr: got 0.5, which the axis train.optimizer.lr replaces"),  # noqa: E501
+        ({"model": LSTM | {"norm": {"kind": "rms"}}, "axes": {"norm": ["layer"]}}, "model.norm: got rms, which the"),
+        ({"task": {"kind": "adding", "length": 9}, "tune": {"task.length": [4, 5]}}, "task.length: got 9, which tune.task.length replaces"),  # noqa: E501
+        ({"task": None, "tasks": ["copying", {"kind": "adding", "length": 9}], "axes": {"task.length": [4]}}, "tasks[1].length: got 9, which"),  # noqa: E501
         ({"axis": {}}, "axis: got an unknown key; expected one of "),
         ({"task": "charlm", "model": LSTM | {"bidirectional": True}}, "model: task charlm: a bidirectional layer"),
         ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: got 1000000 points"),
@@ -323,7 +336,7 @@ model: {{cell: lstm, hidden_size: 4}}
 tasks:
 - adding
 - {{kind: charlm, text: {tmp_path}/no.txt}}
-train: {{batch_size: 10}}
+train: {{batch_size: 5}}
 axes: {{train.batch_size: [5, 600], norm: [layer]}}
 """
     data, where = parse(text, "study.yaml")

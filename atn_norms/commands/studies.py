@@ -167,7 +167,8 @@ def report(
         raise SpecError("--out", "nothing", "a folder for the report of several studies")
     with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
         from atn_norms.ablation import merge
-        from atn_norms.ablation.report import is_report, read, refuse_other_files
+        from atn_norms.ablation.report import is_report, read
+        from atn_norms.ablation.report.archive import refuse_other_files
 
         if out is not None and out.resolve() != (folder / "report").resolve():
             refuse_other_files(out)

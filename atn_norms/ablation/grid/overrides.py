@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from atn_norms.ablation.grid.renames import rename_axis, rename_path, rename_study
-from atn_norms.ablation.grid.resolve import axis_path
+from atn_norms.ablation.grid.resolve import axis_path, set_values
 from atn_norms.errors import SpecError, brief, dotted, short_repr, to_spec_error
 from atn_norms.specs import Where
 from atn_norms.specs import value as yaml_value
@@ -96,7 +96,7 @@ def placed(data: Any, assignments: Sequence[str], where: Where) -> Where:
         for each in settings:
             common = min(len(each.path), len(path))
             if list(map(str, each.path[:common])) == list(map(str, path[:common])):
-                if common == len(each.path) or not _holds(data, path):
+                if common == len(each.path) or not set_values(data, path):
                     return ", ".join([f"--set {each.name}", *below])
                 below.append(f"--set {each.name}")
         return ", ".join([where(path), *below])  # the file's option, and the settings that changed a part of it
@@ -112,7 +112,7 @@ def _refuse_overruled(data: dict[str, Any], settings: Sequence[Setting]) -> None
         for each in settings:
             place, values = _of_a_task(each) if each.path[0] == "tasks" else (each.path, [each.value])
             common = min(len(place), len(path))
-            if place[:common] == path[:common] and any(_holds(value, path[common:]) for value in values):
+            if place[:common] == path[:common] and any(set_values(value, path[common:]) for value in values):
                 source = f"the axis {axis}" if section == "axes" else f"tune.{axis}"
                 cure = f"Use --set '{section}.{axis}=[...]'"
                 raise _error(each.name, f"an option that {source} sets", "another option", detail=cure)
@@ -122,18 +122,6 @@ def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:
     """Return the path of a setting of `tasks` within one task, and the values that it sets there."""
     every = len(given.path) == 1 and isinstance(given.value, list)
     return ("task", *given.path[2:]), given.value if every else [given.value]
-
-
-def _holds(value: Any, path: Path) -> bool:
-    """Check whether a value sets the option at a path within it; a name sets `kind`."""
-    for step in path:
-        if isinstance(value, str) and value != "none" and step == "kind":
-            return True
-        try:
-            value = value[step] if isinstance(value, Mapping | list) else {}[step]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
 
 
 def _assign(data: Any, given: Setting) -> None:

@@ -63,6 +63,22 @@ def has_norm(norm: Any) -> bool:
     return norm is not None and norm != "none"
 
 
+def set_values(value: Any, path: tuple[Any, ...]) -> list[Any]:
+    """Return the value of the option at a path within a part of a study, in a list; a name sets `kind`.
+
+    >>> set_values({"optimizer": "adam"}, ("optimizer", "kind")), set_values({"optimizer": "adam"}, ("optimizer", "lr"))
+    (['adam'], [])
+    """
+    for step in path:
+        if isinstance(value, str) and value != "none" and step == "kind":
+            return [value]
+        try:
+            value = value[step] if isinstance(value, Mapping | list) else {}[step]
+        except (KeyError, IndexError, TypeError):
+            return []
+    return [value]
+
+
 def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
     """Put the axes' values into the sections and validate each; paths of problems begin with the section."""
     problems: list[Problem] = []

@@ -27,7 +27,17 @@ from pydantic_core import CoreSchema
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.renames import rename_study
-from atn_norms.ablation.grid.resolve import SECTIONS, THE_TASKS, AnyTask, axis_name, axis_path, has_norm, place, resolve
+from atn_norms.ablation.grid.resolve import (
+    SECTIONS,
+    THE_TASKS,
+    AnyTask,
+    axis_name,
+    axis_path,
+    has_norm,
+    place,
+    resolve,
+    set_values,
+)
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.labels import label, plain
 from atn_norms.ablation.store.records import Endpoint
@@ -273,6 +283,7 @@ class StudySpec(Options):
         problems = [each for point in self.resolved_points if isinstance(point, list) for each in point]
         problems += [
             *self._twice(),
+            *self._overruled(),
             *self._absent_norm_problems(),
             *self._baseline_problems(),
             *self._task_problems(),
@@ -342,6 +353,23 @@ class StudySpec(Options):
         for name in self.tune:
             if axis_path(name) in axes:
                 yield Problem(("tune", name), IS_AXIS)
+
+    def _overruled(self) -> Iterator[Problem]:
+        """Yield a problem for each option of the base configuration that an axis, or a tuned option, never takes."""
+        bases = [(("model",), self.model), (("train",), self.train), *self._task_list()]
+        varied = [
+            (section, name, getattr(self, section)[name])
+            for section in ("axes", "tune")
+            for name in getattr(self, section)
+        ]
+        for section, name, values in varied:
+            first, *below = axis_path(name)
+            for base_path, base in bases:
+                for value in set_values(base, tuple(below)) if base_path[0] in (first, f"{first}s") else ():
+                    if label(value) not in map(label, values):
+                        source = f"the axis {name}" if section == "axes" else f"tune.{name}"
+                        got = f"got {brief(label(value))}, which {source} replaces"
+                        yield Problem((*base_path, *below), f"{got}; expected no value, or one of the axis")
 
     def _absent_norm_problems(self) -> Iterator[Problem]:
         """Yield a problem for each varied option of a norm that no point of the study has."""

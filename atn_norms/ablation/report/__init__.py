@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from atn_norms.ablation.report.archive import MOST_BYTES, is_report, read, refuse_other_files
+from atn_norms.ablation.report.archive import MOST_BYTES, is_report, read
 from atn_norms.ablation.report.findings import Findings, findings
 from atn_norms.ablation.report.tables import Table, table
 from atn_norms.ablation.store.files import Folder, StoreError
@@ -15,7 +15,7 @@ from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.drawing import import_matplotlib
 from atn_norms.errors import SpecError, unknown
 
-__all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "refuse_other_files", "table", "write"]
+__all__ = ["FORMATS", "Findings", "Table", "findings", "is_report", "read", "table", "write"]
 
 FORMATS = ("svg", "png", "md", "tex")
 # The links of a page to the files that depend on the options of `write`.
