@@ -92,6 +92,46 @@ def test_bidirectional_layers_are_rejected():
         an.StreamingStep(nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize(("change", "got"), [(-13, "1 tensor"), (-1, "13 tensors"), (1, "15 tensors")])
+def test_another_number_of_state_tensors_is_rejected(change, got):
+    step = an.StreamingStep(an.LSTM(3, 4, norm="layer", window=5))
+    state = [*step.initial(), torch.zeros(1)][: 14 + change]
+    with pytest.raises(ValueError, match=re.escape(f"state: got {got}; expected 14: call `initial()`")):
+        step(torch.zeros(1, 3), *state)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_whole_model_with_native_layers_is_exported(format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.read_out = trained(an.GRU(3, 4, norm="layer", window=3)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.read_out(self.layer(x)[0])
+
+    model = Tagger().eval()
+    done = export(model, [torch.randn(4, 2, 3)], tmp_path / f"m.{format}", format)
+    assert done.difference is not None and done.difference <= 1e-6
+    assert model.layer.spec.backend == "auto"
+
+
+@pytest.mark.parametrize(
+    ("file", "format", "cure"),
+    [
+        ("m.pt2", "onnx", "got the ending '.pt2'; expected .onnx for onnx. Use format='pt2' or format='aoti'"),
+        ("m.onnx", "aoti", "got the ending '.onnx'; expected .pt2 for aoti. Use format='onnx'"),
+    ],
+)
+def test_the_format_of_an_ending_is_named(file, format, cure, tmp_path):
+    with pytest.raises(SpecError, match=re.escape(cure)):
+        export(an.RNN(3, 4), [torch.randn(4, 2, 3)], tmp_path / file, format)
+
+
 FOREIGN = """
 import sys
 sys.modules["atn_norms"] = None  # as if it were not installed

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atn_norms.errors import SpecError, nearest_file, not_installed, one_of
+from atn_norms.errors import SpecError, mismatch, nearest_file, not_installed, one_of, plural
 from atn_norms.files import write_whole
 from atn_norms.layers.convert import with_backend
 from atn_norms.layers.recurrent import Recurrent
@@ -43,7 +43,8 @@ class StreamingStep(nn.Module):
     The outputs equal those of `unroll` on the whole sequence. `before` and `after` are modules around the layer, such
     as an embedding and a read-out.
 
-    Errors: `SpecError` for a bidirectional layer, and for a layer whose fresh state is not all zeros.
+    Errors: `SpecError` for a bidirectional layer, and for a layer whose fresh state is not all zeros. `ValueError` of a
+    call with another number of state tensors than `initial` returns.
 
     >>> import torch, atn_norms as an
     >>> step = an.StreamingStep(an.LSTM(3, 8, norm="layer", window=5))
@@ -80,6 +81,9 @@ class StreamingStep(nn.Module):
         return [torch.zeros_like(leaf) for leaf in tree_leaves(self._state)]
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        count = sum(1 for _ in tree_leaves(self._state))
+        if len(state) != count:
+            raise ValueError(mismatch("state", plural(len(state), "tensor"), f"{count}: call `initial()`"))
         leaves, after = iter(state), []
         self.layer.recompute_weights()
         y = self.before(frame.unsqueeze(0))
@@ -129,7 +133,9 @@ def export(
     *,
     names: Sequence[str] = (),
 ) -> Exported:
-    """Export a `StreamingStep` or a `WholeSequence` to a file, run the file, and compare.
+    """Export a `StreamingStep`, a `WholeSequence` or another module to a file, run the file, and compare.
+
+    The layers of this package in it are exported as plain torch operations; the module stays unchanged.
 
     | format | runs with |
     |---|---|
@@ -147,9 +153,11 @@ def export(
     names = names or [("frame" if i == 0 else f"state_{i - 1}") for i in range(len(inputs))]
     if format not in FORMATS:
         raise SpecError("format", got=repr(format), expected=one_of(FORMATS))
-    ending = f".{SUFFIX[format].rpartition('.')[2]}"  # torch reads packages with this ending alone
-    if path.suffix != ending:
-        raise SpecError(position=str(path), got=f"the ending {path.suffix!r}", expected=f"{ending} for {format}")
+    if path.suffix != _ending(format):
+        others = [f"format={each!r}" for each in FORMATS if path.suffix == _ending(each)]
+        cure = f"Use {' or '.join(others)}" if others else ""
+        got, expected = f"the ending {path.suffix!r}", f"{_ending(format)} for {format}"
+        raise SpecError(position=str(path), got=got, expected=expected, detail=cure)
     if not path.parent.is_dir():
         near = nearest_file(path.parent)
         raise SpecError(position=str(path.parent), got="no such folder", expected="a folder", nearest=near)
@@ -175,6 +183,10 @@ def export(
     return Exported(path, shapes, written, difference, microseconds, note)
 
 
+def _ending(format: Format) -> str:
+    return f".{SUFFIX[format].rpartition('.')[2]}"  # torch reads packages with this ending alone
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide what the exporters log and warn about themselves, such as packages that they could use."""
@@ -194,6 +206,9 @@ Written = tuple[tuple[str, ...], Run | None, str]
 
 
 def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Trace a module, with its layers on the reference backend, which uses plain torch operations."""
+    if any(isinstance(each, Recurrent) and each.spec.backend != "reference" for each in module.modules()):
+        module = with_backend(module, "reference")
     try:
         with torch.no_grad():
             return torch.export.export(module, inputs, strict=False)
@@ -212,7 +227,7 @@ def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
         with torch.no_grad():
             program = torch.onnx.export(traced, inputs, optimize=len(traced.graph.nodes) <= MOST_OPTIMIZED, **details)
     except Exception as error:
-        reason = str(error).partition("No ONNX function found for ")[2].partition(".")[0]
+        reason = str(error).partition("No ONNX function found for ")[2].partition(". ")[0]
         got = reason or type(error).__name__
         raise SpecError("model", got, "a model whose operations ONNX has") from error
     assert program is not None
