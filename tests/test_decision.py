@@ -57,6 +57,15 @@ def test_a_difference_within_the_margin_counts_as_none():
     assert decide([difference(0.0, n=4)], [10.0])[0].verdict == "undecided", "four seeds carry no verdict"
 
 
+def test_the_deciding_p_is_that_of_the_test_behind_the_verdict():
+    equal, clear = decide([difference(0.001), difference(-0.5)], [0.06, 0.06])
+    assert equal.difference.paired is not None
+    assert (equal.verdict, clear.verdict) == ("no difference", "helps")
+    assert equal.deciding_p == (equal.difference.paired.p_equivalence(0.06), equal.p_equivalence)
+    assert clear.deciding_p == (clear.difference.p, clear.p)
+    assert max(filter(None, equal.deciding_p)) < 0.05 < equal.p
+
+
 def test_a_diverged_side_excludes_a_verdict_in_its_favour():
     lost = between([1.0 + each for each in NOISE] + [INF], [2.0] * 9)
     assert decide([lost], [None])[0].verdict == "undecided"

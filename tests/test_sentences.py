@@ -6,7 +6,7 @@ from dataclasses import replace
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.canvas import MUTED
 from atn_norms.ablation.report.findings import findings
-from atn_norms.ablation.report.forest import colour_of
+from atn_norms.ablation.report.forest import colour_of, forest
 from atn_norms.ablation.report.names import qualified, short_names
 from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
 from atn_norms.ablation.report.tables import verdict_table
@@ -76,6 +76,20 @@ def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
     assert [row[-1] for row in table.rows] == ["helps"] * 2 + ["helps (both worse than a guess)"] * 2
     assert re.search(r"rms, window 1 \([^()]*; both worse than a guess\)", verdict_text(record))
     assert "both worse" not in verdict_text(study(score))
+
+
+def test_a_verdict_of_no_difference_has_the_p_values_of_its_own_test():
+    noise = (0.3, -0.2, 0.1, -0.4, 0.2, 0.01)
+    record = study(lambda norm, window, seed: 1.0 + 0.1 * seed + 0.01 * noise[seed] * (norm != "none"))
+    found = findings(replace(record, study=record.study | {"margin": 0.02}))
+    table = verdict_table(found.record, found.tasks[0])
+    assert table is not None
+    for row in table.rows:
+        shown = dict(zip(table.headers, row, strict=True))
+        assert shown["verdict"].startswith("no difference larger than 0.02")
+        assert {shown["p"], shown["adjusted p"]} == {"<0.001"}
+    picture = forest(found.record, found.tasks[0], "forest")
+    assert picture is not None and picture.text.count("adjusted p <0.001, no difference") == len(table.rows)
 
 
 def test_the_verdict_of_a_study_that_still_runs_is_interim():

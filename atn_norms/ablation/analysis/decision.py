@@ -47,6 +47,17 @@ class Decision:
         return difference.verdict_at(self.p)
 
     @property
+    def deciding_p(self) -> tuple[float | None, float]:
+        """The p-value of the test that decides the verdict, and its adjusted value.
+
+        The test is that of "a difference of at least the margin" for `no difference`, and of "no difference" otherwise.
+        """
+        paired, margin, adjusted = self.difference.paired, self.margin, self.p_equivalence
+        if paired is None or margin is None or adjusted is None or self.verdict != "no difference":
+            return self.difference.p, self.p
+        return paired.p_equivalence(margin), adjusted
+
+    @property
     def target(self) -> float:
         """The difference for which power is computed: the margin, or the observed mean without a margin."""
         return self.difference.mean if self.margin is None else self.margin

@@ -63,7 +63,9 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
         return None
     measure = task.primary.measure
     labels = short_names(record, [row.point for row, _ in rows], 40)
-    notes = [f"{qualified(each)}: n {each.difference.pairs}, adjusted p {chances(each.p)}" for _, each in rows]
+    notes = [
+        f"{qualified(each)}: n {each.difference.pairs}, adjusted p {chances(each.deciding_p[1])}" for _, each in rows
+    ]
     left = 0.26 + 0.078 * max(map(len, labels))
     right = 0.3 + 0.068 * max(map(len, notes))
     tall = _ROW * len(rows)
@@ -194,7 +196,7 @@ def _note(decision: Decision) -> str:
 def _describe(record: StudyRecord, task: TaskFindings) -> str:
     rows = [
         f"{name(record, row.point)}: {change(decision.difference)}, {plural(decision.difference.pairs, 'pair')}, "
-        f"adjusted p {chances(decision.p)}, {qualified(decision)}"
+        f"adjusted p {chances(decision.deciding_p[1])}, {qualified(decision)}"
         for row, decision in task.decided()
     ]
     return "; ".join(rows)

@@ -104,7 +104,8 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
 
 _FOREST = (
     "Each row is a declared comparison. The bar is its 95% interval without correction. The verdict uses the "
-    "adjusted p-value. So a bar may exclude “no effect” while the comparison is undecided."
+    "adjusted p-value. So a bar may exclude “no effect” while the comparison is undecided. For “no difference "
+    "larger than” the margin, it is the p-value of a difference of at least the margin."
 )
 _HEATMAP = (
     "Each cell is a point of the grid. If several cells are the same point, such as all windows without a norm, they "
