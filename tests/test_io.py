@@ -109,6 +109,37 @@ def test_an_incompatible_model_is_rejected(other, message, tmp_path):
         an.load(path, other())
 
 
+WRAPPERS = {
+    "torch.compile": torch.compile,
+    "DataParallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model)),  # pyright: ignore[reportArgumentType]
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_module_inside_a_wrapper_is_saved_and_loaded(wrap, tmp_path):
+    model = an.replace(Tagger(), norm="layer", window=4)
+    path = an.save(wrap(model), tmp_path / "m.safetensors")
+    an.save(model, tmp_path / "plain.safetensors")
+    assert path.read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    fresh = Tagger()
+    wrapped = wrap(fresh)
+    assert an.load(path, wrapped) is wrapped
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(fresh.parameters(), model.parameters(), strict=True))
+
+
+def test_other_arguments_of_load_are_named(tmp_path):
+    path = an.save(an.replace(Tagger()), tmp_path / "m.safetensors")
+    load: Any = an.load
+    for arguments, message in (
+        ((path, Tagger), r"^model: got the class Tagger; expected an instance, such as Tagger\(...\)$"),
+        ((Tagger(), path), "^path: got Tagger; expected the path of a file; the model is the second argument$"),
+        ((path, 3), "^model: got int; expected a torch.nn.Module$"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            load(*arguments)
+
+
 class UnknownSpec(NormSpec):
     """A normalizer that no plugin registers."""
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from atn_norms.errors import Problem, SpecError, brief, nearest_file, not_installed, to_spec_error
+from atn_norms.errors import Problem, SpecError, brief, mismatch, nearest_file, not_installed, to_spec_error
 from atn_norms.files import most_bytes, read_regular, write_whole
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.convert import replacement, substitute
@@ -65,7 +65,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The file holds every parameter and buffer, the options of each layer of this package, the versions of their plugins,
     and a checksum. It holds no code: a model with a normalizer, window or cell that is not registered is loaded into a
-    new model. After a crash the old file or the new file exists, never a part.
+    new model. The wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel` are not saved, the module
+    inside is. After a crash the old file or the new file exists, never a part.
 
     Errors: `TypeError` for a module with state other than tensors, and for a layer with other norms than its options
     give: one of another class, or one that was added or deleted. `OSError` if the file cannot be written; `SpecError`
@@ -100,12 +101,21 @@ def load(
     `RNN` layers are replaced by the saved layers, and its parameters and buffers are loaded. `model` is changed in
     place and returned.
 
-    Errors: `SpecError` for a file that is missing, damaged, of a newer format or not written by `save`. `SpecError` for
-    a plugin that is not installed, and for a `model` with other layers, parameters or shapes than the file. A plugin of
-    another version gives a `UserWarning`.
+    Errors: `TypeError` for a `path` that is no path, and a `model` that is no module. `SpecError` for a file that is
+    missing, damaged, of a newer format or not written by `save`. `SpecError` for a plugin that is not installed, and
+    for a `model` with other layers, parameters or shapes than the file. A plugin of another version gives a
+    `UserWarning`.
     """
-    file = Path(path)
-    return _loaded(file, *_read(file), model).to(device).eval()
+    if not isinstance(path, str | os.PathLike):
+        got, expected = type(path).__name__, "the path of a file; the model is the second argument"
+        raise TypeError(mismatch("path", got, expected))
+    if isinstance(model, type):
+        raise TypeError(mismatch("model", f"the class {model.__name__}", f"an instance, such as {model.__name__}(...)"))
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(mismatch("model", type(model).__name__, "a torch.nn.Module"))
+    file, inner = Path(path), None if model is None else _unwrapped(model)
+    loaded = _loaded(file, *_read(file), inner)
+    return (model if model is not None and loaded is inner else loaded).to(device).eval()
 
 
 def constructs(path: str | os.PathLike[str]) -> bool:
@@ -150,6 +160,7 @@ def to_bytes(module: nn.Module, preprocessing: Mapping[str, Any] | None = None) 
     """Return the content of the file that `save` writes, with the `preprocessing` of the module's inputs, if any."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; expected a torch.nn.Module")
+    module = _unwrapped(module)
     tensors, aliases = _tensors(module)
     layers = {name: each for name, each in module.named_modules() if isinstance(each, CellHost)}
     description = {
@@ -169,6 +180,14 @@ def to_bytes(module: nn.Module, preprocessing: Mapping[str, Any] | None = None) 
     data = _data(_serialized(tensors, {}))
     description["sha256"] = hashlib.sha256(data).hexdigest()
     return _serialized(tensors, {KEY: json.dumps(description, sort_keys=True)})
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    inner = module._modules.get("_orig_mod")  # of torch.compile
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = module.module
+    return module if inner is None else _unwrapped(inner)
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
