@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from atn_norms.errors import mismatch
+from atn_norms.errors import mismatch, typed_repr
 
 Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...]; not every tool supports recursive aliases
 
@@ -134,7 +134,7 @@ def reorder(state: Tree, index: Tensor) -> Tree:
     `index` [M] (int64) holds the old row for each new row. Where the state has several rows and a leaf has one, the
     leaf is shared by the batch (batch statistics) and stays unchanged.
 
-    Errors: `IndexError` if an index is outside the batch.
+    Errors: `IndexError` if an index is outside the batch, and `TypeError` if `index` is no tensor.
 
     >>> import torch
     >>> reorder((torch.tensor([[1.0], [2.0]]), torch.tensor([[9.0]])), torch.tensor([1, 1, 0]))
@@ -142,6 +142,8 @@ def reorder(state: Tree, index: Tensor) -> Tree:
             [2.],
             [1.]]), tensor([[9.]]))
     """
+    if not isinstance(index, Tensor):
+        raise TypeError(mismatch("index", typed_repr(index), "an int64 tensor such as torch.tensor([0, 1])"))
     batch = max((leaf.shape[0] for leaf in tree_leaves(state)), default=0)
     if index.numel() and not (0 <= int(index.min()) and int(index.max()) < batch):
         got = f"rows {index.tolist()} of a state with {batch} row(s)"

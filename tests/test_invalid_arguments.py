@@ -129,6 +129,15 @@ def test_states_of_one_kind_pass_between_backends_and_dtypes():
     assert torch.allclose(native.unroll(x, state)[0], native.unroll(x, (((cell[0], single),),))[0], atol=1e-5)
 
 
+def test_a_list_of_rows_and_the_path_of_a_checkpoint_are_named():
+    reorder: Any = an.reorder
+    load_weights: Any = an.load_weights
+    with pytest.raises(TypeError, match=r"^index: got list \[0, 1\]; expected an int64 tensor such as torch.tensor"):
+        reorder(streamed(normed()), [0, 1])
+    with pytest.raises(TypeError, match=r"^state_dict: got str 'x.pt'; expected a mapping, such as torch.load\(path\)"):
+        load_weights(normed(), "x.pt")
+
+
 def test_a_reordered_shared_state_is_used_once():
     norm = an.AssortedTime(an.BatchNorm(4), 3)
     _, state = norm.scan(torch.randn(3, 2, 4))

@@ -78,7 +78,7 @@ def test_a_verdict_on_two_sides_that_are_worse_than_a_guess_carries_a_warning():
     assert "both worse" not in verdict_text(study(score))
 
 
-def test_a_verdict_of_no_difference_has_the_p_values_of_its_own_test():
+def test_a_verdict_of_no_difference_shows_the_p_values_that_decide_it():
     noise = (0.3, -0.2, 0.1, -0.4, 0.2, 0.01)
     record = study(lambda norm, window, seed: 1.0 + 0.1 * seed + 0.01 * noise[seed] * (norm != "none"))
     found = findings(replace(record, study=record.study | {"margin": 0.02}))
@@ -90,6 +90,17 @@ def test_a_verdict_of_no_difference_has_the_p_values_of_its_own_test():
         assert {shown["p"], shown["adjusted p"]} == {"<0.001"}
     picture = forest(found.record, found.tasks[0], "forest")
     assert picture is not None and picture.text.count("adjusted p <0.001, no difference") == len(table.rows)
+
+
+def test_a_verdict_line_has_no_full_stop():
+    whole = study(score, norms=["rms"], windows=["1"])
+    none = replace(whole, trials=tuple(replace(trial, status="pending", result=None) for trial in whole.trials))
+    for record, line in (
+        (whole, "No verdict: the study compares nothing with a baseline"),
+        (none, "No trial of adding has finished"),
+    ):
+        found = findings(record)
+        assert verdict_line(found, found.tasks[0]) == line
 
 
 def test_the_verdict_of_a_study_that_still_runs_is_interim():

@@ -267,6 +267,8 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"model": LSTM | {"norm": {"kind": "rms"}}, "axes": {"norm": ["layer"]}}, "model.norm: got rms, which the"),
         ({"task": {"kind": "adding", "length": 9}, "tune": {"task.length": [4, 5]}}, "task.length: got 9, which tune.task.length replaces"),  # noqa: E501
         ({"task": None, "tasks": ["copying", {"kind": "adding", "length": 9}], "axes": {"task.length": [4]}}, "tasks[1].length: got 9, which"),  # noqa: E501
+        ({"train": {"learning_rate": 0.1}}, "threads; did you mean 'train.optimizer.lr'?"),
+        ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"axis": {}}, "axis: got an unknown key; expected one of "),
         ({"task": "charlm", "model": LSTM | {"bidirectional": True}}, "model: task charlm: a bidirectional layer"),
         ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: got 1000000 points"),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from atn_norms.errors import did_you_mean, one_of
+from atn_norms.errors import did_you_mean, mismatch, one_of, typed_repr
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
@@ -185,7 +185,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[
     Weights and biases have the names of torch.nn in both. Norms that the checkpoint lacks keep their values, and norms
     that the model lacks are dropped. Return the names of the entries that kept their values, and of the dropped ones.
 
-    Errors: `RuntimeError` of `load_state_dict` for any other missing or unexpected entry.
+    Errors: `RuntimeError` of `load_state_dict` for any other missing or unexpected entry. `TypeError` for a
+    `state_dict` that is no mapping, such as the path of a file.
 
     >>> import torch, atn_norms as an
     >>> theirs, ours = torch.nn.LSTM(3, 5), an.LSTM(3, 5, norm="rms")
@@ -194,6 +195,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[list[
     >>> an.load_weights(theirs, ours.state_dict())
     ([], ['norm_ih_l0.weight', 'norm_hh_l0.weight', 'norm_c_l0.weight'])
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(mismatch("state_dict", typed_repr(state_dict), "a mapping, such as torch.load(path) returns"))
     own = model.state_dict()
     normalizers = {name for name, module in model.named_modules() if isinstance(module, Normalizer)}
     fresh = [key for key in own if key not in state_dict and any(key.startswith(f"{n}.") for n in normalizers)]

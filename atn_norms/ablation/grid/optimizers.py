@@ -40,6 +40,16 @@ def defaults(kind: str) -> dict[str, Any]:
     }
 
 
+def option_named(name: object) -> str | None:
+    """Return the option that any optimizer has under a name, or under the name in another library; None without one.
+
+    >>> option_named("learning_rate"), option_named("steps")
+    ('lr', None)
+    """
+    option = _ELSEWHERE.get(str(name), str(name))
+    return option if any(option in defaults(kind) for kind in kinds()) else None
+
+
 def resolve(value: Any) -> dict[str, Any]:
     """Fill in the options of an optimizer given by name, or as a mapping with `kind` (by default adam).
 

@@ -78,6 +78,12 @@ class TrainSpec(Options):
             raise invalid("train", [Problem(("schedule",), f"{got}; {expected}")])
         return self
 
+    @classmethod
+    def nearest_key(cls, key: object) -> str | None:
+        """Return the closest key, or the path of the optimizer's option with this name."""
+        option = optimizers.option_named(key)
+        return super().nearest_key(key) if option is None else f"train.optimizer.{option}"
+
     def filled(self, batch_size: int) -> dict[str, Any]:
         """Return every option as JSON, all filled in; `batch_size` is the task's default."""
         tenth, hundredth = max(1, self.steps // 10), max(1, self.steps // 100)

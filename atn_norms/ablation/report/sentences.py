@@ -128,12 +128,12 @@ def _some(names: Sequence[str], noun: str) -> str:
 
 
 def verdict_line(found: Findings, task: TaskFindings) -> str:
-    """Return the verdict of a task in one line, such as `Window: helps at 0, hurts at 2, undecided at 4 of 6`."""
+    """Return the verdict of a task as a line, such as `Window: helps at 0, hurts at 2, undecided at 4 of 6`."""
     decisions = [decision for _, decision in task.decided()]
     if task.primary.best is None:
-        return f"No trial of {task.task} has finished."
+        return f"No trial of {task.task} has finished"
     if not decisions:
-        return "No verdict: the study compares nothing with a baseline."
+        return "No verdict: the study compares nothing with a baseline"
     sizes = {margin(decision) for decision in decisions if decision.margin is not None}
     counted = _counted((each.verdict for each in decisions), " or ".join(sorted(sizes)))
     trivial = sum(each.both_trivial for each in decisions)
