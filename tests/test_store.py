@@ -64,9 +64,10 @@ def test_the_written_study_file_reads_as_the_same_study(study):
 def test_the_same_study_reopens_its_folder_and_another_is_rejected(study):
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     assert create(STUDY, study) == study
+    steps = STUDY["train"]["steps"]
     with pytest.raises(
         SpecError,
-        match="got study .* with 2 trials that this study lacks; .* Choose another folder",
+        match=rf"got study .* with 2 trials that this study lacks; .* train\.steps: got {steps}; expected 7\. Choose",
     ):
         create({**STUDY, "train": {**STUDY["train"], "steps": 7}}, study)
     assert {path: path.read_bytes() for path in study.rglob("*") if path.is_file()} == before

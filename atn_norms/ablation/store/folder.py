@@ -17,6 +17,7 @@ from atn_norms.ablation.store.files import Folder, StoreError, canonical, named
 from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
+from atn_norms.ablation.store.merge import first_difference
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store.schema import StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ELSEWHERE = "Choose another folder."
 RESOLVED = "study.resolved.json"
 MOST_BYTES = 2**28  # bytes of the resolved study: 256 MiB
+ANALYSIS = ("name", "baseline", "reach", "endpoint", "margin")  # keys of a study that change no trial
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", LOCK}
 
 
@@ -169,7 +171,13 @@ class StudyFolder:
         if changes := plan.changed_data(there):
             raise self._unusable(f"a study with other data or code ({changes})", trained, ELSEWHERE)
         got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
-        raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", ELSEWHERE)
+        ours, stored = (
+            {name: each for name, each in study.items() if name not in ANALYSIS}
+            for study in (plan.study, there["study"])
+        )
+        change = first_difference(ours, stored)
+        cure = ELSEWHERE if change is None else f"{change}. {ELSEWHERE}"
+        raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", cure)
 
     def _refuse_other_models(self, plan: Plan) -> None:
         """Raise `SpecError` if finished trials lack the model that the study now selects."""

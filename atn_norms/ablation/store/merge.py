@@ -8,7 +8,7 @@ from typing import Any
 
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
-from atn_norms.errors import SpecError, short_repr
+from atn_norms.errors import Problem, SpecError, short_repr
 
 _FREE = ("name", "seeds", "reach")  # keys of a study that may differ, as they do not change a trial
 _PROGRESS = ("pending", "running", "failed", "diverged", "done")
@@ -41,10 +41,20 @@ def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
 
 
 def _require_same(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:
-    for path in _differing(ours, theirs)[:1]:
-        got, expected = (_at(each, path) for each in (theirs, ours))
+    if (found := first_difference(ours, theirs)) is not None:
         detail = "Folders can be merged if their studies differ in nothing but the seeds."
-        raise SpecError(path, got, f"{expected}, as in {first}", position=name, detail=detail)
+        raise SpecError(found.path, found.got, f"{found.expected}, as in {first}", position=name, detail=detail)
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Problem | None:
+    """Return the first option in which two studies differ, with their value as got and ours as expected.
+
+    >>> print(first_difference({"train": {"steps": 4}}, {"train": {"steps": 6}}))
+    train.steps: got 6; expected 4
+    """
+    for path in _differing(ours, theirs)[:1]:
+        return Problem(path, _at(theirs, path), _at(ours, path))
+    return None
 
 
 def _compared(record: StudyRecord) -> dict[str, Any]:
