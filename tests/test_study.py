@@ -269,6 +269,10 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"task": None, "tasks": ["copying", {"kind": "adding", "length": 9}], "axes": {"task.length": [4]}}, "tasks[1].length: got 9, which"),  # noqa: E501
         ({"train": {"learning_rate": 0.1}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),
+        ({"train": {"steps": 8, "batch_size": 5, "eval_every": 3, "patience": 4}}, "train.patience: got 4; expected at most 3, the number of validations"),  # noqa: E501
+        ({"train": {"steps": 40, "batch_size": 5, "patience": 11}}, "train.patience: got 11; expected at most 10, the"),
+        ({"train": {"steps": 4, "batch_size": 5, "schedule": {"kind": "cosine", "warmup": 5}}}, "train.schedule.warmup: got 5; expected at most 4, the steps"),  # noqa: E501
+        ({"train": {"batch_size": 5, "schedule": {"warmup": 5}}, "axes": {"train.steps": [9, 4]}}, "train.schedule.warmup: got 5; expected at most 4"),  # noqa: E501
         ({"axis": {}}, "axis: got an unknown key; expected one of "),
         ({"task": "charlm", "model": LSTM | {"bidirectional": True}}, "model: task charlm: a bidirectional layer"),
         ({"axes": {each: list(range(1, 1001)) for each in ("hidden_size", "num_layers")}}, "axes: got 1000000 points"),

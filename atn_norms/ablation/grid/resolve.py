@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Annotated, Any
@@ -115,9 +116,24 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
         if name.startswith("train."):
             _put(data, axis_path(name), axes[name])
     check("train", TrainSpec.model_validate)
+    if "train" in parts:
+        problems.extend(_without_effect(parts["train"]))
     if not problems and (reason := parts["task"].unsupported_reason(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts
+
+
+def _without_effect(train: TrainSpec) -> list[Problem]:
+    """Return a problem for each option that cannot act within the steps of a training."""
+    steps, warmup = train.steps, train.schedule["warmup"]
+    validations = math.ceil(steps / (train.eval_every or max(1, steps // 10)))  # the last step is always validated
+    found = []
+    if train.patience is not None and train.patience > validations:
+        most = f"expected at most {validations}, the number of validations"
+        found.append(Problem(("train", "patience"), f"got {train.patience}; {most}"))
+    if warmup > steps:
+        found.append(Problem(("train", "schedule", "warmup"), f"got {warmup}; expected at most {steps}, the steps"))
+    return found
 
 
 def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
