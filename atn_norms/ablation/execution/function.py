@@ -8,9 +8,7 @@ import io
 import math
 import multiprocessing
 import os
-import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atn_norms.ablation.execution.random_state import random_state, restore_random_state, seed_all
 from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable
@@ -66,7 +65,7 @@ class Checkpoint:
             got = f"{type(part).__module__}.{type(part).__qualname__} {short_repr(part)}"
             raise TypeError(mismatch(path, got, "tensors, numbers, text, and lists, tuples and mappings of these"))
         self.reject_unless_loaded()
-        self._folder.save({"state": state, "random": _random_state(), "watch": self._trial._watched()})
+        self._folder.save({"state": state, "random": random_state(), "watch": self._trial._watched()})
         self._on_saved()
 
     def load(self) -> dict[str, Any] | None:
@@ -78,13 +77,13 @@ class Checkpoint:
             return None
         try:
             self._trial._continue(self._stored["watch"])
-            _restore_random_state(self._stored["random"])
+            restore_random_state(self._stored["random"])
         except Exception as error:  # noqa: BLE001  a foreign state may raise any error
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self._folder.reject_checkpoint(f"got another state than a function's checkpoint has ({brief(problem)})")
             self._stored = None
             self._trial._continue(FRESH)
-            _seed(self._trial.seed)
+            seed_all(self._trial.seed)
             return None
         self._is_loaded = True
         return self._stored["state"]
@@ -202,7 +201,7 @@ def run_function(
     with _contained(folder, task.function), local_modules(Path(task.file), data["file"]):
         function = _loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
-        _seed(trial["seed"])
+        seed_all(trial["seed"])
         try:
             returned = _called(function, task.function, trial["model"], handle)
             handle.checkpoint.reject_unless_loaded()
@@ -293,32 +292,6 @@ def _number(value: Any) -> float | None:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         return None
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
-def _random_state() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
-    if "numpy" in sys.modules:
-        name, keys, *others = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, keys.tolist(), *others]
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
 
 
 @contextmanager

@@ -38,9 +38,9 @@ from atn_norms.ablation.grid.resolve import (
     resolve,
     set_values,
 )
+from atn_norms.ablation.grid.task_problems import task_problems
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.labels import label, plain
-from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import brief, did_you_mean, nearest, short_repr
 from atn_norms.layers import LayerSpec
 from atn_norms.options import Options
@@ -286,10 +286,7 @@ class StudySpec(Options):
             *self._overruled(),
             *self._absent_norm_problems(),
             *self._baseline_problems(),
-            *self._task_problems(),
-            *self._level_problems(),
-            *self._validation_problems(),
-            *self._tuning_problems(),
+            *task_problems(self, _task_labels([task for _, task in self._task_list()])),
         ]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
@@ -383,40 +380,6 @@ class StudySpec(Options):
             if path[:2] == whole and path != whole and not any(map(has_norm, norms)):
                 got = "got an option of a norm, which no point has; expected model.norm, or an axis norm"
                 yield Problem(where, got)
-
-    def _task_problems(self) -> Iterator[Problem]:
-        """Yield a problem for each entry of a per-task option that names no task of the study."""
-        labels = _task_labels([task for _, task in self._task_list()])
-        for option in ("reach", "endpoint", "margin"):
-            named = getattr(self, option)
-            for name in named if isinstance(named, dict) and "measure" not in named else ():
-                if name not in labels:
-                    got = f"got no task of this study; expected one of {', '.join(labels)}{did_you_mean(name, labels)}"
-                    yield Problem((option, name), got)
-
-    def _level_problems(self) -> Iterator[Problem]:
-        """Yield a problem for each task whose endpoint is `steps` and that has no level in `reach`."""
-        for name in _task_labels([task for _, task in self._task_list()]):
-            level = self.reach.get(name) if isinstance(self.reach, dict) else self.reach
-            if level is None and Endpoint.of({"endpoint": self.endpoint}, name).measure == "steps":
-                yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
-
-    def _validation_problems(self) -> Iterator[Problem]:
-        """Yield a problem for each task whose endpoint needs validations and whose function reports losses."""
-        for point in self.points():
-            name = point.labels["task"]
-            measure = Endpoint.of({"endpoint": self.endpoint}, name).measure
-            if measure != "final" and is_function(point.task) and point.task.reports == "loss":
-                by_task = isinstance(self.endpoint, dict) and name in self.endpoint
-                got = f"got {measure} for {name}, whose function reports losses"
-                yield Problem(
-                    ("endpoint", name) if by_task else ("endpoint",), f"{got}; expected final, or reports: metric"
-                )
-
-    def _tuning_problems(self) -> Iterator[Problem]:
-        """Yield a problem if a function would be tuned: it returns test metrics alone, and tuning needs validations."""
-        if self.tune and any(is_function(point.task) for point in self.points()):
-            yield Problem(("tune",), "got tuned options for a function; expected a task with validation scores")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
