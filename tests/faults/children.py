@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers import it, which takes seconds; imported once, in the server
 
 from atn_norms.ablation import create, load, run
 from atn_norms.ablation.execution import trial
