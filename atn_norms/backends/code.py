@@ -37,15 +37,24 @@ class Reads(NamedTuple):
 
 
 class Snapshot:
-    """The values of what a class reads, at one time; `TypeError` if one could change unnoticed."""
+    """The values of what a class reads, at one time.
 
-    def __init__(self, reads: Reads, number: int) -> None:
-        self.functions, self.number = reads.functions, number
-        self._same: list[tuple[Callable[[str], Any], str, Any]] = []  # objects that cannot change
+    `state` is a number that no other snapshot has, or the reason why a value could change unnoticed.
+    """
+
+    def __init__(self, reads: Reads) -> None:
+        self.functions = reads.functions
+        self._same: list[tuple[Callable[[str], Any], str, Any]] = []  # objects that are compared by identity first
         self._equal: list[tuple[Callable[[str], Any], str, Any]] = []  # frozen
+        self.state: int | str = next(_numbers)
         for look_up, name in reads.names:
             value = look_up(name)
-            content = frozen(value)
+            try:
+                content = frozen(value)
+            except TypeError:
+                self.state = f"it reads {name!r}, a {type(value).__name__}, which may change unnoticed"
+                self._same.append((look_up, name, value))
+                continue
             if type(value) in _CONSTANT:
                 self._same.append((look_up, name, value))
             else:
@@ -58,10 +67,13 @@ class Snapshot:
                 return False
             if function.__kwdefaults__ is not keywords:
                 return False
-        for look_up, name, value in self._same:
-            if look_up(name) is not value and frozen(look_up(name)) != frozen(value):
-                return False
-        return all(frozen(look_up(name)) == content for look_up, name, content in self._equal)
+        try:
+            for look_up, name, value in self._same:
+                if look_up(name) is not value and frozen(look_up(name)) != frozen(value):
+                    return False
+            return all(frozen(look_up(name)) == content for look_up, name, content in self._equal)
+        except TypeError:  # another value, which cannot be frozen
+            return False
 
 
 @constant_to_compilers
@@ -86,27 +98,13 @@ _numbers = count(1)
 def _state(kind: type, start: tuple[str, ...]) -> int | str:
     if _root(kind.__module__) in KNOWN:
         return 0
-    reads = None
-    try:
-        if kind in _states and _states[kind].is_current():
-            return _states[kind].number
-        reads = reads_of(kind, start)
-        snapshot = Snapshot(reads, next(_numbers))
-    except TypeError:
-        return _problem(reads or reads_of(kind, start))
-    if len(_states) >= MOST:
-        _states.clear()
-    _states[kind] = snapshot
-    return snapshot.number
-
-
-def _problem(reads: Reads) -> str:
-    for look_up, name in reads.names:
-        try:
-            frozen(look_up(name))
-        except TypeError:
-            return f"it reads {name!r}, a {type(look_up(name)).__name__}, which may change unnoticed"
-    raise AssertionError("every value can be frozen")
+    snapshot = _states.get(kind)
+    if snapshot is None or not snapshot.is_current():
+        snapshot = Snapshot(reads_of(kind, start))
+        if len(_states) >= MOST:
+            _states.clear()
+        _states[kind] = snapshot
+    return snapshot.state
 
 
 def reads_of(kind: type, start: tuple[str, ...]) -> Reads:
@@ -128,7 +126,7 @@ class _Walk:
     """Follow functions from the methods of a class."""
 
     def __init__(self, kind: type) -> None:
-        self.kind = kind
+        self.kind, self._packages = kind, {_root(base.__module__) for base in kind.__mro__}
         self.functions: dict[types.FunctionType, tuple[types.FunctionType, types.CodeType, Any, Any]] = {}
         self.names: dict[tuple[int, str], tuple[Callable[[str], Any], str]] = {}
 
@@ -169,12 +167,10 @@ class _Walk:
             self.visit(look_up(name), attributes, seen)
 
     def is_own(self, module: str) -> bool:
-        """Return True for a module of the package of the class, or one that is not installed, such as a script."""
+        """Return True for a module of a package of the class or its bases, and for one that is not installed."""
         root = _root(module)
         file = getattr(sys.modules.get(root), "__file__", None) or ""
-        return root not in KNOWN and (
-            root == _root(self.kind.__module__) or "site-packages" not in PurePath(file).parts
-        )
+        return root not in KNOWN and (root in self._packages or "site-packages" not in PurePath(file).parts)
 
 
 class _Missing:
@@ -255,9 +251,9 @@ _PLAIN = (
     slice,
 )
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, cached_property)
-_CONSTANT = {*_NAMED, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device}  # exact types
 _NAMED += (staticmethod, classmethod, types.MethodType, types.GenericAlias, torch.jit.ScriptFunction)
 _NAMED += (type(lru_cache(lambda: None)),)
+_CONSTANT = {*_PLAIN, *_NAMED}  # exact types
 
 
 def frozen(value: Any) -> Any:

@@ -73,6 +73,7 @@ class StreamingStep(nn.Module):
         self.before, self.after = plain.get_submodule("before"), plain.get_submodule("after")
         with torch.no_grad():
             self._state = self.layer.initial(batch)
+        self._leaves = len(self.initial())
         if any(bool(leaf.any()) for leaf in tree_leaves(self._state)):
             raise SpecError("window", got="a fresh state that is not all zeros", expected="zeros")
 
@@ -81,9 +82,8 @@ class StreamingStep(nn.Module):
         return [torch.zeros_like(leaf) for leaf in tree_leaves(self._state)]
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        count = sum(1 for _ in tree_leaves(self._state))
-        if len(state) != count:
-            raise ValueError(mismatch("state", plural(len(state), "tensor"), f"{count}: call `initial()`"))
+        if len(state) != self._leaves:
+            raise ValueError(mismatch("state", plural(len(state), "tensor"), f"{self._leaves}: call `initial()`"))
         leaves, after = iter(state), []
         self.layer.recompute_weights()
         y = self.before(frame.unsqueeze(0))

@@ -1,5 +1,6 @@
 """Programs follow their Python code: edits, patches, and changed globals have an effect on the next call."""
 
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,16 @@ def test_a_global_that_cannot_be_tracked_has_no_program(monkeypatch):
         assert traced_norm(Outer(4), 4) == "it reads 'SCALE', a Scale, which may change unnoticed"
     monkeypatch.undo()
     assert not isinstance(traced_norm(Outer(4), 4), str)
+
+
+def test_the_methods_of_a_base_class_of_an_installed_package_are_followed(monkeypatch):
+    package = types.ModuleType("installed_base")
+    package.__file__ = "/site-packages/installed_base/__init__.py"
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    source = "class Base(Outer):\n    def _scaled(self, x): return x if x.requires_grad else 2 * x\n"
+    exec(source, vars(package) | {"Outer": Outer, "__name__": package.__name__}, vars(package))
+    kind = type("Derived", (package.Base,), {})
+    assert "reads requires_grad" in str(traced_norm(kind(4), 4))
 
 
 def test_a_value_that_changes_at_every_call_is_not_traced_forever():

@@ -20,8 +20,8 @@ from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
 _TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
 _STEPS = 12
-_SIZES = torch.tensor([1.0, 1e-3, 1e-1, 1e1, 1e3, 1.0], dtype=torch.float64)  # of the statistics of each row
-_TOTALS = torch.tensor([1.0, 2.0, 1e1, 1e2, 1e4, 1e6], dtype=torch.float64)  # weights of a running state
+_SIZES = 1.0, 1e-3, 1e-1, 1e1, 1e3, 1.0  # of the statistics of each row
+_TOTALS = 1.0, 2.0, 1e1, 1e2, 1e4, 1e6  # weights of a running state
 _TINY = 2.0**-70  # weight of a step that leaves the rounded total weight of the past as it is
 _KINDS: tuple[tuple[Any, tuple[int, ...]], ...] = ((Average, (2,)), (Moments, (2, 2)), (CountedMoments, (2, 2, 1)))
 
@@ -114,6 +114,7 @@ _KEPT, _PROCESS = "_atn_norms_recognized", urandom(8).hex()
 
 @lru_cache(maxsize=256)
 def _recognized(window: Window[Any], state: int) -> Recognized | None:
+    """Compare a window with those of the kernels; `state`, of its code, is a part of the key of the cache."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         taps = _taps(window)
         if taps:
@@ -180,15 +181,13 @@ def _outcome(window: Window[Any], kind: Any, sizes: tuple[int, ...], like: Tree)
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=source, dtype=torch.float64) + 0.5
 
-    def of_rows(sizes: Tensor, ndim: int) -> Tensor:
-        return sizes.reshape(-1, *[1] * (ndim - 1))
-
     def statistic(place: int, *shape: int) -> Tensor:
         """Return a random leaf: a mean of both signs, a variance, or a count."""
         value = random(*shape)
+        scale = value.new_tensor(_SIZES).reshape(-1, *[1] * (value.ndim - 1))
         if place == 0:
-            return of_rows(_SIZES, value.ndim) * value * (torch.rand(shape, generator=source) - 0.5).sign()
-        return value if place == 2 else of_rows(_SIZES, value.ndim).square() * value
+            return scale * value * (torch.rand(shape, generator=source) - 0.5).sign()
+        return value if place == 2 else scale.square() * value
 
     steps = [kind(*(statistic(place, rows, size) for place, size in enumerate(sizes))) for _ in range(_STEPS)]
     if kind is CountedMoments:  # a window of one step returns the count of the step, others their total weight
@@ -200,7 +199,7 @@ def _outcome(window: Window[Any], kind: Any, sizes: tuple[int, ...], like: Tree)
     weights = random(*like[0].shape).gt(0.8).double()
     weights[-1] = 1.0
     if weights.ndim == 1:
-        weights = torch.where(weights > 0, _TOTALS, weights)
+        weights = weights * weights.new_tensor(_TOTALS)
     opened = weights, tuple(statistic(place, *leaf.shape).requires_grad_() for place, leaf in enumerate(like[1]))
     masks = torch.rand(_STEPS, rows, generator=source, dtype=torch.float64).gt(0.3).double()
     masks[0] = 1.0
