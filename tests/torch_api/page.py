@@ -22,6 +22,7 @@ This page lists features of PyTorch and the code that runs a layer in each of th
 | reference | the loop in plain PyTorch runs the layer, with the same numbers and more slowly |
 | torch | torch's own code runs |
 | warning, refused | the message has the reason and the alternative |
+| False | the value of the expression |
 
 The last column lists the parameters of the test, which runs small layers on the CPU. A row without cells or norms has
 one or two examples. The conformance tests of {doc}`conformance` compare all cells, norms and windows in plain calls.
@@ -30,8 +31,7 @@ The tests run with torch 2.13, the lowest version that the package allows, and w
 {doc}`layers` has the recipes: optimizers, weight decay, checkpoints, mixed precision, export. {doc}`performance` has
 the times of per-sample gradients and of compilation.
 
-A layer without a norm is torch's, so the last section, *Limits of torch.nn*, holds for it too unless a row above or its
-note has another result.
+The last section, *Limits of torch.nn*, also applies to layers without a norm, except where a row above or its note differs.
 """
 
 

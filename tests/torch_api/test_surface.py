@@ -21,7 +21,7 @@ from tests.torch_api.test_transforms import CELLS, NORMS, every_layer
 GROUP = "The interface of torch.nn"
 
 
-@feature(GROUP, "replicas in threads (`DataParallel`)", "torch", "Each call has its own module of torch's.")
+@feature(GROUP, "replicas in threads (`DataParallel`)", "torch", "Each replica runs its own module of `torch.nn`.")
 @every_layer
 def test_replicas_keep_their_own_weights(cell):
     """A replica copies the attributes of its layer, so whatever a call changes must belong to that call."""

@@ -16,7 +16,7 @@ from tests.torch_api.features import feature
 from tests.traced.gallery import GallerySpec
 
 GROUP = "Function transforms"
-FORWARD = "The native backend has no rule for forward-mode AD, and `explain` prints that reason inside one."
+FORWARD = "The native backend has no rule for forward-mode AD, and `explain` gives this reason inside one."
 EACH = "One call for each element."
 CELLS: dict[str, Any] = {"lstm": an.LSTM, "gru": an.GRU, "rnn": an.RNN}
 NORMS = ("layer", "rms", "batch")
@@ -72,7 +72,7 @@ def test_jvp_is_the_jacobian_times_the_tangent(cell, norm, runs):
     assert set(runs) == {"reference"}
 
 
-@feature(GROUP, "`torch.autograd.forward_ad`", "reference", "A dual level counts as a transform.")
+@feature(GROUP, "`torch.autograd.forward_ad`", "reference", "Inside a dual level.")
 @every_norm
 @every_layer
 def test_forward_mode_propagates_tangents_of_inputs_and_parameters(cell, norm, runs):
