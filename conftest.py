@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads: two workers on two cores must not fight
 
 import doctest
+import gc
 import signal
 import subprocess
 import sys
@@ -33,6 +34,12 @@ BEGIN = time.monotonic()
 
 def pytest_addoption(parser):
     parser.addoption("--budget", type=float, default=None, metavar="SECONDS", help="skip what starts later")
+
+
+def pytest_collection_finish():
+    """Exclude the imported modules from garbage collection, which takes a fifth of a second with them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
