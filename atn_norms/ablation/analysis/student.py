@@ -6,12 +6,11 @@ import math
 from functools import lru_cache
 from statistics import NormalDist
 
-import numpy as np
-
 MOST_SEEDS = 10_000  # larger numbers of seeds are not practical
 POWER = 0.8
 _CENTRE = 3.0  # t^2 below which a tail is so large that 1 - P(|T| <= t) loses no more than two digits
 _NODES = 2_000  # of the trapezoid rule over the logarithm of the spread; the error is below 1e-9
+_DIGITS = 9  # of a power, so that every machine computes the same number
 
 
 def within(t: float, df: int) -> float:
@@ -99,13 +98,16 @@ def power(effect: float, n: int, alpha: float) -> float:
     df, shift = n - 1, abs(effect) * math.sqrt(n)
     bound = quantile(1 - alpha / 2, df)
     wide = 12 / math.sqrt(2 * df)  # twelve deviations of log S; its lower tail falls as S^df only
-    logs = np.linspace(-wide - 40 / df, wide, _NODES)
-    spread = np.exp(logs)
-    exponents = df * (logs - spread**2 / 2)
-    density = np.exp(exponents - exponents.max())
+    first = -wide - 40 / df
+    logs = [first + (wide - first) * node / (_NODES - 1) for node in range(_NODES)]
+    spreads = [math.exp(log) for log in logs]
+    exponents = [df * (log - spread**2 / 2) for log, spread in zip(logs, spreads, strict=True)]
+    largest = max(exponents)
+    density = [math.exp(exponent - largest) for exponent in exponents]
     normal = NormalDist().cdf
-    rejected = np.array([normal(shift - bound * s) + normal(-shift - bound * s) for s in spread])
-    return float(rejected @ density / density.sum())
+    rejected = (normal(shift - bound * spread) + normal(-shift - bound * spread) for spread in spreads)
+    total = math.fsum(chance * share for chance, share in zip(rejected, density, strict=True))
+    return round(total / math.fsum(density), _DIGITS)
 
 
 def needed(effect: float, alpha: float, wanted: float = POWER) -> int | None:
