@@ -31,7 +31,8 @@ The tests run with torch 2.13, the lowest version that the package allows, and w
 {doc}`layers` has the recipes: optimizers, weight decay, checkpoints, mixed precision, export. {doc}`performance` has
 the times of per-sample gradients and of compilation.
 
-The last section, *Limits of torch.nn*, also applies to layers without a norm, except where a row above or its note differs.
+The last section, *Limits of torch.nn*, also applies to layers without a norm, except where a row above or its note
+differs.
 """
 
 

@@ -98,7 +98,9 @@ def test_one_graph_for_every_shape(cell, norm, graphs):
     compare(dict(layer.state_dict()), dict(twin.state_dict()), tolerance=1e-6)
 
 
-@feature(GROUP, "compiled `unroll` from a state: one graph for a stream", "native", "A call without a state has another graph.")
+@feature(
+    GROUP, "compiled `unroll` from a state: one graph for a stream", "native", "Calls without a state: another graph."
+)
 @pytest.mark.parametrize("norm", [pytest.param(norm, marks=deep if norm != "layer" else ()) for norm in NORMS])
 @pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "lstm" else ()) for name in CELLS])
 def test_a_stream_has_one_graph(cell, norm, graphs):

@@ -27,7 +27,9 @@ def model_of() -> Any:
     return nn.ModuleDict({"encoder": nn.LSTM(3, 4), "own": Own(3, 4), "steps": nn.GRUCell(3, 4), "last": nn.GRU(3, 4)})
 
 
-@feature(GROUP, "`replace` on a model with subclasses, hooks or `nn.LSTMCell`", "warning", "These layers stay unchanged.")
+@feature(
+    GROUP, "`replace` on a model with subclasses, hooks or `nn.LSTMCell`", "warning", "These layers stay unchanged."
+)
 def test_a_layer_that_cannot_be_replaced_is_named_and_kept():
     model = model_of()
     with pytest.warns(UserWarning, match="replace: 2 recurrent layer") as caught:
@@ -99,7 +101,12 @@ def test_norm_parameters_lists_gains_and_shifts(norm):
     assert names == {name for name, _ in model.named_parameters() if "norm_" in name} != set()
 
 
-@feature(GROUP, "checkpoints of `nn.LSTM` in layers with norms, and back", "native", "By `load_weights`; the error of `load_state_dict` names it.")
+@feature(
+    GROUP,
+    "checkpoints of `nn.LSTM` in layers with norms, and back",
+    "native",
+    "By `load_weights`, which the error names.",
+)
 @every_norm
 @every_layer
 def test_checkpoints_load_both_ways(cell, norm):
