@@ -155,6 +155,23 @@ def test_an_ensemble_is_a_loop_over_its_members(cell, norm, runs):
     assert dict(runs) == {"native": 3}
 
 
+@pytest.mark.parametrize("max_steps", [None, 3])
+@every_layer
+def test_an_ensemble_in_training_updates_the_population_of_each_member(cell, max_steps):
+    norm, x = {"kind": "batch", "max_steps": max_steps}, numbers(4, 5, 2)
+    layers = [stirred(layer_of(cell, norm), seed).train() for seed in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+
+    def loss(parameters, buffers):
+        return functional_call(layers[0], (parameters, buffers), (x,))[0].square().sum(), buffers
+
+    found, updated = vmap(grad(loss, has_aux=True))(parameters, buffers)
+    each = [gradients_of(layer, x) for layer in layers]
+    agree(found, {name: torch.stack([member[name] for member in each]) for name in found})
+    agree(updated, {name: torch.stack([dict(layer.named_buffers())[name] for layer in layers]) for name in updated})
+
+
 @feature(GROUP, "`vmap(grad)`: per-sample gradients", "native", EACH)
 @every_norm
 @every_layer

@@ -57,9 +57,12 @@ def is_report(folder: Path | str) -> bool:
 
 
 def refuse_other_files(folder: Path | str) -> None:
-    """Raise `SpecError` for a folder with files that no report wrote; a published report may be replaced."""
+    """Raise `SpecError` for a folder with files that no report wrote; the report of a study's folder may be replaced, or a
+    published one."""
     place = Folder(folder)
-    if not place.path.is_dir() or (is_report(folder) and not place.has(RESOLVED)):
+    path = place.path.resolve()
+    of_a_study = path.name == "report" and Folder(path.parent).has(RESOLVED)
+    if of_a_study or not place.path.is_dir() or (is_report(folder) and not place.has(RESOLVED)):
         return
     others = [name for name in place.names() if not is_temporary(name)]
     if others:

@@ -1,4 +1,4 @@
-/* Elementary functions of vectors of REAL, for programs. Included by level.inc.h for each REAL. */
+/* Elementary functions of vectors of REAL. Included by level.inc.h for each REAL. */
 
 INLINE FN(vec) FN(choose)(FN(whole) mask, FN(vec) yes, FN(vec) no) {
     return (FN(vec))((mask & (FN(whole))yes) | (~mask & (FN(whole))no));
@@ -36,18 +36,47 @@ INLINE FN(vec) FN(root)(FN(vec) x) {
 #endif
 }
 
-/* Call a function of libm for each number, where the vector code does not apply. */
-#define EACH_NUMBER(call)                                      \
-    do {                                                       \
-        for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
-    } while (0)
+/* Return the smaller, or the larger, of each number and a limit; NaN stays NaN. */
+INLINE FN(vec) FN(at_most)(FN(vec) x, REAL limit) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(min_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(min_ps)(X86(set1_ps)(limit), X86_FLOATS x);
+#else
+    return FN(choose)((FN(whole))(x > limit), FN(all)(limit), x);
+#endif
+}
 
-/* Return p and a power of two with exp(x + more) = (1 + p) * scale, for arguments well within the range of REAL and a small second
-   part: range reduction to |r| <= ln(2) / 2, and Taylor's polynomial without its 1, which keeps the digits of a small r. */
-INLINE FN(vec) FN(exp_parts)(FN(vec) x, FN(vec) more, FN(vec) *scale) {
+INLINE FN(vec) FN(at_least)(FN(vec) x, REAL limit) {
+#if defined(__x86_64__) && IS_DOUBLE
+    return (FN(vec))X86(max_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
+#elif defined(__x86_64__)
+    return (FN(vec))X86(max_ps)(X86(set1_ps)(limit), X86_FLOATS x);
+#else
+    return FN(choose)((FN(whole))(x < limit), FN(all)(limit), x);
+#endif
+}
+
+/* Reduce x, which is NaN or neither too large nor too small for exp: return 2^n, and set r with exp(x) = 2^n exp(r) and
+   |r| <= ln(2) / 2. */
+INLINE FN(vec) FN(reduced)(FN(vec) x, FN(vec) *r) {
 #if IS_DOUBLE
     const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 6755399441055744.0, r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10 + more;
+    const FN(vec) n = shifted - 6755399441055744.0;
+    *r = x - n * 6.93147180369123816490e-1 - n * 1.90821492927058770002e-10;
+    return (FN(vec))(((FN(whole))shifted + 1023) << 52);
+#else
+    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
+    const FN(vec) n = shifted - 12582912.0f;
+    *r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    return (FN(vec))(((FN(whole))shifted + 127) << 23);
+#endif
+}
+
+/* Compute (exp(r) - 1) / r by a polynomial for |r| <= ln(2) / 2: minimax in float, with a relative error of 2.8e-9 of exp(r);
+   Taylor's in double. */
+INLINE FN(vec) FN(exp_slope)(FN(vec) r) {
+#if IS_DOUBLE
     FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
     p = p * r + 1.0 / 3628800.0;
@@ -56,28 +85,59 @@ INLINE FN(vec) FN(exp_parts)(FN(vec) x, FN(vec) more, FN(vec) *scale) {
     p = p * r + 1.0 / 5040.0;
     p = p * r + 1.0 / 720.0;
     p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    return p * r + 1.0;
 #else
-    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f + more;
-    FN(vec) p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-    p = p * r + 1.0f / 120.0f;
+    FN(vec) p = r * 0.0013839915627613664f + 0.00837522093206644f;
+    p = p * r + 0.0416681207716465f;
+    p = p * r + 0.16666418313980103f;
+    p = p * r + 0.4999999403953552f;
+    return p * r + 1.0f;
 #endif
-    p = p * r + (REAL)(1.0 / 24.0);
-    p = p * r + (REAL)(1.0 / 6.0);
-    p = p * r + (REAL)0.5;
-    *scale = (FN(vec))(((FN(whole))shifted + (IS_DOUBLE ? 1023 : 127)) << (IS_DOUBLE ? 52 : 23));
-    return p * r * r + r;
 }
 
+/* Compute exp(x + more) for x well within the range of REAL and a small second part. */
 INLINE FN(vec) FN(near_exp_sum)(FN(vec) x, FN(vec) more) {
-    FN(vec) scale;
-    const FN(vec) p = FN(exp_parts)(x, more, &scale);
-    return (p + (REAL)1) * scale;
+    FN(vec) r;
+    const FN(vec) scale = FN(reduced)(x, &r);
+    r += more;
+    return (FN(exp_slope)(r) * r + (REAL)1) * scale;
 }
 
-/* Adding -0 changes nothing. */
+/* Compute exp of arguments that are NaN or neither too large nor too small for REAL. Adding -0 changes nothing. */
 INLINE FN(vec) FN(near_exp)(FN(vec) x) { return FN(near_exp_sum)(x, FN(all)((REAL)-0.0)); }
 
+/* Compute exp; NaN stays NaN, and the result saturates at both ends. */
+INLINE FN(vec) FN(exp)(FN(vec) x) {
+    const REAL high = IS_DOUBLE ? (REAL)708.0 : (REAL)88.0, low = IS_DOUBLE ? (REAL)-708.0 : (REAL)-87.0;
+    return FN(near_exp)(FN(at_least)(FN(at_most)(x, high), low));
+}
+
+INLINE FN(vec) FN(sigmoid)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
+
+/* Compute e = exp(-2 x) - 1 for tanh(x) = -e / (2 + e), which keeps the digits of a small x. Arguments are limited to those with
+   tanh(x) below 1 in REAL, so that products of e stay finite. Write `0 - e`, since tanh(0) is not -0. */
+INLINE FN(vec) FN(exp_below)(FN(vec) x) {
+    const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
+    FN(vec) r;
+    const FN(vec) scale = FN(reduced)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end), &r);
+    return FN(exp_slope)(r) * r * scale + (scale - (REAL)1);
+}
+
+INLINE FN(vec) FN(tanh)(FN(vec) x) {
+    const FN(vec) e = FN(exp_below)(x);
+    return ((REAL)0 - e) / ((REAL)2 + e);
+}
+
+/* Call a function of libm for each number, where the vector code does not apply. */
+#define EACH_NUMBER(call)                                      \
+    do {                                                       \
+        for (long i = 0; i < VL; i++) y[i] = (REAL)(call);     \
+    } while (0)
+
+/* exp beyond the range of the vector code, and infinity, by libm. */
 INLINE FN(vec) FN(exponential)(FN(vec) x) {
     if (!FN(any)(~(FN(whole))(FN(absolute)(x) <= (REAL)(IS_DOUBLE ? 708.0 : 87.0)))) return FN(near_exp)(x);
     FN(vec) y = x;
@@ -196,13 +256,10 @@ INLINE FN(vec) FN(over)(FN(vec) a, FN(vec) b) {
 #endif
 }
 
-/* tanh |x| = -e / (2 + e) with e = exp(-2 |x|) - 1, which keeps the digits of a small x. */
+/* tanh for programs, with the sign of x, also for 0. */
 INLINE FN(vec) FN(hyperbolic)(FN(vec) x) {
-    const FN(vec) end = FN(all)((REAL)(IS_DOUBLE ? 20 : 10)), size = FN(absolute)(x); /* tanh is 1 from there on */
-    FN(vec) scale;
-    const FN(vec) p = FN(exp_parts)((REAL)-2 * FN(choose)((FN(whole))(size > end), end, size), FN(all)((REAL)-0.0), &scale);
-    const FN(vec) e = p * scale + (scale - (REAL)1), y = FN(over)(-e, e + (REAL)2);
-    return (FN(vec))((FN(whole))FN(absolute)(y) | ((FN(whole))x & ~(FN(whole))size)); /* with the sign of x, also for 0 */
+    const FN(vec) size = FN(absolute)(x), e = FN(exp_below)(size), y = FN(over)(-e, e + (REAL)2);
+    return (FN(vec))((FN(whole))FN(absolute)(y) | ((FN(whole))x & ~(FN(whole))size));
 }
 
 INLINE FN(vec) FN(logistic)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exponential)(-x)); }

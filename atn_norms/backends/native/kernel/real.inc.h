@@ -1,4 +1,4 @@
-/* Functions of gates and the matrix product, for one REAL and one instruction set. Included by recurrent.inc.h. */
+/* Sums of vectors and the matrix product, for one REAL and one instruction set. Included by recurrent.inc.h. */
 
 typedef double FN(wide) __attribute__((vector_size(VECTOR_BYTES)));
 
@@ -37,99 +37,6 @@ INLINE void FN(copy)(REAL *restrict to, const REAL *restrict from, long n) {
     }
     for (long i = 0; i + VL <= n; i += VL) *(FN(vec) *)(to + i) = *(const FN(vec) *)(from + i);
     *(FN(vec) *)(to + n - VL) = *(const FN(vec) *)(from + n - VL);
-}
-
-/* Return the smaller, or the larger, of each number and a limit; NaN stays NaN. */
-INLINE FN(vec) FN(at_most)(FN(vec) x, REAL limit) {
-#if defined(__x86_64__) && IS_DOUBLE
-    return (FN(vec))X86(min_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
-#elif defined(__x86_64__)
-    return (FN(vec))X86(min_ps)(X86(set1_ps)(limit), X86_FLOATS x);
-#else
-    const FN(whole) over = (FN(whole))(x > limit);
-    return (FN(vec))((over & (FN(whole))((FN(vec)){0} + limit)) | (~over & (FN(whole))x));
-#endif
-}
-
-INLINE FN(vec) FN(at_least)(FN(vec) x, REAL limit) {
-#if defined(__x86_64__) && IS_DOUBLE
-    return (FN(vec))X86(max_pd)(X86(set1_pd)(limit), X86_DOUBLES x);
-#elif defined(__x86_64__)
-    return (FN(vec))X86(max_ps)(X86(set1_ps)(limit), X86_FLOATS x);
-#else
-    const FN(whole) under = (FN(whole))(x < limit);
-    return (FN(vec))((under & (FN(whole))((FN(vec)){0} + limit)) | (~under & (FN(whole))x));
-#endif
-}
-
-/* Reduce x, which is NaN or neither too large nor too small for exp: return 2^n, and set r with exp(x) = 2^n exp(r) and
-   |r| <= ln(2) / 2. */
-INLINE FN(vec) FN(reduced)(FN(vec) x, FN(vec) *r) {
-#if IS_DOUBLE
-    const FN(vec) shifted = x * 1.4426950408889634074 + 6755399441055744.0; /* + 1.5 * 2^52 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 6755399441055744.0;
-    *r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
-    return (FN(vec))(((FN(whole))shifted + 1023) << 52);
-#else
-    const FN(vec) shifted = x * 1.44269504f + 12582912.0f; /* + 1.5 * 2^23 leaves an integer in the low bits */
-    const FN(vec) n = shifted - 12582912.0f;
-    *r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    return (FN(vec))(((FN(whole))shifted + 127) << 23);
-#endif
-}
-
-/* Compute (exp(r) - 1) / r by a polynomial for |r| <= ln(2) / 2: minimax in float, with a relative error of 2.8e-9 of exp(r);
-   Taylor's in double. */
-INLINE FN(vec) FN(exp_slope)(FN(vec) r) {
-#if IS_DOUBLE
-    FN(vec) p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-    p = p * r + 1.0 / 39916800.0;
-    p = p * r + 1.0 / 3628800.0;
-    p = p * r + 1.0 / 362880.0;
-    p = p * r + 1.0 / 40320.0;
-    p = p * r + 1.0 / 5040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    return p * r + 1.0;
-#else
-    FN(vec) p = r * 0.0013839915627613664f + 0.00837522093206644f;
-    p = p * r + 0.0416681207716465f;
-    p = p * r + 0.16666418313980103f;
-    p = p * r + 0.4999999403953552f;
-    return p * r + 1.0f;
-#endif
-}
-
-/* Compute exp of arguments that are NaN or neither too large nor too small for REAL. */
-INLINE FN(vec) FN(bounded_exp)(FN(vec) x) {
-    FN(vec) r;
-    const FN(vec) scale = FN(reduced)(x, &r);
-    return (FN(exp_slope)(r) * r + (REAL)1) * scale;
-}
-
-/* Compute exp; NaN stays NaN, and the result saturates at both ends. */
-INLINE FN(vec) FN(exp)(FN(vec) x) {
-    const REAL high = IS_DOUBLE ? (REAL)708.0 : (REAL)88.0, low = IS_DOUBLE ? (REAL)-708.0 : (REAL)-87.0;
-    return FN(bounded_exp)(FN(at_least)(FN(at_most)(x, high), low));
-}
-
-INLINE FN(vec) FN(sigmoid)(FN(vec) x) { return (REAL)1 / ((REAL)1 + FN(exp)(-x)); }
-
-/* Compute e = exp(-2 x) - 1 for tanh(x) = -e / (2 + e), which keeps the digits of a small x. Arguments are limited to those with
-   tanh(x) below 1 in REAL, so that products of e stay finite. Write `0 - e`, since tanh(0) is not -0. */
-INLINE FN(vec) FN(exp_below)(FN(vec) x) {
-    const REAL end = IS_DOUBLE ? (REAL)20 : (REAL)10;
-    FN(vec) r;
-    const FN(vec) scale = FN(reduced)((REAL)-2 * FN(at_least)(FN(at_most)(x, end), -end), &r);
-    return FN(exp_slope)(r) * r * scale + (scale - (REAL)1);
-}
-
-INLINE FN(vec) FN(tanh)(FN(vec) x) {
-    const FN(vec) e = FN(exp_below)(x);
-    return ((REAL)0 - e) / ((REAL)2 + e);
 }
 
 /* Pack a matrix of K rows and M columns into panels [M / PANEL][K][PANEL]; element (k, m) is from[k * row + m * column]. */
