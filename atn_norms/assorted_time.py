@@ -42,6 +42,8 @@ class OverTime:
         now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0)
         index, memory = self.initial(x) if state is None else self._checked(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
+        if mask is not None:
+            pooled = _pooled_or_now(pooled, now, index + (weight > 0))
         if has_population(self.normalizer):
             pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
         y = self._normalized(x, pooled)
@@ -65,6 +67,8 @@ class OverTime:
         with scanning([self.normalizer]):
             pooled, memory = self._pooling.scan(steps, weights, memory)
             count = (weights > 0).cumsum(0)
+            if mask is not None:
+                pooled = _pooled_or_now(pooled, steps, index + count)
             if has_population(self.normalizer):
                 counted = self.normalizer.counted_steps(weights)
                 pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
@@ -214,6 +218,15 @@ class AssortedTime(OverTime, nn.Module):
 
     def extra_repr(self) -> str:
         return f"window={self.window}"
+
+
+def _pooled_or_now(pooled: Any, now: Any, count: Tensor) -> Any:
+    """Return the pooled statistics of rows with an unmasked step so far, `count`, and else those of the masked step.
+
+    A statistic without any weight may be 0. Then a normalizer without `eps` has NaN gradients, even behind a mask.
+    """
+    pairs = zip(pooled, now, strict=True)
+    return type(now)(*(torch.where(expand_mask(count > 0, new), old, new) for old, new in pairs))
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import atn_norms as an
+from atn_norms.statistics import promoted
 from tests.compare import compare
 from tests.laws.strategies import BASES, CELLS, KINDS, LayerCase, layer_cases, leaves, lengths, level, seeds, window
 
@@ -96,6 +97,35 @@ def test_a_length_of_zero_leaves_a_row_untouched(cell, norm, kind):
     before = layer.hidden(state)
     for mine, theirs in zip(leaves(layer.hidden(after)), leaves(before), strict=True):
         compare(mine[:, 1], theirs[:, 1], tolerance=0)
+
+
+class MeanOfExp(an.Normalizer):
+    """Divide by a mean that is never 0, and so without eps."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(features))
+
+    def measure(self, x):
+        return an.Average.of(promoted(x).exp())
+
+    def normalize(self, x, pooled):
+        return self.weight * x / pooled.mean
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_length_of_zero_gives_no_nan_gradient(kind):
+    norm, xs = an.AssortedTime(MeanOfExp(3), window(kind)), torch.randn(4, 2, 3)
+    ys, _ = norm.scan(xs, lengths=[4, 0])
+    (scanned,) = torch.autograd.grad(ys.sum(), list(norm.parameters()))
+    state, total = None, torch.zeros(())
+    for x in xs:
+        y, state = norm.step(x, state, torch.tensor([True, False]))
+        total = total + y.sum()
+    (stepped,) = torch.autograd.grad(total, list(norm.parameters()))
+    alone, _ = norm.scan(xs[:, :1])
+    (expected,) = torch.autograd.grad(alone.sum(), list(norm.parameters()))
+    compare([scanned, stepped], [expected, expected], tolerance=1e-6)
 
 
 @given(layer_cases(bases=["layer", "rms"], batch=(2, 4), steps=(2, 6)), st.integers(1, 5))

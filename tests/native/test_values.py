@@ -2,12 +2,14 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import atn_norms as an
 from tests.compare import compare
 from tests.laws.strategies import leaves, level
 from tests.native.strategies import CELLS, EXACT, NORMS, Pair, agree, check, functional, needs_kernels, outcome, pairs
@@ -145,3 +147,17 @@ def test_the_number_of_threads_changes_no_bit(cell, hidden, batch, steps):
         torch.set_num_threads(1)
     for found in results[1:]:
         agree(found, results[0], 0)
+
+
+@pytest.mark.parametrize("norm", [{"kind": "rms", "eps": 0.0}, {"sites": {"hh": "layer"}}])
+def test_a_nan_passes_the_gradient_of_relu(norm):
+    """As in torch: a check of gradients for NaN then finds the step."""
+    counts = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(0)
+        layer: Any = an.RNN(3, 4, nonlinearity="relu", bias=False, norm=norm, backend=backend)
+        x = torch.randn(5, 4, 3)
+        x[2, 1, 0] = float("nan")
+        layer(x)[0].sum().backward()
+        counts.append([int(p.grad.isnan().sum()) for p in layer.parameters()])
+    assert counts[0] == counts[1] and counts[0][0] > 0

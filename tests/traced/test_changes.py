@@ -1,10 +1,12 @@
 """Programs follow their Python code: edits, patches, and changed globals have an effect on the next call."""
 
+import operator
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -114,6 +116,219 @@ def test_a_changed_global_or_function_changes_the_next_call(name, monkeypatch):
     check_change(native, reference, lambda: CHANGED[name](monkeypatch))
 
 
+EPS = 0.5
+HIDDEN = types.ModuleType("hidden_settings")
+HIDDEN.eps = EPS  # type: ignore[attr-defined]
+
+
+def add(value: Any) -> Any:
+    return value + EPS
+
+
+class Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Any) -> Any:
+        return value + EPS
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients
+
+
+class Sub(torch.nn.Module):
+    def add(self, value):
+        return value + EPS
+
+
+class Named(Enum):
+    FIRST = 1
+
+    def add(self, value):
+        return value + EPS
+
+
+@dataclass(frozen=True)
+class Frozen:
+    def add(self, value):
+        return value + EPS
+
+
+class Helper:
+    offset: ClassVar[Any] = HIDDEN
+
+    def __new__(cls, value):
+        return value + cls.offset.eps
+
+
+class Sum:
+    def __init__(self, value):
+        self.value = value
+
+    def __add__(self, other):
+        return self.value + other + EPS
+
+
+def imported(value: Any) -> Any:
+    import hidden_settings  # type: ignore[import-not-found]
+
+    return value + hidden_settings.eps
+
+
+class Distant(an.Normalizer):
+    """Divide by the mean magnitude plus `EPS`, which `way` reads in a way of its own."""
+
+    TABLE: ClassVar = {"add": (add,)}
+    WAYS: ClassVar[dict[str, Callable[..., Any]]] = {
+        "a function in an attribute": lambda self, value: self.function(value),
+        "a method of a submodule": lambda self, value: self.sub.add(value),
+        "a method of a frozen object": lambda self, value: self.frozen.add(value),
+        "a method of a member of an enum": lambda self, value: self.named.add(value),
+        "a function in a table": lambda self, value: self.TABLE["add"][0](value),
+        "a module that the code imports": lambda self, value: imported(value),
+        "a name in a text": lambda self, value: value + getattr(HIDDEN, "eps"),  # noqa: B009
+        "a default": lambda self, value, settings={"module": HIDDEN}: value + settings["module"].eps,
+        "an autograd function": lambda self, value: Added.apply(value),
+        "a constructor": lambda self, value: Helper(value),
+        "an operator": lambda self, value: Sum(value) + 0.0,
+    }
+
+    def __init__(self, features: int, way: str) -> None:
+        super().__init__()
+        self.function, self.sub, self.frozen, self.named, self.way = add, Sub(), Frozen(), Named.FIRST, way
+
+    def measure(self, x):
+        return an.Average.of(promoted(x).abs())
+
+    def normalize(self, x, pooled):
+        return x / self.WAYS[self.way](self, pooled.mean)
+
+
+class DistantSpec(an.NormSpec):
+    kind: Literal["distant"] = "distant"
+    way: str
+
+    def build(self, features: int) -> an.Normalizer:
+        return Distant(features, self.way)
+
+
+@pytest.mark.parametrize("way", Distant.WAYS)
+def test_a_number_that_is_read_in_another_way_changes_the_next_call(way, monkeypatch):
+    monkeypatch.setitem(sys.modules, HIDDEN.__name__, HIDDEN)
+    native, reference = layers(DistantSpec(way=way))
+
+    def change() -> None:
+        monkeypatch.setitem(globals(), "EPS", 3.0)
+        monkeypatch.setattr(HIDDEN, "eps", 3.0)
+
+    check_change(native, reference, change)
+
+
+def test_code_that_cannot_be_followed_has_no_program(monkeypatch):
+    class Called(Distant):
+        def normalize(self, x, pooled):
+            return x / operator.methodcaller("shifted", pooled.mean)(self)
+
+        def shifted(self, value):
+            return value + EPS
+
+    reason = traced_norm(Called(4, "an operator"), 4)
+    assert isinstance(reason, str)
+    assert ".Called.shifted (test_changes.py, line " in reason and "whose changes could not be noticed" in reason
+
+
+@pytest.mark.parametrize("name", ["globals", "eval", "environ"])
+def test_names_that_hide_what_code_reads_have_no_program(name):
+    kind = type("Hiding", (Distant,), {"normalize": eval(f"lambda self, x, pooled: x if {name} else x")})
+    assert f"it uses {name} in " in str(traced_norm(kind(4, "an operator"), 4))
+
+
+class Raised(an.Normalizer):
+    """Raise the mean magnitude to a power that Python reads out of a buffer, or out of the shape of a tensor."""
+
+    def __init__(self, features: int, power: float, read: str) -> None:
+        super().__init__()
+        self.register_buffer("power", torch.tensor(power))
+        self.table, self.read = torch.zeros(int(power)), read
+
+    def measure(self, x):
+        return an.Average.of(promoted(x).abs())
+
+    def normalize(self, x, pooled):
+        power: Any = self.power.tolist() if self.read == "tolist" else len(self.table)  # type: ignore[operator]
+        return x / (pooled.mean + 0.1) ** power
+
+
+class RaisedSpec(an.NormSpec):
+    kind: Literal["raised"] = "raised"
+    power: float
+    read: str
+
+    def build(self, features: int) -> an.Normalizer:
+        return Raised(features, self.power, self.read)
+
+
+def test_a_list_of_numbers_of_a_tensor_has_no_program():
+    for power in (0.0, 1.0):
+        reason = traced_norm(Raised(4, power, "tolist"), 4)
+        assert str(reason).startswith("a number is read out of a tensor (test_changes.py, line ")
+
+
+def test_the_shape_of_a_tensor_is_a_part_of_the_key():
+    for power in (1.0, 2.0):
+        native, reference = layers(RaisedSpec(power=power, read="length"))
+        x = torch.randn(5, 2, 3, dtype=torch.float64)
+        compare(native(x)[0], reference(x)[0], tolerance=1e-10)
+
+
+def test_a_buffer_of_another_type_has_another_program():
+    normalizer: Any = Raised(4, 1.0, "length")
+    assert not isinstance(traced_norm(normalizer, 4), str)
+    normalizer.power = torch.tensor(1)
+    found = traced_norm(normalizer, 4)
+    assert not isinstance(found, str) and found.parameters == 0
+
+
+@dataclass(frozen=True)
+class Halved:
+    name: str = "same"
+    factor: float = field(default=1.0, compare=False)
+
+
+def test_a_field_that_equality_ignores_is_a_part_of_the_key():
+    programs = []
+    for factor in (1.0, 2.0):
+        normalizer: Any = Distant(4, "an operator")
+        normalizer.held = Halved(factor=factor)
+        programs.append(traced_norm(normalizer, 4))
+    assert not any(isinstance(each, str) for each in programs)
+    assert programs[0] is not programs[1]
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_normalizer_that_cannot_be_copied_yet_is_traced_later(computed):
+    normalizer: Any = Raised(4, 1.0, "length")
+    normalizer.unique = f"computed {computed}"  # another key than in other tests
+    power = normalizer.power
+    if computed:
+        normalizer.power = (torch.ones((), requires_grad=True) * 2).clone()
+        with pytest.warns(RuntimeWarning, match="was not called before"):
+            assert isinstance(traced_norm(normalizer, 4), str)
+    else:
+        normalizer.power = power.to("meta")
+        assert traced_norm(normalizer, 4) == "its tensors are on the meta device, which has no values"
+    normalizer.power = power
+    assert not isinstance(traced_norm(normalizer, 4), str)
+
+
+def test_an_empty_slice_has_no_program():
+    class Split(Distant):
+        def normalize(self, x, pooled):
+            return torch.cat([x[..., :4] / (pooled.mean + 1.0), 2 * x[..., 4:]], -1)
+
+    assert "makes or reads an empty tensor" in str(traced_norm(Split(4, "an operator"), 4))
+    assert not isinstance(traced_norm(Split(6, "an operator"), 6), str)
+
+
 def test_a_changed_variable_of_an_outer_function_changes_the_next_call():
     native, reference = layers(OuterSpec())
     try:
@@ -218,6 +433,69 @@ def test_a_changed_global_changes_a_window(monkeypatch):
     found = recognized(Fading())
     assert found is not None and found.taps == (1.0, 0.5, 0.25)
     check_change(native, reference, lambda: monkeypatch.setitem(WEIGHTS, 1, 3.0))
+
+
+HALF_LIFE = 4.0
+
+
+class Decaying:
+    def initial(self, now):
+        return an.Cumulative().initial(now)
+
+    def push(self, now, weight, state):
+        total, past = state[0] * 0.5 ** (1 / self.half_life()), state[1]  # type: ignore[attr-defined]
+        both = type(now)(*(torch.stack(pair, 1) for pair in zip(past, now, strict=True)))
+        pooled = both.pool(torch.stack([total, weight], 1), 1)
+        return pooled, where_mask(weight > 0, (total + weight, tuple(pooled)), state)
+
+
+@dataclass(frozen=True)
+class Decay(Decaying, an.Window[Any]):
+    def half_life(self):
+        return HALF_LIFE
+
+
+@dataclass(frozen=True)
+class Own(Decaying, an.Window[Any]):
+    life: float = field(default=4.0, compare=False)
+
+    def half_life(self):
+        return self.life
+
+
+@dataclass(frozen=True)
+class Around(an.Window[Any]):
+    inner: Any
+
+    def initial(self, now):
+        return self.inner.initial(now)
+
+    def push(self, now, weight, state):
+        return self.inner.push(now, weight, state)
+
+
+class AnySpec(an.WindowSpec):
+    kind: Literal["any"] = "any"
+    made: ClassVar[Any] = None
+
+    def build(self) -> an.Window:
+        return type(self).made
+
+
+def spec_of(window: Any) -> Any:
+    return type("Made", (AnySpec,), {"made": window, "__module__": __name__})()
+
+
+@pytest.mark.parametrize("window", [Decay(), Around(Decay())])
+def test_a_changed_global_changes_a_window_inside_a_window(window, monkeypatch):
+    native, reference = layers("layer", spec_of(window))
+    check_change(native, reference, lambda: monkeypatch.setitem(globals(), "HALF_LIFE", 30.0))
+
+
+def test_windows_that_differ_in_a_field_that_equality_ignores_are_compared_apart():
+    first, second = recognized(Own()), recognized(Own(life=30.0))
+    assert first is not None and second is not None
+    assert first.decay == pytest.approx(0.5**0.25) and second.decay == pytest.approx(0.5 ** (1 / 30))
 
 
 def test_a_patched_method_of_a_built_in_norm_is_called(monkeypatch):

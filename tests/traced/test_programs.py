@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -169,6 +169,25 @@ def test_rows_that_overflow_float32_are_float64(power, size):
                 norm.p = power
     x = size * torch.randn(5, 2, 3)
     compare(native(x)[0], reference(x)[0], tolerance=1e-5)
+
+
+class Tiny(Scaled):
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x / (pooled.mean + 1e-40)
+
+
+class TinySpec(an.NormSpec):
+    kind: Literal["tiny"] = "tiny"
+
+    def build(self, features: int) -> Any:
+        return Tiny(features)
+
+
+def test_a_row_of_zeros_does_not_overflow_float32():
+    """The state starts at 0, and 1 / 1e-40 is infinite in float32."""
+    for backend in ("native", "reference"):
+        layer = an.GRU(3, 4, bias=False, norm=TinySpec(), window=3, backend=backend)
+        assert layer(torch.randn(6, 2, 3))[0].isfinite().all()
 
 
 def _epsilon(x: Any) -> float:

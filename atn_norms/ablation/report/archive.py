@@ -57,8 +57,10 @@ def is_report(folder: Path | str) -> bool:
 
 
 def refuse_other_files(folder: Path | str) -> None:
-    """Raise `SpecError` for a folder with files that no report wrote; the report of a study's folder may be replaced, or a
-    published one."""
+    """Raise `SpecError` for a folder with files that no report wrote.
+
+    A published report may be replaced, and so may the report in a study's folder.
+    """
     place = Folder(folder)
     path = place.path.resolve()
     of_a_study = path.name == "report" and Folder(path.parent).has(RESOLVED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from math import log2
 from os import urandom
 from typing import Any, NamedTuple
@@ -12,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from atn_norms.backends.code import window_state
+from atn_norms.backends.code import frozen, held_states, window_state
 from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
 from atn_norms.statistics import Average, CountedMoments, Moments
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
+MOST_WINDOWS = 256  # number of windows whose comparison is kept
 MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
 _TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
 _STEPS = 12
@@ -90,16 +90,21 @@ def recognized(window: Window[Any]) -> Recognized | None:
     The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
     state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
     """
-    kept, now = getattr(window, _KEPT, None), (_PROCESS, window_state(type(window)))
+    kept, now = getattr(window, _KEPT, None), (_PROCESS, window_state(type(window)), _held(window))
     if kept is not None and kept[0] == now:
         return None if kept[1] is None else Recognized(*kept[1])
     parameters = getattr(type(window), "__dataclass_params__", None)
     if torch.compiler.is_compiling() or parameters is None or not parameters.frozen:
         return None
-    if type(window).scan is not Window.scan or isinstance(now[1], str):
+    if type(window).scan is not Window.scan or isinstance(now[1], str) or any(isinstance(s, str) for s in now[2]):
         return None
     try:
-        found = _recognized(window, now[1])
+        key = now, frozen(window)
+        if key not in _compared:
+            if len(_compared) >= MOST_WINDOWS:
+                _compared.clear()
+            _compared[key] = _recognized(window)
+        found = _compared[key]
     except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
         found = None
     with suppress(AttributeError):  # a dataclass with slots
@@ -112,9 +117,17 @@ def recognized(window: Window[Any]) -> Recognized | None:
 _KEPT, _PROCESS = "_atn_norms_recognized", urandom(8).hex()
 
 
-@lru_cache(maxsize=256)
-def _recognized(window: Window[Any], state: int) -> Recognized | None:
-    """Compare a window with those of the kernels; `state`, of its code, is a part of the key of the cache."""
+_compared: dict[Any, Recognized | None] = {}
+
+
+def _held(window: Window[Any]) -> tuple[int | str, ...]:
+    """Return the states of the functions and classes of plugins in the fields of a window."""
+    values = [getattr(window, name, None) for name in getattr(type(window), "__dataclass_fields__", ())]
+    return held_states(values, type(window)) if any(type(value) not in (int, float, bool) for value in values) else ()
+
+
+def _recognized(window: Window[Any]) -> Recognized | None:
+    """Compare a window with those of the kernels."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         taps = _taps(window)
         if taps:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atn_norms.backends.code import NORM, code_names, frozen, norm_state, reads_of
+from atn_norms.backends.code import (
+    NORM,
+    SIMPLE,
+    Snapshot,
+    code_names,
+    frozen,
+    held,
+    held_states,
+    is_followed,
+    is_generated,
+    is_own,
+    module_state,
+    norm_state,
+    snapshot_of,
+)
 from atn_norms.backends.native.library import Library, constant_to_compilers, load
 from atn_norms.backends.traced.normalizer import (
     PROGRAMS,
@@ -37,7 +53,8 @@ NARROW = 1e-6
 RANGE = 1e-4  # the same for large and small rows, which show an overflow or an underflow
 NARROW_ROWS = 32
 # Mean and deviation of the rows of a comparison, and the largest difference.
-ROWS = (0.0, 1.0, NARROW), (1e4, 1e-2, NARROW), (0.0, 1e-10, RANGE), (0.0, 1e2, RANGE), (0.0, 1e10, RANGE)
+ROWS = (0.0, 1.0, NARROW), (1e4, 1e-2, NARROW), (0.0, 0.0, NARROW)
+ROWS += (0.0, 1e-10, RANGE), (0.0, 1e2, RANGE), (0.0, 1e10, RANGE)
 MOST = 1024  # number of traced normalizers in the cache
 TYPES = {"dtype", "finfo", "is_floating_point", "element_size", "itemsize", "get_default_dtype", "type"}
 TYPED = 1e-3  # largest difference of code that runs in float32
@@ -50,6 +67,7 @@ MODES = {
     "is_inference_mode_enabled",
     "is_autocast_enabled",
 }
+HIDDEN = {"globals", "eval", "exec", "__import__", "environ", "getenv"}  # names that read what no code shows
 
 UNPREPARED = (
     "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"
@@ -76,6 +94,8 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
     except _Unfrozen as error:
         return str(error)
     if found is None:
+        if any(tensor.is_meta for tensor in (*normalizer.parameters(), *normalizer.buffers())):
+            return "its tensors are on the meta device, which has no values"  # not cached: they may get values
         if torch.compiler.is_compiling() or in_transform() or not _is_plain(normalizer):
             warn_unprepared()
             return UNPREPARED  # not cached: the next call may trace it
@@ -107,13 +127,16 @@ def warn_unprepared() -> None:
 
 
 def _is_plain(normalizer: Normalizer) -> bool:
-    """Return True if all tensors of a normalizer have elements: none is fake, functional or distributed."""
-    return {type(tensor) for tensor in (*normalizer.parameters(), *normalizer.buffers())} <= {Tensor, nn.Parameter}
+    """Return True if all tensors of a normalizer can be copied: none is fake, functional, distributed or computed."""
+    tensors = (*normalizer.parameters(), *normalizer.buffers())
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_leaf for tensor in tensors)
 
 
 def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
     for name, function in _names_in(normalizer, MODES):
         return f"it reads {name} in {function}, which may change between two calls of a program"
+    for name, function in _names_in(normalizer, HIDDEN):
+        return f"it uses {name} in {function}, so a value could change unnoticed"
     # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
         torch.inference_mode(False),
@@ -121,9 +144,15 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         torch.autocast("cpu", enabled=False),
         _disable_current_modes(),
     ):
-        traced = trace(normalizer, features)
+        executed: dict[CodeType, str] = {}
+        traced = trace(normalizer, features, executed)
         if isinstance(traced, str):
             return traced
+        followed = {code for snapshot in _snapshots(normalizer) for code in snapshot.codes}
+        for code, module in executed.items():
+            if code not in followed and not is_generated(code) and is_own(module, type(normalizer)):
+                place = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
+                return f"it calls {code.co_qualname} ({place}), whose changes could not be noticed"
         try:
             found = differences(normalizer, traced)
         except Untraceable as error:
@@ -186,9 +215,17 @@ def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, 
 
 def _names_in(normalizer: Normalizer, names: set[str]) -> Iterator[tuple[str, str]]:
     """Yield each name that the code of a normalizer has, with the function that has it."""
-    for module in normalizer.modules():
-        for function, code, *_ in reads_of(type(module), NORM).functions:
+    for snapshot in _snapshots(normalizer):
+        for function, code, *_ in snapshot.functions:
             yield from ((name, function.__qualname__) for name in code_names(code) if name in names)
+
+
+def _snapshots(normalizer: Normalizer) -> Iterator[Snapshot]:
+    """Yield the snapshots of everything that the fingerprint of a normalizer follows."""
+    for module in normalizer.modules():
+        yield snapshot_of(type(module), NORM if isinstance(module, Normalizer) else ())
+        for _, value in _values(module, is_followed(type(module))):
+            yield from (each for each in held(value, type(module)) if isinstance(each.state, int))
 
 
 class _Unfrozen(Exception):
@@ -204,24 +241,29 @@ def fingerprint(module: nn.Module) -> Any:
     Errors: an attribute that could change unnoticed, such as an object of a class of your own.
     """
     kind = type(module)
-    state = norm_state(kind)
+    state = norm_state(kind) if isinstance(module, Normalizer) else module_state(kind)
     if isinstance(state, str):
         raise _Unfrozen(state)
-    values = [(name, value) for name, value in module.__dict__.items() if name not in _MODULE]
-    if not state:
-        values += [(name, getattr(kind, name, None)) for name in _class_names(kind)]
     own = []
-    for name, value in values:
+    for name, value in _values(module, bool(state)):
         try:
-            own.append((name, frozen(value)))
+            own.append((name, frozen(value), () if type(value) in SIMPLE else held_states(value, kind)))
         except TypeError:
             problem = f"its attribute {name!r} is a {type(value).__name__}, which may change unnoticed"
             raise _Unfrozen(problem) from None
     tensors = [
-        (name, None if t is None else t.shape) for name, t in (*module._parameters.items(), *module._buffers.items())
+        (name, None if t is None else (t.shape, t.dtype.is_floating_point or t.dtype))
+        for name, t in (*module._parameters.items(), *module._buffers.items())
     ]
     modules = [(name, None if child is None else fingerprint(child)) for name, child in module._modules.items()]
     return kind, state, tuple(own), tuple(tensors), tuple(modules)
+
+
+def _values(module: nn.Module, in_snapshot: bool) -> list[tuple[str, Any]]:
+    """Return the attributes of a module that torch does not set itself, and those of a class that is in no snapshot."""
+    values = [item for item in module.__dict__.items() if item[0] not in _MODULE]
+    kind = type(module)
+    return values if in_snapshot else values + [(name, getattr(kind, name, None)) for name in _class_names(kind)]
 
 
 @constant_to_compilers

@@ -119,7 +119,11 @@ class Lowering(Simplifier):
             return self._constant(call)
         for tensor in call.tensors:
             if storage_of(tensor) not in self._places:
-                raise call.unsupported("reads a tensor that is neither a parameter nor a buffer of the normalizer")
+                if tensor.is_floating_point():
+                    raise call.unsupported("reads a tensor that is neither a parameter nor a buffer of the normalizer")
+                raise call.unsupported(f"reads a tensor of {tensor.dtype}; a program reads floating-point tensors")
+        if any(tensor.numel() == 0 for tensor in (*call.tensors, *call.results)):
+            raise call.unsupported("makes or reads an empty tensor")
         is_view = bool(call.results) and all(storage_of(result) in self._places for result in call.results)
         mutable = call.function._schema.is_mutable
         if not is_view and call.name not in STRUCTURAL and call.name not in RULES and not mutable:

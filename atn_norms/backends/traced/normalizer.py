@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -120,18 +121,22 @@ def tensors_of(normalizer: Normalizer) -> list[Tensor]:
     return [tensor for tensor in every if tensor.is_floating_point()]
 
 
-def trace(normalizer: Normalizer, features: int) -> TracedNorm | str:
-    """Return the programs of a normalizer, or the reason why there are none."""
+def trace(normalizer: Normalizer, features: int, executed: dict[CodeType, str] | None = None) -> TracedNorm | str:
+    """Return the programs of a normalizer, or the reason why there are none.
+
+    The Python code that runs is added to `executed`, with its module.
+    """
+    executed = {} if executed is None else executed
     try:
-        first = _traced(normalizer, features, 0)
-        if first != _traced(normalizer, features, 1):
+        first = _traced(normalizer, features, 0, executed)
+        if first != _traced(normalizer, features, 1, executed):
             return "what it computes depends on numbers in tensors in a way that only Python sees"
         return first
     except Untraceable as error:
         return str(error)
 
 
-def _traced(normalizer: Normalizer, features: int, seed: int) -> TracedNorm:
+def _traced(normalizer: Normalizer, features: int, seed: int, executed: dict[CodeType, str]) -> TracedNorm:
     twin = _twin(normalizer, seed)
     source = torch.Generator().manual_seed(seed)
     dtype = torch.float64
@@ -140,7 +145,7 @@ def _traced(normalizer: Normalizer, features: int, seed: int) -> TracedNorm:
     extra = sum(tensor.numel() for tensor in tensors)
 
     def tracing() -> _Tracing:
-        return _Tracing(twin, tensors, extra)
+        return _Tracing(twin, tensors, extra, executed)
 
     run = tracing()
     slot_x, slot_p = run.input(x), run.parameters()
@@ -208,11 +213,11 @@ def _rebuilt(statistic: Any, leaves: Sequence[Tensor]) -> Any:
 class _Tracing:
     """One recording: inputs, recorded operations, and their program."""
 
-    def __init__(self, twin: Normalizer, tensors: Sequence[Tensor], extra: int) -> None:
+    def __init__(self, twin: Normalizer, tensors: Sequence[Tensor], extra: int, executed: dict[CodeType, str]) -> None:
         self._tensors, self._extra = tensors, extra
         from atn_norms.backends.traced.lowering import Lowering  # most layers have no traced norm
 
-        self._lowering, self._recorder = Lowering(), Recorder()
+        self._lowering, self._recorder = Lowering(), Recorder(executed)
 
     def input(self, value: Tensor) -> Tensor:
         tensor = value.clone().requires_grad_()

@@ -7,10 +7,12 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -64,11 +66,32 @@ def described(where: tuple[str, int] | None) -> str:
 
 
 class Recorder(TorchDispatchMode):
-    """Record every operation inside the block in `calls`, in order."""
+    """Record every operation inside the block in `calls`, in order, and the Python code that ran with its module.
 
-    def __init__(self) -> None:
+    Where a profiler observes the thread, no code is recorded.
+    """
+
+    def __init__(self, executed: dict[CodeType, str]) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self._executed, self._numbers, self._profiles = executed, _Numbers(), False
+
+    def __enter__(self) -> Recorder:
+        self._numbers.__enter__()
+        self._profiles = sys.getprofile() is None
+        if self._profiles:
+            sys.setprofile(self._note)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profiles:
+            sys.setprofile(None)
+        super().__exit__(*error)
+        self._numbers.__exit__(*error)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            self._executed.setdefault(frame.f_code, frame.f_globals.get("__name__", ""))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -89,6 +112,15 @@ class Recorder(TorchDispatchMode):
             call = Call(func, args, kwargs, results, results[0].clone(), where)
         self.calls.append(call)
         return out
+
+
+class _Numbers(TorchFunctionMode):
+    """Reject `tolist`, which is no operation for a `TorchDispatchMode`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "tolist":
+            raise Untraceable(f"a number is read out of a tensor{described(_line())}")
+        return func(*args, **(kwargs or {}))
 
 
 # Operations whose results do not depend on the elements of their arguments.

@@ -99,9 +99,9 @@ INLINE void FN(rnn)(const int relu, const long n, long at, long H, const FN(Side
 INLINE void FN(rnn_back)(const int relu, const long n, long at, long H, const FN(Side) x, const FN(Side) u, const REAL *restrict dout,
                          const REAL *restrict dh, REAL *restrict dz) {
     const FN(vec) z = GATE(0), g = AT(dout) + AT(dh), y = FN(tanh)(z);
-    const FN(whole) up = (FN(whole))(z > (REAL)0);
+    const FN(whole) down = (FN(whole))(z <= (REAL)0); /* not for NaN: its gradient passes, as in torch */
     FN(vec) back = g * ((REAL)1 - y * y);
-    if (relu) back = (FN(vec))((FN(whole))g & up);
+    if (relu) back = (FN(vec))((FN(whole))g & ~down);
     FN(store)(dz + at, back, n);
 }
 
