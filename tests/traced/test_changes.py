@@ -175,7 +175,7 @@ def imported(value: Any) -> Any:
 
 
 class Distant(an.Normalizer):
-    """Divide by the mean magnitude plus `EPS`, which `way` reads in a way of its own."""
+    """Divide by the mean magnitude plus `EPS`, which a method named by `way` reads."""
 
     TABLE: ClassVar = {"add": (add,)}
     WAYS: ClassVar[dict[str, Callable[..., Any]]] = {
