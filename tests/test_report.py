@@ -448,14 +448,6 @@ def test_unwritable_folders_are_named(tmp_path):
         report.write(study(score, seeds=1, norms=["rms"]), tmp_path / "report")
 
 
-def test_files_of_others_are_never_replaced(tmp_path):
-    (tmp_path / "results.csv").write_text("mine")
-    with pytest.raises(SpecError, match="got a folder with 'results.csv'; expected an empty folder"):
-        report.write(study(score, seeds=1, norms=["rms"]), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
-    assert (tmp_path / "results.csv").read_text() == "mine"
-
-
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     import matplotlib
 

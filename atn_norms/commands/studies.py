@@ -168,7 +168,10 @@ def report(
     with _resumable(shlex.join(["atn-norms", "report", *map(str, folders), *(["--out", str(out)] if others else [])])):
         from atn_norms.ablation import merge
         from atn_norms.ablation.report import is_report, read
+        from atn_norms.ablation.report.archive import refuse_other_files
 
+        if out is not None and out.resolve() != (folder / "report").resolve():
+            refuse_other_files(out)
         records = {str(each): read(each) if is_report(each) else _load(each) for each in folders}
         wanted = [each.strip() for each in formats.split(",") if each.strip()]
         _report(merge(records), folder, as_json, out or (folder if is_report(folder) else None), levels, wanted)

@@ -10,7 +10,8 @@ from torch import nn
 
 import atn_norms as an
 from atn_norms.backends.traced.cache import fingerprint, traced_norm
-from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, differences, trace
+from atn_norms.backends.traced.comparison import differences
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, trace
 from atn_norms.backends.traced.program import (
     CONSTANT,
     INPUT,

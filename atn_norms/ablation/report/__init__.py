@@ -44,8 +44,8 @@ def write(
     The files of an earlier report in the folder are replaced, and those that this report does not have are removed.
     The same record always gives the same bytes. `read` returns the record of a folder that `write` wrote.
 
-    Errors: `SpecError` for a level of an unknown task, an unknown format, or a folder with files that no report wrote;
-    `StoreError` that names the file that cannot be written.
+    Errors: `SpecError` for a level of an unknown task, or an unknown format; `StoreError` that names the file that
+    cannot be written.
     """
     import_matplotlib()
     from atn_norms.ablation.report import archive, csv_export, html, tables
@@ -54,8 +54,6 @@ def write(
     for each in formats:
         if each not in FORMATS:
             raise SpecError.of([unknown("format", each, FORMATS, path=("formats",))])
-    place = folder if isinstance(folder, Folder) else Folder(folder)
-    archive.refuse_other_files(place.path)
     found = record if isinstance(record, Findings) else findings(record, reach)
     sections = html.sections(found)
     content: dict[str, bytes] = {"report.html": html.page(found, sections, formats).encode()}
@@ -69,6 +67,7 @@ def write(
     content["study.json"] = archive.study_json(found.record).encode()
     written = {"md": tables.markdown, "tex": tables.latex}
     content |= {f"tables.{ending}": make(found).encode() for ending, make in written.items() if ending in formats}
+    place = folder if isinstance(folder, Folder) else Folder(folder)
     place.make()
     place.remove_leftovers()
     for name in _linked(place) - content.keys():

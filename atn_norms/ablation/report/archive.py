@@ -57,14 +57,9 @@ def is_report(folder: Path | str) -> bool:
 
 
 def refuse_other_files(folder: Path | str) -> None:
-    """Raise `SpecError` for a folder with files that no report wrote.
-
-    A published report may be replaced, and so may the report in a study's folder.
-    """
+    """Raise `SpecError` for a folder with files that no report wrote; a published report may be replaced."""
     place = Folder(folder)
-    path = place.path.resolve()
-    of_a_study = path.name == "report" and Folder(path.parent).has(RESOLVED)
-    if of_a_study or not place.path.is_dir() or (is_report(folder) and not place.has(RESOLVED)):
+    if not place.path.is_dir() or (is_report(folder) and not place.has(RESOLVED)):
         return
     others = [name for name in place.names() if not is_temporary(name)]
     if others:

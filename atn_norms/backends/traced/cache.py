@@ -32,14 +32,8 @@ from atn_norms.backends.code import (
     snapshot_of,
 )
 from atn_norms.backends.native.library import Library, constant_to_compilers, load
-from atn_norms.backends.traced.normalizer import (
-    PROGRAMS,
-    TracedNorm,
-    difference_in_float32,
-    differences,
-    tensors_of,
-    trace,
-)
+from atn_norms.backends.traced.comparison import difference_in_float32, differences
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of, trace
 from atn_norms.backends.traced.program import Program
 from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.modes import in_transform
