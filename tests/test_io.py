@@ -191,6 +191,21 @@ def test_options_that_were_changed_on_a_norm_are_kept(cell, fresh, tmp_path):
     assert not torch.equal(loaded[0](x)[0], made()[0](x)[0])
 
 
+@pytest.mark.parametrize("placement", [None, {"gates": "per_gate"}])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_gain_or_shift_of_none_is_kept(placement, fresh, tmp_path):
+    def made() -> Any:
+        return an.LSTM(3, 5, norm="layer", placement=placement)
+
+    model, x = made(), torch.randn(4, 2, 3)
+    inside = [module for module in model.modules() if isinstance(module, LayerNorm)]
+    inside[0].weight, inside[1].bias = None, None  # pyright: ignore[reportAttributeAccessIssue]
+    path = an.save(model, tmp_path / "model.safetensors")
+    loaded: Any = an.load(path, made() if fresh else None)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(loaded(x)[0], model(x)[0])
+
+
 def test_a_norm_of_another_class_than_the_options_give_is_not_saved(tmp_path):
     class Other(LayerNorm):
         pass
@@ -221,7 +236,15 @@ def test_a_layer_with_other_norms_than_the_options_give_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"norm_hh_l0": {"forward": 1}}, {"norm_hh_l0": {"eps": [1]}}, {"": {"input_size": 1}}]
+    "changed",
+    [
+        {"norm_hh_l0": {"forward": 1}},
+        {"norm_hh_l0": {"eps": [1]}},
+        {"norm_hh_l0": {"weight": 1}},
+        {"norm_hh_l0": {"forward": None}},
+        {"": {"input_size": 1}},
+        {"": {"weight_hh_l0": None}},
+    ],
 )
 def test_a_file_cannot_set_any_attribute(changed, tmp_path):
     path = tmp_path / "model.safetensors"

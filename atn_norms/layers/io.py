@@ -289,6 +289,7 @@ def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):
         if (shapes := _without_memory(description["structure"])) is not None:
+            _restore(shapes, description)
             _refuse_differences(file, shapes, _state(description, tensors))  # before any memory is allocated
         return construct(description["structure"])
 
@@ -338,6 +339,7 @@ def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors:
     """Load the saved tensors into a module, with their types, shared tensors and `requires_grad`."""
     aliases: dict[str, str] = description["aliases"]
     state = _state(description, tensors)
+    _restore(model, description)  # before the comparison: a gain or shift may be None
     _refuse_differences(file, model, state)
     model.load_state_dict(state, assign=True)
     for name, first in aliases.items():
@@ -345,12 +347,16 @@ def _fill(file: Path, model: nn.Module, description: Mapping[str, Any], tensors:
         owner, _, source = first.rpartition(".")
         shared = getattr(model.get_submodule(owner), source)
         setattr(model.get_submodule(path), leaf, shared)
+    for name in description["frozen"]:
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _restore(model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Set the attributes of norms and windows that differ from the options of their layer."""
     for name, changed in description.get("attributes", {}).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, CellHost)  # `layers` has it
         restore_attributes(layer, changed)
-    for name in description["frozen"]:
-        model.get_parameter(name).requires_grad_(False)
 
 
 def _state(description: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,9 +98,9 @@ def unregistered(layer: CellHost) -> list[str]:
 def changed_attributes(layer: CellHost) -> dict[str, dict[str, Any]]:
     """Return the attributes of norms and windows that no longer have the values of the layer's options.
 
-    The result is module name -> attribute -> value, for numbers, texts and None. `sync` is left out, since it belongs
-    to a group of processes. Errors: `TypeError` for a module of another class than the options give, for a missing
-    module, and for a norm where the options give none.
+    The result is module name -> attribute -> value, for numbers, texts and None, and for parameters that were set to
+    None. `sync` is left out, since it belongs to a group of processes. Errors: `TypeError` for a module of another
+    class than the options give, for a missing module, and for a norm where the options give none.
     """
     found: dict[str, dict[str, Any]] = {}
     for suffix in layer._suffixes:
@@ -131,7 +131,9 @@ def _changed(path: str, module: nn.Module | None, expected: nn.Module) -> dict[s
         for each in (module, expected)
     )
     shared = [name for name in theirs if name in mine and name not in ("training", "sync")]
-    return {name: mine[name] for name in shared if mine[name] != theirs[name]}
+    absent = [name for name, value in module._parameters.items() if value is None]
+    changed = {name: mine[name] for name in shared if mine[name] != theirs[name]}
+    return changed | {name: None for name in absent if expected._parameters.get(name) is not None}
 
 
 def restore_attributes(layer: CellHost, changed: dict[str, dict[str, Any]]) -> None:
@@ -140,6 +142,8 @@ def restore_attributes(layer: CellHost, changed: dict[str, dict[str, Any]]) -> N
     for path, values in changed.items():
         for name, value in values.items():
             there = vars(known[path]) if path in known else {}
+            if value is None and path in known:  # a gain or a shift may be absent
+                there = there | dict.fromkeys(known[path]._parameters)
             if not (isinstance(value, _PLAIN) and isinstance(there.get(name, ...), _PLAIN) and name[0] != "_"):
                 raise SpecError((path, name), repr(value), "a number, text or None of a norm of the layer")
             setattr(known[path], name, value)
