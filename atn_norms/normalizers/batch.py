@@ -196,8 +196,10 @@ class BatchNorm(Normalizer, _OfTorch):
     def _recorded(self) -> Tensor:
         """Return, for each step, the last recorded step up to it, or else the first recorded step `[max_steps]`."""
         recorded = self.num_batches_tracked > 0
-        last = torch.where(recorded, torch.arange(len(recorded), device=recorded.device), -1).cummax(0).values
-        return torch.where(last < 0, recorded.to(torch.uint8).argmax(), last)
+        steps = torch.arange(len(recorded), device=recorded.device)
+        place = recorded.to(steps.dtype).cumsum(0) - 1  # in the list of recorded steps; ONNX has no cumulative maximum
+        listed = steps.new_zeros(len(steps) + 1).scatter(0, torch.where(recorded, place, len(steps)), steps)
+        return listed[place.clamp(min=0)]
 
     def counted_steps(self, rows: Tensor) -> Tensor:
         return rows >= 2 if self.training else rows > 0  # one row has no variance to record

@@ -1,5 +1,6 @@
 """Batch statistics: population statistics recorded in training and used in evaluation, with independent rows."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -253,6 +254,16 @@ def test_a_step_without_records_uses_the_last_recorded_one():
     step = torch.tensor([-1, 0, 1, 2, 3, 4, 9]).unsqueeze(1)
     population = norm.population(CountedMoments(nothing, nothing, nothing), step)
     assert population.mean.flatten().tolist() == [1, 1, 1, 1, 3, 3, 3]
+
+
+def test_the_last_recorded_step_of_every_pattern():
+    """Before the first recorded step, the first one is used; without any record, step 0."""
+    for counts in itertools.product([0, 3], repeat=5):
+        norm = an.BatchNorm(1, max_steps=5)
+        norm.num_batches_tracked.copy_(torch.tensor(counts))
+        recorded = [step for step, count in enumerate(counts) if count] or [0]
+        last = [max([r for r in recorded if r <= step], default=recorded[0]) for step in range(5)]
+        assert norm._recorded().tolist() == last, counts
 
 
 @pytest.mark.parametrize(("backend", "kind"), [("native", 1), ("native", 3), ("reference", 1), ("reference", 3)])
