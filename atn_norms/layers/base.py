@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -85,14 +86,15 @@ class CellHost(nn.Module):
             for name, shape in self.cell.shapes(inputs, self.bias).items():
                 parameter = nn.Parameter(torch.empty(shape, **factory)) if given is None else given[name + suffix]
                 self.register_parameter(name + suffix, parameter)
-        for suffix in cells:
-            for site in self.cell.sites:
-                norm = self.spec.normalizer(self.cell, site)
-                if norm is not None:
-                    self.add_module(f"norm_{site}{suffix}", norm.to(**factory))
-                    if site not in self._windows:
-                        window: Any = self.spec.window_at(site).build()
-                        self.add_module(f"window_{site}{suffix}", window.to(**factory))
+        with _default_device(factory.get("device")):
+            for suffix in cells:
+                for site in self.cell.sites:
+                    norm = self.spec.normalizer(self.cell, site)
+                    if norm is not None:
+                        self.add_module(f"norm_{site}{suffix}", norm.to(**factory))
+                        if site not in self._windows:
+                            window: Any = self.spec.window_at(site).build()
+                            self.add_module(f"window_{site}{suffix}", window.to(**factory))
         if given is None:
             self.reset_parameters()
 
@@ -129,7 +131,8 @@ class CellHost(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
         elif name == "weight_hh":
             gates = len(self.cell.gates)
-            identity = torch.eye(parameter.shape[0] // gates, parameter.shape[1], dtype=parameter.dtype)
+            sizes = parameter.shape[0] // gates, parameter.shape[1]
+            identity = torch.eye(*sizes, dtype=parameter.dtype, device=parameter.device)
             parameter.copy_(identity.repeat(gates, 1))
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)
@@ -195,6 +198,14 @@ class CellHost(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._described()})"
+
+
+def _default_device(device: Any) -> AbstractContextManager[Any]:
+    """Make `device` the default while norms are built, since constructors of plugins may not take one.
+
+    The meta device is left out: a constructor may need numbers.
+    """
+    return nullcontext() if device is None or torch.device(device).type == "meta" else torch.device(device)
 
 
 def torch_twin(name: str | None, **options: Any) -> Any:

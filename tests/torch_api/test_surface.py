@@ -216,6 +216,18 @@ def test_a_layer_on_the_meta_device_computes_shapes(cell, norm):
     assert ys.is_meta and ys.shape == (5, 2, 4) and layer.unroll(torch.empty(5, 2, 3, device="meta"))[0].is_meta
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("init", ["torch", "paper"])
+@every_layer
+def test_the_device_of_a_layer_overrides_the_default_device(cell, init, norm):
+    torch.manual_seed(0)
+    expected = CELLS[cell](3, 4, norm=norm, init=init)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layer = CELLS[cell](3, 4, norm=norm, init=init, device="cpu")
+    compare(dict(layer.state_dict()), dict(expected.state_dict()), tolerance=0)
+
+
 def test_a_default_device_does_not_move_lengths():
     layer = an.LSTM(3, 4, norm="layer")
     with torch.device("meta"):
