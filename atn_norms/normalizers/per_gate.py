@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from atn_norms.errors import mismatch
 from atn_norms.normalizers.base import (
     BatchMoments,
     FeatureMoments,
@@ -96,6 +97,10 @@ class PerGate(Normalizer):
 
     @staticmethod
     def _stack(statistics: Sequence[Any]) -> Any:
+        kinds = [type(statistic).__name__ for statistic in statistics]
+        if len(set(kinds)) > 1:  # such as a batch norm in training beside one in evaluation
+            expected = "one class of statistic: gates of one kind, all in training or all in evaluation mode"
+            raise ValueError(mismatch("gates", ", ".join(kinds), expected))
         return type(statistics[0])(*(torch.stack(leaves, -2) for leaves in zip(*statistics, strict=True)))
 
     @staticmethod

@@ -325,6 +325,15 @@ def test_a_momentum_of_zero_freezes_the_populations(backend):
     assert layer.norm_ih_l0.num_batches_tracked > 0
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("gate", [0, 1])
+def test_gates_in_different_modes_are_rejected(gate, backend):
+    layer: Any = an.GRU(2, 3, norm="batch", placement={"gates": "per_gate"}, backend=backend)
+    layer.norm_ih_l0.gates[gate].eval()
+    with pytest.raises(ValueError, match=r"^gates: got .*Moments, .*; expected one class of statistic: gates of one"):
+        layer(torch.randn(4, 5, 2))
+
+
 def test_running_statistics_cannot_be_switched_off():
     norm = an.BatchNorm(3)
     with pytest.raises(ValueError, match="track_running_stats: got False; expected True, since evaluation"):
