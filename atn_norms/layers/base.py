@@ -100,7 +100,15 @@ class CellHost(nn.Module):
 
     def _normalizers(self, suffix: str) -> dict[str, Normalizer]:
         names = {site: f"norm_{site}{suffix}" for site in self._sites}
-        return {site: self._modules[name] for site, name in names.items() if name in self._modules}  # type: ignore[misc]
+        return {site: norm for site, name in names.items() if (norm := self._norm(name)) is not None}
+
+    def _norm(self, name: str) -> Normalizer | None:
+        """Return the norm of a site, or None if the site has none."""
+        norm = self._modules.get(name)
+        if norm is None or isinstance(norm, Normalizer):
+            return norm
+        expected = "a Normalizer, or None for a site without a norm"
+        raise TypeError(mismatch(f"{type(self).__name__}.{name}", type(norm).__name__, expected))
 
     def cell_weights(self, suffix: str) -> CellWeights:
         """Return the weights and norms of one cell, for one call: parameters and modules may be replaced between calls.
@@ -110,9 +118,10 @@ class CellHost(nn.Module):
         modules, windows, norms = self._modules, self._windows, {}
         for site in self._sites:
             name = f"norm_{site}{suffix}"
-            if name in modules:
+            norm = self._norm(name)
+            if norm is not None:
                 window = windows[site] if site in windows else modules[f"window_{site}{suffix}"]
-                norms[site] = SiteNorm(modules[name], window)  # type: ignore[arg-type]
+                norms[site] = SiteNorm(norm, window)  # type: ignore[arg-type]
         return CellWeights({name: parameter_of(self, name + suffix) for name in self._tensors}, norms)
 
     def recompute_weights(self) -> None:

@@ -355,7 +355,7 @@ class Recurrent(CellHost):
 
     def _delegates(self) -> bool:
         """Return True if torch's module runs the layer; a compiler traces the functions of torch instead."""
-        unnormed = not any(name.startswith("norm_") for name in self._modules)
+        unnormed = not any(name.startswith("norm_") and norm is not None for name, norm in self._modules.items())
         torch_has_it = self.cell.torch_name is not None and self.spec.backend in ("auto", "torch")
         return unnormed and torch_has_it and not torch.compiler.is_compiling()
 

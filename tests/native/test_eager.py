@@ -204,6 +204,10 @@ def removed(layer: Any) -> None:
     del layer.norm_c_l0
 
 
+def set_to_none(layer: Any) -> None:
+    layer.norm_c_l0 = None
+
+
 def shared(layer: Any) -> None:
     layer.norm_ih_l0 = layer.norm_hh_l0
 
@@ -224,6 +228,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another eps": lambda layer: setattr(layer.norm_ih_l0, "eps", 0.5),
     "another norm": swapped,
     "no norm any more": removed,
+    "a norm of None": set_to_none,
     "one norm for two sites": shared,
     "another parameter": replaced,
     "other data of a parameter": data,
@@ -253,7 +258,7 @@ def test_changes_between_two_calls_take_effect(change):
         layer = made if isinstance(made, an.LSTM) else layer
         dtype = next(layer.parameters()).dtype
         state = tree_map(lambda leaf, d=dtype: leaf.to(d) if leaf.is_floating_point() else leaf, pair.state())
-        if change == "no norm any more":
+        if change in ("no norm any more", "a norm of None"):
             state = (((state[0][0][0], (*state[0][0][1][:2], ())),),)
         elif change == "another norm":
             state = None

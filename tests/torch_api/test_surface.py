@@ -216,6 +216,28 @@ def test_a_layer_on_the_meta_device_computes_shapes(cell, norm):
     assert ys.is_meta and ys.shape == (5, 2, 4) and layer.unroll(torch.empty(5, 2, 3, device="meta"))[0].is_meta
 
 
+@every_layer
+def test_a_layer_whose_norms_are_none_has_no_norm(cell):
+    layer, x = CELLS[cell](3, 4, norm="layer", window=2), torch.randn(5, 2, 3)
+    for name, _ in list(layer.named_children()):
+        setattr(layer, name, None)
+    plain = CELLS[cell](3, 4)
+    plain.load_state_dict(layer.state_dict())
+    compare(layer(x), plain(x), tolerance=0)
+    assert layer._delegates() and "backend 'torch'" in an.explain(layer)
+    layer.reset_parameters()
+
+
+@every_layer
+def test_a_module_other_than_a_normalizer_is_rejected(cell):
+    layer = CELLS[cell](3, 4, norm="layer")
+    layer.norm_hh_l0 = nn.Identity()
+    expected = r"\.norm_hh_l0: got Identity; expected a Normalizer, or None for a site without a norm$"
+    for call in (layer, layer.unroll):
+        with pytest.raises(TypeError, match=expected):
+            call(torch.randn(5, 2, 3))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("init", ["torch", "paper"])
 @every_layer
