@@ -254,7 +254,8 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
     if kind is None:
         raise TypeError(f"{name}: got {type(module).__name__}; expected exactly nn.LSTM, nn.GRU or nn.RNN")
     names = {weight for cell in module._all_weights for weight in cell}
-    if names != set(dict(module.named_parameters(recurse=False))):  # pruning and the old weight_norm rename them
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))  # one may have several names
+    if names != set(parameters):  # pruning and the old weight_norm rename them
         raise TypeError(
             f"{name}: got a parametrized {module._get_name()}; expected plain parameters. Remove the parametrizations"
         )
@@ -282,5 +283,5 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
         **options,
     )
     like = next(module.parameters())
-    layer = class_of(kind).from_spec(spec, like.device, like.dtype, dict(module.named_parameters()))
+    layer = class_of(kind).from_spec(spec, like.device, like.dtype, parameters)
     return layer.train(module.training)

@@ -40,6 +40,21 @@ def test_a_layer_that_cannot_be_replaced_is_named_and_kept():
     assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, an.GRU]
 
 
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_tied_weights_stay_tied(cell, norm):
+    theirs: Any = getattr(nn, CELLS[cell].__name__)(4, 4, num_layers=2)
+    theirs.weight_hh_l1 = theirs.weight_hh_l0
+    tied: Any = an.replace(theirs, norm=norm)
+    assert tied.weight_hh_l1 is tied.weight_hh_l0 is theirs.weight_hh_l0
+    free, x = CELLS[cell](4, 4, 2, norm=norm), torch.randn(5, 2, 4)
+    free.load_state_dict(tied.state_dict())
+    compare(tied(x), free(x), tolerance=0)
+    for layer in (tied, free):
+        layer(x)[0].sum().backward()
+    compare(tied.weight_hh_l0.grad, free.weight_hh_l0.grad + free.weight_hh_l1.grad, tolerance=1e-5)
+
+
 @feature(GROUP, "`replace(only=..., skip=...)`", "native")
 def test_only_and_skip_select_by_qualified_name():
     model: Any = nn.Sequential(model_of(), nn.RNN(3, 4))
