@@ -213,6 +213,13 @@ def _kind_of(family: str, spec: Any) -> str:
     if inspect.isabstract(spec):
         got = f"{name} without {', '.join(sorted(spec.__abstractmethods__))}"
         raise TypeError(mismatch(path, got, "a concrete options model"))
+    if "family" in spec.model_fields:
+        got = f"{name} with a field 'family'"
+        raise TypeError(mismatch(path, got, "another name of the field, since `family` is a class attribute"))
+    if not spec.model_config.get("frozen"):
+        raise TypeError(
+            mismatch(path, f"{name} with `frozen` set to False in its model_config", "a frozen options model")
+        )
     field = spec.model_fields.get("kind")
     names = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
     if field is None or len(names) != 1 or field.default != names[0]:

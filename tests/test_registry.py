@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from abc import abstractmethod
 from collections import UserDict, UserList
 from typing import Annotated, Any, ClassVar, Literal
@@ -286,6 +287,18 @@ class Reserved(Norm):
     kind: Literal["none"] = "none"
 
 
+with warnings.catch_warnings(action="ignore", category=UserWarning):  # pydantic's, about the attribute of the parent
+
+    class Shadowing(Norm):
+        kind: Literal["shadowing"] = "shadowing"
+        family: str = "x"  # pyright: ignore
+
+
+class Mutable(Norm):
+    model_config = {"frozen": False}
+    kind: Literal["mutable"] = "mutable"
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -296,6 +309,11 @@ class Reserved(Norm):
         (Norm, 'got Norm without a fixed kind; expected a field `kind: Literal\\["name"\\] = "name"`'),
         (Wide, "got Wide without a fixed kind"),
         (Parted, "got Parted without a fixed kind"),
+        (
+            Shadowing,
+            "got Shadowing with a field 'family'; expected another name of the field, since `family` is a class",
+        ),
+        (Mutable, "got Mutable with `frozen` set to False in its model_config; expected a frozen options model"),
         (Reserved, "Reserved.kind: got 'none'; expected lower-case letters"),
     ],
 )
