@@ -320,8 +320,8 @@ def _refuse_misspelt(plugin: Any) -> None:
                 )
             implemented.append(hook)
         elif name.startswith("atn_norms_") and _is_own_function(function, plugin):
-            known = f"expected one of {', '.join(hooks)}{did_you_mean(name, hooks)}"
-            raise PluginError(f"has a function {name!r} that lacks `@atn_norms.hookimpl`, so it does nothing; {known}")
+            known = "" if name in hooks else f"; expected one of {', '.join(hooks)}{did_you_mean(name, hooks)}"
+            raise PluginError(f"has a function {name!r} that lacks `@atn_norms.hookimpl`, so it does nothing{known}")
     if not implemented:
         raise PluginError("implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register(registry)`")
 

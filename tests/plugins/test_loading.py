@@ -72,7 +72,10 @@ BROKEN = {
         "def atn_norms_regster(registry):\n    0",
         "has a function 'atn_norms_regster' that lacks `@atn_norms.hookimpl`, so it does nothing; .*did you mean",
     ),
-    "unmarked": ("def atn_norms_register(registry):\n    0", "'atn_norms_register' that lacks `@atn_norms.hookimpl`"),
+    "unmarked": (
+        "def atn_norms_register(registry):\n    0",
+        "has a function 'atn_norms_register' that lacks `@atn_norms.hookimpl`, so it does nothing$",
+    ),
     "unmarked-beside-a-good-one": (
         HOOK + "0\ndef atn_norms_resume(registry):\n    0",
         "has a function 'atn_norms_resume' that lacks",
