@@ -258,7 +258,7 @@ def _guarded(source: Source, point: Any, into: Registry) -> PluginRecord:
     seconds = _since(began)
     slow = seconds > SLOW and record.status == "loaded"
     reason = f"took {seconds:.1f} s to load, and every program that uses plugins waits for it" if slow else ""
-    return replace(record, seconds=seconds, reason=record.reason or reason)
+    return replace(record, seconds=seconds, reason="; ".join(filter(None, [record.reason, reason])))
 
 
 def _since(began: float) -> float:
@@ -281,7 +281,8 @@ def _watched(source: Source) -> Iterator[None]:
 
 
 def _loaded(source: Source, claimed: dict[str, type[Options]]) -> PluginRecord:
-    return PluginRecord(source.plugin, source.distribution, source.version, "loaded", kinds=tuple(claimed))
+    reason = "" if claimed else "registers no kind"
+    return PluginRecord(source.plugin, source.distribution, source.version, "loaded", reason, tuple(claimed))
 
 
 def _register(plugin: Any, source: Source, into: Registry) -> None:
@@ -318,12 +319,20 @@ def _refuse_misspelt(plugin: Any) -> None:
                 raise PluginError(
                     f"implements an unknown hook {name!r}; expected {one_of(hooks)}{did_you_mean(name, hooks)}"
                 )
+            if _is_deferred(function) and not (options.get("wrapper") or options.get("hookwrapper")):
+                got = f"implements {name!r} as a generator or coroutine, whose body does not run"
+                raise PluginError(f"{got}; expected a plain function")
             implemented.append(hook)
         elif name.startswith("atn_norms_") and _is_own_function(function, plugin):
             known = "" if name in hooks else f"; expected one of {', '.join(hooks)}{did_you_mean(name, hooks)}"
             raise PluginError(f"has a function {name!r} that lacks `@atn_norms.hookimpl`, so it does nothing{known}")
     if not implemented:
         raise PluginError("implements no hook; it needs `@atn_norms.hookimpl def atn_norms_register(registry)`")
+
+
+def _is_deferred(function: Any) -> bool:
+    tests = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+    return any(test(function) for test in tests)
 
 
 def _is_own_function(function: Any, plugin: Any) -> bool:

@@ -166,7 +166,8 @@ def _plugins(strict: bool) -> list[Check]:
             checks.append(Check(subject, "failed", reason, f"uninstall one, or block one with {DISABLE}"))
         elif record.faulty:
             finding = f"loaded from {source}, but {record.reason}"
-            advice = f"move its slow imports into functions, or block it with {DISABLE}"
+            cure = "move its slow imports into functions" if record.kinds else "register its kinds in its hook"
+            advice = f"{cure}, or block it with {DISABLE}"
             checks.append(Check(subject, "failed" if strict else "ok", finding, advice))
         else:
             details = record.reason or f"{len(record.kinds)} kinds from {source} in {record.seconds:.1f} s"

@@ -74,6 +74,13 @@ FAULTS = {
         "took 10.0 s to load",
         status="loaded",
     ),
+    "registers nothing": one("empty", HOOK + "0", "registers no kind", status="loaded"),
+    "registers in a generator": one(
+        "lazy", NORMALIZER.replace("KIND", "lazy") + "    yield", "'atn_norms_register' as a generator or coroutine"
+    ),
+    "registers in a coroutine": one(
+        "later", NORMALIZER.replace("KIND", "later").replace("def atn_", "async def atn_"), "a generator or coroutine"
+    ),
     "registers and then raises": one(
         "half", NORMALIZER.replace("KIND", "half") + '    raise RuntimeError("late")\n', "RuntimeError: late"
     ),
