@@ -76,7 +76,7 @@ class Entry:
 
 
 class Registry:
-    """The kinds of every family, each with its options model; a kind that two plugins register is unusable.
+    """The kinds of every family, each with its options model; a kind with two options models is unusable.
 
     `normalizer`, `window`, `cell` and `task` register a concrete options model of that family with a field
     `kind: Literal["name"] = "name"`, and return it, so each is a decorator too. `loader` names a function
@@ -188,6 +188,10 @@ class Registry:
         entry = Entry(spec, source.distribution, source.version, source.plugin)
         with self._lock:
             entries = self._claims[family].setdefault(kind, [])
+            for other in entries:
+                if other.spec is spec and other.plugin not in ("", entry.plugin):
+                    got = f"{spec.__qualname__}, which {other.distribution} registers"
+                    raise TypeError(mismatch(f"registry.{family}", got, "a class that no other plugin registers"))
             # Running a notebook cell again defines the same class again: this replaces it without a conflict.
             entries[:] = [other for other in entries if _identity(other) != _identity(entry)] + [entry]
             self._claimed[f"{family}:{kind}"] = spec
@@ -195,9 +199,13 @@ class Registry:
 
 
 def disputed(family: str, kind: str, entries: Iterable[Entry]) -> str:
-    """Return the message for a kind that several plugins register."""
-    sources = " and ".join(f"{e.distribution} ({e.spec.__module__}.{e.spec.__qualname__})" for e in entries)
-    return f"{family} {kind!r} is claimed by {sources}, so it is unusable; uninstall one, or block its plugin"
+    """Return the message for a kind that several plugins, or several classes of one plugin, register."""
+    claims: dict[str, list[str]] = {}
+    for entry in entries:
+        claims.setdefault(entry.distribution, []).append(f"{entry.spec.__module__}.{entry.spec.__qualname__}")
+    sources = " and ".join(f"{source} ({' and '.join(classes)})" for source, classes in claims.items())
+    cure = "uninstall one, or block its plugin" if len(claims) > 1 else "register only one of them"
+    return f"{family} {kind!r} is claimed by {sources}, so it is unusable; {cure}"
 
 
 def _identity(entry: Entry) -> tuple[str, str, str]:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import UserDict, UserList
+from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -244,6 +245,37 @@ def test_a_claim_from_two_sources_is_unusable_and_names_both():
         both.lookup("normalizer", "plain")
     assert list(both.kinds("normalizer")) == ["group"]
     assert list(both.conflicts("normalizer")) == ["plain"]
+
+
+def test_two_classes_of_one_source_for_one_kind_are_named():
+    class Other(Norm):
+        kind: Literal["plain"] = "plain"
+
+    for source in (Source("a", "dist-a", "1"), None):
+        both = Registry()
+        with both.transaction(source) if source else nullcontext():
+            both.normalizer(Plain)
+            both.normalizer(Other)
+        name = source.distribution if source else __name__
+        expected = (
+            rf"'plain' is claimed by {name} \(\S*Plain and \S*Other\), so it is unusable; register only one of them$"
+        )
+        with pytest.raises(SpecError, match=expected):
+            both.lookup("normalizer", "plain")
+
+
+@pytest.mark.parametrize("again", [Source("b", "dist-b", "2"), Source("", "module", "")])
+def test_a_class_that_a_plugin_registers_is_not_registered_again(again):
+    once = Registry()
+    with once.transaction(Source("a", "dist-a", "1")):
+        once.normalizer(Plain)
+    expected = (
+        "^registry.normalizer: got Plain, which dist-a registers; expected a class that no other plugin registers$"
+    )
+    with pytest.raises(TypeError, match=expected), once.transaction(again):
+        once.normalizer(Group)
+        once.normalizer(Plain)
+    assert {kind: entry.plugin for kind, entry in once.kinds("normalizer").items()} == {"plain": "a"}
 
 
 def test_defining_a_class_again_replaces_it():

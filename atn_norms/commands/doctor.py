@@ -163,7 +163,7 @@ def _plugins(strict: bool) -> list[Check]:
         if record.status == "failed":
             checks.append(Check(subject, "failed", reason, f"fix or uninstall it, or block it with {DISABLE}"))
         elif record.disputed:
-            checks.append(Check(subject, "failed", reason, f"uninstall one, or block one with {DISABLE}"))
+            checks.append(Check(subject, "failed", reason, f"fix or uninstall one, or block one with {DISABLE}"))
         elif record.faulty:
             finding = f"loaded from {source}, but {record.reason}"
             cure = "move its slow imports into functions" if record.kinds else "register its kinds in its hook"

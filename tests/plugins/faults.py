@@ -94,6 +94,18 @@ FAULTS = {
             for n in (1, 2)
         },
     ),
+    "registers a built-in class again": one(
+        "again",
+        NORMALIZER.replace("KIND", "again")
+        + "    from atn_norms.normalizers.features import LayerNormSpec\n    registry.normalizer(LayerNormSpec)\n",
+        "got LayerNormSpec, which atn-norms registers; expected a class that no other plugin registers",
+    ),
+    "registers two classes of one kind": one(
+        "pair",
+        NORMALIZER.replace("KIND", "pair") + "    registry.normalizer(type('Other', (PMeanSpec,), {}))\n",
+        r"'pair' is claimed by dist-pair \(\S+ and \S+\), so it is unusable; register only one of them",
+        status="loaded",
+    ),
     "misspells the hook": one(
         "misspelt", HOOK.replace("_register(", "_registre(") + "0", "unknown hook 'atn_norms_registre'; .*did you mean"
     ),
