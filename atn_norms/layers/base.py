@@ -99,16 +99,8 @@ class CellHost(nn.Module):
             self.reset_parameters()
 
     def _normalizers(self, suffix: str) -> dict[str, Normalizer]:
-        names = {site: f"norm_{site}{suffix}" for site in self._sites}
-        return {site: norm for site, name in names.items() if (norm := self._norm(name)) is not None}
-
-    def _norm(self, name: str) -> Normalizer | None:
-        """Return the norm of a site, or None if the site has none."""
-        norm = self._modules.get(name)
-        if norm is None or isinstance(norm, Normalizer):
-            return norm
-        expected = "a Normalizer, or None for a site without a norm"
-        raise TypeError(mismatch(f"{type(self).__name__}.{name}", type(norm).__name__, expected))
+        found = {site: self._modules.get(f"norm_{site}{suffix}") for site in self._sites}
+        return {site: norm for site, norm in found.items() if norm is not None}  # type: ignore[misc]
 
     def cell_weights(self, suffix: str) -> CellWeights:
         """Return the weights and norms of one cell, for one call: parameters and modules may be replaced between calls.
@@ -118,7 +110,7 @@ class CellHost(nn.Module):
         modules, windows, norms = self._modules, self._windows, {}
         for site in self._sites:
             name = f"norm_{site}{suffix}"
-            norm = self._norm(name)
+            norm = modules.get(name)
             if norm is not None:
                 window = windows[site] if site in windows else modules[f"window_{site}{suffix}"]
                 norms[site] = SiteNorm(norm, window)  # type: ignore[arg-type]
@@ -171,6 +163,10 @@ class CellHost(nn.Module):
             cure = "Use atn_norms.with_backend for a copy" if name == "backend" else "Build a new layer with the option"
             expected = f"no assignment, since the options of a layer are fixed. {cure}"
             raise AttributeError(mismatch(f"{type(self).__name__}.{name}", short_repr(value), expected))
+        replaced = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(replaced, Normalizer) and isinstance(value, nn.Module) and not isinstance(value, Normalizer):
+            expected = "a Normalizer, or None for a site without a norm"
+            raise TypeError(mismatch(f"{type(self).__name__}.{name}", type(value).__name__, expected))
         if name == "qconfig":
             warnings.warn(
                 f"{type(self).__name__}: got a quantization config; the layer stays in floating point. "
