@@ -64,6 +64,13 @@ def test_structures_are_rebuilt_from_the_file_alone(model, tmp_path):
         assert name == other and torch.equal(mine, theirs)
 
 
+def test_modules_keep_their_order(tmp_path):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)), an.GRU(3, 3, norm="layer")).eval()
+    same, x = an.load(an.save(model, tmp_path / "m.safetensors")), torch.randn(4, 2, 3)
+    assert [*dict(same.named_children())] == [str(i) for i in range(12)]
+    assert torch.equal(same(x)[0], model(x)[0])
+
+
 def test_types_ties_and_frozen_parameters_are_kept(tmp_path):
     model = Model(nn.Embedding(5, 3), an.LSTM(3, 3, norm="layer", window=4), nn.Linear(3, 5)).double()
     encoder, readout = model.encoder, model.readout

@@ -171,6 +171,17 @@ def test_the_scaling_of_the_data_is_saved_with_the_model(tmp_path):
         assert trial.model()(task.batch(0, 5).inputs)[0].shape == (4, 5, 1, 1)
 
 
+def test_the_scaling_has_the_order_of_the_inputs(tmp_path):
+    file = tmp_path / "load.csv"
+    columns = ["load", *(f"x{i}" for i in range(11)), "heat"]
+    rows = (",".join(str(row % 7 + i) for i in range(len(columns))) for row in range(60))
+    file.write_text("\n".join([",".join(columns), *rows]))
+    options = {"kind": "series", "file": str(file), "targets": ["load"], "covariates": columns[1:], "context": 4}
+    study = STUDY | {"task": options, "axes": {"norm": ["layer"]}, "seeds": 1}
+    (trial,) = run(create(study, tmp_path / "study"), workers=0).trials
+    assert list(trial.preprocessing["scaling"]) == columns
+
+
 def test_a_task_without_preprocessing_saves_none(finished):
     assert finished.trials[0].preprocessing == {}
 

@@ -179,7 +179,7 @@ def to_bytes(module: nn.Module, preprocessing: Mapping[str, Any] | None = None) 
         description["preprocessing"] = dict(preprocessing)
     data = _data(_serialized(tensors, {}))
     description["sha256"] = hashlib.sha256(data).hexdigest()
-    return _serialized(tensors, {KEY: json.dumps(description, sort_keys=True)})
+    return _serialized(tensors, {KEY: json.dumps(description)})
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
