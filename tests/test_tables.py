@@ -46,6 +46,17 @@ def test_a_parquet_file_reads_like_a_csv_file(tmp_path):
     assert read_back.place(1) == f"{tmp_path / 'load.parquet'}: row 2"
 
 
+def test_large_integers_of_a_parquet_file_are_rounded_as_in_a_csv_file(tmp_path):
+    columns = {"signed": [2**53 + 1, 2], "epoch": [1_700_000_000_123_456_789, -(2**63)], "unsigned": [2**64 - 1, 0]}
+    arrays = {name: pa.array(each, pa.uint64() if name == "unsigned" else None) for name, each in columns.items()}
+    pq.write_table(pa.table(arrays), tmp_path / "load.parquet")
+    binary = table(tmp_path, (tmp_path / "load.parquet").read_bytes(), "load.parquet")
+    rows = [",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    text = table(tmp_path, "\n".join([",".join(columns), *rows]))
+    for column, values in columns.items():
+        assert binary.numbers(column).tolist() == text.numbers(column).tolist() == [float(value) for value in values]
+
+
 @pytest.mark.parametrize(
     ("values", "pattern", "steps", "unit"),
     [

@@ -97,12 +97,16 @@ class Table:
     def numbers(self, column: str) -> Tensor:
         """Return a column as float64 `[rows]`, NaN where a value is missing; true is 1 and false is 0.
 
+        Integers beyond 2^53 are rounded, as in a CSV file.
+
         Errors: `SpecError` naming the first value that is not a finite number.
         """
         pa = self._arrow
         values = self._column(column)
         if pa.types.is_boolean(values.type):
             values = values.cast(pa.int8())
+        if pa.types.is_integer(values.type):
+            values = values.cast(pa.float64(), safe=False)
         converted = self._cast(values, pa.float64())
         if isinstance(converted, int):
             refused, converted = converted, self._cast(values, pa.bool_())
