@@ -265,7 +265,7 @@ def reaching(validations: Mapping[str, Sequence[float | None]], steps: int = 40,
             replace(
                 t,
                 curve=[
-                    {"step": 10 * i, "train_loss": 0.0, "validation": value}
+                    {"step": 10 * i, "train_loss": float(t.seed), "validation": value}
                     for i, value in enumerate(validations[t.points[0]["norm"]], 1)
                 ],
             )

@@ -18,7 +18,7 @@ from atn_norms.ablation.report.sentences import caution, endpoint
 from atn_norms.ablation.report.tables import table
 from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts, TrialRecord
 from atn_norms.errors import SpecError
-from tests.recorded import METRIC, grid
+from tests.recorded import METRIC, grid, study
 from tests.test_comparison import INF, between, point
 
 NOISE = [0.03, -0.02, 0.01, -0.04, 0.02, 0.0, 0.015, -0.015]
@@ -87,6 +87,27 @@ def test_a_diverged_seed_excludes_a_verdict_also_where_the_other_side_has_no_sco
         assert row.against is not None
         assert (row.against.pairs, row.against.ranked, row.against.diverged) == (5, 5, 1)
         assert (decision.verdict, row.against.verdict) == ("undecided", "undecided")
+
+
+@pytest.mark.parametrize("margin", [None, 0.1])
+def test_one_result_at_every_seed_is_undecided(margin):
+    values = {"none": 0.15, "layer": 0.1, "rms": 0.15}
+    record = study(lambda norm, window, seed: values[norm])
+    found = findings(replace(record, study={**record.study, "margin": margin}))
+    for row, decision in found.tasks[0].decided():
+        difference = decision.difference
+        if row.point.cells[0]["norm"] == "layer":
+            assert difference.ignores_seed and difference.mean == pytest.approx(-0.05)
+            assert (decision.verdict, difference.verdict, decision.p, decision.power) == (*["undecided"] * 2, 1.0, None)
+        else:
+            assert not difference.ignores_seed
+            assert decision.verdict == ("undecided" if margin is None else "no difference")
+
+
+def test_equal_scores_of_trials_with_different_curves_are_not_one_result():
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: float(p["norm"] == "none"), baseline={"norm": "none"})
+    ((_, decision),) = findings(record).tasks[0].decided()
+    assert (decision.verdict, decision.difference.ignores_seed) == ("helps", False)
 
 
 def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference():

@@ -114,6 +114,15 @@ def test_the_verdict_of_a_study_that_still_runs_is_interim():
     assert "Interim" not in verdict_text(whole)
 
 
+def test_a_seed_without_effect_is_reported():
+    values = {"none": 0.15, "layer": 0.012, "rms": 0.15}
+    words = verdict_text(study(lambda norm, window, seed: values[norm]))
+    assert words.startswith("Norm: helps at 0, hurts at 0, undecided at 4 of 4 ")
+    notice = "The seed has no effect: the scores of {} are the same at every seed, and so are those of the baseline."
+    assert notice.format("layer, window 1 and layer, window 25") in words
+    assert "The seed has no effect" not in verdict_text(study(score))
+
+
 def test_a_side_that_is_more_than_a_guess_is_judged_by_the_goal_of_the_task():
     facts = {"sequences": TaskFacts("accuracy", {"majority class": 0.5}, "max")}
     for values, worse in (({"none": 0.3, "layer": 0.4}, True), ({"none": 0.3, "layer": 0.6}, False)):

@@ -127,6 +127,7 @@ class Point:
     | `measure`    | the measure of the numbers                                                              |
     | `tuned`      | tuned option -> the value with the best validation, at which `trials` were trained      |
     | `candidates` | the trials of the point at all values of the tuned options                              |
+    | `repeated`   | whether the finished trials have one test metric and one curve, so the seed has no effect |
     """
 
     cells: tuple[Labels, ...]
@@ -136,6 +137,7 @@ class Point:
     measure: Measure
     tuned: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[TrialRecord, ...] = ()
+    repeated: bool = False
 
     @cached_property
     def counted(self) -> dict[int, float]:
@@ -202,7 +204,7 @@ class Difference:
     |---------------|-----------------------------------------------------------------------------------------------|
     | `values`      | seed -> difference on the measure's scale, for the n seeds at which both sides enter a mean     |
     | `mean`        | mean of `values`; NaN without a pair                                                            |
-    | `paired`      | tests and intervals of `mean`; None for fewer than two pairs                                    |
+    | `paired`      | tests and intervals of `mean`; None for fewer than two pairs, and if `ignores_seed`             |
     | `median`      | median difference of all ranked pairs; may be infinite if sides have no finite number           |
     | `improvement` | probability of improvement, 0 to 1; a side without a finite number loses, two such sides tie    |
     | `chance`      | Wilson interval of `improvement`; None without a pair                                           |
@@ -228,6 +230,7 @@ class Difference:
         ours, theirs, measure = point.scaled, reference.scaled, point.measure
         ranked = [seed for seed in point.scores if seed in reference.scores]
         values = {seed: ours[seed] - theirs[seed] for seed in ranked if seed in ours and seed in theirs}
+        one_result = point.repeated and reference.repeated and any(values.values())
         sign = 1 if measure.goal == "min" else -1
         scored = [(point.scores[seed], reference.scores[seed]) for seed in ranked]
         wins = sum(float(sign * mine < sign * other) + float(mine == other) / 2 for mine, other in scored)
@@ -237,7 +240,7 @@ class Difference:
             reference=reference,
             values=values,
             mean=mean(list(values.values())),
-            paired=Paired.of(list(values.values())),
+            paired=None if one_result else Paired.of(list(values.values())),
             median=median(0.0 if mine == other else mine - other for mine, other in ends),
             improvement=wins / len(ranked) if ranked else math.nan,
             chance=wilson(wins, len(ranked)),
@@ -257,13 +260,18 @@ class Difference:
         return len(self.values)
 
     @property
+    def ignores_seed(self) -> bool:
+        """True if the sides differ, and the seed has no effect on either: such pairs are one result, repeated."""
+        return self.pairs > 1 and self.paired is None
+
+    @property
     def interval(self) -> Interval | None:
-        """95% interval of `mean`; None for fewer than two pairs."""
+        """95% interval of `mean`; None without `paired`."""
         return self.paired.interval if self.paired else None
 
     @property
     def p(self) -> float | None:
-        """Two-sided p-value of "no difference", without correction; None for fewer than two pairs."""
+        """Two-sided p-value of "no difference", without correction; None without `paired`."""
         return self.paired.p if self.paired else None
 
     @property
@@ -384,7 +392,16 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
             measure=measure,
             tuned=tuned,
             candidates=candidates,
+            repeated=_repeated(trials, record.tasks[task]),
         )
+
+
+def _repeated(trials: tuple[TrialRecord, ...], facts: TaskFacts) -> bool:
+    """Check whether several trials are done, and all of them have the same test metric and curve."""
+    done = [trial for trial in trials if trial.status == "done"]
+    return len(done) > 1 and all(
+        score(trial, facts) == score(done[0], facts) and trial.curve == done[0].curve for trial in done[1:]
+    )
 
 
 def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> tuple[Labels, tuple[TrialRecord, ...]]:

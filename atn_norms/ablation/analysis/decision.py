@@ -87,9 +87,9 @@ class Decision:
 def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -> list[Decision]:
     """Correct the p-values of the declared comparisons of a study for their number.
 
-    `margins`: the margin of each comparison, in the unit of its `effect`. A comparison of fewer than two pairs is part
-    of the family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each
-    with its own 5%. A margin that is a ratio is not tested on scores without logarithms.
+    `margins`: the margin of each comparison, in the unit of its `effect`. A comparison without `paired` is part of the
+    family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each with its
+    own 5%. A margin that is a ratio is not tested on scores without logarithms.
     """
     scaled = [_scaled(each, margin) for each, margin in zip(differences, margins, strict=True)]
     tests = holm([each.p if each.p is not None else 1.0 for each in differences])

@@ -91,10 +91,10 @@ def coverage(record: StudyRecord) -> str:
 
 
 def caution(found: Findings) -> str:
-    """Return warnings if the seeds are too few for any verdict, and if no trial of a tuned value has an outcome."""
+    """Return warnings if the seeds are too few or have no effect, and if no trial of a tuned value has an outcome."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    warnings = _failed_values(found)
+    warnings = [*_ignored_seeds(found), *_failed_values(found)]
     if most and most < ENOUGH_SEEDS:
         warnings = [
             f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
@@ -102,6 +102,27 @@ def caution(found: Findings) -> str:
             *warnings,
         ]
     return " ".join(warnings)
+
+
+def _ignored_seeds(found: Findings) -> list[str]:
+    """Return a sentence about the comparisons of points whose scores do not depend on the seed."""
+    points = [
+        _named(found, task, row)
+        for task in found.tasks
+        for row, decision in task.decided()
+        if decision.difference.ignores_seed
+    ]
+    if not points:
+        return []
+    return [
+        f"The seed has no effect: the scores of {_some(points, 'point')} are the same at every seed, and so are those "
+        "of the baseline. So no verdict is possible."
+    ]
+
+
+def _named(found: Findings, task: TaskFindings, row: Row) -> str:
+    """Return the name of a point, with its task if the study has several."""
+    return name(found.record, row.point) + (f" of {task.task}" if len(found.tasks) > 1 else "")
 
 
 def _failed_values(found: Findings) -> list[str]:
@@ -113,7 +134,7 @@ def _failed_values(found: Findings) -> list[str]:
             for trial in row.point.candidates:
                 value = listed([f"{leaf(axis)} {trial.points[0][axis]}" for axis in record.tune])
                 statuses.setdefault(value, set()).add(trial.status)
-            point = name(record, row.point) + (f" of {task.task}" if len(found.tasks) > 1 else "")
+            point = _named(found, task, row)
             for value in (value for value, ends in statuses.items() if ends == {"failed"}):
                 failed.setdefault(value, []).append(point)
     if not failed:
