@@ -110,6 +110,29 @@ def test_equal_scores_of_trials_with_different_curves_are_not_one_result():
     assert (decision.verdict, decision.difference.ignores_seed) == ("helps", False)
 
 
+@pytest.mark.parametrize(("shift", "margin"), [(-0.5, None), (0.5, None), (0.0, 0.1)])
+def test_a_failed_trial_excludes_a_verdict_in_favour_of_its_side(shift, margin):
+    def score(point, seed):
+        return 1.0 + 0.01 * seed + (shift + 0.001 * (seed % 3 - 1)) * (point["norm"] == "layer")
+
+    record = grid({"norm": ["none", "layer"]}, score, seeds=7, baseline={"norm": "none"})
+    record = replace(record, study={**record.study, "margin": margin})
+    verdict = "no difference" if margin else "helps" if shift < 0 else "hurts"
+    notice = "A failed trial leaves the comparison undecided at layer: the missing score could be the worst."
+    for norm in (None, "none", "layer"):
+        trials = tuple(
+            replace(t, status="failed", result=None) if (t.points[0]["norm"], t.seed) == (norm, 3) else t
+            for t in record.trials
+        )
+        found = findings(replace(record, trials=trials))
+        ((_, decision),) = found.tasks[0].decided()
+        better = {"helps": ["layer"], "hurts": ["none"], "no difference": ["none", "layer"]}[verdict]
+        assert decision.verdict == ("undecided" if norm in better else verdict)
+        assert (notice in caution(found)) == (norm in better)
+        if margin is None:
+            assert decision.difference.verdict == decision.verdict
+
+
 def test_power_and_seeds_are_for_the_margin_or_else_for_the_observed_difference():
     found = difference(-0.01)
     paired = found.paired

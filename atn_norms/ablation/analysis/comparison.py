@@ -211,6 +211,8 @@ class Difference:
     | `ranked`      | m, the number of seeds at which both trials ended                                               |
     | `diverged`    | number of all seeds at which the point diverged, also where the reference has no score          |
     | `reference_diverged` | number of all seeds at which the reference diverged                                      |
+    | `failed`      | number of all seeds at which the trial of the point failed                                      |
+    | `reference_failed`   | number of all seeds at which the trial of the reference failed                           |
     """
 
     reference: Point
@@ -223,6 +225,8 @@ class Difference:
     ranked: int
     diverged: int
     reference_diverged: int
+    failed: int = 0
+    reference_failed: int = 0
 
     @classmethod
     def between(cls, point: Point, reference: Point) -> Difference:
@@ -247,6 +251,8 @@ class Difference:
             ranked=len(ranked),
             diverged=point.diverged,
             reference_diverged=reference.diverged,
+            failed=point.counts["failed"],
+            reference_failed=reference.counts["failed"],
         )
 
     @property
@@ -286,6 +292,11 @@ class Difference:
         return Interval(unscaled(self.interval.low), unscaled(self.interval.high)) if self.interval else None
 
     @property
+    def lost(self) -> tuple[int, int]:
+        """The numbers of seeds at which the point, and its reference, diverged or failed."""
+        return self.diverged + self.failed, self.reference_diverged + self.reference_failed
+
+    @property
     def ahead(self) -> bool:
         """True if the point is better than its reference on average."""
         return (self.mean < 0) == (self.measure.goal == "min") and self.mean != 0
@@ -296,10 +307,10 @@ class Difference:
         return self.verdict_at(self.p)
 
     def verdict_at(self, p: float | None) -> Verdict:
-        """Return `helps` or `hurts` if there are five pairs, p is below 5%, and the better side never diverged."""
+        """Return `helps` or `hurts` if there are five pairs, p is below 5%, and the better side ended at every seed."""
         if p is None or self.pairs < ENOUGH_SEEDS or p >= ALPHA:
             return "undecided"
-        if self.diverged if self.ahead else self.reference_diverged:
+        if self.lost[0 if self.ahead else 1]:
             return "undecided"
         return "helps" if self.ahead else "hurts"
 
@@ -398,10 +409,8 @@ def _points(record: StudyRecord, task: str, measure: Measure) -> Iterator[Point]
 
 def _repeated(trials: tuple[TrialRecord, ...], facts: TaskFacts) -> bool:
     """Check whether several trials are done, and all of them have the same test metric and curve."""
-    done = [trial for trial in trials if trial.status == "done"]
-    return len(done) > 1 and all(
-        score(trial, facts) == score(done[0], facts) and trial.curve == done[0].curve for trial in done[1:]
-    )
+    results = [(score(trial, facts), trial.curve) for trial in trials if trial.status == "done"]
+    return len(results) > 1 and all(each == results[0] for each in results)
 
 
 def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> tuple[Labels, tuple[TrialRecord, ...]]:

@@ -40,7 +40,7 @@ class Decision:
         If both tests reject, the verdict is `no difference`: the difference is not 0, but smaller than the margin.
         """
         difference = self.difference
-        lost = difference.diverged or difference.reference_diverged
+        lost = any(difference.lost)
         equivalent = self.p_equivalence is not None and self.p_equivalence < ALPHA
         if equivalent and difference.pairs >= ENOUGH_SEEDS and not lost:
             return "no difference"

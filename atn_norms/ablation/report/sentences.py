@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
@@ -91,10 +92,10 @@ def coverage(record: StudyRecord) -> str:
 
 
 def caution(found: Findings) -> str:
-    """Return warnings if the seeds are too few or have no effect, and if no trial of a tuned value has an outcome."""
+    """Return warnings about the seeds, failed trials that exclude a verdict, and tuned values that failed."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    warnings = [*_ignored_seeds(found), *_failed_values(found)]
+    warnings = [*_ignored_seeds(found), *_failed_sides(found), *_failed_values(found)]
     if most and most < ENOUGH_SEEDS:
         warnings = [
             f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
@@ -118,6 +119,19 @@ def _ignored_seeds(found: Findings) -> list[str]:
         f"The seed has no effect: the scores of {_some(points, 'point')} are the same at every seed, and so are those "
         "of the baseline. So no verdict is possible."
     ]
+
+
+def _failed_sides(found: Findings) -> list[str]:
+    """Return a sentence about the comparisons that are undecided only because a trial failed."""
+    points = []
+    for task in found.tasks:
+        for row, decision in task.decided():
+            whole = replace(decision, difference=replace(decision.difference, failed=0, reference_failed=0))
+            points += [_named(found, task, row)] if whole.verdict != decision.verdict else []
+    if not points:
+        return []
+    where = _some(points, "point")
+    return [f"A failed trial leaves the comparison undecided at {where}: the missing score could be the worst."]
 
 
 def _named(found: Findings, task: TaskFindings, row: Row) -> str:
