@@ -270,6 +270,9 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"train": {"learning_rate": 0.1}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"train": {"steps": 8, "batch_size": 5, "eval_every": 3, "patience": 4}}, "train.patience: got 4; expected at most 3, the number of validations"),  # noqa: E501
+        ({"endpoint": "tail", "train": {"steps": 4, "batch_size": 5}}, "endpoint: got the last 5 validations for adding; expected at most 4, the number of validations"),  # noqa: E501
+        ({"endpoint": {"adding": {"measure": "tail", "validations": 99}}}, "endpoint.adding: got the last 99 validations for adding; expected at most 4"),  # noqa: E501
+        ({"endpoint": {"measure": "tail", "validations": 2}, "axes": {"train.eval_every": [1, 9]}}, "endpoint: got the last 2 validations for adding; expected at most 1"),  # noqa: E501
         ({"train": {"steps": 40, "batch_size": 5, "patience": 11}}, "train.patience: got 11; expected at most 10, the"),
         ({"train": {"steps": 4, "batch_size": 5, "schedule": {"kind": "cosine", "warmup": 5}}}, "train.schedule.warmup: got 5; expected at most 4, the steps"),  # noqa: E501
         ({"train": {"batch_size": 5, "schedule": {"warmup": 5}}, "axes": {"train.steps": [9, 4]}}, "train.schedule.warmup: got 5; expected at most 4"),  # noqa: E501

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Annotated, Any
@@ -125,8 +124,7 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
 
 def _without_effect(train: TrainSpec) -> list[Problem]:
     """Return a problem for each option that cannot act within the steps of a training."""
-    steps, warmup = train.steps, train.schedule["warmup"]
-    validations = math.ceil(steps / (train.eval_every or max(1, steps // 10)))  # the last step is always validated
+    steps, warmup, validations = train.steps, train.schedule["warmup"], train.validations
     found = []
     if train.patience is not None and train.patience > validations:
         most = f"expected at most {validations}, the number of validations"

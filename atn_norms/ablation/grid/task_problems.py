@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.store.records import Endpoint
-from atn_norms.errors import did_you_mean
+from atn_norms.errors import did_you_mean, plural
 
 if TYPE_CHECKING:
     from atn_norms.ablation.grid.study import StudySpec
@@ -21,14 +21,13 @@ def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
         level = study.reach.get(name) if isinstance(study.reach, dict) else study.reach
         if level is None and _measure(study, name) == "steps":
             yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
+    yield from _too_many_validations(study)
     functions = {point.labels["task"]: point.task for point in study.points() if is_function(point.task)}
     for name, task in functions.items():
         measure = _measure(study, name)
         if measure != "final" and task.reports == "loss":  # there are no validations
-            by_task = isinstance(study.endpoint, dict) and name in study.endpoint
             got = f"got {measure} for {name}, whose function reports losses"
-            path = ("endpoint", name) if by_task else ("endpoint",)
-            yield Problem(path, f"{got}; expected final, or reports: metric")
+            yield Problem(_endpoint_path(study, name), f"{got}; expected final, or reports: metric")
     if study.tune and functions:  # they return test metrics alone
         yield Problem(("tune",), "got tuned options for a function; expected a task with validation scores")
 
@@ -42,5 +41,24 @@ def _unknown_tasks(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]
                 yield Problem((option, name), got)
 
 
+def _too_many_validations(study: StudySpec) -> Iterator[Problem]:
+    """Yield a problem for each point with fewer validations than the endpoint of its task averages."""
+    for point in study.points():
+        name, most = point.labels["task"], point.train.validations
+        endpoint = _endpoint(study, name)
+        if endpoint.measure == "tail" and endpoint.validations > most and not is_function(point.task):
+            got = f"got the last {plural(endpoint.validations, 'validation')} for {name}"
+            yield Problem(_endpoint_path(study, name), f"{got}; expected at most {most}, the number of validations")
+
+
+def _endpoint_path(study: StudySpec, task: str) -> tuple[str, ...]:
+    by_task = isinstance(study.endpoint, dict) and task in study.endpoint
+    return ("endpoint", task) if by_task else ("endpoint",)
+
+
+def _endpoint(study: StudySpec, task: str) -> Endpoint:
+    return Endpoint.of({"endpoint": study.endpoint}, task)
+
+
 def _measure(study: StudySpec, task: str) -> str:
-    return Endpoint.of({"endpoint": study.endpoint}, task).measure
+    return _endpoint(study, task).measure

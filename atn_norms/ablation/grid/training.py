@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
@@ -77,6 +78,11 @@ class TrainSpec(Options):
             expected = "expected constant, since rprop reads its rate only at the first step"
             raise invalid("train", [Problem(("schedule",), f"{got}; {expected}")])
         return self
+
+    @property
+    def validations(self) -> int:
+        """The number of validations of a training that does not end early; the last step is always validated."""
+        return math.ceil(self.steps / (self.eval_every or max(1, self.steps // 10)))
 
     @classmethod
     def nearest_key(cls, key: object) -> str | None:
