@@ -265,7 +265,12 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"model": LSTM | {"norm": "layer", "window": 5}, "axes": {"window": [1, 3]}}, "model.window: got 5, which the axis window replaces; expected no value, or one of the axis"),  # noqa: E501
         ({"train": {"optimizer": {"kind": "sgd", "lr": 0.5}}, "axes": {"train.optimizer.lr": [0.1]}}, "train.optimizer.lr: got 0.5, which the axis train.optimizer.lr replaces"),  # noqa: E501
         ({"model": LSTM | {"norm": {"kind": "rms"}}, "axes": {"norm": ["layer"]}}, "model.norm: got rms, which the"),
-        ({"task": {"kind": "adding", "length": 9}, "tune": {"task.length": [4, 5]}}, "task.length: got 9, which tune.task.length replaces"),  # noqa: E501
+        ({"tune": {"task.length": [4, 5]}}, "tune.task.length: got an option of the task; expected an option of the model or"),  # noqa: E501
+        *(
+            ({"train": {}, "tune": {f"train.{option}": [2, 4]}}, f"tune.train.{option}: got an option of the budget;")
+            for option in ("steps", "batch_size", "eval_every", "patience")
+        ),
+        ({"train": {"optimizer": {"kind": "sgd", "lr": 0.5}}, "tune": {"train.optimizer.lr": [0.1]}}, "train.optimizer.lr: got 0.5, which tune.train.optimizer.lr replaces"),  # noqa: E501
         ({"task": None, "tasks": ["copying", {"kind": "adding", "length": 9}], "axes": {"task.length": [4]}}, "tasks[1].length: got 9, which"),  # noqa: E501
         ({"train": {"learning_rate": 0.1}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.functions import is_function
+from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.store.records import Endpoint
 from atn_norms.errors import did_you_mean, plural
 
 if TYPE_CHECKING:
     from atn_norms.ablation.grid.study import StudySpec
+
+BUDGET = ("steps", "batch_size", "eval_every", "patience")  # of a trial: its steps, sequences and validations
 
 
 def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
@@ -22,6 +25,7 @@ def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
         if level is None and _measure(study, name) == "steps":
             yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
     yield from _too_many_validations(study)
+    yield from _not_tunable(study)
     functions = {point.labels["task"]: point.task for point in study.points() if is_function(point.task)}
     for name, task in functions.items():
         measure = _measure(study, name)
@@ -39,6 +43,16 @@ def _unknown_tasks(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]
             if name not in labels:
                 got = f"got no task of this study; expected one of {', '.join(labels)}{did_you_mean(name, labels)}"
                 yield Problem((option, name), got)
+
+
+def _not_tunable(study: StudySpec) -> Iterator[Problem]:
+    """Yield a problem for each tuned option whose values differ in their budget, or in the data of validations."""
+    for name in study.tune:
+        section, option, *_ = (*axis_path(name), "")
+        if section == "task" or (section == "train" and option in BUDGET):
+            got = "got an option of the task" if section == "task" else "got an option of the budget"
+            expected = "expected an option of the model or the optimizer, at which validations compare"
+            yield Problem(("tune", name), f"{got}; {expected}")
 
 
 def _too_many_validations(study: StudySpec) -> Iterator[Problem]:
