@@ -478,6 +478,32 @@ def test_constant_numbers_are_rejected(tmp_path):
     refused(path, message, tmp_path, mode="regress")
 
 
+@pytest.mark.parametrize(
+    ("ending", "value", "deviation"), [("npy", 1e200, "inf"), ("csv", -1e200, "inf"), ("npy", 1e-200, "0")]
+)
+def test_a_value_that_cannot_be_standardized_is_located(tmp_path, ending, value, deviation):
+    for number in range(20):
+        array = values(number)
+        array[:, 1] = 0.0
+        array[2, 1] = number / 19 * value
+        write(tmp_path / "data" / "ab"[number % 2] / f"{number}.{ending}", array)
+    name, place = "x1" if ending == "csv" else "feature 1", f"{tmp_path}/data/b/19.{ending}: row 3"
+    with pytest.raises(SpecError) as caught:
+        SequencesSpec(path=str(tmp_path / "data")).build(0)
+    start, _, end = str(caught.value).partition(" (mean ")
+    expected = "expected a value that float32 holds after standardization"
+    assert start == f"{place}: path: got {value:g} in {name}; {expected}"
+    assert end.endswith(f", deviation {deviation})")
+
+
+def test_a_number_that_cannot_be_standardized_is_located(tmp_path):
+    for number in range(9):
+        write(tmp_path / f"{number}.npy", values(number))
+    path = index(tmp_path, [(f"{number}.npy", 1e200 if number == 4 else number) for number in range(9)])
+    with pytest.raises(SpecError, match=r"index.csv:6: label_column: got 1e\+200; expected a value that float32 holds"):
+        SequencesSpec(path=path, mode="regress").build(0)
+
+
 def test_inconsistent_options_are_rejected():
     with pytest.raises(ValidationError, match="metric: got 'MAE' with mode classify; expected accuracy or macro F1"):
         SequencesSpec(path="x", metric="MAE")

@@ -407,6 +407,25 @@ FAULTS = [
         {"covariates": ["heat"]},
         "FILE: covariates: got no value in the 28 training rows of column 'heat'; expected at least one value",
     ),
+    *(
+        (
+            {"heat": column},
+            {"covariates": ["heat"]},
+            f"FILE:{line}: file: got '{value}' in column 'heat'; "
+            f"expected a value that float32 holds after standardization (mean {mean}, deviation {deviation})",
+        )
+        for column, line, value, mean, deviation in (
+            ([*range(9), 1e200, *range(30)], 11, "1e+200", "3.57143e+198", "inf"),
+            ([1e-200 * row for row in range(ROWS)], 41, "3.9e-199", "1.35e-199", "0"),
+            ([*[2.0] * 35, -1e60, *[2.0] * 4], 37, "-1e+60", "2", "1"),
+        )
+    ),
+    (
+        {"load": [1e200 * (row % 2) for row in range(ROWS)]},
+        {},
+        "FILE:3: file: got '1e+200' in column 'load'; expected a value that float32 holds after standardization "
+        "(mean 5e+199, deviation inf)",
+    ),
     (
         {},
         {"context": 27},

@@ -17,7 +17,7 @@ from atn_norms.files import absolute
 from atn_norms.pytree import Tree
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
 from atn_norms.tasks.listing import PARTS, Item, divided, listed, loaded, missing_values
-from atn_norms.tasks.scaling import masked, moments
+from atn_norms.tasks.scaling import extreme, limits, masked, moments
 from atn_norms.tasks.tables import content, digest, fault
 
 EVALUATION_STEPS = 2**15  # steps per batch, padding included; fixed, so that a score does not depend on training
@@ -135,7 +135,7 @@ class Sequences(Task):
         values, names = loaded(items, spec)
         self.lengths = torch.tensor([len(each) for each in values])
         self.notes = (*self._described(labels, len(names)), *missing_values(items, values, names))
-        self.inputs = self._standardized(values, names)
+        self.inputs = self._standardized(values, names, items)
         self.input_size = self.inputs[0].shape[1]
         self.metric = spec.metric or (CLASSES if spec.mode == "classify" else NUMBERS)[0]
         if spec.mode == "classify":
@@ -144,7 +144,7 @@ class Sequences(Task):
             self.targets = torch.tensor([self.classes.index(label) for label in labels])
             self.baselines = {"majority class": self._majority()}
         else:
-            self._scale_numbers(torch.tensor([float(label) for label in labels], dtype=torch.float64))
+            self._scale_numbers(torch.tensor([float(label) for label in labels], dtype=torch.float64), items)
             self.baselines = {"training mean": self._numbers(torch.zeros(len(labels)), "test")[self.metric]}
 
     def encoder(self) -> nn.Module:
@@ -211,13 +211,18 @@ class Sequences(Task):
                 first = last
         yield rows[first:]
 
-    def _standardized(self, values: list[Tensor], names: list[str]) -> list[Tensor]:
+    def _standardized(self, values: list[Tensor], names: list[str], items: list[Item]) -> list[Tensor]:
         train = torch.cat([values[row] for row in self.rows["train"].tolist()])
         absent = train.isnan().all(0).nonzero()
         if len(absent):
             name = names[int(absent[0])]
             raise fault("path", self.spec.path, f"no value of {name} in the training sequences", "at least one")
         mean, deviation = moments(train)
+        extremes = [(found, i) for i, each in enumerate(values) if (found := extreme(each, mean, deviation))]
+        if extremes:
+            (_, row, column), place = max(extremes)
+            got = f"{values[place][row, column].item():g} in {names[column]}"
+            raise fault("path", f"{items[place].path}: row {row + 1}", got, limits(mean[column], deviation[column]))
         self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         flagged = torch.stack([each.isnan().any(0) for each in values]).any(0)
         scaling = {name: list(pair) for name, pair in self.scaling.items()}
@@ -225,12 +230,15 @@ class Sequences(Task):
         self.preprocessing = {"scaling": scaling, "masks": masks}
         return [masked((each - mean) / deviation, flagged) for each in values]
 
-    def _scale_numbers(self, numbers: Tensor) -> None:
+    def _scale_numbers(self, numbers: Tensor, items: list[Item]) -> None:
         known = numbers[self.rows["train"]]
         if known.min() == known.max():
             got = f"only {known[0].item():g} for {len(known)} training sequences"
             raise fault("label_column", self.spec.path, got, "numbers that differ")
         mean, deviation = moments(known.unsqueeze(1))
+        if found := extreme(numbers.unsqueeze(1), mean, deviation):
+            item = items[found[1]]
+            raise fault("label_column", item.place, item.label, limits(mean, deviation))
         self.label_scaling = mean.item(), deviation.item()
         self.preprocessing = {**self.preprocessing, "label_scaling": list(self.label_scaling)}
         self.deviation = deviation.item()

@@ -16,7 +16,7 @@ from atn_norms.errors import SpecError
 from atn_norms.files import absolute
 from atn_norms.pytree import Tree
 from atn_norms.tasks.base import Batch, Model, Split, Task, TaskSpec, generator
-from atn_norms.tasks.scaling import masked, moments
+from atn_norms.tasks.scaling import extreme, limits, masked, moments
 from atn_norms.tasks.tables import Table, content, digest, fault, read
 
 EVALUATION_ROWS = 500  # windows at a time: fixed, so that a score never depends on how training was batched
@@ -161,7 +161,7 @@ class Series(Task):
         values = torch.stack([table.numbers(column) for column in names], 1)  # [N, columns], float64
         self.notes = (f"{path.name}: {table.rows} rows ({counts})", *notes, *missing_values(table, names, values))
         self._require_values(values)
-        self._standardize(values)
+        self._standardize(values, table)
         self.starts = {part: self._windows(part) for part in self.parts}
         self.baselines = {name: self._trivial(kind)[self.metric] for name, kind in self._predictors().items()}
 
@@ -258,12 +258,16 @@ class Series(Task):
         if spec.season is not None and spec.season >= len(train):
             raise fault("season", "", str(spec.season), f"less than the {len(train)} training rows")
 
-    def _standardize(self, values: Tensor) -> None:
+    def _standardize(self, values: Tensor, table: Table) -> None:
         """Scale by the means and deviations of the training rows; store inputs, targets and their last values."""
         spec, count = self.spec, len(self.spec.targets)
         mean, deviation = moments(values[: len(self.parts["train"])])
-        scaled = (values - mean) / deviation
         names = (*spec.targets, *spec.covariates, *spec.known)
+        if found := extreme(values, mean, deviation):
+            _, row, column = found
+            got = f"{table.text(names[column], row)} in column {names[column]!r}"
+            raise fault("file", table.place(row), got, limits(mean[column], deviation[column]))
+        scaled = (values - mean) / deviation
         self.scaling = dict(zip(names, zip(mean.tolist(), deviation.tolist(), strict=True), strict=True))
         past, future = scaled.split((scaled.shape[1] - len(spec.known), len(spec.known)), 1)
         history = past if spec.mode == "forecast" else past[:, count:]
