@@ -187,6 +187,29 @@ def test_damaged_json_is_named(study, trial, name, content):
         load(study)
 
 
+@pytest.mark.parametrize("content", [*CONTENTS, b"{}"])
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("result.json", "; remove it to train the trial again"),
+        ("trial.json", "; remove it and run the study again, which restores it"),
+        ("error.json", "; remove it"),
+        ("study.resolved.json", "; remove it, and atn-norms ablate STUDY --out {} restores it"),
+    ],
+)
+def test_the_cure_of_damaged_json_works(study, trial, name, cure, content):
+    before = load(study).trials
+    path = study / name if name.startswith("study") else trial.path / name
+    path.write_bytes(content)
+    for read in (status, load):
+        with pytest.raises(StoreError) as caught:
+            read(study)
+        assert str(caught.value).startswith(str(path)) and str(caught.value).endswith(cure.format(study))
+    path.unlink()
+    create(STUDY, study)
+    assert load(study).trials == before
+
+
 def test_a_folder_without_a_study_is_named(tmp_path):
     with pytest.raises(StoreError, match="nowhere: no such folder$"):
         load(tmp_path / "nowhere")

@@ -133,9 +133,13 @@ class Folder:
         refuse_size(path, len(content), most)
         return content
 
-    def read_json(self, name: str, most: int = MOST_BYTES) -> dict[str, Any]:
-        """Read a JSON object; `StoreError` for a damaged one, with file and line."""
-        return parse_object(self.read(name, most), str(self.path / name))
+    def read_json(self, name: str, most: int = MOST_BYTES, cure: str = "") -> dict[str, Any]:
+        """Read a JSON object; `StoreError` for a damaged one, with file, line and cure."""
+        content = self.read(name, most)
+        try:
+            return parse_object(content, str(self.path / name))
+        except StoreError as error:
+            raise StoreError(f"{error}{'; ' if cure else ''}{cure}") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file atomically and durably: after a kill, the old or the new file exists.

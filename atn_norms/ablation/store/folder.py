@@ -19,7 +19,7 @@ from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
 from atn_norms.ablation.store.merge import first_difference
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
-from atn_norms.ablation.store.schema import StoredEnvironment, check, check_study
+from atn_norms.ablation.store.schema import RETRAIN, StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
 from atn_norms.errors import SpecError, beside
 
@@ -75,8 +75,9 @@ class StudyFolder:
     def resolved(self) -> dict[str, Any]:
         """Read the study with all defaults; this file is written last when a study is created."""
         self.refuse_no_study()
-        resolved = self.folder.read_json(RESOLVED, MOST_BYTES)
-        cure = f"{shlex.join(['atn-norms', 'ablate', 'STUDY', '--out', str(self.path)])} restores it"
+        command = shlex.join(["atn-norms", "ablate", "STUDY", "--out", str(self.path)])
+        cure = f"remove it, and {command} restores it"
+        resolved = self.folder.read_json(RESOLVED, MOST_BYTES, cure)
         check_study(resolved, str(self.path / RESOLVED), cure)
         for entry in resolved["trials"]:
             entry["trial"] = current_names(entry["trial"])
@@ -248,7 +249,7 @@ def _refuse_other_metrics(folder: TrialFolder, result: dict[str, Any], metrics: 
     for metric in metrics:
         if metric and metric not in result["metrics"]["test"]:
             place = f"{folder.path / 'result.json'}: damaged: metrics.test.{metric}"
-            raise StoreError(f"{place}: got nothing; expected a value; remove it to train the trial again")
+            raise StoreError(f"{place}: got nothing; expected a value; {RETRAIN}")
 
 
 def load(folder: Path | str, curves: bool = True) -> StudyRecord:

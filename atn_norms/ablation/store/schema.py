@@ -11,6 +11,7 @@ from atn_norms.ablation.store.identity import DIGITS, digest, identity
 from atn_norms.errors import short_repr, to_spec_error
 
 MOST_STEPS = 10**12  # training steps of a trial
+RETRAIN = "remove it to train the trial again"  # the cure for a damaged result
 ID = rf"^[0-9a-f]{{{DIGITS}}}$"
 
 Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
@@ -193,9 +194,8 @@ def study_key(axes: Any, baseline: Any, trials: Any) -> str:
 
 def check_result(result: dict[str, Any], trial: str, place: str) -> None:
     """Validate the result of this trial; it has a test score unless the training diverged."""
-    cure = "remove it to train the trial again"
-    check(StoredResult, result, place, cure)
+    check(StoredResult, result, place, RETRAIN)
     if result["trial"] != trial:
-        raise StoreError(f"{place}: got the result of trial {result['trial']}; expected that of {trial}; {cure}")
+        raise StoreError(f"{place}: got the result of trial {result['trial']}; expected that of {trial}; {RETRAIN}")
     if result["outcome"] == "finished" and not result["metrics"].get("test"):
-        raise StoreError(f"{place}: damaged: metrics.test: got nothing; expected a value; {cure}")
+        raise StoreError(f"{place}: damaged: metrics.test: got nothing; expected a value; {RETRAIN}")

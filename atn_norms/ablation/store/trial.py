@@ -18,7 +18,7 @@ from atn_norms.ablation.store.files import Busy, Folder, StoreError
 from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
 from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
-from atn_norms.ablation.store.schema import ID, StoredError, StoredRun, check, check_result, check_trial
+from atn_norms.ablation.store.schema import ID, RETRAIN, StoredError, StoredRun, check, check_result, check_trial
 from atn_norms.errors import SpecError, brief, short_repr
 from atn_norms.files import most_bytes
 from atn_norms.text import encodable
@@ -76,7 +76,7 @@ class TrialFolder:
     def trial(self) -> dict[str, Any]:
         """Read the options of the trial; their hash must match its id."""
         place, cure = str(self.path / "trial.json"), "remove it and run the study again, which restores it"
-        trial = self.folder.read_json("trial.json")
+        trial = self.folder.read_json("trial.json", cure=cure)
         check_trial(trial, self.id, place, cure)
         return current_names(trial)
 
@@ -100,7 +100,7 @@ class TrialFolder:
         """
         if not self.has_result():
             return None
-        result = self.folder.read_json("result.json")
+        result = self.folder.read_json("result.json", cure=RETRAIN)
         check_result(result, self.id, str(self.path / "result.json"))
         self._curve.check(result["curve"], whole)
         return result
@@ -179,7 +179,7 @@ class TrialFolder:
 
     def error(self) -> dict[str, Any]:
         """Read the error of the last attempt."""
-        error = self.folder.read_json("error.json")
+        error = self.folder.read_json("error.json", cure="remove it")
         check(StoredError, error, str(self.path / "error.json"), "remove it")
         return error
 
@@ -301,7 +301,7 @@ class TrialFolder:
         if result is not None and result["step"] > steps and trial["task"]["kind"] != FUNCTION:
             raise StoreError(
                 f"{self.path / 'result.json'}: damaged: step: got {result['step']}; expected at most {steps}, the "
-                "trial's steps; remove it to train the trial again"
+                f"trial's steps; {RETRAIN}"
             )
 
     def _reached(self, status: Status) -> int:
