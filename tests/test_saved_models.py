@@ -59,6 +59,17 @@ def test_best_accepts_labels_of_the_study_file(finished):
     assert finished.best(seed=1).seed == 1
 
 
+def test_best_accepts_values_of_tuned_options(tmp_path):
+    study = {**STUDY, "axes": {"norm": ["none", "layer"]}, "tune": {"train.optimizer.lr": [0.001, 0.01]}, "seeds": 1}
+    record = run(create(study, tmp_path / "study"), workers=0)
+    for norm in ("none", "layer"):
+        for rate in (0.001, 0.01):
+            trial = record.best(norm=norm, **{"train.optimizer.lr": rate})
+            assert trial.trial["train"]["optimizer"]["lr"] == rate and trial.points[0]["norm"] == norm
+    with pytest.raises(SpecError, match=r"train\.optimizer\.lr: got 0\.1; expected one of 0\.001, 0\.01"):
+        record.best(**{"train.optimizer.lr": 0.1})
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [

@@ -182,14 +182,15 @@ class StudyRecord:
         """Return the finished trial with the best validation score among the trials with the given labels.
 
         Without validation scores, as in the study of a function, the returned metric decides. A label is the value of
-        an axis in the study file, such as `norm="layer", window=25`; `task` and `seed` are labels too. Pass an axis
-        with a dot in its name in a mapping: `best(**{"train.optimizer.lr": 0.1})`.
+        an axis or a tuned option in the study file, such as `norm="layer", window=25`. `task` and `seed` are labels
+        too. Pass a name with a dot in a mapping: `best(**{"train.optimizer.lr": 0.1})`.
 
         Errors: `SpecError` for an unknown axis or label, where several tasks are left, and where no trial has finished.
         """
         wanted = {name.removeprefix("model."): label(value) for name, value in labels.items()}
+        seeds = sorted({str(t.seed) for t in self.trials})
+        known = {"task": list(self.tasks), "seed": seeds, **self.axes, **self.tune}
         for name, value in wanted.items():
-            known = {"task": list(self.tasks), "seed": sorted({str(t.seed) for t in self.trials})} | self.axes
             if name not in known:
                 raise SpecError((name,), "an unknown axis", one_of(known), nearest(name, known))
             if value not in known[name]:
