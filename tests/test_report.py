@@ -502,6 +502,24 @@ def test_nothing_leaves_its_picture(case, monkeypatch):
     assert not {name: reach for name, reach in found.items() if max(reach) > 1}
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_the_forest_writes_a_long_measure_in_full(far, monkeypatch):
+    record = study(lambda norm, window, seed: score(norm, window, seed) * (1 + 1e4 * (far and window == "25")))
+    record = replace(record, study={**record.study, "endpoint": {"measure": "tail", "validations": 2}})
+    reach = {}
+
+    def watched(figure, name, *rest):
+        reach.update({name: beyond(figure)})
+        return save(figure, name, *rest)
+
+    monkeypatch.setattr(forest, "save", watched)
+    found = findings(record)
+    picture = forest.forest(found.record, found.tasks[0], "forest")
+    assert picture is not None and ">mean of the last 2 validations of mean squared error<" in picture.svg
+    assert ("logarithmic beyond" in picture.svg) == far
+    assert max(reach["forest"]) <= 1
+
+
 @pytest.mark.parametrize("baseline", [{}, {"norm": "none"}, {"norm": "layer"}, {"window": "1"}, {"window": "25"}])
 def test_the_curves_of_every_point_are_drawn(baseline, monkeypatch):
     drawn = []

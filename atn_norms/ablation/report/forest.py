@@ -84,9 +84,8 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
         axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
         for place, (_, decision) in enumerate(rows):
             _draw(axes, place, decision, notes[place])
-        axes.set_xlabel(
-            _unit(measure) + (" (logarithmic beyond the inner ticks)" if axes.get_xscale() == "symlog" else "")
-        )
+        remark = " (logarithmic beyond the inner ticks)" if axes.get_xscale() == "symlog" else ""
+        axes.set_xlabel(_unit(measure, remark))
         _sides(axes, measure)
         write(figure, EDGE, 0.16, _note(rows[0][1]), fontsize=8, color=MUTED)
         return save(figure, file, heading, _describe(record, task))
@@ -170,9 +169,12 @@ def _draw(axes: Axes, place: int, decision: Decision, note: str) -> None:
     axes.text(1.02, place, note, transform=edge, va="center", fontsize=8.5, color=colour, weight=weight)
 
 
-def _unit(measure: Measure) -> str:
+def _unit(measure: Measure, remark: str) -> str:
+    """Return the label of the axis; a long name of a measure is on a second line."""
     what = "ratio of geometric means" if measure.log else "difference"
-    return f"{what}, {shortened(measure.name, 48)}"
+    if len(measure.name) <= 48:
+        return f"{what}, {measure.name}{remark}"
+    return f"{what}{remark},\n{shortened(measure.name, 72)}"
 
 
 def _sides(axes: Axes, measure: Measure) -> None:
