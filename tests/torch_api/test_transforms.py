@@ -312,6 +312,20 @@ def test_batched_gradients_are_single_ones(cell, norm):
         compare(f, expected, tolerance=EXACT)
 
 
+@every_norm
+@every_layer
+def test_differentiable_gradients_inside_autocast_are_computed_in_the_type_of_the_layer(cell, norm):
+    layer, x = layer_of(cell, norm).float(), numbers(5, 4, 2).float().requires_grad_()
+    y = layer(x)[0]
+    basis = torch.randn(2, *y.shape, generator=torch.Generator().manual_seed(3))
+    expected = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in basis]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        batched = torch.autograd.grad(y, x, basis, is_grads_batched=True, retain_graph=True)[0]
+        differentiable = torch.autograd.grad(y, x, basis[0], create_graph=True)[0]
+    compare(batched, torch.stack(expected), tolerance=1e-5)
+    compare(differentiable.detach(), expected[0], tolerance=1e-5)
+
+
 @pytest.mark.parametrize("transform", ["jvp", "jvp of grad", "functionalize"])
 def test_explain_names_the_transform_and_native_by_name_rejects_it(transform):
     layer, x = layer_of("lstm"), numbers(2, 2, 2)

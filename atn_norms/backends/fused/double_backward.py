@@ -32,7 +32,7 @@ def differentiable_backward(plan: Plan, gradients: tuple[Any, ...], inputs: Inpu
     `gradients` are those of ys, hn, cn, and of every leaf of the final states (a list); None where absent.
     """
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.autocast(inputs.xs.device.type, enabled=False), torch.enable_grad():
         # A weight may itself depend on xs; views of the arguments make every gradient a partial one.
         flat = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs.flatten()]
         results = _run(plan, Inputs.unflatten(flat, inputs.counts))
