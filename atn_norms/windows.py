@@ -75,7 +75,7 @@ class Window(ABC, Generic[S]):
     @property
     def uniform_weights(self) -> bool:
         """True if all steps in the window have equal weight, so that also a maximum can be pooled."""
-        weights = self.weight_at(torch.arange(AGES, dtype=torch.float64))
+        weights = self.weight_at(torch.arange(AGES, dtype=torch.float64, device="cpu"))
         return weights is not None and bool(((weights == 0) | (weights == weights.max())).all())
 
     def spec(self) -> WindowSpec:

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import atn_norms as an
+from atn_norms.backends.fused.plugin_windows import recognized
 from atn_norms.layers.spec import LayerSpec
 from tests.compare import compare
+from tests.native.test_weighted import Plugin
 from tests.torch_api.features import feature
 from tests.torch_api.test_transforms import CELLS, NORMS, every_layer
 
@@ -256,3 +258,22 @@ def test_a_default_device_does_not_move_lengths():
     with torch.device("meta"):
         ys, _ = layer.unroll(torch.randn(5, 2, 3, device="cpu"), lengths=[5, 2])
     assert ys.shape == (5, 2, 4) and not ys[2:, 1].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("window", [3, "cumulative"])
+@pytest.mark.parametrize("norm", ["batch", {"kind": "batch", "max_steps": 3}])
+def test_a_default_device_does_not_move_batch_statistics(norm, window, training):
+    layer, x = an.GRU(3, 4, norm=norm, window=window, backend="native").train(training), torch.randn(5, 3, 3)
+    twin, found = copy.deepcopy(layer), []
+    for each, device in ((layer, "meta"), (twin, "cpu")):
+        with torch.device(device):
+            y, state = each.unroll(x, lengths=[5, 2, 4])
+            found.append([y, *each.unroll(x, state), *each.buffers()])
+    compare(found[0], found[1], tolerance=0)
+
+
+def test_a_default_device_does_not_move_the_comparisons_of_windows():
+    assert recognized(Plugin((3.0, 2.0, 1.0))) is not None
+    with torch.device("meta"):
+        assert recognized(Plugin((2.0, 1.0))) is not None and an.Sliding(2).uniform_weights

@@ -21,17 +21,18 @@ class Batch:
     The kernels keep weights, means and variances of a state. This class keeps the number of samples of each statistic.
     """
 
-    def __init__(self, plan: Plan, norms: Sequence[Tree], steps: int, batch: int, lengths: Tensor | None) -> None:
+    def __init__(self, plan: Plan, norms: Sequence[Tree], xs: Tensor, lengths: Tensor | None) -> None:
+        steps, batch, _ = xs.shape
         self._plan, self._steps = plan, steps
-        time = torch.arange(steps)
+        time = torch.arange(steps, device=xs.device)
         if lengths is None:
-            self._live = torch.full((1,), steps)
-            self._counts = torch.full((steps,), batch, dtype=DOUBLE)
+            self._live = torch.full((1,), steps, device=xs.device)
+            self._counts = torch.full((steps,), batch, dtype=DOUBLE, device=xs.device)
         else:
             self._live = lengths.max().reshape(1)
             self._counts = (time.unsqueeze(1) < lengths).sum(1).to(DOUBLE)
         self._memories: list[Any] = [
-            _checked(site, norms[at], batch) if site.coupled else None
+            _checked(site, norms[at], batch, xs.device) if site.coupled else None
             for at, site in zip(plan.indices, plan.sites, strict=True)
         ]
         self._time = time
@@ -48,7 +49,7 @@ class Batch:
             if site.coupled > BATCH:
                 normalizer = weights.norms[site.site].normalizer
                 step = self._index(place, normalizer)[: site.populations(self._steps)]
-                nothing = torch.zeros(1, dtype=DOUBLE).expand(len(step), 1, *site.leaf)
+                nothing = torch.zeros(1, dtype=DOUBLE, device=step.device).expand(len(step), 1, *site.leaf)
                 pooled = CountedMoments(nothing, nothing, nothing[..., :1])
                 mean, var, *_ = normalizer.population(pooled, step)
                 found.append(torch.cat([leaf.reshape(len(step), -1).double() for leaf in (mean, var)], 1))
@@ -72,7 +73,7 @@ class Batch:
         counts = weights.new_zeros((*weights.shape, *site.leaf[:-1], 1)) if memory is None else memory[1][1][2].double()
         if site.steps:
             happened = self._counts.reshape(1, -1, *[1] * len(site.leaf)).expand(1, self._steps, *counts.shape[2:])
-            kept = self._live + torch.arange(site.prefix)
+            kept = self._live + torch.arange(site.prefix, device=self._live.device)
             counts = torch.cat([counts, happened], 1)[:, kept]
         else:
             total = weights.reshape(1, *[1] * len(site.leaf)).expand(counts.shape)
@@ -86,10 +87,10 @@ class Batch:
         return torch.where(normalizer.counted_steps(self._counts), index, -1).unsqueeze(1)
 
 
-def _checked(site: SitePlan, memory: Tree, batch: int) -> Tree:
+def _checked(site: SitePlan, memory: Tree, batch: int, device: torch.device) -> Tree:
     """Return the state of a site, with one row; `ValueError` if it does not fit."""
     if memory is None:
         return None
     weights, *moments = (Leaf(shape[1:]) for shape in site.shapes(1))
     wanted = (Leaf((), floating=False), (weights, (*moments, Leaf((*moments[0].shape[:-1], 1)))))
-    return checked_state(memory, wanted, 1, torch.device("cpu"), shared=True)
+    return checked_state(memory, wanted, 1, device, shared=True)

@@ -120,7 +120,7 @@ class FusedProgram(Program):
         if half:
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
-        rows = Batch(plan, norms, steps, batch, lengths) if plan.coupled else None
+        rows = Batch(plan, norms, xs, lengths) if plan.coupled else None
         populations = [] if rows is None else rows.populations(weights)
         leaves = (
             []

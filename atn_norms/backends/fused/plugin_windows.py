@@ -128,7 +128,12 @@ def _held(window: Window[Any]) -> tuple[int | str, ...]:
 
 def _recognized(window: Window[Any]) -> Recognized | None:
     """Compare a window with those of the kernels."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with (
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         taps = _taps(window)
         if taps:
             return Recognized(taps) if _agrees(window, Weighted(taps)) else None

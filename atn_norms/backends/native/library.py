@@ -102,7 +102,7 @@ class Library:
         types = [torch.float32 if narrow and slot.kind in ROWS else torch.float64 for slot in program.slots]
         given = [x.expand(rows, -1).to(kind).contiguous() for x, kind in zip(inputs, types, strict=False)]
         lengths = [(program.slots[place].length, types[place]) for place in program.outputs]
-        outputs = [torch.empty(rows, length, dtype=kind) for length, kind in lengths]
+        outputs = [torch.empty(rows, length, dtype=kind, device="cpu") for length, kind in lengths]
         words = ctypes.create_string_buffer(program.words, len(program.words))
         addresses = [(c_void_p * len(many))(*(x.data_ptr() for x in many)) for many in (given, outputs)]
         if self._object.atn_norms_interpret(words, int(narrow), addresses[0], rows, addresses[1]):
