@@ -324,8 +324,11 @@ class Recurrent(CellHost):
         return hx if batched else _each(lambda h: h.unsqueeze(1), hx)
 
     def _check_shapes(self, cells: list[CellWeights], x: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
-        """Run the checks of torch for a cell that torch has."""
-        fits = x.dtype == cells[0].like.dtype and x.shape[-1] == self.input_size and x.dim() == 3
+        """Run the checks of torch for a cell that torch has; the input must be on the device of the layer."""
+        like = cells[0].like
+        if x.device != like.device:
+            raise RuntimeError(mismatch("x", f"a tensor on {x.device}", f"the device of the layer, {like.device}"))
+        fits = x.dtype == like.dtype and x.shape[-1] == self.input_size and x.dim() == 3
         if fits and hx is None and batch_sizes is None:
             return  # torch's checks would pass, more slowly
         if self.cell.torch_name is None or torch.compiler.is_compiling():  # a compiler cannot trace the twin

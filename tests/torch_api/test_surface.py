@@ -251,6 +251,18 @@ def test_the_device_of_a_layer_overrides_the_default_device(cell, init, norm):
     with torch.device("meta"):
         layer = CELLS[cell](3, 4, norm=norm, init=init, device="cpu")
     compare(dict(layer.state_dict()), dict(expected.state_dict()), tolerance=0)
+@pytest.mark.parametrize("norm", [None, *NORMS])
+@every_layer
+def test_an_input_on_another_device_is_rejected(cell, norm):
+    layer, x = CELLS[cell](3, 4, norm=norm), torch.randn(5, 2, 3, device="meta")
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+    packed = packed._replace(data=packed.data.to("meta"))
+    for call in (lambda: layer(x), lambda: layer.unroll(x), lambda: layer(packed)):
+        with pytest.raises(RuntimeError, match="device"):
+            call()
+    if norm is not None:
+        with pytest.raises(RuntimeError, match="x: got a tensor on meta; expected the device of the layer, cpu"):
+            layer(x)
 
 
 def test_a_default_device_does_not_move_lengths():
