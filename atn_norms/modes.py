@@ -77,6 +77,11 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+def constant(tensor: Tensor) -> Tensor:
+    """Return the tensor without a gradient; a trace always detaches, since torch.jit checks it without gradients."""
+    return tensor.detach() if tensor.requires_grad or torch.jit.is_tracing() else tensor
+
+
 def empty_like(tensor: Tensor) -> Tensor:
     """Return an uninitialized contiguous tensor of the same type and shape."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

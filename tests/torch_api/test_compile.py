@@ -283,6 +283,19 @@ def test_a_trace_takes_every_shape(cell, norm, training, runs):
     assert set(runs) == {"native"}
 
 
+@every_norm
+@every_layer
+def test_a_trace_of_unroll_continues_from_a_state(cell, norm, runs):
+    layer = CELLS[cell](3, 4, norm=norm, window=3).eval()
+    state = layer.unroll(batch(4, 2))[1]
+    traced: Any = torch.jit.trace(Stream(layer), (batch(5, 2), state))
+    for _ in range(2):
+        found, expected = traced(batch(5, 2), state), layer.unroll(batch(5, 2), state)
+        compare(found, expected, tolerance=1e-6)
+        state = expected[1]
+    assert set(runs) == {"native"}
+
+
 @feature(GROUP, "`torch.jit.script`", "refused", "Deprecated in torch; use `torch.export`.")
 @pytest.mark.parametrize("norm", [None, "layer"])
 @every_layer

@@ -17,6 +17,7 @@ from atn_norms.backends.fused.plan import DOUBLE, HALF, JOINT, NORMED, PLACEMENT
 from atn_norms.backends.program import CellInputs, Program, Unsupported
 from atn_norms.backends.reference import ReferenceProgram
 from atn_norms.cells import Cell
+from atn_norms.modes import constant
 from atn_norms.pytree import Leaf, Tree, checked_state
 
 if TYPE_CHECKING:
@@ -178,8 +179,7 @@ class FusedProgram(Program):
             if start == end:
                 following[index] = (counted, ())
                 continue
-            weights, leaves = after[start], after[start + 1 : end]
-            weights = weights.detach() if weights.requires_grad else weights  # they have no gradient in any backend
+            weights, leaves = constant(after[start]), after[start + 1 : end]  # weights have no gradient in any backend
             if site.traced is not None and site.split:
                 leaves = _divided(site, weights, leaves[0])
             following[index] = (counted, (weights, tuple(leaves)))
@@ -250,7 +250,7 @@ def _opened(memories: list[Tree], plan: Plan, batch: int, device: torch.device) 
             weights, statistic = window
             if not (isinstance(weights, Tensor) and isinstance(statistic, tuple)):
                 return None
-            leaves += (weights.detach() if weights.requires_grad else weights, *statistic)
+            leaves += (constant(weights), *statistic)
     return leaves
 
 
