@@ -22,6 +22,7 @@ from tests.native.strategies import (
     outcome,
     pairs,
 )
+from tests.traced.gallery import GallerySpec
 
 pytestmark = needs_kernels
 
@@ -214,3 +215,18 @@ def test_weights_of_a_state_have_no_gradient_in_any_backend(norm, window):
         (found,) = torch.autograd.grad(ys.sum(), [weights], allow_unused=True)
         assert found is None
         assert not after[0][0][1][0][1][0].requires_grad
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch", GallerySpec(name="TwoSided")], ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_state_requires_gradients_where_that_of_the_reference_does(norm, window):
+    """For example, no state of a detached window has a gradient."""
+    flags = []
+    for backend in ("native", "reference"):
+        layer = an.LSTM(2, 3, norm=norm, window=WINDOWS[window], backend=backend)
+        _, state = layer.unroll(torch.randn(4, 3, 2))
+        _, after = layer.unroll(torch.randn(2, 3, 2), state)
+        flags.append([leaf.requires_grad for leaf in (*leaves(state), *leaves(after))])
+    assert flags[0] == flags[1]
+    if window.startswith("detached"):
+        assert sum(flags[0]) == 4  # h and c, twice

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atn_norms.backends.fused.plan import BATCH, DOUBLE, Plan, SitePlan
 from atn_norms.cells import CellWeights
+from atn_norms.modes import constant
 from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.pytree import Leaf, Tree, checked_state
 from atn_norms.statistics import CountedMoments
@@ -69,7 +70,8 @@ class Batch:
 
     def following(self, place: int, leaves: Sequence[Tensor]) -> Tree:
         """Return the state of a site after the sequence, from the operator's leaves."""
-        site, memory, (weights, mean, var) = self._plan.sites[place], self._memories[place], leaves
+        site, memory = self._plan.sites[place], self._memories[place]
+        weights, mean, var = without_gradients(site, leaves)
         counts = weights.new_zeros((*weights.shape, *site.leaf[:-1], 1)) if memory is None else memory[1][1][2].double()
         if site.steps:
             happened = self._counts.reshape(1, -1, *[1] * len(site.leaf)).expand(1, self._steps, *counts.shape[2:])
@@ -78,13 +80,23 @@ class Batch:
         else:
             total = weights.reshape(1, *[1] * len(site.leaf)).expand(counts.shape)
             counts = torch.where(self._live > 0, total, counts)
-        return (0 if memory is None else memory[0]) + self._live, (weights.detach(), (mean, var, counts))
+        return (0 if memory is None else memory[0]) + self._live, (weights, (mean, var, counts))
 
     def _index(self, place: int, normalizer: Normalizer) -> Tensor:
         """Return the index of each step since the initial state of the site; -1 if the normalizer does not count it."""
         memory = self._memories[place]
         index = self._time if memory is None else self._time + memory[0]
         return torch.where(normalizer.counted_steps(self._counts), index, -1).unsqueeze(1)
+
+
+def without_gradients(site: SitePlan, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the leaves of a new state, without the gradients that no backend has.
+
+    Weights count samples, the past of a detached window has no gradient, and the leaves of window 1 have no elements.
+    """
+    if site.detached or not site.prefix:
+        return [constant(leaf) for leaf in leaves]
+    return [constant(leaves[0]), *leaves[1:]]
 
 
 def _checked(site: SitePlan, memory: Tree, batch: int, device: torch.device) -> Tree:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from atn_norms.backends.fused.batches import Batch
+from atn_norms.backends.fused.batches import Batch, without_gradients
 from atn_norms.backends.fused.inputs import Inputs
 from atn_norms.backends.fused.plan import DOUBLE, HALF, JOINT, NORMED, PLACEMENTS, PROJECTED, Plan, SitePlan, kernel_of
 from atn_norms.backends.program import CellInputs, Program, Unsupported
@@ -179,7 +179,7 @@ class FusedProgram(Program):
             if start == end:
                 following[index] = (counted, ())
                 continue
-            weights, leaves = constant(after[start]), after[start + 1 : end]  # weights have no gradient in any backend
+            weights, *leaves = without_gradients(site, after[start:end])
             if site.traced is not None and site.split:
                 leaves = _divided(site, weights, leaves[0])
             following[index] = (counted, (weights, tuple(leaves)))
