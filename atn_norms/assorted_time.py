@@ -253,7 +253,10 @@ def check_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> Tensor:
-    """Return `lengths` as int64 `[batch]`; `ValueError` unless they fit `batch` rows of `steps` steps."""
+    """Return a copy of `lengths` as int64 `[batch]`; `ValueError` unless they fit `batch` rows of `steps` steps.
+
+    The caller may change its own tensor before the backward pass.
+    """
 
     def error(got: str) -> str:
         return mismatch("lengths", got, f"{batch} integer(s) from 0 to {steps}")
@@ -268,7 +271,8 @@ def checked_lengths(lengths: Tensor | Sequence[int], steps: int, batch: int) -> 
         raise ValueError(error("a tensor on the meta device, which has no values"))
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
         raise ValueError(error(str(counts.dtype)))
-    counts = counts.to(torch.int64)  # torch cannot compare unsigned types; values above int64 become negative
+    # torch cannot compare unsigned types; values above int64 become negative.
+    counts = counts.to(torch.int64, copy=True)
     if counts.shape != (batch,):
         raise ValueError(error(f"shape {list(counts.shape)}"))
     outside = (counts < 0) | (counts > steps)

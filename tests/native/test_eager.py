@@ -336,3 +336,16 @@ def test_backward_after_an_in_place_change_is_an_error():
         layer.weight_hh_l0.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         ys.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_lengths_may_be_changed_before_backward(norm, backend):
+    layer, xs = an.LSTM(2, 3, norm=norm, bidirectional=True, backend=backend), torch.randn(4, 3, 2)
+    gradients = []
+    for change in (0, 1):
+        lengths = torch.tensor([4, 3, 1])
+        ys, _ = layer.unroll(xs, lengths=lengths)
+        lengths -= change
+        gradients.append(torch.autograd.grad(ys.square().sum(), list(layer.parameters())))
+    compare(gradients[1], gradients[0], tolerance=0)
