@@ -164,6 +164,21 @@ def test_an_exported_layer_takes_every_shape(cell, norm, dims, strict):
         compare(program.module()(x), layer(x), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@every_norm
+@every_layer
+def test_a_program_exported_without_gradients_can_be_trained(cell, norm, frozen):
+    layer = CELLS[cell](3, 4, norm=norm, window=3, backend="native").eval().requires_grad_(not frozen)
+    with torch.set_grad_enabled(frozen):
+        program: Any = export(layer, (batch(5, 2),), dynamic_shapes=(DIMS["Dim.DYNAMIC"],)).module()
+    gradients = []
+    for model in (program, layer):
+        parameters = dict(model.requires_grad_(True).named_parameters())
+        loss = model(batch(7, 3))[0].square().sum()
+        gradients.append(dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)))
+    compare(gradients[0], gradients[1], tolerance=1e-5)
+
+
 @feature(GROUP, "traced norms of plugins in `torch.compile`, `torch.export` and `torch.jit.trace`", "native")
 @pytest.mark.parametrize("placement", ["joint", pytest.param("per_gate", marks=deep)])
 @pytest.mark.parametrize("norm", [pytest.param(name, marks=deep if name not in SOME else ()) for name in EVERY])

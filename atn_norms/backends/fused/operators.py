@@ -160,15 +160,16 @@ class Operators:
         dstates += [None] * (ctx.plan.tensors - len(dstates))  # states that were not required
         if torch.is_grad_enabled() or in_transform() or batched([dys, dhn, dcn, *dstates]):
             return differentiable_backward(ctx.plan, (dys, dhn, dcn, dstates), inputs)
+        if not kept:  # a program exported without gradients keeps nothing
+            kept = self.compute(ctx.plan, inputs, True)[ctx.plan.results :]
         given = Grads.of((dys, dhn, dcn), dstates, (ys, inputs.h0, inputs.c0))
         return inputs.gradients(self.compute_backward(ctx.plan, inputs, given, ys, kept, wants_xs), wants_xs)
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        *fields, text, keep = inputs
-        if keep:
-            plan = Plan.decode(text)
-            inputs, many = Inputs.of(fields), plan.results
-            self.remember(ctx, plan, inputs.flatten(), inputs.counts, output[:many], output[many:])
+        *fields, text, _ = inputs
+        plan = Plan.decode(text)
+        inputs, many = Inputs.of(fields), plan.results
+        self.remember(ctx, plan, inputs.flatten(), inputs.counts, output[:many], output[many:])
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         return *self.gradients(ctx, grads, ctx.needs_input_grad[0]).arguments, None, None
