@@ -251,6 +251,8 @@ def test_the_device_of_a_layer_overrides_the_default_device(cell, init, norm):
     with torch.device("meta"):
         layer = CELLS[cell](3, 4, norm=norm, init=init, device="cpu")
     compare(dict(layer.state_dict()), dict(expected.state_dict()), tolerance=0)
+
+
 @pytest.mark.parametrize("norm", [None, *NORMS])
 @every_layer
 def test_an_input_on_another_device_is_rejected(cell, norm):
