@@ -226,17 +226,24 @@ class Cell(ABC):
 
 
 class SiteStates:
-    """The norms of a cell with their states, for one step: call it for each site, then read `states`."""
+    """The norms of a cell with their states, for one step: call it once for each site, then read `states`."""
 
     def __init__(self, cell: Cell, weights: CellWeights, states: Tree, mask: Tensor | None) -> None:
         self._norms, self._mask = weights.norms, mask
         self._states = dict(zip(cell.sites, states, strict=True))
+        self._stepped: set[str] = set()
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
-        """Normalize `x` at a site; return it unchanged if the site has no norm."""
+        """Normalize `x` at a site; return it unchanged if the site has no norm.
+
+        Errors: `ValueError` for a site that the step has normalized before: its window would have the step twice.
+        """
         norm = self._norms.get(site)
         if norm is None:
             return x
+        if site in self._stepped:
+            raise ValueError(mismatch("site", f"{site!r} twice in one step", "each site once, or another site"))
+        self._stepped.add(site)
         y, self._states[site] = norm.step(x, self._states[site], self._mask)
         return y
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atn_norms as an
-from atn_norms.cells import Cell, Placement, SiteStates, refuse
+from atn_norms.cells import Cell, Placement, RNNEquations, SiteStates, refuse
 from atn_norms.testing import check_cell
 from tests.compare import compare
 from tests.laws.strategies import (
@@ -263,3 +263,27 @@ def test_a_cell_without_a_recurrent_product_runs():
         assert layer(xs.float())[0].dtype == torch.float64
     assert "it has no kernel for MinimalEquations" in an.explain(layer)
     assert [result for result in check_cell(MinimalSpec()) if result.status == "failed"] == []
+
+
+def test_a_site_is_normalized_once_in_a_step():
+    @dataclass(frozen=True)
+    class Twice(RNNEquations):
+        torch_name: ClassVar[str | None] = None
+
+        def step(self, weights, u, state, mask=None):
+            (h,), states = state
+            norms = SiteStates(self, weights, states, mask)
+            h = torch.tanh(u + norms("hh", norms("hh", self.recur(weights, h))))
+            return self.ended(h, (h,), norms, state, mask)
+
+    class TwiceSpec(an.CellSpec):
+        kind: Literal["twice"] = "twice"
+
+        def build(self, hidden_size: int, placement: Placement) -> Twice:
+            return Twice(hidden_size, placement)
+
+    layer = an.build({"cell": TwiceSpec(), "input_size": 2, "hidden_size": 3, "norm": "layer"})
+    with pytest.raises(
+        ValueError, match=r"^site: got 'hh' twice in one step; expected each site once, or another site$"
+    ):
+        layer(torch.randn(4, 2, 2))
