@@ -307,7 +307,7 @@ def _imports(function: types.FunctionType) -> Iterator[str]:
                 yield resolve_name(dots + step.argval, package) if dots and package else step.argval
 
 
-def _inherited(kind: type, name: str) -> Any:
+def _inherited(kind: Any, name: str) -> Any:
     return getattr(kind, name, _Missing)
 
 
