@@ -65,7 +65,21 @@ def _recur(
     states = hx if len(hx) > 1 else hx[0]
     has_bias = weights.get("bias_ih") is not None
     if batch_sizes is None:
+        if name == "lstm" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            x = _differentiable(x, [*hx, *tensors])
         y, *last = function(x, states, tensors, has_bias, 1, 0.0, False, False, False)
     else:
         y, *last = function(x, batch_sizes, states, tensors, has_bias, 1, 0.0, False, False)
     return y, tuple(c.squeeze(0) for c in last)
+
+
+def _differentiable(x: Tensor, others: list[Tensor]) -> Tensor:
+    """Return the input, with a gradient if another tensor has one.
+
+    For an input without a gradient, torch's compiler selects the LSTM of oneDNN, which it cannot differentiate.
+    Exporters keep torch's operator, and need no change.
+    """
+    source = next((tensor for tensor in others if tensor.requires_grad), None)
+    if x.requires_grad or source is None or not torch.is_grad_enabled():
+        return x
+    return x + source.flatten()[:0].sum()  # the sum of no elements is 0

@@ -74,6 +74,15 @@ def test_a_layer_without_a_norm_compiles(cell, graphs, runs):
     assert graphs.frame_count == 1
 
 
+@every_layer
+def test_a_compiled_layer_without_a_norm_can_be_trained(cell):
+    torch._dynamo.reset()
+    layer, x = CELLS[cell](3, 4), batch(5, 2)
+    compiled, eager = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0]
+    found, expected = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (compiled, eager))
+    compare(found, expected, tolerance=1e-6)
+
+
 @feature(GROUP, "`torch.export` of a layer without a norm, before its first call", "torch")
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=deep)])
 @every_layer
