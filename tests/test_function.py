@@ -544,6 +544,24 @@ def test_a_helper_is_imported_once_for_all_trials_of_a_process(tmp_path):
     assert (tmp_path / "log").read_text() == "."
 
 
+def test_trials_see_no_arguments_of_the_command_line(tmp_path, monkeypatch, capsys):
+    body = """
+    import argparse, sys
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float, default=0.1)
+    ARGS = parser.parse_args()
+    def train(x):
+        assert sys.argv == [__file__]
+        return ARGS.lr
+    """
+    folder = ablation.create(study(written(tmp_path, body), axes={"x": [1]}, seeds=1), tmp_path / "study")
+    words = ["mine.py", "--lr", "0.9", "--other"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert main(["resume", str(folder), "--workers", "0"]) == 0, capsys.readouterr().out
+    assert scores(ablation.load(folder)) == [0.1]
+    assert sys.argv is words and words == ["mine.py", "--lr", "0.9", "--other"]
+
+
 def test_installed_modules_and_those_of_python_are_not_imported_again(tmp_path):
     written(tmp_path, "x = 1", "json.py")
     path = written(

@@ -146,6 +146,7 @@ def placed_in(section: str, error: SpecError) -> list[Problem]:
 def local_modules(file: Path, code: str) -> Iterator[None]:
     """Inside the block, import the modules beside a file from its folder, as they are on disk.
 
+    `sys.argv` has the file alone: a trial does not depend on the command line of the process that runs it.
     Modules that the process imported before, from another folder or before an edit, are put aside and come back
     afterwards. The modules of one `code`, the hash of the file, are imported once in a process.
     """
@@ -162,9 +163,11 @@ def local_modules(file: Path, code: str) -> Iterator[None]:
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would miss an edit within one second
+    words, sys.argv = sys.argv, [str(file)]
     try:
         yield
     finally:
+        sys.argv = words
         sys.dont_write_bytecode = writes
         with suppress(ValueError):  # the function may have changed it
             sys.path.remove(str(root))
