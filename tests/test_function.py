@@ -562,6 +562,17 @@ def test_trials_see_no_arguments_of_the_command_line(tmp_path, monkeypatch, caps
     assert sys.argv is words and words == ["mine.py", "--lr", "0.9", "--other"]
 
 
+@pytest.mark.parametrize("imports", ["", "from pkg import mine"])
+def test_a_file_of_a_package_needs_no_guard(imports, tmp_path):
+    (tmp_path / "pkg").mkdir()
+    written(tmp_path, imports, "pkg/__init__.py")
+    written(tmp_path, "VALUE = 2.0", "pkg/helper.py")
+    call = "" if imports else f"{MODULE}\nablation.ablate(train, axes={{'x': [1]}})\n"
+    path = written(tmp_path, f"from .helper import VALUE\ndef train(x): return x * VALUE\n{call}", "pkg/mine.py")
+    record = ablation.run(ablation.create(study(path, axes={"x": [1, 2]}, seeds=1), tmp_path / "study"), workers=0)
+    assert scores(record) == [2, 4]
+
+
 def test_installed_modules_and_those_of_python_are_not_imported_again(tmp_path):
     written(tmp_path, "x = 1", "json.py")
     path = written(

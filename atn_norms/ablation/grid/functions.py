@@ -265,8 +265,10 @@ def refuse_nested_start() -> None:
 
 def _executed(file: Path) -> dict[str, Any]:
     name, _ = _module_name(file)
-    if "." in name:  # a module of a package, which may import relatively
-        return vars(importlib.import_module(name))
+    if package := name.rpartition(".")[0]:  # the file may import relatively
+        importlib.import_module(package)
+        if name in sys.modules:
+            return vars(sys.modules[name])
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
