@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -453,6 +454,132 @@ def test_code_that_only_starts_studies_does_not_count(tmp_path, before, after, s
 
 def scores(record: Any) -> list[float]:
     return [trial.result["metrics"]["test"]["score"] for trial in record.trials]
+
+
+GLOBALS = [  # the file, the statement under `if __name__ == "__main__":`, the message
+    ("LR = 0.1\ndef train(h): return LR", "LR = 0.9", r"LR: got 0\.9 in this process; expected 0\.1, as in the trials"),
+    (
+        "def train(h): return args",
+        "args = 1",
+        r"args: got 1 in .*; expected a name that the trials define\. Trials .* mine\.py",
+    ),
+    ("def train(h): return f() if h > 9 else 1", "def f(): pass", "f: got f in this process; expected a name that"),
+    ("LR = 1\ndef rate(): return LR\ndef train(h): return rate()", "LR = 2", "LR: got 2"),
+    ("LR = 1\ndef train(h): return [(lambda: LR)() for x in [1]][0]", "LR = 2", "LR: got 2"),
+    ("LR = 1\nclass A:\n    def rate(self): return LR\ndef train(h): return A().rate()", "LR = 2", "LR: got 2"),
+    ("LR = 1\nclass A:\n    x = 1\nclass B(A): pass\ndef train(h): return B().x", "A.x = 2", r"A\.x: got 2"),
+    ("import torch\nLR = 1\n@torch.no_grad()\ndef f(): return LR\ndef train(h): return f()", "LR = 2", "LR: got 2"),
+    (
+        "C = {'a': [1]}\ndef train(h): return C['a'][0]",
+        "C['a'] = [2]",
+        r"C\['a'\]: got \[2\] in this process; expected \[1\]",
+    ),
+    (
+        "import types\nC = types.SimpleNamespace(x=1)\ndef train(h): return C.x",
+        "C.x = None",
+        r"C\.x: got None .* 1, as",
+    ),
+    ("import other\ndef train(h): return other.LR", "other.LR = 2", r"other\.LR: got 2 .* expected 1, as"),
+    ("def train(h, k=1): return k", "train.__defaults__ = (2,)", r"train\(k\): got 2"),
+    (
+        "def a(k):\n    def f(): return k\n    return f\nf = a(1)\ndef train(h): return f()",
+        "f = a(2)",
+        r"f\(k\): got 2",
+    ),
+    (
+        "def a(): pass\ndef b(): pass\nf = a\ndef train(h): return f()",
+        "f = b",
+        "f: got b at line 2 .* expected a at line 1",
+    ),
+    ("import torch\nF = torch.relu\ndef train(h): return F(h)", "F = torch.tanh", "F: got .*tanh .* expected .*relu"),
+    (
+        "DATA = None\ndef train(h): return DATA",
+        "import torch; DATA = torch.ones(1)",
+        "DATA: got a Tensor .* expected None",
+    ),
+]
+CALL = "ablation.ablate(train, axes={'h': [1]}, seeds=1, out='study', workers=0)"
+MAIN = f"\n{MODULE}\nif __name__ == '__main__':\n"
+
+
+def run_as_script(path: Path, text: str) -> None:
+    runpy.run_path(str(written(path.parent, text, path.name)), run_name="__main__")
+
+
+@pytest.mark.parametrize(("body", "statement", "message"), GLOBALS)
+def test_globals_that_trials_have_with_other_values_are_refused(body, statement, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    written(tmp_path, "LR = 1", "other.py")
+    with pytest.raises(SpecError, match=message):
+        run_as_script(tmp_path / "mine.py", f"{body}{MAIN}    {statement}\n    {CALL}")
+    assert not (tmp_path / "study").exists()
+    sys.modules.pop("other", None)
+
+
+def test_later_calls_of_ablate_have_the_globals_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = CALL.replace("'study'", "str(K)")
+    text = f"{MODULE}\ndef train(h): return K\nfor K in (1, 2):\n    {call}"
+    with pytest.raises(SpecError, match="K: got 2 in this process; expected 1, as in the trials"):
+        run_as_script(tmp_path / "mine.py", text)
+    assert scores(ablation.load(tmp_path / "1")) == [1] and not (tmp_path / "2").exists()
+    text = f"{MODULE}\ndef train(h): return 1\n{CALL}\ndef train(h): return 2\n{CALL}"
+    with pytest.raises(SpecError, match="train: got train at line 4 in this process; expected train at line 2"):
+        run_as_script(tmp_path / "again.py", text)
+
+
+def test_arguments_of_the_command_line_are_no_globals_of_trials(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--lr", "0.9"])
+    body = "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', type=float, default=0.1)\n"
+    with pytest.raises(SpecError, match=r"ARGS\.lr: got 0\.9 in this process; expected 0\.1, as in the trials"):
+        run_as_script(
+            tmp_path / "mine.py", f"{body}ARGS = p.parse_args()\ndef train(h): return ARGS.lr{MAIN}    {CALL}"
+        )
+
+
+def test_objects_and_names_that_differ_by_process_are_no_settings(tmp_path, monkeypatch, capfd):
+    body = """
+    import dataclasses, enum, functools, logging, random
+    from pathlib import Path
+    import torch
+    log, HERE, DATA, COUNT = logging.getLogger(__name__), Path(__file__).parent, torch.ones(2), 0
+    print("printed")
+    torch.set_default_dtype(torch.float64)
+    random.seed(0)
+    Mode = enum.Enum("Mode", "A B")
+
+    @dataclasses.dataclass
+    class Config:
+        mode: Mode = Mode.A
+        names: list = dataclasses.field(default_factory=list)
+
+    class Model(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+    CONFIG = Config()
+    MODEL = Model(CONFIG)
+
+    @functools.cache
+    def size(name):
+        return len(name) + size(name[1:]) if name else 0
+
+    def train(h, config=CONFIG):
+        global COUNT
+        COUNT += 1
+        log.info(__name__)
+        return COUNT + size("abc") + DATA.sum() + isinstance(MODEL, Model) + HERE.exists() + (CONFIG.mode is Mode.A)
+    """
+    monkeypatch.chdir(tmp_path)
+    statements = "    size('x'); train(1); DATA *= 2; state = random.getstate()"
+    text = f"{textwrap.dedent(body)}{MAIN}{statements}\n    {CALL}\n    assert random.getstate() == state"
+    before = torch.get_default_dtype()
+    run_as_script(tmp_path / "mine.py", text)
+    torch.set_default_dtype(before)
+    assert scores(ablation.load(tmp_path / "study")) == [12] and capfd.readouterr().out.count("printed") == 1
 
 
 def test_a_study_of_a_function_prints_its_answer_and_its_failures(tmp_path, capsys, monkeypatch):

@@ -13,13 +13,15 @@ from typing import Any, Literal, cast
 
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
 from atn_norms.ablation.execution.estimate import costs
+from atn_norms.ablation.execution.function import refuse_different_globals
 from atn_norms.ablation.execution.remaining import RemainingTime
+from atn_norms.ablation.execution.trial import isolated
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
 from atn_norms.ablation.report import findings, write
 from atn_norms.ablation.report.costs import duration
 from atn_norms.ablation.report.sentences import answer, verdict_line
 from atn_norms.ablation.store.records import StudyRecord
-from atn_norms.ablation.studies import create
+from atn_norms.ablation.studies import create, validated
 from atn_norms.errors import plural
 from atn_norms.text import encodable, escape_controls
 
@@ -50,6 +52,9 @@ def ablate(
     if it names them. `trial` is a `Trial`. It must be defined at the top level of a file, since worker processes load
     that file. torch, Python and NumPy are seeded with `seed`. The same call resumes an interrupted study.
 
+    Trials execute the file again, up to its first call of `ablate`, without the block under `__main__` and without
+    arguments of the command line. Globals that the function reads must have the same values there.
+
     | argument | meaning |
     |---|---|
     | `axes` | argument of the function -> the values to compare |
@@ -68,8 +73,9 @@ def ablate(
     | `workers`, `scheduler` | as in `run` |
     | `on_event` | called with each `Event`; by default, progress and verdict are printed |
 
-    Errors: `SpecError` for a function that worker processes cannot load, for arguments that it does not take, for a
-    bad point, and for a folder that holds another study. A trial that fails is recorded and the others continue.
+    Errors: `SpecError` for a function that worker processes cannot load, for a global with another value in the
+    trials, for arguments that the function does not take, for a bad point, and for a folder that holds another study.
+    A trial that fails is recorded and the others continue.
     """
     refuse_nested_start()
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
@@ -83,7 +89,10 @@ def ablate(
         "seeds": seeds if isinstance(seeds, Integral) else list(cast("Sequence[int]", seeds)),
         "baseline": dict(baseline or {}),
     }
-    folder = create(study, out)
+    spec = validated(study)
+    with isolated():
+        refuse_different_globals(function, spec.points()[0].task)
+    folder = create(spec, out)
     log = _Log(folder, None if scheduler else max(1, workers))
     with _main_not_run_again():
         try:

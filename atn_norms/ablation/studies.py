@@ -45,11 +45,7 @@ def create(
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
     `StoreError` where the folder cannot be written, and for a damaged folder in `reuse`.
     """
-    try:
-        spec = study if isinstance(study, StudySpec) else StudySpec.model_validate(study)
-    except ValidationError as error:
-        raise to_spec_error(error, data=study) from error
-    plan = make_plan(spec, where)
+    plan = make_plan(validated(study), where)
     finished = finished_elsewhere(plan, reuse)
     folder = Path(out) if out is not None else _home(plan)
     store = StudyFolder(folder)
@@ -58,6 +54,17 @@ def create(
         if planned.id in finished:
             store.trial(planned.id).take(finished[planned.id], planned.trial)
     return folder
+
+
+def validated(study: StudySpec | Mapping[str, Any]) -> StudySpec:
+    """Return a study with every point of its grid validated.
+
+    Errors: `SpecError` for each problem.
+    """
+    try:
+        return study if isinstance(study, StudySpec) else StudySpec.model_validate(study)
+    except ValidationError as error:
+        raise to_spec_error(error, data=study) from error
 
 
 def finished_elsewhere(plan: Plan, folders: Sequence[Path | str]) -> dict[str, TrialFolder]:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from atn_norms.ablation.execution.caller import different_globals
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state, seed_all
-from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules
+from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules, syntax_tree
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable
 from atn_norms.ablation.store.files import Folder, StoreError
@@ -198,7 +199,7 @@ def run_function(
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     folder.start()
-    with _contained(folder, task.function), local_modules(Path(task.file), data["file"]):
+    with _contained(folder.log, task.function), local_modules(Path(task.file), data["file"]):
         function = _loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         seed_all(trial["seed"])
@@ -213,6 +214,21 @@ def run_function(
             folder.log(f"diverged at step {handle._step}: {reason}")
             result |= {"outcome": "diverged", "reason": str(reason)}
     return result | {"step": handle._step}
+
+
+def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -> None:
+    """Raise `SpecError` where a function reads other settings in this process than in its trials.
+
+    Errors: `SpecError` too where trials could not load the function.
+    """
+    before, file, code = random_state(), Path(task.file), task.data()["file"]
+    try:
+        with _contained(lambda line: None, task.function), local_modules(file, code):
+            loaded = _loaded(task, code)
+    finally:
+        restore_random_state(before)
+    if problems := different_globals(function, loaded, file.name, syntax_tree(file)):
+        raise SpecError.of(problems)
 
 
 def _loaded(task: FunctionSpec, code: str) -> Callable[..., Any]:
@@ -295,13 +311,13 @@ def _number(value: Any) -> float | None:
 
 
 @contextmanager
-def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
-    """Write a function's output to the log; afterwards end its processes and restore global settings."""
+def _contained(write: Callable[[str], None], name: str) -> Iterator[None]:
+    """Write a function's output to a log; afterwards end its processes and restore global settings."""
 
     def note(text: str) -> None:
-        folder.log(f"{name}: {text}")
+        write(f"{name}: {text}")
 
-    log = _Log(folder)
+    log = _Log(write)
     before, children = _settings(), _children()
     process: Any = multiprocessing.current_process()
     daemon = process._config.get("daemon")
@@ -321,8 +337,8 @@ def _contained(folder: TrialFolder, name: str) -> Iterator[None]:
 class _Log(io.TextIOBase):
     """Standard output as lines of a trial's log, at most `MOST_LINES`."""
 
-    def __init__(self, folder: TrialFolder) -> None:
-        self._folder, self._line, self._count = folder, "", 0
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._line, self._count = write, "", 0
 
     def writable(self) -> bool:
         return True
@@ -344,9 +360,9 @@ class _Log(io.TextIOBase):
             return
         self._count += 1
         if self._count <= MOST_LINES:
-            self._folder.log(f"printed: {line}")
+            self._write(f"printed: {line}")
         elif self._count == MOST_LINES + 1:
-            self._folder.log(f"printed more than {MOST_LINES} lines; the others are dropped")
+            self._write(f"printed more than {MOST_LINES} lines; the others are dropped")
 
 
 def _children() -> set[int]:

@@ -312,7 +312,11 @@ def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
-def _tree(file: Path) -> ast.Module:
+def syntax_tree(file: Path) -> ast.Module:
+    """Parse a Python file.
+
+    Errors: `SpecError` for a file that cannot be read or is not Python.
+    """
     try:
         return ast.parse(_text(file))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
@@ -321,7 +325,7 @@ def _tree(file: Path) -> ast.Module:
 
 
 def _definition(task: FunctionSpec) -> ast.FunctionDef:
-    functions = [each for each in _tree(Path(task.file)).body if isinstance(each, ast.FunctionDef)]
+    functions = [each for each in syntax_tree(Path(task.file)).body if isinstance(each, ast.FunctionDef)]
     for each in functions:
         if each.name == task.function:
             return each
@@ -332,7 +336,7 @@ def _definition(task: FunctionSpec) -> ast.FunctionDef:
 
 def _counted(file: Path) -> str:
     """Return the text of a file without the lines that only start studies."""
-    tree = _tree(file)
+    tree = syntax_tree(file)
     names = dict(_bound(tree))
     starts, others = set[int](), set[int]()
     for node in tree.body:
@@ -385,7 +389,7 @@ def _add_local_files(file: Path, root: Path, seen: set[Path]) -> None:
     if file in seen:
         return
     seen.add(file)
-    for node in ast.walk(_tree(file)):
+    for node in ast.walk(syntax_tree(file)):
         for folder, name in _imported(node, file, root):
             steps = name.split(".")
             for length in range(1, len(steps) + 1):  # the import of a.b runs a first
