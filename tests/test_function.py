@@ -1,5 +1,6 @@
 """Studies of functions: the same engine and store, and faulty functions."""
 
+import csv
 import importlib
 import os
 import re
@@ -192,6 +193,25 @@ def test_divergence_is_an_outcome(tmp_path, body, reason):
     trial = only(tmp_path, body)
     assert trial.status == "diverged"
     assert re.search(reason, trial.result["reason"])
+
+
+@pytest.mark.parametrize("metric", [None, "accuracy"])
+def test_another_metric_that_is_not_finite_is_missing(metric, tmp_path):
+    body = """
+    def train(seed):
+        found = {"loss": float("inf"), "precision": float("nan") if seed else 0.5, "accuracy": 0.75}
+        return found if METRIC else {"accuracy": 0.75} | found
+    """
+    path = written(tmp_path, body.replace("METRIC", repr(metric)))
+    record = ablation.run(ablation.create(study(path, task={"metric": metric}, axes={}), tmp_path / "study"), workers=0)
+    assert [t.status for t in record.trials] == ["done", "done"]
+    metrics = [t.result["metrics"]["test"] for t in record.trials]
+    assert metrics == [{"accuracy": 0.75, "precision": 0.5}, {"accuracy": 0.75}]
+    assert next(iter(metrics[0])) == "accuracy"
+    assert "train: the returned loss is inf; it has no number in the results" in log(record.trials[0])
+    page = report.write(report.findings(record), tmp_path / "report")[0]
+    first, second = csv.DictReader((page.parent / "results.csv").open())
+    assert (first["test precision"], second["test precision"], second["test"]) == ("0.5", "", "0.75")
 
 
 def test_prints_go_to_the_log(tmp_path, capfd):

@@ -206,7 +206,7 @@ def run_function(
         try:
             returned = _called(function, task.function, trial["model"], handle)
             handle.checkpoint.reject_unless_loaded()
-            result["metrics"] = {"test": _metrics(task, returned)}
+            result["metrics"] = {"test": _metrics(folder, task, returned)}
             _refuse_other_metrics(folder, task, result["metrics"]["test"])
             if handle.should_stop:
                 result["reason"] = f"no improvement in {plural(handle._watch.since, 'report')}"
@@ -266,8 +266,11 @@ def changed_data(option: str) -> SpecError:
     return SpecError(f"task.{option}", "changed content", expected, detail="Restore it, or make a new study.")
 
 
-def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
-    """Return the metrics as numbers, the compared metric first."""
+def _metrics(folder: TrialFolder, task: FunctionSpec, returned: Any) -> dict[str, float]:
+    """Return the finite metrics as numbers, the compared metric first; log the others.
+
+    Errors: `Diverged` where the compared metric is not finite.
+    """
     named = {task.metric or "score": returned} if _number(returned) is not None else returned
     expected = "a number, or a mapping of metric to number such as {'test accuracy': 0.9}"
     if not isinstance(named, Mapping) or not named:
@@ -281,11 +284,14 @@ def _metrics(task: FunctionSpec, returned: Any) -> dict[str, float]:
     if task.metric is not None and task.metric not in numbers:
         got, expected = f"metrics {', '.join(numbers)}", f"{task.metric!r} among them"
         raise SpecError(task.function, got, expected, nearest(task.metric, numbers))
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise Diverged(f"the returned {name} is {number}")
     first = task.metric or next(iter(numbers))
-    return {first: numbers[first]} | numbers
+    if not math.isfinite(numbers[first]):
+        raise Diverged(f"the returned {first} is {numbers[first]}")
+    finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+    for name, number in numbers.items():
+        if name not in finite:
+            folder.log(f"{task.function}: the returned {name} is {number}; it has no number in the results")
+    return {first: numbers[first]} | finite
 
 
 def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapping[str, float]) -> None:
