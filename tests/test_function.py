@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -203,7 +204,9 @@ def test_another_metric_that_is_not_finite_is_missing(metric, tmp_path):
         return found if METRIC else {"accuracy": 0.75} | found
     """
     path = written(tmp_path, body.replace("METRIC", repr(metric)))
-    record = ablation.run(ablation.create(study(path, task={"metric": metric}, axes={}), tmp_path / "study"), workers=0)
+    record: Any = ablation.run(
+        ablation.create(study(path, task={"metric": metric}, axes={}), tmp_path / "study"), workers=0
+    )
     assert [t.status for t in record.trials] == ["done", "done"]
     metrics = [t.result["metrics"]["test"] for t in record.trials]
     assert metrics == [{"accuracy": 0.75, "precision": 0.5}, {"accuracy": 0.75}]
@@ -678,17 +681,24 @@ def test_an_edited_helper_is_imported_again_in_the_same_process(name, tmp_path, 
     assert sys.path == places and "late" not in sys.modules
 
 
-def test_a_helper_is_imported_once_for_all_trials_of_a_process(tmp_path):
-    written(
-        tmp_path,
-        "from pathlib import Path\nwith Path(__file__).with_name('log').open('a') as file:\n    file.write('.')",
-        "slow.py",
-    )
-    path = written(tmp_path, "import slow\ndef train():\n    return 1.0")
-    ablation.run(
-        ablation.create({"task": {"kind": "python", "file": str(path)}, "seeds": 3}, tmp_path / "study"), workers=0
-    )
-    assert (tmp_path / "log").read_text() == "."
+@pytest.mark.parametrize("folder", ["", "pkg/"])
+def test_trials_share_no_state_of_a_local_module(folder, tmp_path):
+    (tmp_path / "pkg" / "inner").mkdir(parents=True)
+    written(tmp_path, "DRAWS = []", "pkg/__init__.py")
+    written(tmp_path, "import random\ngenerator = random.Random(0)", "pkg/inner/data.py")  # a namespace package
+    written(tmp_path, "COUNTS = {'calls': 0}", "state.py" if not folder else "pkg/state.py")
+    body = f"""
+    import pkg
+    from pkg.inner import data
+    {"from . import" if folder else "import"} state
+    def train():
+        state.COUNTS["calls"] += 1
+        pkg.DRAWS.append(data.generator.random())
+        return 10 * state.COUNTS["calls"] + len(pkg.DRAWS) + pkg.DRAWS[-1]
+    """
+    path = written(tmp_path, body, f"{folder}mine.py")
+    record = ablation.run(ablation.create(study(path, axes={}, seeds=3), tmp_path / "study"), workers=0)
+    assert scores(record) == [11 + random.Random(0).random()] * 3
 
 
 def test_trials_see_no_arguments_of_the_command_line(tmp_path, monkeypatch, capsys):

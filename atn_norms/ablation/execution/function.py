@@ -199,7 +199,7 @@ def run_function(
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     folder.start()
-    with _contained(folder.log, task.function), local_modules(Path(task.file), data["file"]):
+    with _contained(folder.log, task.function), local_modules(Path(task.file)):
         function = _loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         seed_all(trial["seed"])
@@ -223,7 +223,7 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
     """
     before, file, code = random_state(), Path(task.file), task.data()["file"]
     try:
-        with _contained(lambda line: None, task.function), local_modules(file, code):
+        with _contained(lambda line: None, task.function), local_modules(file):
             loaded = _loaded(task, code)
     finally:
         restore_random_state(before)
@@ -234,8 +234,8 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
 def _loaded(task: FunctionSpec, code: str) -> Callable[..., Any]:
     """Load a function, with the global settings that its modules set when they are imported.
 
-    The modules of one `code` are imported once in a process, and the settings are restored after each trial. Without
-    this, only the first trial of a process would have them.
+    Installed modules are imported once in a process, and the settings are restored after each trial. Without this, only
+    the first trial of a process would have them.
     """
     before = _settings()
     function = load_function(task)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -35,7 +34,6 @@ TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options 
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
 ENTRY = "atn_norms.ablation.ablate"  # a call of it starts a study; changing it does not change what a trial computes
 
-_KEPT: dict[str, tuple[str, dict[str, ModuleType]]] = {}  # file -> hash of its code, and its local modules by name
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
 
@@ -143,23 +141,19 @@ def placed_in(section: str, error: SpecError) -> list[Problem]:
 
 
 @contextmanager
-def local_modules(file: Path, code: str) -> Iterator[None]:
-    """Inside the block, import the modules beside a file from its folder, as they are on disk.
+def local_modules(file: Path) -> Iterator[None]:
+    """Inside the block, import the modules beside a file from its folder again, as they are on disk.
 
     `sys.argv` has the file alone: a trial does not depend on the command line of the process that runs it.
-    Modules that the process imported before, from another folder or before an edit, are put aside and come back
-    afterwards. The modules of one `code`, the hash of the file, are imported once in a process.
+    Modules that the process imported before are put aside and come back afterwards.
     """
     _, root = _module_name(file)
     tops = {_top(each.relative_to(root).as_posix()) for each in _local_files(file) if root in each.parents}
     every = list(sys.modules.items())  # another thread may import at the same time
     aside = {name: module for name, module in every if _top(name) in tops and _is_own(name, module)}
-    known, modules = _KEPT.get(str(file), ("", {}))
     for name in aside:
         del sys.modules[name]
     before = {_top(name) for name, _ in every} - tops
-    if known == code:
-        sys.modules.update(modules)
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would miss an edit within one second
@@ -172,8 +166,9 @@ def local_modules(file: Path, code: str) -> Iterator[None]:
         with suppress(ValueError):  # the function may have changed it
             sys.path.remove(str(root))
         new = [(name, module) for name, module in list(sys.modules.items()) if _top(name) not in before]
-        own = [name for name, module in new if _is_own(name, module, root)]
-        _KEPT[str(file)] = code, {name: sys.modules.pop(name) for name in own}
+        for name, module in new:
+            if _is_own(name, module, root):
+                del sys.modules[name]
         sys.modules.update(aside)
 
 
