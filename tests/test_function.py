@@ -552,6 +552,17 @@ def test_later_calls_of_ablate_have_the_globals_of_the_first(tmp_path, monkeypat
         run_as_script(tmp_path / "again.py", text)
 
 
+def test_a_function_below_the_first_call_of_ablate_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"{MODULE}\ndef train(h): return 1\n{CALL}\ndef later(h): return 2\n"
+    message = (
+        r"mine\.py: got unknown function 'later'; expected one of train\. Define it above the first call of ablate"
+    )
+    with pytest.raises(SpecError, match=message):
+        run_as_script(tmp_path / "mine.py", text + CALL.replace("train", "later").replace("study", "second"))
+    assert not (tmp_path / "second").exists()
+
+
 def test_arguments_of_the_command_line_are_no_globals_of_trials(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mine.py", "--lr", "0.9"])

@@ -197,7 +197,7 @@ def load_function(task: FunctionSpec) -> Callable[..., Any]:
     file = Path(task.file)
     _loading = True
     try:
-        module = _executed(file)
+        module, is_whole = _executed(file)
     except Exception as error:
         frames = [each for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
         line = f":{frames[-1].lineno}" if frames else ""
@@ -211,7 +211,8 @@ def load_function(task: FunctionSpec) -> Callable[..., Any]:
     function = module.get(task.function)
     if not callable(function):
         names = [name for name, value in module.items() if inspect.isfunction(value)]
-        raise SpecError.of([replace(unknown("function", task.function, names), position=str(file))])
+        cure = "" if is_whole else "Define it above the first call of ablate: trials execute the file up to that call."
+        raise SpecError.of([replace(unknown("function", task.function, names), position=str(file), detail=cure)])
     return function
 
 
@@ -258,21 +259,24 @@ def refuse_nested_start() -> None:
         raise AlreadyStarted
 
 
-def _executed(file: Path) -> dict[str, Any]:
+def _executed(file: Path) -> tuple[dict[str, Any], bool]:
+    """Execute a file; return its globals, and False where a call of `ablate` ended the execution."""
     name, _ = _module_name(file)
     if package := name.rpartition(".")[0]:  # the file may import relatively
         importlib.import_module(package)
         if name in sys.modules:
-            return vars(sys.modules[name])
+            return vars(sys.modules[name]), True
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     there = sys.modules.get(name)
     if there is None or getattr(there, "__file__", None) == str(file):
         sys.modules[name] = module  # so that the function's objects can be pickled, such as by a data loader
-    with suppress(AlreadyStarted):
+    try:
         spec.loader.exec_module(module)
-    return vars(module)
+    except AlreadyStarted:
+        return vars(module), False
+    return vars(module), True
 
 
 def _module_name(file: Path) -> tuple[str, Path]:
