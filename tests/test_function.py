@@ -377,6 +377,15 @@ def test_changed_metrics_fail(tmp_path):
         ({"task": {"function": "tarin"}}, r"task\.function: got 'tarin'; expected a function .*'train'"),
         ({"task": {"file": "/nowhere/mine.py"}}, "got /nowhere/mine.py, which does not exist; expected a"),
         ({"task": {"arguments": {"rate": 1}}}, r"got no argument of train in mine\.py; expected norm, window"),
+        (
+            {"task": {"arguments": {"windwo": 1}}, "axes": {"norm": ["none"]}},
+            r"task\.arguments\.windwo: got no argument of train in mine\.py; expected norm.*; did you mean 'window'\?",
+        ),
+        (
+            {"task": {"arguments": {"norm": {"kind": "layer", "epss": 1}}}, "axes": {"window": [1]}},
+            r"task\.arguments\.norm\.epss: got .*; did you mean 'eps'\?",
+        ),
+        ({"task": {"arguments": {"seed": 1}}}, r"task\.arguments\.seed: got an argument that the study sets"),
         ({"axes": {"norm": ["none"]}}, "got no value for window, which train in mine.py needs"),
         ({"axes": {"norm": ["laier"], "window": [1]}}, r"axes\.norm\[0\]: got unknown normalizer .laier.*layer"),
         ({"axes": {"norm": ["layer"], "window": [0]}}, r"axes\.window"),

@@ -154,8 +154,11 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
     arguments = {**task.arguments, **{name: data["model"][name] for name in data["model"] if name in varied}}
     if "norm" in arguments and not has_norm(arguments["norm"]) and "window" in arguments:
         arguments["window"] = 1  # without a norm a window changes nothing
-    problems += check_arguments(task, arguments)
-    problems += _norm_problems(arguments)
+    constant = [("model", name) for name in task.arguments]
+    problems += [
+        each._replace(path=("task", "arguments", *each.path[1:])) if each.path[:2] in constant else each
+        for each in (*check_arguments(task, arguments), *_norm_problems(arguments))
+    ]
     for name in sorted(axes):
         if name.startswith("train."):
             _put(data, axis_path(name), axes[name])
