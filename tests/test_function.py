@@ -390,6 +390,13 @@ def test_changed_metrics_fail(tmp_path):
         ({"axes": {"norm": ["laier"], "window": [1]}}, r"axes\.norm\[0\]: got unknown normalizer .laier.*layer"),
         ({"axes": {"norm": ["layer"], "window": [0]}}, r"axes\.window"),
         ({"axes": {"norm": ["none"], "window": [1], "seed": [1]}}, "seed"),
+        *(
+            (
+                {"axes": {"norm": ["none"], "window": [1], name: [1]}},
+                rf"axes\.{name}: got {name}; expected .*, or an argument of a function .*; {name} is reserved",
+            )
+            for name in ("model", "task", "tasks", "train", "seed", "seeds")
+        ),
         ({"train": {"optimizer": "adam"}}, r"train\.optimizer: got an option that a python task does not use"),
         ({"model": {"cell": "lstm"}}, r"model\.cell: got an option; expected none: a python task has arguments"),
         (

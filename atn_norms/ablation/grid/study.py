@@ -212,9 +212,8 @@ def _axes(axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
                 times = "twice" if len(places) == 2 else f"{len(places)} times"
                 problems.append(Problem((name, places[1]), f"got {brief(each)} {times}; expected different values"))
         if name in (*SECTIONS, "tasks", "seeds", "seed"):
-            problems.append(
-                Problem((name,), f"got {name}; expected an option such as norm or train.steps; {name} has a section")
-            )
+            expected = "expected an option such as norm or train.steps, or an argument of a function with another name"
+            problems.append(Problem((name,), f"got {name}; {expected}; {name} is reserved"))
     paths = [axis_path(name) for name in axes]
     problems += [Problem((n,), IS_AXIS) for i, n in enumerate(axes) if paths[i] in paths[:i]]
     if problems:
