@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import os
 import random
 import re
@@ -440,6 +441,29 @@ def test_changed_code_is_another_study(tmp_path):
     with pytest.raises(SpecError, match=r"other data or code \(task\.file \(.*mine\.py\) has changed\)"):
         ablation.create(study(path), folder)
     with pytest.raises(SpecError, match=r"task\.file: got changed .*mine\.py; expected the content of the time"):
+        ablation.resume(folder, workers=0)
+
+
+def test_the_changed_file_is_named(tmp_path):
+    path, helper = written(tmp_path, "import helper\n" + GOOD), written(tmp_path, "x = 1", "helper.py")
+    data, other = tmp_path / "data.csv", tmp_path / "other.csv"
+    for each in (data, other):
+        each.write_text("1")
+    task = {"files": [str(data), str(other)]}
+    folder = ablation.create(study(path, task=dict(task)), tmp_path / "study")
+    helper.write_text("x = 2")
+    other.write_text("2")
+    cause = rf"\(task\.file \({helper}\) has changed; task\.files \({other}\) has changed\)"
+    with pytest.raises(SpecError, match=cause):
+        ablation.create(study(path, task=dict(task)), folder)
+    with pytest.raises(SpecError, match=rf"task\.file: got changed {helper}; .*\n.*task\.files: got changed {other};"):
+        ablation.resume(folder, workers=0)
+    resolved = json.loads((folder / "study.resolved.json").read_text())
+    del resolved["sources"]  # as in a study of an earlier version
+    (folder / "study.resolved.json").write_text(json.dumps(resolved))
+    with pytest.raises(
+        SpecError, match=rf"task\.file: got changed {path}; .*\n.*task\.files: got changed {data}, {other};"
+    ):
         ablation.resume(folder, workers=0)
 
 

@@ -119,7 +119,7 @@ def refuse_edited(folder: Path | str) -> None:
     store = StudyFolder(folder)
     resolved = store.resolved()
     refuse_changed_plugins(store.path, (each["trial"] for each in resolved["trials"]))
-    refuse_changed_functions(store.path, (each["trial"] for each in resolved["trials"]))
+    refuse_changed_functions(store.path, resolved)
     refuse_edited_file(store, resolved)
 
 

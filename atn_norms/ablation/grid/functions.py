@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options 
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
 ENTRY = "atn_norms.ablation.ablate"  # a call of it starts a study; changing it does not change what a trial computes
 
+Sources = dict[str, dict[str, str]]  # option -> path -> hash
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
 
@@ -71,6 +72,13 @@ class FunctionSpec(Options):
         return {"file": hash_code(Path(self.file))} | (
             {"files": hashlib.sha256("\n".join(named.values()).encode()).hexdigest()[:16]} if named else {}
         )
+
+    def sources(self) -> Sources:
+        """Compute the hash of each file that `data` covers. Errors as in `data`."""
+        file = Path(self.file)
+        code = {os.path.relpath(each, file.parent): _counted(each) for each in sorted(_local_files(file))}
+        hashes = {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in code.items()}
+        return {"file": hashes, "files": {name: hash_files(_existing(Path(name))) for name in self.files}}
 
     def unsupported_reason(self, layer: Any) -> str | None:
         """Return None: a function accepts any layer; arguments named `norm` and `window` are checked elsewhere."""
@@ -232,17 +240,33 @@ def task_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {"kind": KIND, "file": file, "function": name}
 
 
-def refuse_changed_functions(folder: Path, trials: Iterable[Mapping[str, Any]]) -> None:
+def changed_files(task: Mapping[str, Any], option: str, before: Sources, after: Sources) -> str:
+    """Name the files of an option of a function's task that differ between its earlier and its present `sources`.
+
+    Without earlier sources, as in a study of an earlier version, these are all files that the option names.
+    """
+    then, now = before.get(option, {}), after.get(option, {})
+    paths = [path for path in {**then, **now} if then.get(path) != now.get(path)] if then and now else []
+    names = [os.path.normpath(Path(task["file"]).parent / path) for path in paths]  # the paths of `files` are absolute
+    return ", ".join(names or ([task["file"]] if option == "file" else task["files"]))
+
+
+def refuse_changed_functions(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Raise `SpecError` where the code or the files of a study's functions have changed since it was created."""
     changes: dict[tuple[str, str], None] = {}
-    here: dict[str, dict[str, str]] = {}
-    for trial in trials:
+    here: dict[str, tuple[dict[str, str], Sources]] = {}
+    for each in resolved["trials"]:
+        trial, label = each["trial"], each["points"][0]["task"]
         if is_function(trial["task"]):
             task = FunctionSpec.model_validate(trial["task"])
-            data = here.setdefault(repr((task.file, task.files)), task.data())
+            key = repr((task.file, task.files))
+            if key not in here:
+                here[key] = task.data(), task.sources()
+            data, sources = here[key]
+            before = resolved.get("sources", {}).get(label, {})
             for option, content in trial["data"].items():
                 if data[option] != content:
-                    changes[(option, task.file if option == "file" else ", ".join(task.files))] = None
+                    changes[option, changed_files(trial["task"], option, before, sources)] = None
     expected, cure = "the content of the time when the study was created", "Restore it, or make a new study."
     problems = [SpecProblem(("task", option), f"changed {name}", expected, detail=cure) for option, name in changes]
     if problems:

@@ -11,7 +11,7 @@ import torch
 
 from atn_norms import errors
 from atn_norms.ablation.grid.errors import Problem, invalid
-from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec
+from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, Sources, changed_files, is_function
 from atn_norms.ablation.grid.resolve import layer_of
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
@@ -51,6 +51,7 @@ class Plan:
     baseline: dict[str, str]
     trials: tuple[PlannedTrial, ...]
     tune: dict[str, list[str]] = field(default_factory=dict)
+    sources: dict[str, Sources] = field(default_factory=dict)  # of functions, by task
 
     @property
     def key(self) -> str:
@@ -74,16 +75,20 @@ class Plan:
     def changed_data(self, resolved: Mapping[str, Any]) -> str:
         """Describe which data and code differ from those of a stored study (`resolved`) in otherwise equal trials."""
         mine = {_without_data(trial.trial): trial.trial for trial in self.trials}
-        pairs = [(each["trial"], mine.get(_without_data(each["trial"]))) for each in resolved["trials"]]
-        return "; ".join(
-            dict.fromkeys(
-                f"task.{option} ({there['task'].get(option)}) has changed"
-                for there, here in pairs
-                if here is not None
-                for option, content in there["data"].items()
-                if here["data"].get(option) != content
-            )
-        )
+        changes: dict[str, None] = {}
+        for each in resolved["trials"]:
+            there, here = each["trial"], mine.get(_without_data(each["trial"]))
+            if here is None:
+                continue
+            label = each["points"][0]["task"]
+            before, after = resolved.get("sources", {}).get(label, {}), self.sources.get(label, {})
+            for option, content in there["data"].items():
+                if here["data"].get(option) != content:
+                    files = there["task"].get(option)
+                    if is_function(here["task"]):
+                        files = changed_files(here["task"], option, before, after)
+                    changes[f"task.{option} ({files}) has changed"] = None
+        return "; ".join(changes)
 
     def resolved(self) -> dict[str, Any]:
         """Return the content of `study.resolved.json`."""
@@ -97,6 +102,7 @@ class Plan:
             "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
             "baseline": self.baseline,
             "tune": self.tune,
+            **({"sources": self.sources} if self.sources else {}),
             "trials": [{"id": trial.id, "points": list(trial.points), "trial": trial.trial} for trial in self.trials],
         }
 
@@ -116,6 +122,7 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
     `specs.read`) adds the position in the study's file.
     """
     facts: dict[str, TaskFacts] = {}
+    sources: dict[str, Sources] = {}
     resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
     built: dict[str, tuple[Task, dict[str, str]]] = {}
     for point in study.points():
@@ -124,6 +131,8 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
         except SpecError as error:
             problems = [point.placed(_task_problem(each, point.task)) for each in error.problems]
             raise to_spec_error(invalid("study", problems), where) from error
+        if point.labels["task"] not in facts and isinstance(point.task, FunctionSpec):
+            sources[point.labels["task"]] = point.task.sources()
         facts.setdefault(point.labels["task"], metric)
         resolved.append((point.labels, trial))
     _check_margins(study, facts, where)
@@ -142,6 +151,7 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
         tasks=facts,
         baseline=study.baseline_labels(),
         tune=study.tune_labels(),
+        sources=sources,
         trials=tuple(trials.values()),
     )
 

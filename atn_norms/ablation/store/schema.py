@@ -113,6 +113,7 @@ class StoredStudy(Stored):
     tasks: dict[str, _Facts]
     baseline: dict[str, str]
     tune: dict[str, list[str]] = {}
+    sources: dict[str, dict[str, dict[str, str]]] = {}
     trials: list[_Entry] = Field(min_length=1)
 
 
