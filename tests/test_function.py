@@ -672,6 +672,35 @@ def test_a_study_of_a_function_prints_its_answer_and_its_failures(tmp_path, caps
     assert "1 failed)" in repr(record) and len(repr(record.best())) < 1000
 
 
+def test_margin_endpoint_and_level_are_those_of_a_study_file(tmp_path, capsys, monkeypatch):
+    body = """
+    def train(x, seed, trial):
+        for step in range(1, 6):
+            trial.report(step, step * x / 10)
+        return x + seed / 1000
+    """
+    path = written(tmp_path, body, "declared.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module(path.stem).train
+    given: Any = {"axes": {"x": [1, 2]}, "seeds": 2, "goal": "max", "reports": "metric", "out": tmp_path / "study"}
+    record: Any = ablation.ablate(function, **given, workers=0, reach=0.4)
+    finished = [(trial.folder / "result.json").stat().st_mtime_ns for trial in record.trials]
+    declared: Any = {"margin": 0.5, "endpoint": "steps", "reach": 0.4}
+    record = ablation.ablate(function, **given, workers=0, **declared)
+    assert {option: record.study[option] for option in declared} == declared
+    assert [(trial.folder / "result.json").stat().st_mtime_ns for trial in record.trials] == finished
+    with (tmp_path / "study/report/results.csv").open() as file:
+        assert [line["reached_at"] for line in csv.DictReader(file)] == ["4", "2", "4", "2"]
+    from_file = study(path, task={"reports": "metric"}, axes={"x": [1, 2]}, name="declared", baseline={}, **declared)
+    assert not ablation.load(ablation.create(from_file, tmp_path / "study")).counts()["pending"]
+    with pytest.raises(SpecError, match=r"margin: got -1; expected a number above 0"):
+        ablation.ablate(function, **given, margin=-1)
+    with pytest.raises(SpecError, match=r"endpoint: got 'tial'; expected final, tail, steps.*did you mean 'tail'\?"):
+        ablation.ablate(function, **given, endpoint="tial")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="endpoint: got steps for train; expected a level for it in reach"):
+        ablation.ablate(function, **given, endpoint={"measure": "steps"})
+
+
 def test_an_interrupted_study_of_a_function_states_how_to_resume(tmp_path, capsys, monkeypatch):
     path = written(tmp_path, "def train(x):\n    raise KeyboardInterrupt", "interrupted.py")
     monkeypatch.syspath_prepend(tmp_path)

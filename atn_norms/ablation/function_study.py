@@ -38,6 +38,9 @@ def ablate(
     arguments: Mapping[str, Any] | None = None,
     files: Sequence[Path | str] = (),
     baseline: Mapping[str, Any] | None = None,
+    margin: float | None = None,
+    endpoint: Literal["final", "tail", "steps"] | Mapping[str, Any] | None = None,
+    reach: float | None = None,
     steps: int | None = None,
     patience: int | None = None,
     reports: Literal["loss", "metric"] = "loss",
@@ -66,6 +69,9 @@ def ablate(
     | `arguments` | arguments of every call |
     | `files` | other files and folders that the result depends on; a changed file makes another study |
     | `baseline` | axis -> value that the other values are compared with |
+    | `margin` | the largest difference of the endpoint that does not matter; changing it trains nothing again |
+    | `endpoint` | the measure that decides: `final`, or with `reports="metric"` also `tail` or `steps`, or a mapping |
+    | `reach` | a level of the reported metric: the report shows the steps to reach it |
     | `steps` | training steps of a trial, for the progress line |
     | `patience` | reports without improvement after which `trial.should_stop` is true |
     | `reports` | whether `trial.report` gets losses, or values of the `metric` |
@@ -81,7 +87,7 @@ def ablate(
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
     task |= {"files": [str(each) for each in files], **task_of(function)}
     train: dict[str, Any] = {"patience": patience, "threads": threads} | ({"steps": steps} if steps else {})
-    study = {
+    study: dict[str, Any] = {
         "name": name or Path(task["file"]).stem,
         "task": task,
         "train": train,
@@ -89,6 +95,8 @@ def ablate(
         "seeds": seeds if isinstance(seeds, Integral) else list(cast("Sequence[int]", seeds)),
         "baseline": dict(baseline or {}),
     }
+    analysis = {"margin": margin, "endpoint": endpoint, "reach": reach}
+    study |= {option: value for option, value in analysis.items() if value is not None}
     spec = validated(study)
     with isolated():
         refuse_different_globals(function, spec.points()[0].task)
