@@ -11,11 +11,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from atn_norms.ablation.execution.caller import refuse_different_globals
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
 from atn_norms.ablation.execution.estimate import costs
-from atn_norms.ablation.execution.function import refuse_different_globals
 from atn_norms.ablation.execution.remaining import RemainingTime
-from atn_norms.ablation.execution.trial import isolated
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
 from atn_norms.ablation.report import findings, write
 from atn_norms.ablation.report.costs import duration
@@ -98,8 +97,7 @@ def ablate(
     analysis = {"margin": margin, "endpoint": endpoint, "reach": reach}
     study |= {option: value for option, value in analysis.items() if value is not None}
     spec = validated(study)
-    with isolated():
-        refuse_different_globals(function, spec.points()[0].task)
+    refuse_different_globals(function, spec.points()[0].task)
     folder = create(spec, out)
     log = _Log(folder, None if scheduler else max(1, workers))
     with _main_not_run_again():

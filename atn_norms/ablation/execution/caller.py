@@ -13,13 +13,17 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from numbers import Number
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import CodeType, FunctionType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 
 import torch
 
-from atn_norms.errors import Problem, brief, short_repr
+from atn_norms.ablation.execution.function import contained, loaded
+from atn_norms.ablation.execution.random_state import random_state, restore_random_state
+from atn_norms.ablation.execution.trial import isolated
+from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree
+from atn_norms.errors import Problem, SpecError, brief, short_repr
 
 PLAIN = (str, bytes, NoneType, Number, PurePath, Enum, range, datetime.date, torch.device, torch.dtype)
 READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions that read a global
@@ -27,25 +31,28 @@ ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 MISSING = object()
 
 
-def different_globals(mine: Callable[..., Any], theirs: Callable[..., Any], file: str, tree: ast.AST) -> list[Problem]:
-    """Return a problem for each setting that a function reads, and that has another value in its trials.
+def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -> None:
+    """Raise `SpecError` for each setting that a function reads, and that has another value in its trials.
 
     The settings are globals, defaults and closures of the function, and of the functions and classes of its file that
     it names. Plain values, and mappings, namespaces and dataclasses of them, are compared by value; others by type.
 
-    | symbol | meaning |
-    |---|---|
-    | `mine` | the function in this process |
-    | `theirs` | the function as trials load it |
-    | `file`, `tree` | the name of its file, and the syntax of the file |
+    Errors: `SpecError` too where trials could not load the function.
     """
-    comparison = _Comparison(mine, theirs, file, tree)
-    comparison.compare(mine.__name__, mine, theirs)
-    return list(comparison.problems.values())
+    state, file, code = random_state(), Path(task.file), hash_code(Path(task.file))
+    try:
+        with isolated(), contained(lambda line: None, task.function), local_modules(file):
+            theirs = loaded(task, code)
+    finally:
+        restore_random_state(state)
+    comparison = _Comparison(function, theirs, file.name, syntax_tree(file))
+    comparison.compare(function.__name__, function, theirs)
+    if comparison.problems:
+        raise SpecError.of(comparison.problems.values())
 
 
 class _Comparison:
-    """Compare two copies of a function; `problems` are by name."""
+    """Compare a function in this process with the function as trials load it; `problems` are by name."""
 
     def __init__(self, mine: Any, theirs: Any, file: str, tree: ast.AST) -> None:
         self.problems: dict[str, Problem] = {}

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from atn_norms.ablation.execution.caller import different_globals
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state, seed_all
-from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules, syntax_tree
+from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable
 from atn_norms.ablation.store.files import Folder, StoreError
@@ -199,8 +198,8 @@ def run_function(
     torch.set_num_threads(trial["train"]["threads"])
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     folder.start()
-    with _contained(folder.log, task.function), local_modules(Path(task.file)):
-        function = _loaded(task, data["file"])
+    with contained(folder.log, task.function), local_modules(Path(task.file)):
+        function = loaded(task, data["file"])
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         seed_all(trial["seed"])
         try:
@@ -216,22 +215,7 @@ def run_function(
     return result | {"step": handle._step}
 
 
-def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -> None:
-    """Raise `SpecError` where a function reads other settings in this process than in its trials.
-
-    Errors: `SpecError` too where trials could not load the function.
-    """
-    before, file, code = random_state(), Path(task.file), task.data()["file"]
-    try:
-        with _contained(lambda line: None, task.function), local_modules(file):
-            loaded = _loaded(task, code)
-    finally:
-        restore_random_state(before)
-    if problems := different_globals(function, loaded, file.name, syntax_tree(file)):
-        raise SpecError.of(problems)
-
-
-def _loaded(task: FunctionSpec, code: str) -> Callable[..., Any]:
+def loaded(task: FunctionSpec, code: str) -> Callable[..., Any]:
     """Load a function, with the global settings that its modules set when they are imported.
 
     Installed modules are imported once in a process, and the settings are restored after each trial. Without this, only
@@ -317,7 +301,7 @@ def _number(value: Any) -> float | None:
 
 
 @contextmanager
-def _contained(write: Callable[[str], None], name: str) -> Iterator[None]:
+def contained(write: Callable[[str], None], name: str) -> Iterator[None]:
     """Write a function's output to a log; afterwards end its processes and restore global settings."""
 
     def note(text: str) -> None:
