@@ -87,6 +87,18 @@ def test_every_reported_step_counts_where_the_study_sets_no_steps(tmp_path, caps
     assert "test accuracy" in page and "test test" not in page
 
 
+def test_integers_of_numpy_are_steps(tmp_path):
+    body = """
+    import numpy as np
+    def train(trial):
+        trial.report(np.int64(2), np.float32(0.5))
+        return np.int64(3)
+    """
+    trial = only(tmp_path, body)
+    assert trial.status == "done", trial.error
+    assert trial.curve == [{"step": 2, "train_loss": 0.5, "validation": None}]
+
+
 def test_more_steps_than_the_study_sets_are_no_damage(tmp_path):
     trial = only(tmp_path, "def train(trial):\n    trial.report(9, 1.0)\n    return 1.0\n", train={"steps": 5})
     assert (trial.status, trial.step) == ("done", 9)
@@ -126,6 +138,20 @@ def test_a_script_without_a_guard_runs_in_processes_and_continues(tmp_path):
         ("def train(): return {}", r"train: got dict \{\}; expected a number"),
         ("def train(): return {'loss': 'low'}", "train: got 'low' for 'loss'; expected a number"),
         ("def train(): return True", "train: got bool True; expected a number"),
+        ("import numpy\ndef train(): return numpy.bool_(True)", "train: got bool.*True.*; expected a number"),
+        (
+            "import torch\ndef train(): return {'a': torch.tensor(True)}",
+            r"train: got tensor\(True\) for 'a'; expected a",
+        ),
+        ("import numpy\ndef train(): return numpy.complex128(1 + 2j)", "train: got complex128 .*; expected a number"),
+        (
+            "import torch\ndef train(trial): trial.report(1, torch.tensor(2j))",
+            "value: got Tensor .*; expected a number",
+        ),
+        (
+            "import numpy\ndef train(trial): trial.report(numpy.bool_(True), 1.0)",
+            "step: got .*True.*; expected an integer",
+        ),
         ("import sys\ndef train(): sys.exit(3)", r"train: got a call of sys\.exit\(3\); expected returned metrics"),
         ("def train(): raise RuntimeError('out of cheese')", "RuntimeError: out of cheese"),
         ("def train(trial): trial.report(0, 1.0)", r"step: got 0; expected an integer of at least 1"),

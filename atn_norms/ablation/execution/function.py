@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ class Trial:
         A loss that is not finite, or over `divergence_factor` times the first loss, ends the trial as diverged. With
         the option `reports: metric`, the value is the metric instead of a loss.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < max(1, self._step + 1):
+        if isinstance(step, bool) or not isinstance(step, Integral) or step < max(1, self._step + 1):
             raise ValueError(f"step: got {short_repr(step)}; expected an integer of at least {self._step + 1}")
+        step = int(step)
         number = _number(value)
         if number is None:
             raise TypeError(f"value: got {type(value).__name__} {short_repr(value)}; expected a number")
@@ -291,8 +293,9 @@ def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapp
 
 
 def _number(value: Any) -> float | None:
-    """Convert a value, or a tensor or array of one element, to a float; None where it is no number."""
-    if isinstance(value, bool | str | bytes) or value is None:
+    """Convert a value, or a tensor or array of one element, to a float; None where it is no real number."""
+    is_other = str(getattr(value, "dtype", "")).removeprefix("torch.").startswith(("bool", "complex"))
+    if isinstance(value, bool | str | bytes) or value is None or is_other:
         return None
     try:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
