@@ -320,6 +320,13 @@ def test_a_normalizer_that_cannot_be_copied_yet_is_traced_later(computed):
     assert not isinstance(traced_norm(normalizer, 4), str)
 
 
+def test_a_default_device_does_not_affect_a_trace():
+    normalizer: Any = Raised(4, 1.0, "length")
+    normalizer.unique = "default device"
+    with torch.device("meta"):
+        assert not isinstance(traced_norm(normalizer, 4), str)
+
+
 def test_an_empty_slice_has_no_program():
     class Split(Distant):
         def normalize(self, x, pooled):

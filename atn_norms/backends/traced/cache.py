@@ -133,6 +133,7 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         return f"it uses {name} in {function}, so a value could change unnoticed"
     # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
+        torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
@@ -171,7 +172,7 @@ def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
     library = load()
     if isinstance(library, str):
         return traced
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():
         exact = {name: _keeps_digits(library, normalizer, traced, name) for name in PROGRAMS}
     return replace(traced, **{name: replace(getattr(traced, name), narrow=narrow) for name, narrow in exact.items()})
 
