@@ -698,6 +698,40 @@ def test_a_study_of_a_function_prints_its_answer_and_its_failures(tmp_path, caps
     assert "1 failed)" in repr(record) and len(repr(record.best())) < 1000
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": "data.csv"}, "files: got str 'data.csv'; expected a list of paths"),
+        ({"files": Path("data.csv")}, "files: got .*Path.*; expected a list of paths"),
+        ({"seeds": None}, "seeds: got NoneType None; expected a number or a list of seeds"),
+        ({"seeds": "12"}, "seeds: got str '12'; expected a number or a list of seeds"),
+        ({"seeds": 1.5}, r"seeds: got float 1\.5; expected a number or a list of seeds"),
+        ({"axes": {"x": "abc"}}, r"axes\.x: got str 'abc'; expected a list of values"),
+        ({"axes": {"x": {1, 2}}}, r"axes\.x: got set \{1, 2\}; expected a list of values"),
+        ({"axes": {"x": {"a": 1}}}, r"axes\.x: got dict \{'a': 1\}; expected a list of values"),
+        ({"axes": {"x": 3}}, r"axes\.x: got int 3; expected a list of values"),
+        ({"steps": 0}, r"train\.steps: got 0; expected at least 1"),
+        ({"name": ""}, "name: got ''; expected 1 to 80 letters"),
+    ],
+)
+def test_bad_arguments_of_ablate_are_refused(change, message, tmp_path, monkeypatch):
+    path = written(tmp_path, "def train(x):\n    return x", "arguments.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module(path.stem).train
+    given: Any = {"axes": {"x": range(1, 3)}, "seeds": 1, "out": tmp_path / "study", "workers": 0} | change
+    with pytest.raises(SpecError, match=message):
+        ablation.ablate(function, **given)
+    assert not (tmp_path / "study").exists()
+    del sys.modules[path.stem]
+
+
+def test_positional_only_parameters_are_refused(tmp_path):
+    path = written(tmp_path, "def train(norm, window, /):\n    return 1")
+    message = r"task\.function: got positional-only parameters of train in mine\.py: norm, window; expected parameters"
+    with pytest.raises(SpecError, match=message):
+        ablation.create(study(path, task={"function": "train"}), tmp_path / "study")
+
+
 def test_margin_endpoint_and_level_are_those_of_a_study_file(tmp_path, capsys, monkeypatch):
     body = """
     def train(x, seed, trial):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from atn_norms.ablation.execution.caller import refuse_different_globals
 from atn_norms.ablation.execution.engine import Event, OnEvent, run
@@ -21,7 +21,7 @@ from atn_norms.ablation.report.costs import duration
 from atn_norms.ablation.report.sentences import answer, verdict_line
 from atn_norms.ablation.store.records import StudyRecord
 from atn_norms.ablation.studies import create, validated
-from atn_norms.errors import plural
+from atn_norms.errors import SpecError, plural, typed_repr
 from atn_norms.text import encodable, escape_controls
 
 
@@ -84,14 +84,14 @@ def ablate(
     """
     refuse_nested_start()
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
-    task |= {"files": [str(each) for each in files], **task_of(function)}
-    train: dict[str, Any] = {"patience": patience, "threads": threads} | ({"steps": steps} if steps else {})
+    task |= {"files": [str(each) for each in _listed("files", files, "a list of paths")], **task_of(function)}
+    train: dict[str, Any] = {"patience": patience, "threads": threads} | ({} if steps is None else {"steps": steps})
     study: dict[str, Any] = {
-        "name": name or Path(task["file"]).stem,
+        "name": Path(task["file"]).stem if name is None else name,
         "task": task,
         "train": train,
-        "axes": {axis: list(values) for axis, values in axes.items()},
-        "seeds": seeds if isinstance(seeds, Integral) else list(cast("Sequence[int]", seeds)),
+        "axes": {axis: _listed(("axes", axis), values, "a list of values") for axis, values in axes.items()},
+        "seeds": seeds if isinstance(seeds, Integral) else _listed("seeds", seeds, "a number or a list of seeds"),
         "baseline": dict(baseline or {}),
     }
     analysis = {"margin": margin, "endpoint": endpoint, "reach": reach}
@@ -123,6 +123,13 @@ def ablate(
             _print(f"{plural(failed, 'trial')} failed; see {shlex.join(['atn-norms', 'status', str(folder)])}")
         _print(f"report: {page}")
     return record
+
+
+def _listed(option: str | tuple[str, ...], values: Any, expected: str) -> list[Any]:
+    """Return several values as a list; `SpecError` for one value, and for a set, which has no order."""
+    if isinstance(values, str | bytes | Mapping | set | frozenset) or not isinstance(values, Iterable):
+        raise SpecError(option, typed_repr(values), expected)
+    return list(values)
 
 
 class _Log:

@@ -128,6 +128,9 @@ def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Pr
         if default is None
     ]
     where = f"{task.function} in {Path(task.file).name}"
+    if only := ", ".join(each.arg for each in definition.args.posonlyargs):
+        got = f"got positional-only parameters of {where}: {only}"
+        yield Problem(("task", "function"), f"{got}; expected parameters that can be passed by name")
     for name in given:
         if name in PROVIDED:
             yield Problem(("model", name), f"got an argument that the study sets; expected others: {where}")
