@@ -331,10 +331,6 @@ def _is_slot(value: Any) -> bool:
     return hasattr(value, "__get__") and _function(value) is None and _root(type(value).__module__) in KNOWN
 
 
-def _module_of(value: Any) -> str:
-    return value.__name__ if isinstance(value, types.ModuleType) else value.__module__
-
-
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
