@@ -1,6 +1,7 @@
 """The report of a study in any state: self-contained, escaped, complete, and reproducible."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -440,6 +441,23 @@ def test_the_study_on_the_page_is_a_file_that_reads_back(tmp_path):
     page = Page(files[0].read_text(encoding="utf-8"))
     (tmp_path / "study.yaml").write_text(next(text for text in page.texts if text.startswith("model:")))
     assert read(tmp_path / "study.yaml")[0] == record.study
+
+
+def test_a_report_with_whole_ids_is_read(tmp_path):
+    """Reports of earlier versions have them; those of this version have the first eight characters."""
+    record = study(score, seeds=2, norms=["rms"])
+    trials = [replace(t, id=hashlib.sha256(t.id.encode()).hexdigest()[:16]) for t in record.trials]
+    record = replace(record, trials=tuple(map(as_stored, trials)))
+    report.write(record, tmp_path, formats=())
+    before = report.read(tmp_path)
+    assert [trial.id for trial in before.trials] == [trial.id for trial in trials]
+    for name in ("results.csv", "curves.csv"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        for trial in trials:
+            assert trial.id[:8] in text and trial.id not in text
+            text = text.replace(trial.id[:8], trial.id)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert report.read(tmp_path) == before
 
 
 def test_unwritable_folders_are_named(tmp_path):

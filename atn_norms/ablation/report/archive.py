@@ -77,7 +77,9 @@ def read(folder: Path | str) -> StudyRecord:
         whole = json.loads(_text(folder / FILE))
         curves = _curves(folder / "curves.csv")
         lines = {line["trial"]: line for line in _lines(folder / "results.csv")}
-        trials = tuple(_trial(entry, lines[entry["id"]], curves.get(entry["id"], [])) for entry in whole.pop("trials"))
+        size = max(map(len, lines), default=0)  # the files have the first characters of the ids
+        entries = [(entry, entry["id"][:size]) for entry in whole.pop("trials")]
+        trials = tuple(_trial(entry, lines[name], curves.get(name, [])) for entry, name in entries)
         tasks = {name: TaskFacts(**facts) for name, facts in whole.pop("tasks").items()}
         return StudyRecord(**whole, tasks=tasks, trials=trials)
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError, csv.Error) as error:

@@ -15,13 +15,29 @@ from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.names import called_baseline, labels, verdict
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
+LEAST_ID = 8  # characters of a trial's id in the files
+
+
+def short_ids(ids: Sequence[str]) -> dict[str, str]:
+    """Return the first characters of each id: eight, or as many as distinguish all ids.
+
+    >>> short_ids(["0123456789abcdef", "0123456799abcdef"])
+    {'0123456789abcdef': '012345678', '0123456799abcdef': '012345679'}
+    """
+    size = LEAST_ID
+    while len({each[:size] for each in ids}) < len(set(ids)):
+        size += 1
+    return {each: each[:size] for each in ids}
+
 
 def results_csv(found: Findings) -> str:
     """Return a line for every trial, whatever its status; the label is `any` if an axis has no effect on it.
 
-    `reached_at` is empty if the trial has not ended, or did not reach the level within `level_limit` steps.
+    `reached_at` is empty if the trial has not ended, or did not reach the level within `level_limit` steps. `trial` has
+    the first characters of the id, which distinguish the trials of the study.
     """
     record = found.record
+    short = short_ids([trial.id for trial in record.trials])
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
     tuned = [f"{axis} (tuned)" for axis in record.tune]
     headers = ["task", *record.axes, *tuned, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
@@ -42,7 +58,7 @@ def results_csv(found: Findings) -> str:
         line += [(trial.result or {}).get("step", ""), trial.trial["train"]["steps"], scored_step(record, trial)]
         line += [task.level.value, task.level.limit] if task and task.speed else ["", ""]
         line += [reached.get(trial.id, ""), run.get("seconds", ""), run.get("attempts", ""), run.get("host", "")]
-        lines.append([*line, reason(record, trial), trial.id])
+        lines.append([*line, reason(record, trial), short[trial.id]])
     return _csv(headers, lines)
 
 
@@ -113,22 +129,23 @@ def _ends(interval: Interval | None) -> tuple[float, float] | tuple[None, None]:
 
 
 def curves_csv(found: Findings) -> str:
-    """Return every learning curve, with a line for each measured step; `trial` is the id in results.csv.
+    """Return every learning curve, with a line for each measured step; `trial` is that of results.csv.
 
     Training losses of a trial with validations have 9 significant digits, as float32 has. A report reads them for no
     other trial, so it is the same when it is written again from the file.
     """
     headers = ["trial", "step", "train_loss", "validation"]
-    return _csv(headers, (line for trial in found.record.trials for line in _curve(trial)))
+    short = short_ids([trial.id for trial in found.record.trials])
+    return _csv(headers, (line for trial in found.record.trials for line in _curve(trial, short[trial.id])))
 
 
-def _curve(trial: TrialRecord) -> Iterator[list[Any]]:
+def _curve(trial: TrialRecord, name: str) -> Iterator[list[Any]]:
     validated = any(line.get("validation") is not None for line in trial.curve)
     for line in trial.curve:
         loss = line.get("train_loss")
         if validated and loss is not None:
             loss = float(f"{loss:.9g}")
-        yield [trial.id, line["step"], loss, line.get("validation")]
+        yield [name, line["step"], loss, line.get("validation")]
 
 
 def task_of(trial: TrialRecord) -> str:
