@@ -1159,3 +1159,9 @@ def test_a_byte_order_mark_of_code_is_ignored(tmp_path):
     path = tmp_path / "mine.py"
     path.write_bytes(b"\xef\xbb\xbfx = 1\n")
     assert hash_code(path)
+
+
+def test_a_window_without_a_norm_may_mean_anything(tmp_path):
+    path = written(tmp_path, "def train(window, seed):\n    return float(len(window)) + seed\n")
+    found = trials(tmp_path / "study", path, axes={"window": ["short", "longer"]})
+    assert sorted(t.result["metrics"]["test"]["score"] for t in found) == [5.0, 6.0, 6.0, 7.0]

@@ -241,6 +241,7 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "laier"}}, "this axis: layer; did you mean 'layer'?"),
         ({"axes": {"norm.kind": ["layer", "rms"]}}, "axes.norm.kind: got an option of a norm, which no"),
         ({"axes": {"norm.sites.ih": ["layer"]}}, "axes.norm.sites.ih: got an option of a norm, which no point has"),
+        ({"axes": {"window": [1, 5]}}, "axes.window: got windows without a norm, where they change nothing; expected"),
         ({"axes": {"norm": ["none"], "norm.foo": [1]}}, "axes.norm.foo: got an option of a norm, which no point has"),
         ({"tune": {"model.norm.eps": [1e-5, 1e-3]}}, "tune.model.norm.eps: got an option of a norm, which"),
         ({"axes": {"nrm": ["layer", "rms"]}}, "axes.nrm: got an unknown key; expected one of cell, "),

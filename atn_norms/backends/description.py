@@ -61,7 +61,7 @@ class TracedSite(NamedTuple):
 
 
 WRITE = "write the normalizer with the operations that docs/backends.md lists"
-WINDOWS = "use a window of this package"
+WINDOWS = "use a window of this package, or one of the forms that docs/windows.md lists"
 
 Declared: TypeAlias = FeatureMoments | BatchMoments | TracedSite
 

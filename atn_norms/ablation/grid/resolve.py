@@ -176,19 +176,20 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
 
 def _norm_problems(arguments: Mapping[str, Any]) -> list[Problem]:
     """Return the problems of arguments named `norm` and `window`, validated as options of a layer."""
-    named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
-    if not has_norm(named.get("norm")):
-        named.pop("window", None)
     try:
-        layer_of(named)
+        layer_of(arguments)
     except SpecError as error:
         return placed_in("model", error)
     return []
 
 
 def layer_of(arguments: Mapping[str, Any]) -> LayerSpec:
-    """Make a layer with the `norm` and the `window` of some arguments; its sizes are arbitrary."""
-    named = {name: arguments[name] for name in ("norm", "window") if name in arguments}
+    """Make a layer with the `norm` and the `window` of some arguments; its sizes are arbitrary.
+
+    Without a norm the window is left out: it may be another argument of this name.
+    """
+    names = ("norm", "window") if has_norm(arguments.get("norm")) else ("norm",)
+    named = {name: arguments[name] for name in names if name in arguments}
     return make_layer_spec(cell="lstm", input_size=1, hidden_size=1680, **named)
 
 

@@ -368,17 +368,26 @@ class StudySpec(Options):
                         yield Problem((*base_path, *below), f"{got}; expected no value, or one of the axis")
 
     def _absent_norm_problems(self) -> Iterator[Problem]:
-        """Yield a problem for each varied option of a norm that no point of the study has."""
+        """Yield a problem for each varied option of a norm, and varied window, if no point of the study has a norm."""
         varied = {axis_path(name): (section, name) for section in ("axes", "tune") for name in getattr(self, section)}
         whole = ("model", "norm")
         norms = [
             self.model.get("norm"),
             *(getattr(self, varied[whole][0])[varied[whole][1]] if whole in varied else ()),
         ]
-        for path, where in varied.items():
-            if path[:2] == whole and path != whole and not any(map(has_norm, norms)):
-                got = "got an option of a norm, which no point has; expected model.norm, or an axis norm"
-                yield Problem(where, got)
+        if any(map(has_norm, norms)):
+            return
+        functions = any(is_function(task) for _, task in self._task_list())  # their `window` may mean anything
+        expected = "expected model.norm, or an axis norm"
+        for path, (section, name) in varied.items():
+            if path[:2] == whole and path != whole:
+                yield Problem((section, name), f"got an option of a norm, which no point has; {expected}")
+            if (
+                path == ("model", "window")
+                and not functions
+                and any(value != 1 for value in getattr(self, section)[name])
+            ):
+                yield Problem((section, name), f"got windows without a norm, where they change nothing; {expected}")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
