@@ -1165,3 +1165,23 @@ def test_a_window_without_a_norm_may_mean_anything(tmp_path):
     path = written(tmp_path, "def train(window, seed):\n    return float(len(window)) + seed\n")
     found = trials(tmp_path / "study", path, axes={"window": ["short", "longer"]})
     assert sorted(t.result["metrics"]["test"]["score"] for t in found) == [5.0, 6.0, 6.0, 7.0]
+
+
+def test_a_data_loader_in_a_cycle_ends_its_own_processes(tmp_path):
+    body = """
+    import torch
+
+    class Holder:
+        pass
+
+    def train(seed):
+        holder = Holder()
+        holder.itself = holder
+        loader = torch.utils.data.DataLoader(range(4), num_workers=1, persistent_workers=True)
+        holder.batches = iter(loader)
+        return float(next(holder.batches))
+    """
+    trial = only(tmp_path, body)
+    assert trial.status == "done", trial.error
+    (log,) = (tmp_path / "study" / "trials").glob("*/log.txt")
+    assert "left a process" not in log.read_text()

@@ -376,9 +376,10 @@ def _command(process: int) -> str:
 
 def _end_processes(before: set[int]) -> list[str]:
     """End the child processes that are not in `before`, and describe them."""
-    if _children() - before:
-        gc.collect()  # a data loader ends its processes when it is collected
     left = sorted(_children() - before)
+    if left:
+        gc.collect()  # a data loader ends its processes when it is collected
+        left = sorted(_children() - before)
     described = [f"{each}: {short_repr(_command(each))}" for each in left]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for each in left:
