@@ -16,7 +16,7 @@
 #define ROWS_SUMMED 128               /* rows times steps of such a part, at least */
 #define NEAR_BYTES ((size_t)1 << 20)  /* bytes of weights that fit into a near cache */
 #define DEPTH 128                     /* rows of a packed panel that are used together, 16 KiB at most */
-#define FETCH_BYTES 1024              /* distance at which a panel is prefetched */
+#define FETCH_BYTES 8192              /* distance at which a panel is prefetched */
 #define UNPACKED 8                    /* up to this number of rows times steps, weights are not packed */
 #define THIN 4                        /* input features up to which weight gradients are summed without a matrix product */
 

@@ -39,13 +39,6 @@ INLINE void FN(copy)(REAL *restrict to, const REAL *restrict from, long n) {
     *(FN(vec) *)(to + n - VL) = *(const FN(vec) *)(from + n - VL);
 }
 
-/* Pack a matrix of K rows and M columns into panels [M / PANEL][K][PANEL]; element (k, m) is from[k * row + m * column]. */
-static void FN(pack)(REAL *to, const REAL *from, long K, long M, long row, long column) {
-    for (long p = 0; p < M; p += PANEL)
-        for (long k = 0; k < K; k++, to += PANEL)
-            for (long m = 0; m < PANEL; m++) to[m] = p + m < M ? from[k * row + (p + m) * column] : (REAL)0;
-}
-
 /* Pack one panel, from column p on, of a matrix whose rows are `row` apart. */
 static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, long row) {
     const long columns = M - p < PANEL ? M - p : PANEL;
@@ -55,19 +48,54 @@ static void FN(pack_panel)(REAL *to, const REAL *from, long K, long M, long p, l
     }
 }
 
+/* The numbers of two vectors in turn: of their first halves (LOW), and of their second halves (HIGH). */
+#if VECTOR_BYTES == 64 && !IS_DOUBLE
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VECTOR_BYTES == 64 || (VECTOR_BYTES == 32 && !IS_DOUBLE)
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif VECTOR_BYTES == 32 || !IS_DOUBLE
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#else
+#define LOW 0, 2
+#define HIGH 1, 3
+#endif
+
+/* Store at most a vector of numbers of VL rows as columns, which are a panel wide; a row may be NULL, for zeros. Each round rotates
+   the bits of the number of a row, followed by those of a column, by one. */
+INLINE void FN(turn)(REAL *to, const REAL *const row[VL], long at, long n) {
+    FN(vec) now[VL], next[VL];
+    for (long r = 0; r < VL; r++) now[r] = row[r] ? FN(load)(row[r] + at, n) : (FN(vec)){0};
+    for (long round = 1; round < VL; round *= 2) {
+        for (long r = 0; r < VL / 2; r++) {
+            next[2 * r] = __builtin_shufflevector(now[r], now[r + VL / 2], LOW);
+            next[2 * r + 1] = __builtin_shufflevector(now[r], now[r + VL / 2], HIGH);
+        }
+        memcpy(now, next, sizeof now);
+    }
+    for (long i = 0; i < VL && i < n; i++) *(FN(vec) *)(to + i * PANEL) = now[i];
+}
+#undef LOW
+#undef HIGH
+
+/* Pack one panel with columns that are K numbers each; a column may be NULL, for zeros. */
+static void FN(pack_columns)(REAL *to, const REAL *const column[PANEL], long K) {
+    for (long half = 0; half < PANEL; half += VL)
+        for (long k = 0; k < K; k += VL) FN(turn)(to + k * PANEL + half, column + half, k, K - k);
+}
+
 INLINE long FN(panels)(long M) { return (M + PANEL - 1) / PANEL; }
 
-/* Multiply `rows` rows of A by the first `wide` vectors of one panel, add the result to the initial value of `sum`, and store
-   `columns` columns. Element (r, k) of A is A[r * lda + k * step]. The sum over k has a fixed order, so it does not depend on
-   the grouping of rows. */
-INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, const REAL *A, long lda, long step, const REAL *panel,
-                     const REAL *bias, REAL *out, long ldo, long columns) {
+/* Multiply `rows` rows of A by the first `wide` vectors of one panel, add the result to `start`, and store it in `out`: all columns of the
+   vectors, or only the first `columns` of them with `edge`. Element (r, k) of A is A[r * lda + k * step]. The sum over k has a fixed
+   order, so it does not depend on the grouping of rows. */
+INLINE void FN(tile)(const int rows, const int wide, const int edge, long K, const REAL *A, long lda, long step, const REAL *panel,
+                     const REAL *start, long lds, REAL *out, long ldo, long columns) {
     FN(vec) sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < wide; v++) {
-            if (!onto) sum[r][v] = *(const FN(vec) *)(bias + v * VL);
-            else sum[r][v] = v * VL < columns ? FN(load)(out + r * ldo + v * VL, columns - v * VL) : (FN(vec)){0};
-        }
+        for (int v = 0; v < wide; v++) sum[r][v] = edge && v * VL >= columns ? (FN(vec)){0} : FN(load)(start + r * lds + v * VL, edge ? columns - v * VL : VL);
     /* The address of a row is one register plus an odd multiple of the distance between rows times 1, 2, 4 or 8, which
        processors add at no cost. Otherwise the compiler keeps an address for each row and runs out of registers. */
     const char *at = (const char *)A;
@@ -87,30 +115,28 @@ INLINE void FN(tile)(const int rows, const int wide, const int onto, long K, con
             for (int v = 0; v < wide; v++) sum[r][v] += a * part[v];
         }
     }
-    if (columns >= wide * VL) {
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < wide; v++) *(FN(vec) *)(out + r * ldo + v * VL) = sum[r][v];
-        return;
-    }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < wide && v * VL < columns; v++) FN(store)(out + r * ldo + v * VL, sum[r][v], columns - v * VL);
+        for (int v = 0; v < wide && (!edge || v * VL < columns); v++) FN(store)(out + r * ldo + v * VL, sum[r][v], edge ? columns - v * VL : VL);
 }
 
-/* Multiply R rows by the columns of one panel, in tiles of about equal size that fit into the registers. All tiles use the same
-   few rows of the panel, which stay in the nearest cache, before the next ones. If the panel has columns in its first vector only,
-   the second one is computed only with `whole`. */
+/* Multiply R rows by the columns of one panel, in tiles of about equal size that fit into the registers; `onto`: add the result to
+   `out`, otherwise to the padded bias. All tiles use the same few rows of the panel, which stay in the nearest cache, before the
+   next ones. If the panel has columns in its first vector only, the second one is computed only with `whole`. */
 INLINE void FN(strip)(const int onto, const int whole, long R, long K, const REAL *A, long lda, long step, const REAL *panel, const REAL *bias,
                       REAL *out, long ldo, long columns) {
     for (long from = 0; from < K || from == 0; from += DEPTH) {
         const long deep = K - from < DEPTH ? K - from : DEPTH;
         const int add = onto || from;
-        const REAL *rest = A + from * step, *deeper = panel + from * PANEL;
         for (long row = 0, tiles = (R + TILE_ROWS - 1) / TILE_ROWS, rows; tiles > 0; tiles--, row += rows) {
             rows = (R - row + tiles - 1) / tiles;
-#define TILE(n)                                                                                                                  \
-    case n:                                                                                                                      \
-        if (columns > VL || whole) FN(tile)(n, 2, add, deep, rest + row * lda, lda, step, deeper, bias, out + row * ldo, ldo, columns); \
-        else FN(tile)(n, 1, add, deep, rest + row * lda, lda, step, deeper, bias, out + row * ldo, ldo, columns);                     \
+            REAL *to = out + row * ldo;
+            const REAL *part = A + row * lda + from * step, *deeper = panel + from * PANEL, *start = add ? to : bias;
+            const long between = add ? ldo : 0;
+#define TILE(n)                                                                                                          \
+    case n:                                                                                                              \
+        if (columns >= PANEL) FN(tile)(n, 2, 0, deep, part, lda, step, deeper, start, between, to, ldo, PANEL);           \
+        else if (columns > VL || whole) FN(tile)(n, 2, 1, deep, part, lda, step, deeper, start, between, to, ldo, columns); \
+        else FN(tile)(n, 1, 1, deep, part, lda, step, deeper, start, between, to, ldo, columns);                          \
         break;
             switch (rows) {
                 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)

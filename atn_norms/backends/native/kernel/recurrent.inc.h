@@ -42,12 +42,17 @@ INLINE size_t FN(whole_lines)(long n) { return ((size_t)n * sizeof(REAL) + 63) /
 
 static size_t FN(packed_size)(long K, long M) { return (size_t)(FN(panels)(M) * PANEL * (K + 1)); }
 
-/* Take room for a packed [K, M] matrix with its bias, and fill it; element (k, m) is from[k * row + m * column]. */
-static FN(Packed) FN(take)(REAL **room, const void *from, const void *bias, long K, long M, long row, long column) {
+/* Take room for a packed [K, M] matrix with its bias, and fill it; `turned`: the transposed matrix is given. */
+static FN(Packed) FN(take)(REAL **room, const REAL *from, const void *bias, long K, long M, const int turned) {
     const long width = FN(panels)(M) * PANEL;
     FN(Packed) packed = {*room, *room + width * K, NULL};
     *room += width * (K + 1);
-    FN(pack)(packed.panels, from, K, M, row, column);
+    for (long p = 0; p < M; p += PANEL) {
+        const REAL *column[PANEL];
+        for (long m = 0; m < PANEL && turned; m++) column[m] = p + m < M ? from + (p + m) * K : NULL;
+        if (turned) FN(pack_columns)(packed.panels + p * K, column, K);
+        else FN(pack_panel)(packed.panels + p * K, from, K, M, p, M);
+    }
     memset(packed.bias, 0, (size_t)width * sizeof(REAL));
     if (bias) memcpy(packed.bias, bias, (size_t)M * sizeof(REAL));
     return packed;
@@ -92,9 +97,9 @@ static int FN(forward)(const Work *work, long N) {
     if (!room) { free(features.columns); return 1; }
     FN(Weights) weights = {{NULL, (REAL *)call->bias_ih, call->weight_ih}, {NULL, (REAL *)call->bias_hh, call->weight_hh}, {NULL, NULL, call->weight_hr}};
     if (!plain) {
-        weights.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
-        weights.hh = FN(take)(&at, call->weight_hh, call->bias_hh, R, N, 1, R);
-        if (call->projection) weights.hr = FN(take)(&at, call->weight_hr, NULL, H, R, 1, H);
+        weights.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1);
+        weights.hh = FN(take)(&at, call->weight_hh, call->bias_hh, R, N, 1);
+        if (call->projection) weights.hr = FN(take)(&at, call->weight_hr, NULL, H, R, 1);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -231,10 +236,10 @@ static int FN(backward)(const Work *work, long N) {
     REAL *room = atn_norms_memory((weights + each * (size_t)members + own * (size_t)chunks + sums * (size_t)(parts - 1)) * sizeof(REAL)), *at = room;
     if (!room) { free(features.columns); return 1; }
     FN(Chunk) shared = {.apart = apart};
-    if (!call->projected) shared.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1, D);
-    shared.hh = FN(take)(&at, call->weight_hh, NULL, N, R, R, 1);
-    if (call->dxs) shared.back = FN(take)(&at, call->weight_ih, NULL, N, D, D, 1);
-    if (out) shared.hr = FN(take)(&at, call->weight_hr, NULL, R, H, H, 1);
+    if (!call->projected) shared.ih = FN(take)(&at, call->weight_ih, call->bias_ih, D, N, 1);
+    shared.hh = FN(take)(&at, call->weight_hh, NULL, N, R, 0);
+    if (call->dxs) shared.back = FN(take)(&at, call->weight_ih, NULL, N, D, 0);
+    if (out) shared.hr = FN(take)(&at, call->weight_hr, NULL, R, H, 0);
     REAL *arrays = at, *spaces = arrays + own * (size_t)chunks, *further = spaces + each * (size_t)members;
     const FN(WeightGrads) total = {call->dweight_ih, call->dweight_hh, call->dweight_hr, call->dbias_ih, call->dbias_hh};
 #pragma omp parallel num_threads(members) if (members > 1)

@@ -119,8 +119,7 @@ static void FN(pack_units)(const Work *work, const FN(Units) *units, const REAL 
     for (long p = 0; p < units->wide; p += PANEL) {
         const REAL *row[PANEL];
         for (long m = 0; m < PANEL; m++) row[m] = p + m < units->wide ? weight + FN(feature)(work, units, p + m) * K : NULL;
-        for (long k = 0; k < K; k++, to.panels += PANEL)
-            for (long m = 0; m < PANEL; m++) to.panels[m] = row[m] ? row[m][k] : (REAL)0;
+        FN(pack_columns)(to.panels + p * K, row, K);
     }
 }
 
