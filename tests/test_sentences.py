@@ -1,7 +1,11 @@
 """Sentences of a report, and the names of grid points."""
 
+import random
 import re
+import statistics
 from dataclasses import replace
+
+import pytest
 
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report.canvas import MUTED
@@ -10,8 +14,8 @@ from atn_norms.ablation.report.forest import colour_of, forest
 from atn_norms.ablation.report.names import qualified, short_names
 from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
 from atn_norms.ablation.report.tables import verdict_table
-from atn_norms.ablation.store.records import TaskFacts
-from tests.recorded import grid, score, study, verdict_text
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts
+from tests.recorded import METRIC, grid, score, study, verdict_text
 
 
 def test_the_answer_begins_with_the_verdict_and_names_the_decided_points():
@@ -182,3 +186,52 @@ def test_short_names_stay_apart():
     assert short_names(record, points, 44)[-1] == "batch(max_step…gain=0.1), window 5, lr 1e+09"
     assert max(map(len, short_names(record, points, 44))) <= 44
     assert short_names(record, points, 200)[-1] == f"{long}, window 5, lr 1e+09"
+
+
+def noisy(level, validations: int = 40) -> StudyRecord:
+    """Return a study in which the noise of one validation decides the final metric; `level` of a norm and a seed."""
+    record = study(lambda norm, window, seed: 1.0, norms=["none", "layer"], windows=["1"], seeds=8)
+    trials = []
+    for trial in record.trials:
+        norm = trial.points[0]["norm"]
+        noise = random.Random(f"{norm} {trial.seed}").gauss
+        looks = [level(norm, trial.seed) + noise(0, 0.1) for _ in range(validations)]
+        curve = [{"step": step, "validation": value} for step, value in enumerate(looks, 1)]
+        metrics = {"test": {METRIC: looks[-1]}, "validation": {METRIC: looks[-1]}}
+        trials.append(replace(trial, curve=curve, result={**(trial.result or {}), "metrics": metrics}))
+    return replace(record, trials=tuple(trials))
+
+
+def test_a_report_names_an_endpoint_that_varies_less_than_the_final_metric():
+    record = noisy(lambda norm, seed: 1.0 + 0.01 * seed)
+    (task,) = (found := findings(record)).tasks
+    ends, means = {}, {}
+    for trial in record.trials:
+        looks = [line["validation"] for line in trial.curve]
+        ends[trial.points[0]["norm"], trial.seed] = looks[-1]
+        means[trial.points[0]["norm"], trial.seed] = statistics.mean(looks[-10:])
+    spread = [
+        statistics.variance([values["layer", seed] - values["none", seed] for seed in range(8)])
+        for values in (means, ends)
+    ]
+    assert task.steadier is not None and task.steadier.validations == 10
+    assert task.steadier.share == pytest.approx(spread[0] / spread[1]) and 0.01 < task.steadier.share < 0.5
+    words = "The mean of the last 10 validations varies less between seeds. As the endpoint of another study,"
+    assert words in endpoint(found, task) and f"about {task.steadier.share:.0%} of the seeds" in endpoint(found, task)
+
+
+def test_a_report_names_no_other_endpoint_where_it_would_not_help():
+    def named(record: StudyRecord) -> bool:
+        found = findings(record)
+        return "As the endpoint of another study" in endpoint(found, found.tasks[0])
+
+    alike = noisy(lambda norm, seed: 1.0)
+    best = [
+        replace(trial, trial={"seed": trial.seed, "train": {"steps": 40, "keep": "best"}}) for trial in alike.trials
+    ]
+    assert named(alike)
+    assert not named(replace(alike, trials=tuple(best))), "the last validations are not those of the scored weights"
+    assert not named(replace(alike, study=alike.study | {"endpoint": "tail"}))
+    assert not named(noisy(lambda norm, seed: 1.0, validations=19)), "fewer than five to average"
+    assert not named(noisy(lambda norm, seed: 1.0 + random.Random(f"{norm}{seed}").gauss(0, 2))), "the seeds vary more"
+    assert not named(noisy(lambda norm, seed: 1.0 + 5 * (norm == "layer"))), "decided already"

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Comparison, Row, compare_task, final, tail
+from atn_norms.ablation.analysis.comparison import Comparison, Row, compare_task, final, is_number, tail
 from atn_norms.ablation.analysis.decision import Decision, decide
+from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, median
 from atn_norms.ablation.analysis.time_to_target import Level, check, level, steps_to
 from atn_norms.ablation.report.names import leaf
 from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts
 
 _LINE_BREAKS = "\n\t"
+_FEWEST_AVERAGED = 5  # validations of a mean
+_MUCH_STEADIER = 0.5  # largest share of the variance at which the report names the mean
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,21 @@ class Speed:
 
     comparison: Comparison
     windowed: Comparison | None
+
+
+@dataclass(frozen=True)
+class Steadier:
+    """A mean of the last validations that varies less between seeds than the final metric.
+
+    | field         | meaning                                                                                      |
+    |---------------|----------------------------------------------------------------------------------------------|
+    | `validations` | number of averaged validations                                                               |
+    | `share`       | variance of the paired differences relative to that of the final metric, the median over the |
+    |               | declared comparisons; the number of seeds for the same power changes by this factor           |
+    """
+
+    validations: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,7 @@ class TaskFindings:
     | `windowed`  | `final`, compared with window 1 of the same normalizer; None if the study has no such comparison |
     | `level`     | the level to reach                                                                              |
     | `speed`     | every point by its steps to the level; None without a level                                     |
+    | `steadier`  | an endpoint for the next study, if the endpoint is the final metric and it varies much more     |
     """
 
     task: str
@@ -47,6 +66,7 @@ class TaskFindings:
     windowed: Comparison | None
     level: Level
     speed: Speed | None
+    steadier: Steadier | None = None
     decisions: Mapping[int, Decision] = field(default_factory=dict)
 
     def decided(self) -> list[tuple[Row, Decision]]:
@@ -123,7 +143,32 @@ def _task(record: StudyRecord, task: str, facts: TaskFacts, reach: Mapping[str, 
         primary = compare_task(record, task, tail(record, task, endpoint.validations))
     elif endpoint.measure == "steps" and speed is not None:
         primary = speed.comparison
-    return TaskFindings(task, facts, endpoint, primary, ends, windowed, to, speed)
+    steadier = _steadier(record, task, ends) if endpoint.measure == "final" else None
+    return TaskFindings(task, facts, endpoint, primary, ends, windowed, to, speed, steadier)
+
+
+def _steadier(record: StudyRecord, task: str, ends: Comparison) -> Steadier | None:
+    """Compare the variance of the final metric with that of a mean over the last quarter of the validations."""
+    trials = [trial for row in ends.rows for trial in row.point.trials if trial.status == "done"]
+    if record.tune or any(trial.trial.get("train", {}).get("keep") == "best" for trial in trials):
+        return None  # the last validations are not those of the scored weights
+    looks = [sum(is_number(line.get("validation")) for line in trial.curve) for trial in trials]
+    validations = min(looks, default=0) // 4
+    if validations < _FEWEST_AVERAGED:
+        return None
+    means = compare_task(record, task, tail(record, task, validations))
+    pairs = [
+        (row.against.paired, end.against.paired)
+        for row, end in zip(means.rows, ends.rows, strict=True)
+        if row.against and end.against
+    ]
+    shares = [
+        (mean.deviation / end.deviation) ** 2
+        for mean, end in pairs
+        if mean and end and end.deviation > 0 and len(end.values) >= ENOUGH_SEEDS
+    ]
+    share = median(shares) if shares and means.measure.log == ends.measure.log else 1.0
+    return Steadier(validations, share) if share <= _MUCH_STEADIER else None
 
 
 def _window_one(record: StudyRecord) -> dict[str, str] | None:

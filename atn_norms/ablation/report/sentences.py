@@ -191,7 +191,7 @@ def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
 
 
 def endpoint(found: Findings, task: TaskFindings) -> str:
-    """Return one or two sentences about the primary endpoint of a task and the correction."""
+    """Return sentences about the primary endpoint of a task, the correction, and an endpoint that varies less."""
     measure, family = task.primary.measure, sum(len(each.decisions) for each in found.tasks)
     origin = "as the study declares" if task.endpoint.declared else "the default, since the study declares none"
     words = f"Primary endpoint: {measure.name}, {origin}."
@@ -211,6 +211,12 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
         )
     if family > 1:
         words += f" The p-values are adjusted for {family} declared comparisons (Holm)."
+    if task.steadier and any(decision.verdict == "undecided" for _, decision in task.decided()):
+        words += (
+            f" The mean of the last {task.steadier.validations} validations varies less between seeds. As the endpoint "
+            f"of another study, with other seeds, it would need about {task.steadier.share:.0%} of the seeds for the "
+            "same power."
+        )
     return words
 
 
