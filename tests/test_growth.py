@@ -51,12 +51,25 @@ def test_finished_trials_are_reused(tmp_path, how):
 def test_a_study_that_lacks_a_trial_does_not_replace_another(tmp_path):
     folder = create({**STUDY, "seeds": 2}, tmp_path / "study")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for smaller, lacking in [({}, 2), ({"seeds": [1, 2, 3]}, 2), ({"train": {"steps": 4, "batch_size": 5}}, 4)]:
-        message = f"got study .* with {lacking} trials that this study lacks; .*Choose another folder"
-        if smaller == {}:
-            message = f"got a study with all 2 trials of this study and 2 more; .*: atn-norms resume {folder}"
-        with pytest.raises(SpecError, match=message):
+    gru = {"seeds": 2, "model": {"hidden_size": 3}, "axes": {"cell": ["gru"]}}
+    longer = {"seeds": 2, "task": None, "tasks": [{**STUDY["task"], "length": 5}]}
+    for smaller, problem in [
+        ({}, "seeds: got [0]; expected 1 among them"),
+        ({"seeds": [1, 2, 3]}, "seeds: got [1, 2, 3]; expected 0 among them"),
+        ({"seeds": 2, "train": {"steps": 4, "batch_size": 5}}, "train.steps: got 4; expected 3"),
+        ({"seeds": 3, "axes": {"norm": ["none", "rms"]}}, "axes.norm: got ['none', 'rms']; expected 'layer' among"),
+        (gru, "model.cell: got nothing; expected 'rnn'"),
+        (longer, "tasks: got [{'kind': 'adding', 'length': 5"),
+        ({"seeds": 2, "axes": {**STUDY["axes"], "window": [2, 3]}}, "axes.window: got [2, 3]; expected no such axis"),
+    ]:
+        with pytest.raises(SpecError) as error:
             create({**STUDY, **smaller}, folder)
+        first = str(error.value).splitlines()[0]
+        assert first.startswith(problem) and f", as in {folder}" in first
+        cure = f"Choose another folder, such as {folder}-2."
+        if smaller == {}:
+            cure = f"To resume the study in it: atn-norms resume {folder}. {cure}"
+        assert error.value.problems[-1].detail == cure
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

@@ -22,7 +22,7 @@ from atn_norms.ablation.store.merge import refuse_two_results
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError, short_repr, to_spec_error
-from atn_norms.specs import Where, parse
+from atn_norms.specs import Where, parse, validate
 
 
 def create(
@@ -31,6 +31,7 @@ def create(
     *,
     where: Where | None = None,
     reuse: Sequence[Path | str] = (),
+    command: Sequence[str] = (),
 ) -> Path:
     """Write a study to a folder, ready to `run`, and return the folder; a folder that holds this study is not changed.
 
@@ -42,6 +43,9 @@ def create(
     ids are equal trials: model, task, data, training, seed and plugins. A trial is trained if the other study saved
     another model than `keep_model` selects, or if it is of a function that wrote files.
 
+    `command` is the command line that starts this study, without its folder. An error for a folder with another study
+    completes it to a command with another folder.
+
     Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
     `StoreError` where the folder cannot be written, and for a damaged folder in `reuse`.
     """
@@ -49,7 +53,7 @@ def create(
     finished = finished_elsewhere(plan, reuse)
     folder = Path(out) if out is not None else _home(plan)
     store = StudyFolder(folder)
-    store.create(plan, environment())
+    store.create(plan, environment(), where, command)
     for planned in plan.trials:
         if planned.id in finished:
             store.trial(planned.id).take(finished[planned.id], planned.trial)
@@ -126,10 +130,14 @@ def refuse_edited(folder: Path | str) -> None:
 def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any]) -> None:
     """Raise `SpecError` where the study.yaml of a study has changed since it was created."""
     file, text = store.path / "study.yaml", store.source()
-    if text is not None and parse(text, str(file))[0] != parse(resolved["source"], file.name)[0]:
-        take = shlex.join(["atn-norms", "ablate", str(file), "--out", str(store.path)])
+    if text is None:
+        return
+    data, where = parse(text, str(file))
+    if data != parse(resolved["source"], file.name)[0]:
+        command = ["atn-norms", "ablate", str(file)]
+        store.refuse_another(make_plan(validate(StudySpec, data, where), where), where, command)
+        cure = f"To extend the study: {shlex.join([*command, '--out', str(store.path)])}"
         expected = "the file that created the study"
-        cure = f"To extend the study: {take}"
         raise SpecError(position=str(file), got="a changed file", expected=expected, detail=cure)
 
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +69,10 @@ def ablate(
             plan = replace(plan, trials=tuple(each for each in plan.trials if each.id not in there))
             _list_trials(plan, None if scheduler else max(1, min(workers, len(plan.trials))), as_json)
             return
-        _run(create(spec, out, where=where, reuse=reuse or []), workers, scheduler, as_json)
+        options = [("--set", each) for each in settings or []] + [("--reuse", str(each)) for each in reuse or []]
+        command = ["atn-norms", "ablate", study, *chain(*options), *_processes(workers, scheduler)]
+        folder = create(spec, out, where=where, reuse=reuse or [], command=command)
+        _run(folder, workers, scheduler, as_json)
 
 
 def resume(
@@ -279,8 +283,12 @@ def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> No
 
 def _resumption(folder: Path, workers: int, scheduler: str | None) -> str:
     """Return the command that resumes a study with the same workers."""
-    where = ["--scheduler", scheduler] if scheduler else ["--workers", str(workers)] if workers != WORKERS else []
-    return shlex.join(["atn-norms", "resume", str(folder), *where])
+    return shlex.join(["atn-norms", "resume", str(folder), *_processes(workers, scheduler)])
+
+
+def _processes(workers: int, scheduler: str | None) -> list[str]:
+    """Return the options of a command line for its workers."""
+    return ["--scheduler", scheduler] if scheduler else ["--workers", str(workers)] if workers != WORKERS else []
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from atn_norms import errors
+from atn_norms.ablation.grid.changes import changed_options
 from atn_norms.ablation.grid.errors import Problem, invalid
 from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, Sources, changed_files, is_function
 from atn_norms.ablation.grid.resolve import layer_of
@@ -89,6 +90,10 @@ class Plan:
                         files = changed_files(here["task"], option, before, after)
                     changes[f"task.{option} ({files}) has changed"] = None
         return "; ".join(changes)
+
+    def changes(self, resolved: Mapping[str, Any]) -> list[errors.Problem]:
+        """Return the options by which this study lacks trials of a stored study (`resolved`)."""
+        return changed_options(self.study, resolved["study"])
 
     def resolved(self) -> dict[str, Any]:
         """Return the content of `study.resolved.json`."""

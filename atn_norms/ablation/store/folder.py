@@ -7,9 +7,11 @@ DIR/report/     derived, can always be rebuilt
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,6 @@ from atn_norms.ablation.store.files import Folder, StoreError, canonical, named
 from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
-from atn_norms.ablation.store.merge import first_difference
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store.schema import RETRAIN, StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
@@ -25,11 +26,11 @@ from atn_norms.errors import SpecError, beside
 
 if TYPE_CHECKING:
     from atn_norms.ablation.grid.plan import Plan
+    from atn_norms.specs import Where
 
 ELSEWHERE = "Choose another folder."
 RESOLVED = "study.resolved.json"
 MOST_BYTES = 2**28  # bytes of the resolved study: 256 MiB
-ANALYSIS = ("name", "baseline", "reach", "endpoint", "margin")  # keys of a study that change no trial
 OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", LOCK}
 
 
@@ -93,10 +94,17 @@ class StudyFolder:
             got, file = f"bytes that are not UTF-8 ({error.reason})", str(self.path / "study.yaml")
             raise SpecError(position=file, got=got, expected="UTF-8 text") from error
 
-    def create(self, plan: Plan, environment: dict[str, Any]) -> bool:
+    def create(
+        self,
+        plan: Plan,
+        environment: dict[str, Any],
+        where: Where | None = None,
+        command: Sequence[str] = (),
+    ) -> bool:
         """Create a study; return False if the folder holds it already. Any other content of the folder is an error.
 
-        A study that has all trials of the stored study, and more, replaces it.
+        A study that has all trials of the stored study, and more, replaces it. `where` and `command` as in
+        `refuse_another`.
         """
         with named("read", self.path):
             if self.path.is_symlink() and not self.path.exists():
@@ -109,7 +117,7 @@ class StudyFolder:
         with self._all_or_nothing() as made:
             self.folder.make(made)
             with self.lock(), self._all_or_nothing() as within:
-                return self._create(plan, environment, within)
+                return self._create(plan, environment, within, where, command)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[list[Path]]:
@@ -126,7 +134,14 @@ class StudyFolder:
                     path.unlink() if path.is_symlink() or not path.is_dir() else path.rmdir()
             raise
 
-    def _create(self, plan: Plan, environment: dict[str, Any], made: list[Path]) -> bool:
+    def _create(
+        self,
+        plan: Plan,
+        environment: dict[str, Any],
+        made: list[Path],
+        where: Where | None,
+        command: Sequence[str],
+    ) -> bool:
         def new(folder: Folder, name: str) -> Folder:
             if not folder.has(name):
                 made.append(folder.path / name)
@@ -137,8 +152,7 @@ class StudyFolder:
             made.append(self.path / LOCK)
             self._require_empty_or_study()
         else:
-            self._refuse_another(plan)
-            self._refuse_other_models(plan)
+            self.refuse_another(plan, where, command)
         for planned in plan.trials:
             trial = self.trial(planned.id)
             if not trial.has_trial():
@@ -154,33 +168,34 @@ class StudyFolder:
             new(self.folder, RESOLVED).write_json(RESOLVED, plan.resolved())
         return has_grown
 
-    def _refuse_another(self, plan: Plan) -> None:
-        """Raise `SpecError` for a study that is neither the stored one nor an extension of it."""
+    def refuse_another(self, plan: Plan, where: Where | None = None, command: Sequence[str] = ()) -> None:
+        """Raise `SpecError` for a study that is neither the stored one nor an extension of it.
+
+        `where` locates options in the study's file. `command` starts the study, without its folder.
+        """
         there = self.resolved()
-        lacking = plan.lacks(there) if there["key"] != plan.key else 0
-        if not lacking:
+        if there["key"] == plan.key or not plan.lacks(there):
+            self._refuse_other_models(plan, command)
             return
         mine, theirs = {trial.id for trial in plan.trials}, {trial["id"] for trial in there["trials"]}
-        if mine < theirs:
-            got = f"a study with all {len(mine)} trials of this study and {lacking} more"
-            cure = f"To resume all of them: atn-norms resume {self.path}. Or choose another folder."
-            raise self._unusable(got, "this study", cure)
+        cure = self._in_another_folder(command, reuses=not mine.isdisjoint(theirs))
         trained = "those that the trials in this folder were trained with"
         if changes := plan.changed_plugins(there):
-            cure = "Install the versions of the study, or choose another folder."
+            cure = f"Install the versions of the study. Or: {cure}"
             raise self._unusable(f"a study with other plugins ({changes})", trained, cure)
         if changes := plan.changed_data(there):
-            raise self._unusable(f"a study with other data or code ({changes})", trained, ELSEWHERE)
-        got = f"study {there['name']!r} (key {there['key']}) with {lacking} trials that this study lacks"
-        ours, stored = (
-            {name: each for name, each in study.items() if name not in ANALYSIS}
-            for study in (plan.study, there["study"])
-        )
-        change = first_difference(ours, stored)
-        cure = ELSEWHERE if change is None else f"{change}. {ELSEWHERE}"
-        raise self._unusable(got, f"study {plan.name!r} (key {plan.key})", cure)
+            raise self._unusable(f"a study with other data or code ({changes})", trained, cure)
+        if mine < theirs and self.source() == there["source"]:
+            cure = f"To resume the study in it: {shlex.join(['atn-norms', 'resume', str(self.path)])}. {cure}"
+        if not (changes := plan.changes(there)):  # such as other recommendations of a task
+            raise self._unusable(f"study {plan.name!r} (key {plan.key})", f"the study in it (key {there['key']})", cure)
+        problems = [
+            replace(each, position=where(each.path) if where else "", expected=f"{each.expected}, as in {self.path}")
+            for each in changes
+        ]
+        raise SpecError.of([*problems[:-1], replace(problems[-1], detail=cure)])
 
-    def _refuse_other_models(self, plan: Plan) -> None:
+    def _refuse_other_models(self, plan: Plan, command: Sequence[str]) -> None:
         """Raise `SpecError` if finished trials lack the model that the study now selects."""
         for planned in plan.trials:
             trial = self.trial(planned.id)
@@ -188,7 +203,18 @@ class StudyFolder:
                 wanted, saved = keeps_model(planned.trial["train"]), keeps_model(trial.trial()["train"])
                 if wanted not in ("none", saved):
                     got = f"train.keep_model {wanted}, and finished trials that saved {saved}"
-                    raise self._unusable(got, f"keep_model {saved}", ELSEWHERE)
+                    cure = self._in_another_folder(command, reuses=False)
+                    raise self._unusable(got, f"keep_model {saved}", cure)
+
+    def _in_another_folder(self, command: Sequence[str], reuses: bool) -> str:
+        """Return the cure for another study: a new folder, which reuses trials of this folder if it can."""
+        path = self.path if self.path.name else self.path.resolve()
+        names = (f"{path.name}-{number}" for number in itertools.count(2))
+        other = next(each for each in map(path.with_name, names) if not each.exists())
+        if not command:
+            return f"Choose another folder, such as {other}."
+        words = [*command, "--out", str(other), *(["--reuse", str(self.path)] if reuses else [])]
+        return f"To train this study in another folder: {shlex.join(words)}"
 
     def _unusable(self, got: str, expected: str, cure: str = "") -> SpecError:
         return SpecError(position=str(self.path), got=got, expected=expected, detail=cure)

@@ -52,8 +52,8 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Prob
     >>> print(first_difference({"train": {"steps": 4}}, {"train": {"steps": 6}}))
     train.steps: got 6; expected 4
     """
-    for path in _differing(ours, theirs)[:1]:
-        return Problem(path, _at(theirs, path), _at(ours, path))
+    for path in differing(ours, theirs)[:1]:
+        return Problem(path, shown(value_at(theirs, path)), shown(value_at(ours, path)))
     return None
 
 
@@ -78,17 +78,23 @@ def _refuse_two_ids(trials: Sequence[TrialRecord]) -> None:
             raise StoreError(f"two trials, {other} and {trial.id}, for {trial.points[0]} at seed {trial.seed}")
 
 
-def _differing(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def differing(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the paths at which two values differ, as deep as both are mappings."""
     if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
         return [] if ours == theirs else [path]
     keys = dict.fromkeys((*ours, *theirs))
-    return [deeper for key in keys for deeper in _differing(ours.get(key), theirs.get(key), (*path, key))]
+    return [deeper for key in keys for deeper in differing(ours.get(key), theirs.get(key), (*path, key))]
 
 
-def _at(value: Any, path: Sequence[str]) -> str:
+def value_at(value: Any, path: Sequence[str]) -> Any:
+    """Return the value at a path of keys; None if it is missing."""
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def shown(value: Any) -> str:
+    """Return a value of a study as text for a message."""
     return "nothing" if value is None else short_repr(value)
 
 
