@@ -532,6 +532,29 @@ def test_additional_files_count_by_content(tmp_path):
         ),
         ("W = model.ablate(2)", "W = model.ablate(3)", False),
         ("if x:\n    a()", "if x:\n    b()", False),
+        *(
+            (
+                f"{NAME}\ndef train(k): return {read}\n{loop.format(1)}",
+                f"{NAME}\ndef train(k): return {read}\n{loop.format(2)}",
+                same,
+            )
+            for read, loop, same in [
+                ("k", "for k in ({},):\n    ablate(train)", True),
+                ("k", "for k in (1,):\n    ablate(train, seeds={})\n    del k", True),
+                ("k", "for k in (1,):\n    n = {}\n    print(n)\n    r = ablate(train, seeds=n)", True),
+                ("k", "for k in (1,):\n    for n in (1,):\n        if k > {}:\n            ablate(train)", True),
+                ("k", "if m > {}:\n    ablate(train)", True),
+                ("n", "for n in ({},):\n    ablate(train)", False),
+                ("[(lambda: n)() for x in k]", "for k in (1,):\n    n = {}\n    ablate(train)", False),
+                ("k", "for k in ({},):\n    setup(k)\n    ablate(train)", False),
+                ("k", "for k in (1,):\n    c[0] = {}\n    ablate(train)", False),
+                ("k", "for k in (1,):\n    if k: f({})\n    else: ablate(train)", False),
+                ("k", "for k in ({},):\n    n = k", False),
+                ("n", "for k in ({},):\n    ablate(train)\nfor n in (1,):\n    ablate(train)", False),
+                ("k", "for k in ({},):\n    ablate(train)\nfor k in (1,):\n    ablate(train)", True),
+                ("k", "while k > {}:\n    ablate(train)", False),
+            ]
+        ),
     ],
 )
 def test_code_that_only_starts_studies_does_not_count(tmp_path, before, after, same):
@@ -539,6 +562,24 @@ def test_code_that_only_starts_studies_does_not_count(tmp_path, before, after, s
     first = hash_code(path)
     path.write_text(after)
     assert (hash_code(path) == first) == same
+
+
+@pytest.mark.parametrize("start", ["for k in (1, 2):\n    {}", "def start(k):\n    {}\nfor k in (1, 2): start(k)"])
+def test_a_loop_that_starts_studies_grows_them_or_names_the_cause(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = "ablation.ablate(train, axes={'h': [1]}, arguments={'k': k}, seeds=SEEDS, out=f's{k}', workers=0)"
+    text = f"{MODULE}\ndef train(h, k, seed): return k\n{start.format(call)}"
+    path = tmp_path / "mine.py"
+    for _ in range(2):
+        run_as_script(path, text.replace("SEEDS", "1"))
+    if "def start" in text:
+        cause = "The calls of ablate in line 4 of mine.py count as code; those in the block under "
+        for grow in (lambda: run_as_script(path, text.replace("SEEDS", "2")), lambda: ablation.resume("s2", workers=0)):
+            with pytest.raises(SpecError, match=cause):
+                grow()
+        return
+    run_as_script(path, text.replace("SEEDS", "2"))
+    assert [scores(ablation.resume(folder, workers=0)) for folder in ("s1", "s2")] == [[1, 1], [2, 2]]
 
 
 def scores(record: Any) -> list[float]:

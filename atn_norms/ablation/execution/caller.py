@@ -23,10 +23,10 @@ from atn_norms.ablation.execution.function import contained, loaded
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state
 from atn_norms.ablation.execution.trial import isolated
 from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree
+from atn_norms.ablation.grid.starts import READS
 from atn_norms.errors import Problem, SpecError, brief, short_repr
 
 PLAIN = (str, bytes, NoneType, Number, PurePath, Enum, range, datetime.date, torch.device, torch.dtype)
-READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions that read a global
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 MISSING = object()
 

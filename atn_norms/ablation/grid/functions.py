@@ -21,6 +21,7 @@ from pydantic import AfterValidator, Field
 
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
+from atn_norms.ablation.grid.starts import counted_starts, starting
 from atn_norms.errors import Problem as SpecProblem
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
 from atn_norms.files import absolute, read_regular
@@ -32,8 +33,8 @@ LARGEST = 10_000_000  # bytes of a Python file
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
-ENTRY = "atn_norms.ablation.ablate"  # a call of it starts a study; changing it does not change what a trial computes
 
+RESTORE = "Restore it, or make a new study."  # the cure for a changed file
 Sources = dict[str, dict[str, str]]  # option -> path -> hash
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
@@ -100,8 +101,8 @@ def hash_code(file: Path) -> str:
 
     In a package these are the modules of the package. Installed modules do not count, since a user does not edit them.
 
-    The block under `if __name__ == "__main__":` and statements that call this package's `ablate` are left out: they
-    start studies and change no result.
+    The block under `if __name__ == "__main__":`, and calls of this package's `ablate` with the loops around them, are
+    left out: they start studies and change no result.
 
     Errors: `SpecError` for a file that cannot be read or is not Python.
     """
@@ -254,9 +255,19 @@ def changed_files(task: Mapping[str, Any], option: str, before: Sources, after: 
     return ", ".join(names or ([task["file"]] if option == "file" else task["files"]))
 
 
+def advice(file: Path | str) -> str:
+    """Return a sentence for changed code of a file that calls `ablate` where the call counts as code; else no text."""
+    with suppress(SpecError):
+        if lines := counted_starts(syntax_tree(Path(file))):
+            where = f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines))} of {Path(file).name}"
+            block = 'the block under `if __name__ == "__main__":`'
+            return f"The calls of ablate in {where} count as code; those in {block} do not."
+    return ""
+
+
 def refuse_changed_functions(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Raise `SpecError` where the code or the files of a study's functions have changed since it was created."""
-    changes: dict[tuple[str, str], None] = {}
+    changes: dict[tuple[str, str, str], None] = {}
     here: dict[str, tuple[dict[str, str], Sources]] = {}
     for each in resolved["trials"]:
         trial, label = each["trial"], each["points"][0]["task"]
@@ -269,11 +280,15 @@ def refuse_changed_functions(folder: Path, resolved: Mapping[str, Any]) -> None:
             before = resolved.get("sources", {}).get(label, {})
             for option, content in trial["data"].items():
                 if data[option] != content:
-                    changes[option, changed_files(trial["task"], option, before, sources)] = None
-    expected, cure = "the content of the time when the study was created", "Restore it, or make a new study."
-    problems = [SpecProblem(("task", option), f"changed {name}", expected, detail=cure) for option, name in changes]
+                    cure = " ".join(filter(None, [RESTORE, advice(task.file) if option == "file" else ""]))
+                    changes[option, changed_files(trial["task"], option, before, sources), cure] = None
+    expected = "the content of the time when the study was created"
+    problems = [
+        SpecProblem(("task", option), f"changed {name}", expected, position=str(folder), detail=cure)
+        for option, name, cure in changes
+    ]
     if problems:
-        raise SpecError.of(replace(problem, position=str(folder)) for problem in problems)
+        raise SpecError.of(problems)
 
 
 class AlreadyStarted(BaseException):
@@ -363,41 +378,13 @@ def _definition(task: FunctionSpec) -> ast.FunctionDef:
 def _counted(file: Path) -> str:
     """Return the text of a file without the lines that only start studies."""
     tree = syntax_tree(file)
-    names = dict(_bound(tree))
+    starting_nodes = starting(tree)
     starts, others = set[int](), set[int]()
     for node in tree.body:
-        lines = starts if _starts_a_study(node, names) else others
+        lines = starts if node in starting_nodes else others
         lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     text = re.split("\r\n|\r|\n", _text(file))  # the lines of Python's grammar: no other character ends one
     return "\n".join(line for number, line in enumerate(text, 1) if number not in starts - others).rstrip()
-
-
-def _bound(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the names that absolute imports at the top level of a file bind, and what they stand for.
-
-    A name that a definition or an assignment binds too stands for itself.
-    """
-    for node in sorted(tree.body, key=lambda each: not isinstance(each, ast.Import | ast.ImportFrom)):
-        if isinstance(node, ast.Import):
-            for each in node.names:
-                first = each.name.partition(".")[0]
-                yield (each.asname, each.name) if each.asname else (first, first)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield from ((each.asname or each.name, f"{node.module}.{each.name}") for each in node.names)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name, node.name
-        elif isinstance(node, ast.Assign):
-            yield from ((each.id, each.id) for each in node.targets if isinstance(each, ast.Name))
-
-
-def _starts_a_study(node: ast.stmt, names: Mapping[str, str]) -> bool:
-    """Check for a call of `ablate`, and for the block under `if __name__ == "__main__":`; `names` are `_bound`."""
-    if isinstance(node, ast.If):
-        return not node.orelse and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
-    if isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call):
-        first, dot, rest = ast.unparse(node.value.func).partition(".")
-        return f"{names.get(first, first)}{dot}{rest}" == ENTRY
-    return False
 
 
 def _local_files(file: Path) -> set[Path]:

@@ -12,7 +12,7 @@ import torch
 from atn_norms import errors
 from atn_norms.ablation.grid.changes import changed_options
 from atn_norms.ablation.grid.errors import Problem, invalid
-from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, Sources, changed_files, is_function
+from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, Sources, advice, changed_files, is_function
 from atn_norms.ablation.grid.resolve import layer_of
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
@@ -90,6 +90,12 @@ class Plan:
                         files = changed_files(here["task"], option, before, after)
                     changes[f"task.{option} ({files}) has changed"] = None
         return "; ".join(changes)
+
+    @property
+    def advice(self) -> str:
+        """A sentence for changed code of a function's file that starts studies; empty for another file."""
+        files = {each.trial["task"]["file"]: None for each in self.trials if is_function(each.trial["task"])}
+        return " ".join(filter(None, map(advice, files)))
 
     def changes(self, resolved: Mapping[str, Any]) -> list[errors.Problem]:
         """Return the options by which this study lacks trials of a stored study (`resolved`)."""

@@ -184,6 +184,7 @@ class StudyFolder:
             cure = f"Install the versions of the study. Or: {cure}"
             raise self._unusable(f"a study with other plugins ({changes})", trained, cure)
         if changes := plan.changed_data(there):
+            cure = " ".join(filter(None, [plan.advice, cure]))
             raise self._unusable(f"a study with other data or code ({changes})", trained, cure)
         if mine < theirs and self.source() == there["source"]:
             cure = f"To resume the study in it: {shlex.join(['atn-norms', 'resume', str(self.path)])}. {cure}"
