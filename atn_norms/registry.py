@@ -264,12 +264,14 @@ class KindField:
     | `family` | `normalizer`, `window`, `cell` or `task` |
     | `shorthand` | function of a value, applied to all values but specs |
     | `shorthand_schema` | JSON schema of the values that `shorthand` accepts |
+    | `shorthand_kinds` | kinds that only `shorthand` accepts; messages list them with the registered kinds |
     | `source` | the registry of the kinds |
     """
 
     family: str
     shorthand: Callable[[Any], Any] | None = None
     shorthand_schema: Mapping[str, Any] | None = None
+    shorthand_kinds: Sequence[str] = ()
     source: Registry = registry
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -302,12 +304,12 @@ class KindField:
         return (value is None and nullable) or (isinstance(value, Options) and value.family == self.family)
 
     def _known(self) -> str:
-        return one_of(self.source.kinds(self.family))
+        return one_of([*self.source.kinds(self.family), *self.shorthand_kinds])
 
     def _model(self, kind: Any, loc: tuple[str, ...], besides: Sequence[str] = ()) -> type[Options]:
         if isinstance(kind, str):
             try:
-                return self.source._lookup(self.family, kind, besides)
+                return self.source._lookup(self.family, kind, [*self.shorthand_kinds, *besides])
             except SpecError as error:
                 raise invalid(self.family, [replace(problem, path=loc) for problem in error.problems]) from None
         got = "nothing" if kind is _MISSING else typed_repr(kind)

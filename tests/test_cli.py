@@ -352,6 +352,27 @@ def test_list_shows_kinds_sources_and_options(capsys):
     (layer,) = [entry for entry in data["normalizers"] if entry["kind"] == "layer"]
     assert layer["distribution"] == "atn-norms"
     assert layer["options"]["eps"]["default"] == 1e-5
+    assert [entry["kind"] for entry in data["tasks"]] == sorted(entry["kind"] for entry in data["tasks"])
+    (python,) = [entry for entry in data["tasks"] if entry["kind"] == "python"]
+    assert python["distribution"] == "atn-norms" and python["plugin"] == data["tasks"][0]["plugin"]
+    assert python["options"]["arguments"]["default"] == {} and "default" not in python["options"]["file"]
+
+
+@pytest.mark.parametrize("task", ["pyton", "{kind: pyton, file: mine.py}"])
+def test_the_task_of_a_function_is_suggested(task, capsys, folder):
+    (folder / "study.yaml").write_text(
+        STUDY.replace("{kind: adding, length: 6, train: 40, validation: 10, test: 10}", task)
+    )
+    error = error_of(capsys, "ablate", "study.yaml")
+    assert "got unknown task 'pyton'; expected one of adding, " in error and "; did you mean 'python'?" in error
+
+
+def test_the_task_of_a_function_needs_a_file(capsys, folder):
+    (folder / "study.yaml").write_text("task: python\n")
+    assert (
+        error_of(capsys, "ablate", "study.yaml")
+        == "atn-norms: study.yaml:1:1: task.file: got nothing; expected a value\n"
+    )
 
 
 def test_list_shows_the_presets(capsys):

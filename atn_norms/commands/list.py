@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
@@ -16,7 +17,7 @@ from atn_norms.errors import unknown
 from atn_norms.options import option_schemas
 
 if TYPE_CHECKING:
-    from atn_norms.registry import Options
+    from atn_norms.registry import Entry, Options
 
 FAMILIES = {"normalizers": "normalizer", "windows": "window", "cells": "cell", "tasks": "task"}
 STUDIES = "studies"
@@ -51,7 +52,7 @@ def list_kinds(
                         "plugin": entry.plugin,
                         "options": options(entry.spec),
                     }
-                    for kind, entry in registry.kinds(family).items()
+                    for kind, entry in _kinds(family).items()
                 ]
                 for plural, family in chosen.items()
             }
@@ -61,7 +62,7 @@ def list_kinds(
     for plural, family in chosen.items():
         rows = [
             (kind, entry.distribution, "\n".join(map(_option, options(entry.spec).items())), summary(entry.spec))
-            for kind, entry in registry.kinds(family).items()
+            for kind, entry in _kinds(family).items()
         ]
         print_table(plural, ("kind", "from", "options", "description"), list(_unfolded(rows)))
         for kind, entries in registry.conflicts(family).items():
@@ -69,6 +70,21 @@ def list_kinds(
         emit()
     if studies:
         print_table(STUDIES, ("name", "description"), [tuple(each.values()) for each in studies])
+
+
+def _kinds(family: str) -> dict[str, Entry]:
+    """Return the kinds of a family, in alphabetical order, with the task `python`, which only studies have."""
+    from atn_norms.plugins import BUILT_IN, report
+    from atn_norms.registry import Entry, registry
+
+    kinds = registry.kinds(family)
+    if family == "task":
+        with suppress(ModuleNotFoundError):  # without the extra of studies
+            from atn_norms.ablation.grid.functions import KIND, FunctionSpec
+
+            (own,) = [record for record in report() if record.name == BUILT_IN]
+            kinds[KIND] = Entry(FunctionSpec, own.distribution, own.version, own.name)
+    return dict(sorted(kinds.items()))
 
 
 def _ready_made() -> list[dict[str, str]]:

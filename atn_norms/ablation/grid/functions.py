@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from atn_norms.ablation.grid.errors import Problem
 from atn_norms.ablation.grid.sources import hash_files
@@ -40,7 +40,7 @@ _loading = False  # whether a function's file is being executed, so that its cal
 
 
 class FunctionSpec(Options):
-    """Options of a study of a function: `function(**arguments, seed=..., trial=...)` returns the metrics of a trial.
+    """Call a Python function: `function(**arguments, seed=..., trial=...)` returns the metrics of a trial.
 
     | option | meaning |
     |---|---|
@@ -58,7 +58,7 @@ class FunctionSpec(Options):
     kind: Literal["python"] = KIND
     file: Annotated[str, AfterValidator(absolute)]
     function: str = "train"
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, Any] = {}
     metric: str | None = None
     goal: Literal["min", "max"] = "min"
     reports: Literal["loss", "metric"] = "loss"

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atn_norms.ablation.grid.errors import Problem, problems_of
 from atn_norms.ablation.grid.functions import (
+    KIND,
     TRAINING,
     UNKNOWN_STEPS,
     FunctionSpec,
@@ -32,7 +33,7 @@ THE_TASKS = {
     "input_size": "comes from the task",
     "batch_first": "a task feeds time first",
 }  # the task sets these options
-AnyTask = Annotated[TaskSpec, KindField("task", shorthand, FunctionSpec.model_json_schema())]
+AnyTask = Annotated[TaskSpec, KindField("task", shorthand, FunctionSpec.model_json_schema(), (KIND,))]
 TASK: TypeAdapter[TaskSpec] = TypeAdapter(AnyTask)
 
 
@@ -143,7 +144,7 @@ def _resolve_function(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[
         if name not in varied
     ]
     try:
-        task = FunctionSpec.model_validate(dict(data["task"]))
+        task = FunctionSpec.model_validate({"kind": KIND} if data["task"] == KIND else dict(data["task"]))
     except ValidationError as error:
         return problems + [p._replace(path=("task", *p.path)) for p in problems_of(error, data["task"])], {}
     problems += [

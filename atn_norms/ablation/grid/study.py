@@ -428,9 +428,9 @@ class StudySpec(Options):
 
 
 def _kind(task: Any) -> str:
-    if is_function(task):
-        return str(task.get("function", "train"))
-    return str(task.get("kind")) if isinstance(task, Mapping) else str(task)
+    if isinstance(task, Mapping):
+        return str(task.get("function", "train") if is_function(task) else task.get("kind"))
+    return str(task)
 
 
 def _task_labels(tasks: list[Any]) -> list[str]:
