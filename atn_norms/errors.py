@@ -265,6 +265,18 @@ def typed_repr(value: object) -> str:
     return f"{type(value).__name__} {short_repr(value)}"
 
 
+def with_article(noun: str) -> str:
+    """Put `a` or `an` before a noun, by its sound; capitals are spelled.
+
+    >>> [with_article(noun) for noun in ("Tensor", "atn_norms.LSTM", "LSTM", "GRU", "'uniform' window", "UserDict")]
+    ['a Tensor', 'an atn_norms.LSTM', 'an LSTM', 'a GRU', "a 'uniform' window", 'a UserDict']
+    """
+    word = noun.lstrip("'\"`")
+    if re.match(r"[A-Z][A-Z0-9]", word):
+        return f"{'an' if word[0] in 'AEFHILMNORSX' else 'a'} {noun}"
+    return f"{'an' if re.match(r'[aeio]|u(?!ni(?!n)|s|t)', word, re.IGNORECASE) else 'a'} {noun}"
+
+
 def brief(text: str, most: int = 120) -> str:
     """Shorten a long text."""
     return text if len(text) <= most else text[: most - 3] + "..."

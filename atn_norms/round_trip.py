@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from atn_norms.errors import Problem, short_repr, to_spec_error
+from atn_norms.errors import Problem, short_repr, to_spec_error, with_article
 from atn_norms.options import Options
 
 EXPECTED = (
@@ -76,12 +76,12 @@ def _of(schema: Any, path: tuple[str, ...]) -> Iterator[Problem]:
                 if isinstance(each, Mapping):
                     yield from _unless_container(kind, each, path)
     elif kind not in SIMPLE and kind not in ("list", "tuple", "dict"):
-        yield Problem(path, NAMES.get(kind, f"a {kind}"), EXPECTED)
+        yield Problem(path, NAMES.get(kind, with_article(kind)), EXPECTED)
 
 
 def _unless_container(kind: str, inner: Any, path: tuple[str, ...]) -> Iterator[Problem]:
     if kind in ("set", "frozenset", "generator"):
-        yield Problem(path, f"a {kind}", EXPECTED)
+        yield Problem(path, with_article(kind), EXPECTED)
     else:
         yield from _of(inner, path)
 

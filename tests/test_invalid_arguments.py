@@ -325,8 +325,8 @@ def old_weight_norm():
         return nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
 
 
-def hooked(name):
-    model = nn.GRU(2, 3)
+def hooked(name, kind=nn.GRU):
+    model = kind(2, 3)
     getattr(model, name)(lambda *_: None)
     return model
 
@@ -361,6 +361,7 @@ def test_a_normalizer_that_overrides_forward_is_rejected():
         (lambda: hooked("register_forward_hook"), "got a GRU with hooks; expected"),
         (lambda: hooked("register_forward_pre_hook"), "got a GRU with hooks; expected"),
         (lambda: hooked("register_full_backward_hook"), "got a GRU with hooks; expected"),
+        (lambda: hooked("register_forward_hook", nn.LSTM), "got an LSTM with hooks; expected"),
         (with_a_forward, "got a GRU with a replaced `forward`; expected"),
         (with_a_child, r"got a GRU with modules or buffers inside \(head\); expected"),
     ],

@@ -235,7 +235,7 @@ def test_a_layer_with_other_norms_than_the_options_give_is_not_saved(tmp_path):
     for model, message in [
         (fewer, rf"norm_c_l0: got nothing; expected the {layer_norm} of the options of the layer"),
         (none, rf"norm_hh_l0: got nothing; expected the {layer_norm} of the options of the layer"),
-        (more, rf"norm_hh_l0: got a {layer_norm}; expected nothing, as in the options of the layer"),
+        (more, rf"norm_hh_l0: got an {layer_norm}; expected nothing, as in the options of the layer"),
     ]:
         with pytest.raises(TypeError, match=message):
             an.save(model, tmp_path / "model.safetensors")

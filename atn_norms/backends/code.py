@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.native.library import constant_to_compilers
+from atn_norms.errors import with_article
 
 KNOWN = {"torch", "atn_norms", *sys.stdlib_module_names}  # packages whose code does not change
 NORM = "measure", "normalize", "forward"
@@ -62,7 +63,7 @@ class Snapshot:
             try:
                 content = frozen(value)
             except TypeError:
-                self.state = f"it reads {name!r}, a {type(value).__name__}, which may change unnoticed"
+                self.state = f"it reads {name!r}, {with_article(type(value).__name__)}, which may change unnoticed"
                 self._same.append((look_up, name, value))
                 continue
             if type(value) in _CONSTANT:

@@ -9,7 +9,7 @@ import typer
 
 from atn_norms.commands.console import Json, at_home, print_json, print_table
 from atn_norms.commands.output import emit
-from atn_norms.errors import SpecError, nearest, one_of
+from atn_norms.errors import SpecError, nearest, one_of, with_article
 
 
 def export(
@@ -89,7 +89,7 @@ def _step(model: Any, batch: int) -> tuple[Any, list[Any]]:
         step = StreamingStep(model, batch=batch)
     else:
         cure = "In Python, build atn_norms.StreamingStep(layer, before, after)"
-        got = f"a {type(model).__name__}"
+        got = with_article(type(model).__name__)
         raise SpecError("--streaming", got, "a layer, or a model of a trial", detail=cure)
     return step, [_example(model, (1, batch))[0], *step.initial()]
 
@@ -106,7 +106,7 @@ def _example(model: Any, shape: tuple[int, int]) -> Any:
     layer = getattr(model, "layer", model)
     features = getattr(encoder, "in_features", None) or getattr(layer, "input_size", None)
     if features is None:
-        raise ValueError(f"model: got a {type(model).__name__}; expected a layer, or a model of a trial")
+        raise ValueError(f"model: got {with_article(type(model).__name__)}; expected a layer, or a model of a trial")
     if getattr(layer, "batch_first", False):
         shape = shape[1], shape[0]
     dtype = next((each.dtype for each in first.parameters()), torch.float32)

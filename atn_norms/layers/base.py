@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
-from atn_norms.errors import mismatch, short_repr
+from atn_norms.errors import mismatch, short_repr, with_article
 from atn_norms.layers.spec import LayerSpec, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure, parameter_of
@@ -184,7 +184,7 @@ class CellHost(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         raise TypeError(
-            f"torch.jit.script: got a {type(self).__name__}; expected a module of plain TorchScript. "
+            f"torch.jit.script: got {with_article(type(self).__name__)}; expected a module of plain TorchScript. "
             "Use torch.export.export, torch.compile or torch.jit.trace"
         )
 

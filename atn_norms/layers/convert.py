@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from atn_norms.errors import did_you_mean, mismatch, one_of, typed_repr
+from atn_norms.errors import did_you_mean, mismatch, one_of, typed_repr, with_article
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent, explain
@@ -260,12 +260,16 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
             f"{name}: got a parametrized {module._get_name()}; expected plain parameters. Remove the parametrizations"
         )
     if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise TypeError(f"{name}: got a {kind.upper()} with hooks; expected no hooks. Remove the hooks")
+        raise TypeError(f"{name}: got {with_article(kind.upper())} with hooks; expected no hooks. Remove the hooks")
     if "forward" in vars(module):
-        raise TypeError(f"{name}: got a {kind.upper()} with a replaced `forward`; expected none. Delete the attribute")
+        raise TypeError(
+            f"{name}: got {with_article(kind.upper())} with a replaced `forward`; expected none. Delete the attribute"
+        )
     if module._modules or module._buffers:
         inside = ", ".join([*module._modules, *module._buffers])
-        raise TypeError(f"{name}: got a {kind.upper()} with modules or buffers inside ({inside}); expected none")
+        raise TypeError(
+            f"{name}: got {with_article(kind.upper())} with modules or buffers inside ({inside}); expected none"
+        )
     cell: dict[str, Any] = {"kind": kind}
     if kind == "lstm":
         cell["proj_size"] = module.proj_size

@@ -15,7 +15,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from atn_norms.errors import Problem, SpecError, brief, mismatch, nearest_file, not_installed, to_spec_error
+from atn_norms.errors import (
+    Problem,
+    SpecError,
+    brief,
+    mismatch,
+    nearest_file,
+    not_installed,
+    to_spec_error,
+    with_article,
+)
 from atn_norms.files import most_bytes, read_regular, write_whole
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.convert import replacement, substitute
@@ -284,7 +293,8 @@ def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
         own = sorted({each for kinds in description.get("unregistered", {}).values() for each in kinds})
-        got = f"a {description['class']}{' with the ' if own else ''}{', '.join(own)}, whose code is not in the file"
+        which = with_article(description["class"])
+        got = f"{which}{' with the ' if own else ''}{', '.join(own)}, whose code is not in the file"
         expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from atn_norms.backends import known
 from atn_norms.cells import Cell, CellSpec, Placement
-from atn_norms.errors import SpecError, mismatch, unknown
+from atn_norms.errors import SpecError, mismatch, unknown, with_article
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer, NormSpec, PerGate
@@ -191,7 +191,7 @@ class LayerSpec(Options):
             return
         for site, window in explicit.items():
             if window != alone and self.norm_at(site) is None:
-                got = f"a {window.kind!r} window without a norm whose statistics it could pool"
+                got = f"{with_article(f'{window.kind!r} window')} without a norm whose statistics it could pool"
                 raise SpecError(self._window_path(site), got, "a norm, or a window of 1")
 
     def _check_windows(self, norms: Mapping[str, Normalizer | None]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from atn_norms.errors import SpecError, mismatch
+from atn_norms.errors import SpecError, mismatch, with_article
 from atn_norms.layers.base import OWNED, CellHost
 from atn_norms.layers.classes import class_of
 from atn_norms.layers.recurrent import Recurrent
@@ -118,13 +118,13 @@ def changed_attributes(layer: CellHost) -> dict[str, dict[str, Any]]:
                         found |= {path: changed} if changed else {}
                 elif module is not None:
                     expected = "nothing, as in the options of the layer"
-                    raise TypeError(mismatch(name, f"a {class_name(module)}", expected))
+                    raise TypeError(mismatch(name, with_article(class_name(module)), expected))
     return found
 
 
 def _changed(path: str, module: nn.Module | None, expected: nn.Module) -> dict[str, Any]:
     if module is None or type_before_parametrizations(module) is not type(expected):
-        got = "nothing" if module is None else f"a {class_name(module)}"
+        got = "nothing" if module is None else with_article(class_name(module))
         raise TypeError(mismatch(path, got, f"the {class_name(expected)} of the options of the layer"))
     mine, theirs = (
         {name: value for name, value in vars(each).items() if isinstance(value, _PLAIN) and name[0] != "_"}
@@ -193,7 +193,7 @@ def _stored(name: str, value: Any) -> Any:
         return [_stored("", each) for each in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{name} is a {type(value).__name__}")
+    raise TypeError(f"{name} is {with_article(type(value).__name__)}")
 
 
 def _value(stored: Any, layers: Iterator[CellHost] | None) -> Any:

@@ -251,7 +251,7 @@ def test_a_changed_class_attribute_has_another_program(monkeypatch):
 def test_an_attribute_that_cannot_be_tracked_has_no_program():
     normalizer = L1(4)
     object.__setattr__(normalizer, "settings", object())
-    assert traced_norm(normalizer, 4) == "its attribute 'settings' is a object, which may change unnoticed"
+    assert traced_norm(normalizer, 4) == "its attribute 'settings' is an object, which may change unnoticed"
 
 
 @pytest.mark.parametrize("base", [str, float, int, tuple])

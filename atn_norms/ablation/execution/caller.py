@@ -24,7 +24,7 @@ from atn_norms.ablation.execution.random_state import random_state, restore_rand
 from atn_norms.ablation.execution.trial import isolated
 from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree
 from atn_norms.ablation.grid.starts import READS
-from atn_norms.errors import Problem, SpecError, brief, short_repr
+from atn_norms.errors import Problem, SpecError, brief, short_repr, with_article
 
 PLAIN = (str, bytes, NoneType, Number, PurePath, Enum, range, datetime.date, torch.device, torch.dtype)
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
@@ -162,4 +162,4 @@ def _text(value: Any) -> str:
     if value is MISSING or isinstance(value, PLAIN):
         return "nothing" if value is MISSING else repr(value)
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__qualname__", None)
-    return name if isinstance(name, str) else f"a {type(value).__name__}"
+    return name if isinstance(name, str) else with_article(type(value).__name__)

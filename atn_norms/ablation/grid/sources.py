@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from atn_norms.errors import SpecError, short_repr
+from atn_norms.errors import SpecError, short_repr, with_article
 from atn_norms.files import sha256
 from atn_norms.options import Options
 from atn_norms.registry import FAMILIES, Entry, registry
@@ -67,7 +67,7 @@ def hash_source(thing: Callable[..., Any] | type) -> str:
         return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()[:DIGITS]
     except (TypeError, OSError):
         name = getattr(thing, "__qualname__", short_repr(thing))
-        got, expected = f"a {type(thing).__name__} without source", "a function or class defined in a file"
+        got, expected = f"{with_article(type(thing).__name__)} without source", "a function or class defined in a file"
         raise SpecError(name, got, expected) from None
 
 

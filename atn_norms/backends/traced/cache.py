@@ -36,6 +36,7 @@ from atn_norms.backends.traced.comparison import difference_in_float32, differen
 from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of, trace
 from atn_norms.backends.traced.program import Program
 from atn_norms.backends.traced.recorder import Untraceable
+from atn_norms.errors import with_article
 from atn_norms.modes import in_transform
 from atn_norms.normalizers import Normalizer, PerGate
 from atn_norms.normalizers.base import has_population
@@ -244,7 +245,7 @@ def fingerprint(module: nn.Module) -> Any:
         try:
             own.append((name, frozen(value), () if type(value) in SIMPLE else held_states(value, kind)))
         except TypeError:
-            problem = f"its attribute {name!r} is a {type(value).__name__}, which may change unnoticed"
+            problem = f"its attribute {name!r} is {with_article(type(value).__name__)}, which may change unnoticed"
             raise _Unfrozen(problem) from None
     tensors = [
         (name, None if t is None else (t.shape, t.dtype.is_floating_point or t.dtype))
