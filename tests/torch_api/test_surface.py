@@ -69,6 +69,42 @@ def test_copies_and_pickles_run_torch_s_module(cell):
         compare(copied(x), layer(x), tolerance=0)
 
 
+@feature(
+    GROUP,
+    "`out.mul_(2)` and other changes of the output in place before the backward pass",
+    "torch's error",
+    "As with `nn.LSTM`; `nn.GRU` and `nn.RNN` accept such changes on the CPU. Write `out = 2 * out`. Final states, "
+    "packed sequences and outputs of bidirectional layers may be changed.",
+)
+@pytest.mark.parametrize("norm", NORMS)
+@every_layer
+def test_an_output_that_is_changed_in_place_has_no_wrong_gradients(cell, norm):
+    def gradients(change, **options):
+        torch.manual_seed(0)
+        layer = CELLS[cell](3, 4, norm=norm, window=2, **options)
+        out, state = layer(torch.linspace(-1, 1, 30).view(5, 2, 3))
+        return torch.autograd.grad(change(out, state), list(layer.parameters()))
+
+    def of_output(out, state):
+        return (2 * out).sum()
+
+    def in_place(out, state):
+        return out.mul_(2).sum()
+
+    def in_place_states(out, state):
+        for each in state if isinstance(state, tuple) else [state]:
+            each.mul_(0)
+        return (2 * out).sum()
+
+    both = {"bidirectional": True}
+    with pytest.raises(
+        RuntimeError, match=r"modified by an inplace operation: .* output 0 of RecurrentLayer, is at version 1"
+    ):
+        gradients(in_place)
+    compare(gradients(in_place_states), gradients(of_output), tolerance=0)
+    compare(gradients(in_place, **both), gradients(of_output, **both), tolerance=0)
+
+
 @feature(GROUP, "`layer(input=x, hx=h)`", "native")
 @pytest.mark.parametrize("norm", [None, "layer"])
 @every_layer

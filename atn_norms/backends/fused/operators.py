@@ -91,7 +91,7 @@ class Operators:
         if fitted is None:
             return None
         if torch.is_grad_enabled() and True in [tensor.requires_grad for tensor in fitted.tensors]:
-            return list(_Eager.apply(self, plan, fitted, states, *flat))
+            return list(RecurrentLayer.apply(self, plan, fitted, states, *flat))
         return self._kernels.forward(fitted, False, states)[0]
 
     def compute(self, plan: Plan, inputs: Inputs, keep: bool) -> list[Tensor]:
@@ -175,8 +175,11 @@ class Operators:
         return *self.gradients(ctx, grads, ctx.needs_input_grad[0]).arguments, None, None
 
 
-class _Eager(torch.autograd.Function):
-    """The operator's node in a graph; the tensors are passed as `inputs`, and as a flat list for autograd."""
+class RecurrentLayer(torch.autograd.Function):
+    """The operator's node in a graph; the tensors are passed as `inputs`, and as a flat list for autograd.
+
+    Autograd's errors name the class, such as for a result that was changed in place.
+    """
 
     @staticmethod
     def forward(
