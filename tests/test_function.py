@@ -983,6 +983,16 @@ def test_the_command_line_runs_a_study_file_of_a_function(tmp_path, capsys, monk
     assert main(["status", "study"]) == 0 and StudyFolder("study").load().counts()["done"] == 4
 
 
+def test_trials_of_a_study_file_have_the_globals_of_the_file(tmp_path, monkeypatch):
+    """Also in a process that has imported the file, and has set a global to another value."""
+    monkeypatch.syspath_prepend(tmp_path)
+    path = written(tmp_path, "K = 1\ndef train(): return K", "of_a_study_file.py")
+    monkeypatch.setattr(importlib.import_module("of_a_study_file"), "K", 2)
+    (trial,) = trials(tmp_path / "study", path, axes={}, seeds=1)
+    assert trial.result["metrics"]["test"]["score"] == 1
+    assert importlib.import_module("of_a_study_file").K == 2
+
+
 @pytest.mark.parametrize("folder", ["", "package/"])
 def test_settings_of_an_imported_module_hold_in_every_trial(folder, tmp_path):
     """Python executes a module at its first import alone, but every trial has its settings."""

@@ -35,7 +35,8 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
     """Raise `SpecError` for each setting that a function reads, and that has another value in its trials.
 
     The settings are globals, defaults and closures of the function, and of the functions and classes of its file that
-    it names. Plain values, and mappings, namespaces and dataclasses of them, are compared by value; others by type.
+    it names. Plain values, and mappings, namespaces and dataclasses of them, are compared by value; others by type. A
+    study file needs no check: it names a file, which every trial executes, and no function of a running process.
 
     Errors: `SpecError` too where trials could not load the function.
     """
