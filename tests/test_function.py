@@ -19,6 +19,7 @@ import torch
 
 from atn_norms import ablation
 from atn_norms.ablation import report
+from atn_norms.ablation.grid import functions, sources
 from atn_norms.ablation.grid.functions import hash_code, task_of
 from atn_norms.ablation.grid.sources import hash_files
 from atn_norms.ablation.store import checkpoints
@@ -491,6 +492,35 @@ def test_the_changed_file_is_named(tmp_path):
         SpecError, match=rf"task\.file: got changed {path}; .*\n.*task\.files: got changed {data}, {other};"
     ):
         ablation.resume(folder, workers=0)
+
+
+def test_the_files_of_a_study_are_hashed_once(tmp_path, monkeypatch):
+    path, data = written(tmp_path, GOOD), tmp_path / "data.csv"
+    data.write_text("1")
+    read = []
+    for module, name in ((sources, "sha256"), (functions, "syntax_tree")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda file, call=original: read.append(file) or call(file))
+    options = study(path, task={"files": [str(data)]})
+    spec = ablation.StudySpec.model_validate(options)
+    read.clear()
+    plan = ablation.make_plan(spec)
+    assert len(plan.trials) == 6 and read.count(data) == 1
+    assert read.count(path) == 2, "its imports, and its counted lines"
+    resolved = plan.resolved()
+    read.clear()
+    functions.refuse_changed_functions(tmp_path, resolved)
+    assert read.count(data) == 1 and read.count(path) == 2
+
+
+def test_an_axis_of_files_has_the_hashes_of_each_value(tmp_path):
+    files = [written(tmp_path, GOOD.replace("0.5", each), f"m{each}.py") for each in ("0.1", "0.2")]
+    axes = {"task.file": list(map(str, files)), "norm": ["none"]}
+    task = {"arguments": {"window": 1}}
+    plan = ablation.make_plan(ablation.StudySpec.model_validate(study(files[0], task=task, axes=axes)))
+    trials = [each.trial for each in plan.trials[:2]]
+    assert [each["data"]["file"] for each in trials] == [hash_code(Path(each["task"]["file"])) for each in trials]
+    assert trials[0]["data"] != trials[1]["data"]
 
 
 def test_additional_files_count_by_content(tmp_path):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator
 
 from atn_norms.ablation.grid.errors import Problem
-from atn_norms.ablation.grid.sources import hash_files
+from atn_norms.ablation.grid.sources import DIGITS, hash_files
 from atn_norms.ablation.grid.starts import counted_starts, starting
 from atn_norms.errors import Problem as SpecProblem
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
@@ -35,6 +35,7 @@ TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options 
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
 
 RESTORE = "Restore it, or make a new study."  # the cure for a changed file
+NamedFiles = tuple[str, tuple[str, ...]]  # the file of a function, and the other files
 Sources = dict[str, dict[str, str]]  # option -> path -> hash
 _loading = False  # whether a function's file is being executed, so that its call of `ablate` starts no second study
 
@@ -64,22 +65,27 @@ class FunctionSpec(Options):
     reports: Literal["loss", "metric"] = "loss"
     files: tuple[Annotated[str, AfterValidator(absolute)], ...] = ()
 
-    def data(self) -> dict[str, str]:
+    @property
+    def named_files(self) -> NamedFiles:
+        """The options that name files."""
+        return self.file, self.files
+
+    def hashes(self) -> tuple[dict[str, str], Sources]:
         """Compute content hashes: of the file with the local modules it imports, and of the other files.
+
+        The first result has one hash for each option, which identifies trials. The second has the hash of each file.
 
         Errors: `SpecError` naming a file that cannot be read.
         """
+        code = _code(Path(self.file))
         named = {name: hash_files(_existing(Path(name))) for name in self.files}
-        return {"file": hash_code(Path(self.file))} | (
-            {"files": hashlib.sha256("\n".join(named.values()).encode()).hexdigest()[:16]} if named else {}
-        )
+        together = {"files": _digest("\n".join(named.values()))} if named else {}
+        texts = {path: _digest(text) for path, text in code.items()}
+        return {"file": _hash_together(code)} | together, {"file": texts, "files": named}
 
-    def sources(self) -> Sources:
-        """Compute the hash of each file that `data` covers. Errors as in `data`."""
-        file = Path(self.file)
-        code = {os.path.relpath(each, file.parent): _counted(each) for each in sorted(_local_files(file))}
-        hashes = {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in code.items()}
-        return {"file": hashes, "files": {name: hash_files(_existing(Path(name))) for name in self.files}}
+    def data(self) -> dict[str, str]:
+        """Compute one hash for each option that names files. Errors as in `hashes`."""
+        return self.hashes()[0]
 
     def unsupported_reason(self, layer: Any) -> str | None:
         """Return None: a function accepts any layer; arguments named `norm` and `window` are checked elsewhere."""
@@ -106,10 +112,20 @@ def hash_code(file: Path) -> str:
 
     Errors: `SpecError` for a file that cannot be read or is not Python.
     """
-    total = hashlib.sha256()
-    for each in sorted(_local_files(file)):
-        total.update(f"{os.path.relpath(each, file.parent)}\0{_counted(each)}\n".encode())
-    return total.hexdigest()[:16]
+    return _hash_together(_code(file))
+
+
+def _code(file: Path) -> dict[str, str]:
+    """Return the counted text of a file and of the modules that it imports, by relative path."""
+    return {os.path.relpath(each, file.parent): _counted(each) for each in sorted(_local_files(file))}
+
+
+def _hash_together(code: Mapping[str, str]) -> str:
+    return _digest("".join(f"{path}\0{text}\n" for path, text in code.items()))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -245,7 +261,7 @@ def task_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def changed_files(task: Mapping[str, Any], option: str, before: Sources, after: Sources) -> str:
-    """Name the files of an option of a function's task that differ between its earlier and its present `sources`.
+    """Name the files of an option of a function's task that differ between its earlier and its present hashes.
 
     Without earlier sources, as in a study of an earlier version, these are all files that the option names.
     """
@@ -268,15 +284,14 @@ def advice(file: Path | str) -> str:
 def refuse_changed_functions(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Raise `SpecError` where the code or the files of a study's functions have changed since it was created."""
     changes: dict[tuple[str, str, str], None] = {}
-    here: dict[str, tuple[dict[str, str], Sources]] = {}
+    here: dict[NamedFiles, tuple[dict[str, str], Sources]] = {}
     for each in resolved["trials"]:
         trial, label = each["trial"], each["points"][0]["task"]
         if is_function(trial["task"]):
             task = FunctionSpec.model_validate(trial["task"])
-            key = repr((task.file, task.files))
-            if key not in here:
-                here[key] = task.data(), task.sources()
-            data, sources = here[key]
+            if task.named_files not in here:
+                here[task.named_files] = task.hashes()
+            data, sources = here[task.named_files]
             before = resolved.get("sources", {}).get(label, {})
             for option, content in trial["data"].items():
                 if data[option] != content:

@@ -12,7 +12,15 @@ import torch
 from atn_norms import errors
 from atn_norms.ablation.grid.changes import changed_options
 from atn_norms.ablation.grid.errors import Problem, invalid
-from atn_norms.ablation.grid.functions import TRAINING, FunctionSpec, Sources, advice, changed_files, is_function
+from atn_norms.ablation.grid.functions import (
+    TRAINING,
+    FunctionSpec,
+    NamedFiles,
+    Sources,
+    advice,
+    changed_files,
+    is_function,
+)
 from atn_norms.ablation.grid.resolve import layer_of
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
@@ -136,14 +144,15 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
     sources: dict[str, Sources] = {}
     resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
     built: dict[str, tuple[Task, dict[str, str]]] = {}
+    hashed: dict[NamedFiles, tuple[dict[str, str], Sources]] = {}  # of functions, by the options that name files
     for point in study.points():
         try:
-            trial, metric = _trial(point, built)
+            trial, metric = _trial(point, built, hashed)
         except SpecError as error:
             problems = [point.placed(_task_problem(each, point.task)) for each in error.problems]
             raise to_spec_error(invalid("study", problems), where) from error
-        if point.labels["task"] not in facts and isinstance(point.task, FunctionSpec):
-            sources[point.labels["task"]] = point.task.sources()
+        if isinstance(point.task, FunctionSpec):
+            sources.setdefault(point.labels["task"], hashed[point.task.named_files][1])
         facts.setdefault(point.labels["task"], metric)
         resolved.append((point.labels, trial))
     _check_margins(study, facts, where)
@@ -188,8 +197,12 @@ def _task_problem(problem: errors.Problem, task: TaskSpec) -> Problem:
     return Problem(("task", *path), text) if path and path[0] in type(task).model_fields else Problem(("task",), text)
 
 
-def _function_trial(point: Point, task: FunctionSpec) -> tuple[dict[str, Any], TaskFacts]:
+def _function_trial(
+    point: Point, task: FunctionSpec, hashed: dict[NamedFiles, tuple[dict[str, str], Sources]]
+) -> tuple[dict[str, Any], TaskFacts]:
     """Make the trial of a function: `model` holds its arguments; its metric is known once it has returned."""
+    if task.named_files not in hashed:
+        hashed[task.named_files] = task.hashes()
     train = point.train.model_dump(mode="json", include={*TRAINING})
     trial = {
         "version": VERSION,
@@ -197,16 +210,20 @@ def _function_trial(point: Point, task: FunctionSpec) -> tuple[dict[str, Any], T
         "task": task.model_dump(mode="json"),
         "train": train,
         "seed": 0,
-        "data": task.data(),
+        "data": hashed[task.named_files][0],
     }
     if plugins := plugin_sources(layer_of(trial["model"])):
         trial["plugins"] = plugins
     return trial, TaskFacts(task.metric or "", {}, task.goal, reported="reported loss")
 
 
-def _trial(point: Point, built: dict[str, tuple[Task, dict[str, str]]]) -> tuple[dict[str, Any], TaskFacts]:
+def _trial(
+    point: Point,
+    built: dict[str, tuple[Task, dict[str, str]]],
+    hashed: dict[NamedFiles, tuple[dict[str, str], Sources]],
+) -> tuple[dict[str, Any], TaskFacts]:
     if isinstance(point.task, FunctionSpec):
-        return _function_trial(point, point.task)
+        return _function_trial(point, point.task, hashed)
     options = point.task.model_dump(mode="json")
     which = canonical([options, point.train.batch_size])
     if which not in built:
