@@ -170,6 +170,18 @@ def test_neither_order_nor_sign_matters(values, random):
     assert mirrored.p == pytest.approx(one.p, abs=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [-1000, -700, -300, 300, 700, 1000])
+@pytest.mark.parametrize("values", [[0.5, 1.25, -0.75, 2.0], [0.1] * 9 + [0.2] * 9 + [-0.3, 0.4, 9.0]])
+def test_statistics_do_not_depend_on_the_unit(values, exponent):
+    """Squares of small numbers would be 0, which gave p = 0, and those of large numbers would overflow."""
+    found, same = paired(values), paired([math.ldexp(value, exponent) for value in values])
+    assert (same.p, same.p_sign_flip, same.method) == (found.p, found.p_sign_flip, found.method)
+    assert same.effect == found.effect and same.skewness == found.skewness
+    assert same.deviation == math.ldexp(found.deviation, exponent) > 0
+    ends = (same.interval.low, same.interval.high)
+    assert ends == (math.ldexp(found.interval.low, exponent), math.ldexp(found.interval.high, exponent))
+
+
 def test_constant_differences_give_a_point_interval():
     same = paired([-2.0] * 5)
     assert (same.interval.low, same.interval.high, same.p, same.effect) == (-2.0, -2.0, 0.0, math.inf)

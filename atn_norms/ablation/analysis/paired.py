@@ -55,19 +55,32 @@ class Paired:
         return mean(self.values)
 
     @cached_property
+    def _scaled(self) -> tuple[list[float], int]:
+        """The differences over a power of 2, which is exact, and its exponent; the largest is near 1 in size.
+
+        The squares of numbers below 1e-162 would be 0, and those of numbers above 1e154 would overflow.
+        """
+        exponent = math.frexp(max(map(abs, self.values)))[1]
+        return [math.ldexp(value, -exponent) for value in self.values], exponent
+
+    @cached_property
     def deviation(self) -> float:
         """The standard deviation of the differences (n - 1 in the denominator)."""
         if self.values[0] == self.values[-1]:
             return 0.0
-        return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.values) / (len(self.values) - 1))
+        values, exponent = self._scaled
+        centre = mean(values)
+        variance = math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1)
+        return math.ldexp(math.sqrt(variance), exponent)
 
     @cached_property
     def skewness(self) -> float:
         """The third central moment over the second to the power 3/2; 0 if all differences are equal."""
         if not self.deviation:
             return 0.0
-        n = len(self.values)
-        second, third = (math.fsum((value - self.mean) ** power for value in self.values) / n for power in (2, 3))
+        values, _ = self._scaled
+        n, centre = len(values), mean(values)
+        second, third = (math.fsum((value - centre) ** power for value in values) / n for power in (2, 3))
         return third / second**1.5
 
     @cached_property
@@ -139,10 +152,10 @@ class Paired:
     @cached_property
     def _resampled(self) -> np.ndarray:
         """T* of 10,000 resamples, in ascending order."""
-        sample, n = np.asarray(self.values), len(self.values)
+        sample, n = np.asarray(self._scaled[0]), len(self.values)
         draws = np.random.default_rng(0).integers(0, n, size=(RESAMPLES // 2, n))
         resamples = np.concatenate([sample[draws], sample[n - 1 - draws]])
-        shifts, errors = resamples.mean(axis=1) - self.mean, resamples.std(axis=1, ddof=1) / math.sqrt(n)
+        shifts, errors = resamples.mean(axis=1) - mean(self._scaled[0]), resamples.std(axis=1, ddof=1) / math.sqrt(n)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.sort(np.nan_to_num(shifts / errors, nan=0.0, posinf=math.inf, neginf=-math.inf))
 
