@@ -53,6 +53,7 @@ LIBRARIES = {
     "pyarrow": {"tasks"},
     "regex": {"tasks"},
     "safetensors": {"layers"},
+    "onnx_ir": {"layers"},
     "onnxruntime": {"layers"},
     "triton": {"backends"},
     "hypothesis": {"testing"},

@@ -121,6 +121,18 @@ def test_a_whole_model_with_native_layers_is_exported(format, tmp_path):
     assert model.layer.spec.backend == "auto"
 
 
+def test_onnxruntime_loads_a_graph_that_is_not_optimized_without_warnings(tmp_path, monkeypatch, capfd):
+    """A whole sequence has too many nodes for the optimization of torch's exporter, which would remove `CastLike`."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("atn_norms.layers.export.MOST_OPTIMIZED", 0)
+    layer = trained(an.RNN(3, 4, norm={"kind": "batch", "max_steps": 3}, window=2))
+    export(WholeSequence(layer), [torch.randn(2, 2, 3)], tmp_path / "m.onnx", "onnx")
+    capfd.readouterr()
+    runtime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("file", "format", "cure"),
     [

@@ -231,6 +231,7 @@ def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
         got = reason or type(error).__name__
         raise SpecError("model", got, "a model whose operations ONNX has") from error
     assert program is not None
+    _cast_to_types(program.model)
     program.save(str(path), external_data=False)
     try:
         import onnxruntime
@@ -246,6 +247,30 @@ def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names
         return [torch.from_numpy(each) for each in session.run(None, given)]
 
     return tuple(outputs), run, ""
+
+
+def _cast_to_types(model: Any) -> None:
+    """Replace each `CastLike` of an ONNX model by a `Cast`: onnxruntime would warn about every one.
+
+    Torch's exporter writes these nodes for constants, and removes them where it optimizes the graph.
+    """
+    import onnx_ir
+
+    for node in model.graph:
+        if node.op_type == "CastLike" and (dtype := _dtype(node.inputs[1])) is not None:
+            node.op_type = "Cast"
+            node.resize_inputs(1)
+            node.attributes["to"] = onnx_ir.AttrInt64("to", int(dtype))
+
+
+def _dtype(value: Any) -> Any:
+    """Return the type of an ONNX value, or None; the exporter records no type for constants and for some `Where`."""
+    node = value.producer()
+    if value.dtype is not None or node is None:
+        return value.dtype
+    if node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].value.dtype
+    return _dtype(node.inputs[1]) if node.op_type == "Where" else None
 
 
 def _write_pt2(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> Written:
