@@ -583,6 +583,11 @@ def test_additional_files_count_by_content(tmp_path):
                 ("n", "for k in ({},):\n    ablate(train)\nfor n in (1,):\n    ablate(train)", False),
                 ("k", "for k in ({},):\n    ablate(train)\nfor k in (1,):\n    ablate(train)", True),
                 ("k", "while k > {}:\n    ablate(train)", False),
+                ("k", "for k in setup({}):\n    ablate(train)", False),
+                ("k", "for k in (1,):\n    n = setup({})\n    ablate(train)", False),
+                ("k", "if setup({}):\n    ablate(train)", False),
+                ("k", "for k in (1,):\n    print(setup({}))\n    ablate(train)", False),
+                ("k", "for k, n in sorted(zip(range({}), {{}}.items())):\n    ablate(train)", True),
             ]
         ),
     ],

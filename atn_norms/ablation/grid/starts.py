@@ -9,6 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType
 
 ENTRY = "atn_norms.ablation.ablate"  # a call of it starts a study; changing it does not change what a trial computes
+PLAIN = {
+    "dict",
+    "enumerate",
+    "float",
+    "int",
+    "len",
+    "list",
+    "print",
+    "range",
+    "reversed",
+    "sorted",
+    "str",
+    "tuple",
+    "zip",
+}
+METHODS = {"items", "keys", "values", "format"}  # of a dict or a text
 READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")  # instructions that read a global
 STORES = ("STORE_GLOBAL", "STORE_NAME")
 
@@ -17,7 +33,8 @@ def starting(tree: ast.Module) -> list[ast.stmt]:
     """Return the top-level statements that only start studies.
 
     These are the block under `if __name__ == "__main__":`, calls of `ablate`, and loops and conditions that call it. A
-    loop must do nothing before the call but set names, and other statements must not read these names.
+    loop must do nothing before the call but set names and call `PLAIN` functions, and other statements must not read
+    these names.
     """
     names = dict(_bound(tree))
     calls = [node for node in tree.body if _is_main(node) or _is_call(node, names)]
@@ -77,22 +94,35 @@ def _only_starts(block: Sequence[ast.stmt], names: Mapping[str, str]) -> bool | 
         if _is_call(node, names):
             return True  # what follows is never executed in a trial
         if isinstance(node, ast.For | ast.If):
+            if not _is_plain(node.iter if isinstance(node, ast.For) else node.test, names):
+                return None
             inner = [_only_starts(each, names) for each in (node.body, node.orelse)]
             if None in inner:
                 return None
             starts = starts or True in inner
-        elif not _is_harmless(node):
+        elif not _is_harmless(node, names):
             return None
     return starts
 
 
-def _is_harmless(node: ast.stmt) -> bool:
-    """Check for an assignment to names, a call of `print`, and a statement without an effect."""
+def _is_harmless(node: ast.stmt, names: Mapping[str, str]) -> bool:
+    """Check for an assignment to names, an expression, and a statement without an effect."""
     if isinstance(node, ast.Expr):
-        call = node.value
-        return isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"
-    is_assignment = isinstance(node, ast.Assign) and all(isinstance(each, ast.Name) for each in node.targets)
-    return is_assignment or isinstance(node, ast.Pass | ast.Continue | ast.Break)
+        return _is_plain(node.value, names)
+    if isinstance(node, ast.Assign):
+        return all(isinstance(each, ast.Name) for each in node.targets) and _is_plain(node.value, names)
+    return isinstance(node, ast.Pass | ast.Continue | ast.Break)
+
+
+def _is_plain(value: ast.expr, names: Mapping[str, str]) -> bool:
+    """Check that an expression calls `PLAIN` functions only: another one could change what a trial computes."""
+    return all(_is_plain_call(each, names) for each in ast.walk(value) if isinstance(each, ast.Call))
+
+
+def _is_plain_call(call: ast.Call, names: Mapping[str, str]) -> bool:
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr in METHODS
+    return isinstance(call.func, ast.Name) and call.func.id in PLAIN and call.func.id not in names
 
 
 def _globals(statements: Sequence[ast.stmt], instructions: Sequence[str]) -> set[str]:
