@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from atn_norms.backends.description import Declared, Description, describe
 from atn_norms.backends.native import Native
 from atn_norms.backends.native.library import warn_once
@@ -29,7 +31,9 @@ class UnsupportedBackend(ValueError):
         return type(self), (self.name, self.reason, self.code)
 
 
-_IN_ORDER: tuple[Backend, ...] = (TorchNN(), Native(), Reference())
+_TORCH, _NATIVE, _REFERENCE = TorchNN(), Native(), Reference()
+_IN_ORDER: tuple[Backend, ...] = (_TORCH, _NATIVE, _REFERENCE)
+_COMPILED: tuple[Backend, ...] = (_NATIVE, _TORCH, _REFERENCE)  # a compiler unrolls the steps of torch's recurrence
 _BY_NAME: tuple[Backend, ...] = (Triton(),)  # experimental: used only by name
 
 
@@ -52,8 +56,9 @@ def select(
 ) -> tuple[Selected, tuple[Declared, ...]]:
     """Return the program for `backend=name`, and the declarations that its inputs need; `kept` if it still fits.
 
-    With `"auto"` it is the program of the first backend that has one. The reference has a program for every cell. If it
-    is selected by name, no description is made, since a description may trace the normalizers.
+    With `"auto"` it is the program of the first backend that has one; in a compiled graph, `native` precedes `torch`.
+    The reference has a program for every cell. If it is selected by name, no description is made, since a description
+    may trace the normalizers.
 
     Errors: `SpecError` for an unknown name, and `UnsupportedBackend` for a backend without a program, with its reason.
     """
@@ -84,11 +89,12 @@ def _prepare(name: str, cell: Cell, description: Description) -> Program:
     One warning in a process reports a case that `native` would run if its kernels were compiled.
     """
     if name == "auto":
-        for backend in _IN_ORDER:
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        for backend in _COMPILED if compiled else _IN_ORDER:
             program = backend.prepare(cell, description)
             if not isinstance(program, Unsupported):
                 return program
-            if program.code == "kernels":
+            if program.code == "kernels" and description.normed:
                 warn_once()
     backends = known()
     if name not in backends:

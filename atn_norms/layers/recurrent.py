@@ -419,7 +419,7 @@ def explain(model: nn.Module) -> str:
     >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
     GRU(2, 4, norm=none)
     cell _l0: backend 'torch'
-      native: unsupported: ...
+      native: supported
       reference: supported
       triton: unsupported: ...
     """

@@ -129,7 +129,7 @@ def test_a_raw_operator_checks_the_sites_of_its_plan(sites: tuple[str, ...]) -> 
         torch.ops.atn_norms.recurrent(*arguments, text, True)
 
 
-@pytest.mark.parametrize("text", ["", "lstm", "nonsense; ih 1", "tree; " + site().encode(), "rnn_tanh; ih x y"])
+@pytest.mark.parametrize("text", ["", "lstm-other", "nonsense; ih 1", "tree; " + site().encode(), "rnn_tanh; ih x y"])
 def test_a_raw_operator_checks_the_text_of_its_plan(text: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match="plan"):
         torch.ops.atn_norms.recurrent(*operands(), text, False)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim, export
 from torch.utils._pytree import tree_flatten
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atn_norms as an
 from tests.compare import compare
+from tests.native.strategies import functional
 from tests.torch_api.features import feature
 from tests.torch_api.test_transforms import CELLS, NORMS, every_layer, every_norm
 from tests.traced.gallery import EVERY, GallerySpec
@@ -65,22 +68,72 @@ class Stream(Output):
 
 
 @feature(
-    GROUP, "`torch.compile(fullgraph=True)` of a layer without a norm", "torch", "torch.nn's layers need `allow_rnn`."
+    GROUP,
+    "`torch.compile(fullgraph=True, dynamic=True)` of a layer without a norm: one graph for every length and batch",
+    "native",
+    "torch.nn's layers need `allow_rnn`.",
 )
-@pytest.mark.parametrize("cell", [pytest.param(name, marks=deep if name != "gru" else ()) for name in CELLS])
+@every_layer
 def test_a_layer_without_a_norm_compiles(cell, graphs, runs):
-    layer, x = CELLS[cell](3, 4, 2, bidirectional=True), batch(5, 2)
-    compare(torch.compile(layer, fullgraph=True, backend=graphs)(x), layer(x), tolerance=1e-6)
-    assert graphs.frame_count == 1
+    layer = CELLS[cell](3, 4, 2, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    for shape in SHAPES:
+        compare(compiled(batch(*shape)), layer(batch(*shape)), tolerance=1e-6)
+    lengths = torch.tensor([5, 0, 2])
+    run = torch.compile(layer.unroll, fullgraph=True, backend="eager")
+    compare(run(batch(5, 3), None, lengths), layer.unroll(batch(5, 3), None, lengths), tolerance=1e-6)
+    assert graphs.frame_count == 1 and runs["native"] == 4 * (len(SHAPES) + 1)
+
+
+WITHOUT_NORM: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "projection": {"proj_size": 2},
+    "dropout": {"num_layers": 2, "dropout": 0.5, "bidirectional": True},
+    "torch": {"backend": "torch"},
+}
+
+
+@pytest.mark.parametrize("options", WITHOUT_NORM)
+@every_layer
+def test_a_compiled_layer_without_a_norm_can_be_trained(cell, options):
+    if options == "projection" and cell != "lstm":
+        return
+    torch._dynamo.reset()
+    layer, results = CELLS[cell](3, 4, **WITHOUT_NORM[options]), []
+    x = batch(5, 2).requires_grad_(options == "dropout")
+    wanted = [*layer.parameters(), *[x] * x.requires_grad]
+    for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer):
+        torch.manual_seed(0)
+        y, last = run(x)
+        ends = [y, *(last if cell == "lstm" else [last])]
+        results.append((ends, torch.autograd.grad(functional(ends), wanted)))
+    compare(results[0], results[1], tolerance=1e-5)
+
+
+@pytest.mark.filterwarnings("error:.*native")
+def test_without_kernels_torch_runs_a_compiled_layer_without_a_norm(graphs, runs, monkeypatch):
+    monkeypatch.setattr("atn_norms.backends.native.unavailable", lambda: "its kernels are not compiled")
+    monkeypatch.setattr("atn_norms.backends.native.library._warned", [])
+    layer = an.GRU(3, 4)
+    compare(torch.compile(layer, fullgraph=True, backend=graphs)(batch(5, 2)), layer(batch(5, 2)), tolerance=1e-6)
+    assert set(runs) == {"torch"}
 
 
 @every_layer
-def test_a_compiled_layer_without_a_norm_can_be_trained(cell):
-    torch._dynamo.reset()
-    layer, x = CELLS[cell](3, 4), batch(5, 2)
-    compiled, eager = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], layer(x)[0]
-    found, expected = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (compiled, eager))
-    compare(found, expected, tolerance=1e-6)
+def test_the_graph_of_a_layer_without_a_norm_is_as_long_for_every_length(cell):
+    counts: dict[int, list[int]] = {}
+    for steps in (3, 30):
+        torch._dynamo.reset()
+        counts[steps] = []
+
+        def count(graph: Any, _: Any, counted: list[int] = counts[steps]) -> Any:
+            counted.append(len(graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        compiler = aot_autograd(fw_compiler=count)
+        torch.compile(CELLS[cell](3, 4), fullgraph=True, backend=compiler)(batch(steps, 2))[0].sum().backward()
+    assert len(counts[3]) == 2 and counts[3] == counts[30]
 
 
 @feature(GROUP, "`torch.export` of a layer without a norm, before its first call", "torch")

@@ -86,15 +86,21 @@ def test_torch_has_no_tangents_of_an_lstm():
     compare(found, (ends[0] - ends[1]) / (2 * step), tolerance=1e-8)  # central difference: step**2, and 1e-16 / step
 
 
-@feature(GROUP, "`torch.export` with a dynamic length", "refused", "A layer with a norm exports.")
+@feature(
+    GROUP,
+    "`torch.export` with a dynamic length",
+    "refused",
+    'A layer with a norm exports, and a layer without one does with `backend="native"`.',
+)
 @every_layer
 def test_torch_exports_a_fixed_length(cell):
-    theirs, ours = pair(cell, norm="layer")
     x = numbers(5, 2, 3)
-    with pytest.raises(Exception, match="Constraints violated"):
-        export(theirs, (x,), dynamic_shapes=DYNAMIC)
-    program = export(ours, (x,), dynamic_shapes=DYNAMIC).module()
-    compare(program(numbers(7, 3, 3)), ours(numbers(7, 3, 3)), tolerance=1e-6)
+    for options in ({"norm": "layer"}, {"backend": "native"}):
+        theirs, ours = pair(cell, **options)
+        with pytest.raises(Exception, match="Constraints violated"):
+            export(theirs, (x,), dynamic_shapes=DYNAMIC)
+        program = export(ours, (x,), dynamic_shapes=DYNAMIC).module()
+        compare(program(numbers(7, 3, 3)), ours(numbers(7, 3, 3)), tolerance=1e-6)
 
 
 @every_layer

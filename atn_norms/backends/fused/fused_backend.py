@@ -73,8 +73,6 @@ def plan_of(cell: Cell, description: Description) -> Plan | Unsupported:
             f"it has no kernel for {type(cell).__name__} with {cell.placement!r}",
             "use the default placement",
         )
-    if not description.normed:
-        return Unsupported("no norm", "it runs normed cells only", "give the layer a norm")
     sites: list[SitePlan] = []
     for site in description.sites:
         if isinstance(site, Unsupported):

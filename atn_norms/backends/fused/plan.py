@@ -187,7 +187,7 @@ class Plan:
     | `order`, `indices` | names of the cell's sites; for each site of the plan its index in `order` |
     | `gates`, `is_lstm` | number of gates; True for a cell with a cell state and h |
     | `coupled` | True if some norm uses batch statistics |
-    | `uniform` | True if every norm does, without a projection; the kernels then run blocks of hidden units |
+    | `uniform` | True if all norms do, without a projection; the kernels then run blocks of hidden units |
     | `tensors`, `slices` | number of tensors of all sites' states, and the place of each site's tensors among them |
     | `measured` | the sites that return their pooled statistics, for the records of a population |
     | `results` | number of results: outputs, last h and c, every site's new state, and pooled statistics |
@@ -203,7 +203,7 @@ class Plan:
         self.order += ["c"] if self.is_lstm else []
         self.indices = [self.order.index(site.site) if site.site in self.order else 0 for site in sites]
         self.coupled = any(site.coupled for site in sites)
-        self.uniform = all(site.coupled for site in sites) and not self.projected
+        self.uniform = self.coupled and all(site.coupled for site in sites) and not self.projected
         self.slices: list[tuple[int, int]] = []
         self.tensors = 0
         for site in sites:
@@ -234,7 +234,7 @@ class Plan:
         known, supported = self.order, PLACEMENTS.get(self.kind, [])
         if self.kind not in CELLS or self.cell.removeprefix(self.kind) not in supported:
             raise ValueError(f"plan: got cell {self.cell!r}; expected one of {', '.join(CELLS)}, with its placement")
-        if not names or names != [name for name in known if name in names]:
+        if names != [name for name in known if name in names]:
             raise ValueError(f"plan: got sites {names}; expected some of {known}, in this order")
         for site in self.sites:
             features = site.features if hidden is None else hidden * (1 if site.site == "c" else self.gates)

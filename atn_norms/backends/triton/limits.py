@@ -8,6 +8,8 @@ from atn_norms.backends.program import Unsupported
 
 def unsupported(plan: Plan) -> Unsupported | None:
     """Return the reason why the kernels of this backend do not run a plan, or None."""
+    if not plan.sites:
+        return Unsupported("no norm", "it runs normed cells only")
     if plan.joint or plan.normed_carry or plan.projected:
         return Unsupported("placement", f"it runs the default placement only, and the cell is {plan.cell}")
     if plan.coupled:
