@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim, export
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import atn_norms as an
@@ -224,6 +224,42 @@ def test_an_exported_layer_takes_every_shape(cell, norm, dims, strict):
     for steps, rows in ((5, 2), (9, 7), (4, 40)):
         x = batch(5 if dims == "rows" else steps, 2 if dims == "steps" else rows)
         compare(program.module()(x), layer(x), tolerance=1e-6)
+
+
+@feature(
+    GROUP,
+    "`torch.export` with dynamic length and `torch.jit.trace` of batch norms with `max_steps`",
+    "native",
+)
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=deep)])
+@pytest.mark.parametrize("stream", [False, True])
+@every_layer
+def test_populations_of_single_steps_are_exported_for_every_length(cell, stream, strict, runs):
+    """Lengths below, at and above the number of recorded steps and `max_steps`, from no state and from a state."""
+    layer: Any = CELLS[cell](3, 4, norm={"kind": "batch", "max_steps": 8}, window=3)
+    layer(batch(6, 5))
+    assert layer.norm_hh_l0.num_batches_tracked.tolist() == [1] * 6 + [0] * 2
+    model = (Stream if stream else Output)(layer.eval())
+    given = (layer.unroll(batch(2, 2))[1],) if stream else ()
+    dims = [{0: Dim.AUTO, 1: Dim.AUTO}, *(tree_map(lambda _: {0: Dim.STATIC}, each) for each in given)]
+    program: Any = export(model, (batch(5, 2), *given), dynamic_shapes=tuple(dims), strict=strict).module()
+    traced: Any = torch.jit.trace(model, (batch(5, 2), *given))
+    for steps in (1, 4, 5, 6, 7, 8, 9, 30):
+        x = batch(steps, 2 if stream else steps + 1)
+        expected = model(x, *given)
+        for found in (program(x, *given), traced(x, *given)):
+            compare(found, expected, tolerance=1e-6)
+    assert set(runs) == {"native"}
+
+
+@every_layer
+def test_a_training_graph_that_is_exported_records_the_populations_of_single_steps(cell):
+    layer = CELLS[cell](3, 4, norm={"kind": "batch", "max_steps": 8}, window=3, backend="native")
+    program: Any = export(Output(layer), (batch(5, 2),), dynamic_shapes=(DIMS["Dim(min, max)"],)).module()
+    twin = Output(an.with_backend(layer, "native"))
+    for shape in ((5, 2), (8, 3), (20, 4)):
+        compare(program(batch(*shape)), twin(batch(*shape)), tolerance=1e-6)
+        compare(dict(program.named_buffers()), dict(twin.named_buffers()), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -50,10 +50,11 @@ class Batch:
             if site.coupled > BATCH:
                 normalizer = weights.norms[site.site].normalizer
                 step = self._index(place, normalizer)[: site.populations(self._steps)]
-                nothing = torch.zeros(1, dtype=DOUBLE, device=step.device).expand(len(step), 1, *site.leaf)
+                many = step.shape[0]  # `len` would fix the length of an exported program
+                nothing = torch.zeros(1, dtype=DOUBLE, device=step.device).expand(many, 1, *site.leaf)
                 pooled = CountedMoments(nothing, nothing, nothing[..., :1])
                 mean, var, *_ = normalizer.population(pooled, step)
-                found.append(torch.cat([leaf.reshape(len(step), -1).double() for leaf in (mean, var)], 1))
+                found.append(torch.cat([leaf.reshape(many, -1).double() for leaf in (mean, var)], 1))
         return found
 
     def record(self, weights: CellWeights, pooled: Sequence[Tensor]) -> None:
