@@ -29,7 +29,7 @@ from atn_norms.normalizers import (
     batch_moments,
     feature_moments,
 )
-from atn_norms.normalizers.base import has_hooks
+from atn_norms.normalizers.base import each_eps, has_hooks
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 
@@ -140,12 +140,13 @@ def _site_plan(
     affine = gain is not None, shift is not None
     if isinstance(declared, TracedSite):
         return _traced_plan(site, features, declared, pooled, affine)
+    eps = each_eps(declared)
     if isinstance(declared, FeatureMoments):
         leaf = declared.shape or (declared.groups,)
-        return _plan(site, features, declared.groups, declared.centred, declared.eps, pooled, affine, leaf)
+        return _plan(site, features, declared.groups, declared.centred, eps, pooled, affine, leaf)
     kind = BATCH if declared.measured else POPULATIONS if declared.per_step else POPULATION
     leaf = declared.shape or (features,)
-    return _plan(site, features, cell.gates_at(site), True, declared.eps, pooled, affine, leaf, kind)
+    return _plan(site, features, cell.gates_at(site), True, eps, pooled, affine, leaf, kind)
 
 
 def _traced_plan(
@@ -155,7 +156,7 @@ def _traced_plan(
     groups = parts * traced.width
     leaf = traced.leaves[0] if len(traced.leaves) == 1 or traced.centred else (traced.width,)
     leaf = ((parts, *leaf) if parts > 1 else leaf) if groups else ()
-    return _plan(site, features, groups, traced.centred, 0.0, pooled, affine, leaf, 0, traced, parts)
+    return _plan(site, features, groups, traced.centred, (0.0,), pooled, affine, leaf, 0, traced, parts)
 
 
 def _plan(
@@ -163,7 +164,7 @@ def _plan(
     features: int,
     groups: int,
     centred: bool,
-    eps: float,
+    eps: tuple[float, ...],
     window: WindowPlan,
     affine: tuple[bool, bool],
     leaf: tuple[int, ...],

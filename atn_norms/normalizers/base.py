@@ -142,14 +142,14 @@ class FeatureMoments:
     |---|---|---|
     | `groups` | number of equal blocks of neighbouring features, each with its own statistic | |
     | `centred` | True: the statistic is `Moments`; False: it is the `Average` of squares, and $\mu = 0$ | |
-    | `eps` | added inside the root | |
+    | `eps` | added inside the root: one number, or one for each of equal blocks of groups | |
     | `gain`, `shift` | g and b; None without gain or shift | `[D]` |
     | `shape` | trailing axes of a leaf of the statistic of one row; `(groups,)` by default | |
     """
 
     groups: int
     centred: bool
-    eps: float
+    eps: float | tuple[float, ...]
     gain: Tensor | None
     shift: Tensor | None
     shape: tuple[int, ...] = ()
@@ -184,14 +184,14 @@ class BatchMoments:
 
     | symbol | meaning | shape |
     |---|---|---|
-    | `eps` | added inside the root | |
+    | `eps` | added inside the root: one number, or one for each of equal blocks of features | |
     | `gain`, `shift` | g and b; None without gain or shift | `[D]` |
     | `measured` | True if the pooled statistic normalizes | |
     | `per_step` | True if the result of `population` depends on the step index | |
     | `shape` | trailing axes of the means of one step; `(D,)` by default | |
     """
 
-    eps: float
+    eps: float | tuple[float, ...]
     gain: Tensor | None
     shift: Tensor | None
     measured: bool
@@ -207,11 +207,20 @@ class BatchMoments:
         _check_affine(self, features)
 
 
-def _check_declared(name: str, eps: float, shape: tuple[int, ...], elements: int | None) -> None:
-    if not (isinstance(eps, int | float) and 0 <= eps < float("inf")):
-        raise ValueError(mismatch(f"{name}.eps", repr(eps), "a finite number of at least 0"))
+def _check_declared(name: str, eps: object, shape: tuple[int, ...], elements: int | None) -> None:
+    each = eps if isinstance(eps, tuple) and eps else (eps,)  # an empty tuple is no number
+    if not all(isinstance(number, int | float) and 0 <= number < float("inf") for number in each):
+        expected = "a finite number of at least 0, or a tuple of such numbers"
+        raise ValueError(mismatch(f"{name}.eps", repr(eps), expected))
+    if elements is not None and elements % len(each):
+        raise ValueError(mismatch(f"{name}.eps", f"{len(each)} numbers", f"a tuple whose length divides {elements}"))
     if shape and elements is not None and math.prod(shape) != elements:
         raise ValueError(mismatch(f"{name}.shape", str(list(shape)), f"{elements} elements"))
+
+
+def each_eps(moments: FeatureMoments | BatchMoments) -> tuple[float, ...]:
+    """Return `eps` as a tuple."""
+    return moments.eps if isinstance(moments.eps, tuple) else (moments.eps,)
 
 
 def _check_affine(moments: FeatureMoments | BatchMoments, features: int) -> None:

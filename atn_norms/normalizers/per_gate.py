@@ -16,6 +16,7 @@ from atn_norms.normalizers.base import (
     Normalizer,
     apply_norm,
     batch_moments,
+    each_eps,
     feature_moments,
     scanning,
 )
@@ -74,20 +75,18 @@ class PerGate(Normalizer):
 
     def feature_moments(self) -> FeatureMoments | None:
         moments = _of_every_gate([feature_moments(gate) for gate in self._gates()])
-        if moments is None or len({(m.groups, m.centred, m.eps) for m in moments}) > 1:
+        if moments is None or len({(m.groups, m.centred) for m in moments}) > 1:
             return None
-        first, gates = moments[0], len(moments)
-        return FeatureMoments(
-            first.groups * gates, first.centred, first.eps, *_joined_affine(moments), (gates, *first.leaf)
-        )
+        first, gates, eps = moments[0], len(moments), _joined_eps(moments)
+        return FeatureMoments(first.groups * gates, first.centred, eps, *_joined_affine(moments), (gates, *first.leaf))
 
     def batch_moments(self) -> BatchMoments | None:
         moments = _of_every_gate([batch_moments(gate) for gate in self._gates()])
-        if moments is None or len({(m.eps, m.measured, m.per_step) for m in moments}) > 1 or moments[0].shape:
+        if moments is None or len({(m.measured, m.per_step) for m in moments}) > 1 or moments[0].shape:
             return None
         first, gates = moments[0], len(moments)
         shape = (gates, (self.features or 0) // gates)
-        return BatchMoments(first.eps, *_joined_affine(moments), first.measured, first.per_step, shape)
+        return BatchMoments(_joined_eps(moments), *_joined_affine(moments), first.measured, first.per_step, shape)
 
     def _gates(self) -> list[Normalizer]:
         return [gate for gate in self.gates if isinstance(gate, Normalizer)]
@@ -116,7 +115,15 @@ def _of_every_gate(declarations: Sequence[M | None]) -> list[M] | None:
     moments = [each for each in declarations if each is not None]
     if not moments or len(moments) < len(declarations):
         return None
-    return moments if len({(m.gain is None, m.shift is None, m.shape) for m in moments}) == 1 else None
+    kinds = {(m.gain is None, m.shift is None, m.shape, len(each_eps(m))) for m in moments}
+    return moments if len(kinds) == 1 else None
+
+
+def _joined_eps(moments: Sequence[FeatureMoments] | Sequence[BatchMoments]) -> float | tuple[float, ...]:
+    """Return the eps that all gates share, or the eps of every gate."""
+    if len({each.eps for each in moments}) == 1:
+        return moments[0].eps
+    return tuple([eps for each in moments for eps in each_eps(each)])
 
 
 def _joined_affine(moments: Sequence[FeatureMoments] | Sequence[BatchMoments]) -> tuple[Tensor | None, Tensor | None]:

@@ -189,9 +189,9 @@ def test_projected_layers_count_their_products():
 
 def test_a_plan_has_the_blocks_of_features_that_its_kernels_expect():
     """Layers of batch norms alone run in blocks of hidden units; others have one group of features at a site."""
-    site = SitePlan("ih", 24, 4, True, 1e-5, 1, 1.0, True, True, (24,), coupled=1)
+    site = SitePlan("ih", 24, 4, True, (1e-5,), 1, 1.0, True, True, (24,), coupled=1)
     single = site._replace(groups=1)
-    rows = SitePlan("hh", 24, 1, True, 1e-5, 1, 1.0, True, True, (1,))
+    rows = SitePlan("hh", 24, 1, True, (1e-5,), 1, 1.0, True, True, (1,))
     Plan("lstm", (site,)).check(6)
     Plan("lstm-projected", (single,)).check(6)
     Plan("lstm", (single, rows)).check(6)

@@ -91,7 +91,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "other features": {"features": 12},
     "a negative window": {"steps": -3},
     "a decay above 1": {"steps": 0, "decay": 7.0},
-    "no eps": {"eps": float("nan")},
+    "no eps": {"eps": ()},
+    "eps of another kind": {"eps": (float("nan"),)},
+    "eps that do not divide": {"groups": 3, "leaf": (3,), "eps": (1e-5, 1e-5)},
     "an unknown norm": {"coupled": 9},
     "groups that are no gates": {"groups": 3, "leaf": (3,), "coupled": 1},
     "an unknown site": {"site": "elsewhere"},
@@ -107,7 +109,7 @@ def operands(hidden: int = HIDDEN, steps: int = 4, batch: int = 2) -> list[Any]:
 
 def site(**changes: Any) -> SitePlan:
     options = {
-        "site": "ih", "features": HIDDEN, "groups": 1, "centred": True, "eps": 1e-5, "steps": 2, "decay": 1.0,
+        "site": "ih", "features": HIDDEN, "groups": 1, "centred": True, "eps": (1e-5,), "steps": 2, "decay": 1.0,
         "gain": True, "shift": True, "leaf": (1,),
     }  # fmt: skip
     return SitePlan(**(options | changes))

@@ -118,10 +118,16 @@ class _Moments(Normalizer):
 
     def normalize(self, x: Tensor, pooled: Any) -> Tensor:
         if self._plan.coupled:
-            return self._scaled((x - pooled.mean) * torch.rsqrt(pooled.var + self._plan.eps))
-        *mean, spread = (leaf.unsqueeze(-1) for leaf in pooled)
+            return self._scaled((x - pooled.mean) * self._factor(pooled.var))
+        *mean, factor = (leaf.unsqueeze(-1) for leaf in (*pooled[:-1], self._factor(pooled[-1])))
         groups = x.unflatten(-1, (self._plan.groups, -1))
-        return self._scaled(((groups - mean[0] if mean else groups) * torch.rsqrt(spread + self._plan.eps)).flatten(-2))
+        return self._scaled(((groups - mean[0] if mean else groups) * factor).flatten(-2))
+
+    def _factor(self, spread: Tensor) -> Tensor:
+        eps = self._plan.eps
+        if len(eps) == 1:
+            return torch.rsqrt(spread + eps[0])
+        return torch.rsqrt(spread + spread.new_tensor(eps).repeat_interleave(self._plan.width // len(eps)))
 
     def _scaled(self, y: Tensor) -> Tensor:
         y = y if self._gain is None else y * self._gain

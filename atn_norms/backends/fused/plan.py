@@ -43,7 +43,7 @@ class SitePlan(NamedTuple):
     features: int
     groups: int
     centred: bool
-    eps: float
+    eps: tuple[float, ...]  # of equal parts of the elements of a statistic
     steps: int  # k of a sliding window; 0: a decaying window
     decay: float
     gain: bool
@@ -58,9 +58,10 @@ class SitePlan(NamedTuple):
 
     def encode(self) -> str:
         """Return the fields in order, as a text."""
-        eps, decay = float(self.eps), float(self.decay)  # local variables, which a compiler treats as constants
+        # local variables, which a compiler treats as constants
+        eps, decay = ",".join([f"{float(each)!r}" for each in self.eps]), float(self.decay)
         return (
-            f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps!r} {self.steps} {decay!r} "
+            f"{self.site} {self.features} {self.groups} {int(self.centred)} {eps} {self.steps} {decay!r} "
             f"{int(self.gain)} {int(self.shift)} {'x'.join(map(str, self.leaf)) or '-'} {self.coupled} {self.parts} "
             f"{int(self.detached)} {','.join([repr(tap) for tap in self.taps]) or '-'} {int(self.past)} "
             f"{'-' if self.traced is None else self.traced.encode()}"
@@ -72,7 +73,8 @@ class SitePlan(NamedTuple):
         site, features, groups, centred, eps, steps, decay, gain, shift, leaf, *others = text.split()
         coupled, parts, detached, taps, past, traced = others
         ages = () if taps == "-" else tuple(map(float, taps.split(",")))
-        numbers = int(features), int(groups), centred == "1", float(eps), int(steps), float(decay)
+        each = tuple(map(float, eps.split(",")))
+        numbers = int(features), int(groups), centred == "1", each, int(steps), float(decay)
         axes = () if leaf == "-" else tuple(map(int, leaf.split("x")))
         norm = None if traced == "-" else TracedNorm.decode(traced)
         has = gain == "1", shift == "1"
@@ -88,7 +90,8 @@ class SitePlan(NamedTuple):
     def _window_is_valid(self) -> bool:
         known = not self.taps or (len(self.taps) == self.steps and all(0 <= tap < math.inf for tap in self.taps))
         known = known and not (self.past and (self.steps or self.coupled))
-        return known and self.steps >= 0 and 0 <= self.decay <= 1 and 0 <= self.eps < math.inf
+        known = known and len(self.eps) > 0 and all(0 <= each < math.inf for each in self.eps)
+        return known and self.steps >= 0 and 0 <= self.decay <= 1 and self.width % len(self.eps) == 0
 
     @property
     def _programs_are_valid(self) -> bool:
@@ -107,7 +110,6 @@ class SitePlan(NamedTuple):
 
     @property
     def _moments_are_valid(self) -> bool:
-        lanes = self.features if self.coupled else self.groups
         return (
             self.groups >= 1
             and self.parts == 1
@@ -115,10 +117,15 @@ class SitePlan(NamedTuple):
             and self.features % self.groups == 0
             and (self.coupled != 0 or self.groups <= MOST_GROUPS)
             and min(self.leaf) >= 1
-            and math.prod(self.leaf) == lanes
+            and math.prod(self.leaf) == self.width
             and self.coupled in (0, BATCH, POPULATION, POPULATIONS)
             and (self.centred or not self.coupled)
         )
+
+    @property
+    def width(self) -> int:
+        """Number of elements of a leaf of a statistic."""
+        return self.features if self.coupled else self.groups
 
     @property
     def prefix(self) -> int:

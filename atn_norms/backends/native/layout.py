@@ -21,7 +21,7 @@ class Layout:
     |---|---|
     | `shapes`, `dtypes` | of the tensors of `Inputs.flatten()` without None |
     | `structure` | a `CallArgs` with everything except threads and addresses of tensors of the call |
-    | `fixed` | tensors of the layout by word: programs, weights by age, absent gains and shifts |
+    | `fixed` | tensors of the layout by word: programs, eps, weights by age, absent gains and shifts |
     | `offsets` | byte offset of each site's timeline |
     | `forward`, `backward` | words for the addresses of timelines, inputs, and the other tensors of a call, in order |
     | `dstates`, `pooled_shapes` | shapes of the states, and of the pooled statistics that sites return |
@@ -90,6 +90,8 @@ class Layout:
             if site.traced is not None:
                 programs = torch.frombuffer(bytearray(site.traced.words), dtype=torch.int64)
                 self.fixed[word("programs", at)] = programs
+            eps = [each for each in site.eps for _ in range(site.width // len(site.eps))]
+            self.fixed[word("eps", at)] = torch.tensor(eps, dtype=DOUBLE, device="cpu")
             if site.taps:
                 self.fixed[word("taps", at)] = torch.tensor(site.taps, dtype=DOUBLE, device="cpu")
         entries += populations
@@ -128,7 +130,7 @@ def _structure(plan: Plan, sizes: tuple[int, int, int, int, int], fixed: Mapping
         site.norm = (3 if one.coupled == BATCH else 4) if one.coupled else 1 if one.centred else 2
         site.window, site.populations = _window(one), one.populations(args.steps)
         site.features, site.groups, site.prefix = one.features, one.groups, one.prefix
-        site.decay, site.eps, site.detached = one.decay, one.eps, one.detached
+        site.decay, site.detached = one.decay, one.detached
         if one.traced is not None:
             site.norm, site.parts, site.parameters, site.centred = 5, one.parts, one.traced.parameters, one.centred
     words = memoryview(args).cast("B").cast("q")

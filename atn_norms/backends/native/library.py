@@ -19,7 +19,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 9
+INTERFACE = 10
 SITES = 3
 MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 
@@ -31,8 +31,8 @@ class SiteArgs(ctypes.Structure):
         ("norm", c_int32),
         ("window", c_int32),
         *((name, c_int64) for name in ("features", "groups", "prefix")),
-        *((name, c_double) for name in ("decay", "eps")),
-        *((name, c_void_p) for name in ("gain", "shift")),
+        ("decay", c_double),
+        *((name, c_void_p) for name in ("eps", "gain", "shift")),
         *((name, c_void_p * 3) for name in ("state", "next", "dnext", "dstate")),
         *((name, c_void_p) for name in ("dgain", "dshift")),
         ("populations", c_int64),

@@ -58,7 +58,7 @@ class _Call:
             found |= {f"{name}_NORM": 0, f"{name}_EPS": 0.0, f"{name}_WINDOW": 0, f"{name}_DECAY": 1.0}
         for name, site in self.sites.items():
             name = name.upper()
-            found |= {f"{name}_NORM": site.norm, f"{name}_EPS": site.plan.eps}
+            found |= {f"{name}_NORM": site.norm, f"{name}_EPS": site.plan.eps[0]}
             if name != "IH":
                 found |= {f"{name}_WINDOW": site.window, f"{name}_DECAY": site.plan.decay}
         wide = max(16, _power_of_two(self.hidden))
@@ -262,7 +262,7 @@ def _input_norm(call: _Call, site: SiteCall, d: Tensor, has_extra: bool) -> None
     grads = torch.empty(2, many, dtype=DOUBLE, device=d.device)
     one = site.site()
     call.launch(
-        pooled_grads, grid, d, call.projected, one, grads, many, wide, NORM=site.norm, EPS=site.plan.eps, **blocks
+        pooled_grads, grid, d, call.projected, one, grads, many, wide, NORM=site.norm, EPS=site.plan.eps[0], **blocks
     )
     call.launch(
         sum_steps, (_ceiling(call.batch, LANES),), one, grads, call.lengths, call.steps, call.batch,
@@ -270,7 +270,7 @@ def _input_norm(call: _Call, site: SiteCall, d: Tensor, has_extra: bool) -> None
     )  # fmt: skip
     call.launch(
         row_grads, grid, d, call.projected, one, grads, call.lengths, many, call.batch, wide,
-        EPS=site.plan.eps, **call.ragged, **blocks,
+        EPS=site.plan.eps[0], **call.ragged, **blocks,
     )  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def _affine(call: _Call, site: SiteCall, a: Tensor, d: Tensor) -> list[Tensor]:
     call.launch(
         sum_affine, (_ceiling(features, 64), blocks), d, a, site.site(), sums, call.lengths,
         many, call.batch, features, each,
-        ROWS=16, COLUMNS=64, NORM=site.norm, EPS=site.plan.eps, COMPUTE=call.compute, num_warps=4, **call.ragged,
+        ROWS=16, COLUMNS=64, NORM=site.norm, EPS=site.plan.eps[0], COMPUTE=call.compute, num_warps=4, **call.ragged,
     )  # fmt: skip
     return [sums[0].sum(0), sums[1].sum(0)]
 

@@ -27,7 +27,7 @@ typedef struct {
     int32_t norm, window;
     int64_t features, groups, prefix, lanes, blocks;
     int64_t hidden; /* number of the oldest statistics of the prefix that have weight 0 in every row */
-    double decay, eps;
+    double decay;
     const void *gain, *shift;
     const double *counts;    /* [T] weight of each step; NULL: 1 */
     const double *taps;      /* [prefix + 1] weights by age of a weighted window */
@@ -40,6 +40,7 @@ typedef struct {
     /* forward: parts of windows before a boundary [3, prefix, L]: weight, mean, variance; and after it [2, L]: mean and
        variance, followed by their weight */
     double *late, *run;
+    double *eps;             /* forward: [L] */
     double *dmean, *dvar;    /* [prefix + T, L] gradient of the statistics of single steps */
     double *dmu, *dv;        /* [T + 1, L] gradient of the pooled statistics */
     double *carry;           /* [2, L] gradient passed from later to earlier steps */

@@ -153,7 +153,7 @@ static void FN(pooled_factors)(const FN(Columns) *columns, long t, double *mean,
     for (long i = 0; i < wide; i++) {
         const long feature = FN(column)(columns, i);
         mean[i] = means[feature];
-        scale[i] = 1.0 / sqrt(vars[feature] + site->eps);
+        scale[i] = 1.0 / sqrt(vars[feature] + given->eps[feature]);
     }
 }
 

@@ -76,14 +76,14 @@ static void FN(pool_weighted)(const SiteBuffers *site, long t) {
         }
         if (pass == 0) LANES { share[l] = share[l] > 0.0 ? 1.0 / share[l] : 1.0; }
     }
-    LANES { scale[l] = 1.0 / sqrt(v[l] + site->eps); }
+    LANES { scale[l] = 1.0 / sqrt(v[l] + site->eps[l]); }
 }
 
 /* Pool the steps before step t, or step t alone if there are none; and keep the statistic of the steps up to step t for the
    next step. */
 static void FN(pool_past)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, at = t * lanes;
-    const double eps = site->eps, decay = site->decay;
+    const double decay = site->decay, *restrict eps = site->eps;
     const double *restrict own_mean = site->mean + lanes + at, *restrict own_var = site->var + lanes + at;
     double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict total = site->share + at, *restrict scale = site->scale + at;
     if (t == 0) LANES { mu[l] = site->mean[l]; v[l] = site->var[l]; total[l] = site->weight[l]; }
@@ -96,7 +96,7 @@ static void FN(pool_past)(const SiteBuffers *site, long t) {
         total[lanes + l] = past + 1.0;
         mu[l] = total[l] > 0.0 ? mu[l] : own_mean[l];
         v[l] = total[l] > 0.0 ? v[l] : own_var[l];
-        scale[l] = 1.0 / sqrt(v[l] + eps);
+        scale[l] = 1.0 / sqrt(v[l] + eps[l]);
     }
 }
 
@@ -144,7 +144,7 @@ static void FN(unpool_weighted)(const SiteBuffers *site, long t) {
 /* Pool step t, and compute 1 / sqrt(v + eps). */
 static void FN(pool)(const SiteBuffers *site, long t) {
     const long lanes = site->lanes, prefix = site->prefix, at = t * lanes;
-    const double eps = site->eps, count = site->counts ? site->counts[t] : 1.0;
+    const double count = site->counts ? site->counts[t] : 1.0, *restrict eps = site->eps;
     double *restrict mu = site->mu + at, *restrict v = site->v + at, *restrict share = site->share + at, *restrict scale = site->scale + at;
     const double *restrict now_mean = site->mean + prefix * lanes + at, *restrict now_var = site->var + prefix * lanes + at;
     if (site->window == WINDOW_WEIGHTED || site->window == WINDOW_PAST) {
@@ -162,13 +162,13 @@ static void FN(pool)(const SiteBuffers *site, long t) {
             MERGE(past, m, s, count, now_mean[l], now_var[l]);
             mu[l] = m; v[l] = s;
             share[l] = 1.0 / (past + count);
-            scale[l] = 1.0 / sqrt(s + eps);
+            scale[l] = 1.0 / sqrt(s + eps[l]);
         }
         return;
     }
     if (prefix == 0) {
         const double only = 1.0 / count;
-        LANES { mu[l] = now_mean[l]; v[l] = now_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(now_var[l] + eps); }
+        LANES { mu[l] = now_mean[l]; v[l] = now_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(now_var[l] + eps[l]); }
         return;
     }
     const long since = t % (prefix + 1), i = t <= prefix && since < site->hidden ? site->hidden : since;
@@ -184,7 +184,7 @@ static void FN(pool)(const SiteBuffers *site, long t) {
     site->run[2 * lanes] = weight;
     if (i >= prefix) {
         const double only = 1.0 / weight;
-        LANES { mu[l] = run_mean[l]; v[l] = run_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(run_var[l] + eps); }
+        LANES { mu[l] = run_mean[l]; v[l] = run_var[l]; share[l] = only; scale[l] = 1.0 / sqrt(run_var[l] + eps[l]); }
         return;
     }
     const double *restrict w = site->late + i * lanes, *restrict late_mean = w + prefix * lanes, *restrict late_var = late_mean + prefix * lanes;
@@ -193,7 +193,7 @@ static void FN(pool)(const SiteBuffers *site, long t) {
         MERGE(w[l], m, s, weight, run_mean[l], run_var[l]);
         mu[l] = m; v[l] = s;
         share[l] = 1.0 / (w[l] + weight);
-        scale[l] = 1.0 / sqrt(s + eps);
+        scale[l] = 1.0 / sqrt(s + eps[l]);
     }
 }
 

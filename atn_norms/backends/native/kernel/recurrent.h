@@ -25,7 +25,7 @@ typedef struct {
     int64_t features, groups; /* with batch statistics, groups are the gates of the site if the layer is uniform (below), otherwise 1 */
     int64_t prefix;  /* number of statistics in the state: k - 1 for a sliding or weighted window of k steps, otherwise 1 */
     double decay;    /* factor of a step's weight for each later step; 1 for a cumulative window */
-    double eps;
+    const double *eps;  /* added to each variance before the root: [G], or [F] with batch statistics */
     const void *gain, *shift; /* REAL [F] */
     /* The initial state and the final state: weights [B, prefix], then mean and variance [B, prefix, G] each (a mean square is
        the second of the three). NULL in the first place: an empty window. Batch statistics have one state: [1, prefix] and [1,

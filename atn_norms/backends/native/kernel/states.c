@@ -8,7 +8,7 @@
 /* Doubles of one block: its part of the timeline, and of the work space for either direction. */
 static int64_t timeline_doubles(int64_t prefix, int64_t steps, int64_t lanes) { return lanes * (3 * prefix + 6 * steps + 4); }
 
-static int64_t forward_doubles(const SiteBuffers *line) { return line->lanes * (3 * line->prefix + 3); }
+static int64_t forward_doubles(const SiteBuffers *line) { return line->lanes * (3 * line->prefix + 4); }
 
 static int is_coupled(int32_t norm) { return norm == NORM_BATCH || norm == NORM_POPULATION; }
 
@@ -44,8 +44,8 @@ SiteBuffers atn_norms_site_buffers(const SiteBuffers *first, int64_t steps, int6
     double **timeline[] = {&line.weight, &line.mean, &line.var, &line.mu, &line.v, &line.share, &line.scale};
     for (size_t i = 0; i < sizeof timeline / sizeof *timeline; i++) *timeline[i] += ahead;
     if (line.dmean == NULL) {
-        line.late += block * forward_doubles(first);
-        line.run += block * forward_doubles(first);
+        double **forward[] = {&line.late, &line.run, &line.eps};
+        for (size_t i = 0; i < sizeof forward / sizeof *forward; i++) *forward[i] += block * forward_doubles(first);
         return line;
     }
     const int64_t back = block * backward_doubles(first, steps);
@@ -98,9 +98,11 @@ static void load_state(const Work *work, const SiteBuffers *first, const Site *s
         memset(line.weight, 0, (size_t)(P * L) * sizeof(double));
         memset(line.mean, 0, (size_t)(P * L) * sizeof(double));
         memset(line.var, 0, (size_t)(P * L) * sizeof(double));
+        memset(line.eps, 0, (size_t)L * sizeof(double));
         double *pooled[] = {line.mu, line.v, line.share, line.scale}; /* few windows write the last rows; saved numbers must not depend on old memory */
         for (int i = 0; i < 4 && work->call->recurrent; i++) memset(pooled[i] + work->steps * L, 0, (size_t)L * sizeof(double));
     }
+    EACH_LANE(first) line->eps[lane] = site->eps[g];
     if (site->state[0] == NULL) return;
     EACH_LANE(first) {
         double *own[3] = {line->weight, line->mean, line->var};
@@ -135,7 +137,6 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->taps = site->taps;
     line->decay = site->decay;
     line->detached = site->detached != 0;
-    line->eps = site->eps;
     line->gain = site->gain;
     line->shift = site->shift;
     const int64_t own = (site->prefix + work->steps) * line->lanes, pooled = (work->steps + 1) * line->lanes;
@@ -266,6 +267,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         if (!backward) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
+            line->eps = line->run + 3 * line->lanes;
             /* Saved numbers are deterministic, even unused ones. */
             if (call->recurrent && (site->norm == NORM_POPULATION || (is_coupled(site->norm) && work->live < call->steps)))
                 memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
