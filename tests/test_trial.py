@@ -382,7 +382,12 @@ def onednn(enabled):
 # A change of torch's global state, a function that reads it, and a function that restores it.
 CHANGES = {
     "default type": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype, torch.set_default_dtype),
-    "default device": (lambda: torch.set_default_device("meta"), torch.get_default_device, torch.set_default_device),
+    # A default device that is set, also to the CPU, stays as a mode around every call of torch.
+    "default device": (
+        lambda: torch.set_default_device("meta"),
+        torch.get_default_device,
+        lambda before: torch.set_default_device(None),
+    ),
     "threads": (lambda: torch.set_num_threads(2), torch.get_num_threads, torch.set_num_threads),
     "matmul precision": (
         lambda: torch.set_float32_matmul_precision("medium"),
