@@ -120,10 +120,9 @@ def _of_every_gate(declarations: Sequence[M | None]) -> list[M] | None:
 
 
 def _joined_eps(moments: Sequence[FeatureMoments] | Sequence[BatchMoments]) -> float | tuple[float, ...]:
-    """Return the eps that all gates share, or the eps of every gate."""
-    if len({each.eps for each in moments}) == 1:
-        return moments[0].eps
-    return tuple([eps for each in moments for eps in each_eps(each)])
+    """Return the only eps, or those of every gate in turn: a gate may have several, and all gates as many."""
+    every = tuple([eps for each in moments for eps in each_eps(each)])
+    return every[0] if len(set(every)) == 1 else every
 
 
 def _joined_affine(moments: Sequence[FeatureMoments] | Sequence[BatchMoments]) -> tuple[Tensor | None, Tensor | None]:

@@ -115,3 +115,12 @@ def test_the_number_of_eps_must_divide_the_groups_or_features():
         FeatureMoments(6, True, (1.0,) * 4, None, None)
     with pytest.raises(ValueError, match=r"BatchMoments.eps: got 4 numbers; expected a tuple whose length divides 6"):
         BatchMoments((1.0,) * 4, None, None, True, False).check(6)
+
+
+def test_gates_of_gates_have_their_own_eps():
+    """Every gate has the same two eps; the first half of the groups does not share the first one."""
+    halves = [PerGate([an.LayerNorm(3, eps=eps) for eps in EPS[:2]]) for _ in range(3)]
+    declared = PerGate(halves).feature_moments()
+    assert declared is not None and declared.eps == (*EPS[:2],) * 3
+    alike = PerGate([PerGate([an.LayerNorm(3), an.LayerNorm(3)]) for _ in range(3)]).feature_moments()
+    assert alike is not None and alike.eps == 1e-5

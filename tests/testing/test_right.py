@@ -36,17 +36,21 @@ class Guarded(Layer):
 
 
 class GatesSpec(an.NormSpec):
-    """A normalizer for each gate, as the placement `per_gate` builds it."""
+    """A normalizer for each gate, as the placement `per_gate` builds it; `second`: another one for the second gate."""
 
     kind: Literal["gates"] = "gates"
     of: Any = "layer"
+    second: Any = None
 
     def build(self, features: int) -> PerGate:
         if features % 2:
             raise ValueError(f"features: got {features}; expected an even number")
-        spec = an.LayerSpec(cell="rnn", input_size=1, hidden_size=1, norm=self.of).norm  # type: ignore[arg-type]
-        assert isinstance(spec, an.NormSpec)
-        return PerGate([spec.build(features // 2) for _ in range(2)])
+        gates = []
+        for kind in (self.of, self.second or self.of):
+            spec = an.LayerSpec(cell="rnn", input_size=1, hidden_size=1, norm=kind).norm  # type: ignore[arg-type]
+            assert isinstance(spec, an.NormSpec)
+            gates.append(spec.build(features // 2))
+        return PerGate(gates)
 
 
 DATA = Path(__file__).parents[1] / "data"
@@ -58,6 +62,7 @@ RIGHT: list[tuple[str, Any]] = [
     ("normalizer", "layer"),
     ("normalizer", {"kind": "rms", "bias": True}),
     ("normalizer", "batch"),
+    ("normalizer", GatesSpec(second={"kind": "layer", "eps": 0.1})),
     ("window", {"kind": "sliding", "steps": 3}),
     ("window", "cumulative"),
     ("window", {"kind": "exponential", "half_life": 2.0}),

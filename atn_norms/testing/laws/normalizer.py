@@ -8,6 +8,7 @@ import torch
 
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import feature_moments
+from atn_norms.normalizers.base import each_eps
 from atn_norms.statistics import statistics_dtype
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
@@ -253,7 +254,9 @@ def declared_feature_moments_hold(subject: NormalizerSubject, case: Case) -> Non
     expected = [each.reshape(leaf) for each in ([mean, var] if declared.centred else [var])]
     statistic = normalizer.measure(x)
     compare([each.detach() for each in statistic], expected, tolerance=CLOSE, what="the statistic")
-    y = ((grouped - mean.unsqueeze(-1)) / (var + declared.eps).sqrt().unsqueeze(-1)).flatten(-2)
+    eps = torch.tensor(each_eps(declared), dtype=torch.float64)
+    below = (var + eps.repeat_interleave(declared.groups // len(eps))).sqrt()
+    y = ((grouped - mean.unsqueeze(-1)) / below.unsqueeze(-1)).flatten(-2)
     y = y if declared.gain is None else y * declared.gain
     y = y if declared.shift is None else y + declared.shift
     compare(normalizer.normalize(x, statistic), y, tolerance=CLOSE, what="the output")
