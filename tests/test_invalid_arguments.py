@@ -325,7 +325,7 @@ def old_weight_norm():
         return nn.utils.weight_norm(nn.LSTM(2, 3), "weight_hh_l0")
 
 
-def hooked(name, kind: type[nn.RNNBase] = nn.GRU):
+def hooked(name, kind: Any = nn.GRU):
     model = kind(2, 3)
     getattr(model, name)(lambda *_: None)
     return model

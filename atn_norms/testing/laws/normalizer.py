@@ -8,7 +8,6 @@ import torch
 
 from atn_norms.assorted_time import AssortedTime
 from atn_norms.normalizers import feature_moments
-from atn_norms.normalizers.base import each_eps
 from atn_norms.statistics import statistics_dtype
 from atn_norms.testing.comparing import compare, demand
 from atn_norms.testing.law import Case, law
@@ -254,7 +253,7 @@ def declared_feature_moments_hold(subject: NormalizerSubject, case: Case) -> Non
     expected = [each.reshape(leaf) for each in ([mean, var] if declared.centred else [var])]
     statistic = normalizer.measure(x)
     compare([each.detach() for each in statistic], expected, tolerance=CLOSE, what="the statistic")
-    eps = torch.tensor(each_eps(declared), dtype=torch.float64)
+    eps = torch.tensor(declared.eps, dtype=torch.float64).reshape(-1)
     below = (var + eps.repeat_interleave(declared.groups // len(eps))).sqrt()
     y = ((grouped - mean.unsqueeze(-1)) / below.unsqueeze(-1)).flatten(-2)
     y = y if declared.gain is None else y * declared.gain
