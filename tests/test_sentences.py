@@ -188,9 +188,9 @@ def test_short_names_stay_apart():
     assert short_names(record, points, 200)[-1] == f"{long}, window 5, lr 1e+09"
 
 
-def noisy(level, validations: int = 40) -> StudyRecord:
+def noisy(level, validations: int = 40, seeds: int = 8) -> StudyRecord:
     """Return a study in which the noise of one validation decides the final metric; `level` of a norm and a seed."""
-    record = study(lambda norm, window, seed: 1.0, norms=["none", "layer"], windows=["1"], seeds=8)
+    record = study(lambda norm, window, seed: 1.0, norms=["none", "layer"], windows=["1"], seeds=seeds)
     trials = []
     for trial in record.trials:
         norm = trial.points[0]["norm"]
@@ -233,5 +233,6 @@ def test_a_report_names_no_other_endpoint_where_it_would_not_help():
     assert not named(replace(alike, trials=tuple(best))), "the last validations are not those of the scored weights"
     assert not named(replace(alike, study=alike.study | {"endpoint": "tail"}))
     assert not named(noisy(lambda norm, seed: 1.0, validations=19)), "fewer than five to average"
+    assert not named(noisy(lambda norm, seed: 1.0, seeds=4)), "too few seeds to estimate a variance"
     assert not named(noisy(lambda norm, seed: 1.0 + random.Random(f"{norm}{seed}").gauss(0, 2))), "the seeds vary more"
     assert not named(noisy(lambda norm, seed: 1.0 + 5 * (norm == "layer"))), "decided already"
