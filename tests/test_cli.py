@@ -22,7 +22,7 @@ from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[1]
 
-CHANGED = "got a changed file; expected the file that created the study"
+CHANGED = "as when the study was created"
 STUDY = """\
 model: {cell: lstm, hidden_size: 4}
 task: {kind: adding, length: 6, train: 40, validation: 10, test: 10}
@@ -100,6 +100,7 @@ BAD = [
         ["list", "norms"],
         "got unknown family 'norms'; expected one of normalizers, windows, cells, tasks, studies; did you mean 'normalizers'?",  # noqa: E501
     ),
+    (["check", "python"], "KIND: got 'python', the task of a function; expected a kind with conformance tests"),
     (["schema", "studdy"], "got unknown schema 'studdy'; expected one of study, model; did you mean 'study'?"),
     (["schema", "--out", "no/where.json"], "no/where.json: got No such file or directory; expected a writable file"),
     (
@@ -253,10 +254,34 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     file.write_text(file.read_text().replace("seeds: 1", "seeds: 2"))
     error = error_of(capsys, "resume", "here", "--workers", "0")
     command = "atn-norms ablate here/study.yaml --out here"
-    assert error == f"atn-norms: here/study.yaml: {CHANGED}. To extend the study: {command}\n"
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if text.startswith("seeds"))
+    place = f"here/study.yaml:{line}:1: seeds"
+    assert error == f"atn-norms: {place}: got 2; expected 1, {CHANGED}. To extend the study: {command}\n"
     out = printed(capsys, *command.split()[1:], "--workers", "0")
     assert "training 1 of 2 trials" in out
     printed(capsys, "resume", "here", "--workers", "0")
+
+
+@pytest.mark.parametrize("more", [[], ["--set", "seeds=3"]])
+def test_an_edited_study_file_is_not_ignored_by_ablate(capsys, folder, more):
+    original = ["ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}"]
+    printed(capsys, *original)
+    file = folder / "here/study.yaml"
+    edited = file.read_text().replace("seeds: 1", "seeds: 2  # a note")
+    file.write_text(edited)
+    error = error_of(capsys, *original, *more)
+    command = "atn-norms ablate here/study.yaml --out here"
+    assert f"seeds: got 2; expected 1, {CHANGED}. To extend the study: {command}\n" in error
+    assert file.read_text() == edited
+    assert "training 1 of 2 trials" in printed(capsys, *command.split()[1:], "--workers", "0")
+    printed(capsys, *original, "--set", "seeds=3")
+
+
+def test_a_message_names_the_current_folder_by_its_whole_path(capsys, folder, monkeypatch):
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
+    monkeypatch.chdir(folder / "here")
+    error = error_of(capsys, "ablate", "study.yaml", "--workers", "0", "--out", ".", "--set", "train.steps=9")
+    assert f"train.steps: got 9; expected 4, as in {folder / 'here'}. " in error
 
 
 @pytest.mark.parametrize(
@@ -268,7 +293,7 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
             "axes.norm: got ['none', 'rms']; expected 'layer' among them, as in here",
             1,
         ),
-        (("seeds: 1", "seeds: [1]"), "seeds: got [1]; expected 0 among them, as in here", 0),
+        (("seeds: 1", "seeds: [1]"), "seeds: got [1]; expected seed 0 among them, as in here", 0),
     ],
 )
 @pytest.mark.parametrize("file", ["study.yaml", "here/study.yaml"])
@@ -345,6 +370,8 @@ def test_list_shows_kinds_sources_and_options(capsys):
     out = printed(capsys, "list")
     for word in ("layer", "rms", "sliding", "half_life", "lstm", "adding", "charlm", "atn-norms"):
         assert word in out
+    for option in ("length: integer >= 2 and <= 1000000 (default 100)", "path: string (required)", "(default none)"):
+        assert option in out
     assert "Options of" not in out and "pooled root mean square over the features" in out
     assert "lstm" not in printed(capsys, "list", "windows")
     data = json.loads(printed(capsys, "list", "--json"))

@@ -54,8 +54,8 @@ def test_a_study_that_lacks_a_trial_does_not_replace_another(tmp_path):
     gru = {"seeds": 2, "model": {"hidden_size": 3}, "axes": {"cell": ["gru"]}}
     longer = {"seeds": 2, "task": None, "tasks": [{**STUDY["task"], "length": 5}]}
     for smaller, problem in [
-        ({}, "seeds: got [0]; expected 1 among them"),
-        ({"seeds": [1, 2, 3]}, "seeds: got [1, 2, 3]; expected 0 among them"),
+        ({}, "seeds: got [0]; expected seed 1 among them"),
+        ({"seeds": [1, 2, 3]}, "seeds: got [1, 2, 3]; expected seed 0 among them"),
         ({"seeds": 2, "train": {"steps": 4, "batch_size": 5}}, "train.steps: got 4; expected 3"),
         ({"seeds": 3, "axes": {"norm": ["none", "rms"]}}, "axes.norm: got ['none', 'rms']; expected 'layer' among"),
         (gru, "model.cell: got nothing; expected 'rnn'"),

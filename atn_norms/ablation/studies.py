@@ -18,7 +18,7 @@ from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
-from atn_norms.ablation.store.merge import refuse_two_results
+from atn_norms.ablation.store.merge import changed, differences, refuse_two_results
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError, short_repr, to_spec_error
@@ -46,13 +46,16 @@ def create(
     `command` is the command line that starts this study, without its folder. An error for a folder with another study
     completes it to a command with another folder.
 
-    Errors: `SpecError` where the folder holds another study or other files, or a task cannot read its data;
-    `StoreError` where the folder cannot be written, and for a damaged folder in `reuse`.
+    Errors: `SpecError` where the folder holds another study, a study.yaml with changes that `study` lacks, or other
+    files, or where a task cannot read its data; `StoreError` where the folder cannot be written, and for a damaged
+    folder in `reuse`.
     """
     plan = make_plan(validated(study), where)
     finished = finished_elsewhere(plan, reuse)
     folder = Path(out) if out is not None else _home(plan)
     store = StudyFolder(folder)
+    if store.exists():
+        refuse_edited_file(store, store.resolved(), plan)
     store.create(plan, environment(), where, command)
     for planned in plan.trials:
         if planned.id in finished:
@@ -127,18 +130,22 @@ def refuse_edited(folder: Path | str) -> None:
     refuse_edited_file(store, resolved)
 
 
-def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any]) -> None:
-    """Raise `SpecError` where the study.yaml of a study has changed since it was created."""
+def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any], plan: Plan | None = None) -> None:
+    """Raise `SpecError` where the study.yaml of a study was edited after its creation, unless it is that of `plan`."""
     file, text = store.path / "study.yaml", store.source()
     if text is None:
         return
     data, where = parse(text, str(file))
-    if data != parse(resolved["source"], file.name)[0]:
-        command = ["atn-norms", "ablate", str(file)]
-        store.refuse_another(make_plan(validate(StudySpec, data, where), where), where, command)
-        cure = f"To extend the study: {shlex.join([*command, '--out', str(store.path)])}"
-        expected = "the file that created the study"
-        raise SpecError(position=str(file), got="a changed file", expected=expected, detail=cure)
+    before = parse(resolved["source"], file.name)[0]
+    if data == before:
+        return
+    edited = make_plan(validate(StudySpec, data, where), where)
+    if plan is not None and edited.source == plan.source:
+        return
+    command = ["atn-norms", "ablate", str(file)]
+    store.refuse_another(edited, where, command)
+    cure = f"To extend the study: {shlex.join([*command, '--out', str(store.path)])}"
+    raise changed(differences(data, before), where, "as when the study was created", cure)
 
 
 def status(folder: Path | str) -> dict[str, int]:

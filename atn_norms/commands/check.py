@@ -15,7 +15,7 @@ from atn_norms.errors import SpecError, brief, dotted, not_installed, one_of, to
 if TYPE_CHECKING:
     from atn_norms.testing import CheckResult
 
-BACKEND = "backend"
+BACKEND, FUNCTION = "backend", "python"
 
 
 def check(
@@ -99,6 +99,9 @@ def _family(kind: str, family: str | None) -> str:
     having = [name for name, names in kinds.items() if kind in names and family in (None, name)]
     if len(having) > 1:
         raise SpecError("--family", f"the kind {kind!r} of several families", one_of(having))
+    if kind == FUNCTION and family in (None, "task"):
+        detail = "It has no conformance tests, because its function belongs to the study."
+        raise SpecError("KIND", f"{FUNCTION!r}, the task of a function", "a kind with conformance tests", detail=detail)
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
         raise SpecError.of([replace(unknown(family or "kind", kind, choices), detail=INSTALL)])

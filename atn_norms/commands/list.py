@@ -152,8 +152,9 @@ def options(spec: type[Options]) -> dict[str, Any]:
 
 def _option(item: tuple[str, Any]) -> str:
     name, option = item
-    default = option.get("default", "(required)")
-    return f"{name}: {_type(option)} = {'none' if default is None else default}"
+    default = option.get("default")
+    note = f"default {'none' if default is None else default}" if "default" in option else "required"
+    return f"{name}: {_type(option)} ({note})"
 
 
 def _type(option: dict[str, Any]) -> str:
@@ -164,8 +165,8 @@ def _type(option: dict[str, Any]) -> str:
     if "const" in option:
         return str(option["const"])
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {option[key]}" for key, sign in bounds.items() if key in option]
-    return " ".join([option.get("type", "mapping").replace("null", "none"), *limits])
+    limits = " and ".join(f"{sign} {option[key]}" for key, sign in bounds.items() if key in option)
+    return " ".join(filter(None, [option.get("type", "mapping").replace("null", "none"), limits]))
 
 
 def _unfolded(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

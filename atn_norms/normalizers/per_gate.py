@@ -31,6 +31,8 @@ class _Gates(nn.ModuleList):
 class PerGate(Normalizer):
     """Normalize each gate of a site with its own normalizer, over equal blocks of the features.
 
+    Each gate has its own options and parameters: `norm.gates[0].eps = 1e-3`. To set `norm.eps` is an `AttributeError`.
+
     | symbol | meaning | shape |
     |---|---|---|
     | `gates` | G normalizers over D / G features each | |
@@ -39,7 +41,6 @@ class PerGate(Normalizer):
 
     def __init__(self, gates: Sequence[Normalizer]) -> None:
         super().__init__()
-        self.gates = _Gates(gates)
         self.stateless = all(gate.stateless for gate in gates)
         self.uses_batch_statistics = gates[0].uses_batch_statistics
         self.train_eval_differ = any(gate.train_eval_differ for gate in gates)
@@ -49,6 +50,13 @@ class PerGate(Normalizer):
         self.permutation_equivariant = len(gates) == 1 and gates[0].permutation_equivariant
         features = [getattr(gate, "features", None) for gate in gates]
         self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
+        self.gates = _Gates(gates)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(self, name) and any(hasattr(gate, name) for gate in getattr(self, "gates", ())):
+            expected = f"an attribute of one gate, such as gates[0].{name}"
+            raise AttributeError(mismatch(name, "an attribute of all gates", expected))
+        super().__setattr__(name, value)
 
     def measure(self, x: Tensor) -> Any:
         return self._stack([gate.measure(part) for gate, part in self._parts(x)])

@@ -1,5 +1,6 @@
 """Gates whose norms differ in eps run on the native backend; results equal those of the reference."""
 
+import re
 from typing import Any
 
 import pytest
@@ -115,6 +116,19 @@ def test_the_number_of_eps_must_divide_the_groups_or_features():
         FeatureMoments(6, True, (1.0,) * 4, None, None)
     with pytest.raises(ValueError, match=r"BatchMoments.eps: got 4 numbers; expected a tuple whose length divides 6"):
         BatchMoments((1.0,) * 4, None, None, True, False).check(6)
+
+
+@pytest.mark.parametrize("name", ["eps", "weight", "bias"])
+def test_an_option_of_the_gates_cannot_be_set_on_the_whole(name):
+    """It would have no effect."""
+    norm = an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"}).norm_ih_l0
+    expected = f"{name}: got an attribute of all gates; expected an attribute of one gate, such as gates[0].{name}"
+    with pytest.raises(AttributeError, match=re.escape(expected)):
+        setattr(norm, name, 0.5)
+    norm.gates[1].eps = 0.5
+    norm.note = "any other attribute"
+    declared = norm.feature_moments()
+    assert declared is not None and declared.eps == (1e-5, 0.5, 1e-5, 1e-5) and norm.note
 
 
 def test_gates_of_gates_have_their_own_eps():

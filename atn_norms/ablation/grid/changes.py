@@ -44,7 +44,8 @@ def _changes(
             continue
         if isinstance(mine, list) and isinstance(theirs, list) and (_is_axis(path) or path in (("seeds",), ("tasks",))):
             if lacking := [short_repr(each) for each in theirs if each not in mine]:
-                yield Problem(path, shown(mine), f"{brief(', '.join(lacking))} among them")
+                kind = {"seeds": "seed ", "tasks": "task "}.get(path[0], "")
+                yield Problem(path, shown(mine), f"{kind}{brief(', '.join(lacking))} among them")
         else:
             yield Problem(path, shown(mine), shown(theirs))
 

@@ -11,7 +11,6 @@ import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from atn_norms.ablation.store.files import Folder, StoreError, canonical, named
 from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
+from atn_norms.ablation.store.merge import changed
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.ablation.store.schema import RETRAIN, StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
@@ -49,6 +49,15 @@ class StudyFolder:
     def lock(self) -> AbstractContextManager[Lock]:
         """Lock the study; `Busy` while another run holds it."""
         return hold(self.folder, self._busy, patience=0.0, take_over=False)
+
+    @property
+    def _named(self) -> Path:
+        """The path, absolute if it is only `.` or `..`."""
+        return self.path if self.path.name.strip(".") else self.path.resolve()
+
+    def exists(self) -> bool:
+        """Return True if the folder holds a study."""
+        return self.path.is_dir() and self.folder.has(RESOLVED)
 
     @property
     def _busy(self) -> str:
@@ -190,11 +199,7 @@ class StudyFolder:
             cure = f"To resume the study in it: {shlex.join(['atn-norms', 'resume', str(self.path)])}. {cure}"
         if not (changes := plan.changes(there)):  # such as other recommendations of a task
             raise self._unusable(f"study {plan.name!r} (key {plan.key})", f"the study in it (key {there['key']})", cure)
-        problems = [
-            replace(each, position=where(each.path) if where else "", expected=f"{each.expected}, as in {self.path}")
-            for each in changes
-        ]
-        raise SpecError.of([*problems[:-1], replace(problems[-1], detail=cure)])
+        raise changed(changes, where, f"as in {self._named}", cure)
 
     def _refuse_other_models(self, plan: Plan, command: Sequence[str]) -> None:
         """Raise `SpecError` if finished trials lack the model that the study now selects."""
@@ -209,7 +214,7 @@ class StudyFolder:
 
     def _in_another_folder(self, command: Sequence[str], reuses: bool) -> str:
         """Return the cure for another study: a new folder, which reuses trials of this folder if it can."""
-        path = self.path if self.path.name else self.path.resolve()
+        path = self._named
         names = (f"{path.name}-{number}" for number in itertools.count(2))
         other = next(each for each in map(path.with_name, names) if not each.exists())
         if not command:

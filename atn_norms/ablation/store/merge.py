@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.errors import Problem, SpecError, short_repr
+
+if TYPE_CHECKING:
+    from atn_norms.specs import Where
 
 _FREE = ("name", "seeds", "reach")  # keys of a study that may differ, as they do not change a trial
 _PROGRESS = ("pending", "running", "failed", "diverged", "done")
@@ -52,9 +55,7 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Prob
     >>> print(first_difference({"train": {"steps": 4}}, {"train": {"steps": 6}}))
     train.steps: got 6; expected 4
     """
-    for path in differing(ours, theirs)[:1]:
-        return Problem(path, shown(value_at(theirs, path)), shown(value_at(ours, path)))
-    return None
+    return next(iter(differences(theirs, ours)), None)
 
 
 def _compared(record: StudyRecord) -> dict[str, Any]:
@@ -91,6 +92,25 @@ def value_at(value: Any, path: Sequence[str]) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def differences(ours: Any, theirs: Any) -> list[Problem]:
+    """Return every option in which two studies differ, with our value as got and theirs as expected.
+
+    >>> print(*differences({"train": {"steps": 4}, "seeds": 2}, {"train": {"steps": 6}}), sep="; ")
+    train.steps: got 4; expected 6; seeds: got 2; expected nothing
+    """
+    paths = differing(ours, theirs)
+    return [Problem(path, shown(value_at(ours, path)), shown(value_at(theirs, path))) for path in paths]
+
+
+def changed(problems: Sequence[Problem], where: Where | None, reference: str, cure: str) -> SpecError:
+    """Return the error for changed options: located by `where`, compared with `reference`, with a cure at the end."""
+    located = [
+        replace(each, position=where(each.path) if where else "", expected=f"{each.expected}, {reference}")
+        for each in problems
+    ]
+    return SpecError.of([*located[:-1], replace(located[-1], detail=cure)])
 
 
 def shown(value: Any) -> str:
