@@ -419,7 +419,7 @@ def explain(model: nn.Module) -> str:
     >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
     GRU(2, 4, norm=none)
     cell _l0: backend 'torch'
-      native: supported
+      native: supported; used inside torch.compile
       reference: supported
       triton: unsupported: ...
     """
@@ -440,8 +440,11 @@ def _explained(layer: CellHost) -> str:
         programs = prepared(layer.cell, weights)
         for name, program in programs.items():
             if name != chosen:
-                unsupported = isinstance(program, Unsupported)
-                lines.append(f"  {name}: " + (f"unsupported: {program.text}" if unsupported else "supported"))
+                compiled = (name, chosen, layer.spec.backend) == ("native", "torch", "auto")
+                supported = "supported; used inside torch.compile" if compiled else "supported"
+                lines.append(
+                    f"  {name}: " + (f"unsupported: {program.text}" if isinstance(program, Unsupported) else supported)
+                )
         native = programs["native"]
         if chosen == "reference" and isinstance(native, Unsupported):
             lines += [f"  cost: {cost_of_reference()}", f"  change: {native.change}"]

@@ -92,7 +92,10 @@ def test_vmap_of_a_gradient_of_each_sample():
 def test_it_is_selected_by_name_and_by_a_compiler_only():
     """In plain calls the layer is that of torch, with its numbers."""
     layer = an.GRU(2, 3, 2, bidirectional=True)
-    assert an.explain(layer).count("backend 'torch'") == an.explain(layer).count("native: supported") == 4
+    assert an.explain(layer).count("backend 'torch'") == 4
+    assert an.explain(layer).count("native: supported; used inside torch.compile") == 4
+    by_name = an.explain(an.with_backend(layer, "torch"))
+    assert by_name.count("native: supported") == 4 and "compile" not in by_name
     assert an.explain(an.with_backend(layer, "native")).count("backend 'native'") == 4
     x = torch.randn(5, 2, 2)
     theirs = torch.nn.GRU(2, 3, 2, bidirectional=True)
