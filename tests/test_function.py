@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +663,17 @@ GLOBALS = [  # the file, the statement under `if __name__ == "__main__":`, the m
         "import torch; DATA = torch.ones(1)",
         "DATA: got a Tensor .* expected None",
     ),
+    ("C = [{'a': 1}]\ndef train(h): return C[0]['a']", "C[0]['a'] = 2", r"C\[0\]\['a'\]: got 2 .* expected 1, as"),
+    ("C = {'a': ({'b': 1}, 3)}\ndef train(h): return C", "C['a'][0]['b'] = 2", r"C\['a'\]\[0\]\['b'\]: got 2 "),
+    ("C = [{'a': 1}]\ndef train(h): return C[-1]['a']", "C.append({'a': 2})", r"C\[1\]: got a dict"),
+    ("class A: x = 1\nC = [A()]\ndef train(h): return C[0].x", "C[0].x = 2", r"C\[0\]\.x: got 2 "),
+    ("class A: __slots__ = 'x',\nC = A()\nC.x = 1\ndef train(h): return C.x", "C.x = 2", r"C\.x: got 2 .* expected 1"),
+    ("def f(): pass\nf.rate = 1\ndef train(h): return f.rate", "f.rate = 2", r"f\.rate: got 2 .* expected 1, as"),
+    (
+        "import functools\ndef f(k): return k\nG = functools.partial(f, 1)\ndef train(h): return G()",
+        "G = functools.partial(f, 2)",
+        r"G\.args: got \(2\) .* expected \(1\)",
+    ),
 ]
 CALL = "ablation.ablate(train, axes={'h': [1]}, seeds=1, out='study', workers=0)"
 MAIN = f"\n{MODULE}\nif __name__ == '__main__':\n"
@@ -680,6 +692,41 @@ def test_globals_that_trials_have_with_other_values_are_refused(body, statement,
         run_as_script(tmp_path / "mine.py", f"{body}{MAIN}    {statement}\n    {CALL}")
     assert not (tmp_path / "study").exists()
     sys.modules.pop("other", None)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import importlib\nf = importlib.import_module('helper').f",
+        "from importlib import import_module\ndef f(x): return import_module('helper').f(x)",
+        "f = __import__('helper').f",
+    ],
+)
+def test_a_module_imported_by_a_call_is_part_of_the_code(imports, tmp_path):
+    helper = written(tmp_path, "def f(x): return x", "helper.py")
+    file = written(tmp_path, f"{imports}\ndef train(h): return f(h)", "mine.py")
+    before = hash_code(file)
+    helper.write_text("def f(x): return 5 * x")
+    assert hash_code(file) != before
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_module_that_no_hash_covers_is_named(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "lib").mkdir()
+    common = written(tmp_path / "lib", "def f(x): return x", "common.py")
+    body = f"import sys\nsys.path.insert(0, {str(common.parent)!r})\nfrom common import f\ndef train(h): return f(h)"
+    call = CALL.replace("workers=0", "workers=0, files=['lib']") if named else CALL
+    warning = f"{common}: a change of this module makes no other study, because mine.py does not import it from its own"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_as_script(tmp_path / "mine.py", f"{body}{MAIN}    {call}")
+    sys.modules.pop("common", None)
+    (log,) = (tmp_path / "study").glob("trials/*/log.txt")
+    assert [warning in text for text in (" ".join(str(each.message) for each in caught), log.read_text())] == [
+        not named
+    ] * 2
 
 
 def test_later_calls_of_ablate_have_the_globals_of_the_first(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def score(trial, split):
 
 def test_the_saved_model_has_the_score_of_the_trial(finished):
     for trial in finished.trials:
-        assert io.constructs(trial.folder / "model.safetensors"), "neither the task nor its data is needed"
+        assert not io.foreign(trial.folder / "model.safetensors"), "neither the task nor its data is needed"
         assert scored_again(trial) == (trial.result or {})["metrics"]["test"], trial.points
 
 
@@ -165,7 +165,7 @@ def test_a_model_with_a_plugins_modules_is_built_by_its_task(tmp_path, monkeypat
     record = run(create({**STUDY, "axes": {}, "seeds": 1}, tmp_path / "study"), workers=0)
     monkeypatch.undo()
     trial = record.best()
-    assert trial.folder is not None and not io.constructs(trial.folder / "model.safetensors")
+    assert trial.folder is not None and io.foreign(trial.folder / "model.safetensors")
     assert scored_again(trial) == (trial.result or {})["metrics"]["test"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,8 +82,13 @@ def bench(
     ] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="With --check: tiny sizes, to test the check itself.")] = False,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="With --check: the folder for device.csv and device.md.")
-    ] = Path("device-check"),
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="With --check: the folder for device.csv and device.md.  [default: device-check]",
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="STEM", help="Write STEM.png and STEM.svg.", callback=at_home)
     ] = None,
@@ -93,8 +99,6 @@ def bench(
     torch.nn runs without a norm. Each backend is compared with the reference first: values, states and every gradient.
     A backend that differs is not timed. Times are the best and the median of interleaved runs.
     """
-    if check or device is not None:
-        return _check_device(device, check, tiny, out)
     options = {
         "cells": _entries("--cells", cells),
         "norms": _entries("--norms", norms),
@@ -108,6 +112,12 @@ def bench(
         "budget": budget,
         "malloc": malloc,
     }
+    if check or device is not None or tiny or out is not None:
+        others = options | {"csv": csv, "picture": picture}
+        flags = {"autocast": autocast, "input-gradient": input_gradient, "full": full, "json": as_json}
+        flags["no-memory"] = not memory
+        given = [*(name for name, value in others.items() if value is not None), *(n for n, on in flags.items() if on)]
+        return _check_device(device, check, tiny, out or Path("device-check"), given)
     chosen = (FULL if full else {}) | {name: value for name, value in options.items() if value is not None}
     for path in (csv, picture):
         if path is not None and not path.absolute().parent.is_dir():
@@ -138,11 +148,13 @@ def bench(
         raise typer.Exit(1)
 
 
-def _check_device(device: str | None, check: bool, tiny: bool, out: Path) -> None:
-    """Run the device check, print each finding, and exit with 1 when a check fails."""
+def _check_device(device: str | None, check: bool, tiny: bool, out: Path, given: Sequence[str]) -> None:
+    """Run the device check, print each finding, and exit with 1 when a check fails; `given`: options that it lacks."""
     if device is None or not check:
-        missing = "--device" if device is None else "--check"
-        raise SpecError(missing, "nothing", "--device cuda --check")
+        raise SpecError("--device" if check else "--check", "nothing", "--device cuda --check")
+    if given:
+        option = {"sizes": "size"}.get(given[0], given[0])
+        raise SpecError(f"--{option}", "an option of the benchmark", "no other option than --device, --tiny and --out")
 
     from atn_norms.bench.device import TINY, Finding, Plan, label, run
 

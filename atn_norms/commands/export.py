@@ -21,7 +21,7 @@ def export(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Export one time step: frame and state in, output and state out.")
     ] = False,
-    length: Annotated[int, typer.Option(min=1, help="Time steps of a whole sequence.")] = 100,
+    length: Annotated[int | None, typer.Option(min=1, help="Time steps of a whole sequence.  [default: 100]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 1,
     out: Annotated[
         Path | None,
@@ -37,12 +37,14 @@ def export(
     if format not in FORMATS:
         near = nearest(format, FORMATS)
         raise SpecError("--format", got=repr(format), expected=one_of(FORMATS), nearest=near)
+    if streaming and length is not None:
+        raise SpecError("--length", f"{length} with --streaming", "no length, since a step has one frame")
     loaded = _loaded(file)
     target = out or file.with_name(file.stem + ("-step" if streaming else "") + SUFFIX[format])
     if streaming:
         module, inputs = _step(loaded, batch)
     else:
-        module, inputs = WholeSequence(loaded), [_example(loaded, (length, batch))]
+        module, inputs = WholeSequence(loaded), [_example(loaded, (length or 100, batch))]
     names = ["frame" if streaming else "sequence", *(f"state_{i}" for i in range(len(inputs) - 1))]
     done = write(module, inputs, target, format, names=names)  # pyright: ignore[reportArgumentType]
     if as_json:
@@ -68,12 +70,14 @@ def export(
 
 def _loaded(file: Path) -> Any:
     from atn_norms.layers import load
-    from atn_norms.layers.io import constructs
+    from atn_norms.layers.io import foreign
 
-    if not constructs(file):
-        expected = "a class that a command can construct"
+    if code := foreign(file):
+        expected = "a model that a command can construct"
         cure = "In Python, pass atn_norms.load(file, model) to atn_norms.layers.export.export"
-        raise SpecError(position=str(file), got="a custom class", expected=expected, detail=cure)
+        raise SpecError(
+            position=str(file), got=f"{code}, whose code is not in the file", expected=expected, detail=cure
+        )
     return load(file)
 
 

@@ -164,7 +164,7 @@ def report(
 
     Several folders of one study, such as of other seeds on other machines, give one report. It needs --out.
     """
-    _need(0)
+    _need(None)
     levels = _levels(reach or [])
     folder, *others = folders
     if others and out is None:
@@ -212,11 +212,14 @@ def _levels(settings: Sequence[str]) -> dict[str, float]:
     return levels
 
 
-def _need(workers: int, scheduler: str | None = None) -> None:
-    """Require every package that a study needs before training begins."""
+def _need(workers: int | None, scheduler: str | None = None) -> None:
+    """Require every package that a study needs before training begins; with None, those of a report."""
 
+    models = [] if workers is None else ["safetensors"]
     processes = ["distributed"] if scheduler else ["distributed", "cryptography"] if workers else []
-    missing = [module for module in ("numpy", "matplotlib", *processes) if importlib.util.find_spec(module) is None]
+    missing = [
+        module for module in ("numpy", "matplotlib", *models, *processes) if importlib.util.find_spec(module) is None
+    ]
     if missing:
         alternative = ", or use --workers 0" if set(missing) <= {"distributed", "cryptography"} else ""
         raise not_installed(" and ".join(missing), "ablation", cure=alternative)
@@ -374,5 +377,6 @@ def _report(
         if baselines := record.tasks[task.task].baselines:
             scores = ", ".join(f"{name} {score:.4g}" for name, score in baselines.items())
             emit(f"{task.task}: trivial predictors: {scores}")
-        emit(f"{task.task}: {verdict_line(result, task)}")
+        other = "" if task.primary is task.final else f" (by the {task.primary.measure.name})"
+        emit(f"{task.task}: {verdict_line(result, task)}{other}")
     emit(f"\nreport: {page}")

@@ -127,9 +127,15 @@ def load(
     return (model if model is not None and loaded is inner else loaded).to(device).eval()
 
 
-def constructs(path: str | os.PathLike[str]) -> bool:
-    """Return True if `load` can construct the module of a file without a `model`."""
-    return _read(Path(path))[0]["structure"] is not None
+def foreign(path: str | os.PathLike[str]) -> str:
+    """Return the class of a file whose code `load` lacks, with its unregistered kinds; empty if it needs no `model`."""
+    description = _read(Path(path))[0]
+    return _foreign(description) if description["structure"] is None else ""
+
+
+def _foreign(description: Mapping[str, Any]) -> str:
+    own = sorted({each for kinds in description.get("unregistered", {}).values() for each in kinds})
+    return with_article(description["class"]) + (f" with the {', '.join(own)}" if own else "")
 
 
 def from_bytes(
@@ -292,9 +298,7 @@ def _error(file: Path, got: str, expected: str, cure: str = "") -> SpecError:
 def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
-        own = sorted({each for kinds in description.get("unregistered", {}).values() for each in kinds})
-        which = with_article(description["class"])
-        got = f"{which}{' with the ' if own else ''}{', '.join(own)}, whose code is not in the file"
+        got = f"{_foreign(description)}, whose code is not in the file"
         expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):

@@ -317,11 +317,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A point, and its difference to the reference unless it is the reference."""
+    """A point, and its difference to the reference unless it is the reference.
+
+    `several`: the cells of the point have different references, of which the first is `against`. So no norm, trained
+    once for all windows, is compared with a norm at the first window.
+    """
 
     point: Point
     against: Difference | None
     is_reference: bool
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -369,11 +374,10 @@ def compare_task(
     rows = []
     for point in points:
         partners = [home.get(_key({**cell, **named})) for cell in point.cells] if named else []
-        # The cells of one point may have different partners; then there is no reference.
-        reference = partners[0] if partners and all(partner is partners[0] for partner in partners) else None
+        reference = next(filter(None, partners), None)
         is_reference = reference is point
         against = Difference.between(point, reference) if reference is not None and not is_reference else None
-        rows.append(Row(point, against, is_reference))
+        rows.append(Row(point, against, is_reference, len(set(map(id, partners))) > 1))
     return Comparison(task, measure, tuple(rows), {_key(cell): row for row in rows for cell in row.point.cells})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atn_norms.ablation.analysis import student
 from atn_norms.ablation.analysis.comparison import Difference, Verdict
@@ -47,6 +47,13 @@ class Decision:
         return difference.verdict_at(self.p)
 
     @property
+    def blocked(self) -> bool:
+        """True if only a trial that diverged or failed prevents a verdict; more seeds would not change this."""
+        ended = {"diverged": 0, "reference_diverged": 0, "failed": 0, "reference_failed": 0}
+        whole = replace(self, difference=replace(self.difference, **ended))
+        return self.verdict == "undecided" != whole.verdict
+
+    @property
     def deciding_p(self) -> tuple[float | None, float]:
         """The p-value of the test that decides the verdict, and its adjusted value.
 
@@ -69,17 +76,20 @@ class Decision:
 
     @property
     def power(self) -> float | None:
-        """The probability of detecting `target` with these seeds at the observed spread; None below two pairs."""
-        paired = self.difference.paired
+        """The probability of detecting `target` with these seeds at the observed spread.
+
+        It is None below two pairs, and if the comparison is `blocked`.
+        """
+        paired = None if self.blocked else self.difference.paired
         return student.power(paired.standardized(self.target), self.difference.pairs, self.alpha) if paired else None
 
     @property
     def needed(self) -> int | None:
-        """The number of seeds that detect `target` with a probability of 80%; None if unknown, or above 10,000.
+        """The number of seeds that detect `target` with a probability of 80%; None as `power`, or above 10,000.
 
         It is at least the number of seeds that a verdict needs.
         """
-        paired = self.difference.paired
+        paired = None if self.blocked else self.difference.paired
         found = student.needed(paired.standardized(self.target), self.alpha) if paired else None
         return found and max(found, ENOUGH_SEEDS)
 

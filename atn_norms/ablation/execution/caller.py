@@ -6,7 +6,9 @@ import argparse
 import ast
 import datetime
 import dis
+import functools
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -22,7 +24,7 @@ import torch
 from atn_norms.ablation.execution.function import contained, loaded
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state
 from atn_norms.ablation.execution.trial import isolated
-from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree
+from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree, uncounted
 from atn_norms.ablation.grid.starts import READS
 from atn_norms.errors import Problem, SpecError, brief, short_repr, with_article
 
@@ -35,8 +37,9 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
     """Raise `SpecError` for each setting that a function reads, and that has another value in its trials.
 
     The settings are globals, defaults and closures of the function, and of the functions and classes of its file that
-    it names. Plain values, and mappings, namespaces and dataclasses of them, are compared by value; others by type. A
-    study file needs no check: it names a file, which every trial executes, and no function of a running process.
+    it names. Plain values, and lists, mappings, namespaces, partial functions and dataclasses of them, are compared by
+    value; others by type. A study file needs no check: it names a file, which every trial executes, and no function of
+    a running process.
 
     Errors: `SpecError` too where trials could not load the function.
     """
@@ -44,6 +47,8 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
     try:
         with isolated(), contained(lambda line: None, task.function), local_modules(file):
             theirs = loaded(task, code)
+            for warning in uncounted(theirs, task):
+                warnings.warn(warning, stacklevel=4)
     finally:
         restore_random_state(state)
     comparison = _Comparison(function, theirs, file.name, syntax_tree(file))
@@ -91,6 +96,10 @@ class _Comparison:
 
     def _parts(self, name: str, value: Any) -> dict[str, Any] | None:
         """Return what a value consists of; None for a value that is compared as a whole."""
+        if isinstance(value, list | tuple) and not all(isinstance(each, PLAIN) for each in value):
+            return {f"{name}[{place}]": each for place, each in enumerate(value)}
+        if isinstance(value, functools.partial):
+            return {f"{name}.{each}": getattr(value, each) for each in ("func", "args", "keywords")}
         if isinstance(value, Mapping):
             return {f"{name}[{short_repr(key)}]": each for key, each in value.items()}
         if (inner := getattr(value, "__wrapped__", None)) is not None:
@@ -103,7 +112,9 @@ class _Comparison:
                 f"{name}.{key}": members[key] for key in members
             }
         if isinstance(value, argparse.Namespace | SimpleNamespace) or is_dataclass(kind) or is_own:
-            fields = vars(value) if hasattr(value, "__dict__") else {}
+            slots = (each for base in kind.__mro__ for each in getattr(base, "__slots__", ()))
+            fields = {each: getattr(value, each) for each in slots if hasattr(value, each) and each != "__dict__"}
+            fields |= vars(value) if hasattr(value, "__dict__") else {}
             return {kind.__name__: kind} | {f"{name}.{key}": each for key, each in fields.items()}
         return None
 
@@ -140,9 +151,9 @@ def _values(name: str, function: FunctionType, paths: Iterable[tuple[str, ...]])
     values: dict[str, Any] = {}
     for first, *attributes in sorted(paths):
         value, path = function.__globals__.get(first, MISSING), first
-        while attributes and isinstance(value, ModuleType):
+        while attributes and isinstance(value, ModuleType | FunctionType) and attributes[0] in vars(value):
             path = f"{path}.{attributes[0]}"
-            value = vars(value).get(attributes.pop(0), MISSING)
+            value = vars(value)[attributes.pop(0)]
         if value is not MISSING and not first.startswith("__"):
             values[path] = value
     for each in inspect.signature(function, follow_wrapped=False).parameters.values():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
@@ -431,12 +432,44 @@ def _imported(node: ast.AST, file: Path, root: Path) -> Iterator[tuple[Path, str
     """Yield the modules that a statement may import: the folder to search, and the dotted name."""
     if isinstance(node, ast.Import):
         yield from ((root, each.name) for each in node.names if _is_local(each.name, file, root))
+    elif name := _called_import(node):
+        yield from [(root, name)] if _is_local(name, file, root) else []
     elif isinstance(node, ast.ImportFrom) and not node.level and not _is_local(node.module or "", file, root):
         return
     elif isinstance(node, ast.ImportFrom) and node.level <= len(file.parents):
         folder = file.parents[node.level - 1] if node.level else root
         for each in node.names:  # a module, or a name inside one
             yield folder, f"{node.module}.{each.name}" if node.module else each.name
+
+
+def _called_import(node: ast.AST) -> str:
+    """Return the name that a call of `import_module` or `__import__` imports; empty for any other node."""
+    if not isinstance(node, ast.Call) or not node.args:
+        return ""
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    name = getattr(node.args[0], "value", None)
+    return name if called in ("import_module", "__import__") and isinstance(name, str) and name[:1] != "." else ""
+
+
+def uncounted(function: Callable[..., Any], task: FunctionSpec) -> list[str]:
+    """Return a warning for each module of the user that a function's file uses and no hash of the study covers."""
+    counted = {each.resolve() for each in _local_files(Path(task.file))}
+    named, found = [Path(each).resolve() for each in task.files], dict[Path, None]()
+    for value in list(function.__globals__.values()):
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        file = getattr(module, "__file__", None)
+        if not (isinstance(name, str) and isinstance(file, str) and _is_own(name, module)):
+            continue
+        path = Path(file).resolve()
+        covered = path in counted or any(each in (path, *path.parents) for each in named)
+        if not covered and _top(name) != _top(__name__):
+            found[path] = None
+    return [
+        f"{path}: a change of this module makes no other study, because {Path(task.file).name} does not import it from "
+        "its own folder; name the module or its folder in `files`"
+        for path in found
+    ]
 
 
 def _is_local(name: str, file: Path, root: Path) -> bool:

@@ -153,7 +153,7 @@ def chances(p: float | None) -> str:
 
 def seeds_needed(decision: Decision) -> str:
     """Format the number of seeds that detect the margin, or the observed difference, with a power of 80%."""
-    if decision.difference.paired is None:
+    if decision.power is None:
         return NOTHING
     return f">{MOST_SEEDS}" if decision.needed is None else str(decision.needed)
 

@@ -92,10 +92,10 @@ def coverage(record: StudyRecord) -> str:
 
 
 def caution(found: Findings) -> str:
-    """Return warnings about the seeds, failed trials that exclude a verdict, and tuned values that failed."""
+    """Return warnings about the seeds, trials that exclude a verdict, and tuned values that failed."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    warnings = [*_ignored_seeds(found), *_failed_sides(found), *_failed_values(found)]
+    warnings = [*_ignored_seeds(found), *_blocked(found), *_failed_values(found)]
     if most and most < ENOUGH_SEEDS:
         warnings = [
             f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
@@ -121,17 +121,20 @@ def _ignored_seeds(found: Findings) -> list[str]:
     ]
 
 
-def _failed_sides(found: Findings) -> list[str]:
-    """Return a sentence about the comparisons that are undecided only because a trial failed."""
-    points = []
+def _blocked(found: Findings) -> list[str]:
+    """Return a sentence about the comparisons that are undecided only because a trial failed, or diverged."""
+    points: dict[str, list[str]] = {"failed": [], "diverged": []}
     for task in found.tasks:
         for row, decision in task.decided():
-            whole = replace(decision, difference=replace(decision.difference, failed=0, reference_failed=0))
-            points += [_named(found, task, row)] if whole.verdict != decision.verdict else []
-    if not points:
-        return []
-    where = _some(points, "point")
-    return [f"A failed trial leaves the comparison undecided at {where}: the missing score could be the worst."]
+            if decision.blocked:
+                whole = replace(decision, difference=replace(decision.difference, failed=0, reference_failed=0))
+                points["diverged" if whole.blocked else "failed"].append(_named(found, task, row))
+    reasons = {"failed": "the missing score could be the worst", "diverged": "the better side must end at every seed"}
+    return [
+        f"A {status} trial leaves the comparison undecided at {_some(names, 'point')}: {reasons[status]}."
+        for status, names in points.items()
+        if names
+    ]
 
 
 def _named(found: Findings, task: TaskFindings, row: Row) -> str:
@@ -211,6 +214,12 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
         )
     if family > 1:
         words += f" The p-values are adjusted for {family} declared comparisons (Holm)."
+    words += "".join(
+        f" {_named(found, task, row)} has one result for several points of the grid, and is compared with "
+        f"{name(found.record, row.against.reference)}."
+        for row, _ in task.decided()
+        if row.against and row.several
+    )
     if task.steadier and any(decision.verdict == "undecided" for _, decision in task.decided()):
         words += (
             f" The mean of the last {task.steadier.validations} validations varies less between seeds. As the endpoint "
