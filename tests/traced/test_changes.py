@@ -374,6 +374,57 @@ def test_a_value_that_changes_at_every_call_is_not_traced_forever():
     assert not isinstance(traced_norm(Outer(4), 4), str)
 
 
+CALLS = 0
+
+
+class Counting(an.Normalizer):
+    """Changes itself at its twentieth call; no comparison on random rows comes so far."""
+
+    where = "attribute"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def measure(self, x):
+        return an.Average.of(size(x))
+
+    def normalize(self, x, pooled):
+        global CALLS
+        if self.where == "attribute":
+            self.calls += 1
+        else:
+            CALLS += 1
+        return x * (pooled.mean + 1.0) * (1.0 if max(self.calls, CALLS) < 20 else 0.5)
+
+
+class CountingGlobally(Counting):
+    where = "global"
+
+
+@pytest.mark.parametrize("kind", [Counting, CountingGlobally])
+def test_a_normalizer_that_counts_its_calls_has_no_program(kind, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CALLS", 0)
+    assert traced_norm(kind(), 4) == "its methods change a value that they read, at every call"
+
+
+class Remembering(an.Normalizer):
+    """Keeps a number at its first call."""
+
+    exponent: float | None = None
+
+    def measure(self, x):
+        self.exponent = self.exponent or 2.0
+        return an.Average.of(size(x) ** self.exponent)
+
+    def normalize(self, x, pooled):
+        return x / (pooled.mean + 1.0)
+
+
+def test_a_value_that_is_kept_by_the_first_call_may_stay():
+    assert not isinstance(traced_norm(Remembering(), 4), str)
+
+
 def test_a_buffer_may_change_at_every_call():
     class Annealed(Outer):
         mix: torch.Tensor

@@ -33,7 +33,7 @@ from atn_norms.backends.code import (
 )
 from atn_norms.backends.native.library import Library, constant_to_compilers, load
 from atn_norms.backends.traced.comparison import difference_in_float32, differences
-from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of, trace
+from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of, trace, twin_of
 from atn_norms.backends.traced.program import Program
 from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.errors import with_article
@@ -151,6 +151,8 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
                 return f"it calls {code.co_qualname} ({place}), whose changes could not be noticed"
         try:
             found = differences(normalizer, traced)
+            if _changes_itself(normalizer, features):
+                return "its methods change a value that they read, at every call"
         except Untraceable as error:
             return str(error)
         if any(_names_in(normalizer, TYPES)) and not difference_in_float32(normalizer, traced) <= TYPED:
@@ -162,6 +164,17 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
     reason = f"its native program differs from its Python ({numbers}, relative, on random rows in float64)"
     warnings.warn(f"{type(normalizer).__name__}: {reason}; the reference runs it", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def _changes_itself(normalizer: Normalizer, features: int) -> bool:
+    """Check whether every call changes values that the code reads; one that the first call keeps may stay."""
+    twin = twin_of(normalizer, 0)
+    x = torch.randn(2, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = []
+    for _ in range(2):
+        twin.normalize(x, twin.measure(x))
+        states.append(fingerprint(twin))
+    return states[0] != states[1]
 
 
 def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
