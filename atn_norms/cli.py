@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -144,12 +145,17 @@ def _fail(message: str, code: int) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    from atn_norms.errors import SpecError
+    from pydantic import ValidationError
+
+    from atn_norms.errors import SpecError, to_spec_error
 
     if hasattr(error, "format_message"):  # an error of the parser
-        context = getattr(error, "ctx", None)
+        context, cause, text = getattr(error, "ctx", None), error.__cause__, error.format_message()  # type: ignore[attr-defined]
+        if isinstance(cause, ValidationError):  # a value of another type
+            (problem, *_) = to_spec_error(cause).problems
+            text = str(replace(problem, path=(error.param.opts[0],)))  # type: ignore[attr-defined]
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
-        return f"{error.format_message()}{hint}"  # type: ignore[attr-defined]
+        return f"{text}{hint}"
     if str(error) and (isinstance(error, SpecError | OSError) or type(error) is ValueError):
         return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]

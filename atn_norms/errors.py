@@ -18,13 +18,16 @@ from pydantic_core import PydanticCustomError
 Keys: TypeAlias = "tuple[str | int, ...]"
 
 EXPECTED = {  # pydantic's type of an error -> the expected value, with pydantic's context filled in
+    "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "finite_number": "a finite number",
+    "float_parsing": "a number",
     "float_type": "a number",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "at least {ge}",
     "int_from_float": "an integer",
+    "int_parsing": "an integer",
     "int_type": "an integer",
     "less_than": "a number below {lt}",
     "less_than_equal": "at most {le}",

@@ -144,8 +144,31 @@ BAD = [
     ),
     (["ablate", "study.yaml", "--set", "steps"], "--set steps: got no path=value; expected path=value"),
     (["ablate", "study.yaml", "--set", "task={kind: charlm, text: nothing.txt}"], "nothing.txt"),
-    (["ablate", "study.yaml", "--workers", "-1"], "Invalid value for '--workers'"),
-    (["ablate", "study.yaml", "--workers", "x"], "Invalid value for '--workers'"),
+    (["ablate", "study.yaml", "--workers", "-1"], "--workers: got '-1'; expected at least 0 (see `atn-norms ablate"),
+    (
+        ["ablate", "study.yaml", "--workers", "x"],
+        "--workers: got 'x'; expected an integer (see `atn-norms ablate --help",
+    ),
+    (["bench", "--budget", "x"], "--budget: got 'x'; expected a number"),
+    (["bench", "--tiny", "--out", "nowhere"], "--check: got nothing; expected --device cuda --check"),
+    (["bench", "--out", "nowhere"], "--check: got nothing; expected --device cuda --check"),
+    (
+        ["bench", "--check", "--device", "cpu", "--csv", "a.csv"],
+        "--csv: got an option of the benchmark; expected no other",
+    ),
+    (
+        ["bench", "--check", "--device", "cpu", "--no-memory"],
+        "--no-memory: got an option of the benchmark; expected no",
+    ),
+    (
+        ["export", "m.safetensors", "--streaming", "--length", "5"],
+        "--length: got 5 with --streaming; expected no length",
+    ),
+    (["new-plugin", "torch"], "NAME: got 'torch', the name of a backend; expected a new name"),
+    (
+        ["new-plugin", "python", "--kind", "task"],
+        "NAME: got 'python', the name of the task of a function; expected a new",
+    ),
     (
         ["ablate", "study.yaml", "--scheduler", "nonsense"],
         "scheduler: got 'nonsense'; expected an address such as tcp://host:port",
@@ -260,6 +283,30 @@ def test_an_edited_study_file_is_not_ignored_by_resume(capsys, folder):
     out = printed(capsys, *command.split()[1:], "--workers", "0")
     assert "training 1 of 2 trials" in out
     printed(capsys, "resume", "here", "--workers", "0")
+
+
+def test_the_verdict_names_an_endpoint_that_the_table_does_not_show(capsys, folder):
+    small = ["--workers", "0", "--set", "axes={norm: [none, layer]}", "--set", "train.eval_every=1"]
+    out = printed(capsys, "ablate", "study.yaml", *small)
+    assert "undecided at 1 of 1" in out and "(by the" not in out
+    out = printed(capsys, "ablate", "study.yaml", *small, "--set", "endpoint={measure: tail, validations: 2}")
+    assert " (by the mean of the last 2 validations of mean squared error)\n" in out
+
+
+def test_the_folder_of_a_report_is_no_study(capsys, folder):
+    printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
+    for command in ("status", "resume"):
+        error = error_of(capsys, command, "here/report")
+        assert "here/report: got the folder of a report; expected a study's folder" in error
+    error = error_of(capsys, "export", "here")
+    assert "MODEL: got here, a study's folder; expected the folder of one trial, such as here/trials/ID" in error
+
+
+def test_a_study_needs_the_package_that_saves_models(capsys, folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name))
+    error = error_of(capsys, "ablate", "study.yaml", "--workers", "0")
+    assert "safetensors" in error and "pip install 'atn-norms[ablation]'" in error
 
 
 @pytest.mark.parametrize("more", [[], ["--set", "seeds=3"]])

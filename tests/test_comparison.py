@@ -125,7 +125,9 @@ def test_the_reference_has_the_baseline_labels_and_is_otherwise_the_same():
     assert one is not None
     assert many is not None
     assert (one.mean, many.mean) == (1.0, 1.0)
-    assert against["none", "1"] is None, "its two cells have different partners"
+    none = against["none", "1"]
+    assert none is not None, "its two cells have different partners, of which the first counts"
+    assert none.reference.cells == ({"norm": "layer", "window": "1"},)
     (windows,) = compare(record, {"window": "1"})
     assert [row.against.mean for row in windows.rows if row.against] == [2.0, 2.0]
 

@@ -74,6 +74,44 @@ def test_a_diverged_side_excludes_a_verdict_in_its_favour():
     assert decide([equal], [0.5])[0].verdict == "undecided"
 
 
+def test_a_comparison_that_a_diverged_seed_leaves_undecided_has_no_power_and_names_it():
+    """More seeds would not decide it. A difference within the noise is not blocked."""
+    for scores, blocked in (([1.0 + each for each in NOISE], True), ([2.0 + each for each in NOISE], False)):
+        (decision,) = decide([between([*scores, INF], [2.0] * 9)], [None])
+        assert (decision.verdict, decision.blocked) == ("undecided", blocked)
+        assert (decision.power is None, seeds_needed(decision) == NOTHING) == (blocked, blocked)
+
+    def score(point, seed):
+        return 1.0 + 0.01 * seed - (0.5 + 0.001 * (seed % 3)) * (point["norm"] == "layer")
+
+    record = grid({"norm": ["none", "layer"]}, score, seeds=7, baseline={"norm": "none"})
+    gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+    notice = "A diverged trial leaves the comparison undecided at layer: the better side must end at every seed."
+    for norm in ("layer", "none"):
+        trials = tuple(
+            replace(t, status="diverged", result=gone) if (t.points[0]["norm"], t.seed) == (norm, 3) else t
+            for t in record.trials
+        )
+        assert (notice in caution(findings(replace(record, trials=trials)))) == (norm == "layer")
+
+
+def test_no_norm_is_compared_with_a_norm_at_the_first_window():
+    record = study(lambda norm, window, seed: 1.0 + 0.01 * seed + (norm == "rms") + 0.2 * (window == "25"),
+                   baseline={"norm": "layer"})  # fmt: skip
+    found = findings(record)
+    (task,) = found.tasks
+    rows = {tuple(row.point.cells[0].values()): row for row, _ in task.decided()}
+    none = next(row for row, _ in task.decided() if row.point.cells[0]["norm"] == "none")
+    assert len(rows) == 3 and none.against is not None and none.several
+    assert none.against.reference.cells == ({"norm": "layer", "window": "1"},)
+    assert none.against.mean == pytest.approx(0.0)
+    assert "none has one result for several points of the grid, and is compared with layer, window 1." in endpoint(
+        found, task
+    )
+    (whole,) = findings(replace(record, baseline={"norm": "none"})).tasks
+    assert not any(row.several for row in whole.final.rows)
+
+
 def test_a_diverged_seed_excludes_a_verdict_also_where_the_other_side_has_no_score():
     record = grid({"norm": ["none", "layer"]}, lambda p, s: (2.0 if p["norm"] == "none" else 1.0) + 0.01 * s, seeds=6,
                   baseline={"norm": "none"})  # fmt: skip

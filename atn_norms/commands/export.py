@@ -34,6 +34,10 @@ def export(
     from atn_norms.layers.export import export as write
 
     file = model / "model.safetensors" if model.is_dir() else model
+    if (model / "trials").is_dir() and not file.exists():
+        raise SpecError(
+            "MODEL", f"{model}, a study's folder", f"the folder of one trial, such as {model / 'trials'}/ID"
+        )
     if format not in FORMATS:
         near = nearest(format, FORMATS)
         raise SpecError("--format", got=repr(format), expected=one_of(FORMATS), nearest=near)

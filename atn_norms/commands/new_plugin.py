@@ -128,6 +128,7 @@ def write_whole(folder: Path, texts: dict[str, str]) -> list[str]:
 
 
 def _require_free_name(name: str, family: str) -> None:
+    from atn_norms.backends.base import known
     from atn_norms.registry import registry
 
     bare = name.removeprefix("atn-norms-").removeprefix("atn_norms_")
@@ -136,6 +137,9 @@ def _require_free_name(name: str, family: str) -> None:
     if not re.fullmatch(NAME, name) or name == "none" or len(name) > LONGEST:
         words = f"up to {LONGEST} lower-case letters and digits, a letter first, joined by '-' or '_', and not 'none'"
         raise SpecError("NAME", short_repr(name), words)
+    if name in known() or (name, family) == ("python", "task"):  # `atn-norms check NAME` takes backends too
+        taken = "a backend" if name in known() else "the task of a function"
+        raise SpecError("NAME", f"{short_repr(name)}, the name of {taken}", "a new name")
     alone = registry.kinds(family).get(name)
     entries = registry.conflicts(family).get(name, ()) if alone is None else (alone,)
     if entries:

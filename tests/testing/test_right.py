@@ -8,6 +8,7 @@ import pytest
 import atn_norms as an
 from atn_norms.backends.base import known
 from atn_norms.normalizers import PerGate
+from atn_norms.statistics import promoted
 from atn_norms.testing import CheckResult
 from atn_norms.testing.checks import law_runs
 from tests.laws.test_third_party import CentreSpec, MaxNormSpec, PairSpec, PMeanSpec
@@ -33,6 +34,17 @@ class Guarded(Layer):
         if self.training and bool(x.detach().isnan().any()):
             raise ValueError("x: got NaN; expected finite numbers")
         return super().measure(x)
+
+
+class Deviation(Layer):
+    """Division by the mean deviation from the mean of the step, which is 0 for one feature."""
+
+    def measure(self, x: Any) -> Any:
+        wide = promoted(x)
+        return an.Average.of((wide - wide.mean(-1, keepdim=True)).abs())
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x / (pooled.mean + 1e-3) * self.weight
 
 
 class GatesSpec(an.NormSpec):
@@ -80,6 +92,7 @@ RIGHT: list[tuple[str, Any]] = [
 MORE: list[tuple[str, Any]] = [
     ("normalizer", PMeanSpec(p=3.0)),
     ("normalizer", norm_spec(Layer)),
+    ("normalizer", norm_spec(Deviation)),
     ("normalizer", {"kind": "layer", "eps": 1e-2}),
     ("normalizer", "rms"),
     ("normalizer", {"kind": "batch", "max_steps": 3, "initial_gain": 0.1}),
