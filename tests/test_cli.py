@@ -948,7 +948,9 @@ def test_a_study_is_named_after_its_file(file, name, capsys):
 
 
 def test_check_names_required_options_and_accepts_expected_failures(capsys):
-    assert "steps: got nothing; expected a value. Set it with --set steps=VALUE" in error_of(capsys, "check", "sliding")
+    assert "steps: got nothing; expected an integer >= 1 and <= 1000000. Set it with --set steps=VALUE" in error_of(
+        capsys, "check", "sliding"
+    )
     law = "options_survive_a_dump"
     assert "--expect-failure: got 'x'; expected LAW=REASON" in error_of(capsys, "check", "rms", "--expect-failure", "x")
     assert "unknown law 'x'" in error_of(capsys, "check", "rms", "--expect-failure", "x=because")

@@ -10,7 +10,17 @@ import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
 from atn_norms.commands.output import emit
-from atn_norms.errors import SpecError, brief, dotted, not_installed, one_of, to_spec_error, unknown
+from atn_norms.errors import (
+    Problem,
+    SpecError,
+    brief,
+    dotted,
+    not_installed,
+    one_of,
+    to_spec_error,
+    unknown,
+    with_article,
+)
 
 if TYPE_CHECKING:
     from atn_norms.testing import CheckResult
@@ -113,6 +123,8 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
     from pydantic import ValidationError
 
     from atn_norms.backends.base import known
+    from atn_norms.commands.list import type_text
+    from atn_norms.options import option_schemas
     from atn_norms.registry import registry
     from atn_norms.specs import value as yaml_value
 
@@ -126,11 +138,17 @@ def _plugin(family: str, kind: str, settings: Sequence[str]) -> Any:
         if not equals or not name.strip():
             raise SpecError((f"--set {brief(setting)}",), "no OPTION=VALUE", "OPTION=VALUE, such as eps=1e-3")
         data[name.strip()] = yaml_value(text, f"--set {name}: not a YAML value")
+    spec = registry.lookup(family, kind)
+
+    def completed(problem: Problem) -> Problem:
+        """Name the type of a missing option, and how to set it."""
+        name = dotted(problem.path)
+        schema = option_schemas(spec).get(name)
+        expected = problem.expected if schema is None else with_article(type_text(schema))
+        return replace(problem, expected=expected, detail=f"Set it with --set {name}=VALUE")
+
     try:
-        return registry.lookup(family, kind).model_validate(data)
+        return spec.model_validate(data)
     except ValidationError as error:
         problems = to_spec_error(error, data=data).problems
-        raise SpecError.of(
-            replace(each, detail=f"Set it with --set {dotted(each.path)}=VALUE") if each.code == "missing" else each
-            for each in problems
-        ) from None
+        raise SpecError.of(completed(each) if each.code == "missing" else each for each in problems) from None

@@ -154,12 +154,13 @@ def _option(item: tuple[str, Any]) -> str:
     name, option = item
     default = option.get("default")
     note = f"default {'none' if default is None else default}" if "default" in option else "required"
-    return f"{name}: {_type(option)} ({note})"
+    return f"{name}: {type_text(option)} ({note})"
 
 
-def _type(option: dict[str, Any]) -> str:
+def type_text(option: dict[str, Any]) -> str:
+    """Return the type of an option by its JSON schema, with its limits, such as `integer >= 1`."""
     if "anyOf" in option:
-        return " | ".join(dict.fromkeys(_type(each) for each in option["anyOf"]))
+        return " | ".join(dict.fromkeys(type_text(each) for each in option["anyOf"]))
     if "enum" in option:
         return " | ".join(map(str, option["enum"]))
     if "const" in option:
