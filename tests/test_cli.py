@@ -309,7 +309,7 @@ def test_a_study_needs_the_package_that_saves_models(capsys, folder, monkeypatch
     assert "safetensors" in error and "pip install 'atn-norms[ablation]'" in error
 
 
-@pytest.mark.parametrize("more", [[], ["--set", "seeds=3"]])
+@pytest.mark.parametrize("more", [[], ["--set", "margin=1.5"]])
 def test_an_edited_study_file_is_not_ignored_by_ablate(capsys, folder, more):
     original = ["ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}"]
     printed(capsys, *original)
@@ -320,8 +320,11 @@ def test_an_edited_study_file_is_not_ignored_by_ablate(capsys, folder, more):
     command = "atn-norms ablate here/study.yaml --out here"
     assert f"seeds: got 2; expected 1, {CHANGED}. To extend the study: {command}\n" in error
     assert file.read_text() == edited
-    assert "training 1 of 2 trials" in printed(capsys, *command.split()[1:], "--workers", "0")
-    printed(capsys, *original, "--set", "seeds=3")
+    assert "training 3 of 4 trials" in printed(capsys, *command.split()[1:], "--workers", "0", "--set", "seeds=4")
+    printed(capsys, *original, "--set", "seeds=[0, 1, 2, 3, 4]")
+    file.write_text(file.read_text() + "margin: null\n")
+    for command in ("resume here", "ablate study.yaml --out here --set axes={} --set seeds=5"):
+        printed(capsys, *command.split(), "--workers", "0")
 
 
 def test_a_message_names_the_current_folder_by_its_whole_path(capsys, folder, monkeypatch):

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 
 from atn_norms.ablation.execution.engine import OnEvent, run
 from atn_norms.ablation.execution.environment import environment
+from atn_norms.ablation.grid.changes import HARMLESS
 from atn_norms.ablation.grid.functions import refuse_changed_functions
 from atn_norms.ablation.grid.plan import Plan, make_plan
 from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
-from atn_norms.ablation.store.merge import changed, differences, refuse_two_results
+from atn_norms.ablation.store.merge import changed, differences, refuse_two_results, value_at
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError, short_repr, to_spec_error
@@ -131,7 +132,7 @@ def refuse_edited(folder: Path | str) -> None:
 
 
 def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any], plan: Plan | None = None) -> None:
-    """Raise `SpecError` where the study.yaml of a study was edited after its creation, unless it is that of `plan`."""
+    """Raise `SpecError` where the study.yaml of a study was edited after its creation, unless `plan` includes it."""
     file, text = store.path / "study.yaml", store.source()
     if text is None:
         return
@@ -140,12 +141,20 @@ def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any], plan: Pl
     if data == before:
         return
     edited = make_plan(validate(StudySpec, data, where), where)
-    if plan is not None and edited.source == plan.source:
+    problems = differences(data, before)
+    if not problems or (plan is not None and _includes(plan, edited)):
         return
     command = ["atn-norms", "ablate", str(file)]
     store.refuse_another(edited, where, command)
     cure = f"To extend the study: {shlex.join([*command, '--out', str(store.path)])}"
-    raise changed(differences(data, before), where, "as when the study was created", cure)
+    raise changed(problems, where, "as when the study was created", cure)
+
+
+def _includes(plan: Plan, edited: Plan) -> bool:
+    """Check whether a study has all trials of another one, and the same options that change no trial."""
+    mine, theirs = (parse(each.source, "study.yaml")[0] for each in (plan, edited))
+    same = all(value_at(mine, path) == value_at(theirs, path) for path in HARMLESS)
+    return same and not plan.lacks(edited.resolved())
 
 
 def status(folder: Path | str) -> dict[str, int]:

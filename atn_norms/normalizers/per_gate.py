@@ -51,9 +51,11 @@ class PerGate(Normalizer):
         features = [getattr(gate, "features", None) for gate in gates]
         self.features = sum(f for f in features if isinstance(f, int)) if None not in features else None
         self.gates = _Gates(gates)
+        every = {name for gate in gates for name in (*vars(gate), *gate._parameters, *gate._buffers)}
+        self._of_gates = frozenset(every - set(vars(self)))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not hasattr(self, name) and any(hasattr(gate, name) for gate in getattr(self, "gates", ())):
+        if name in vars(self).get("_of_gates", ()):
             expected = f"an attribute of one gate, such as gates[0].{name}"
             raise AttributeError(mismatch(name, "an attribute of all gates", expected))
         super().__setattr__(name, value)

@@ -405,7 +405,23 @@ class CountingGlobally(Counting):
 @pytest.mark.parametrize("kind", [Counting, CountingGlobally])
 def test_a_normalizer_that_counts_its_calls_has_no_program(kind, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "CALLS", 0)
-    assert traced_norm(kind(), 4) == "its methods change a value that they read, at every call"
+    assert traced_norm(kind(), 4) == "its methods change an attribute or a global at every call"
+
+
+class Stats:
+    pass
+
+
+class Noting(Counting):
+    """Sets an attribute that may change unnoticed."""
+
+    def normalize(self, x, pooled):
+        self.stats = Stats()
+        return x * (pooled.mean + 1.0)
+
+
+def test_a_normalizer_that_sets_an_object_has_no_program():
+    assert traced_norm(Noting(), 4) == "its attribute 'stats' is a Stats, which may change unnoticed"
 
 
 class Remembering(an.Normalizer):

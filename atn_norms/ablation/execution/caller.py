@@ -47,10 +47,10 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
     try:
         with isolated(), contained(lambda line: None, task.function), local_modules(file):
             theirs = loaded(task, code)
-            for warning in uncounted(theirs, task):
-                warnings.warn(warning, stacklevel=4)
     finally:
         restore_random_state(state)
+    for warning in uncounted(theirs, task):
+        warnings.warn(warning, stacklevel=3)
     comparison = _Comparison(function, theirs, file.name, syntax_tree(file))
     comparison.compare(function.__name__, function, theirs)
     if comparison.problems:
@@ -96,8 +96,6 @@ class _Comparison:
 
     def _parts(self, name: str, value: Any) -> dict[str, Any] | None:
         """Return what a value consists of; None for a value that is compared as a whole."""
-        if isinstance(value, list | tuple) and not all(isinstance(each, PLAIN) for each in value):
-            return {f"{name}[{place}]": each for place, each in enumerate(value)}
         if isinstance(value, functools.partial):
             return {f"{name}.{each}": getattr(value, each) for each in ("func", "args", "keywords")}
         if isinstance(value, Mapping):
@@ -111,12 +109,13 @@ class _Comparison:
             return {each.__name__: each for each in value.__bases__} | {
                 f"{name}.{key}": members[key] for key in members
             }
+        items: dict[str, Any] = {}
+        if isinstance(value, list | tuple) and (is_own or not all(isinstance(each, PLAIN) for each in value)):
+            items = {f"{name}[{place}]": each for place, each in enumerate(value)}
         if isinstance(value, argparse.Namespace | SimpleNamespace) or is_dataclass(kind) or is_own:
-            slots = (each for base in kind.__mro__ for each in getattr(base, "__slots__", ()))
-            fields = {each: getattr(value, each) for each in slots if hasattr(value, each) and each != "__dict__"}
-            fields |= vars(value) if hasattr(value, "__dict__") else {}
-            return {kind.__name__: kind} | {f"{name}.{key}": each for key, each in fields.items()}
-        return None
+            fields = dict(_slots(value)) | (vars(value) if hasattr(value, "__dict__") else {})
+            return items | {kind.__name__: kind} | {f"{name}.{key}": each for key, each in fields.items()}
+        return items or None
 
     def _add(self, name: str, got: str, expected: str | None) -> None:
         cure = f"Pass {name} as an axis or in `arguments`."
@@ -128,22 +127,37 @@ class _Comparison:
         self.problems.setdefault(name, Problem((name,), f"{brief(got)} in this process", wanted, detail=detail))
 
 
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of an object that are in `__slots__`."""
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            is_private = name.startswith("__") and not name.endswith("__")
+            attribute = f"_{base.__name__.lstrip('_')}{name}" if is_private else name
+            if name != "__dict__" and hasattr(value, attribute):
+                yield name, getattr(value, attribute)
+
+
 def _reads(code: CodeType) -> Iterator[tuple[str, ...]]:
     """Yield the globals that a function's code reads, each with the attributes read from it.
 
-    A global that the code sets is no setting.
+    A global, or an attribute of one, that the code sets is no setting.
     """
     paths: list[tuple[str, ...]] = []
-    stored, is_path = set(), False
+    stored, is_path = set[tuple[str, ...]](), False
     for each in dis.get_instructions(code):
+        if is_path and each.opname == "STORE_ATTR":
+            stored.add((*paths[-1], each.argval))
         if is_path and each.opname in ATTRIBUTES:
             paths[-1] = (*paths[-1], each.argval)
             continue
         is_path = each.opname in READS
         paths += [(each.argval,)] if is_path else []
-        stored |= {each.argval} if each.opname == "STORE_GLOBAL" else set()
+        stored |= {(each.argval,)} if each.opname == "STORE_GLOBAL" else set()
     inner = [path for each in code.co_consts if isinstance(each, CodeType) for path in _reads(each)]
-    yield from (path for path in paths + inner if path[0] not in stored and path[0].isidentifier())
+    for path in paths + inner:
+        if path[0].isidentifier() and not any(path[: len(each)] == each for each in stored):
+            yield path
 
 
 def _values(name: str, function: FunctionType, paths: Iterable[tuple[str, ...]]) -> dict[str, Any]:
@@ -151,9 +165,11 @@ def _values(name: str, function: FunctionType, paths: Iterable[tuple[str, ...]])
     values: dict[str, Any] = {}
     for first, *attributes in sorted(paths):
         value, path = function.__globals__.get(first, MISSING), first
-        while attributes and isinstance(value, ModuleType | FunctionType) and attributes[0] in vars(value):
+        while attributes and isinstance(value, ModuleType):
             path = f"{path}.{attributes[0]}"
-            value = vars(value)[attributes.pop(0)]
+            value = vars(value).get(attributes.pop(0), MISSING)
+        if attributes and isinstance(value, FunctionType) and attributes[0] in vars(value):
+            values[f"{path}.{attributes[0]}"] = vars(value)[attributes[0]]
         if value is not MISSING and not first.startswith("__"):
             values[path] = value
     for each in inspect.signature(function, follow_wrapped=False).parameters.values():

@@ -453,18 +453,17 @@ def _called_import(node: ast.AST) -> str:
 
 def uncounted(function: Callable[..., Any], task: FunctionSpec) -> list[str]:
     """Return a warning for each module of the user that a function's file uses and no hash of the study covers."""
-    counted = {each.resolve() for each in _local_files(Path(task.file))}
-    named, found = [Path(each).resolve() for each in task.files], dict[Path, None]()
+    counted = {*_local_files(Path(task.file)), *map(Path, task.files)}
+    counted |= {each.resolve() for each in counted}
+    found: dict[Path, None] = {}
     for value in list(function.__globals__.values()):
-        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-        module = sys.modules.get(name) if isinstance(name, str) else None
-        file = getattr(module, "__file__", None)
-        if not (isinstance(name, str) and isinstance(file, str) and _is_own(name, module)):
-            continue
-        path = Path(file).resolve()
-        covered = path in counted or any(each in (path, *path.parents) for each in named)
-        if not covered and _top(name) != _top(__name__):
-            found[path] = None
+        with suppress(Exception):  # an object may do anything when an attribute is read
+            name = value.__name__ if isinstance(value, ModuleType) else value.__module__
+            module = sys.modules[name]
+            path = Path(module.__file__)  # type: ignore[arg-type]
+            if _is_own(name, module) and _top(name) != _top(__name__):
+                places = {path, *path.parents, path.resolve(), *path.resolve().parents}
+                found |= {} if places & counted else {path: None}
     return [
         f"{path}: a change of this module makes no other study, because {Path(task.file).name} does not import it from "
         "its own folder; name the module or its folder in `files`"

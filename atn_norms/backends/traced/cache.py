@@ -152,8 +152,8 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         try:
             found = differences(normalizer, traced)
             if _changes_itself(normalizer, features):
-                return "its methods change a value that they read, at every call"
-        except Untraceable as error:
+                return "its methods change an attribute or a global at every call"
+        except (Untraceable, _Unfrozen) as error:
             return str(error)
         if any(_names_in(normalizer, TYPES)) and not difference_in_float32(normalizer, traced) <= TYPED:
             return "its result depends on the type of x in another way than by rounding"
@@ -167,7 +167,7 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
 
 
 def _changes_itself(normalizer: Normalizer, features: int) -> bool:
-    """Check whether every call changes values that the code reads; one that the first call keeps may stay."""
+    """Check whether every call changes an attribute, or a global that the code reads; the first call may set them."""
     twin = twin_of(normalizer, 0)
     x = torch.randn(2, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     states = []
