@@ -19,7 +19,7 @@ import torch
 
 from atn_norms import ablation
 from atn_norms.ablation import report
-from atn_norms.ablation.grid import functions, sources
+from atn_norms.ablation.grid import functions, imports, sources
 from atn_norms.ablation.grid.functions import hash_code, task_of
 from atn_norms.ablation.grid.sources import hash_files
 from atn_norms.ablation.store import checkpoints
@@ -498,7 +498,7 @@ def test_the_files_of_a_study_are_hashed_once(tmp_path, monkeypatch):
     path, data = written(tmp_path, GOOD), tmp_path / "data.csv"
     data.write_text("1")
     read = []
-    for module, name in ((sources, "sha256"), (functions, "syntax_tree")):
+    for module, name in ((sources, "sha256"), (functions, "syntax_tree"), (imports, "syntax_tree")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda file, call=original: read.append(file) or call(file))
     options = study(path, task={"files": [str(data)]})

@@ -282,6 +282,6 @@ def test_the_command_copies_and_a_dry_run_lists_the_others(tmp_path, finished, m
     assert main((*command, "--reuse", "wider", "--dry-run")) == 0
     assert "0 trials" in capsys.readouterr().out
     assert main((*command, "--reuse", "wider/report")) == 2
-    assert "wider/report: got no study.resolved.json; expected a study's folder" in capsys.readouterr().err
+    assert "wider/report: got the folder of a report; expected a study's folder" in capsys.readouterr().err
     with pytest.raises(SpecError, match="reuse: got 'finished'; expected a list of folders"):
         create(WIDER, "elsewhere", reuse="finished")

@@ -441,10 +441,8 @@ def _explained(layer: CellHost) -> str:
         for name, program in programs.items():
             if name != chosen:
                 compiled = (name, chosen, layer.spec.backend) == ("native", "torch", "auto")
-                supported = "supported; used inside torch.compile" if compiled else "supported"
-                lines.append(
-                    f"  {name}: " + (f"unsupported: {program.text}" if isinstance(program, Unsupported) else supported)
-                )
+                text = "supported; used inside torch.compile" if compiled else "supported"
+                lines.append(f"  {name}: {f'un{text}: {program.text}' if isinstance(program, Unsupported) else text}")
         native = programs["native"]
         if chosen == "reference" and isinstance(native, Unsupported):
             lines += [f"  cost: {cost_of_reference()}", f"  change: {native.change}"]

@@ -112,7 +112,7 @@ def test_a_kind_of_two_families_needs_the_family(capsys, more_kinds):
         (["layer", "--set", "ep=1"], "ep: got an unknown key; expected one of kind, eps; did you mean 'eps'?"),
         (["layer", "--set", "eps=-1"], "eps: got -1; expected at least 0"),
         (["layer", "--set", "eps"], "--set eps: got no OPTION=VALUE; expected OPTION=VALUE, such as eps=1e-3"),
-        (["sliding"], "steps: got nothing; expected a value"),
+        (["sliding"], "steps: got nothing; expected an integer >= 1"),
         (["native", "--set", "threads=2"], "--set threads=2: got an option of a backend; expected no options"),
     ],
 )

@@ -317,16 +317,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A point, and its difference to the reference unless it is the reference.
-
-    `several`: the cells of the point have different references, of which the first is `against`. So no norm, trained
-    once for all windows, is compared with a norm at the first window.
-    """
+    """A point with its difference to the reference, unless it is the reference; to the first if there are `several`."""
 
     point: Point
     against: Difference | None
     is_reference: bool
-    several: bool = False
+    several: bool = False  # such as those of no norm, which is trained once for all windows
 
 
 @dataclass(frozen=True)
@@ -375,9 +371,8 @@ def compare_task(
     for point in points:
         partners = [home.get(_key({**cell, **named})) for cell in point.cells] if named else []
         reference = next(filter(None, partners), None)
-        is_reference = reference is point
-        against = Difference.between(point, reference) if reference is not None and not is_reference else None
-        rows.append(Row(point, against, is_reference, len(set(map(id, partners))) > 1))
+        against = None if reference is None or reference is point else Difference.between(point, reference)
+        rows.append(Row(point, against, reference is point, len(set(map(id, partners))) > 1))
     return Comparison(task, measure, tuple(rows), {_key(cell): row for row in rows for cell in row.point.cells})
 
 

@@ -24,7 +24,8 @@ import torch
 from atn_norms.ablation.execution.function import contained, loaded
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state
 from atn_norms.ablation.execution.trial import isolated
-from atn_norms.ablation.grid.functions import FunctionSpec, hash_code, local_modules, syntax_tree, uncounted
+from atn_norms.ablation.grid.functions import FunctionSpec, hash_code
+from atn_norms.ablation.grid.imports import local_modules, syntax_tree, uncounted
 from atn_norms.ablation.grid.starts import READS
 from atn_norms.errors import Problem, SpecError, brief, short_repr, with_article
 
@@ -49,7 +50,7 @@ def refuse_different_globals(function: Callable[..., Any], task: FunctionSpec) -
             theirs = loaded(task, code)
     finally:
         restore_random_state(state)
-    for warning in uncounted(theirs, task):
+    for warning in uncounted(theirs, file, task.files):
         warnings.warn(warning, stacklevel=3)
     comparison = _Comparison(function, theirs, file.name, syntax_tree(file))
     comparison.compare(function.__name__, function, theirs)

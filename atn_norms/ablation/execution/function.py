@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state, seed_all
-from atn_norms.ablation.grid.functions import FunctionSpec, load_function, local_modules, uncounted
+from atn_norms.ablation.grid.functions import FunctionSpec, load_function
+from atn_norms.ablation.grid.imports import local_modules, uncounted
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable
 from atn_norms.ablation.store.files import Folder, StoreError
@@ -202,7 +203,7 @@ def run_function(
     folder.start()
     with contained(folder.log, task.function), local_modules(Path(task.file)):
         function = loaded(task, data["file"])
-        for warning in uncounted(function, task):
+        for warning in uncounted(function, Path(task.file), task.files):
             folder.log(warning)
         handle = Trial(folder, trial, on_step or (lambda step: None), on_saved)
         seed_all(trial["seed"])

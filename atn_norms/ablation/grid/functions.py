@@ -12,25 +12,23 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator
 
 from atn_norms.ablation.grid.errors import Problem
+from atn_norms.ablation.grid.imports import local_files, module_name, syntax_tree, text_of
 from atn_norms.ablation.grid.sources import DIGITS, hash_files
 from atn_norms.ablation.grid.starts import counted_starts, starting
 from atn_norms.errors import Problem as SpecProblem
 from atn_norms.errors import SpecError, did_you_mean, message, nearest, nearest_file, unknown
-from atn_norms.files import absolute, read_regular
+from atn_norms.files import absolute
 from atn_norms.options import Options
 
 KIND = "python"
-INSTALLED = {"site-packages", "dist-packages"}  # folders of installed modules
-LARGEST = 10_000_000  # bytes of a Python file
 PROVIDED = ("seed", "trial")  # arguments that every study passes to a function that accepts them
 TRAINING = ("steps", "patience", "divergence_factor", "threads")  # the options of `train` that a function's trials use
 UNKNOWN_STEPS = 1  # `train.steps` of a function whose study does not set them
@@ -118,7 +116,7 @@ def hash_code(file: Path) -> str:
 
 def _code(file: Path) -> dict[str, str]:
     """Return the counted text of a file and of the modules that it imports, by relative path."""
-    return {os.path.relpath(each, file.parent): _counted(each) for each in sorted(_local_files(file))}
+    return {os.path.relpath(each, file.parent): _counted(each) for each in sorted(local_files(file))}
 
 
 def _hash_together(code: Mapping[str, str]) -> str:
@@ -167,52 +165,6 @@ def check_arguments(task: FunctionSpec, given: Mapping[str, Any]) -> Iterator[Pr
 def placed_in(section: str, error: SpecError) -> list[Problem]:
     """Return the problems of an error, located in a section of the study."""
     return [Problem((section, *each.path), message(replace(each, path=()))) for each in error.problems]
-
-
-@contextmanager
-def local_modules(file: Path) -> Iterator[None]:
-    """Inside the block, import the modules beside a file from its folder again, as they are on disk.
-
-    `sys.argv` has the file alone: a trial does not depend on the command line of the process that runs it.
-    Modules that the process imported before are put aside and come back afterwards.
-    """
-    _, root = _module_name(file)
-    tops = {_top(each.relative_to(root).as_posix()) for each in _local_files(file) if root in each.parents}
-    every = list(sys.modules.items())  # another thread may import at the same time
-    aside = {name: module for name, module in every if _top(name) in tops and _is_own(name, module)}
-    for name in aside:
-        del sys.modules[name]
-    before = {_top(name) for name, _ in every} - tops
-    sys.path.insert(0, str(root))
-    importlib.invalidate_caches()
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would miss an edit within one second
-    words, sys.argv = sys.argv, [str(file)]
-    try:
-        yield
-    finally:
-        sys.argv = words
-        sys.dont_write_bytecode = writes
-        with suppress(ValueError):  # the function may have changed it
-            sys.path.remove(str(root))
-        new = [(name, module) for name, module in list(sys.modules.items()) if _top(name) not in before]
-        for name, module in new:
-            if _is_own(name, module, root):
-                del sys.modules[name]
-        sys.modules.update(aside)
-
-
-def _top(name: str) -> str:
-    """Return the first part of a module's dotted name, or of the relative path of its file."""
-    return name.partition("/")[0].partition(".")[0]
-
-
-def _is_own(name: str, module: Any, root: Path | None = None) -> bool:
-    """Check whether a module may be the user's, below `root` if it is given: neither installed nor of Python."""
-    if _top(name) in sys.stdlib_module_names:
-        return False
-    file = getattr(module, "__dict__", {}).get("__file__")
-    path = Path(file) if isinstance(file, str) else None
-    return not (path and INSTALLED & set(path.parts)) and (root is None or (path is not None and root in path.parents))
 
 
 def load_function(task: FunctionSpec) -> Callable[..., Any]:
@@ -319,7 +271,7 @@ def refuse_nested_start() -> None:
 
 def _executed(file: Path) -> tuple[dict[str, Any], bool]:
     """Execute a file; return its globals, and False where a call of `ablate` ended the execution."""
-    name, _ = _module_name(file)
+    name, _ = module_name(file)
     if package := name.rpartition(".")[0]:  # the file may import relatively
         importlib.import_module(package)
         if name in sys.modules:
@@ -337,48 +289,12 @@ def _executed(file: Path) -> tuple[dict[str, Any], bool]:
     return vars(module), True
 
 
-def _module_name(file: Path) -> tuple[str, Path]:
-    """Return the importable name of a file, with its packages, and the folder to import it from."""
-    names, folder = [file.stem], file.parent
-    while (folder / "__init__.py").exists():
-        names.insert(0, folder.name)
-        folder = folder.parent
-    return ".".join(names), folder
-
-
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise SpecError(
             "files", got=f"{path}, which does not exist", expected="a file or a folder", nearest=nearest_file(path)
         )
     return path
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_regular(file, LARGEST).decode("utf-8-sig")
-    except FileNotFoundError:
-        got = f"{file}, which does not exist"
-        raise SpecError("file", got=got, expected="a Python file", nearest=nearest_file(file)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        got = f"{file}, which cannot be read ({_reason(error)})"
-        raise SpecError("file", got=got, expected="a Python file") from None
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
-def syntax_tree(file: Path) -> ast.Module:
-    """Parse a Python file.
-
-    Errors: `SpecError` for a file that cannot be read or is not Python.
-    """
-    try:
-        return ast.parse(_text(file))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise SpecError("file", got=f"{file}{line}, which is not Python ({error})", expected="a Python file") from None
 
 
 def _definition(task: FunctionSpec) -> ast.FunctionDef:
@@ -399,81 +315,5 @@ def _counted(file: Path) -> str:
     for node in tree.body:
         lines = starts if node in starting_nodes else others
         lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    text = re.split("\r\n|\r|\n", _text(file))  # the lines of Python's grammar: no other character ends one
+    text = re.split("\r\n|\r|\n", text_of(file))  # the lines of Python's grammar: no other character ends one
     return "\n".join(line for number, line in enumerate(text, 1) if number not in starts - others).rstrip()
-
-
-def _local_files(file: Path) -> set[Path]:
-    """Return a file and the modules beside it that it imports, directly or indirectly."""
-    _, root = _module_name(file)
-    packages = [folder / "__init__.py" for folder in file.parents if root in folder.parents]  # run before the file
-    seen: set[Path] = set()
-    for each in (file, *packages):
-        _add_local_files(each, root, seen)
-    return seen
-
-
-def _add_local_files(file: Path, root: Path, seen: set[Path]) -> None:
-    """Add a file and all modules below `root` that it imports, directly or indirectly."""
-    if file in seen:
-        return
-    seen.add(file)
-    for node in ast.walk(syntax_tree(file)):
-        for folder, name in _imported(node, file, root):
-            steps = name.split(".")
-            for length in range(1, len(steps) + 1):  # the import of a.b runs a first
-                path = folder.joinpath(*steps[:length])
-                for module in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
-                    if module.is_file():
-                        _add_local_files(module, root, seen)
-
-
-def _imported(node: ast.AST, file: Path, root: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the modules that a statement may import: the folder to search, and the dotted name."""
-    if isinstance(node, ast.Import):
-        yield from ((root, each.name) for each in node.names if _is_local(each.name, file, root))
-    elif name := _called_import(node):
-        yield from [(root, name)] if _is_local(name, file, root) else []
-    elif isinstance(node, ast.ImportFrom) and not node.level and not _is_local(node.module or "", file, root):
-        return
-    elif isinstance(node, ast.ImportFrom) and node.level <= len(file.parents):
-        folder = file.parents[node.level - 1] if node.level else root
-        for each in node.names:  # a module, or a name inside one
-            yield folder, f"{node.module}.{each.name}" if node.module else each.name
-
-
-def _called_import(node: ast.AST) -> str:
-    """Return the name that a call of `import_module` or `__import__` imports; empty for any other node."""
-    if not isinstance(node, ast.Call) or not node.args:
-        return ""
-    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    name = getattr(node.args[0], "value", None)
-    return name if called in ("import_module", "__import__") and isinstance(name, str) and name[:1] != "." else ""
-
-
-def uncounted(function: Callable[..., Any], task: FunctionSpec) -> list[str]:
-    """Return a warning for each module of the user that a function's file uses and no hash of the study covers."""
-    counted = {*_local_files(Path(task.file)), *map(Path, task.files)}
-    counted |= {each.resolve() for each in counted}
-    found: dict[Path, None] = {}
-    for value in list(function.__globals__.values()):
-        with suppress(Exception):  # an object may do anything when an attribute is read
-            name = value.__name__ if isinstance(value, ModuleType) else value.__module__
-            module = sys.modules[name]
-            path = Path(module.__file__)  # type: ignore[arg-type]
-            if _is_own(name, module) and _top(name) != _top(__name__):
-                places = {path, *path.parents, path.resolve(), *path.resolve().parents}
-                found |= {} if places & counted else {path: None}
-    return [
-        f"{path}: a change of this module makes no other study, because {Path(task.file).name} does not import it from "
-        "its own folder; name the module or its folder in `files`"
-        for path in found
-    ]
-
-
-def _is_local(name: str, file: Path, root: Path) -> bool:
-    """Check whether a module may be the user's: neither installed nor of this package."""
-    top = name.partition(".")[0]
-    if INSTALLED & set(root.parts) and top != _module_name(file)[0].partition(".")[0]:
-        return False
-    return top != __name__.partition(".")[0]

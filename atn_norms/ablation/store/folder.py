@@ -8,6 +8,7 @@ DIR/report/     derived, can always be rebuilt
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -57,7 +58,7 @@ class StudyFolder:
 
     def exists(self) -> bool:
         """Return True if the folder holds a study."""
-        return self.path.is_dir() and self.folder.has(RESOLVED)
+        return os.path.isdir(self.path) and self.folder.has(RESOLVED)  # False too for a name that is too long
 
     @property
     def _busy(self) -> str:
