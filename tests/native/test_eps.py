@@ -121,7 +121,7 @@ def test_the_number_of_eps_must_divide_the_groups_or_features():
 @pytest.mark.parametrize("name", ["eps", "weight", "bias"])
 def test_an_option_of_the_gates_cannot_be_set_on_the_whole(name):
     """It would have no effect."""
-    norm = an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"}).norm_ih_l0
+    norm: Any = an.LSTM(2, 3, norm="layer", placement={"gates": "per_gate"}).norm_ih_l0
     expected = f"{name}: got an attribute of all gates; expected an attribute of one gate, such as gates[0].{name}"
     with pytest.raises(AttributeError, match=re.escape(expected)):
         setattr(norm, name, 0.5)
