@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from atn_norms.ablation.analysis import student
 from atn_norms.ablation.analysis.comparison import Difference, Verdict
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
-from atn_norms.ablation.analysis.paired import ALPHA, holm
+from atn_norms.ablation.analysis.paired import ALPHA, Paired, holm
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,17 @@ class Decision:
         return ALPHA / self.family
 
     @property
+    def _paired(self) -> Paired | None:
+        """The pairs from which power is estimated; None below two pairs, and if more seeds would not decide."""
+        return None if self.blocked else self.difference.paired
+
+    @property
     def power(self) -> float | None:
         """The probability of detecting `target` with these seeds at the observed spread.
 
         It is None below two pairs, and if the comparison is `blocked`.
         """
-        paired = None if self.blocked else self.difference.paired
+        paired = self._paired
         return student.power(paired.standardized(self.target), self.difference.pairs, self.alpha) if paired else None
 
     @property
@@ -89,7 +94,7 @@ class Decision:
 
         It is at least the number of seeds that a verdict needs.
         """
-        paired = None if self.blocked else self.difference.paired
+        paired = self._paired
         found = student.needed(paired.standardized(self.target), self.alpha) if paired else None
         return found and max(found, ENOUGH_SEEDS)
 
