@@ -19,6 +19,7 @@ STUCK = 800  # further seconds after which the stage fails
 TESTED = ("ablation", "data", "export", "testing", "test")  # extras that the default tests need
 NO_TESTS = 5  # pytest's exit code where no test is selected
 EXPORTS = [
+    "onnx_steps_of_every_window_equal_unroll",
     "a_long_sequence_is_not_optimized_by_the_exporter",
     "compiled_files_equal_unroll_without_this_package",
     "files_of_the_command_equal_unroll_without_this_package",
@@ -32,6 +33,7 @@ LONG_FILES = [
     *(f"tests/test_export.py::test_{name}" for name in EXPORTS),
     "tests/torch_api/test_distributed.py",
     "tests/torch_api/test_compile.py::test_a_saved_program_loads_after_an_import_of_the_package",
+    "tests/torch_api/test_compile.py::test_a_norm_first_seen_by_a_compiler_runs_on_the_reference_there_alone",
     "tests/torch_api/test_compile.py::test_a_compiled_package_has_the_same_numbers[lstm-layer]",
     "tests/laws",
     "tests/native",

@@ -111,7 +111,8 @@ def test_steps_and_losses_are_read_from_the_store(study, monkeypatch):
     assert all(event.loss in curves[event.trial].values() for event in steps), "the last loss that was measured"
 
 
-def test_a_scheduler_out_of_reach_is_named(study):
+def test_a_scheduler_out_of_reach_is_named(study, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT", 1)
     with pytest.raises(SpecError, match=r"scheduler: got tcp://127.0.0.1:9, which cannot be reached"):
         run(study, scheduler="tcp://127.0.0.1:9")
 

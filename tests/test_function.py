@@ -722,7 +722,7 @@ def test_a_module_imported_by_a_call_is_part_of_the_code(imports, tmp_path):
     assert hash_code(file) != before
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_module_that_no_hash_covers_is_named(named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -28,7 +28,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.deep)])
 def test_opcheck(pair, training):
     with Recorded() as recorded:
         ys, _ = made(pair, "native", training).unroll(pair.xs(), pair.state(), pair.lengths())
@@ -36,8 +36,17 @@ def test_opcheck(pair, training):
     recorded.check([torch.ops.atn_norms.recurrent, torch.ops.atn_norms.recurrent_backward])
 
 
-@pytest.mark.parametrize("norm", ["batch", "per step", "batch, layer"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    ("cell", "norm"),
+    [
+        ("lstm", "per step"),
+        ("gru", "batch, layer"),
+        *[
+            pytest.param(*each, marks=pytest.mark.deep)
+            for each in [("lstm", "batch"), ("lstm", "batch, layer"), ("gru", "batch"), ("gru", "per step")]
+        ],
+    ],
+)
 def test_compiled_without_a_graph_break(cell, norm):
     """Training, which records a population, and evaluation, which uses it."""
     torch._dynamo.reset()

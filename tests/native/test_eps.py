@@ -83,7 +83,7 @@ def test_gradients_of_gradients(norm):
     compare(results[0], results[1], tolerance=1e3 * EXACT, scale=level(*results[1]))
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.deep), "layer"])
 def test_opcheck_and_compilation(norm):
     torch._dynamo.reset()
     pair = uneven("lstm", norm, "4", batch=4)

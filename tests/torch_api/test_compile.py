@@ -34,6 +34,7 @@ WINDOWS: dict[str, Any] = {
     "exponential": {"kind": "exponential", "half_life": 2.0},
 }
 SOME = ("LearnablePower", "TwoSided", "DynamicTanh")  # of the traced norms: parameters, two statistics, none
+FIRST = SOME[:1]
 STEPS, ROWS = Dim("steps", min=1, max=512), Dim("rows", min=1, max=64)
 deep = pytest.mark.deep
 
@@ -279,7 +280,7 @@ def test_a_program_exported_without_gradients_can_be_trained(cell, norm, frozen)
 
 @feature(GROUP, "traced norms of plugins in `torch.compile`, `torch.export` and `torch.jit.trace`", "native")
 @pytest.mark.parametrize("placement", ["joint", pytest.param("per_gate", marks=deep)])
-@pytest.mark.parametrize("norm", [pytest.param(name, marks=deep if name not in SOME else ()) for name in EVERY])
+@pytest.mark.parametrize("norm", [pytest.param(name, marks=deep if name not in FIRST else ()) for name in EVERY])
 def test_traced_norms_compile_and_export(norm, placement, graphs, runs, recwarn):
     options: dict[str, Any] = {"norm": GallerySpec(name=norm), "window": 3, "placement": {"gates": placement}}
     layer = an.LSTM(3, 6, **options).eval()
@@ -304,7 +305,7 @@ def test_traced_norms_compile_and_export(norm, placement, graphs, runs, recwarn)
     assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=deep if name not in FIRST else ()) for name in SOME])
 def test_a_norm_first_seen_by_a_compiler_runs_on_the_reference_there_alone(name, graphs, runs):
     """A compiler cannot trace a program; the reason is not cached, and a warning has the fix."""
     layer = an.LSTM(3, 6, norm=GallerySpec(name=name), window=2)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 KEPT = "Finished trials are kept."
 POLL = 0.5  # seconds between reads of the store
+CONNECT = 10  # seconds for a scheduler to accept a connection
 WORKERLESS = 60.0  # seconds to wait for a cluster's first worker
 DESERTED = 600.0  # seconds to wait for a worker after the last one has left
 PATIENCE = 120.0  # seconds for the scheduler to answer; on a busy machine it may be slow
@@ -226,7 +227,7 @@ def _connected(scheduler: str) -> Any:
     from distributed import Client
 
     try:
-        return Client(scheduler, timeout=10)
+        return Client(scheduler, timeout=CONNECT)
     except (OSError, ValueError) as error:
         got = f"{scheduler}, which cannot be reached ({line(error)})"
         raise SpecError("scheduler", got, "the address of a Dask scheduler") from error
