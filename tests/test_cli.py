@@ -110,8 +110,8 @@ BAD = [
     (["init", "study.json"], "study.json: got the ending '.json'; expected .yaml or .yml"),
     (["init", "no/where.yaml"], "where.schema.json: got No such file or directory; expected a writable file"),
     (["status", "."], "got no study.resolved.json; expected a study's folder"),
-    (["report", "nowhere"], "nowhere: no such folder"),
-    (["resume", "nowhere"], "nowhere: no such folder"),
+    (["report", "nowhere"], "nowhere: got no such folder; expected a study's folder"),
+    (["resume", "nowhere"], "nowhere: got no such folder; expected a study's folder"),
     (["ablate", "stduy.yaml"], "stduy.yaml: got no such file; expected a file; did you mean 'study.yaml'?"),
     (
         ["ablate", "study.yaml", "--set", "axes.norm=[laier]"],
@@ -454,7 +454,7 @@ def test_the_task_of_a_function_needs_a_file(capsys, folder):
 
 def test_list_shows_the_presets(capsys):
     out = printed(capsys, "list", "studies")
-    assert "A first look" in out and "\nlstm" not in out
+    assert "A first study" in out and "\nlstm" not in out
     data = json.loads(printed(capsys, "list", "cells", "studies", "--json"))
     assert list(data) == ["cells", "studies"]
     assert [entry["name"] for entry in data["studies"]] == presets.names()

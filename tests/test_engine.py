@@ -160,7 +160,7 @@ def test_without_dask_one_line_names_the_extra(study, monkeypatch):
 def test_invalid_arguments_are_rejected(study, tmp_path):
     with pytest.raises(SpecError, match="workers: got -1; expected at least 0"):
         run(study, workers=-1)
-    with pytest.raises(StoreError, match="nowhere: no such folder"):
+    with pytest.raises(StoreError, match="nowhere: got no such folder; expected a study's folder"):
         run(tmp_path / "nowhere")
 
 

@@ -211,7 +211,7 @@ def test_the_cure_of_damaged_json_works(study, trial, name, cure, content):
 
 
 def test_a_folder_without_a_study_is_named(tmp_path):
-    with pytest.raises(StoreError, match="nowhere: no such folder$"):
+    with pytest.raises(StoreError, match="nowhere: got no such folder; expected a study's folder$"):
         load(tmp_path / "nowhere")
 
 

@@ -32,7 +32,7 @@ class ReferenceProgram(Program):
 
 
 class Reference:
-    """Runs every cell, norm, window and plugin, in any dtype, twice differentiable; unoptimized, for correctness."""
+    """Run every cell, norm, window and plugin, in any dtype, twice differentiable; unoptimized, for correctness."""
 
     name = ReferenceProgram.name
 

@@ -26,7 +26,7 @@ def autocasts(kind: str) -> bool:
 
 
 class Placement(Options):
-    """Places of the norms in a cell; the default is the paper's cell.
+    """Places of the norms in a cell; the default is the cell of arXiv 2209.14439.
 
     | option | value | meaning |
     |---|---|---|

@@ -20,7 +20,10 @@ def init(
     study: Annotated[
         str, typer.Argument(metavar="[STUDY]", help="Name of a ready-made study, or the file to write.")
     ] = "study.yaml",
-    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: STUDY.yaml.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="File to write; by default the name of the study with `.yaml`."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> None:
     """Write a commented study file, and in the same folder its JSON schema for editors.

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.", callback=at_home)]
 WORKERS = 2
 Workers = Annotated[int, typer.Option(min=0, help="Local processes; 0 trains in this process, without Dask.")]
-Scheduler = Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Dask scheduler to use, tcp://host:port.")]
+Scheduler = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Address of a Dask scheduler, such as tls://host:port.")
+]
 
 
 def ablate(
@@ -162,7 +164,7 @@ def report(
 ) -> None:
     """Rebuild the report of a study, or a published report from its own files, and print its table.
 
-    Several folders of one study, such as of other seeds on other machines, give one report. It needs --out.
+    Several folders of one study, for instance with different seeds, give one report. This needs --out.
     """
     _need(None)
     levels = _levels(reach or [])

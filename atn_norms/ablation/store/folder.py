@@ -79,7 +79,7 @@ class StudyFolder:
         """Raise `StoreError` if the path is not a study's folder."""
         with named("read", self.path):
             if not self.path.exists():
-                raise StoreError(f"{self.path}: no such folder{beside(self.path)}")
+                raise StoreError(f"{self.path}: got no such folder; expected a study's folder{beside(self.path)}")
             if self.path.is_dir() and not self.folder.has(RESOLVED) and self.folder.has("results.csv"):
                 raise StoreError(f"{self.path}: got the folder of a report; expected a study's folder")
             if not self.path.is_dir() or not self.folder.has(RESOLVED):

@@ -89,10 +89,10 @@ class TrialRecord:
     | field    | meaning                                                                                             |
     |----------|-----------------------------------------------------------------------------------------------------|
     | `id`     | hash of the trial's canonical JSON                                                                  |
-    | `trial`  | that JSON: `version`, `model`, `task`, `train`, `seed`, `data`                                      |
+    | `trial`  | that JSON: `version`, `model`, `task`, `train`, `seed`, `data`, and `plugins` if it uses any        |
     | `points` | its grid points: axis name -> label, and `task` -> label; several if points are equal trials        |
     | `seed`   | the seed, in the trial as well                                                                      |
-    | `status` | `pending`, `running`, `done`, `diverged` (ended early by a loss that is not finite) or `failed`     |
+    | `status` | `pending`, `running`, `done`, `diverged` (by a loss that is too large or not finite) or `failed`    |
     | `result` | `result.json`: `trial`, `outcome`, `step`, `metrics` {split: {metric: value}}, empty if it diverged |
     | `curve`  | `metrics.jsonl`: `step`, `train_loss`, `validation` (None where it was not measured)                |
     | `run`    | `run.json`: seconds, host, attempts; differs from machine to machine                                |
