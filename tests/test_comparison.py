@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atn_norms.ablation.analysis.comparison import Difference, Measure, Point, compare, compare_task, outcome
+from atn_norms.ablation.analysis.decision import decide
 from atn_norms.ablation.analysis.intervals import Interval, median, wilson
 from atn_norms.ablation.analysis.time_to_target import level, steps_to
+from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.sentences import caution
 from atn_norms.ablation.store.records import Goal, StudyRecord, TaskFacts
 from tests.recorded import METRIC, grid, study, trial
 
@@ -325,6 +328,38 @@ def test_longer_training_is_no_head_start():
     found = steps_of(replace(record, trials=longer), 0.5)
     assert set(found["layer"].scores.values()) == {INF}
     assert found["layer"].mean == 40.0
+
+
+@pytest.mark.parametrize("steps", [1, 90])
+def test_a_function_that_stops_early_does_not_shorten_the_steps_of_the_others(steps):
+    """A function takes 40 steps here; it declares none (1), or 90 for the progress line."""
+    record = reaching({"none": [0.9] * 4, "layer": [0.9, 0.9, 0.1, 0.1]})
+    trials = [replace(t, trial={**t.trial, "train": {"steps": steps}}, step=40) for t in record.trials]
+    result = {**(trials[0].result or {}), "reason": "no improvement in 2 reports"}
+    trials[0] = replace(trials[0], result=result, curve=trials[0].curve[:1], step=10)
+    record = replace(record, trials=tuple(trials))
+    assert level(record, "adding", 0.5).limit == 40
+    assert set(steps_of(record, 0.5)["layer"].scores.values()) == {30.0}
+    early = tuple(replace(t, result=result) for t in record.trials)
+    assert level(replace(record, trials=early), "adding", 0.5).limit == (40 if steps == 1 else 90)
+
+
+def test_seeds_without_the_level_on_both_sides_are_no_evidence_of_no_difference():
+    record = reaching({"none": [0.9] * 4, "layer": [0.9] * 4})
+    for reached, verdict in ((0, "undecided"), (4, "undecided"), (5, "no difference")):
+        last = {"step": 40, "validation": 0.4}
+        trials = tuple(
+            replace(t, curve=[{**last, "train_loss": float(t.seed)}]) if t.seed < reached else t for t in record.trials
+        )
+        measure = steps_to(record, "adding", level(record, "adding", 0.5))
+        rows = compare_task(replace(record, trials=trials), "adding", measure).rows
+        (against,) = [row.against for row in rows if row.against]
+        (found,) = decide([against], [1.0])
+        assert (against.unreached, found.verdict) == (5 - reached, verdict)
+        assert found.p_equivalence is not None and found.p_equivalence < 0.05
+    study = {"reach": 0.5, "endpoint": "steps", "margin": 1}
+    words = caution(findings(replace(record, study={**record.study, **study})))
+    assert "At layer, neither side reached the level at so many seeds that fewer than 5 are left." in words
 
 
 def test_a_diverged_trial_counts_and_one_that_still_trains_does_not():

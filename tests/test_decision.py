@@ -1,5 +1,7 @@
 """Verdicts: primary endpoints, multiple comparisons, equivalence, power, tuned options, logarithms."""
 
+import csv
+import io
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,6 +14,8 @@ from atn_norms.ablation import StudySpec, make_plan
 from atn_norms.ablation.analysis import student
 from atn_norms.ablation.analysis.comparison import Measure, compare, compare_task, final, tail
 from atn_norms.ablation.analysis.decision import Decision, decide
+from atn_norms.ablation.report import html
+from atn_norms.ablation.report.csv_export import results_csv
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.names import NOTHING, TIMES, change, margin, seeds_needed, verdict
 from atn_norms.ablation.report.sentences import caution, endpoint
@@ -134,12 +138,9 @@ def test_one_result_at_every_seed_is_undecided(margin):
     found = findings(replace(record, study={**record.study, "margin": margin}))
     for row, decision in found.tasks[0].decided():
         difference = decision.difference
-        if row.point.cells[0]["norm"] == "layer":
-            assert difference.ignores_seed and difference.mean == pytest.approx(-0.05)
-            assert (decision.verdict, difference.verdict, decision.p, decision.power) == (*["undecided"] * 2, 1.0, None)
-        else:
-            assert not difference.ignores_seed
-            assert decision.verdict == ("undecided" if margin is None else "no difference")
+        assert difference.ignores_seed
+        assert difference.mean == pytest.approx(-0.05 if row.point.cells[0]["norm"] == "layer" else 0.0)
+        assert (decision.verdict, difference.verdict, decision.p, decision.power) == (*["undecided"] * 2, 1.0, None)
 
 
 def test_equal_scores_of_trials_with_different_curves_are_not_one_result():
@@ -213,6 +214,19 @@ def test_a_score_of_zero_keeps_a_multiplicative_task_on_its_own_scale():
     record = grid({"norm": ["none", "layer"]}, lambda p, s: float(s), baseline={"norm": "none"}, facts=facts)
     assert not final(record, "adding").log
     assert compare(record)[0].rows[0].point.mean == 2.0
+
+
+def test_a_diverged_trial_keeps_the_logarithms_of_scores_whose_worst_is_minus_infinity():
+    facts = TaskFacts(METRIC, {}, "max", spread="multiplicative")
+    record = grid({"norm": ["none"]}, lambda p, s: 1.0 + s, facts=facts)
+    gone = replace(record.trials[0], status="diverged", result={"outcome": "diverged", "step": 2, "metrics": {}})
+    assert final(replace(record, trials=(gone, *record.trials[1:])), "adding").log
+
+
+@pytest.mark.parametrize("size", [0.01239, 1234.0, 1e-8])
+def test_a_margin_is_written_with_every_digit(size):
+    (found,) = decide([difference(0.0)], [size])
+    assert float(margin(found)) == size
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -319,6 +333,25 @@ def test_a_value_that_diverges_is_not_chosen_and_an_unfinished_seed_does_not_dec
     late = {**(trials[0].result or {}), "metrics": {"validation": {METRIC: 0.01}, "test": {METRIC: 1.0}}}
     half = (replace(trials[0], result=late), trials[1], replace(trials[2], status="running", result=None), trials[3])
     assert compare(replace(record, trials=half))[0].rows[0].point.tuned == {"lr": "0.2"}, "seed 1 alone decides"
+
+
+def test_a_divergence_counts_at_a_seed_that_the_other_values_lack():
+    record = tuned({("none", rate): [(loss, loss)] * 3 for rate, loss in {"0.1": 0.1, "0.2": 0.3, "0.3": 0.2}.items()})
+    gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+    ends = {("0.1", 0): {"status": "diverged", "result": gone}, ("0.2", 0): {"status": "failed", "result": None}}
+    trials = tuple(replace(t, **ends.get((t.points[0]["lr"], t.seed), {})) for t in record.trials)
+    assert compare(replace(record, trials=trials))[0].rows[0].point.tuned == {"lr": "0.3"}
+
+
+def test_the_page_names_the_value_of_a_tuned_option_and_the_step_of_every_trial(tmp_path):
+    record = tuned({("none", "0.1"): [(0.5, 1.0)] * 2, ("none", "0.2"): [(0.1, 2.0)] * 2})
+    curve = [{"step": 5, "train_loss": 1.0, "validation": 0.1}]
+    record = replace(record, study={"reach": 0.2}, trials=tuple(replace(t, curve=curve, step=5) for t in record.trials))
+    found = findings(record)
+    assert [line["labels"] for line in html._lines(found)] == [["none", "0.1"]] * 2 + [["none", "0.2"]] * 2
+    assert {line["name"] for line in html._lines(found)} == {"none, lr 0.1", "none, lr 0.2"}
+    lines = list(csv.DictReader(io.StringIO(results_csv(found))))
+    assert [line["reached_at"] for line in lines] == ["5"] * 4
 
 
 @pytest.mark.parametrize("status", ["failed", "pending"])

@@ -71,7 +71,7 @@ def ablate(
     | `margin` | the largest difference of the endpoint that does not matter; changing it trains nothing again |
     | `endpoint` | the measure that decides: `final`, or with `reports="metric"` also `tail` or `steps`, or a mapping |
     | `reach` | a level of the reported metric: the report shows the steps to reach it |
-    | `steps` | training steps of a trial, for the progress line |
+    | `steps` | training steps of a trial, for the progress line and for trials that stop early |
     | `patience` | reports without improvement after which `trial.should_stop` is true |
     | `reports` | whether `trial.report` gets losses, or values of the `metric` |
     | `threads` | threads of torch per trial |

@@ -79,11 +79,11 @@ def tail(record: StudyRecord, task: str, validations: int) -> Measure:
 
 
 def in_logarithm(measure: Measure, record: StudyRecord, task: str) -> Measure:
-    """Return a measure of logarithms if the task's spread is multiplicative and every score is positive."""
+    """Return a measure of logarithms if the task's spread is multiplicative and every finite score is positive."""
     if record.tasks[task].spread != "multiplicative":
         return measure
-    values = [measure.score(trial) for trial in record.trials if trial.points and trial.points[0].get("task") == task]
-    return replace(measure, log=all(value is None or value > 0 for value in values), ratio_margin=True)
+    scores = (measure.score(trial) for trial in record.trials if trial.points and trial.points[0].get("task") == task)
+    return replace(measure, log=all(x is None or x > 0 or math.isinf(x) for x in scores), ratio_margin=True)
 
 
 def is_number(value: object) -> bool:
@@ -193,12 +193,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a point and its reference, paired by seed.
+    """The difference of a point and its reference, paired by seed; of logarithms under a logarithmic measure.
 
         mean        = 1/n sum_s (point_s - reference_s)                                           (derived)
         improvement = 1/m sum_s [point_s better than reference_s] + [point_s = reference_s] / 2
-
-    Under a logarithmic measure, `values` are differences of logarithms, and `effect` is a ratio.
 
     | field         | meaning                                                                                       |
     |---------------|-----------------------------------------------------------------------------------------------|
@@ -209,6 +207,7 @@ class Difference:
     | `improvement` | probability of improvement, 0 to 1; a side without a finite number loses, two such sides tie    |
     | `chance`      | Wilson interval of `improvement`; None without a pair                                           |
     | `ranked`      | m, the number of seeds at which both trials ended                                               |
+    | `unreached`   | the number of these seeds at which neither trial reached the level; both count with the limit   |
     | `diverged`    | number of all seeds at which the point diverged, also where the reference has no score          |
     | `reference_diverged` | number of all seeds at which the reference diverged                                      |
     | `failed`      | number of all seeds at which the trial of the point failed                                      |
@@ -223,6 +222,7 @@ class Difference:
     improvement: float
     chance: Interval | None
     ranked: int
+    unreached: int
     diverged: int
     reference_diverged: int
     failed: int = 0
@@ -234,7 +234,7 @@ class Difference:
         ours, theirs, measure = point.scaled, reference.scaled, point.measure
         ranked = [seed for seed in point.scores if seed in reference.scores]
         values = {seed: ours[seed] - theirs[seed] for seed in ranked if seed in ours and seed in theirs}
-        one_result = point.repeated and reference.repeated and any(values.values())
+        one_result = point.repeated and reference.repeated
         sign = 1 if measure.goal == "min" else -1
         scored = [(point.scores[seed], reference.scores[seed]) for seed in ranked]
         wins = sum(float(sign * mine < sign * other) + float(mine == other) / 2 for mine, other in scored)
@@ -249,6 +249,7 @@ class Difference:
             improvement=wins / len(ranked) if ranked else math.nan,
             chance=wilson(wins, len(ranked)),
             ranked=len(ranked),
+            unreached=0 if measure.limit is None else sum(math.isinf(a) and math.isinf(b) for a, b in scored),
             diverged=point.diverged,
             reference_diverged=reference.diverged,
             failed=point.counts["failed"],
@@ -267,7 +268,7 @@ class Difference:
 
     @property
     def ignores_seed(self) -> bool:
-        """True if the sides differ, and the seed has no effect on either: such pairs are one result, repeated."""
+        """True if the seed has no effect on either side: such pairs are one result, repeated."""
         return self.pairs > 1 and self.paired is None
 
     @property
@@ -416,7 +417,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
     The mean is over the seeds at which the trials of all values have ended, or over the seeds of each value if they
-    share none. Fewer diverged trials are always better.
+    share none. Fewer diverged trials are always better, at any seed.
     A value without any outcome, such as one whose trials all failed, is not chosen and excludes no seed.
     """
     if not record.tune:
@@ -435,9 +436,9 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     shared = set.intersection(*(set(own) for own in scored.values()))
 
     def cost(cell: Cell) -> tuple[int, float]:
-        values = [scores[cell][seed] for seed in sorted(shared or scores[cell])]
-        finite = [measure.scaled(value) for value in values if math.isfinite(value)]
-        return len(values) - len(finite), sign * mean(finite) if finite else 0.0
+        values = [measure.scaled(scores[cell][seed]) for seed in sorted(shared or scores[cell])]
+        finite = [value for value in values if math.isfinite(value)]
+        return sum(map(math.isinf, scores[cell].values())), sign * mean(finite) if finite else 0.0
 
     places = {label: i for labels in record.tune.values() for i, label in enumerate(labels)}
     best = min(sorted(scored, key=lambda cell: [places[label] for _, label in cell]), key=cost)

@@ -38,11 +38,12 @@ class Decision:
         """`helps`, `hurts`, `no difference` (larger than the margin), or `undecided`.
 
         If both tests reject, the verdict is `no difference`: the difference is not 0, but smaller than the margin.
+        Seeds at which neither side reached the level are no evidence of this.
         """
         difference = self.difference
         lost = any(difference.lost)
         equivalent = self.p_equivalence is not None and self.p_equivalence < ALPHA
-        if equivalent and difference.pairs >= ENOUGH_SEEDS and not lost:
+        if equivalent and difference.pairs - difference.unreached >= ENOUGH_SEEDS and not lost:
             return "no difference"
         return difference.verdict_at(self.p)
 

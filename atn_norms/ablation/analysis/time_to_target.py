@@ -20,7 +20,7 @@ class Level:
     | field   | meaning                                                                                     |
     |---------|---------------------------------------------------------------------------------------------|
     | `value` | the level, in the unit of the metric; None if the task has no level                         |
-    | `limit` | the fewest training steps of any trial of the task; later steps are ignored                 |
+    | `limit` | the fewest steps of any trial of the task (`_steps`); later steps are ignored               |
     | `given` | True if the study or the caller sets the level                                              |
     | `why`   | the origin of the level, or the reason why there is none, as the end of a sentence          |
     """
@@ -101,11 +101,18 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
 
 
 def _limit(record: StudyRecord, task: str) -> int:
-    """Return the fewest training steps of any trial of the task."""
+    """Return the fewest steps of any trial of the task, or the most if all of them are unknown."""
     trials = [trial for trial in record.trials if trial.points[0].get("task") == task]
-    return min((max(trial.step, trial.trial["train"]["steps"]) for trial in trials if _has_steps(trial)), default=0)
+    known = [steps for trial in trials if (steps := _steps(trial))]
+    return min(known, default=max((trial.step for trial in trials), default=0))
 
 
-def _has_steps(trial: TrialRecord) -> bool:
-    """Check that the steps of a trial are known: a function may have none before it ends."""
-    return trial.trial["train"]["steps"] > 1 or trial.status == "done"
+def _steps(trial: TrialRecord) -> int:
+    """Return the steps that a trial took to its planned end, or would take: it may have stopped early, or still train.
+
+    It is 0 if they are unknown: a function need not declare them, and those it declares may differ from those it takes.
+    """
+    planned = trial.trial["train"]["steps"]
+    if trial.status == "done" and not (trial.result or {}).get("reason"):
+        return trial.step or planned
+    return max(trial.step, planned) if planned > 1 else 0

@@ -34,7 +34,7 @@ def summary(name: str) -> str:
     """Return the summary of a ready-made study: the comment at the start of its file.
 
     >>> summary("quick")
-    'A first look, in a minute or two: four normalizers, three windows, a toy and a text, two seeds.'
+    'A first study, in a minute or two: no norm and three normalizers, three windows, a toy task and a text, two seeds.'
     """
     comments = itertools.takewhile(lambda line: line.startswith("#"), text(name).splitlines())
     return " ".join(line.removeprefix("#").strip() for line in comments)

@@ -67,7 +67,7 @@ def _reached(task: TaskFindings) -> dict[str, int]:
     if task.speed is None:
         return {}
     measure = task.speed.comparison.measure
-    found = {t.id: measure.score(t) for row in task.speed.comparison.rows for t in row.point.trials}
+    found = {t.id: measure.score(t) for row in task.speed.comparison.rows for t in row.point.candidates}
     return {name: int(step) for name, step in found.items() if step is not None and step < float("inf")}
 
 

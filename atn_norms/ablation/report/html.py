@@ -161,6 +161,7 @@ def page(found: Findings, shown: list[Section], formats: Sequence[str]) -> str:
         numeric=NUMERIC,
         wrong=[trial for trial in lines if trial["status"] in ("failed", "diverged")],
         axes=[leaf(axis) for axis in record.axes],
+        options=[leaf(axis) for axis in (*record.axes, *record.tune)],
         trials=lines,
         total=costs.total(record),
         costs=costs.costs(found),
@@ -177,21 +178,22 @@ def page(found: Findings, shown: list[Section], formats: Sequence[str]) -> str:
 
 def _lines(found: Findings) -> list[dict[str, Any]]:
     """Return a line for every trial, as the page shows it."""
-    rows = {trial.id: row.point for task in found.tasks for row in task.final.rows for trial in row.point.trials}
+    rows = {trial.id: row.point for task in found.tasks for row in task.final.rows for trial in row.point.candidates}
     return [_line(found.record, trial, rows.get(trial.id)) for trial in found.record.trials]
 
 
 def _line(record: StudyRecord, trial: TrialRecord, point: Point | None) -> dict[str, Any]:
     task = task_of(trial)
     facts = record.tasks.get(task)
+    values = {axis: str(trial.points[0].get(axis, NOTHING)) for axis in record.tune}
     metrics = ((trial.result or {}).get("metrics") or {}).get("test") or {}
     value = metrics.get(facts.metric) if facts else None
     spent = costs.seconds(trial)
     return {
         "id": trial.id,
         "task": task,
-        "name": name(record, point) if point else "",
-        "labels": list(labels(record, point).values()) if point else [NOTHING for _ in record.axes],
+        "name": ", ".join([name(record, point), *(f"{leaf(a)} {v}" for a, v in values.items())]) if point else "",
+        "labels": [*(labels(record, point).values() if point else [NOTHING] * len(record.axes)), *values.values()],
         "seed": trial.seed,
         "status": outcome(record, trial),
         "value": number(float(value)) if isinstance(value, int | float) else NOTHING,

@@ -110,12 +110,15 @@ def change(difference: Difference) -> str:
 
 
 def ratios(*values: float) -> list[str]:
-    """Format ratios with a multiplication sign and at most three significant digits.
+    """Format ratios with a multiplication sign and three significant digits; with more if one looks like 1 and is not.
 
     >>> ratios(0.4872, 12.345, 1234.5)
     ['×0.487', '×12.3', '×1234']
+    >>> ratios(0.99962, 0.99931, 0.99993)
+    ['×0.9996', '×0.9993', '×0.9999']
     """
-    return [f"{TIMES}{value:.0f}" if value >= 1000 else f"{TIMES}{value:.3g}" for value in values]
+    digits = next(d for d in range(3, 10) if d == 9 or all(f"{value:.{d}g}" != "1" or value == 1 for value in values))
+    return [f"{TIMES}{value:.0f}" if value >= 1000 else f"{TIMES}{value:.{digits}g}" for value in values]
 
 
 def margin(decision: Decision) -> str:
@@ -123,7 +126,7 @@ def margin(decision: Decision) -> str:
     if decision.margin is None:
         return NOTHING
     size = decision.difference.measure.unscaled(decision.margin)
-    return f"{TIMES if decision.difference.measure.log else ''}{size:.3g}"
+    return f"{TIMES if decision.difference.measure.log else ''}{size:.10g}"
 
 
 def verdict(decision: Decision) -> str:

@@ -95,7 +95,7 @@ def caution(found: Findings) -> str:
     """Return warnings about the seeds, trials that exclude a verdict, and tuned values that failed."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    warnings = [*_ignored_seeds(found), *_blocked(found), *_failed_values(found)]
+    warnings = [*_ignored_seeds(found), *_unreached(found), *_blocked(found), *_failed_values(found)]
     if most and most < ENOUGH_SEEDS:
         warnings = [
             f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
@@ -118,6 +118,23 @@ def _ignored_seeds(found: Findings) -> list[str]:
     return [
         f"The seed has no effect: the scores of {_some(points, 'point')} are the same at every seed, and so are those "
         "of the baseline. So no verdict is possible."
+    ]
+
+
+def _unreached(found: Findings) -> list[str]:
+    """Return a sentence about the comparisons with too few seeds at which a side reached the level."""
+    points = [
+        _named(found, task, row)
+        for task in found.tasks
+        for row, decision in task.decided()
+        if decision.margin is not None and decision.verdict == "undecided"
+        if decision.difference.unreached and decision.difference.pairs - decision.difference.unreached < ENOUGH_SEEDS
+    ]
+    if not points:
+        return []
+    return [
+        f"At {_some(points, 'point')}, neither side reached the level at so many seeds that fewer than {ENOUGH_SEEDS} "
+        'are left. Such seeds are no evidence of "no difference".'
     ]
 
 
@@ -209,7 +226,7 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
         words += " Its logarithms are compared, so means are geometric and differences are ratios."
     if measure.ratio_margin and not measure.log and task.endpoint.margin is not None:
         words += (
-            f" The margin, {TIMES}{task.endpoint.margin:.3g}, is a ratio and is not tested, because a score is not "
+            f" The margin, {TIMES}{task.endpoint.margin:.10g}, is a ratio and is not tested, because a score is not "
             "positive."
         )
     if family > 1:
