@@ -8,8 +8,9 @@ import torch
 
 from atn_norms import files
 from atn_norms.ablation import TrainSpec, create, load, run
-from atn_norms.ablation.execution.trial import Trainer
+from atn_norms.ablation.execution.trial import Trainer, run_trial
 from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import TaskFacts
 from atn_norms.errors import SpecError
@@ -121,6 +122,50 @@ def test_keep_model_selects_the_saved_and_keep_the_scored_weights(tmp_path, keep
     assert score(trial, "validation")["mean squared error"] == (
         min(validations) if (keep_model or keep) == "best" else validations[-1]
     )
+
+
+CHANGES = {  # the settings of the attempts, each with the step that interrupts it; the best validation is that of step 3
+    "last, best": (("last", 5), ("best", 9)),
+    "none, best": (("none", 3), ("best", 9)),
+    "best, last": (("best", 5), ("last", 9)),
+    "best, last, best": (("best", 2), ("last", 5), ("best", 9)),
+    "last, none": (("last", 9), ("none", 9)),
+}
+
+
+@pytest.mark.parametrize("attempts", CHANGES.values(), ids=CHANGES)
+def test_a_changed_keep_model_of_an_interrupted_trial_saves_the_weights_that_it_selects(tmp_path, attempts):
+    train = {"steps": 9, "batch_size": 5, "eval_every": 1, "checkpoint_every": 1}
+    train |= {"optimizer": {"kind": "sgd", "lr": 0.4}}
+
+    def made(keep_model, name):
+        folder = create({**STUDY, "axes": {}, "seeds": 1, "train": {**train, "keep_model": keep_model}}, name)
+        return StudyFolder(folder).trial(load(folder).trials[0].id)
+
+    whole = made(attempts[-1][0], tmp_path / "whole")
+    run_trial(whole)
+    for keep_model, stop in attempts[:-1]:
+
+        def interrupt(step, stop=stop):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        trial = made(keep_model, tmp_path / "changed")
+        if stop == 9:  # after the model is saved
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(type(trial), "finish", lambda *_: interrupt(9))
+                run_trial(trial)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_trial(trial, interrupt)
+    trial = made(attempts[-1][0], tmp_path / "changed")
+    run_trial(trial)
+    assert trial.result() == whole.result()
+    assert trial.folder.has("model.safetensors") == whole.folder.has("model.safetensors")
+    if trial.folder.has("model.safetensors"):
+        assert trial.folder.read("model.safetensors") == whole.folder.read("model.safetensors")
+    starts_over = "kept: got none, as of another keep_model; expected" in (trial.path / "log.txt").read_text()
+    assert starts_over == (attempts[-1][0] == "best")
 
 
 def test_keep_model_none_saves_nothing_and_is_reported(tmp_path):

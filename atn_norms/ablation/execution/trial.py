@@ -89,6 +89,11 @@ class Trainer:
         """True after `patience` consecutive validations without improvement."""
         return self.train["patience"] is not None and self.watch.since >= self.train["patience"]
 
+    @property
+    def needs_best(self) -> bool:
+        """True where the weights of the best validation are scored or saved."""
+        return "best" in (self.train["keep"], keeps_model(self.train))
+
     def advance(self) -> dict[str, Any] | None:
         """Take one training step; return a point of the learning curve every `log_every` and `eval_every` steps.
 
@@ -130,7 +135,7 @@ class Trainer:
         score = self.evaluate("validation")[self.task.metric]
         cost = score if self.task.goal == "min" else -score
         self.rate.see(cost)
-        if self.watch.see(cost) and "best" in (self.train["keep"], keeps_model(self.train)):
+        if self.watch.see(cost) and self.needs_best:
             self.kept = {name: each.clone() for name, each in self.model.state_dict().items()}
         return score
 
@@ -232,7 +237,8 @@ class Trainer:
             self.rate.restore(state["rate"])
             self.step, self.carry = state["step"], state["carry"]
             self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
-            self.watch.best, self.watch.since, self.kept = state["best"], state["since"], state["kept"]
+            self.watch.best, self.watch.since = state["best"], state["since"]
+            self.kept = state["kept"] if self.needs_best else None  # later checkpoints would hold outdated weights
             torch.set_rng_state(state["random"])
         except BadState:
             raise
@@ -262,6 +268,8 @@ def _check_state(state: dict[str, Any], trainer: Trainer) -> None:
     )
     if not (is_number and is_watch):
         raise BadState("got a loss, score or rate that is not a number; expected finite ones")
+    if trainer.needs_best and state["kept"] is None and state["best"] < math.inf:
+        raise BadState("kept: got none, as of another keep_model; expected the weights of the best validation")
     if state["kept"] is not None:
         shapes = {name: each.shape for name, each in here["model"].items()}
         if {name: each.shape for name, each in state["kept"].items()} != shapes:
@@ -347,6 +355,8 @@ def _train(
         result["metrics"] = trainer.conclude()
         if (content := _model_of(folder, trainer)) is not None:
             folder.keep_model(content)
+        else:
+            folder.drop_model()  # of an attempt under another `keep_model`
         if trainer.step < trial["train"]["steps"]:
             result["reason"] = f"no improvement in {plural(trainer.watch.since, 'validation')}"
     except Diverged as reason:

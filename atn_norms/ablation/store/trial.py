@@ -141,7 +141,7 @@ class TrialFolder:
             if model is not None:
                 self.keep_model(model)
             else:
-                self._drop_model()
+                self.drop_model()
             self.write_run(source.run())
             self.log(f"copied from {source.path}")
             self._refuse_lost()
@@ -156,9 +156,10 @@ class TrialFolder:
     def start(self) -> None:
         """Remove the model of an earlier attempt, unless a checkpoint continues that attempt."""
         if not self.folder.has("checkpoint.pt"):
-            self._drop_model()
+            self.drop_model()
 
-    def _drop_model(self) -> None:
+    def drop_model(self) -> None:
+        """Remove `model.safetensors` if it exists."""
         if self.folder.has(MODEL):
             self._refuse_lost()
             self.folder.remove(MODEL)
@@ -251,7 +252,7 @@ class TrialFolder:
         self._refuse_lost()
         if self.folder.has("checkpoint.pt"):
             self.folder.rename("checkpoint.pt", REJECTED)
-        self._drop_model()
+        self.drop_model()
         self.log(f"checkpoint.pt cannot be used and is now {REJECTED}: {problem}; starting over")
         self._curve.cut(None, self._lock is not None and self._lock.orphaned)
         self.loss = None
