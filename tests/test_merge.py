@@ -1,7 +1,9 @@
 """Merging the records of one study that was trained in several folders."""
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -114,6 +116,71 @@ def test_other_data_and_plugins_are_refused(hashes, message):
     trials = tuple(replace(trial, trial={**trial.trial, **hashes}) for trial in only(whole, {1}).trials)
     with pytest.raises(SpecError, match=message):
         merge({"a": only(whole, {0}), "b": replace(only(whole, {1}), trials=trials)})
+
+
+def trained(seeds: set[int], options: dict, published: Path | None = None) -> StudyRecord:
+    """Return the study of some seeds whose trials have these options; as a published report reads it if published."""
+    content = {"version": 2, "model": {"cell": "lstm"}, "task": {"kind": "text", "file": f"/home/{seeds}"}}
+    content |= {"train": {"steps": 20, "keep": "last", "checkpoint_every": min(seeds) + 1}, "data": {"file": "ab"}}
+    record = only(whole, seeds)
+    trials = tuple(replace(each, trial={**content, "seed": each.seed, **options}) for each in record.trials)
+    record = replace(record, trials=trials)
+    if published is None:
+        return record
+    report.write(report.findings(record), published, formats=[])
+    return report.read(published)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": 3}, "version: got 3; expected 2, as in a"),
+        ({"model": {"cell": "gru"}}, "model.cell: got 'gru'; expected 'lstm', as in a"),
+        ({"task": {"kind": "text", "length": 3}}, "task.length: got 3; expected nothing, as in a"),
+        ({"train": {"steps": 30, "keep": "last"}}, "train.steps: got 30; expected 20, as in a"),
+    ],
+)
+def test_other_settings_of_a_point_are_refused(options, message, tmp_path):
+    """The study files are equal: a program of another version has other defaults."""
+    place = "b: trials.task=adding, norm=none, window=1."
+    with pytest.raises(SpecError, match=re.escape(place + message)):
+        merge({"a": trained({0}, {}), "b": trained({1}, options)})
+    with pytest.raises(SpecError, match=re.escape(f"{place}settings: got '") + r"\w{16}'; expected '\w{16}', as in a"):
+        merge({"a": trained({0}, {}, tmp_path / "a"), "b": trained({1}, options)})
+
+
+def test_equal_settings_are_merged_from_folders_and_published_reports(tmp_path):
+    """The path of the data and the interval of checkpoints may differ."""
+    parts = {"a": trained({0, 2}, {}), "b": trained({1}, {}, tmp_path / "b"), "c": trained({3}, {}, tmp_path / "c")}
+    merged = merge(parts)
+    assert len(merged.trials) == 4 * len(only(whole, {0}).trials)
+    report.write(report.findings(merged), tmp_path / "merged", formats=[])
+    again = merge({"d": trained({4}, {}), "merged": report.read(tmp_path / "merged")})
+    with pytest.raises(SpecError, match="version: got 3; expected 2, as in again"):
+        merge({"again": again, "e": trained({5}, {"version": 3})})
+
+
+def test_a_report_that_was_published_without_settings_is_merged(tmp_path):
+    old = only(whole, {0})
+    hashed = (replace(trial, trial={**trial.trial, "data": {"file": "ab"}}) for trial in old.trials)
+    old = replace(old, trials=tuple(hashed))  # without a model, as an old report is read
+    report.write(report.findings(old), tmp_path / "old", formats=[])
+    assert "settings" not in (tmp_path / "old" / "study.json").read_text()
+    parts = {"old": report.read(tmp_path / "old"), "new": trained({1}, {}, tmp_path / "new"), "b": trained({2}, {})}
+    assert merge(parts).study["seeds"] == 3
+    with pytest.raises(SpecError, match="settings: got .*, as in new"):
+        merge({**parts, "b": trained({2}, {"version": 3})})
+
+
+@pytest.mark.parametrize("other", [0.2, {"adding": 0.2}])
+def test_other_levels_are_refused_where_they_decide(other):
+    """The order of the folders would select the level that the study declares."""
+    declared = {"endpoint": {"adding": "steps"}, "reach": 0.1}
+    first, second = (replace(each, study={**each.study, **declared}) for each in (only(whole, {0}), only(whole, {1})))
+    assert merge({"a": first, "b": second}).study["reach"] == 0.1
+    second = replace(second, study={**second.study, "reach": other})
+    with pytest.raises(SpecError, match=re.escape("b: reach.adding: got 0.2; expected 0.1, as in a")):
+        merge({"a": first, "b": second})
 
 
 def test_two_trials_of_one_point_and_seed_are_refused():

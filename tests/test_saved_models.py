@@ -124,7 +124,7 @@ def test_keep_model_selects_the_saved_and_keep_the_scored_weights(tmp_path, keep
     )
 
 
-CHANGES = {  # the settings of the attempts, each with the step that interrupts it; the best validation is that of step 3
+CHANGES = {  # the settings of the attempts, each with the step that interrupts it; step 3 has the best validation
     "last, best": (("last", 5), ("best", 9)),
     "none, best": (("none", 3), ("best", 9)),
     "best, last": (("best", 5), ("last", 9)),

@@ -13,6 +13,7 @@ from typing import Any
 
 from atn_norms.ablation.store.files import Folder, StoreError, is_temporary
 from atn_norms.ablation.store.folder import ELSEWHERE, RESOLVED
+from atn_norms.ablation.store.identity import settings_hash
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 from atn_norms.errors import SpecError, brief
 
@@ -33,6 +34,7 @@ def study_json(record: StudyRecord) -> str:
             "points": list(trial.points),
             "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
             **{key: trial.trial[key] for key in _HASHES if trial.trial.get(key)},
+            **_settings(settings_hash(trial.trial)),
             **{key: trial.run[key] for key in _MACHINE if trial.run and trial.run.get(key)},
         }
         for trial in record.trials
@@ -49,6 +51,11 @@ def study_json(record: StudyRecord) -> str:
     lines = ",\n".join(json.dumps(trial, ensure_ascii=False) for trial in trials)
     head = json.dumps(whole, ensure_ascii=False, indent=1)
     return f'{head[:-2]},\n "trials": [\n{lines}\n]}}\n'
+
+
+def _settings(digest: str | None) -> dict[str, str]:
+    """Return the entry of a trial's hash, which `merge` compares; reports of earlier versions lack it."""
+    return {"settings": digest} if digest else {}
 
 
 def is_report(folder: Path | str) -> bool:
@@ -127,7 +134,12 @@ def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, An
     seed = int(line["seed"])
     return TrialRecord(
         id=entry["id"],
-        trial={"seed": seed, "train": entry["train"], **{key: entry.get(key, {}) for key in _HASHES}},
+        trial={
+            "seed": seed,
+            "train": entry["train"],
+            **{key: entry.get(key, {}) for key in _HASHES},
+            **_settings(entry.get("settings")),
+        },
         points=tuple(entry["points"]),
         seed=seed,
         status=status,  # type: ignore[arg-type]

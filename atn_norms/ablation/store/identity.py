@@ -37,14 +37,27 @@ def identity(trial: dict[str, Any]) -> str:
 
     A renamed option counts under its first name, so that a rename changes no id.
     """
+    content = counted(trial)
+    old_names = {new: old for old, new in RENAMED.items()}
+    old_in_schedule = {new: old for old, new in RENAMED_IN_SCHEDULE.items()}
+    return digest({**content, "train": _rename(content["train"], old_names, old_in_schedule)})
+
+
+def counted(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a trial that its result depends on, see `identity`."""
     task = {name: value for name, value in trial["task"].items() if name not in trial["data"]}
-    train = _rename(
-        trial["train"],
-        {new: old for old, new in RENAMED.items()},
-        {new: old for old, new in RENAMED_IN_SCHEDULE.items()},
-    )
-    train = {name: value for name, value in train.items() if name not in NEUTRAL}
-    return digest({**trial, "task": task, "train": train})
+    train = {name: value for name, value in trial["train"].items() if name not in NEUTRAL}
+    return {**trial, "task": task, "train": train}
+
+
+def settings_hash(trial: Mapping[str, Any]) -> str | None:
+    """Compute the hash of a trial without its seed, which all trials of a point share.
+
+    A trial of a published report holds this hash instead of its content; None if an earlier version published it.
+    """
+    if "model" not in trial:
+        return trial.get("settings")
+    return identity({name: value for name, value in trial.items() if name != "seed"})
 
 
 def current_names(trial: dict[str, Any]) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from atn_norms.ablation.store.files import StoreError
+from atn_norms.ablation.store.identity import counted, settings_hash
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.errors import Problem, SpecError, short_repr
 
 if TYPE_CHECKING:
     from atn_norms.specs import Where
 
-_FREE = ("name", "seeds", "reach")  # keys of a study that may differ, as they do not change a trial
+_FREE = ("name", "seeds", "reach")  # keys of a study that may differ; `reach` only where no level decides a task
 _PROGRESS = ("pending", "running", "failed", "diverged", "done")
 
 
@@ -23,14 +25,18 @@ def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
     The keys of `records` name them in messages, such as their folders. Name, environment and level come from the first.
     Of a trial in several records, the one that got furthest is taken.
 
-    Errors: `SpecError` where two studies differ in more than their seeds; `StoreError` where they have other results
-    of the same trial.
+    Errors: `SpecError` where two studies differ in more than their seeds, or the trials of a point in other settings;
+    `StoreError` where they have other results of the same trial.
     """
-    (first, start), *others = records.items()
-    if not others:
+    start = next(iter(records.values()))
+    if len(records) == 1:
         return start
-    for name, record in others:
-        _require_same(first, _compared(start), name, _compared(record))
+    compared = {name: (_compared(record), _by_point(record)) for name, record in records.items()}
+    for (first, (study, trials)), (name, (other, others)) in combinations(compared.items(), 2):
+        _require_same(first, study, name, other)
+        ours = {point: _settings(trials[point], others[point]) for point in trials if point in others}
+        theirs = {point: _settings(others[point], trials[point]) for point in ours}
+        _require_same(first, {"trials": ours}, name, {"trials": theirs})
     found: dict[str, tuple[str, TrialRecord]] = {}
     for name, record in records.items():
         for trial in record.trials:
@@ -59,15 +65,26 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Prob
 
 
 def _compared(record: StudyRecord) -> dict[str, Any]:
-    """Return what must be equal: the study, and the hashes of the data, code and plugins of each point."""
+    """Return the parts of a study that must be equal."""
     kept = {key: value for key, value in record.study.items() if key not in _FREE}
-    hashes = {
-        ", ".join(f"{key}={value}" for key, value in trial.points[0].items()): {
-            key: trial.trial.get(key, {}) for key in ("data", "plugins")
-        }
-        for trial in record.trials
-    }
-    return {**kept, "trials": hashes}
+    reach = record.study.get("reach")
+    deciding = [task for task in record.tasks if record.endpoint(task).measure == "steps"]
+    return {**kept, "reach": {task: reach.get(task) if isinstance(reach, Mapping) else reach for task in deciding}}
+
+
+def _by_point(record: StudyRecord) -> dict[str, dict[str, Any]]:
+    """Return point -> the trial of the point that holds most, since its seeds share all settings."""
+    trials = sorted(record.trials, key=lambda each: ("model" in each.trial, "settings" in each.trial))
+    named = ((point, each.trial) for each in trials for point in each.points)
+    return {", ".join(f"{key}={value}" for key, value in point.items()): trial for point, trial in named}
+
+
+def _settings(trial: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a trial that `other` holds too; a published trial holds hashes instead of its content."""
+    hashes = {key: trial.get(key, {}) for key in ("data", "plugins")}
+    if "model" in trial and "model" in other:
+        return hashes | {key: value for key, value in counted(trial).items() if key != "seed"}
+    return {**hashes, "settings": settings_hash(trial)} if settings_hash(other) else hashes
 
 
 def _refuse_two_ids(trials: Sequence[TrialRecord]) -> None:
