@@ -399,6 +399,33 @@ def test_changed_metrics_fail(tmp_path):
     assert first.status == "done" and "got 'b' as its first metric; expected 'a'" in second.error["error"]
 
 
+def test_functions_with_other_first_metrics_share_a_study(tmp_path):
+    body = """
+    def first(window): return {"accuracy": 0.1 * window}
+    def second(window, seed): return {"error": 0.2 * window} if seed == 0 else {"accuracy": 0.1 * window}
+    """
+    task = {"kind": "python", "file": str(written(tmp_path, body))}
+    tasks = [{**task, "function": "first", "goal": "max"}, {**task, "function": "second"}]
+    study = {"tasks": tasks, "axes": {"window": [1, 2]}, "seeds": 2}
+    record = ablation.run(ablation.create(study, tmp_path / "study"), workers=0)
+    assert [facts.metric for facts in record.tasks.values()] == ["accuracy", "error"]
+    failed = [trial for trial in record.trials if trial.status != "done"]
+    assert [(trial.trial["task"]["function"], trial.seed) for trial in failed] == [("second", 1)] * 2
+    for trial in failed:
+        assert "got 'accuracy' as its first metric; expected 'error', as in trial" in (trial.error or {})["error"]
+
+
+def test_a_function_and_a_built_in_task_share_a_study(tmp_path):
+    body = "def train(window, **others): return {'accuracy': 0.1 * window}"
+    function = {"kind": "python", "file": str(written(tmp_path, body)), "goal": "max"}
+    adding = {"kind": "adding", "length": 4, "train": 60, "validation": 10, "test": 10}
+    axes = {"cell": ["gru"], "hidden_size": [3], "norm": ["layer"], "window": [1, 2]}
+    study = {"tasks": [adding, function], "axes": axes, "train": {"steps": 2}, "seeds": 2}
+    record = ablation.run(ablation.create(study, tmp_path / "study"), workers=0)
+    assert record.counts()["done"] == 8, [trial.error for trial in record.trials]
+    assert [facts.metric for facts in record.tasks.values()] == ["mean squared error", "accuracy"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -25,6 +25,7 @@ from atn_norms.ablation.grid.imports import local_modules, uncounted
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable
 from atn_norms.ablation.store.files import Folder, StoreError
+from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.trial import FILES, TrialFolder
 from atn_norms.errors import SpecError, brief, mismatch, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
@@ -284,15 +285,17 @@ def _metrics(folder: TrialFolder, task: FunctionSpec, returned: Any) -> dict[str
 
 
 def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapping[str, float]) -> None:
-    """Raise `SpecError` where finished trials have another first metric: the trials could not be compared."""
-    mine = next(iter(metrics))
+    """Raise `SpecError` where finished trials of the task have another first metric: they could not be compared."""
+    mine, study, tasks = next(iter(metrics)), StudyFolder(folder.path.parents[1]), dict[str, str]()
     for other in folder.path.parent.glob("*/result.json"):
         with suppress(StoreError):
             done = TrialFolder(Folder(other.parent)).result(whole=False)
             theirs = done["metrics"].get("test") if done else None
             if theirs and task.metric is None and next(iter(theirs)) != mine:
-                expected = f"{next(iter(theirs))!r}, as in trial {other.parent.name}"
-                raise SpecError(task.function, f"{mine!r} as its first metric", expected)
+                tasks = tasks or {each["id"]: each["points"][0]["task"] for each in study.resolved()["trials"]}
+                if tasks.get(other.parent.name) == tasks[folder.id]:
+                    expected = f"{next(iter(theirs))!r}, as in trial {other.parent.name}"
+                    raise SpecError(task.function, f"{mine!r} as its first metric", expected)
 
 
 def _number(value: Any) -> float | None:
