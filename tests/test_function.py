@@ -19,6 +19,7 @@ import torch
 
 from atn_norms import ablation
 from atn_norms.ablation import report
+from atn_norms.ablation.execution.random_state import random_state, restore_random_state
 from atn_norms.ablation.grid import functions, imports, sources
 from atn_norms.ablation.grid.functions import hash_code, task_of
 from atn_norms.ablation.grid.sources import hash_files
@@ -1063,6 +1064,53 @@ def test_a_local_module_that_is_imported_counts(tmp_path):
     first = hash_code(path)
     written(tmp_path, "x = 2", "deeper.py")
     assert hash_code(path) != first and helper.exists()
+
+
+class Cuda:
+    """The random generators of two CUDA devices."""
+
+    def __init__(self, initialized: bool = True, devices: int = 2) -> None:
+        self.initialized = initialized
+        self.states = [torch.tensor([each], dtype=torch.uint8) for each in range(devices)]
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: self.initialized)
+        patch.setattr(torch.cuda, "device_count", lambda: len(self.states))
+        patch.setattr(torch.cuda, "init", self.init)
+        patch.setattr(torch.cuda, "get_rng_state_all", lambda: [each.clone() for each in self.states])
+        patch.setattr(torch.cuda, "set_rng_state", self.set_rng_state)
+
+    def init(self) -> None:
+        """Apply the seed, as torch does after all other calls from before the initialization."""
+        if not self.initialized:
+            self.initialized, self.states = True, [torch.tensor([7], dtype=torch.uint8) for _ in self.states]
+
+    def set_rng_state(self, state: torch.Tensor, device: int) -> None:
+        if self.initialized:
+            self.states[device] = state
+
+
+def test_a_checkpoint_has_the_random_states_of_initialized_cuda_devices(monkeypatch):
+    assert "cuda" not in random_state()  # without a device
+    Cuda(initialized=False).install(monkeypatch)
+    without = random_state()
+    assert "cuda" not in without  # the function does not use it, and reading the state would initialize it
+    cuda = Cuda()
+    cuda.install(monkeypatch)
+    state = random_state()
+    assert checkpoints.first_unloadable(state, "state") is None
+    cuda.states = [torch.tensor([9], dtype=torch.uint8)] * 2
+    restore_random_state(without)
+    assert [each.item() for each in cuda.states] == [9, 9]
+    restore_random_state(state)
+    assert [each.item() for each in cuda.states] == [0, 1]
+    fewer = Cuda(initialized=False, devices=1)  # another process, on another machine
+    fewer.install(monkeypatch)
+    restore_random_state(state)
+    assert [each.item() for each in fewer.states] == [0]
+    monkeypatch.undo()
+    restore_random_state(state)  # on a machine without a device
 
 
 @pytest.mark.parametrize("saved", [False, True])

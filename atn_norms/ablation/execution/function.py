@@ -57,7 +57,7 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         """Save `state`: a mapping of tensors, numbers, text, and lists, tuples and mappings of these.
 
-        The random states of torch, Python and NumPy are saved with it.
+        The random states of torch (CPU, and CUDA where it is in use), Python and NumPy are saved with it.
 
         Errors: `TypeError` for a state that is no mapping, and for a part that `load` could not read.
         """

@@ -1,4 +1,4 @@
-"""The random states of torch, Python and NumPy, which a function may all use."""
+"""The random states of torch (CPU and CUDA), Python and NumPy, which a function may all use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Seed the three generators; NumPy's if it is imported."""
+    """Seed all generators; NumPy's if it is imported."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -24,11 +24,13 @@ def random_state() -> dict[str, Any]:
     if "numpy" in sys.modules:
         name, keys, *others = sys.modules["numpy"].random.get_state()
         state["numpy"] = [name, keys.tolist(), *others]
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Restore the result of `random_state`."""
+    """Restore the result of `random_state`; CUDA devices that this machine does not have are left out."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if "numpy" in state:
@@ -36,3 +38,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
         numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.init()  # a later initialization would apply the seed of `seed_all` after these states
+        for device, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(each, device)
