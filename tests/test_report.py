@@ -252,6 +252,35 @@ def test_every_trial_is_a_line_of_the_csv():
     assert lines[-2]["reason"] == "RuntimeError: out of memory"
 
 
+def test_axes_with_the_name_of_another_column_lose_no_value(tmp_path):
+    axes = {
+        "status": ["q"],
+        "margin": ["0.5"],
+        "test size": ["small"],
+        "axis steps": ["r"],
+        "steps": ["s"],
+        "x": ["1", "2"],
+    }
+    record = grid(axes, lambda point, seed: 1.0 + 0.1 * seed + (point["x"] == "2"), seeds=2, baseline={"x": "1"})
+    report.write(record, tmp_path, formats=[])
+    first = {"results.csv": ["axis status", "margin", "axis test size", "axis steps", "axis axis steps", "x"]}
+    first["points.csv"] = ["status", "axis margin", "axis test size", "axis steps", "steps", "x"]
+    for file, columns in first.items():
+        headers, *rows = csv.reader(io.StringIO((tmp_path / file).read_text()))
+        assert len(set(headers)) == len(headers)
+        assert [header for header in headers if header.removeprefix("axis ").removeprefix("axis ") in axes][
+            :6
+        ] == columns
+        lines = [dict(zip(headers, row, strict=True)) for row in rows]
+        for axis, column in zip(axes, columns, strict=True):
+            assert {line[column] for line in lines} == set(axes[axis])
+    again = report.read(tmp_path)
+    assert again.trials[0].result == record.trials[0].result
+    report.write(again, tmp_path / "again", formats=[])
+    for path in tmp_path.glob("*.*"):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize(("keep", "goal", "step"), [("last", "min", 20), ("best", "min", 10), ("best", "max", 15)])
 def test_the_step_whose_weights_are_scored_is_reported(tmp_path, keep, goal, step):
     record = study(score, norms=("none",), seeds=1, tasks={"adding": TaskFacts("score", goal=goal)})

@@ -34,14 +34,14 @@ def results_csv(found: Findings) -> str:
     """Return a line for every trial, whatever its status; the label is `any` if an axis has no effect on it.
 
     `reached_at` is empty if the trial has not ended, or did not reach the level within `level_limit` steps. `trial` has
-    the first characters of the id, which distinguish the trials of the study.
+    the first characters of the id, which distinguish the trials of the study. Axes have the columns of `_axis_columns`.
     """
     record = found.record
     short = short_ids([trial.id for trial in record.trials])
     extra = sorted({key for trial in record.trials for key in _metrics(record, trial)})
-    tuned = [f"{axis} (tuned)" for axis in record.tune]
-    headers = ["task", *record.axes, *tuned, "seed", "status", "metric", "test", "validation", *extra, "step", "steps"]
-    headers += ["scored_step", "level", "level_limit", "reached_at", "seconds", "attempts", "host", "reason", "trial"]
+    others = ["seed", "status", "metric", "test", "validation", *extra, "step", "steps", "scored_step", "level"]
+    others += ["level_limit", "reached_at", "seconds", "attempts", "host", "reason", "trial"]
+    headers = ["task", *_axis_columns(record, others), *others]
     tasks = {task.task: task for task in found.tasks}
     points = [row.point for task in found.tasks for row in task.final.rows]
     known = {trial.id: labels(record, point) for point in points for trial in point.candidates}
@@ -62,6 +62,19 @@ def results_csv(found: Findings) -> str:
     return _csv(headers, lines)
 
 
+def _axis_columns(record: StudyRecord, others: Sequence[str]) -> list[str]:
+    """Return the columns of the axes and of the tuned options: `NAME`, and `NAME (tuned)`.
+
+    A name of another column, or one that begins like that of a metric (`test ` or `validation `), becomes `axis NAME`.
+    """
+    columns: list[str] = []
+    for column in [*record.axes, *(f"{axis} (tuned)" for axis in record.tune)]:
+        while column in (*others, *columns) or column.startswith(("test ", "validation ")):
+            column = f"axis {column}"
+        columns.append(column)
+    return columns
+
+
 def _reached(task: TaskFindings) -> dict[str, int]:
     """Return trial -> step at which it reached the level, for the trials that did."""
     if task.speed is None:
@@ -72,10 +85,14 @@ def _reached(task: TaskFindings) -> dict[str, int]:
 
 
 def points_csv(found: Findings) -> str:
-    """Return a line for every point, measure and reference of every task, in full precision."""
+    """Return a line for every point, measure and reference of every task, in full precision.
+
+    Axes have the columns of `_axis_columns`.
+    """
     record = found.record
-    headers = ["task", "measure", "goal", *record.axes, *[f"{axis} (tuned)" for axis in record.tune]]
-    headers += ["seeds", "counted", "without_number", "mean", "mean_low", "mean_high", "median", *_COMPARED]
+    first = ["task", "measure", "goal"]
+    others = ["seeds", "counted", "without_number", "mean", "mean_low", "mean_high", "median", *_COMPARED]
+    headers = [*first, *_axis_columns(record, [*first, *others]), *others]
     lines = []
     for task in found.tasks:
         measures = [(task.final.measure.name, task.final, task.windowed)]
