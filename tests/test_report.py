@@ -724,6 +724,17 @@ def test_the_page_reports_the_time_to_a_level(tmp_path):
         report.write(record, tmp_path, {"adding2": 0.1})
 
 
+def test_trivial_predictors_that_differ_between_points_are_listed_and_not_drawn(tmp_path):
+    at = {"task.length 2": {"guess": 0.7}, "task.length 100": {"guess": 0.04}}
+    axes = {"task.length": ["2", "100"], "norm": ["none", "layer"]}
+    record = grid(axes, lambda point, seed: 0.1 + 0.01 * seed, facts=TaskFacts(METRIC, baselines_at=at))
+    page = report.write(record, tmp_path)[0].read_text()
+    words = "which differ between points and are not drawn: “guess” 0.700 at task.length 2; “guess” 0.0400 at"
+    assert words in page
+    assert "The task has no level: the trivial predictors of its points differ. Set one with" in page
+    assert report.read(tmp_path).tasks["adding"].baselines_at == at
+
+
 def test_a_report_removes_the_files_of_the_earlier_report_only(tmp_path):
     record = grid(WINDOWED, ends, seeds=2, baseline=NONE)
     record = replace(record, tasks={"adding": TaskFacts(METRIC)})  # no trivial predictor, so no default level

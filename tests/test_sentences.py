@@ -134,6 +134,27 @@ def test_a_side_that_is_more_than_a_guess_is_judged_by_the_goal_of_the_task():
         assert {decision.both_trivial for _, decision in findings(record).tasks[0].decided()} == {worse}
 
 
+def test_each_point_is_judged_by_its_own_trivial_predictor():
+    """At length 100 all scores are below the predictor of length 2, and above that of length 100."""
+    facts = TaskFacts(METRIC, baselines_at={"task.length 2": {"guess": 0.7}, "task.length 100": {"guess": 0.04}})
+    means = {"none": 0.3, "layer": 0.1}
+    record = grid(
+        {"task.length": ["2", "100"], "norm": ["none", "layer"]},
+        lambda point, seed: means[point["norm"]] * (1 if point["task.length"] == "2" else 0.9) + 0.001 * seed,
+        baseline={"norm": "none"},
+        facts=facts,
+    )
+    found = findings(record)
+    (task,) = found.tasks
+    cells = {row.point.cells[0]["task.length"]: decision.both_trivial for row, decision in task.decided()}
+    assert cells == {"2": False, "100": True}
+    assert "(length 100, layer), no better than the trivial predictor “guess”, 0.0400." in verdict_text(record)
+    assert task.level.value is None and task.level.why == "the trivial predictors of its points differ"
+    assert replace(record, study=record.study | {"reach": 0.2}).tasks == record.tasks
+    across = findings(replace(record, baseline={"task.length": "2"})).tasks[0]
+    assert not any(decision.both_trivial for _, decision in across.decided()), "length 2 is better than its own guess"
+
+
 def test_points_that_are_the_best_together_are_all_named():
     text = verdict_text(study(lambda norm, window, seed: {"layer": 0.1, "rms": 0.2, "none": 0.3}[norm] + seed / 100))
     assert "is 0.125 [0.105, 0.145] (layer, window 1, tied with layer, window 25)" in text

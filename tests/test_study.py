@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections import UserDict, UserList
 from datetime import date
@@ -177,6 +178,33 @@ def test_an_axis_may_have_the_value_of_the_base():
 
 def test_an_axis_may_add_an_option_to_the_base():
     assert len(plan(model={"cell": "gru"}, axes={"hidden_size": [3, 4]}).trials) == 2
+
+
+def test_trivial_predictors_are_those_of_each_value_of_a_task_axis():
+    sizes = {"kind": "copying", "recall": 2, "validation": 5, "test": 5}
+    copying = plan(task=sizes, axes={"task.length": [2, 100], "norm": ["none", "layer"]})
+    facts, cost = copying.tasks["copying"], 2 * math.log(8)
+    assert facts.baselines == {}
+    assert facts.baselines_at == {
+        "task.length 2": {"no memory": pytest.approx(cost / 6)},
+        "task.length 100": {"no memory": pytest.approx(cost / 104)},
+    }
+    assert facts.as_json() == copying.resolved()["tasks"]["copying"]
+    equal = plan(axes={"task.length": [4, 5]}).tasks["adding"]
+    assert equal.baselines == {"always 1": 1 / 6} and "baselines_at" not in equal.as_json()
+
+
+def test_notes_of_the_data_name_the_values_of_a_task_axis(tmp_path):
+    for name, rows in (("a.csv", 200), ("b.csv", 300)):
+        (tmp_path / name).write_text("x\n" + "\n".join(str(row % 7) for row in range(rows)))
+    task = {"kind": "series", "file": str(tmp_path / "a.csv"), "targets": ["x"], "context": 5}
+    files = [str(tmp_path / name) for name in ("a.csv", "b.csv")]
+    notes = plan(task={k: v for k, v in task.items() if k != "file"}, axes={"task.file": files}).tasks["series"].notes
+    assert [note.split(":")[0] for note in notes] == [f"task.file {file}" for file in files]
+    assert plan(task=task, axes={"task.horizon": [1, 2]}).tasks["series"].notes[0].startswith("a.csv: 200 rows")
+    with pytest.raises(SpecError) as caught:
+        plan(task=task, axes={"task.metric": ["MAE", "MSE"]})
+    assert "axes: got MSE, min, additive for series at task.metric MSE, and MAE, min, additive at" in str(caught.value)
 
 
 def test_trials_are_ordered_by_seed():

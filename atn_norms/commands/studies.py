@@ -376,9 +376,11 @@ def _report(
     print_table(results.title, results.headers, results.rows)
     emit()
     for task in result.tasks:
-        if baselines := record.tasks[task.task].baselines:
-            scores = ", ".join(f"{name} {score:.4g}" for name, score in baselines.items())
-            emit(f"{task.task}: trivial predictors: {scores}")
+        facts = record.tasks[task.task]
+        for options, baselines in {"": facts.baselines, **facts.baselines_at}.items():
+            if baselines:
+                scores = ", ".join(f"{name} {score:.4g}" for name, score in baselines.items())
+                emit(f"{task.task}: trivial predictors{options and f' at {options}'}: {scores}")
         other = "" if task.primary is task.final else f" (by the {task.primary.measure.name})"
         emit(f"{task.task}: {verdict_line(result, task)}{other}")
     emit(f"\nreport: {page}")

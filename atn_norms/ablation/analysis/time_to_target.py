@@ -50,6 +50,8 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
     if isinstance(own, int | float) and not isinstance(own, bool):
         return Level(float(own), limit, True, "named beforehand" if given is None else "named for this report")
     facts = record.tasks[task]
+    if facts.baselines_at:
+        return Level(None, limit, False, "the trivial predictors of its points differ")
     trivials = [value for value in facts.baselines.values() if math.isfinite(value)]
     if not trivials:
         return Level(None, limit, False, "the task names no trivial predictor to start from")

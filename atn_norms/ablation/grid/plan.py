@@ -26,7 +26,7 @@ from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.identity import identity
-from atn_norms.ablation.store.records import Endpoint, TaskFacts
+from atn_norms.ablation.store.records import Endpoint, TaskFacts, task_options
 from atn_norms.ablation.store.schema import study_key
 from atn_norms.errors import short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
@@ -118,7 +118,7 @@ class Plan:
             "source": self.source,
             "study": self.study,
             "axes": self.axes,
-            "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
+            "tasks": {name: facts.as_json() for name, facts in self.tasks.items()},
             "baseline": self.baseline,
             "tune": self.tune,
             **({"sources": self.sources} if self.sources else {}),
@@ -140,22 +140,23 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
     Errors: `SpecError` naming a file that a task cannot read, or a size that the task does not allow; `where` (from
     `specs.read`) adds the position in the study's file.
     """
-    facts: dict[str, TaskFacts] = {}
+    facts: dict[str, dict[str, TaskFacts]] = {}  # task -> values of the axes of its options -> facts
     sources: dict[str, Sources] = {}
     resolved: list[tuple[dict[str, str], dict[str, Any]]] = []
     built: dict[str, tuple[Task, dict[str, str]]] = {}
     hashed: dict[NamedFiles, tuple[dict[str, str], Sources]] = {}  # of functions, by the options that name files
     for point in study.points():
         try:
-            trial, metric = _trial(point, built, hashed)
+            trial, own = _trial(point, built, hashed)
         except SpecError as error:
             problems = [point.placed(_task_problem(each, point.task)) for each in error.problems]
             raise to_spec_error(invalid("study", problems), where) from error
         if isinstance(point.task, FunctionSpec):
             sources.setdefault(point.labels["task"], hashed[point.task.named_files][1])
-        facts.setdefault(point.labels["task"], metric)
+        facts.setdefault(point.labels["task"], {})[task_options(point.labels)] = own
         resolved.append((point.labels, trial))
-    _check_margins(study, facts, where)
+    tasks = {name: _shared(name, each, where) for name, each in facts.items()}
+    _check_margins(study, tasks, where)
     trials: dict[str, PlannedTrial] = {}
     for seed in study.seed_list():
         for labels, trial in resolved:
@@ -168,12 +169,35 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
         source=to_yaml(study.model_dump(mode="json", exclude_unset=True)),
         study=study.model_dump(mode="json"),
         axes=study.axis_labels(),
-        tasks=facts,
+        tasks=tasks,
         baseline=study.baseline_labels(),
         tune=study.tune_labels(),
         sources=sources,
         trials=tuple(trials.values()),
     )
+
+
+def _shared(task: str, facts: Mapping[str, TaskFacts], where: Where | None) -> TaskFacts:
+    """Return the facts of a task, of which those of single points differ in baselines and notes alone.
+
+    Errors: `SpecError` for points with different metrics, goals or spreads.
+    """
+    (first, shared), *others = facts.items()
+    for options, each in others:
+        ours, theirs = ((one.metric, one.goal, one.spread) for one in (shared, each))
+        if ours != theirs:
+            got = f"got {', '.join(theirs)} for {task} at {options}, and {', '.join(ours)} at {first}"
+            expected = "expected one metric, goal and spread for a task. Use tasks instead of an axis"
+            raise to_spec_error(invalid("study", [Problem(("axes",), f"{got}; {expected}")]), where)
+    notes = {
+        (note if all(note in each.notes for each in facts.values()) else f"{options}: {note}"): None
+        for options, one in facts.items()
+        for note in one.notes
+    }
+    at = {options: each.baselines for options, each in facts.items()}
+    if all(each == shared.baselines for each in at.values()):
+        return replace(shared, notes=tuple(notes))
+    return replace(shared, notes=tuple(notes), baselines={}, baselines_at=at)
 
 
 def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Where | None) -> None:

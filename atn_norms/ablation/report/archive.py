@@ -7,7 +7,6 @@ import io
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def study_json(record: StudyRecord) -> str:
         "environment": record.environment,
         "axes": record.axes,
         "tune": record.tune,
-        "tasks": {name: asdict(facts) for name, facts in record.tasks.items()},
+        "tasks": {name: facts.as_json() for name, facts in record.tasks.items()},
         "baseline": record.baseline,
     }
     lines = ",\n".join(json.dumps(trial, ensure_ascii=False) for trial in trials)

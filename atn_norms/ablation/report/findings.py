@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from atn_norms.ablation.analysis.comparison import Comparison, Row, compare_task, final, is_number, tail
+from atn_norms.ablation.analysis.comparison import Comparison, Point, Row, compare_task, final, is_number, tail
 from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS, median
 from atn_norms.ablation.analysis.time_to_target import Level, check, level, steps_to
@@ -80,11 +80,18 @@ class TaskFindings:
         """
         sign = 1 if self.facts.goal == "min" else -1
         against = self.final.rows[place].against
-        trivial = min((sign * value for value in self.facts.baselines.values()), default=None)
-        if against is None or trivial is None:
+        if against is None:
             return False
         sides = self.final.rows[place].point, against.reference
-        return all(bool(point.values) and sign * point.mean > trivial for point in sides)
+        trivial = [[sign * value for value in self.baselines_of(point).values()] for point in sides]
+        return all(
+            bool(point.values and values) and sign * point.mean > min(values)
+            for point, values in zip(sides, trivial, strict=True)
+        )
+
+    def baselines_of(self, point: Point) -> dict[str, float]:
+        """Return the scores of the trivial predictors for the task options of a point."""
+        return self.facts.baselines_of(point.cells[0])
 
 
 @dataclass(frozen=True)
@@ -197,13 +204,12 @@ def printable(record: StudyRecord) -> StudyRecord:
         for trial in record.trials
     )
     tasks = {
-        _clean(task): TaskFacts(
-            _clean(facts.metric),
-            _clean(facts.baselines),
-            facts.goal,
+        _clean(task): replace(
+            facts,
+            metric=_clean(facts.metric),
+            baselines=_clean(facts.baselines),
             notes=_clean(facts.notes),
-            spread=facts.spread,
-            reported=facts.reported,
+            baselines_at=_clean(facts.baselines_at),
         )
         for task, facts in record.tasks.items()
     }

@@ -65,10 +65,12 @@ def sections(found: Findings) -> list[Section]:
 
 def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
     record, facts = found.record, task.facts
-    trivial = [f"“{label}” {number(value)}" for label, value in facts.baselines.items()]
     words = f"{facts.metric}, {lower(facts.goal)} is better."
-    if trivial:
-        words += f" Scores of trivial predictors: {listed(trivial)}."
+    if facts.baselines:
+        words += f" Scores of trivial predictors: {_trivial(facts.baselines)}."
+    if facts.baselines_at:
+        each = "; ".join(f"{_trivial(own)} at {options}" for options, own in facts.baselines_at.items())
+        words += f" Scores of trivial predictors, which differ between points and are not drawn: {each}."
     if facts.notes:
         words += f" Data: {'; '.join(facts.notes)}."
     test, drawn = score_name(facts.metric), forest(record, task, f"forest-{slug}")
@@ -100,6 +102,10 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
         speed=speed,
         speed_table=speed_table(record, task),
     )
+
+
+def _trivial(baselines: Mapping[str, float]) -> str:
+    return listed([f"“{label}” {number(value)}" for label, value in baselines.items()])
 
 
 _FOREST = (

@@ -304,8 +304,8 @@ def _leader(record: StudyRecord, comparison: Comparison, best: Row) -> str:
 
 def _no_better_than_trivial(task: TaskFindings, best: Row) -> str:
     """Return the trivial predictor that is at least as good as the best point; empty if there is none."""
-    sign = 1 if task.facts.goal == "min" else -1
-    ahead = [(label, value) for label, value in task.facts.baselines.items() if sign * value <= sign * best.point.mean]
+    sign, baselines = 1 if task.facts.goal == "min" else -1, task.baselines_of(best.point)
+    ahead = [(label, value) for label, value in baselines.items() if sign * value <= sign * best.point.mean]
     if not ahead:
         return ""
     label, value = min(ahead, key=lambda each: sign * each[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -39,6 +39,7 @@ class TaskFacts:
     | `notes`     | sentences about the data that were read                                  |
     | `spread`    | `multiplicative` if scores are compared as logarithms                    |
     | `reported`  | the quantity in the curve of `train_loss`                                |
+    | `baselines_at` | values of the axes of the task's options -> baselines; empty where all points agree |
     """
 
     metric: str
@@ -47,6 +48,29 @@ class TaskFacts:
     notes: Sequence[str] = ()
     spread: Spread = "additive"
     reported: str = "training loss"
+    baselines_at: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def baselines_of(self, labels: Mapping[str, str]) -> dict[str, float]:
+        """Return the baselines of the point with these labels.
+
+        >>> facts = TaskFacts("MAE", baselines_at={"task.horizon 1": {"last value": 0.2}})
+        >>> facts.baselines_of({"norm": "layer", "task.horizon": "1"})
+        {'last value': 0.2}
+        """
+        return self.baselines_at.get(task_options(labels), self.baselines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts for a file, without `baselines_at` where it is empty."""
+        return {name: value for name, value in asdict(self).items() if value or name != "baselines_at"}
+
+
+def task_options(labels: Mapping[str, str]) -> str:
+    """Return the values of the axes of a task's options.
+
+    >>> task_options({"task": "adding", "task.length": "50", "norm": "layer"})
+    'task.length 50'
+    """
+    return ", ".join(f"{axis} {value}" for axis, value in sorted(labels.items()) if axis.startswith("task."))
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class _Entry(Stored):
 class _Facts(Stored):
     metric: str
     baselines: Scores = {}
+    baselines_at: dict[str, Scores] = {}
     goal: Literal["min", "max"] = "min"
 
 
