@@ -471,6 +471,8 @@ def test_a_function_and_a_built_in_task_share_a_study(tmp_path):
             {"endpoint": {"train": "steps"}, "reach": 0.5},
             r"endpoint\.train: got steps for train, whose function reports losses; expected final, or reports: metric",
         ),
+        ({"reach": 0.5}, "reach: got a level for train, whose function reports losses; expected no level, or reports:"),
+        ({"reach": {"train": 0.5}}, r"reach\.train: got a level for train, whose function reports losses; expected no"),
     ],
 )
 def test_bad_points_are_rejected_before_training(tmp_path, change, message):

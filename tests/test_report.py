@@ -828,6 +828,16 @@ def test_processors_are_reported_and_seeds_that_mix_them(tmp_path):
     assert "seeds with trials on different processors" in (tmp_path / "report.html").read_text()
 
 
+def test_a_level_of_a_task_without_validations_is_rejected(tmp_path):
+    whole = study(score, norms=("none",), seeds=1)
+    curve = [{"step": 5, "train_loss": 0.2, "validation": None}]
+    record = replace(whole, trials=tuple(replace(trial, curve=curve) for trial in whole.trials))
+    message = "--reach adding: got 0.1; expected no level, since no trial of the task has a validation"
+    with pytest.raises(SpecError, match=message):
+        report.write(record, tmp_path, {"adding": 0.1})
+    assert findings(whole, {"adding": 0.1}).tasks[0].level.value == 0.1
+
+
 @pytest.mark.parametrize("given", ["adding", "0.1", "=0.1", "adding=", "adding=soon"])
 def test_an_invalid_level_is_rejected(given):
     with pytest.raises(SpecError, match=re.escape(f"--reach: got {given!r}; expected TASK=LEVEL with a number")):

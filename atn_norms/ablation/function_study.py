@@ -70,7 +70,7 @@ def ablate(
     | `baseline` | axis -> value that the other values are compared with |
     | `margin` | the largest difference of the endpoint that does not matter; changing it trains nothing again |
     | `endpoint` | the measure that decides: `final`, or with `reports="metric"` also `tail` or `steps`, or a mapping |
-    | `reach` | a level of the reported metric: the report shows the steps to reach it |
+    | `reach` | with `reports="metric"`, a level of the metric: the report shows the steps to reach it |
     | `steps` | training steps of a trial, for the progress line and for trials that stop early |
     | `patience` | reports without improvement after which `trial.should_stop` is true |
     | `reports` | whether `trial.report` gets losses, or values of the `metric` |

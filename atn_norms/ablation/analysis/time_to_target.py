@@ -68,12 +68,15 @@ def level(record: StudyRecord, task: str, given: Mapping[str, float] | float | N
 
 
 def check(record: StudyRecord, given: Mapping[str, float]) -> None:
-    """Raise `SpecError` for the level of an unknown task, and for a level that is not finite."""
+    """Raise `SpecError` for the level of an unknown task, of a task without validations, or that is not finite."""
     for task, value in given.items():
         if task not in record.tasks:
             raise SpecError.of([unknown("task", task, list(record.tasks), path=("--reach",))])
         if not math.isfinite(value):
             raise SpecError((f"--reach {task}",), str(value), "a finite number")
+        curves = [t.curve for t in record.trials if t.points[0].get("task") == task and t.status == "done"]
+        if curves and not any(is_number(line.get("validation")) for curve in curves for line in curve):
+            raise SpecError((f"--reach {task}",), f"{value}", "no level, since no trial of the task has a validation")
 
 
 def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:

@@ -21,8 +21,7 @@ def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
     """Yield every problem of the options that a study declares for its tasks, which have these labels."""
     yield from _unknown_tasks(study, labels)
     for name in labels:
-        level = study.reach.get(name) if isinstance(study.reach, dict) else study.reach
-        if level is None and _measure(study, name) == "steps":
+        if _level(study, name) is None and _measure(study, name) == "steps":
             yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
     yield from _too_many_validations(study)
     yield from _not_tunable(study)
@@ -31,7 +30,10 @@ def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
         measure = _measure(study, name)
         if measure != "final" and task.reports == "loss":  # there are no validations
             got = f"got {measure} for {name}, whose function reports losses"
-            yield Problem(_endpoint_path(study, name), f"{got}; expected final, or reports: metric")
+            yield Problem(_path(study, "endpoint", name), f"{got}; expected final, or reports: metric")
+        if _level(study, name) is not None and task.reports == "loss":
+            got = f"got a level for {name}, whose function reports losses"
+            yield Problem(_path(study, "reach", name), f"{got}; expected no level, or reports: metric")
     if study.tune and functions:  # they return test metrics alone
         yield Problem(("tune",), "got tuned options for a function; expected a task with validation scores")
 
@@ -62,12 +64,17 @@ def _too_many_validations(study: StudySpec) -> Iterator[Problem]:
         endpoint = _endpoint(study, name)
         if endpoint.measure == "tail" and endpoint.validations > most and not is_function(point.task):
             got = f"got the last {plural(endpoint.validations, 'validation')} for {name}"
-            yield Problem(_endpoint_path(study, name), f"{got}; expected at most {most}, the number of validations")
+            yield Problem(_path(study, "endpoint", name), f"{got}; expected at most {most}, the number of validations")
 
 
-def _endpoint_path(study: StudySpec, task: str) -> tuple[str, ...]:
-    by_task = isinstance(study.endpoint, dict) and task in study.endpoint
-    return ("endpoint", task) if by_task else ("endpoint",)
+def _path(study: StudySpec, option: str, task: str) -> tuple[str, ...]:
+    """Return the path of an option that may be a mapping of task to value."""
+    named = getattr(study, option)
+    return (option, task) if isinstance(named, dict) and task in named else (option,)
+
+
+def _level(study: StudySpec, task: str) -> float | None:
+    return study.reach.get(task) if isinstance(study.reach, dict) else study.reach
 
 
 def _endpoint(study: StudySpec, task: str) -> Endpoint:
