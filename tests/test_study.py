@@ -180,6 +180,13 @@ def test_an_axis_may_add_an_option_to_the_base():
     assert len(plan(model={"cell": "gru"}, axes={"hidden_size": [3, 4]}).trials) == 2
 
 
+def test_an_axis_may_be_an_option_that_the_values_of_another_axis_leave_open():
+    axes = {"train.optimizer": [{"kind": "adam"}, "sgd"], "train.optimizer.lr": [0.1, 0.2], "norm": ["none", "rms"]}
+    trials = plan(axes=axes, tune={"norm.eps": [1e-3]}).trials
+    rates = {(t.points[0]["train.optimizer.lr"], t.trial["train"]["optimizer"]["lr"]) for t in trials}
+    assert len(trials) == 8 and rates == {("0.1", 0.1), ("0.2", 0.2)}
+
+
 def test_trivial_predictors_are_those_of_each_value_of_a_task_axis():
     sizes = {"kind": "copying", "recall": 2, "validation": 5, "test": 5}
     copying = plan(task=sizes, axes={"task.length": [2, 100], "norm": ["none", "layer"]})
@@ -301,6 +308,9 @@ def test_two_tasks_of_a_kind_have_different_names():
         ),
         ({"train": {"optimizer": {"kind": "sgd", "lr": 0.5}}, "tune": {"train.optimizer.lr": [0.1]}}, "train.optimizer.lr: got 0.5, which tune.train.optimizer.lr replaces"),  # noqa: E501
         ({"task": None, "tasks": ["copying", {"kind": "adding", "length": 9}], "axes": {"task.length": [4]}}, "tasks[1].length: got 9, which"),  # noqa: E501
+        ({"axes": {"train.optimizer": ["sgd", {"kind": "adam", "lr": 0.1}], "train.optimizer.lr": [0.1, 0.2]}}, "axes.train.optimizer[1].lr: got 0.1, which the axis train.optimizer.lr replaces; expected no value there"),  # noqa: E501
+        ({"axes": {"norm": [{"kind": "layer", "eps": 0.1}]}, "tune": {"model.norm.eps": [0.2]}}, "axes.norm[0].eps: got 0.1, which tune.model.norm.eps replaces"),  # noqa: E501
+        ({"tune": {"norm": ["rms"]}, "axes": {"norm.kind": ["layer"]}}, "tune.norm[0]: got rms, which the axis norm.kind replaces"),  # noqa: E501
         ({"train": {"learning_rate": 0.1}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"train": {"steps": 8, "batch_size": 5, "eval_every": 3, "patience": 4}}, "train.patience: got 4; expected at most 3, the number of validations"),  # noqa: E501

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from atn_norms.ablation.grid.axis_problems import IS_AXIS, axis_problems
 from atn_norms.ablation.grid.errors import Problem, invalid, problems_of
 from atn_norms.ablation.grid.functions import is_function
 from atn_norms.ablation.grid.renames import rename_study
@@ -33,10 +34,8 @@ from atn_norms.ablation.grid.resolve import (
     AnyTask,
     axis_name,
     axis_path,
-    has_norm,
     place,
     resolve,
-    set_values,
 )
 from atn_norms.ablation.grid.task_problems import task_problems
 from atn_norms.ablation.grid.training import TrainSpec
@@ -48,7 +47,6 @@ from atn_norms.options import Options
 MOST_POINTS = 100_000
 MEASURES = ("final", "tail", "steps")
 NAME = r"[^\W_][\w .-]{0,79}"
-IS_AXIS = "got an option that is an axis already; expected each option once"
 
 
 class _Sections(Options):
@@ -281,9 +279,7 @@ class StudySpec(Options):
             raise invalid("study", [Problem(("seeds",), got)])
         problems = [each for point in self.resolved_points if isinstance(point, list) for each in point]
         problems += [
-            *self._twice(),
-            *self._overruled(),
-            *self._absent_norm_problems(),
+            *axis_problems(self, self._task_list()),
             *self._baseline_problems(),
             *task_problems(self, _task_labels([task for _, task in self._task_list()])),
         ]
@@ -342,52 +338,6 @@ class StudySpec(Options):
         if "none" in labels.get("norm", ()):
             return {"norm": "none"}
         return {name: values[0] for name, values in list(labels.items())[:1]}
-
-    def _twice(self) -> Iterator[Problem]:
-        """Yield a problem for each option that is both an axis and tuned."""
-        axes = {axis_path(name) for name in self.axes}
-        for name in self.tune:
-            if axis_path(name) in axes:
-                yield Problem(("tune", name), IS_AXIS)
-
-    def _overruled(self) -> Iterator[Problem]:
-        """Yield a problem for each option of the base configuration that an axis, or a tuned option, never takes."""
-        bases = [(("model",), self.model), (("train",), self.train), *self._task_list()]
-        varied = [
-            (section, name, getattr(self, section)[name])
-            for section in ("axes", "tune")
-            for name in getattr(self, section)
-        ]
-        for section, name, values in varied:
-            first, *below = axis_path(name)
-            for base_path, base in bases:
-                for value in set_values(base, tuple(below)) if base_path[0] in (first, f"{first}s") else ():
-                    if label(value) not in map(label, values):
-                        source = f"the axis {name}" if section == "axes" else f"tune.{name}"
-                        got = f"got {brief(label(value))}, which {source} replaces"
-                        yield Problem((*base_path, *below), f"{got}; expected no value, or one of the axis")
-
-    def _absent_norm_problems(self) -> Iterator[Problem]:
-        """Yield a problem for each varied option of a norm, and varied window, if no point of the study has a norm."""
-        varied = {axis_path(name): (section, name) for section in ("axes", "tune") for name in getattr(self, section)}
-        whole = ("model", "norm")
-        norms = [
-            self.model.get("norm"),
-            *(getattr(self, varied[whole][0])[varied[whole][1]] if whole in varied else ()),
-        ]
-        if any(map(has_norm, norms)):
-            return
-        functions = any(is_function(task) for _, task in self._task_list())  # their `window` may mean anything
-        expected = "expected model.norm, or an axis norm"
-        for path, (section, name) in varied.items():
-            if path[:2] == whole and path != whole:
-                yield Problem((section, name), f"got an option of a norm, which no point has; {expected}")
-            if (
-                path == ("model", "window")
-                and not functions
-                and any(value != 1 for value in getattr(self, section)[name])
-            ):
-                yield Problem((section, name), f"got windows without a norm, where they change nothing; {expected}")
 
     def _baseline_problems(self) -> list[Problem]:
         labels = self.axis_labels()
