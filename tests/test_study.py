@@ -187,6 +187,27 @@ def test_an_axis_may_be_an_option_that_the_values_of_another_axis_leave_open():
     assert len(trials) == 8 and rates == {("0.1", 0.1), ("0.2", 0.2)}
 
 
+@pytest.mark.parametrize(
+    ("axes", "tune", "option"),
+    [
+        ({"window": [1, 5]}, {"train.optimizer.lr": [0.1, 0.2], "model.norm": ["none", "layer"]}, "model.norm"),
+        ({"norm.eps": [1e-5, 1e-3]}, {"norm": ["none", "layer"]}, "norm"),
+        ({"window": [1, 5]}, {"norm": ["none", "layer"]}, "norm"),
+        ({"norm": ["none", "layer"], "window": [1, 5]}, {"norm.eps": [1e-5, 1e-3]}, None),
+        ({"hidden_size": [3, 4]}, {"norm": ["none", "layer"], "window": [1, 5]}, None),
+    ],
+)
+def test_tuned_values_that_merge_points_are_refused(axes, tune, option):
+    """All values of a tuned option must be candidates of the same points."""
+    if option is None:
+        assert plan(axes=axes, tune=tune).trials
+        return
+    with pytest.raises(SpecError) as caught:
+        plan(axes=axes, tune=tune)
+    got = "got none and layer, which merge different points of the grid into one trial; expected an axis"
+    assert f"tune.{option}: {got}" in str(caught.value)
+
+
 def test_trivial_predictors_are_those_of_each_value_of_a_task_axis():
     sizes = {"kind": "copying", "recall": 2, "validation": 5, "test": 5}
     copying = plan(task=sizes, axes={"task.length": [2, 100], "norm": ["none", "layer"]})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,14 +22,14 @@ from atn_norms.ablation.grid.functions import (
     changed_files,
     is_function,
 )
-from atn_norms.ablation.grid.resolve import layer_of
+from atn_norms.ablation.grid.resolve import axis_name, layer_of
 from atn_norms.ablation.grid.sources import describe_changes, plugin_sources
 from atn_norms.ablation.grid.study import Point, StudySpec
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.identity import identity
 from atn_norms.ablation.store.records import Endpoint, TaskFacts, task_options
 from atn_norms.ablation.store.schema import study_key
-from atn_norms.errors import short_repr, to_spec_error
+from atn_norms.errors import brief, short_repr, to_spec_error
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.memory import check_memory
 from atn_norms.normalizers import Normalizer
@@ -164,6 +165,7 @@ def make_plan(study: StudySpec, where: Where | None = None) -> Plan:
             name = identity(seeded)
             points = trials[name].points if name in trials else ()
             trials[name] = PlannedTrial(name, seeded, (*points, labels))
+    _check_candidates(study, list(trials.values())[: len(trials) // len(study.seed_list())], where)
     return Plan(
         name=study.name,
         source=to_yaml(study.model_dump(mode="json", exclude_unset=True)),
@@ -187,7 +189,7 @@ def _shared(task: str, facts: Mapping[str, TaskFacts], where: Where | None) -> T
         ours, theirs = ((one.metric, one.goal, one.spread) for one in (shared, each))
         if ours != theirs:
             got = f"got {', '.join(theirs)} for {task} at {options}, and {', '.join(ours)} at {first}"
-            expected = "expected one metric, goal and spread for a task. Use tasks instead of an axis"
+            expected = "expected one metric, goal and spread for a task. Use tasks instead of an axis."
             raise to_spec_error(invalid("study", [Problem(("axes",), f"{got}; {expected}")]), where)
     notes = {
         (note if all(note in each.notes for each in facts.values()) else f"{options}: {note}"): None
@@ -209,6 +211,27 @@ def _check_margins(study: StudySpec, tasks: Mapping[str, TaskFacts], where: Wher
             expected = f"expected a ratio above 1, such as 1.25: scores of {name} are compared as logarithms"
             path = ("margin", name) if isinstance(study.margin, dict) else ("margin",)
             problem = Problem(path, f"got {short_repr(endpoint.margin)}; {expected}")
+            raise to_spec_error(invalid("study", [problem]), where)
+
+
+def _check_candidates(study: StudySpec, trials: Sequence[PlannedTrial], where: Where | None) -> None:
+    """Raise `SpecError` for a tuned option whose values merge different points of the grid, as points have candidates.
+
+    `trials` are those of one seed.
+    """
+    tuned = {axis_name(name): name for name in study.tune}
+    merged: dict[tuple[str, str], dict[frozenset[str], str]] = {}  # option, other labels -> merged points -> its label
+    for trial in trials if tuned else ():
+        cells = frozenset(canonical({k: v for k, v in point.items() if k not in tuned}) for point in trial.points)
+        for point, axis in itertools.product(trial.points, tuned):
+            others = canonical({name: label for name, label in point.items() if name != axis})
+            merged.setdefault((axis, others), {}).setdefault(cells, point[axis])
+    for (axis, _), labels in merged.items():
+        if len(labels) > 1:
+            one, other, *_ = labels.values()
+            got = f"got {brief(one)} and {brief(other)}, which merge different points of the grid into one trial"
+            cure = "For example, all windows without a norm are one trial."
+            problem = Problem(("tune", tuned[axis]), f"{got}; expected an axis. {cure}")
             raise to_spec_error(invalid("study", [problem]), where)
 
 
