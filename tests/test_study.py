@@ -180,6 +180,14 @@ def test_an_axis_may_add_an_option_to_the_base():
     assert len(plan(model={"cell": "gru"}, axes={"hidden_size": [3, 4]}).trials) == 2
 
 
+def test_a_plateau_and_an_endpoint_that_act_are_accepted():
+    plateau = {"kind": "plateau", "patience": 3}
+    plan(train={"steps": 500, "batch_size": 5, "eval_every": 100, "schedule": plateau})
+    for endpoint in ({"measure": "tail", "validations": 3}, {"measure": "final", "validations": 5}):
+        spec = StudySpec.model_validate({**SMALL, "endpoint": endpoint})
+        assert StudySpec.model_validate(spec.model_dump(mode="json")).endpoint == endpoint
+
+
 def test_an_axis_may_be_an_option_that_the_values_of_another_axis_leave_open():
     axes = {"train.optimizer": [{"kind": "adam"}, "sgd"], "train.optimizer.lr": [0.1, 0.2], "norm": ["none", "rms"]}
     trials = plan(axes=axes, tune={"norm.eps": [1e-3]}).trials
@@ -338,6 +346,10 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"endpoint": "tail", "train": {"steps": 4, "batch_size": 5}}, "endpoint: got the last 5 validations for adding; expected at most 4, the number of validations"),  # noqa: E501
         ({"endpoint": {"adding": {"measure": "tail", "validations": 99}}}, "endpoint.adding: got the last 99 validations for adding; expected at most 4"),  # noqa: E501
         ({"endpoint": {"measure": "tail", "validations": 2}, "axes": {"train.eval_every": [1, 9]}}, "endpoint: got the last 2 validations for adding; expected at most 1"),  # noqa: E501
+        ({"endpoint": {"measure": "final", "validations": 3}}, "endpoint.validations: got 3; expected no value, since final averages no validations"),  # noqa: E501
+        ({"endpoint": {"adding": {"measure": "steps", "validations": 3}}, "reach": 0.1}, "endpoint.adding.validations: got 3; expected no value, since steps"),  # noqa: E501
+        ({"train": {"steps": 500, "eval_every": 100, "schedule": {"kind": "plateau", "patience": 4}}}, "train.schedule.patience: got patience 4 with 5 validations; expected at most 3, so that it acts before the last validation"),  # noqa: E501
+        ({"train": {"steps": 4, "eval_every": 2, "schedule": "plateau"}}, "train.schedule: got patience 3 with 2 validations; expected another schedule, since a plateau needs 3"),  # noqa: E501
         ({"train": {"steps": 40, "batch_size": 5, "patience": 11}}, "train.patience: got 11; expected at most 10, the"),
         ({"train": {"steps": 4, "batch_size": 5, "schedule": {"kind": "cosine", "warmup": 5}}}, "train.schedule.warmup: got 5; expected at most 4, the steps"),  # noqa: E501
         ({"train": {"batch_size": 5, "schedule": {"warmup": 5}}, "axes": {"train.steps": [9, 4]}}, "train.schedule.warmup: got 5; expected at most 4"),  # noqa: E501

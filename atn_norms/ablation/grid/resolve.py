@@ -22,7 +22,7 @@ from atn_norms.ablation.grid.functions import (
 from atn_norms.ablation.grid.renames import rename_path, rename_train
 from atn_norms.ablation.grid.training import TrainSpec
 from atn_norms.ablation.store.labels import plain
-from atn_norms.errors import SpecError, did_you_mean, one_of
+from atn_norms.errors import SpecError, did_you_mean, one_of, plural
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.spec import make_layer_spec
 from atn_norms.registry import KindField
@@ -130,6 +130,11 @@ def _without_effect(train: TrainSpec) -> list[Problem]:
     if train.patience is not None and train.patience > validations:
         most = f"expected at most {validations}, the number of validations"
         found.append(Problem(("train", "patience"), f"got {train.patience}; {most}"))
+    if train.schedule["kind"] == "plateau" and train.schedule["patience"] > validations - 2:
+        got = f"got patience {train.schedule['patience']} with {plural(validations, 'validation')}"
+        expected = f"at most {validations - 2}, so that it acts before the last validation"
+        expected = expected if validations > 2 else "another schedule, since a plateau needs 3 validations"
+        found.append(Problem(("train", "schedule", "patience"), f"{got}; expected {expected}"))
     if warmup > steps:
         found.append(Problem(("train", "schedule", "warmup"), f"got {warmup}; expected at most {steps}, the steps"))
     return found

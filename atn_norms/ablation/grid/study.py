@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -78,6 +78,13 @@ class EndpointSpec(Options):
 
     measure: Literal["final", "tail", "steps"] = "final"
     validations: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _refuse_ignored_validations(self) -> Self:
+        if self.measure != "tail" and self.validations != 5:  # files of stored studies have the default
+            expected = f"expected no value, since {self.measure} averages no validations"
+            raise invalid("endpoint", [Problem(("validations",), f"got {self.validations}; {expected}")])
+        return self
 
 
 class Point(NamedTuple):

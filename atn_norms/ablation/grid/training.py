@@ -31,7 +31,7 @@ class TrainSpec(Options):
     | `keep` | the weights that are scored at the end: the `last`, or those of the `best` validation | |
     | `keep_model` | the weights that are saved as `model.safetensors`: `best`, `last` or `none`; not part of a trial's identity | as `keep` |
     | `population_batches` | training batches from which populations are computed before every scoring; 0: none | |
-    | `divergence_factor` | a training loss over this many times the first loss is divergence; None: only a loss that is not finite | |
+    | `divergence_factor` | a mean loss since the last curve point over this many times the first loss is divergence; None: only a loss that is not finite | |
     | `log_every` | steps averaged into one point of the training curve | a hundredth of `steps` |
     | `checkpoint_every` | steps between checkpoints; not part of a trial's identity | a tenth of `steps` |
     | `threads` | threads of torch per trial | |
