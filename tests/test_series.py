@@ -248,7 +248,11 @@ def test_columns_known_in_advance_are_inputs_of_the_forecast_steps(tmp_path):
 
 
 def test_the_stride_leaves_windows_out(tmp_path):
-    assert spec(tmp_path, stride=3).build(0).starts["test"].tolist() == [30, 33]
+    task = spec(tmp_path, stride=3).build(0)
+    assert task.starts["test"].tolist() == [30, 33]
+    counts = ", ".join(f"{len(task.starts[part])} {part}" for part in ("train", "validation", "test"))
+    assert task.notes[1] == f"windows with stride 3: {counts}" and counts.endswith("2 test")
+    assert "windows" not in " ".join(spec(tmp_path).build(0).notes)
 
 
 def test_a_model_learns_from_a_leading_covariate(tmp_path):

@@ -43,7 +43,7 @@ class SeriesSpec(TaskSpec):
     | `context` | input steps of a prediction | steps |
     | `horizon` | steps to forecast; None: 1 | steps |
     | `season` | steps after which the series repeats, for the seasonal predictor and MASE; None: no season | steps |
-    | `stride` | steps from one window to the next | steps |
+    | `stride` | steps from one window to the next, in training, validation and test | steps |
     | `validation`, `test` | shares of the rows, cut from the end in time order: training, validation, test | |
     | `metric` | score: `MAE`, `MSE` or `MASE` | |
     | `delimiter` | field separator of a CSV file | |
@@ -163,6 +163,9 @@ class Series(Task):
         self._require_values(values)
         self._standardize(values, table)
         self.starts = {part: self._windows(part) for part in self.parts}
+        if spec.stride > 1:
+            windows = ", ".join(f"{len(starts)} {part}" for part, starts in self.starts.items())
+            self.notes = (self.notes[0], f"windows with stride {spec.stride}: {windows}", *self.notes[1:])
         self.baselines = {name: self._trivial(kind)[self.metric] for name, kind in self._predictors().items()}
 
     @property
