@@ -13,6 +13,7 @@ from atn_norms.errors import Problem, message, mismatch, short_repr
 from atn_norms.normalizers import Normalizer, scanning
 from atn_norms.normalizers.base import apply_norm, has_population
 from atn_norms.normalizers.batch import synchronized
+from atn_norms.options import to_int
 from atn_norms.pytree import Leaf, Tree, checked_state, expand_mask
 from atn_norms.statistics import Statistic, statistics_dtype
 from atn_norms.windows import Sliding, Window
@@ -202,6 +203,7 @@ class AssortedTime(OverTime, nn.Module):
         if not isinstance(normalizer, Normalizer):
             expected = "a Normalizer, such as atn_norms.LayerNorm(features)"
             raise TypeError(mismatch("normalizer", type(normalizer).__name__, expected))
+        window = window if isinstance(window, Window) else to_int(window)
         if not isinstance(window, (int, Window)):
             raise TypeError(mismatch("window", short_repr(window), "an integer of at least 1, or a Window"))
         self.normalizer = normalizer

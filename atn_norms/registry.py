@@ -148,8 +148,17 @@ class Registry:
         if entries:
             raise SpecError.of([Problem(detail=disputed(family, kind, entries), code="disputed_kind")])
         problem = unknown(family, kind, [*self.kinds(family), *besides])
-        install = "" if problem.nearest else f"Install the package that has the {family}."
-        raise SpecError.of([replace(problem, detail=install, code="unknown_kind")])
+        raise SpecError.of([replace(problem, detail=self.cure(family, problem.nearest), code="unknown_kind")])
+
+    def cure(self, family: str, nearest: str | None = None, how: str = "") -> str:
+        """Return what to do about an unknown kind, which a plugin that failed to load may have.
+
+        `how` shows how to install the package of a kind; with a `nearest` kind, it is more likely misspelt.
+        """
+        failed = [each.name for each in self.load() or () if each.status == "failed"]
+        if failed:
+            return f"Plugins that failed to load: {', '.join(failed)}; `atn-norms plugins` has the reasons."
+        return "" if nearest else f"Install the package that has the {family}{how}."
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -290,14 +299,14 @@ class KindField:
             value = self.shorthand(value)
             if self._accepts(value, nullable):
                 return value
-        number = "an integer, " if (self.shorthand_schema or {}).get("type") == "integer" else ""
+        number = ["an integer"] * ((self.shorthand_schema or {}).get("type") == "integer")
         if isinstance(value, str) and not (number and value.isdecimal()):
             if nullable and value == "none":
                 return None
-            return self._model(value, (), ["none"] if nullable else []).model_validate({"kind": value})
+            return self._model(value, (), [*number, *["none"] * nullable]).model_validate({"kind": value})
         if isinstance(value, Mapping):
             return self._model(value.get("kind", _MISSING), ("kind",)).model_validate(dict(value))
-        expected = f"{number}a {self.family}'s kind ({self._known()}), a mapping or a spec"
+        expected = ", ".join([*number, f"a {self.family}'s kind ({self._known()})", "a mapping or a spec"])
         raise pydantic_error(Problem(got=typed_repr(value), expected=expected))
 
     def _accepts(self, value: Any, nullable: bool) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import atn_norms as an
+from atn_norms.errors import SpecError
 
 BACKENDS = ["reference", "native"]
 
@@ -433,3 +434,16 @@ def test_a_state_of_unroll_is_no_hidden_state_of_torch(cell):
     layer, x = cell(3, 5, norm="layer", window=4), torch.randn(7, 2, 3)
     with pytest.raises(TypeError, match=r"hx: got \(.*; expected h.* as tensors; `unroll` takes a state of `unroll`"):
         layer(x, layer.unroll(x)[1])
+
+
+def test_a_window_that_is_a_word_may_be_meant_as_a_number():
+    with pytest.raises(SpecError, match="window: got unknown window 'abc'; expected one of .*, sliding, an integer"):
+        normed(window="abc")
+
+
+def test_windows_of_numpy_s_integers_are_accepted_everywhere():
+    numpy = pytest.importorskip("numpy")
+    assert an.AssortedTime(an.LayerNorm(4), numpy.int64(3)).window == an.Sliding(3)
+    assert normed(window=numpy.int64(3)).spec.window == normed(window=3).spec.window
+    with pytest.raises(TypeError, match="window: got 3.0; expected an integer of at least 1, or a Window"):
+        an.AssortedTime(an.LayerNorm(4), 3.0)  # pyright: ignore[reportArgumentType]

@@ -705,6 +705,14 @@ def test_a_report_is_small_enough_to_keep_beside_the_code(tmp_path):
     assert sum(path.stat().st_size for path in files) < 2_000_000
 
 
+def test_the_strip_plot_of_logarithms_names_the_geometric_mean(tmp_path):
+    for spread, mean in (("additive", "Bar: mean of"), ("multiplicative", "Bar: geometric mean of")):
+        facts = TaskFacts(METRIC, spread=spread)
+        report.write(grid(WINDOWED, ends, seeds=2, baseline=NONE, facts=facts), tmp_path / spread)
+        picture = (tmp_path / spread / "strip-adding.svg").read_text(encoding="utf-8")
+        assert f"{mean} the finished seeds." in picture
+
+
 def test_the_page_reports_the_time_to_a_level(tmp_path):
     record = grid(WINDOWED, ends, baseline=NONE)
     report.write(record, tmp_path, {"adding": 0.1})

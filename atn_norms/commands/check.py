@@ -91,9 +91,6 @@ def _show(family: str, kind: str, results: Sequence[CheckResult]) -> None:
     emit("\n" + ", ".join(f"{count} {status}" for status, count in counts.items() if count))
 
 
-INSTALL = "Install the package that has the kind, such as pip install -e FOLDER."
-
-
 def _family(kind: str, family: str | None) -> str:
     """Return the family of a kind.
 
@@ -114,7 +111,8 @@ def _family(kind: str, family: str | None) -> str:
         raise SpecError("KIND", f"{FUNCTION!r}, the task of a function", "a kind with conformance tests", detail=detail)
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
-        raise SpecError.of([replace(unknown(family or "kind", kind, choices), detail=INSTALL)])
+        cure = registry.cure("kind", how=", such as pip install -e FOLDER")
+        raise SpecError.of([replace(unknown(family or "kind", kind, choices), detail=cure)])
     return having[0]
 
 

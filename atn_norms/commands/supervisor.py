@@ -113,7 +113,7 @@ def _end_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def _named_plugins(writer: int) -> Iterator[None]:
-    """Write a line to the pipe before each plugin is loaded, and an empty one after it."""
+    """Write a line to the pipe before each plugin is loaded, and an empty one after it; print warnings as usual."""
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -121,6 +121,8 @@ def _named_plugins(writer: int) -> Iterator[None]:
             if loading is not None:
                 with contextlib.suppress(OSError):
                     os.write(writer, f"{loading}\n".encode())
+            elif record.levelno >= logging.WARNING:  # Python prints warnings of loggers without a handler only
+                emit(f"atn-norms: {record.getMessage()}", error=True)
 
     notes, level = Notes(logging.DEBUG), LOG.level
     LOG.addHandler(notes)

@@ -156,6 +156,16 @@ def test_the_command_line_reports_every_fault_with_its_distribution(broken_site,
     assert "Traceback" not in done.stderr
 
 
+def test_commands_name_a_plugin_that_failed_where_a_kind_may_be_missing(site):
+    site.install("broken", "class Oops\n")
+    for arguments, code in ((["list", "normalizers"], 0), (["check", "mine"], 2)):
+        done = site.run("-m", "atn_norms", *arguments)
+        assert done.returncode == code, done.stderr
+        assert "atn-norms: plugin 'broken' of dist-broken 1.0 failed and is left out: SyntaxError" in done.stderr
+    assert "Plugins that failed to load: broken; `atn-norms plugins` has the reasons." in done.stderr
+    assert "Install" not in done.stderr
+
+
 def test_a_slow_plugin_is_reported_while_loading_and_fails_in_strict_mode(site):
     site.install("slow", "import time\ntime.sleep(3.5)\n" + GOOD["good"])
     code = (

@@ -80,7 +80,7 @@ def strip(record: StudyRecord, comparison: Comparison, file: str, what: str, gui
         for place, (label, value) in enumerate(lines.items()):
             _guide(axes, value, f"{shortened(label, 44)}: {number(value)}", place)
         axes.set_xlabel(f"{shortened(what, 60)} ({'fewer' if limit else lower(goal)} is better)")
-        note = "Dot: a seed. Bar: mean of the finished seeds."
+        note = f"Dot: a seed. Bar: {'geometric mean' if comparison.measure.log else 'mean'} of the finished seeds."
         if limit is not None and any(row.point.lost for row in rows):
             note = f"Dot: a seed. Open triangle: never within {number(limit)} steps, counted as these. Bar: mean."
         if beyond:
