@@ -6,8 +6,9 @@ import copy
 import gc
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel"}  # they read the parameters when they are built
+_DEEPEST = 3  # nested containers that are searched for references to a layer
 _KINDS: dict[type[nn.RNNBase], str] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}
 
 
@@ -59,8 +62,9 @@ def replace(
 
     A layer that cannot be replaced stays unchanged, and a warning names it with the reason: a subclass, a parametrized
     or pruned layer, a layer with hooks, a replaced `forward` or modules inside, or a single-step cell such as
-    `nn.LSTMCell`. Two other cases give a warning: no layer is replaced, or an existing optimizer does not have the new
-    parameters.
+    `nn.LSTMCell`. The other reasons are a layer that `torch.compile` has compiled, a layer inside
+    `DistributedDataParallel`, and a layer in a plain attribute, such as a list. Two other cases give a warning: no
+    layer is replaced, or an existing optimizer does not have the new parameters.
 
     Errors: `TypeError` if `model` is not a module, if none of its layers can be replaced, or if a layer of `only`
     cannot. `ValueError` for a name that matches no layer. `SpecError` for options that do not fit. The model is
@@ -82,9 +86,10 @@ def replace(
     wanted = _selected(recurrent, only, skip)
     ours: dict[nn.Module, nn.Module] = {}
     left: list[TypeError] = []
+    pinned = pinned_modules(model)
     for name in wanted:
         try:
-            ours[recurrent[name]] = replacement(name, recurrent[name], options)
+            ours[recurrent[name]] = replacement(name, recurrent[name], options, pinned)
         except TypeError as error:
             left.append(error)
     if left and (only is not None or not ours):
@@ -226,6 +231,34 @@ def substitute(model: nn.Module, ours: Mapping[nn.Module, nn.Module]) -> nn.Modu
     return model
 
 
+def pinned_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that some code would still use after `substitute`, each with the text of an error."""
+    pinned: dict[nn.Module, str] = {}
+    for parent in model.modules():
+        if (compiled := parent._modules.get("_orig_mod")) is not None:  # the compiled function has the module itself
+            pinned[compiled] = "that is compiled; expected a plain one. Call torch.compile after replace or load"
+        for wrapper in _DISTRIBUTED & {base.__name__ for base in type(parent).__mro__}:
+            text = f"inside {wrapper}; expected a plain model. Wrap the model after replace or load"
+            pinned |= dict.fromkeys(parent.modules(), text)
+        for name, value in vars(parent).items():
+            for module in _modules_in(value) if name != "_modules" else ():
+                text = f"that the attribute {name!r} of {type(parent).__name__} also holds; expected registered modules"
+                pinned.setdefault(module, f"{text} only. Use nn.ModuleList or nn.ModuleDict, or delete the attribute")
+    return pinned
+
+
+def _modules_in(value: Any, depth: int = _DEEPEST) -> Iterator[nn.Module]:
+    """Yield the modules to which a plain attribute refers: directly, by a bound method, or in containers."""
+    kind = type(value)  # `isinstance` may raise an error for a weak proxy
+    if issubclass(kind, nn.Module):
+        yield value
+    elif kind is MethodType:
+        yield from _modules_in(value.__self__, 0)
+    elif depth and issubclass(kind, dict | list | tuple | set):
+        for each in value.values() if issubclass(kind, dict) else value:
+            yield from _modules_in(each, depth - 1)
+
+
 def _check_options(options: dict[str, Any]) -> None:
     """Raise `SpecError` for options that fit no kind of layer."""
     errors = []
@@ -238,8 +271,11 @@ def _check_options(options: dict[str, Any]) -> None:
         raise errors[0]
 
 
-def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Recurrent:
-    """Build our layer on the parameters of a torch.nn layer; errors contain its `name` in the model."""
+def replacement(name: str, module: nn.Module, options: Mapping[str, Any], pinned: Mapping[nn.Module, str]) -> Recurrent:
+    """Build our layer on the parameters of a torch.nn layer; errors contain its `name` in the model.
+
+    Errors: `TypeError` for a layer that must stay, such as one of `pinned_modules`.
+    """
     name = name or type(module).__name__
     if not isinstance(module, nn.RNNBase):
         raise TypeError(
@@ -270,6 +306,8 @@ def replacement(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rec
         raise TypeError(
             f"{name}: got {with_article(kind.upper())} with modules or buffers inside ({inside}); expected none"
         )
+    if module in pinned:
+        raise TypeError(f"{name}: got {with_article(kind.upper())} {pinned[module]}")
     cell: dict[str, Any] = {"kind": kind}
     if kind == "lstm":
         cell["proj_size"] = module.proj_size

@@ -27,7 +27,7 @@ from atn_norms.errors import (
 )
 from atn_norms.files import most_bytes, read_regular, write_whole
 from atn_norms.layers.base import CellHost
-from atn_norms.layers.convert import replacement, substitute
+from atn_norms.layers.convert import pinned_modules, replacement, substitute
 from atn_norms.layers.structure import (
     changed_attributes,
     class_name,
@@ -122,9 +122,9 @@ def load(
         raise TypeError(mismatch("model", f"the class {model.__name__}", f"an instance, such as {model.__name__}(...)"))
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(mismatch("model", type(model).__name__, "a torch.nn.Module"))
-    file, inner = Path(path), None if model is None else _unwrapped(model)
-    loaded = _loaded(file, *_read(file), inner)
-    return (model if model is not None and loaded is inner else loaded).to(device).eval()
+    file = Path(path)
+    loaded = _loaded(file, *_read(file), model)
+    return (model if model is not None and loaded is _unwrapped(model) else loaded).to(device).eval()
 
 
 def foreign(path: str | os.PathLike[str]) -> str:
@@ -318,7 +318,11 @@ def _without_memory(structure: dict[str, Any]) -> nn.Module | None:
 
 
 def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """Return `model` with torch's layers replaced by the saved layers; `SpecError` for a missing or different layer."""
+    """Return the module inside the wrappers of a model, with torch's layers replaced by the saved layers.
+
+    Errors: `SpecError` for a layer that is missing, different, or cannot be replaced.
+    """
+    pinned, model = pinned_modules(model), _unwrapped(model)
     modules = dict(model.named_modules())
     ours: dict[nn.Module, nn.Module] = {}
     problems = []
@@ -328,7 +332,11 @@ def _fitted(file: Path, description: Mapping[str, Any], model: nn.Module) -> nn.
         wanted = None if own else layer_of(saved)  # without its code no layer can be built
         if wanted is not None and isinstance(there, nn.RNNBase):
             given = {option: getattr(wanted.spec, option) for option in ("norm", "window", "placement", "backend")}
-            ours[there] = replacement(name, there, given)
+            try:
+                ours[there] = replacement(name, there, given, pinned)
+            except TypeError as error:
+                problems.append(str(error))
+                continue
             there = ours[there]
         if not (isinstance(there, CellHost) and unregistered(there) == own and _same(there, wanted or saved)):
             got = "nothing" if there is None else repr(there) if isinstance(there, CellHost) else type(there).__name__

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -38,6 +39,94 @@ def test_a_layer_that_cannot_be_replaced_is_named_and_kept():
     assert "own: got Own; expected exactly nn.LSTM, nn.GRU or nn.RNN" in text
     assert "steps: got GRUCell, which runs single steps" in text and "atn_norms.GRUCell" in text
     assert [type(m) for m in model.values()] == [an.LSTM, Own, nn.GRUCell, an.GRU]
+
+
+def unchanged(model: Any, message: str, tmp_path: Any) -> None:
+    """Check that `replace`, and `load` into the model, raise an error and leave the layers of torch."""
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(TypeError, match=message):
+        an.replace(model, norm="layer")
+    plain = copy.deepcopy(getattr(model, "module", model))
+    fresh = nn.ModuleDict({"rnn": nn.LSTM(3, 4)}) if "rnn" in plain._modules else nn.LSTM(3, 4)
+    an.save(an.replace(fresh, norm="layer"), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=message):
+        an.load(tmp_path / "m.safetensors", model)
+    assert [type(m) for m in model.modules()] == before
+
+
+@feature(GROUP, "`replace` on a model whose layer is compiled", "refused", "Call `torch.compile` after `replace`.")
+def test_a_compiled_layer_is_not_replaced_inside_its_wrapper(tmp_path):
+    """The compiled function calls the layer that it was built with."""
+    compiled: Any = torch.compile(nn.LSTM(3, 4), backend="eager")
+    message = "got an LSTM that is compiled; expected a plain one. Call torch.compile after replace or load"
+    unchanged(compiled, message, tmp_path)
+    model = Holder(compiled._orig_mod)
+    model.fast = compiled
+    unchanged(model, f"rnn: {message}", tmp_path)
+    whole: Any = torch.compile(nn.Sequential(nn.LSTM(3, 4)), backend="eager")
+    an.replace(whole, norm="layer")  # the model inside is changed in place, and compiled again
+    x = torch.randn(5, 2, 3)
+    compare(whole(x), whole._orig_mod(x), tolerance=1e-6)
+
+
+@feature(GROUP, "`replace` inside `DistributedDataParallel`", "refused", "Wrap the model after `replace`.")
+def test_a_layer_inside_data_parallel_training_is_not_replaced(tmp_path):
+    """The wrapper synchronizes the parameters that it was built with."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model: Any = nn.parallel.DistributedDataParallel(nn.ModuleDict({"rnn": nn.LSTM(3, 4)}))
+        message = (
+            "rnn: got an LSTM inside DistributedDataParallel; expected a plain model. Wrap the model after replace"
+        )
+        unchanged(model, message, tmp_path)
+        converted = an.replace(nn.ModuleDict({"rnn": nn.LSTM(3, 4)}), norm="layer")
+        wrapped: Any = nn.parallel.DistributedDataParallel(converted)
+        assert an.load(an.save(wrapped, tmp_path / "wrapped.safetensors"), wrapped) is wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Holder(nn.Module):
+    """A model with a layer and plain attributes."""
+
+    def __init__(self, rnn: Any) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.steps = []
+
+
+HELD: dict[str, Any] = {
+    "a list": lambda rnn: [rnn],
+    "nested containers": lambda rnn: {"all": [(0, rnn)]},
+    "a bound method": lambda rnn: rnn.forward,
+    "bound methods in a list": lambda rnn: [rnn.forward, rnn.train],
+}
+
+
+@feature(
+    GROUP,
+    "`replace` on a layer that a plain attribute also holds",
+    "refused",
+    "Use `nn.ModuleList` or `nn.ModuleDict`.",
+)
+@pytest.mark.parametrize("held", HELD)
+def test_a_layer_in_a_plain_attribute_is_not_replaced(held, tmp_path):
+    model = Holder(nn.LSTM(3, 4))
+    model.steps = HELD[held](model.rnn)
+    message = "rnn: got an LSTM that the attribute 'steps' of Holder also holds; expected registered modules only"
+    unchanged(model, message, tmp_path)
+    other = nn.ModuleDict({"held": model, "free": nn.GRU(3, 4)})
+    with pytest.warns(UserWarning, match=r"replace: 1 recurrent layer\(s\) unchanged. held.rnn: got an LSTM that the"):
+        an.replace(other, norm="layer")
+    assert type(other["free"]) is an.GRU and type(model.rnn) is nn.LSTM
+
+
+def test_weak_references_and_other_modules_in_attributes_are_ignored():
+    model = Holder(nn.Sequential(nn.LSTM(3, 4)))
+    model.steps = [weakref.proxy(model.rnn), weakref.proxy(nn.Linear(1, 1)), model.rnn]
+    an.replace(model, norm="layer")
+    assert type(model.rnn[0]) is an.LSTM
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
