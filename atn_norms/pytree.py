@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,7 +34,8 @@ def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, sh
 
     A `shared` state has one row. `reorder` may have repeated this row; the first copy is then returned.
 
-    Errors: `ValueError` with both structures, or with both types, if the layouts differ.
+    Errors: `ValueError` with both structures, or with both types, if the layouts differ, and for different rows of a
+    `shared` state.
     """
     rows = batch
     if shared and isinstance(state, tuple) and state and isinstance(state[0], Tensor) and state[0].numel():
@@ -49,7 +50,20 @@ def checked_state(state: Tree, wanted: Any, batch: int, device: torch.device, sh
         if leaf.device != device or (not leaf.is_floating_point() if form.floating else not counts):
             kind = "a floating-point type" if form.floating else "an integer type"
             raise ValueError(mismatch("state", f"a leaf of {leaf.dtype} on {leaf.device}", f"{kind} on {device}"))
-    return tree_map(lambda leaf: leaf[:1], state) if rows != batch else state
+    if rows == batch:
+        return state
+    _check_equal_rows([leaf for leaf, _ in pairs], rows)
+    return tree_map(lambda leaf: leaf[:1], state)
+
+
+def _check_equal_rows(leaves: Sequence[Tensor], rows: int) -> None:
+    same = [((leaf == leaf[:1]) | (leaf.isnan() & leaf[:1].isnan())).all() for leaf in leaves]
+    expected = "1 row, or equal rows, since the rows of a batch share one statistic"
+    text = mismatch("state", f"{rows} different rows of batch statistics", expected)
+    if torch.compiler.is_compiling():  # a graph cannot read values; it checks them when it runs
+        torch._assert_async(torch.stack(same).all(), text)
+    elif not all(map(bool, same)):
+        raise ValueError(text)
 
 
 def _paired(state: Tree, wanted: Any) -> list[tuple[Tensor, Leaf]] | None:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import atn_norms as an
 from atn_norms.errors import SpecError
+from atn_norms.pytree import tree_map, where_mask
 
 BACKENDS = ["reference", "native"]
 
@@ -145,6 +146,47 @@ def test_a_reordered_shared_state_is_used_once():
     repeated = an.reorder(state, torch.tensor([0, 0, 0]))
     x = torch.randn(2, 4)
     assert torch.equal(norm.step(x, state)[0], norm.step(x, repeated)[0])
+    index, (weights, statistic) = repeated
+    broken = index, (weights, tuple(torch.full_like(leaf, float("nan")) for leaf in statistic))
+    norm.step(x, broken)  # a NaN equals its copies
+
+
+def joined(first, second):
+    return tree_map(lambda a, b: torch.cat([a, b], 0), first, second)
+
+
+def reset(first, second):
+    return where_mask(torch.tensor([True, False]), first, second)
+
+
+@pytest.mark.parametrize("combine", [joined, reset])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_different_rows_of_a_shared_state_are_rejected(backend, combine):
+    """Two streams have two statistics, and a batch has one."""
+    layer = an.GRU(2, 4, norm="batch", window=3, backend=backend)
+    (_, first), (_, second) = layer.unroll(torch.randn(5, 2, 2)), layer.unroll(torch.randn(3, 2, 2))
+    state, x = combine(first, second), torch.randn(1, 4 if combine is joined else 2, 2)
+    expected = "^state: got 2 different rows of batch statistics; expected 1 row, or equal rows, since the rows of a"
+    with pytest.raises(ValueError, match=expected) as error:
+        layer.unroll(x, state)
+    one_line(error)
+    norm = an.AssortedTime(an.BatchNorm(4), 3)
+    states = [norm.scan(torch.randn(steps, 2, 4))[1] for steps in (1, 2)]
+    with pytest.raises(ValueError, match=expected):
+        norm.scan(torch.randn(1, 2, 4), combine(*states))
+
+
+def test_a_compiled_layer_rejects_different_rows_of_a_shared_state():
+    layer = an.GRU(2, 4, norm="batch", window=3)
+    call: Any = torch.compile(layer.unroll, backend="eager", fullgraph=True)
+    _, first = layer.unroll(torch.randn(5, 2, 2))
+    _, second = layer.unroll(torch.randn(5, 2, 2))
+    norms = tree_map(lambda leaf: leaf.expand(2, *leaf.shape[1:]), first[0][0][1])
+    x = torch.randn(1, 2, 2)
+    repeated = (((first[0][0][0], norms),),)
+    assert torch.allclose(call(x, repeated)[0], layer.unroll(x, repeated)[0], atol=1e-6)
+    with pytest.raises(RuntimeError, match="state: got 2 different rows of batch statistics"):
+        call(x, reset(first, second))
 
 
 @pytest.mark.parametrize("batch", [-1, True, "a", None, 1.5])

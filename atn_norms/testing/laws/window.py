@@ -72,7 +72,8 @@ def masked_steps_have_no_effect(subject: WindowSubject, case: Case) -> None:
 def rows_have_separate_states(subject: WindowSubject, case: Case) -> None:
     """Axis 0 of every leaf of the state is the batch, and no row depends on another.
 
-    Beam search reorders rows, a batch is compacted, one row is reset: each of them is an index on axis 0.
+    Beam search reorders rows, a batch is compacted, one row is reset: each of them is an index on axis 0. With batch
+    statistics a layer has a window of one row for the whole batch, so no row of it can be reset.
     """
     window, steps, weights = subject.make(case), subject.statistics(case), subject.weights(case)
     pooled, state = pushed(window, steps, weights, subject.fresh(window, steps))
