@@ -102,10 +102,11 @@ class CellHost(nn.Module):
         found = {site: self._modules.get(f"norm_{site}{suffix}") for site in self._sites}
         return {site: norm for site, norm in found.items() if norm is not None}  # type: ignore[misc]
 
-    def cell_weights(self, suffix: str) -> CellWeights:
+    def cell_weights(self, suffix: str, tensors: Mapping[str, Tensor] | None = None) -> CellWeights:
         """Return the weights and norms of one cell, for one call: parameters and modules may be replaced between calls.
 
         `suffix` is the end of torch's parameter names, such as `_l0` or `_l0_reverse`; it is empty for a step cell.
+        With `tensors` no weight is read, and so no parametrization is computed.
         """
         modules, windows, norms = self._modules, self._windows, {}
         for site in self._sites:
@@ -114,7 +115,9 @@ class CellHost(nn.Module):
             if norm is not None:
                 window = windows[site] if site in windows else modules[f"window_{site}{suffix}"]
                 norms[site] = SiteNorm(norm, window)  # type: ignore[arg-type]
-        return CellWeights({name: parameter_of(self, name + suffix) for name in self._tensors}, norms)
+        if tensors is None:
+            tensors = {name: parameter_of(self, name + suffix) for name in self._tensors}
+        return CellWeights(tensors, norms)
 
     def recompute_weights(self) -> None:
         """Run the pre-hooks of pruning, `weight_norm` and `spectral_norm`, which torch runs before `forward` alone.

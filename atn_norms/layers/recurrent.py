@@ -81,8 +81,8 @@ class Recurrent(CellHost):
         """Set the training mode, and describe the norms in it, since a compiler cannot do this later."""
         super().train(mode)
         if self.spec.backend != "reference":
-            for weights in self._cells():
-                describe(self.cell, weights)
+            for suffix in self._suffixes:  # no weight is read: a parametrization may draw random numbers
+                describe(self.cell, self.cell_weights(suffix, {"": torch.empty(0)}))
         return self
 
     @property
@@ -134,7 +134,7 @@ class Recurrent(CellHost):
         return [name for names in self._all_weights for name in names]
 
     @property
-    def _flat_weights(self) -> list[nn.Parameter]:
+    def _flat_weights(self) -> list[Tensor]:
         """Flat list of weights and biases, as in torch.nn; computed at every access."""
         return [getattr(self, name) for name in self._flat_weights_names]
 
@@ -337,14 +337,13 @@ class Recurrent(CellHost):
             if not x.is_floating_point():
                 raise ValueError(mismatch("x", str(x.dtype), "a floating-point type"))
             return
-        twin = self._twin()
+        twin = self._twin([like])  # torch's checks read the type of the first weight alone
         twin.check_input(x, batch_sizes)
         if hx is not None:
             twin.check_forward_args(x, hx, batch_sizes)
-            weight = self.all_weights[0][0]
             for h in [hx] if isinstance(hx, Tensor) else hx:
-                if h.dtype != weight.dtype and not autocasts(weight.device.type):
-                    raise RuntimeError(mismatch("hx", str(h.dtype), f"the type of the layer, {weight.dtype}"))
+                if h.dtype != like.dtype and not autocasts(like.device.type):
+                    raise RuntimeError(mismatch("hx", str(h.dtype), f"the type of the layer, {like.dtype}"))
 
     def _check_state(self, cells: list[CellWeights], state: Tree, batch: int) -> None:
         per = self.spec.directions
@@ -368,11 +367,11 @@ class Recurrent(CellHost):
             with warnings.catch_warnings(action="ignore"):  # torch warned when the layer was built
                 self.__dict__["_torch_pattern"] = torch_twin(self.cell.torch_name, **torch_options(self.spec))
 
-    def _twin(self) -> Any:
-        """Return torch's module with the same options and the current weights of this layer, for one call."""
-        pattern = self.__dict__["_torch_pattern"]
+    def _twin(self, weights: list[Tensor] | None = None) -> Any:
+        """Return torch's module with the same options and `weights`, or else those of this layer, for one call."""
+        pattern, weights = self.__dict__["_torch_pattern"], self._flat_weights if weights is None else weights
         twin = object.__new__(type(pattern))
-        twin.__dict__.update(pattern.__dict__, training=self.training, _flat_weights=self._flat_weights)
+        twin.__dict__.update(pattern.__dict__, training=self.training, _flat_weights=weights)
         return twin
 
     def _set_option(self, name: str, value: Any) -> None:

@@ -41,7 +41,7 @@ class _TorchLayer(Recurrent):
     @property
     def mode(self) -> str:
         """Name of the recurrence in torch.nn: `LSTM`, `GRU`, `RNN_TANH` or `RNN_RELU`."""
-        return self._twin().mode
+        return self.__dict__["_torch_pattern"].mode
 
     @property
     def proj_size(self) -> int:

@@ -327,3 +327,51 @@ def test_a_default_device_does_not_move_the_comparisons_of_windows():
     assert recognized(Plugin((3.0, 2.0, 1.0))) is not None
     with torch.device("meta"):
         assert recognized(Plugin((2.0, 1.0))) is not None and an.Sliding(2).uniform_weights
+
+
+class Counted(nn.Module):
+    """A parametrization that draws a random number, as weight drop does, and counts its calls."""
+
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * (1 + torch.rand(()))
+
+
+CALLS: dict[str, Any] = {
+    "x": lambda layer, x, h: layer(x),
+    "x, hx": lambda layer, x, h: layer(x, h),
+    "packed": lambda layer, x, h: layer(nn.utils.rnn.pack_sequence(list(x.unbind(1)))),
+    "packed, hx": lambda layer, x, h: layer(nn.utils.rnn.pack_sequence(list(x.unbind(1))), h),
+    "unroll": lambda layer, x, h: layer.unroll(x),
+}
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("call", CALLS)
+@every_layer
+def test_a_parametrization_is_computed_once_in_a_call(cell, call, norm):
+    layer, x = CELLS[cell](3, 4, norm=norm), torch.randn(5, 2, 3)
+    counted = Counted()
+    nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", counted)
+    h = torch.zeros(1, 2, 4)
+    counted.calls, state = 0, torch.get_rng_state()
+    layer.train().eval().train()
+    assert layer.mode.startswith(cell.upper())
+    assert counted.calls == 0 and torch.equal(torch.get_rng_state(), state)
+    CALLS[call](layer, x, (h, h) if cell == "lstm" else h)
+    assert counted.calls == 1
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+@every_layer
+def test_the_mode_may_be_set_while_a_weight_is_absent(cell, norm):
+    """Weight drop deletes a weight, and sets it before each call."""
+    layer = CELLS[cell](3, 4, norm=norm)
+    raw = layer._parameters.pop("weight_hh_l0")
+    layer.register_parameter("weight_hh_l0_raw", raw)
+    layer.train().eval()
+    layer.weight_hh_l0 = nn.functional.dropout(raw, 0.5)
+    layer(torch.randn(5, 2, 3))[0].sum().backward()
+    assert raw.grad is not None
