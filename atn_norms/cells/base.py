@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -134,6 +134,12 @@ class Cell(ABC):
     def autocast_type(self, half: torch.dtype, state: torch.dtype) -> torch.dtype:
         """Return the type of outputs and states under autocast to `half`, from the type of the initial state."""
         return half
+
+    def autocast_types(
+        self, half: torch.dtype, carried: Sequence[torch.dtype], packed: bool
+    ) -> tuple[torch.dtype, ...]:
+        """Return the type of each carried tensor under autocast, from their initial types; outputs have the first."""
+        return (self.autocast_type(half, carried[0]),) * len(carried)
 
     def initial(
         self, weights: CellWeights, batch: int, carried: tuple[Tensor, ...] | None = None, shown: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -53,6 +54,14 @@ class LSTMEquations(Cell):
 
     def carried_sizes(self) -> tuple[int, ...]:
         return self.output_size, self.hidden_size
+
+    def autocast_types(
+        self, half: torch.dtype, carried: Sequence[torch.dtype], packed: bool
+    ) -> tuple[torch.dtype, ...]:
+        if not (packed or self.proj_size):  # torch runs these cases with oneDNN
+            return super().autocast_types(half, carried, packed)
+        c = torch.promote_types(half, carried[1])  # the new c is a sum with the old c; the projection is a product
+        return (half if self.proj_size else c), c
 
     def shapes(self, input_size: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}

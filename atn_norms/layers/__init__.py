@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from atn_norms.deferred import deferred_names
-from atn_norms.layers.recurrent import Recurrent, explain
+from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import LayerSpec, NormLike, NormSites, PlacementLike, WindowLike, WindowSites
 from atn_norms.layers.torch_api import GRU, LSTM, RNN
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from atn_norms.layers.convert import norm_parameters as norm_parameters
     from atn_norms.layers.convert import replace as replace
     from atn_norms.layers.convert import with_backend as with_backend
+    from atn_norms.layers.explanation import explain as explain
     from atn_norms.layers.export import StreamingStep as StreamingStep
     from atn_norms.layers.io import load as load
     from atn_norms.layers.io import save as save
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 # Most programs need layers only.
 _HOME = {
     "convert": ("load_weights", "norm_parameters", "replace", "with_backend"),
+    "explanation": ("explain",),
     "export": ("StreamingStep",),
     "io": ("load", "save"),
     "steps": ("GRUCell", "LSTMCell", "RNNCell"),

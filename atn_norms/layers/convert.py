@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 from atn_norms.errors import did_you_mean, mismatch, one_of, typed_repr, with_article
 from atn_norms.layers.base import CellHost
 from atn_norms.layers.classes import class_of
-from atn_norms.layers.recurrent import Recurrent, explain
+from atn_norms.layers.explanation import explain
+from atn_norms.layers.recurrent import Recurrent
 from atn_norms.layers.spec import NormLike, PlacementLike, WindowLike, make_layer_spec
 from atn_norms.normalizers import Normalizer
 

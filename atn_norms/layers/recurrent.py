@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from atn_norms.assorted_time import checked_lengths
-from atn_norms.backends import CellInputs, Program, Unsupported, choose, describe, prepared, select
+from atn_norms.backends import CellInputs, Program, describe, select
 from atn_norms.backends.base import Selected
-from atn_norms.backends.costs import cost_of_reference
 from atn_norms.cells import CellWeights
 from atn_norms.cells.base import autocasts
 from atn_norms.errors import mismatch
@@ -242,16 +241,23 @@ class Recurrent(CellHost):
         return (h, *others) if others else h
 
     def _run(
-        self, cells: list[CellWeights], xs: Tensor, state: Tree, lengths: Tensor | None, keep_state: bool = True
+        self,
+        cells: list[CellWeights],
+        xs: Tensor,
+        state: Tree,
+        lengths: Tensor | None,
+        keep_state: bool = True,
+        packed: bool = False,
     ) -> tuple[Tensor, Tree]:
         """Run every layer in turn, time first; under autocast, compute in the weights' type and round the results."""
         kind, dtype = xs.device.type, cells[0].like.dtype
         if autocasts(kind):
-            half, ((((h, *_), _), *_), *_) = torch.get_autocast_dtype(kind), state
-            result = dtype if dtype == torch.float64 else self.cell.autocast_type(half, h.dtype)
+            half, (((carried, _), *_), *_) = torch.get_autocast_dtype(kind), state
+            exact = dtype == torch.float64
+            results = (dtype,) if exact else self.cell.autocast_types(half, [c.dtype for c in carried], packed)
             with torch.autocast(kind, enabled=False):
                 ys, state = self._run(cells, xs.to(dtype), _cast_carried(state, dtype), lengths, keep_state)
-            return ys.to(result), _cast_carried(state, result)
+            return ys.to(results[0]), _cast_carried(state, *results)
         rest = iter(enumerate(cells))
         after = []
         for layer, before in enumerate(state):
@@ -288,7 +294,7 @@ class Recurrent(CellHost):
         cells = self._cells()
         self._check_shapes(cells, packed.data, hx, packed.batch_sizes)
         xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
-        ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), lengths.to(xs.device))
+        ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), lengths.to(xs.device), packed=True)
         data = pack_padded_sequence(ys, lengths).data
         last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
         return PackedSequence(data, packed.batch_sizes, order, back), last
@@ -386,9 +392,13 @@ class Recurrent(CellHost):
         self._prepare_twin()
 
 
-def _cast_carried(state: Tree, dtype: torch.dtype) -> Tree:
-    """Return a state with the hidden states of every cell in `dtype`; statistics stay in float64."""
-    return tuple(tuple((tuple(c.to(dtype) for c in carried), norms) for carried, norms in layer) for layer in state)
+def _cast_carried(state: Tree, *dtypes: torch.dtype) -> Tree:
+    """Return a state with hidden states in one type, or one type for each tensor of a cell; statistics stay as is."""
+
+    def cast(carried: Tree) -> Tree:
+        return tuple(c.to(dtype) for c, dtype in zip(carried, dtypes * len(carried), strict=False))
+
+    return tuple(tuple((cast(carried), norms) for carried, norms in layer) for layer in state)
 
 
 def reversed_in_time(xs: Tensor, lengths: Tensor | None) -> Tensor:
@@ -402,47 +412,3 @@ def reversed_in_time(xs: Tensor, lengths: Tensor | None) -> Tensor:
 
 def _each(function: Any, hx: Any) -> Any:
     return function(hx) if isinstance(hx, Tensor) else tuple(function(h) for h in hx)
-
-
-def explain(model: nn.Module) -> str:
-    """Return the backend that runs each cell of a layer, and the reason why each other backend does not.
-
-    If the reference runs a cell that the native backend does not support, the text has the measured cost, and a change
-    that makes the native backend run it.
-
-    `model` is a layer, a cell, or a module that contains layers or cells. Each is listed under its name in the model.
-
-    Errors: `TypeError` if `model` is not a module.
-
-    >>> import atn_norms as an
-    >>> print(an.explain(an.GRU(2, 4)))  # doctest: +ELLIPSIS
-    GRU(2, 4, norm=none)
-    cell _l0: backend 'torch'
-      native: supported; used inside torch.compile
-      reference: supported
-      triton: unsupported: ...
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, CellHost):
-        return _explained(model)
-    layers = [f"{name}: {_explained(m)}" for name, m in model.named_modules() if isinstance(m, CellHost)]
-    return "\n".join(layers) or f"{type(model).__name__} contains no atn_norms layer or cell"
-
-
-def _explained(layer: CellHost) -> str:
-    lines = [repr(layer)]
-    for suffix in layer._suffixes:
-        weights = layer.cell_weights(suffix)
-        chosen = choose(layer.spec.backend, layer.cell, weights).name
-        lines.append(f"cell {suffix or '(one step)'}: backend {chosen!r}")
-        programs = prepared(layer.cell, weights)
-        for name, program in programs.items():
-            if name != chosen:
-                compiled = (name, chosen, layer.spec.backend) == ("native", "torch", "auto")
-                text = "supported; used inside torch.compile" if compiled else "supported"
-                lines.append(f"  {name}: {f'un{text}: {program.text}' if isinstance(program, Unsupported) else text}")
-        native = programs["native"]
-        if chosen == "reference" and isinstance(native, Unsupported):
-            lines += [f"  cost: {cost_of_reference()}", f"  change: {native.change}"]
-    return "\n".join(lines)

@@ -95,6 +95,37 @@ def test_autocast_gives_the_types_of_torch(cell, half, dtype):
     assert compared >= (6 if same else 0)
 
 
+STACKS: list[dict[str, Any]] = [{}, {"num_layers": 2}, {"bidirectional": True}]
+# torch runs a plain LSTM with oneDNN, whose types depend on the processor, and a packed or projected one without it
+TYPED = [
+    (cell, packed, stack) for cell in CELLS for packed in (False, True) for stack in STACKS if cell != "lstm" or packed
+]
+TYPED += [("lstm", packed, stack | {"proj_size": 2}) for packed in (False, True) for stack in STACKS]
+
+
+@pytest.mark.parametrize(("cell", "packed", "options"), TYPED)
+@every_half
+def test_autocast_of_packed_and_projected_sequences_gives_the_types_of_torch(cell, packed, options, half):
+    theirs, ours = getattr(nn, cell.upper())(3, 4, **options), layer_of(cell, **options)
+    for of_input in (torch.float32, half):
+        for of_state in (None, torch.float32, half):
+            x = torch.randn(5, 2, 3).to(of_input)
+            given = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x
+            hx = None
+            if of_state is not None:
+                zeros = theirs(x.float())[1]  # the shapes
+                hx = tuple(h.to(of_state) for h in zeros) if cell == "lstm" else zeros.to(of_state)
+            with torch.autocast("cpu", dtype=half):
+                found = [types(layer(given, hx)) for layer in (theirs, ours)]
+            assert found[1] == found[0], (of_input, of_state)
+
+
+def types(result: Any) -> list[torch.dtype]:
+    y, after = result
+    y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+    return [each.dtype for each in (y, *(after if isinstance(after, tuple) else (after,)))]
+
+
 HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # whether oneDNN has its kernels on this processor
 
 
