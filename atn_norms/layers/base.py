@@ -35,9 +35,9 @@ class CellHost(nn.Module):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self._fixed = _FIXED | type(spec.cell).model_fields.keys() - {"kind"}
         self.spec = spec
         self.cell: Cell = spec.equations()
+        self._fixed = _FIXED | type(spec.cell).model_fields.keys() - {"kind"}
         windows = {site: spec.window_at(site).build() for site in self.cell.sites}
         self._windows = {site: window for site, window in windows.items() if not isinstance(window, nn.Module)}
         self._suffixes: list[str] = []
@@ -163,7 +163,7 @@ class CellHost(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed:
-            cure = "Use atn_norms.with_backend for a copy" if name == "backend" else "Build a new layer with the option"
+            cure = _CURES.get(name, "Build a new layer with the option")
             expected = f"no assignment, since the options of a layer are fixed. {cure}"
             raise AttributeError(mismatch(f"{type(self).__name__}.{name}", short_repr(value), expected))
         replaced = self.__dict__.get("_modules", {}).get(name)
@@ -228,7 +228,11 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in shared} | own
 
 
-_FIXED = frozenset(LayerSpec.model_fields) - {"cell", "batch_first", "dropout"} | {"nonlinearity", "proj_size"}
+_FIXED = frozenset(LayerSpec.model_fields) - {"batch_first", "dropout"} | {"nonlinearity", "proj_size"}
+_CURES = {
+    "backend": "Use atn_norms.with_backend for a copy",
+    "cell": "Use another name for a cell state",
+}
 OWNED = ("norm", "window")  # what a layer registers for each site of each cell
 _RECOMPUTE_WEIGHTS = (BasePruningMethod, WeightNorm, SpectralNorm)  # hooks that set a weight and read no input
 _TORCH_OPTIONS = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")

@@ -159,7 +159,7 @@ class Recurrent(CellHost):
         if xs.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), None, keep_state=False)
-        last = self.hidden(state)
+        last = _hidden(state)
         return self._as_given(ys, batched), last if batched else _each(lambda h: h.squeeze(1), last)
 
     def unroll(
@@ -236,9 +236,7 @@ class Recurrent(CellHost):
 
     def hidden(self, state: Tree) -> Any:
         """Return the hidden state as in torch.nn: h, or (h, c), of shape `[layers * directions, B, size]`."""
-        cells = [cell for layer in state for cell in layer]
-        h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
-        return (h, *others) if others else h
+        return _hidden(state)
 
     def _run(
         self,
@@ -296,7 +294,7 @@ class Recurrent(CellHost):
         xs, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         ys, state = self._run(cells, xs, self._fresh(cells, xs, hx), lengths.to(xs.device), packed=True)
         data = pack_padded_sequence(ys, lengths).data
-        last = _each(lambda h: h if back is None else h.index_select(1, back), self.hidden(state))
+        last = _each(lambda h: h if back is None else h.index_select(1, back), _hidden(state))
         return PackedSequence(data, packed.batch_sizes, order, back), last
 
     @property
@@ -390,6 +388,13 @@ class Recurrent(CellHost):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare_twin()
+
+
+def _hidden(state: Tree) -> Any:
+    """Return the hidden state as in torch.nn; a subclass may use the name `hidden` for a state."""
+    cells = [cell for layer in state for cell in layer]
+    h, *others = (torch.stack(leaves) for leaves in zip(*(cell[0] for cell in cells), strict=True))
+    return (h, *others) if others else h
 
 
 def _cast_carried(state: Tree, *dtypes: torch.dtype) -> Tree:
