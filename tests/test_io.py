@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import MethodType
 from typing import Any, Literal
 
 import pytest
@@ -114,6 +115,37 @@ def test_an_incompatible_model_is_rejected(other, message, tmp_path):
     path = an.save(an.replace(Tagger(), norm="layer", window=4), tmp_path / "m.safetensors")
     with pytest.raises(SpecError, match=message):
         an.load(path, other())
+
+
+def doubled(module, x, *others):
+    return 2 * x
+
+
+CODE: dict[str, Any] = {
+    "a method of a Linear": lambda model: setattr(model[0], "forward", MethodType(doubled, model[0])),
+    "a method of a layer": lambda model: setattr(model[1], "unroll", MethodType(doubled, model[1])),
+    "a method of a norm": lambda model: setattr(model[1].norm_ih_l0, "normalize", lambda x, pooled: 2 * x),
+    "a method inside a layer of torch": lambda model: setattr(model[2].out_proj, "forward", lambda x: 2 * x),
+    "a hook of a norm": lambda model: model[1].norm_hh_l0.register_forward_hook(lambda module, xs, y: 2 * y),
+    "a hook inside a layer of torch": lambda model: model[2].out_proj.register_forward_hook(
+        lambda module, xs, y: 2 * y
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CODE)
+def test_a_model_with_hooks_or_replaced_methods_is_passed_to_load(change, tmp_path):
+    """Its code is not in the file, so a model without it would compute something else."""
+    path = tmp_path / "m.safetensors"
+    model, fresh = (
+        nn.Sequential(nn.Linear(2, 2), an.GRU(2, 4, norm="layer"), nn.MultiheadAttention(4, 2)) for _ in "ab"
+    )
+    an.load(an.save(model, path))
+    CODE[change](model)
+    an.save(model, path)
+    with pytest.raises(SpecError, match=r"Sequential, whose code is not in the file; expected a fresh one"):
+        an.load(path)
+    assert an.load(path, fresh) is fresh
 
 
 WRAPPERS = {

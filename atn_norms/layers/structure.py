@@ -28,12 +28,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Return the description of a module as JSON, or None if it contains a class of another package.
+    """Return the description of a module as JSON, or None if it contains other code: a class, a hook, or a new method.
 
     Supported are the layers and normalizers of this package, and every class of `torch.nn` whose constructor arguments
     are attributes. The description is verified: `construct` must give a module with the same parameters, buffers and
     options.
     """
+    if any(map(_has_own_code, module.modules())):
+        return None
     try:
         described = _described(module)
         layers = iter([each for each in module.modules() if isinstance(each, CellHost)])
@@ -158,9 +160,14 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _has_own_code(module: nn.Module) -> bool:
+    """Return True if a module has hooks, or attributes in place of methods of its class."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or any(
+        inspect.isroutine(getattr(type(module), name, None)) for name in vars(module)
+    )
+
+
 def _described(module: nn.Module) -> dict[str, Any]:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise TypeError("hooks cannot be described")
     if isinstance(module, CellHost):
         kind = module.spec.cell.kind
         if type(module) not in (class_of(kind), _STEPS.get(kind)):
