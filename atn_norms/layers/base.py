@@ -91,10 +91,10 @@ class CellHost(nn.Module):
                 for site in self.cell.sites:
                     norm = self.spec.normalizer(self.cell, site)
                     if norm is not None:
-                        self.add_module(f"norm_{site}{suffix}", norm.to(**factory))
+                        self.add_module(f"norm_{site}{suffix}", _converted(norm, **factory))
                         if site not in self._windows:
                             window: Any = self.spec.window_at(site).build()
-                            self.add_module(f"window_{site}{suffix}", window.to(**factory))
+                            self.add_module(f"window_{site}{suffix}", _converted(window, **factory))
         if given is None:
             self.reset_parameters()
 
@@ -214,6 +214,14 @@ def _default_device(device: Any) -> AbstractContextManager[Any]:
     The meta device is left out: a constructor may need numbers.
     """
     return nullcontext() if device is None or torch.device(device).type == "meta" else torch.device(device)
+
+
+def _converted(module: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the module on a device and in a type; torch converts no module in a `FakeTensorMode`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    fits = dtype is None or all(t.dtype == dtype for t in tensors if t.is_floating_point())
+    there = device is None or all(t.device == torch.device(device) for t in tensors)
+    return module if fits and there else module.to(device=device, dtype=dtype)
 
 
 def torch_twin(name: str | None, **options: Any) -> Any:

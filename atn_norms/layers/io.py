@@ -74,8 +74,9 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The file holds every parameter and buffer, the options of each layer of this package, the versions of their plugins,
     and a checksum. It holds no code: a model with a normalizer, window or cell that is not registered, with hooks, or
-    with a method that is replaced on an object is loaded into a new model. The wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel` are not saved, the module
-    inside is. After a crash the old file or the new file exists, never a part.
+    with a method that is replaced on an object is loaded into a new model. The wrappers of `torch.compile`,
+    `DataParallel` and `DistributedDataParallel` are not saved, the module inside is. After a crash the old file or the
+    new file exists, never a part.
 
     Errors: `TypeError` for a module with state other than tensors, and for a layer with other norms than its options
     give: one of another class, or one that was added or deleted. `OSError` if the file cannot be written; `SpecError`

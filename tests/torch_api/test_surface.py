@@ -402,3 +402,14 @@ def test_a_subclass_may_store_its_state_in_hidden(cell, norm):
     packed = nn.utils.rnn.pack_sequence(list(x.unbind(1)))
     layer.hidden = None
     compare(layer(packed)[0].data, plain(packed)[0].data, tolerance=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "make", [*CELLS.values(), an.LSTMCell, lambda *sizes, norm: an.replace(nn.GRU(3, 4), norm=norm)]
+)
+def test_a_layer_is_built_in_a_fake_tensor_mode(make, norm):
+    with torch._subclasses.FakeTensorMode():
+        layer = make(3, 4, norm=norm)
+        shape = (2, 3) if isinstance(layer, an.LSTMCell) else (5, 2, 3)
+        assert layer(torch.randn(shape))[0].shape == (*shape[:-1], 4)
