@@ -344,6 +344,7 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"axes": {"train.lr": [0.1]}}, "threads; did you mean 'train.optimizer.lr'?"),
         ({"train": {"steps": 8, "batch_size": 5, "eval_every": 3, "patience": 4}}, "train.patience: got 4; expected at most 3, the number of validations"),  # noqa: E501
         ({"endpoint": "tail", "train": {"steps": 4, "batch_size": 5}}, "endpoint: got the last 5 validations for adding; expected at most 4, the number of validations"),  # noqa: E501
+        ({"endpoint": "tail", "train": {"steps": 8, "batch_size": 5, "eval_every": 1, "patience": 3}}, "endpoint: got the last 5 validations for adding; expected at most 4, after which train.patience may end a trial"),  # noqa: E501
         ({"endpoint": {"adding": {"measure": "tail", "validations": 99}}}, "endpoint.adding: got the last 99 validations for adding; expected at most 4"),  # noqa: E501
         ({"endpoint": {"measure": "tail", "validations": 2}, "axes": {"train.eval_every": [1, 9]}}, "endpoint: got the last 2 validations for adding; expected at most 1"),  # noqa: E501
         ({"endpoint": {"measure": "final", "validations": 3}}, "endpoint.validations: got 3; expected no value, since final averages no validations"),  # noqa: E501

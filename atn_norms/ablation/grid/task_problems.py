@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,11 +61,14 @@ def _not_tunable(study: StudySpec) -> Iterator[Problem]:
 def _too_many_validations(study: StudySpec) -> Iterator[Problem]:
     """Yield a problem for each point with fewer validations than the endpoint of its task averages."""
     for point in study.points():
-        name, most = point.labels["task"], point.train.validations
-        endpoint = _endpoint(study, name)
-        if endpoint.measure == "tail" and endpoint.validations > most and not is_function(point.task):
+        name, patience = point.labels["task"], point.train.patience
+        limits = [] if is_function(point.task) else [(point.train.validations, "the number of validations")]
+        if patience is not None:  # the first validation is the best so far
+            limits.append((patience + 1, "after which train.patience may end a trial"))
+        endpoint, (most, why) = _endpoint(study, name), min(limits, default=(math.inf, ""))
+        if endpoint.measure == "tail" and endpoint.validations > most:
             got = f"got the last {plural(endpoint.validations, 'validation')} for {name}"
-            yield Problem(_path(study, "endpoint", name), f"{got}; expected at most {most}, the number of validations")
+            yield Problem(_path(study, "endpoint", name), f"{got}; expected at most {most}, {why}")
 
 
 def _path(study: StudySpec, option: str, task: str) -> tuple[str, ...]:
