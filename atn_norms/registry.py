@@ -148,17 +148,8 @@ class Registry:
         if entries:
             raise SpecError.of([Problem(detail=disputed(family, kind, entries), code="disputed_kind")])
         problem = unknown(family, kind, [*self.kinds(family), *besides])
-        raise SpecError.of([replace(problem, detail=self.cure(family, problem.nearest), code="unknown_kind")])
-
-    def cure(self, family: str, nearest: str | None = None, how: str = "") -> str:
-        """Return what to do about an unknown kind, which a plugin that failed to load may have.
-
-        `how` shows how to install the package of a kind; with a `nearest` kind, it is more likely misspelt.
-        """
-        failed = [each.name for each in self.load() or () if each.status == "failed"]
-        if failed:
-            return f"Plugins that failed to load: {', '.join(failed)}; `atn-norms plugins` has the reasons."
-        return "" if nearest else f"Install the package that has the {family}{how}."
+        detail = cure_of_unknown(self, family, misspelt=bool(problem.nearest))
+        raise SpecError.of([replace(problem, detail=detail, code="unknown_kind")])
 
     def kinds(self, family: str) -> dict[str, Entry]:
         """Return the usable kinds of a family, in alphabetical order."""
@@ -215,6 +206,17 @@ def disputed(family: str, kind: str, entries: Iterable[Entry]) -> str:
     sources = " and ".join(f"{source} ({' and '.join(classes)})" for source, classes in claims.items())
     cure = "uninstall one, or block its plugin" if len(claims) > 1 else "register only one of them"
     return f"{family} {kind!r} is claimed by {sources}, so it is unusable; {cure}"
+
+
+def cure_of_unknown(source: Registry, family: str, how: str = "", misspelt: bool = False) -> str:
+    """Return what to do about an unknown kind, which a plugin that failed to load may have.
+
+    `how` shows how to install a package. A kind that is probably `misspelt` needs no package.
+    """
+    failed = [each.name for each in source.load() or () if each.status == "failed"]
+    if failed:
+        return f"Plugins that failed to load: {', '.join(failed)}; `atn-norms plugins` has the reasons."
+    return "" if misspelt else f"Install the package that has the {family}{how}."
 
 
 def _identity(entry: Entry) -> tuple[str, str, str]:

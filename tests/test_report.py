@@ -706,10 +706,10 @@ def test_a_report_is_small_enough_to_keep_beside_the_code(tmp_path):
 
 
 def test_the_strip_plot_of_logarithms_names_the_geometric_mean(tmp_path):
-    for spread, mean in (("additive", "Bar: mean of"), ("multiplicative", "Bar: geometric mean of")):
-        facts = TaskFacts(METRIC, spread=spread)
-        report.write(grid(WINDOWED, ends, seeds=2, baseline=NONE, facts=facts), tmp_path / spread)
-        picture = (tmp_path / spread / "strip-adding.svg").read_text(encoding="utf-8")
+    logarithmic = TaskFacts(METRIC, spread="multiplicative")
+    for facts, mean in ((TaskFacts(METRIC), "Bar: mean of"), (logarithmic, "Bar: geometric mean of")):
+        report.write(grid(WINDOWED, ends, seeds=2, baseline=NONE, facts=facts), tmp_path / facts.spread)
+        picture = (tmp_path / facts.spread / "strip-adding.svg").read_text(encoding="utf-8")
         assert f"{mean} the finished seeds." in picture
 
 

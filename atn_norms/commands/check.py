@@ -97,7 +97,7 @@ def _family(kind: str, family: str | None) -> str:
     Errors: `SpecError` for an unknown kind, and for a kind of several families where `family` is None.
     """
     from atn_norms.backends.base import known
-    from atn_norms.registry import FAMILIES, registry
+    from atn_norms.registry import FAMILIES, cure_of_unknown, registry
 
     families = (*FAMILIES, BACKEND)
     if family is not None and family not in families:
@@ -111,7 +111,7 @@ def _family(kind: str, family: str | None) -> str:
         raise SpecError("KIND", f"{FUNCTION!r}, the task of a function", "a kind with conformance tests", detail=detail)
     if not having:
         choices = sorted({each for name, names in kinds.items() if family in (None, name) for each in names})
-        cure = registry.cure("kind", how=", such as pip install -e FOLDER")
+        cure = cure_of_unknown(registry, "kind", ", such as pip install -e FOLDER")
         raise SpecError.of([replace(unknown(family or "kind", kind, choices), detail=cure)])
     return having[0]
 
