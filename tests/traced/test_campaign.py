@@ -64,7 +64,7 @@ cells = st.sampled_from(["lstm", "gru", "tanh"])
 
 
 @given(st.integers(0, 2**20), cells, st.data())
-@settings(max_examples=25)
+@settings(max_examples=40)
 def test_a_few_random_normalizers(norm, cell, data):
     compare_backends(data.draw(pairs(norm, cell)))
 
@@ -93,7 +93,7 @@ def test_many_random_normalizers(part, record_property):
 def test_random_normalizers_are_native():
     """The campaign compares the kernels, not the reference with itself."""
     assert CELLS
-    norms = [an.RNN(2, HIDDEN, norm=RandomSpec(seed=seed), dtype=torch.float64) for seed in range(30)]
+    norms = [an.RNN(2, HIDDEN, norm=RandomSpec(seed=seed), dtype=torch.float64) for seed in range(60)]
     assert [reason for reason in map(an.explain, norms) if "backend 'native'" not in reason] == []
 
 

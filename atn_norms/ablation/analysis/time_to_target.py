@@ -20,7 +20,7 @@ class Level:
     | field   | meaning                                                                                     |
     |---------|---------------------------------------------------------------------------------------------|
     | `value` | the level, in the unit of the metric; None if the task has no level                         |
-    | `limit` | the fewest steps of any trial of the task (`_steps`); later steps are ignored               |
+    | `limit` | the fewest steps of any trial of the task: taken, or planned if it stopped early or trains  |
     | `given` | True if the study or the caller sets the level                                              |
     | `why`   | the origin of the level, or the reason why there is none, as the end of a sentence          |
     """
