@@ -82,6 +82,7 @@ class StreamingStep(nn.Module):
         return [torch.zeros_like(leaf) for leaf in tree_leaves(self._state)]
 
     def forward(self, frame: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Return the output for one frame, then the leaves of the next state."""
         if len(state) != self._leaves:
             raise ValueError(mismatch("state", plural(len(state), "tensor"), f"{self._leaves}: call `initial()`"))
         leaves, after = iter(state), []

@@ -70,6 +70,7 @@ class Model(nn.Module):
         return self.layer.unroll(self.encoder(inputs), state, lengths)
 
     def forward(self, inputs: Tensor, state: Tree | None = None) -> tuple[Tensor, Tree]:
+        """Return the predictions of the read-out, and the next state."""
         y, state = self.features(inputs, state)
         return self.readout(y), state
 
