@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import atn_norms
-from atn_norms.ablation import StudySpec, create
+from atn_norms.ablation import StudySpec, create, load
 from atn_norms.ablation.grid import presets
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.cli import COMMANDS, _sentence, main
@@ -719,6 +719,18 @@ def test_a_closed_pipe_is_no_error():
     error = listing.stderr.read()
     assert listing.wait(PATIENCE) == 0
     assert error == ""
+
+
+def test_a_study_outlives_the_reader_of_its_output(folder):
+    study = program("ablate", "study.yaml", "--workers", "0", "--out", "here")
+    assert study.stdout is not None
+    assert study.stderr is not None
+    study.stdout.close()
+    error = study.stderr.read()
+    assert study.wait(PATIENCE) == 0
+    assert error.count("standard output was closed; the run continues") == 1
+    assert load("here").counts()["done"] == 3
+    assert Path("here/report/report.html").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")

@@ -87,6 +87,8 @@ def test_every_reported_step_counts_where_the_study_sets_no_steps(tmp_path, caps
     assert "1 of 1" not in capsys.readouterr().out
     page = report.write(report.findings(record), tmp_path / "report")[0].read_text(encoding="utf-8")
     assert "test accuracy" in page and "test test" not in page
+    rows = [*csv.DictReader((tmp_path / "report" / "results.csv").open(encoding="utf-8"))]
+    assert [(row["step"], row["steps"]) for row in rows] == [("7", "")] * len(rows)
 
 
 def test_integers_of_numpy_are_steps(tmp_path):

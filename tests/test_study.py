@@ -47,6 +47,21 @@ def test_the_built_in_study_has_the_expected_trials():
     assert sum(len(trial.points) for trial in study.trials) == 2 * 12 * 2
 
 
+@pytest.mark.parametrize(
+    ("model", "axes", "trials"),
+    [
+        ({"cell": "lstm"}, {"placement.gates": ["joint", "per_gate"]}, 1),
+        ({"cell": "lstm"}, {"placement.sum": ["separate", "joint"], "norm": ["none", "layer"]}, 3),
+        ({"cell": "lstm", "norm": {"sites": {"c": "layer"}}}, {"placement.gates": ["joint", "per_gate"]}, 1),
+        ({"cell": "rnn", "norm": "layer"}, {"placement.gates": ["joint", "per_gate"]}, 1),
+        ({"cell": "rnn", "norm": "layer"}, {"placement.sum": ["separate", "joint"]}, 2),
+        ({"cell": "gru", "norm": "layer"}, {"placement.gates": ["joint", "per_gate"]}, 2),
+    ],
+)
+def test_placements_that_change_nothing_are_one_trial(model, axes, trials):
+    assert len(plan(model={"hidden_size": 4, **model}, axes=axes, baseline={}).trials) == trials
+
+
 def test_every_default_of_a_trial_is_filled_in():
     (trial,) = plan(train={"steps": 200}, task=SMALL["task"] | {"train": 50}).trials
     assert trial.trial["train"] == {

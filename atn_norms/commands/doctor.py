@@ -20,9 +20,16 @@ EXTRAS = {
     "ablation": {
         "distributed": "studies on several processes or a cluster",
         "cryptography": "encrypted connections between local processes",
+        "jinja2": "the page of a report",
         "matplotlib": "pictures in a report",
+        "safetensors": "saved models",
     },
     "data": {"pyarrow": "tasks that read CSV and Parquet files", "numpy": "sequences in .npy files"},
+    "export": {
+        "onnx": "export to ONNX",
+        "onnxscript": "export to ONNX",
+        "onnxruntime": "a check of exported ONNX files",
+    },
     "testing": {"hypothesis": "conformance tests"},
 }
 
@@ -60,7 +67,7 @@ def _python() -> Check:
 
 def _core() -> list[Check]:
     checks = []
-    for name in ("atn-norms", "torch", "pydantic", "pluggy", "typer", "rich", "ruamel.yaml"):
+    for name in ("atn-norms", "torch", "pydantic", "pluggy", "packaging", "regex", "typer", "rich", "ruamel.yaml"):
         try:
             checks.append(Check(name, "ok", importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

@@ -20,6 +20,7 @@ class _Results:
     """Stream of the results; None outside a command, which selects `sys.stdout`."""
 
     stream: TextIO | None = None
+    outlives: bool = False  # set by `outliving_readers`
 
 
 def results() -> TextIO:
@@ -30,14 +31,31 @@ def results() -> TextIO:
 def emit(text: str = "", *, end: str = "\n", error: bool = False) -> None:
     """Print a text to the results, or to standard error, and flush it."""
     stream = sys.stderr if error else results()
-    if stream is not None:
+    if stream is None:
+        return
+    try:
         print(escape_controls(text), end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        if error or not _Results.outlives:
+            raise
+        discard_results()
+        emit("standard output was closed; the run continues", error=True)
+
+
+@contextlib.contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Continue, with a message, where the reader of the results ends early, such as `head` or `less`."""
+    before, _Results.outlives = _Results.outlives, True
+    try:
+        yield
+    finally:
+        _Results.outlives = before
 
 
 def discard_results() -> None:
     """Redirect standard output to nowhere: what its buffer still holds would raise again when Python closes it."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results().fileno())
 
 
 def unwritable_results() -> Exception | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atn_norms.commands.console import Json, all_at_home, at_home, print_json, print_table
-from atn_norms.commands.output import emit
+from atn_norms.commands.output import emit, outliving_readers
 from atn_norms.commands.signals import exit_code, handle
 from atn_norms.errors import SpecError, not_installed, plural, short_repr
 
@@ -255,7 +255,7 @@ def _name_of(file: Path) -> str:
 
 
 def _run(folder: Path, workers: int, scheduler: str | None, as_json: bool) -> None:
-    with _resumable(_resumption(folder, workers, scheduler)):
+    with _resumable(_resumption(folder, workers, scheduler)), outliving_readers():
         from atn_norms.ablation import run
         from atn_norms.ablation.execution.remaining import RemainingTime
         from atn_norms.commands.progress import live_progress

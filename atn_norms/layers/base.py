@@ -31,11 +31,12 @@ class CellHost(nn.Module):
     registered as `window_<site>` with the same suffix.
     """
 
+    spec: LayerSpec
     _fixed: frozenset[str] = frozenset()  # options that cannot be assigned
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self._take_options(spec)
         self.cell: Cell = spec.equations()
         self._fixed = _FIXED | type(spec.cell).model_fields.keys() - {"kind"}
         windows = {site: spec.window_at(site).build() for site in self.cell.sites}
@@ -128,6 +129,9 @@ class CellHost(nn.Module):
             for hook in self._forward_pre_hooks.values():
                 if isinstance(hook, _RECOMPUTE_WEIGHTS):
                     hook(self, ())
+
+    def _take_options(self, spec: LayerSpec) -> None:
+        self.__dict__["spec"] = spec  # an assignment is an error
 
     def _initialize(self, name: str, parameter: Tensor) -> None:
         if self.spec.init == "torch":
@@ -236,7 +240,7 @@ def torch_options(spec: LayerSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in shared} | own
 
 
-_FIXED = frozenset(LayerSpec.model_fields) - {"batch_first", "dropout"} | {"nonlinearity", "proj_size"}
+_FIXED = frozenset(LayerSpec.model_fields) - {"batch_first", "dropout"} | {"nonlinearity", "proj_size", "spec"}
 _CURES = {
     "backend": "Use atn_norms.with_backend for a copy",
     "cell": "Use another name for a cell state",

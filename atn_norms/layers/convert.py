@@ -162,7 +162,7 @@ def with_backend(model: nn.Module, backend: str) -> nn.Module:
     copied = copy.deepcopy(model)
     for module in copied.modules():
         if isinstance(module, Recurrent):
-            module.spec = make_layer_spec(**dict(module.spec) | {"backend": backend})
+            module._take_options(make_layer_spec(**dict(module.spec) | {"backend": backend}))
             explain(module)
     return copied
 

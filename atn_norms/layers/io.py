@@ -300,7 +300,7 @@ def _built(file: Path, description: Mapping[str, Any], tensors: dict[str, Tensor
     if description["structure"] is None:
         name = description["class"].rpartition(".")[2]
         got = f"{_foreign(description)}, whose code is not in the file"
-        expected = f"a fresh one as the second argument: load({str(file)!r}, {name}(...))"
+        expected = f"a new model as the second argument: load({str(file)!r}, {name}(...))"
         raise _error(file, got, expected)
     with torch.random.fork_rng(devices=[]):
         if (shapes := _without_memory(description["structure"])) is not None:

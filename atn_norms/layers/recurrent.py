@@ -379,7 +379,7 @@ class Recurrent(CellHost):
         return twin
 
     def _set_option(self, name: str, value: Any) -> None:
-        self.spec = make_layer_spec(**dict(self.spec) | {name: value})
+        self._take_options(make_layer_spec(**dict(self.spec) | {name: value}))
         self._prepare_twin()
 
     def __getstate__(self) -> dict[str, Any]:

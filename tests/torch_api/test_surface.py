@@ -150,7 +150,7 @@ def test_a_norm_without_gain_or_shift_is_the_same_on_every_backend(norm, name):
 @every_layer
 def test_options_that_cannot_be_assigned_raise(cell, norm):
     layer = CELLS[cell](3, 4, norm=norm)
-    names = {*LayerSpec.model_fields, "nonlinearity", "proj_size"} - {"dropout", "batch_first"}
+    names = {*LayerSpec.model_fields, "nonlinearity", "proj_size", "spec"} - {"dropout", "batch_first"}
     for name in names:
         with pytest.raises(
             AttributeError, match=rf"\.{name}: got 5; expected no assignment, since .*(new layer|copy|another name)"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atn_norms.ablation.execution.events import Event
-from atn_norms.ablation.grid.functions import UNKNOWN_STEPS, is_function
+from atn_norms.ablation.grid.functions import UNKNOWN_STEPS, declared_steps, is_function
 from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import TrialRecord
 
@@ -76,7 +76,7 @@ class RemainingTime:
         self._workers, self._most = workers, 0
         self._arms = {trial.id: arm(trial.trial) for trial in left}
         self._begun = {trial.id: trial.step for trial in left}
-        self._steps = {trial.id: _declared_steps(trial.trial) for trial in left}
+        self._steps = {trial.id: declared_steps(trial.trial) for trial in left}
         self._costs = costs if costs is not None else {each.id: _steps_or_one(each.trial) for each in left}
         self._waiting = dict.fromkeys(self._arms)  # in the order in which they start
         self._running: dict[str, bool] = {}  # trial -> whether another process trains it
@@ -159,12 +159,6 @@ class RemainingTime:
         if not shares:
             return declared
         return max(1.0, (declared or UNKNOWN_STEPS) * sum(shares) / len(shares))
-
-
-def _declared_steps(trial: Mapping[str, Any]) -> float | None:
-    """Return the steps of a trial; None for a function whose study does not set them."""
-    steps = trial["train"]["steps"]
-    return None if is_function(trial["task"]) and steps == UNKNOWN_STEPS else steps
 
 
 def _steps_or_one(trial: Mapping[str, Any]) -> float:

@@ -96,6 +96,12 @@ def shorthand(value: Any) -> Any:
     return FunctionSpec.model_validate(dict(value)) if is_function(value) else value
 
 
+def declared_steps(trial: Mapping[str, Any]) -> int | None:
+    """Return the steps of a trial; None for a function whose study does not set them."""
+    steps: int = trial["train"]["steps"]
+    return None if is_function(trial["task"]) and steps == UNKNOWN_STEPS else steps
+
+
 def is_function(task: Any) -> bool:
     """Check whether a task, as written in a file or in a trial, is a function."""
     return task == KIND or isinstance(task, FunctionSpec) or (isinstance(task, Mapping) and task.get("kind") == KIND)

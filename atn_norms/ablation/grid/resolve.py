@@ -99,8 +99,8 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if is_function(data["task"]):
         return _resolve_function(data, axes)
     model = data["model"]
-    varied = {axis_path(name)[:2] for name in axes} & {("model", "norm"), ("model", "window")}
-    if varied and not has_norm(model.get("norm")):
+    varied = {path[1] for path in map(axis_path, axes) if path[0] == "model" and len(path) > 1}
+    if varied & {"norm", "window"} and not has_norm(model.get("norm")):
         model.pop("window", None)  # without an axis of norms or windows it is an error, as in a layer
     for option, why in THE_TASKS.items():
         if model.get(option, False) is not False:
@@ -108,6 +108,9 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
     if "window" in model and "model" in parts and not parts["model"].has_statistics:
         model.pop("window")  # stateless normalizers: every window is one trial
+        check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+    if "placement" in varied and "model" in parts:
+        model["placement"] = _effective_placement(parts["model"])
         check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
     problems[:] = map(_without_the_tasks, problems)
     check("task", TASK.validate_python)
@@ -121,6 +124,16 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if not problems and (reason := parts["task"].unsupported_reason(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts
+
+
+def _effective_placement(layer: LayerSpec) -> dict[str, Any]:
+    """Return a layer's placement without the options that change nothing, so that equal layers are one trial."""
+    cell = layer.equations()
+    normed = [site for site in cell.sites if layer.norm_at(site) is not None]
+    placement = layer.placement.model_dump() if normed else {}
+    if all(cell.gates_at(site) == 1 for site in normed):
+        placement.pop("gates", None)
+    return placement
 
 
 def _without_effect(train: TrainSpec) -> list[Problem]:

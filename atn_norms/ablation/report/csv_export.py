@@ -11,6 +11,7 @@ from typing import Any
 from atn_norms.ablation.analysis.comparison import Difference, outcome
 from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import Interval
+from atn_norms.ablation.grid.functions import declared_steps
 from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.names import called_baseline, labels, verdict
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
@@ -55,7 +56,8 @@ def results_csv(found: Findings) -> str:
         line += [trial.seed, outcome(record, trial), metric]
         line += [_metric(trial, split, metric) for split in ("test", "validation")]
         line += [_metrics(record, trial).get(key, "") for key in extra]
-        line += [(trial.result or {}).get("step", ""), trial.trial["train"]["steps"], scored_step(record, trial)]
+        steps = declared_steps(trial.trial)
+        line += [(trial.result or {}).get("step", ""), "" if steps is None else steps, scored_step(record, trial)]
         line += [task.level.value, task.level.limit] if task and task.speed else ["", ""]
         line += [reached.get(trial.id, ""), run.get("seconds", ""), run.get("attempts", ""), run.get("host", "")]
         lines.append([*line, reason(record, trial), short[trial.id]])
