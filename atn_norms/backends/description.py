@@ -142,8 +142,7 @@ def _site_plan(
         return _traced_plan(site, features, declared, pooled, affine)
     eps = each_eps(declared)
     if isinstance(declared, FeatureMoments):
-        leaf = declared.shape or (declared.groups,)
-        return _plan(site, features, declared.groups, declared.centred, eps, pooled, affine, leaf)
+        return _plan(site, features, declared.groups, declared.centred, eps, pooled, affine, declared.leaf)
     kind = BATCH if declared.measured else POPULATIONS if declared.per_step else POPULATION
     leaf = declared.shape or (features,)
     return _plan(site, features, cell.gates_at(site), True, eps, pooled, affine, leaf, kind)

@@ -173,10 +173,11 @@ class Cell(ABC):
             expected = ", ".join(str(list(shape)) for shape in shapes)
             got = f"carried tensors {describe_structure(carried)}"
             raise ValueError(mismatch(name, got, f"({expected}) for a batch of {batch}"))
+        dtype, device = like.dtype, like.device
         for c in carried:
-            mixed = c.dtype != like.dtype and not autocasts(like.device.type)
-            if mixed or c.device != like.device:
-                expected = f"the layer's {like.dtype} on {like.device}"
+            mixed = c.dtype != dtype and not autocasts(device.type)
+            if mixed or c.device != device:
+                expected = f"the layer's {dtype} on {device}"
                 raise ValueError(mismatch(name, f"{c.dtype} on {c.device}", expected))
 
     def check_state(self, weights: CellWeights, state: Tree, batch: int) -> None:

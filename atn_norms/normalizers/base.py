@@ -209,7 +209,7 @@ class BatchMoments:
 
 def _check_declared(name: str, eps: object, shape: tuple[int, ...], elements: int | None) -> None:
     each = eps if isinstance(eps, tuple) and eps else (eps,)  # an empty tuple is no number
-    if not all(isinstance(number, int | float) and 0 <= number < float("inf") for number in each):
+    if False in [isinstance(number, (int, float)) and 0 <= number < math.inf for number in each]:
         expected = "a finite number of at least 0, or a tuple of such numbers"
         raise ValueError(mismatch(f"{name}.eps", repr(eps), expected))
     if elements is not None and elements % len(each):
@@ -248,7 +248,7 @@ def _declares(normalizer: Normalizer, declaration: str) -> bool:
         attributes = base.__dict__
         if declaration in attributes:
             methods = attributes.get("_defined", {})
-            return all(attributes.get(name) is method for name, method in methods.items())  # none was replaced
+            return False not in [attributes.get(name) is method for name, method in methods.items()]
         if "measure" in attributes or "normalize" in attributes or "population" in attributes:
             return False
     return False

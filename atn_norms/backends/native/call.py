@@ -54,10 +54,11 @@ class Kernels:
         layout, inputs, _ = fitted
         old, new = inputs.states if states else [], layout.dstates if states and not inputs.states else []
         results = _results(inputs, old, [*new, *layout.pooled_shapes])
-        kept = _kept(inputs, layout.kept if keep else layout.kept[-1:])
+        kept = _kept(inputs, layout.kept) if keep else []
         skipped = [] if states else [None] * len(layout.dstates)
-        _run(fitted, layout.forward, [*results[:3], *skipped, *results[3:], *kept[:-1]], kept[-1], False)
-        return results, kept if keep else []
+        *values, timelines = kept or [None]
+        _run(fitted, layout.forward, [*results[:3], *skipped, *results[3:], *values], timelines, False)
+        return results, kept
 
     def backward(
         self, fitted: Fitted, grads: Grads, ys: Tensor, kept: Sequence[Tensor], wants_xs: bool
@@ -77,10 +78,12 @@ class Kernels:
         return [*found, dh, dc, weight_hr, *daffine, *dbefore]
 
 
-def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelines: Tensor, backward: bool) -> None:
+def _run(
+    fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelines: Tensor | None, backward: bool
+) -> None:
     """Run a call; `words` are those of the timelines, of the inputs and of these contiguous tensors.
 
-    The address of None and of an empty tensor is NULL.
+    The address of None and of an empty tensor is NULL. Without timelines the kernels have their own.
     """
     library = load()
     if isinstance(library, str):
@@ -92,9 +95,9 @@ def _run(fitted: Fitted, words: bytes, tensors: Sequence[Tensor | None], timelin
         absent = [tensor for tensor, address in zip(given, addresses, strict=True) if not address]
         if [tensor for tensor in absent if tensor is not None and tensor.numel()]:
             raise RuntimeError("tensor: got a storage that was freed; expected one with memory")
-    start = timelines.data_ptr()
-    addresses = [*[start + offset for offset in layout.offsets], *addresses]
-    library.run(layout.structure, words, addresses, backward, inputs.xs.dtype == DOUBLE)
+    start = 0 if timelines is None else timelines.data_ptr()
+    lines = [start + offset for offset in layout.offsets] if start else [0] * len(layout.offsets)
+    library.run(layout.structure, words, [*lines, *addresses], backward, inputs.xs.dtype == DOUBLE)
 
 
 def _results(inputs: Inputs, states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

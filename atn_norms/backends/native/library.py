@@ -19,7 +19,7 @@ import torch
 
 from atn_norms.backends.traced.program import ROWS, Program
 
-INTERFACE = 10
+INTERFACE = 11
 SITES = 3
 MOST_THREADS = 256  # the work space of a kernel grows with the number of threads
 

@@ -12,7 +12,7 @@
 
 #include "blocks.h"
 
-#define INTERFACE 10
+#define INTERFACE 11
 
 static int32_t cap = 2;
 static volatile int forked = 0;

@@ -39,7 +39,8 @@ typedef struct {
     /* Of NORM_POPULATION [populations, 2 F]: means, then variances. Of NORM_BATCH [T, 2 F + 1]: the pooled moments and the weight
        of the window, written by the forward pass. */
     double *population;
-    double *timeline;       /* [atn_norms_timeline(...)] every statistic of the sequence; forward writes it, backward reads it */
+    double *timeline;       /* [atn_norms_timeline(...)] every statistic of the sequence; forward writes it, backward reads it;
+                               NULL: not kept (forward only) */
     /* Of NORM_TRACED: its four programs; the number of equal parts of the features, on which they run in turn; the number of
        parameters of a part (gain holds those of all parts, dgain their gradients); true if the statistic is a mean and a
        variance. groups is the number of elements of a row's statistic, 0 without a statistic. */

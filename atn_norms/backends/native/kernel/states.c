@@ -124,7 +124,7 @@ static int64_t hidden(const Work *work, const SiteBuffers *first) {
     return seen;
 }
 
-static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
+static void set_sizes(const Work *work, SiteBuffers *line, const Site *site) {
     line->norm = site->norm;
     line->window = site->window;
     line->features = site->features;
@@ -139,9 +139,13 @@ static void lay_out(const Work *work, SiteBuffers *line, const Site *site) {
     line->detached = site->detached != 0;
     line->gain = site->gain;
     line->shift = site->shift;
-    const int64_t own = (site->prefix + work->steps) * line->lanes, pooled = (work->steps + 1) * line->lanes;
-    line->weight = site->timeline;
-    line->mean = line->weight + site->prefix * line->lanes;
+}
+
+/* Set the addresses of the first block in a timeline. */
+static void lay_out(SiteBuffers *line, double *timeline, int64_t steps) {
+    const int64_t own = (line->prefix + steps) * line->lanes, pooled = (steps + 1) * line->lanes;
+    line->weight = timeline;
+    line->mean = line->weight + line->prefix * line->lanes;
     line->var = line->mean + own;
     line->mu = line->var + own;
     line->v = line->mu + pooled;
@@ -247,7 +251,7 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
         const Site *site = call->site + s;
         SiteBuffers *line = work->site + s;
         if (site->norm == NORM_NONE) continue;
-        lay_out(work, line, site);
+        set_sizes(work, line, site);
         if (site->norm == NORM_TRACED) {
             if (load_programs(line, site, is_double)) {
                 atn_norms_end(work, -1, 0);
@@ -257,20 +261,24 @@ int atn_norms_begin(Work *work, const Call *call, int backward, int is_double) {
             if (room > work->program_doubles) work->program_doubles = room;
         }
         const int64_t blocks = line->blocks, own = (line->prefix + call->steps) * line->lanes, pooled = (call->steps + 1) * line->lanes;
+        const int64_t statistics = blocks * timeline_doubles(line->prefix, call->steps, line->lanes);
+        const int64_t around = site->timeline ? 0 : statistics; /* at the start of the room */
         double *room = backward ? calloc((size_t)(blocks * backward_doubles(line, call->steps) + 1), sizeof(double))
-                                : malloc((size_t)(blocks * forward_doubles(line) + 1) * sizeof(double));
+                                : malloc((size_t)(around + blocks * forward_doubles(line) + 1) * sizeof(double));
         line->room = room;
         if (!room) {
             atn_norms_end(work, -1, 0);
             return 1;
         }
+        lay_out(line, site->timeline ? site->timeline : room, call->steps);
+        room += around;
         if (!backward) {
             line->late = room;
             line->run = room + 3 * line->prefix * line->lanes;
             line->eps = line->run + 3 * line->lanes;
             /* Saved numbers are deterministic, even unused ones. */
             if (call->recurrent && (site->norm == NORM_POPULATION || (is_coupled(site->norm) && work->live < call->steps)))
-                memset(site->timeline, 0, (size_t)(blocks * timeline_doubles(line->prefix, call->steps, line->lanes)) * sizeof(double));
+                memset(line->weight, 0, (size_t)statistics * sizeof(double));
             load_state(work, line, site);
         } else
             line->dmean = room;
