@@ -353,12 +353,15 @@ def _merged(problems: Sequence[Problem]) -> Problem:
 
 
 def _inside(path: Keys, data: Any) -> Keys:
-    for length, step in enumerate(path):
+    """Return the steps of a path that are keys of the data; the others are labels of branches of a union."""
+    keys: Keys = ()
+    for step in path:
         try:
             data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]  # pyright: ignore
         except (KeyError, IndexError, TypeError):
-            return path[:length]
-    return path
+            continue
+        keys += (step,)
+    return keys
 
 
 def _of_line(line: Any) -> Sequence[Problem]:

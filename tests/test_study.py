@@ -274,6 +274,15 @@ def _seeded(planned):
 def test_two_tasks_of_a_kind_have_different_names():
     study = plan(task=None, tasks=[{"kind": "adding", "length": 4}, {"kind": "adding", "length": 5}])
     assert list(study.tasks) == ["adding(length=4)", "adding(length=5)"]
+    named = {"short": {"kind": "adding", "length": 4}, "long": {"kind": "adding", "length": 5}}
+    same = plan(task=None, tasks=named, margin={"long": 2.0}, reach={"short": 0.1})
+    assert list(same.tasks) == ["short", "long"]
+    assert [trial.id for trial in same.trials] == [trial.id for trial in study.trials]
+    assert StudySpec.model_validate(same.study).tasks == named
+    wider = plan(task=None, tasks={**named, "middle": {"kind": "adding", "length": 6}})
+    assert not wider.lacks(same.resolved()) and same.lacks(wider.resolved()) == 1
+    (change,) = same.changes(wider.resolved())
+    assert change.path == ("tasks",) and "'length': 6" in change.expected
 
 
 @pytest.mark.parametrize(
@@ -300,6 +309,14 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"task": "addding"}, "task: got unknown task 'addding'; expected one of adding, charlm, copying, denoise, "),
         ({"task": None}, "task: got neither `task` nor `tasks`; expected one of them"),
         ({"tasks": ["adding"]}, "task: got both `task` and `tasks`; expected one of them"),
+        ({"task": None, "tasks": {}}, "task: got neither `task` nor `tasks`; expected one of them"),
+        ({"task": None, "tasks": 5}, "tasks: got 5; expected a list"),
+        ({"task": None, "tasks": ["adding", 5]}, "tasks[1]: got 5; expected text, or a mapping"),
+        ({"task": None, "tasks": {"one": "adding", "two": 5}}, "tasks.two: got 5; expected text, or a mapping"),
+        ({"task": None, "tasks": {"one": "adding", "two": {"kind": "adding"}}}, "tasks.two: got adding twice; "),
+        ({"task": None, "tasks": {"one": {"kind": "adding", "length": 1}}}, "tasks.one.length"),
+        ({"task": None, "tasks": {"a/b": "adding"}}, "tasks.a/b: got 'a/b'; expected 1 to 80 letters"),
+        ({"task": None, "tasks": {"one": "adding"}, "margin": {"adding": 2}}, "margin.adding: got no task of this study; expected one of one"),  # noqa: E501
         ({"task": None, "tasks": ["adding", {"kind": "adding", "length": 1}]}, "tasks[1].length"),
         ({"train": {"steps": True}}, "train.steps: got True; expected an integer"),
         ({"train": {"optimizer": "adm"}}, "train.optimizer: got unknown optimizer 'adm'"),

@@ -59,5 +59,6 @@ def _with_lists(study: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
     seeds = study.get("seeds")
     lists: dict[str, Any] = {"seeds": list(range(seeds)) if isinstance(seeds, int) else seeds}
     if study.get("tasks") or other.get("tasks"):
-        lists |= {"task": None, "tasks": study.get("tasks") or [study.get("task")]}
+        tasks = study.get("tasks") or [study.get("task")]
+        lists |= {"task": None, "tasks": list(tasks.values()) if isinstance(tasks, Mapping) else tasks}
     return {**study, **lists}

@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Discriminator,
     Field,
     GetJsonSchemaHandler,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -156,6 +158,27 @@ def _levels(reach: Any) -> Any:
     return reach
 
 
+def _task_names(tasks: Any) -> Any:
+    """Raise an error for each name of a task that is no name."""
+    problems = []
+    for name in tasks if isinstance(tasks, Mapping) else ():
+        try:
+            _name(name)
+        except ValueError as error:
+            problems.append(Problem((name,), str(error)))
+    if problems:
+        raise invalid("tasks", problems)
+    return tasks
+
+
+_Task = Annotated[str | dict[str, Any], BeforeValidator(plain), _Shown("task")]
+_Tasks = Annotated[
+    Annotated[tuple[_Task, ...], Tag("list")] | Annotated[dict[str, _Task], Tag("names")],
+    Discriminator(lambda tasks: "names" if isinstance(tasks, Mapping) else "list"),
+    AfterValidator(_task_names),
+]
+
+
 def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
     if isinstance(seeds, int):
         if seeds < 1:
@@ -239,6 +262,8 @@ class StudySpec(Options):
     or a mapping of task to endpoint. `margin` is the largest difference that does not matter: a number, or a mapping of
     task to number. It is a ratio above 1 where the task's spread is multiplicative. Neither changes a trial.
 
+    `tasks` is a list, or a mapping of name to task. Without a name a task is called by its kind.
+
     Errors: `pydantic.ValidationError` for every invalid point of the grid, located in the file.
 
     >>> study = StudySpec(model={"cell": "lstm", "hidden_size": 8}, task="adding", axes={"norm": ["none", "layer"]}, seeds=2)
@@ -249,7 +274,7 @@ class StudySpec(Options):
     name: Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{NAME}$"})] = "study"
     model: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("model")] = {}
     task: Annotated[str | dict[str, Any] | None, BeforeValidator(plain), _Shown("task")] = None
-    tasks: tuple[Annotated[str | dict[str, Any], BeforeValidator(plain), _Shown("task")], ...] | None = None
+    tasks: _Tasks | None = None
     train: Annotated[dict[str, Any], BeforeValidator(plain), _Shown("train")] = {}
     axes: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(plain), AfterValidator(_axes)] = {}
     seeds: Annotated[int | tuple[int, ...], AfterValidator(_seeds)] = 5
@@ -270,11 +295,10 @@ class StudySpec(Options):
             got = "got neither `task` nor `tasks`" if self.task is None else "got both `task` and `tasks`"
             raise invalid("study", [Problem(("task",), f"{got}; expected one of them")])
         tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
-        again = [i for i, each in enumerate(tasks) if each in tasks[:i]]
+        again = [self._task_list()[i] for i, each in enumerate(tasks) if each in tasks[:i]]
         if again:
-            names = {i: brief(label(self._task_list()[i][1])) for i in again}
-            same = [Problem(("tasks", i), f"got {name} twice; expected different tasks") for i, name in names.items()]
-            raise invalid("study", same)
+            twice = "got {} twice; expected different tasks".format
+            raise invalid("study", [Problem(path, twice(brief(label(task)))) for path, task in again])
         count = len(self._task_list())
         for values in (*self.axes.values(), *self.tune.values()):
             count *= len(values)
@@ -288,7 +312,7 @@ class StudySpec(Options):
         problems += [
             *axis_problems(self, self._task_list()),
             *self._baseline_problems(),
-            *task_problems(self, _task_labels([task for _, task in self._task_list()])),
+            *task_problems(self, self._task_labels()),
         ]
         if problems:
             raise invalid("study", self._once_an_axis(problems))
@@ -364,10 +388,19 @@ class StudySpec(Options):
     def _task_list(self) -> list[tuple[tuple[str | int, ...], Any]]:
         if self.task is not None:
             return [(("task",), self.task)]
-        return [(("tasks", i), task) for i, task in enumerate(self.tasks or ())]
+        named = self.tasks.items() if isinstance(self.tasks, Mapping) else enumerate(self.tasks or ())
+        return [(("tasks", key), task) for key, task in named]
+
+    def _task_labels(self) -> list[str]:
+        """Return the name of each task: by default its kind or function, with its options if a kind repeats."""
+        if isinstance(self.tasks, Mapping):
+            return list(self.tasks)
+        tasks = [task for _, task in self._task_list()]
+        kinds = [_kind(task) for task in tasks]
+        return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]
 
     def _points(self) -> Iterator[Point | list[Problem]]:
-        names = _task_labels([task for _, task in self._task_list()])
+        names = self._task_labels()
         options = [(section, name) for section in ("axes", "tune") for name in getattr(self, section)]
         choices = [list(enumerate(getattr(self, section)[name])) for section, name in options]
         for task_label, (task_path, task) in zip(names, self._task_list(), strict=True):
@@ -388,9 +421,3 @@ def _kind(task: Any) -> str:
     if isinstance(task, Mapping):
         return str(task.get("function", "train") if is_function(task) else task.get("kind"))
     return str(task)
-
-
-def _task_labels(tasks: list[Any]) -> list[str]:
-    """Label each task by its kind or its function's name, with its options where a kind appears twice."""
-    kinds = [_kind(task) for task in tasks]
-    return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]

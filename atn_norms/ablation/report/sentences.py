@@ -31,6 +31,7 @@ from atn_norms.ablation.report.names import (
     never,
     number,
 )
+from atn_norms.ablation.store.labels import label
 from atn_norms.ablation.store.records import Status, StudyRecord
 from atn_norms.errors import plural
 
@@ -42,7 +43,12 @@ _VERDICTS: tuple[Verdict, ...] = ("helps", "hurts", "no difference", "undecided"
 def question(record: StudyRecord) -> list[tuple[str, str]]:
     """Return the setup of the study as terms with their descriptions."""
     axes = [f"{leaf(axis)}: {', '.join(values)}" for axis, values in record.axes.items()]
-    tasks = [f"{task} ({facts.metric}, {lower(facts.goal)} is better)" for task, facts in record.tasks.items()]
+    given = record.study.get("tasks")
+    names = {task: f"{task}: {label(options)}" for task, options in given.items()} if isinstance(given, dict) else {}
+    tasks = [
+        f"{names.get(task, task)} ({facts.metric}, {lower(facts.goal)} is better)"
+        for task, facts in record.tasks.items()
+    ]
     seeds = len({trial.seed for trial in record.trials})
     found = [("Varied", "; ".join(axes) or "nothing: a single configuration"), ("Tasks", "; ".join(tasks))]
     for section in ("model", "train"):
