@@ -536,6 +536,8 @@ def test_invalid_settings_are_rejected(setting, message):
         ("norm", "model.norm_=1", False),
         ("task.length", "tasks=[{kind: adding}, {kind: adding, length: 77}]", True),
         ("task.length", "tasks=[{kind: adding}, copying]", False),
+        ("task.length", "tasks={one: {kind: adding, length: 77}}", True),
+        ("task.length", "tasks={length: {kind: adding}}", False),
         ("cell.kind", "model.cell=gru", True),
         ("train.optimizer.kind", "train={optimizer: adam}", True),
         ("norm", "axes.norm=[rms]", False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -120,8 +120,9 @@ def _refuse_overruled(data: dict[str, Any], settings: Sequence[Setting]) -> None
 
 def _of_a_task(given: Setting) -> tuple[Path, list[Any]]:
     """Return the path of a setting of `tasks` within one task, and the values that it sets there."""
-    every = len(given.path) == 1 and isinstance(given.value, list)
-    return ("task", *given.path[2:]), given.value if every else [given.value]
+    named = list(given.value.values()) if isinstance(given.value, Mapping) else given.value
+    every = len(given.path) == 1 and isinstance(named, list)
+    return ("task", *given.path[2:]), named if every else [given.value]
 
 
 def _assign(data: Any, given: Setting) -> None:
