@@ -40,10 +40,10 @@ def between(ours: list[float], theirs: list[float]) -> Difference:
 
 
 def test_differences_are_paired_by_seed():
-    ours, theirs = [1.0, 12.0, 103.0, 1004.0, 10005.0], [2.0, 13.0, 104.0, 1005.0, 10006.0]
+    ours, theirs = [0.0, 1.0, 12.0, 103.0, 1004.0, 10005.0], [1.0, 2.0, 13.0, 104.0, 1005.0, 10006.0]
     found = between(ours, theirs)
     assert (found.mean, found.interval) == (-1.0, Interval(-1.0, -1.0))  # unpaired, the spread would hide it
-    assert (found.improvement, found.pairs, found.verdict) == (1.0, 5, "helps")
+    assert (found.improvement, found.pairs, found.verdict) == (1.0, 6, "helps")
     assert between(theirs, ours).verdict == "hurts"
 
 
@@ -246,7 +246,7 @@ def test_all_ties_are_undecided():
 def test_an_accuracy_is_compared_by_the_larger():
     facts = TaskFacts("accuracy", {"the most common": 0.1}, "max")
     record = grid(
-        {"norm": ["none", "layer"]}, lambda p, s: {"none": 0.6, "layer": 0.9}[p["norm"]] + 0.01 * s,
+        {"norm": ["none", "layer"]}, lambda p, s: {"none": 0.6, "layer": 0.9 + 0.002 * s}[p["norm"]] + 0.01 * s,
         baseline={"norm": "none"}, facts=facts,
     )  # fmt: skip
     diverged = replace(record.trials[-1], status="diverged", result={"step": 3, "metrics": {}})
@@ -308,7 +308,7 @@ def test_a_trial_that_never_reaches_the_level_counts_with_all_steps_and_ties_wit
     assert never is not None
     assert soon is not None
     assert (never.mean, never.improvement, never.pairs, never.verdict) == (0.0, 0.5, 5, "undecided")
-    assert (soon.mean, soon.improvement, soon.pairs, soon.verdict) == (-20.0, 1.0, 5, "helps")
+    assert (soon.mean, soon.improvement, soon.pairs, soon.p) == (-20.0, 1.0, 5, 0.0625)
 
 
 def test_a_trial_that_reaches_the_level_at_the_last_step_is_ahead_of_one_that_never_does():
@@ -354,10 +354,10 @@ def test_seeds_without_the_level_on_both_sides_are_no_evidence_of_no_difference(
         measure = steps_to(record, "adding", level(record, "adding", 0.5))
         rows = compare_task(replace(record, trials=trials), "adding", measure).rows
         (against,) = [row.against for row in rows if row.against]
-        (found,) = decide([against], [1.0])
+        (found,) = decide([against], [50.0])
         assert (against.unreached, found.verdict) == (5 - reached, verdict)
         assert found.p_equivalence is not None and found.p_equivalence < 0.05
-    study = {"reach": 0.5, "endpoint": "steps", "margin": 1}
+    study = {"reach": 0.5, "endpoint": "steps", "margin": 50}
     words = caution(findings(replace(record, study={**record.study, **study})))
     assert "At layer, neither side reached the level at so many seeds that fewer than 5 are left." in words
 

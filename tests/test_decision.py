@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
 from atn_norms.ablation import StudySpec, make_plan
@@ -144,7 +145,9 @@ def test_one_result_at_every_seed_is_undecided(margin):
 
 
 def test_equal_scores_of_trials_with_different_curves_are_not_one_result():
-    record = grid({"norm": ["none", "layer"]}, lambda p, s: float(p["norm"] == "none"), baseline={"norm": "none"})
+    record = grid(
+        {"norm": ["none", "layer"]}, lambda p, s: float(p["norm"] == "none"), seeds=6, baseline={"norm": "none"}
+    )
     ((_, decision),) = findings(record).tasks[0].decided()
     assert (decision.verdict, decision.difference.ignores_seed) == ("helps", False)
 
@@ -273,7 +276,7 @@ def test_the_endpoint_of_a_task_is_set_by_the_study(endpoint, expected):
 def test_verdicts_use_the_primary_endpoint(measure):
     record = grid(
         {"norm": ["none", "layer"]}, lambda p, s: (0.1 if p["norm"] == "none" else 0.02) + 0.001 * s,
-        baseline={"norm": "none"},
+        seeds=6, baseline={"norm": "none"},
     )  # fmt: skip
     record = replace(record, study={**record.study, "endpoint": measure, "reach": 0.05})
     (task,) = findings(record).tasks
@@ -412,8 +415,40 @@ def test_an_invalid_analysis_is_rejected_with_its_path(options, message):
 
 
 def test_a_margin_of_steps_is_a_number_of_steps():
-    study = StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", reach=0.05, endpoint="steps", margin=0.5)
-    assert make_plan(study).study["margin"] == 0.5
+    options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "reach": 0.05, "endpoint": "steps"}
+    study = StudySpec(**options, train={"steps": 4, "eval_every": 2}, margin=2.5)
+    assert make_plan(study).study["margin"] == 2.5
+    for small in (0.5, 2):
+        problem = rf"margin\n  got {small} for adding, whose steps are known up to train\.eval_every, 2; expected"
+        with pytest.raises(ValidationError, match=problem):
+            StudySpec(**options, train={"steps": 4, "eval_every": 2}, margin=small)
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"), [(9, "undecided"), (10, "undecided"), (15, "undecided"), (25, "no difference")]
+)
+def test_no_difference_in_steps_allows_for_steps_without_a_validation(margin, verdict):
+    """Validations are 10 steps apart, and every seed reaches the level at the same validation or at a neighbour."""
+
+    def reached(point, seed):
+        return 20 + 10 * (seed % 3 - 1) * (point["norm"] == "layer")
+
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: 0.1 * s, seeds=8, baseline={"norm": "none"})
+    curves = [
+        [
+            {"step": n, "train_loss": 1.0, "validation": float(n < reached(t.points[0], t.seed))}
+            for n in range(10, 50, 10)
+        ]
+        for t in record.trials
+    ]
+    trials = tuple(replace(t, curve=curve) for t, curve in zip(record.trials, curves, strict=True))
+    study = {**record.study, "endpoint": "steps", "reach": 0.5, "margin": margin}
+    found = findings(replace(record, trials=trials, study=study))
+    ((_, decision),) = found.tasks[0].decided()
+    assert decision.verdict == verdict
+    assert (decision.margin is None) == (margin <= 10)
+    note = f" The margin, {margin} steps, is not tested, because validations are up to 10 steps apart."
+    assert (note in endpoint(found, found.tasks[0])) == (margin <= 10)
 
 
 def test_endpoint_and_margin_change_no_trial():

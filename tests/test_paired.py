@@ -184,9 +184,18 @@ def test_statistics_do_not_depend_on_the_unit(values, exponent):
 
 def test_constant_differences_give_a_point_interval():
     same = paired([-2.0] * 5)
-    assert (same.interval.low, same.interval.high, same.p, same.effect) == (-2.0, -2.0, 0.0, math.inf)
+    assert (same.interval.low, same.interval.high, same.p, same.effect) == (-2.0, -2.0, 0.0625, math.inf)
+    assert same.p == same.p_sign_flip, "without a spread only the signs count"
+    assert (same.p_equivalence(3.0), same.p_equivalence(1.0)) == (0.03125, 1.0)
     zero = paired([0.0] * 5)
-    assert (zero.p, zero.p_equivalence(0.1), zero.p_sign_flip, zero.effect) == (1.0, 0.0, 1.0, 0.0)
+    assert (zero.p, zero.p_equivalence(0.1), zero.p_sign_flip, zero.effect) == (1.0, 0.03125, 1.0, 0.0)
+    scores = [(0.55, 0.5), (0.6, 0.55), (0.85, 0.8), (0.3, 0.25), (0.95, 0.9)]
+    rounded = paired([a - b for a, b in scores])
+    assert rounded.values[0] < rounded.values[-1]
+    assert (rounded.deviation, rounded.p) == (0.0, 0.0625), "equal but for rounding"
+    assert paired([1e-200, 2e-200]).deviation > 0
+    assert [student.power(math.inf, n, 0.05) for n in (5, 6)] == [0.0, 1.0]
+    assert (student.needed(math.inf, 0.05), student.needed(math.inf, 0.05 / 60)) == (6, 12)
     assert Paired.of([1.0]) is None
     assert Paired.of([]) is None
 

@@ -27,9 +27,10 @@ class Measure:
     | `name`  | the name of the number                                                                              |
     | `goal`  | `min` if a smaller number is better, `max` if a larger number is better                             |
     | `score` | trial -> number; infinite, as the worst value, if it ended without one; None if it has not ended    |
-    | `limit` | value that replaces an infinite number in a mean; None: infinite numbers are excluded from means    |
+    | `limit` | value that replaces an infinite number in a mean; None: means exclude infinite numbers              |
     | `log`   | True: logarithms are averaged and compared, so means are geometric and differences are ratios       |
     | `ratio_margin` | True: a margin is a ratio, also where a score that is not positive prevents logarithms       |
+    | `resolution` | a number may be up to this much smaller than measured                                          |
     """
 
     name: str
@@ -38,6 +39,7 @@ class Measure:
     limit: float | None = None
     log: bool = False
     ratio_margin: bool = False
+    resolution: float = 0.0
 
     def scaled(self, value: float) -> float:
         """Convert a score to the scale on which scores are averaged and subtracted; infinite scores stay infinite."""
@@ -49,7 +51,7 @@ class Measure:
 
 
 def score_name(metric: str) -> str:
-    """Return the name of a metric on the test split, which the name of a function's metric may hold already.
+    """Return the name of a metric on the test split, which the name of a function's metric may hold.
 
     >>> score_name("accuracy"), score_name("test accuracy")
     ('test accuracy', 'test accuracy')
@@ -417,8 +419,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
     The mean is over the seeds at which the trials of all values have ended, or over the seeds of each value if they
-    share none. Fewer diverged trials are always better, at any seed.
-    A value without any outcome, such as one whose trials all failed, is not chosen and excludes no seed.
+    share none. Fewer diverged trials are better, at any seed. A value without an outcome is not chosen and excludes no seed.
     """
     if not record.tune:
         return {}, trials

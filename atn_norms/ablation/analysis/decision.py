@@ -21,7 +21,8 @@ class Decision:
     | `difference`    | the comparison                                                                                |
     | `p`             | p-value of "no difference", adjusted by Holm's method over the family                         |
     | `p_equivalence` | p-value of "a difference of at least the margin", adjusted the same way; None without a margin |
-    | `margin`        | margin on the measure's scale (the logarithm of a ratio); None if no margin is tested         |
+    | `margin`        | margin on the measure's scale (the logarithm of a ratio); None if no margin is tested. The    |
+    |                 | test is against the margin minus the measure's resolution                                     |
     | `family`        | the number of declared comparisons of the study                                               |
     | `both_trivial`  | whether a trivial predictor scores better than both sides on average                          |
     """
@@ -63,7 +64,7 @@ class Decision:
         paired, margin, adjusted = self.difference.paired, self.margin, self.p_equivalence
         if paired is None or margin is None or adjusted is None or self.verdict != "no difference":
             return self.difference.p, self.p
-        return paired.p_equivalence(margin), adjusted
+        return paired.p_equivalence(margin - self.difference.measure.resolution), adjusted
 
     @property
     def target(self) -> float:
@@ -105,12 +106,14 @@ def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -
 
     `margins`: the margin of each comparison, in the unit of its `effect`. A comparison without `paired` is part of the
     family, with a p-value of 1. Tests of "no difference" and of "at least the margin" are two families, each with its
-    own 5%. A margin that is a ratio is not tested on scores without logarithms.
+    own 5%. A margin that is a ratio is not tested on scores without logarithms, and a margin within the resolution of
+    the measure is not tested.
     """
     scaled = [_scaled(each, margin) for each, margin in zip(differences, margins, strict=True)]
     tests = holm([each.p if each.p is not None else 1.0 for each in differences])
     with_margin = [(each, margin) for each, margin in zip(differences, scaled, strict=True) if margin is not None]
-    found = holm([each.paired.p_equivalence(margin) if each.paired else 1.0 for each, margin in with_margin])
+    bounds = [(each.paired, margin - each.measure.resolution) for each, margin in with_margin]
+    found = holm([paired.p_equivalence(bound) if paired else 1.0 for paired, bound in bounds])
     equivalences = iter(found)
     return [
         Decision(difference, p, None if margin is None else next(equivalences), margin, len(differences))
@@ -120,6 +123,6 @@ def decide(differences: Sequence[Difference], margins: Sequence[float | None]) -
 
 def _scaled(difference: Difference, margin: float | None) -> float | None:
     measure = difference.measure
-    if margin is None or (measure.ratio_margin and not measure.log):
+    if margin is None or (measure.ratio_margin and not measure.log) or margin <= measure.resolution:
         return None
     return math.log(margin) if measure.log else margin

@@ -19,6 +19,7 @@ RESAMPLED_FROM = 15  # pairs; below, resamples repeat too few values
 SKEWED = 1.0  # skewness beyond which Student's t covers too seldom
 ALPHA = 0.05
 _EXACT = 14  # pairs whose 2^n sign flips are all counted
+_ROUNDING = 1e-12  # relative spread up to which differences count as equal
 Method = Literal["paired t", "studentized bootstrap"]
 
 
@@ -31,6 +32,8 @@ class Paired:
     T* follows Student's t with n - 1 degrees of freedom: the paired t test (Student, 1908). With 15 pairs or more and
     a skewness above 1 in size, T* is resampled instead: the studentized bootstrap (Efron, 1981; Hall, 1988). Resamples
     are mirrored in pairs, so that the interval of -d is minus the interval of d.
+
+    Equal differences have no spread, and T* has no distribution. Their p-value is that of the sign test: 2^(1-n).
 
     | symbol | meaning |
     |---|---|
@@ -65,8 +68,8 @@ class Paired:
 
     @cached_property
     def deviation(self) -> float:
-        """The standard deviation of the differences (n - 1 in the denominator)."""
-        if self.values[0] == self.values[-1]:
+        """The standard deviation of the differences (n - 1 in the denominator); 0 if they are equal up to rounding."""
+        if self.values[-1] - self.values[0] <= _ROUNDING * max(map(abs, self.values)):
             return 0.0
         values, exponent = self._scaled
         centre = mean(values)
@@ -167,7 +170,8 @@ class Paired:
     def _tails(self, distance: float) -> tuple[float, float]:
         """Return P(T* <= distance / se) and P(T* >= distance / se)."""
         if not self._error:
-            return float(distance >= 0), float(distance <= 0)
+            unlikely = 0.5 ** len(self.values)  # all on one side, if each side is equally likely
+            return (unlikely if distance < 0 else 1.0), (unlikely if distance > 0 else 1.0)
         t = distance / self._error
         if self.method == "paired t":
             return student.cdf(t, len(self.values) - 1), student.cdf(-t, len(self.values) - 1)

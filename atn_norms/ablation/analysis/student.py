@@ -93,8 +93,8 @@ def power(effect: float, n: int, alpha: float) -> float:
     """
     if n < 2:
         return 0.0
-    if math.isinf(effect):
-        return 1.0
+    if math.isinf(effect):  # equal differences, which the sign test rejects or not
+        return float(0.5 ** (n - 1) < alpha)
     df, shift = n - 1, abs(effect) * math.sqrt(n)
     bound = quantile(1 - alpha / 2, df)
     wide = 12 / math.sqrt(2 * df)  # twelve deviations of log S; its lower tail falls as S^df only

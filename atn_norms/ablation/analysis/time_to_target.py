@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from atn_norms.ablation.analysis.comparison import Measure, compare_task, in_logarithm, is_number, score
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
@@ -102,7 +103,20 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
         )  # fmt: skip
         return float(next(found, math.inf))
 
-    return Measure("steps to the level", "min", first, limit=float(to.limit))
+    apart = _resolution(record, task, to.limit)
+    return Measure("steps to the level", "min", first, limit=float(to.limit), resolution=apart)
+
+
+def _resolution(record: StudyRecord, task: str, limit: int) -> float:
+    """Return the largest number of steps without a validation in any finished trial of the task."""
+    apart = 0
+    for trial in record.trials:
+        if trial.status == "done" and trial.points[0].get("task") == task:
+            looks = [
+                line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] <= limit
+            ]
+            apart = max(apart, *(after - before for before, after in pairwise([0, *looks])), 0)
+    return float(apart)
 
 
 def _limit(record: StudyRecord, task: str) -> int:

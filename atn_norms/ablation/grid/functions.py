@@ -99,7 +99,7 @@ def shorthand(value: Any) -> Any:
 def declared_steps(trial: Mapping[str, Any]) -> int | None:
     """Return the steps of a trial; None for a function whose study does not set them."""
     steps: int = trial["train"]["steps"]
-    return None if is_function(trial["task"]) and steps == UNKNOWN_STEPS else steps
+    return None if steps == UNKNOWN_STEPS and is_function(trial["task"]) else steps
 
 
 def is_function(task: Any) -> bool:

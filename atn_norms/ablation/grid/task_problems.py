@@ -25,6 +25,7 @@ def task_problems(study: StudySpec, labels: Sequence[str]) -> Iterator[Problem]:
         if _level(study, name) is None and _measure(study, name) == "steps":
             yield Problem(("endpoint",), f"got steps for {name}; expected a level for it in reach")
     yield from _too_many_validations(study)
+    yield from _within_the_resolution(study)
     yield from _not_tunable(study)
     functions = {point.labels["task"]: point.task for point in study.points() if is_function(point.task)}
     for name, task in functions.items():
@@ -69,6 +70,18 @@ def _too_many_validations(study: StudySpec) -> Iterator[Problem]:
         if endpoint.measure == "tail" and endpoint.validations > most:
             got = f"got the last {plural(endpoint.validations, 'validation')} for {name}"
             yield Problem(_path(study, "endpoint", name), f"{got}; expected at most {most}, {why}")
+
+
+def _within_the_resolution(study: StudySpec) -> Iterator[Problem]:
+    """Yield a problem for each margin in steps that is no larger than the distance of two validations."""
+    for point in study.points():
+        name = point.labels["task"]
+        margin = Endpoint.of({"margin": study.margin}, name).margin
+        if _measure(study, name) != "steps" or margin is None or is_function(point.task):
+            continue
+        if margin <= (apart := point.train.eval_every):
+            got = f"got {margin:.10g} for {name}, whose steps are known up to train.eval_every, {apart}"
+            yield Problem(_path(study, "margin", name), f"{got}; expected a larger margin, or a smaller eval_every")
 
 
 def _path(study: StudySpec, option: str, task: str) -> tuple[str, ...]:

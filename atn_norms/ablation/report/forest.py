@@ -139,7 +139,7 @@ def _signed(value: float, place: int | None = None) -> str:
 def _ratios(low: float, high: float) -> list[float]:
     """Return about six round ratios between two logarithms."""
     for steps in ((1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5), (1.0, 1.5, 2.0, 3.0, 5.0), (1.0, 2.0, 5.0), (1.0,)):
-        powers = range(math.floor(low / math.log(10)) - 1, math.ceil(high / math.log(10)) + 1)
+        powers = range(max(-300, math.floor(low / math.log(10)) - 1), min(300, math.ceil(high / math.log(10))) + 1)
         found = {float(f"{step * 10.0**power:.3g}") for power in powers for step in steps}
         found |= {float(f"{1 / each:.2g}") for each in found if len(steps) == 8 and 0.1 < each < 10}
         ticks = sorted(each for each in found if low <= math.log(each) <= high)

@@ -235,6 +235,11 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
             f" The margin, {TIMES}{task.endpoint.margin:.10g}, is a ratio and is not tested, because a score is not "
             "positive."
         )
+    if task.endpoint.margin is not None and task.endpoint.margin <= measure.resolution:
+        words += (
+            f" The margin, {task.endpoint.margin:.10g} steps, is not tested, because validations are up to "
+            f"{measure.resolution:.10g} steps apart."
+        )
     if family > 1:
         words += f" The p-values are adjusted for {family} declared comparisons (Holm)."
     words += "".join(
