@@ -27,6 +27,15 @@ class Misplaced(Exception):
         super().__init__(message)
 
 
+_HINTS = {  # words of the parser -> a common cause
+    "expected <block end>": "Entries of one mapping or list start in one column",
+    "could not find expected ':'": "A key needs a colon and a blank: `key: value`",
+    "sequence entries are not allowed here": "A list starts on a line of its own, or is written [a, b]",
+    "mapping values are not allowed here": "Keys of a mapping start in one column, and text with `: ` needs quotes",
+    "'\\t' that cannot start any token": "YAML indents with blanks",
+}
+
+
 def position_of(text: str, index: int) -> Position:
     """Return the line and column of an index into a text."""
     line_start = text.rfind("\n", 0, index) + 1
@@ -48,6 +57,7 @@ def read_yaml(text: str) -> tuple[Any, Locate]:
         mark = error.problem_mark or error.context_mark
         message = " ".join(str(error.problem or error.context).split())
         message = f"{error.context}, {message}" if message.startswith("but ") else message
+        message += next((f". {hint}" for words, hint in _HINTS.items() if words in message), "")
         raise Misplaced(brief(message, LONGEST), mark and (mark.line + 1, mark.column + 1)) from None
     except ReaderError as error:
         position = position_of(text, error.position) if isinstance(error.position, int) else None

@@ -418,6 +418,8 @@ def test_a_margin_of_steps_is_a_number_of_steps():
     options = {"model": {"cell": "lstm", "hidden_size": 4}, "task": "adding", "reach": 0.05, "endpoint": "steps"}
     study = StudySpec(**options, train={"steps": 4, "eval_every": 2}, margin=2.5)
     assert make_plan(study).study["margin"] == 2.5
+    with pytest.raises(ValidationError, match=r"train\.eval_every, 5; expected"):
+        StudySpec(**options, train={"steps": 50}, margin=5)
     for small in (0.5, 2):
         problem = rf"margin\n  got {small} for adding, whose steps are known up to train\.eval_every, 2; expected"
         with pytest.raises(ValidationError, match=problem):

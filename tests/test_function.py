@@ -291,6 +291,47 @@ def test_global_settings_are_restored(tmp_path):
         assert setting in text
 
 
+def test_a_trial_in_this_process_may_change_the_working_directory(tmp_path, monkeypatch):
+    body = f"""
+    import os, torch
+    def train(x, trial):
+        os.chdir({str(tmp_path / "elsewhere")!r})
+        print("hello")
+        trial.report(1, 1.0)
+        trial.keep(torch.nn.Linear(1, 1))
+        trial.checkpoint.save({{"a": 1}})
+        (trial.folder / "mine.txt").write_text("kept")
+        return 1
+    """
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    record = ablation.run(ablation.create(study(written(tmp_path, body), axes={"x": [1]}), "here"), workers=0)
+    assert {trial.status for trial in record.trials} == {"done"}
+    for trial in record.trials:
+        assert "hello" in log(trial) and (trial.folder / "files" / "mine.txt").read_text() == "kept"
+        assert (trial.folder / "model.safetensors").exists()
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": None}, "axes: got NoneType None; expected a mapping of name to values"),
+        ({"axes": ["x"]}, "axes: got list .*; expected a mapping of name to values"),
+        ({"arguments": [1]}, "arguments: got list .*; expected a mapping of name to value"),
+        ({"baseline": 1}, "baseline: got int 1; expected a mapping of name to value"),
+        ({"on_event": 3}, "on_event: got int 3; expected a function of one event"),
+        ({"workers": "2"}, "workers: got str '2'; expected a whole number"),
+    ],
+)
+def test_arguments_of_another_type_are_named(tmp_path, monkeypatch, options, message):
+    written(tmp_path, "def train(x):\n    return 1\n", "typed.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("typed").train
+    with pytest.raises(SpecError, match=message):
+        ablation.ablate(function, **{"axes": {"x": [1]}, "out": tmp_path / "study", **options})
+
+
 def test_patience_stops_a_trial_and_logs_the_reason(tmp_path):
     body = """
     def train(trial):
@@ -924,7 +965,7 @@ def test_margin_endpoint_and_level_are_those_of_a_study_file(tmp_path, capsys, m
     given: Any = {"axes": {"x": [1, 2]}, "seeds": 2, "goal": "max", "reports": "metric", "out": tmp_path / "study"}
     record: Any = ablation.ablate(function, **given, workers=0, reach=0.4)
     finished = [(trial.folder / "result.json").stat().st_mtime_ns for trial in record.trials]
-    declared: Any = {"margin": 0.5, "endpoint": "steps", "reach": 0.4}
+    declared: Any = {"margin": 2.5, "endpoint": "steps", "reach": 0.4}
     record = ablation.ablate(function, **given, workers=0, **declared)
     assert {option: record.study[option] for option in declared} == declared
     assert [(trial.folder / "result.json").stat().st_mtime_ns for trial in record.trials] == finished

@@ -122,7 +122,11 @@ def test_an_invalid_number_is_located(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n,4\n", "FILE:3: file: got no value in column 'a'; expected a time"),
+        (
+            "a,b\n1,2\n,4\n",
+            "FILE:3: file: got no value in column 'a'; expected a time. "
+            "An empty cell, or a sign such as NA, is a missing value",
+        ),
         (
             "a,b\n2020-01-01,2\n2020-01-32,4\n",
             "FILE:3: file: got '2020-01-32' in column 'a'; expected a number or an ISO 8601 time, or a `time_format`",

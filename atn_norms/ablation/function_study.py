@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atn_norms.ablation.execution.caller import refuse_different_globals
-from atn_norms.ablation.execution.engine import Event, OnEvent, run
+from atn_norms.ablation.execution.engine import Event, OnEvent, check_workers, run
 from atn_norms.ablation.execution.estimate import costs
 from atn_norms.ablation.execution.remaining import RemainingTime
 from atn_norms.ablation.grid.functions import refuse_nested_start, task_of
@@ -83,6 +83,12 @@ def ablate(
     A trial that fails is recorded and the others continue.
     """
     refuse_nested_start()
+    check_workers(workers)
+    for option, value in (("axes", axes), ("arguments", arguments), ("baseline", baseline)):
+        if not isinstance(value, Mapping) and (value is not None or option == "axes"):
+            raise SpecError(option, typed_repr(value), "a mapping of name to value" + "s" * (option == "axes"))
+    if on_event is not None and not callable(on_event):
+        raise SpecError("on_event", typed_repr(on_event), "a function of one event")
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}
     task |= {"files": [str(each) for each in _listed("files", files, "a list of paths")], **task_of(function)}
     train: dict[str, Any] = {"patience": patience, "threads": threads} | ({} if steps is None else {"steps": steps})

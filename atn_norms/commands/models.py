@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from atn_norms.commands.console import Json, print_json, print_table
 from atn_norms.commands.output import emit
+from atn_norms.errors import SpecError
 
 if TYPE_CHECKING:
     from atn_norms.layers import Recurrent
@@ -19,8 +22,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Validate a model file, build its layer, and print sites, parameters, state size and backend."""
-    from atn_norms.specs import build
+    from atn_norms.specs import build, read
 
+    data, _ = read(model)
+    if isinstance(data, Mapping) and not {"task", "tasks", "axes"}.isdisjoint(data):
+        cure = f"For its trials: {shlex.join(['atn-norms', 'ablate', str(model), '--dry-run'])}"
+        raise SpecError(position=str(model), got="a study", expected="a model file", detail=cure)
     facts = describe(build(model))
     if as_json:
         print_json(facts)

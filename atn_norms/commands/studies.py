@@ -381,6 +381,5 @@ def _report(
             if baselines:
                 scores = ", ".join(f"{name} {score:.4g}" for name, score in baselines.items())
                 emit(f"{task.task}: trivial predictors{options and f' at {options}'}: {scores}")
-        other = "" if task.primary is task.final else f" (by the {task.primary.measure.name})"
-        emit(f"{task.task}: {verdict_line(result, task)}{other}")
+        emit(f"{task.task}: {verdict_line(result, task)}")
     emit(f"\nreport: {page}")

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,10 @@ class Table:
     def _invalid(self, column: str, row: int, values: Any, expected: str) -> SpecError:
         value = values[row].as_py()
         got = "no value" if value is None else short_repr(value)
+        if value is None:
+            expected += ". An empty cell, or a sign such as NA, is a missing value"
+        if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
+            expected += " with a decimal point"
         return fault(self.option, self.place(row), f"{got} in column {column!r}", expected)
 
 

@@ -419,7 +419,7 @@ def _tuned(record: StudyRecord, task: str, trials: tuple[TrialRecord, ...]) -> t
     """Return the values of the tuned options with the best mean validation, and the trials at these values.
 
     The mean is over the seeds at which the trials of all values have ended, or over the seeds of each value if they
-    share none. Fewer diverged trials are better, at any seed. A value without an outcome is not chosen and excludes no seed.
+    share none. Fewer diverged trials are better, at any seed. A value without an outcome is not chosen.
     """
     if not record.tune:
         return {}, trials

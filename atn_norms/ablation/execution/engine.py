@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from atn_norms.ablation.execution.cluster import POLL, run_with_dask
 from atn_norms.ablation.execution.environment import versions
@@ -14,7 +16,7 @@ from atn_norms.ablation.execution.worker import attempt
 from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.records import StudyRecord
-from atn_norms.errors import SpecError, short_repr
+from atn_norms.errors import SpecError, short_repr, typed_repr
 
 __all__ = ["Event", "OnEvent", "OnStart", "check_scheduler", "run"]
 
@@ -45,8 +47,7 @@ def run(
     Errors: `SpecError` for a bad argument, where Dask is not installed, or where its scheduler cannot be reached;
     `StoreError` where the folder cannot be used (`Busy`: another process runs this study).
     """
-    if workers < 0:
-        raise SpecError("workers", str(workers), "at least 0 (0 trains in this process)")
+    check_workers(workers)
     check_scheduler(scheduler)
     store = StudyFolder(folder)
     store.refuse_no_study()  # before the lock, which writes a file
@@ -66,6 +67,17 @@ def run(
     return progress.record()
 
 
+def check_workers(workers: Any) -> None:
+    """Raise `SpecError` for an invalid number of processes.
+
+    >>> check_workers(0)
+    """
+    if not isinstance(workers, Integral) or isinstance(workers, bool):
+        raise SpecError("workers", typed_repr(workers), "a whole number")
+    if workers < 0:
+        raise SpecError("workers", str(workers), "at least 0 (0 trains in this process)")
+
+
 def check_scheduler(address: str | None) -> None:
     """Raise `SpecError` for an invalid address of a Dask scheduler.
 
@@ -79,7 +91,7 @@ def check_scheduler(address: str | None) -> None:
 
 
 def _run_here(store: StudyFolder, progress: Progress) -> None:
-    here = versions()
+    here, store = versions(), StudyFolder(store.path.absolute())  # a function may change the working directory
     while progress.left:
         trials = progress.due(1)
         progress.look([])

@@ -392,12 +392,18 @@ class StudySpec(Options):
         return [(("tasks", key), task) for key, task in named]
 
     def _task_labels(self) -> list[str]:
-        """Return the name of each task: by default its kind or function, with its options if a kind repeats."""
+        """Return the name of each task: by default its kind or function, and the options in which a kind differs."""
         if isinstance(self.tasks, Mapping):
             return list(self.tasks)
-        tasks = [task for _, task in self._task_list()]
-        kinds = [_kind(task) for task in tasks]
-        return [label(task) if kinds.count(kind) > 1 else kind for kind, task in zip(kinds, tasks, strict=True)]
+        tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
+        kinds = list(map(_kind, tasks))
+
+        def named(kind: str, task: Mapping[str, Any]) -> str:
+            alike = [each for each, other in zip(tasks, kinds, strict=True) if other == kind]
+            own = {k: v for k, v in task.items() if k == "kind" or any(k not in each or each[k] != v for each in alike)}
+            return label(own) if len(alike) > 1 else kind
+
+        return list(map(named, kinds, tasks))
 
     def _points(self) -> Iterator[Point | list[Problem]]:
         names = self._task_labels()
@@ -417,7 +423,5 @@ class StudySpec(Options):
                     yield Point(labels, parts["model"], parts["task"], parts["train"], placed)
 
 
-def _kind(task: Any) -> str:
-    if isinstance(task, Mapping):
-        return str(task.get("function", "train") if is_function(task) else task.get("kind"))
-    return str(task)
+def _kind(task: Mapping[str, Any]) -> str:
+    return str(task.get("function", "train") if is_function(task) else task.get("kind"))

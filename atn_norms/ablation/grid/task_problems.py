@@ -79,7 +79,7 @@ def _within_the_resolution(study: StudySpec) -> Iterator[Problem]:
         margin = Endpoint.of({"margin": study.margin}, name).margin
         if _measure(study, name) != "steps" or margin is None or is_function(point.task):
             continue
-        if margin <= (apart := point.train.eval_every):
+        if margin <= (apart := point.train.apart):
             got = f"got {margin:.10g} for {name}, whose steps are known up to train.eval_every, {apart}"
             yield Problem(_path(study, "margin", name), f"{got}; expected a larger margin, or a smaller eval_every")
 

@@ -82,7 +82,12 @@ class TrainSpec(Options):
     @property
     def validations(self) -> int:
         """The number of validations of a training that does not end early; the last step is always validated."""
-        return math.ceil(self.steps / (self.eval_every or max(1, self.steps // 10)))
+        return math.ceil(self.steps / self.apart)
+
+    @property
+    def apart(self) -> int:
+        """The number of steps between validations."""
+        return self.eval_every or max(1, self.steps // 10)
 
     @classmethod
     def nearest_key(cls, key: object) -> str | None:

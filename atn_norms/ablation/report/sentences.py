@@ -199,7 +199,8 @@ def verdict_line(found: Findings, task: TaskFindings) -> str:
     counted = _counted((each.verdict for each in decisions), " or ".join(sorted(sizes)))
     trivial = sum(each.both_trivial for each in decisions)
     warning = f"; {WORSE} at {trivial}" if trivial else ""
-    return f"{_interim(found.record)}{factor(found.record)}: {counted}{warning}"
+    other = "" if task.primary is task.final else f" (by the {task.primary.measure.name})"
+    return f"{_interim(found.record)}{factor(found.record)}: {counted}{warning}{other}"
 
 
 def _interim(record: StudyRecord) -> str:
@@ -289,7 +290,8 @@ def _claim(record: StudyRecord, row: Row, decision: Decision) -> str:
 
 def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
     """Return a sentence about the point with the best mean, and the trivial predictor that is as good, if any."""
-    comparison = task.final
+    comparison = task.primary if task.endpoint.measure == "tail" else task.final
+    best = comparison.best or best
     what = "geometric mean of the" if comparison.measure.log else "mean"
     if len(comparison.rows) == 1:
         return f"The {what} {comparison.measure.name} is {average(best.point)}."
