@@ -30,7 +30,7 @@ class Misplaced(Exception):
 _HINTS = {  # words of the parser -> a common cause
     "expected <block end>": "Entries of one mapping or list start in one column",
     "could not find expected ':'": "A key needs a colon and a blank: `key: value`",
-    "sequence entries are not allowed here": "A list starts on a line of its own, or is written [a, b]",
+    "sequence entries are not allowed here": "A list starts on its own line, or is written [a, b]",
     "mapping values are not allowed here": "Keys of a mapping start in one column, and text with `: ` needs quotes",
     "'\\t' that cannot start any token": "YAML indents with blanks",
 }
