@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType
@@ -31,10 +30,10 @@ from atn_norms.backends.code import (
     norm_state,
     snapshot_of,
 )
-from atn_norms.backends.native.library import Library, constant_to_compilers, load
+from atn_norms.backends.native.library import constant_to_compilers
 from atn_norms.backends.traced.comparison import difference_in_float32, differences
-from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of, trace, twin_of
-from atn_norms.backends.traced.program import Program
+from atn_norms.backends.traced.narrowing import narrowed
+from atn_norms.backends.traced.normalizer import TracedNorm, trace, twin_of
 from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.errors import with_article
 from atn_norms.modes import in_transform
@@ -42,14 +41,6 @@ from atn_norms.normalizers import Normalizer, PerGate
 from atn_norms.normalizers.base import has_population
 
 TOLERANCE = 1e-10  # largest difference on random rows of a few dozen features in float64, whose rounding is about 1e-14
-# Largest difference relative to an element, and to the root mean square of all elements, or of this element in all rows
-# if that is larger (a sum over a row has the errors of many terms): a dozen roundings of float32.
-NARROW = 1e-6
-RANGE = 1e-4  # the same for large and small rows, which show an overflow or an underflow
-NARROW_ROWS = 32
-# Mean and deviation of the rows of a comparison, and the largest difference.
-ROWS = (0.0, 1.0, NARROW), (1e4, 1e-2, NARROW), (0.0, 0.0, NARROW)
-ROWS += (0.0, 1e-10, RANGE), (0.0, 1e2, RANGE), (0.0, 1e10, RANGE)
 MOST = 1024  # number of traced normalizers in the cache
 TYPES = {"dtype", "finfo", "is_floating_point", "element_size", "itemsize", "get_default_dtype", "type"}
 TYPED = 1e-3  # largest difference of code that runs in float32
@@ -175,51 +166,6 @@ def _changes_itself(normalizer: Normalizer, features: int) -> bool:
         twin.normalize(x, twin.measure(x))
         states.append(fingerprint(twin))
     return states[0] != states[1]
-
-
-def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
-    """Return the programs; in layers of float32, those that are exact enough run in float32.
-
-    The comparison uses rows of mean 0 and deviations from 1e-10 to 1e10, and rows of mean 1e4 and deviation 1e-2, which
-    keep their digits only if the subtraction of the mean is exact.
-    """
-    library = load()
-    if isinstance(library, str):
-        return traced
-    with torch.device("cpu"), torch.no_grad():
-        exact = {name: _keeps_digits(library, normalizer, traced, name) for name in PROGRAMS}
-    return replace(traced, **{name: replace(getattr(traced, name), narrow=narrow) for name, narrow in exact.items()})
-
-
-def _keeps_digits(library: Library, normalizer: Normalizer, traced: TracedNorm, name: str) -> bool:
-    program: Program = getattr(traced, name)
-    if not program.narrowable:
-        return False
-    source = torch.Generator().manual_seed(11)
-    parameters = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors_of(normalizer)]
-    flat = torch.cat([torch.zeros(0), *parameters])
-    for mean, deviation, largest in ROWS:
-        x = (mean + deviation * torch.randn(NARROW_ROWS, traced.features, generator=source)).double()
-        spread = torch.rand(NARROW_ROWS, traced.width, generator=source, dtype=torch.float64)
-        leaves = traced.measure.evaluate([x, flat.double().expand(NARROW_ROWS, -1)]) if traced.leaves else []
-        if name == "measure_back":
-            leaves = [spread.clone() for _ in leaves]
-        dy = torch.randn(NARROW_ROWS, traced.features, generator=source).double()
-        inputs = {
-            "measure": [x, flat],
-            "normalize": [x, *leaves, flat],
-            "measure_back": [x, flat, *leaves],
-            "normalize_back": [x, *leaves, flat, dy],
-        }[name]
-        inputs = [tensor.double().expand(NARROW_ROWS, -1) for tensor in inputs]
-        wide, narrow = (library.interpret(program, inputs, is_narrow) for is_narrow in (False, True))
-        for a, b in zip(narrow, wide, strict=True):
-            squares = torch.where(b.isfinite(), b, 0.0).square()
-            limit = largest * (b.abs() + torch.maximum(squares.mean(), squares.mean(0)).sqrt())
-            close = (a.double() - b).abs() <= limit
-            if not bool((close | (a == b) | (a.isnan() & b.isnan())).all()):
-                return False
-    return True
 
 
 def _names_in(normalizer: Normalizer, names: set[str]) -> Iterator[tuple[str, str]]:
