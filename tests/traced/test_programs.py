@@ -141,7 +141,7 @@ def test_numbers_that_leave_torch_are_detected():
 
     found = trace(Hidden(4), 4)
     assert isinstance(found, str)
-    assert "numbers in tensors" in found
+    assert "a number is read out of a tensor (test_programs.py, line " in found
 
 
 # -- the cache

@@ -48,12 +48,15 @@ MOST_TRACES = 32  # of one normalizer; a trace takes a tenth of a second
 MODES = {
     "requires_grad",
     "is_leaf",
+    "grad_fn",
+    "retains_grad",
     "is_grad_enabled",
     "is_inference",
     "is_inference_mode_enabled",
     "is_autocast_enabled",
 }
-HIDDEN = {"globals", "eval", "exec", "__import__", "environ", "getenv"}  # names that read what no code shows
+# Names that read what no code shows.
+HIDDEN = {"globals", "eval", "exec", "__import__", "environ", "getenv", "to_dlpack", "_to_dlpack"}
 
 UNPREPARED = (
     "was not called before a compiler or a transform of torch, which cannot trace it; call the layer once before"

@@ -168,6 +168,8 @@ class Lowering(Simplifier):
 
     def _in_place(self, call: Call) -> None:
         target = call.args[0]
+        if not isinstance(target, Tensor) or not call.name.endswith("_"):
+            raise call.unsupported("writes to a list of tensors or to `out`")
         if storage_of(target) in self._given:
             raise call.unsupported("changes an input, a parameter or a buffer in place")
         name = call.name.removesuffix("_")

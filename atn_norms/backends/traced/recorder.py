@@ -74,10 +74,10 @@ class Recorder(TorchDispatchMode):
     def __init__(self, executed: dict[CodeType, str]) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._executed, self._numbers, self._profiles = executed, _Numbers(), False
+        self._executed, self._attributes, self._profiles = executed, _Attributes(), False
 
     def __enter__(self) -> Recorder:
-        self._numbers.__enter__()
+        self._attributes.__enter__()
         self._profiles = sys.getprofile() is None
         if self._profiles:
             sys.setprofile(self._note)
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         if self._profiles:
             sys.setprofile(None)
         super().__exit__(*error)
-        self._numbers.__exit__(*error)
+        self._attributes.__exit__(*error)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
@@ -114,15 +114,26 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-class _Numbers(TorchFunctionMode):
-    """Reject `tolist`, which is no operation for a `TorchDispatchMode`."""
+class _Attributes(TorchFunctionMode):
+    """Reject methods and attributes of tensors that are no operation for a `TorchDispatchMode`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "tolist":
+        name = getattr(func, "__name__", "")
+        if name in _READS:
             raise Untraceable(f"a number is read out of a tensor{described(_line())}")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__":
+            raise Untraceable(f"the attribute {attribute!r} of a tensor is set{described(_line())}")
+        if name == "_is_view" or (name == "__get__" and attribute in _GRAPH):
+            raise Untraceable(f"the attribute {attribute or name!r} of a tensor is read{described(_line())}")
         return func(*args, **(kwargs or {}))
 
 
+# Methods that give Python the elements of a tensor, or its memory.
+_READS = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
+_READS |= {"__repr__", "__format__", "__reduce_ex__", "apply_", "map_", "map2_"}
+# Attributes with the state of autograd, and the address of a tensor.
+_GRAPH = {"grad", "grad_fn", "retains_grad", "output_nr", "_version", "_base", "_cdata"}
 # Operations whose results do not depend on the elements of their arguments.
 CREATES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "lift_fresh", "empty_like"}
 CREATES |= {"new_empty", "new_empty_strided", "lift_fresh_copy"}
