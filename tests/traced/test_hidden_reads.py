@@ -121,3 +121,34 @@ def test_a_branch_on_an_array_is_computed_in_every_call(monkeypatch):
     layer: Any = an.GRU(3, 4, norm=HiddenSpec(way="array"), dtype=torch.float64)
     x = torch.randn(6, 2, 3, dtype=torch.float64)
     compare(layer(x)[0], an.with_backend(layer, "reference")(x)[0], tolerance=0.0)
+
+
+class Shifted(an.Normalizer):
+    """Add a constant that has the default type."""
+
+    stateless = True
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return x + torch.tensor(0.3)
+
+
+class ShiftedSpec(an.NormSpec):
+    kind: Literal["shifted"] = "shifted"
+
+    def build(self, features: int) -> an.Normalizer:
+        return Shifted()
+
+
+def test_a_changed_default_type_changes_the_next_call():
+    layer: Any = an.GRU(3, 4, norm=ShiftedSpec(), dtype=torch.float64)
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    before = layer(x)[0]
+    compare(before, an.with_backend(layer, "reference")(x)[0], tolerance=1e-14)
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = layer(x)[0]
+        compare(after, an.with_backend(layer, "reference")(x)[0], tolerance=1e-14)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not torch.equal(before, after)
+    assert torch.equal(layer(x)[0], before)

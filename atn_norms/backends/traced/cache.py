@@ -65,7 +65,7 @@ UNPREPARED = (
 CHANGES = "it has a value that changes between calls, and every value needs a trace; keep the value in a buffer"
 
 _traces: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_kept: dict[Any, TracedNorm | str] = {}
+_kept: dict[Any, TracedNorm | str] = {}  # by features, default type and fingerprint
 
 
 def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
@@ -78,7 +78,7 @@ def traced_norm(normalizer: Normalizer, features: int) -> TracedNorm | str:
         with _paused_trace():
             return traced_norm(normalizer, features)
     try:
-        key = features, fingerprint(normalizer)
+        key = features, torch.get_default_dtype(), fingerprint(normalizer)
         found = _kept.get(key)
     except _Unfrozen as error:
         return str(error)
