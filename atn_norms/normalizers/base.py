@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from atn_norms.deprecation import RenamedAttribute, adopt_renamed
 from atn_norms.errors import mismatch
@@ -61,6 +62,7 @@ class Normalizer(nn.Module, ABC):
     shift_invariant: bool = False
     permutation_equivariant: bool = False
 
+    _calls_modules: ClassVar[bool] = True  # False: the modules inside are normalizers, which `apply_norm` calls
     _defined: Mapping[str, Any] = {}  # the methods that a declaration covers, as the class was made
 
     couples_batch = RenamedAttribute("uses_batch_statistics")
@@ -266,14 +268,31 @@ class NormSpec(Options, ABC):
 
 
 def has_hooks(normalizer: nn.Module) -> bool:
-    """Return True if the normalizer, or a module inside it, has hooks, or a `forward` that replaces its method."""
-    modules = normalizer.modules() if normalizer._modules else (normalizer,)  # `modules` takes its time
+    """Return True if the normalizer, or a module inside it, has hooks, or a `forward` that replaces its method.
+
+    The global hooks of torch.nn run for the modules that a normalizer calls.
+    """
+    modules: Iterable[nn.Module] = (normalizer,)
+    if normalizer._modules:  # `modules` takes its time
+        modules = tuple(normalizer.modules())
+        if _has_global_hooks() and True in map(_calls_modules, modules):
+            return True
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return True
         if "forward" in module.__dict__:
             return True
     return False
+
+
+def _has_global_hooks() -> bool:
+    """Return True if torch.nn runs hooks for every call of a module."""
+    forward = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(forward or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def _calls_modules(module: nn.Module) -> bool:
+    return isinstance(module, Normalizer) and bool(module._modules) and module._calls_modules
 
 
 def has_population(normalizer: Normalizer) -> bool:

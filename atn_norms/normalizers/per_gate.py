@@ -39,6 +39,8 @@ class PerGate(Normalizer):
     | statistic | the stacked statistics of the gates | leaves `[..., G, d]` |
     """
 
+    _calls_modules = False
+
     def __init__(self, gates: Sequence[Normalizer]) -> None:
         super().__init__()
         self.stateless = all(gate.stateless for gate in gates)

@@ -152,3 +152,75 @@ def test_a_changed_default_type_changes_the_next_call():
         torch.set_default_dtype(torch.float32)
     assert not torch.equal(before, after)
     assert torch.equal(layer(x)[0], before)
+
+
+# -- global hooks of torch.nn
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return 2 * x
+
+
+class Nested(Shifted):
+    """Call a module, for which global hooks run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Doubled()
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return self.inner(x)
+
+
+class NestedSpec(an.NormSpec):
+    kind: Literal["nested"] = "nested"
+
+    def build(self, features: int) -> an.Normalizer:
+        return Nested()
+
+
+def _tripled(module: Any, inputs: Any, output: Any) -> Any:
+    return 1.5 * output if isinstance(module, Doubled) else None
+
+
+def _negated(module: Any, inputs: Any) -> Any:
+    return (-inputs[0],) if isinstance(module, Doubled) else None
+
+
+HOOKS = {
+    "forward": (nn.modules.module.register_module_forward_hook, _tripled),
+    "forward pre": (nn.modules.module.register_module_forward_pre_hook, _negated),
+    "backward": (nn.modules.module.register_module_full_backward_hook, lambda *gradients: None),
+    "backward pre": (nn.modules.module.register_module_full_backward_pre_hook, lambda *gradients: None),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_global_hook_runs_for_a_module_inside_a_normalizer(name):
+    layer: Any = an.GRU(3, 4, norm=NestedSpec(), dtype=torch.float64)
+    x = torch.randn(6, 2, 3, dtype=torch.float64)
+    before = layer(x)[0]
+    assert "backend 'native'" in an.explain(layer)
+    register, hook = HOOKS[name]
+    handle = register(hook)
+    try:
+        assert "the norm at ih has hooks" in an.explain(layer)
+        after = layer(x)[0]
+        assert torch.equal(after, an.with_backend(layer, "reference")(x)[0])
+        assert torch.allclose(after, before, atol=1e-10) == name.startswith("backward")
+    finally:
+        handle.remove()
+    assert "backend 'native'" in an.explain(layer)
+    assert torch.equal(layer(x)[0], before)
+
+
+@pytest.mark.parametrize("norm", ["layer", ShiftedSpec()])
+@pytest.mark.parametrize("gates", ["joint", "per_gate"])
+def test_a_global_hook_does_not_change_the_backend_of_a_normalizer_without_modules(norm, gates):
+    layer: Any = an.GRU(3, 4, norm=norm, placement={"gates": gates})
+    handle = nn.modules.module.register_module_forward_hook(_tripled)
+    try:
+        assert "backend 'native'" in an.explain(layer)
+    finally:
+        handle.remove()
