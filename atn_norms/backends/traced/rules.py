@@ -122,11 +122,16 @@ def _threshold_back(b: Builder, g: Any, x: Any, threshold: float) -> Any:
     return b(Op.WHERE, b(Op.LE, x, threshold), 0.0, g)
 
 
-@rule("clamp", "hardtanh")
+@rule("clamp")
 def _clamp(b: Builder, x: Any, low: Any = None, high: Any = None, **named: Any) -> Any:
     low, high = named.get("min", low), named.get("max", high)
     x = x if low is None else b(Op.MAX, x, low)
     return x if high is None else b(Op.MIN, x, high)
+
+
+@rule("hardtanh")
+def _hardtanh(b: Builder, x: Any, low: float = -1, high: float = 1) -> Any:
+    return b(Op.MIN, b(Op.MAX, x, low), high)
 
 
 @rule("clamp_min")
