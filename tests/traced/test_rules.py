@@ -1,4 +1,4 @@
-"""Rules of operations: arguments that equal their defaults."""
+"""Rules of operations: arguments that equal their defaults, and infinite operands."""
 
 import inspect
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import atn_norms as an
 from atn_norms.backends.traced.comparison import differences
@@ -85,3 +86,32 @@ def test_the_defaults_of_a_rule_are_those_of_its_operation(name):
             if argument.has_default_value() and own is not None and own.kind == own.POSITIONAL_OR_KEYWORD:
                 default = 1 if argument.name == "correction" else argument.default_value  # None is 1 in torch
                 assert own.default == default, (overload, argument.name)
+
+
+class Interpolated(an.Normalizer):
+    """Interpolate between x and a parameter, with a weight that is a number or a parameter."""
+
+    stateless = True
+
+    def __init__(self, weight: float, is_parameter: bool) -> None:
+        super().__init__()
+        self.end = nn.Parameter(torch.ones(8))
+        self.weight = nn.Parameter(torch.tensor(weight)) if is_parameter else weight
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return torch.lerp(x, self.end.expand_as(x), self.weight)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("is_parameter", [False, True])
+@pytest.mark.parametrize("weight", [0.0, 0.3, -0.3, 0.49, 0.5, 0.7, 1.0, 1.5, -2.0])
+def test_an_interpolation_with_an_infinite_end_equals_torch(weight, is_parameter):
+    normalizer = Interpolated(weight, is_parameter).double()
+    with torch.no_grad():
+        normalizer.end.copy_(torch.tensor([1.0, 1.0, INF, -INF, INF, INF, 2.0, -INF]))
+    x = torch.tensor([[INF, -INF, 1.0, 2.0, INF, 0.0, -1.0, INF]], dtype=torch.float64)
+    flat = torch.cat([parameter.reshape(-1) for parameter in normalizer.parameters()]).unsqueeze(0)
+    (found,) = traced(normalizer, 8).normalize.evaluate([x, flat.detach()])
+    torch.testing.assert_close(found, normalizer.normalize(x, ()).detach(), rtol=1e-14, atol=0.0, equal_nan=True)

@@ -209,7 +209,11 @@ def _addcdiv(b: Builder, x: Any, y: Any, z: Any, value: float = 1) -> Any:
 
 @rule("lerp")
 def _lerp(b: Builder, x: Any, y: Any, weight: Any) -> Any:
-    return b(Op.ADD, x, b(Op.MUL, weight, b(Op.SUB, y, x)))
+    """Start at the nearer end, as torch does: a far end may be infinite."""
+    difference = b(Op.SUB, y, x)
+    from_x = b(Op.ADD, x, b(Op.MUL, weight, difference))
+    from_y = b(Op.SUB, y, b(Op.MUL, difference, b(Op.SUB, 1.0, weight)))
+    return b(Op.WHERE, b(Op.LT, b(Op.ABS, weight), 0.5), from_x, from_y)
 
 
 @rule("sum")
