@@ -15,7 +15,7 @@ from atn_norms.backends.fused.plan import (
     POPULATIONS,
     SitePlan,
 )
-from atn_norms.backends.fused.plugin_windows import recognized
+from atn_norms.backends.fused.plugin_windows import recognized, unrecognized_reason
 from atn_norms.backends.program import Unsupported
 from atn_norms.backends.traced.cache import traced_norm
 from atn_norms.backends.traced.normalizer import TracedNorm, tensors_of
@@ -136,7 +136,9 @@ def _site_plan(
     stateless = isinstance(declared, TracedSite) and not declared.traced.leaves
     pooled = WindowPlan(1, 1.0, window.detaches_past) if stateless else window_of(window)
     if pooled is None or (pooled.past and isinstance(declared, BatchMoments)):
-        return Unsupported("window", f"it has no kernel for the window {window!r} at {site}", WINDOWS)
+        reason = unrecognized_reason(window.window if type(window) is Detached else window) if pooled is None else ""
+        text = f"it has no kernel for the window {window!r} at {site}"
+        return Unsupported("window", f"{text}: {reason}" if reason else text, WINDOWS)
     affine = gain is not None, shift is not None
     if isinstance(declared, TracedSite):
         return _traced_plan(site, features, declared, pooled, affine)

@@ -131,7 +131,9 @@ def test_a_pool_that_is_not_a_weighted_mean_is_named():
         def measure(self, x: Any) -> Any:
             return Largest(x.double().abs().mean(-1, keepdim=True))
 
-    assert trace(Peak(4), 4) == "its statistic Largest is not pooled by a weighted mean"
+    assert str(trace(Peak(4), 4)).startswith(
+        "its statistic Largest is not pooled by a weighted mean: amax is not linear"
+    )
 
 
 def test_numbers_that_leave_torch_are_detected():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from atn_norms.backends.code import frozen, held_states, window_state
+from atn_norms.backends.traced.linearity import check_linear
+from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
 from atn_norms.statistics import Average, CountedMoments, Moments
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
@@ -20,8 +22,8 @@ MOST_WINDOWS = 256  # number of windows whose comparison is kept
 MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
 _TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
 _STEPS = 12
-_SIZES = 1.0, 1e-3, 1e-1, 1e1, 1e3, 1.0  # of the statistics of each row
-_TOTALS = 1.0, 2.0, 1e1, 1e2, 1e4, 1e6  # weights of a running state
+_SIZES = 1.0, 1e-3, 1e-1, 1e1, 1e3, 0.0, 1.0  # of the statistics of each row; 0 shows an added constant
+_TOTALS = 1.0, 2.0, 1e1, 1e2, 1e4, 1e1, 1e6  # weights of a running state
 _TINY = 2.0**-70  # weight of a step that leaves the rounded total weight of the past as it is
 _KINDS: tuple[tuple[Any, tuple[int, ...]], ...] = ((Average, (2,)), (Moments, (2, 2)), (CountedMoments, (2, 2, 1)))
 
@@ -88,16 +90,28 @@ def recognized(window: Window[Any]) -> Recognized | None:
     """Return the form in which the kernels run a plugin's window, or None.
 
     The window must be a frozen dataclass, with declared weights by age and a state like that of `Sliding`, or with a
-    state like that of `Exponential`. Values, states and gradients are compared once for each window, on random steps.
+    state like that of `Exponential`. Its code must be linear in the statistics, with weights that do not depend on
+    them. Values, states and gradients are compared once for each window, on random steps.
     """
+    found = _form_or_reason(window)
+    return None if isinstance(found, str) else found
+
+
+def unrecognized_reason(window: Window[Any]) -> str:
+    """Return why the kernels do not run a plugin's window that has one of their forms; empty if it has none of them."""
+    found = _form_or_reason(window)
+    return found if isinstance(found, str) else ""
+
+
+def _form_or_reason(window: Window[Any]) -> Recognized | str:
     kept, now = getattr(window, _KEPT, None), (_PROCESS, window_state(type(window)), _held(window))
     if kept is not None and kept[0] == now:
-        return None if kept[1] is None else Recognized(*kept[1])
+        return kept[1] if isinstance(kept[1], str) else Recognized(*kept[1])
     parameters = getattr(type(window), "__dataclass_params__", None)
     if torch.compiler.is_compiling() or parameters is None or not parameters.frozen:
-        return None
+        return ""
     if type(window).scan is not Window.scan or isinstance(now[1], str) or any(isinstance(s, str) for s in now[2]):
-        return None
+        return ""
     try:
         key = now, frozen(window)
         if key not in _compared:
@@ -106,9 +120,9 @@ def recognized(window: Window[Any]) -> Recognized | None:
             _compared[key] = _recognized(window)
         found = _compared[key]
     except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
-        found = None
+        found = ""
     with suppress(AttributeError):  # a dataclass with slots
-        object.__setattr__(window, _KEPT, (now, None if found is None else tuple(found)))
+        object.__setattr__(window, _KEPT, (now, found if isinstance(found, str) else tuple(found)))
     return found
 
 
@@ -117,7 +131,7 @@ def recognized(window: Window[Any]) -> Recognized | None:
 _KEPT, _PROCESS = "_atn_norms_recognized", urandom(8).hex()
 
 
-_compared: dict[Any, Recognized | None] = {}
+_compared: dict[Any, Recognized | str] = {}
 
 
 def _held(window: Window[Any]) -> tuple[int | str, ...]:
@@ -126,8 +140,8 @@ def _held(window: Window[Any]) -> tuple[int | str, ...]:
     return held_states(values, type(window)) if any(type(value) not in (int, float, bool) for value in values) else ()
 
 
-def _recognized(window: Window[Any]) -> Recognized | None:
-    """Compare a window with those of the kernels."""
+def _recognized(window: Window[Any]) -> Recognized | str:
+    """Compare a window with those of the kernels; return its form, or the reason why they do not run it."""
     with (
         torch.device("cpu"),
         torch.inference_mode(False),
@@ -135,15 +149,44 @@ def _recognized(window: Window[Any]) -> Recognized | None:
         torch.autocast("cpu", enabled=False),
     ):
         taps = _taps(window)
-        if taps:
-            return Recognized(taps) if _agrees(window, Weighted(taps)) else None
-        decay = _decay(window)
-        if decay is None:
-            return None
-        if _agrees(window, Past(decay)):
-            return Recognized(decay=decay, past=True)
-        known = Cumulative[Any]() if decay == 1.0 else Exponential[Any](-1.0 / log2(decay))
-        return Recognized(decay=decay) if _agrees(window, known) else None
+        decay = None if taps else _decay(window)
+        if not taps and decay is None:
+            return ""
+        try:
+            for kind, sizes in _KINDS:
+                _check_structure(window, kind, sizes)
+        except Untraceable as error:
+            return str(error)
+        forms = [Recognized(taps)] if decay is None else [Recognized(decay=decay, past=past) for past in (True, False)]
+        return next((form for form in forms if _agrees(window, _window_of(form))), "")
+
+
+def _window_of(form: Recognized) -> Window[Any]:
+    if form.taps:
+        return Weighted(form.taps)
+    if form.past:
+        return Past(form.decay)
+    return Cumulative[Any]() if form.decay == 1.0 else Exponential[Any](-1.0 / log2(form.decay))
+
+
+def _check_structure(window: Window[Any], kind: Any, sizes: tuple[int, ...]) -> None:
+    """Raise `Untraceable` unless the code of a window is linear in the statistics, whatever their numbers."""
+    source, rows = torch.Generator().manual_seed(5), len(_SIZES)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=source, dtype=torch.float64) + 0.5
+
+    now = kind(*(random(rows, size).requires_grad_() for size in sizes))
+    check_linear(lambda: ((), list(tree_leaves(window.initial(now)))), now, ())
+    like = window.initial(now)
+    weights, past = random(*like[0].shape), tuple(random(*leaf.shape).requires_grad_() for leaf in like[1])
+    mask = random(rows).gt(1.0).double()
+
+    def push() -> tuple[list[Tensor], list[Tensor]]:
+        pooled, (after, leaves) = window.push(now, mask, (weights, past))
+        return [*pooled, *leaves], [after]
+
+    check_linear(push, [*now, *past], [weights, mask], gradients=kind is Average)
 
 
 def _taps(window: Window[Any]) -> tuple[float, ...]:

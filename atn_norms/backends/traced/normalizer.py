@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atn_norms.backends.traced.linearity import check_linear
 from atn_norms.backends.traced.program import Program
 from atn_norms.backends.traced.recorder import Recorder, Untraceable, described, raised_at
 from atn_norms.normalizers import Normalizer
+from atn_norms.pytree import expand_mask
 from atn_norms.statistics import Average, Moments
 
 WRONG_SHAPE = "its measure returns leaves of another shape than [..., d]"
 PROGRAMS = ("measure", "normalize", "measure_back", "normalize_back")
+# Of a comparison of `pool`: size of the leaves, largest weight, entries, and axis. Leaves of 0 show an added constant.
+_POOLED = (1.0, 1.0, 4, 1), (1e-3, 1e2, 4, 1), (1e3, 1e6, 3, 2), (1.0, 1e-3, 12, 1), (0.0, 1.0, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -326,29 +330,54 @@ def _checked_statistic(twin: Normalizer, statistic: Any) -> tuple[list[Tensor], 
             raise Untraceable(f"its measure returns {leaf.dtype}; statistics are float64 (use atn_norms.promoted)")
     if type(statistic) is Moments and leaves[0].shape == leaves[1].shape:
         return leaves, True
-    if type(statistic) is Average or not leaves or _pools_by_weighted_mean(statistic):
-        return leaves, False
-    raise Untraceable(f"its statistic {type(statistic).__name__} is not pooled by a weighted mean")
+    if type(statistic) is not Average and leaves:
+        reason = _unlike_weighted_mean(statistic)
+        if reason is not None:
+            raise Untraceable(f"its statistic {type(statistic).__name__} is not pooled by a weighted mean{reason}")
+    return leaves, False
 
 
-def _pools_by_weighted_mean(statistic: Any) -> bool:
-    """Return True if `pool` returns weighted means of all leaves, on random numbers."""
+def _unlike_weighted_mean(statistic: Any) -> str | None:
+    """Return None if `pool` returns weighted means of all leaves, and a reason, which may be empty, if it does not.
+
+    Its code must be linear in the leaves, with factors that depend on the weights alone. Then a comparison of values
+    and gradients on random leaves is valid for all leaves.
+    """
     source = torch.Generator().manual_seed(0)
     kind, shapes = type(statistic), [leaf.shape[1:] for leaf in statistic]
-    for scale in (1.0, 1e-3, 1e3):
-        leaves = [scale * torch.randn(2, 4, *shape, generator=source, dtype=torch.float64) for shape in shapes]
-        weights = torch.rand(2, 4, generator=source, dtype=torch.float64)
-        weights[:, 1] = 0.0
-        shares = weights / weights.sum(1, keepdim=True)
-        wanted = [torch.einsum("bn,bn...->b...", shares, leaf) for leaf in leaves]
-        hidden = [leaf.clone().index_fill_(1, torch.tensor([1]), float("nan")) for leaf in leaves]
+    for scale, largest, entries, dim in _POOLED:
+        stacked = *(2,) * dim, entries
+        leaves = [scale * torch.randn(*stacked, *shape, generator=source, dtype=torch.float64) for shape in shapes]
+        weights = largest * torch.rand(stacked, generator=source, dtype=torch.float64)
+        weights[..., 1] = 0.0
+        weights[0, ..., 0] = 0.0
+        factors = [torch.rand(*stacked[:-1], *shape, generator=source, dtype=torch.float64) for shape in shapes]
         try:
-            found = list(kind(*hidden).pool(weights, 1))
+            if not _is_weighted_mean(kind, leaves, weights, factors, scale):
+                return ""
+        except Untraceable as error:
+            return f": {error}"
         except Exception:  # noqa: BLE001 - a plugin's own code may raise anything on numbers that it does not expect
-            return False
-        if not all(
-            isinstance(f, Tensor) and f.shape == w.shape and torch.allclose(f, w, rtol=1e-12, atol=1e-12 * scale)
-            for f, w in zip(found, wanted, strict=True)
-        ):
-            return False
-    return True
+            return ""
+    return None
+
+
+def _is_weighted_mean(
+    kind: Any, leaves: Sequence[Tensor], weights: Tensor, factors: Sequence[Tensor], scale: float
+) -> bool:
+    """Check the code of `pool`; compare its values, and its gradients for the gradients `factors` of the values."""
+    dim = weights.ndim - 1
+    shares = weights / weights.sum(dim, keepdim=True)
+    expected = [(expand_mask(shares, leaf) * leaf).sum(dim) for leaf in leaves]
+    expected += [
+        expand_mask(shares, leaf) * factor.unsqueeze(dim) for leaf, factor in zip(leaves, factors, strict=True)
+    ]
+    hidden = [leaf.masked_fill(expand_mask(weights == 0, leaf), float("nan")).requires_grad_() for leaf in leaves]
+    check_linear(lambda: (list(kind(*hidden).pool(weights, dim)), ()), hidden, [weights])
+    with torch.enable_grad():
+        found = list(kind(*hidden).pool(weights, dim))
+        found += torch.autograd.grad(found, hidden, factors)
+    return len(found) == len(expected) and all(
+        isinstance(f, Tensor) and f.shape == e.shape and torch.allclose(f, e, rtol=1e-12, atol=1e-12 * size)
+        for f, e, size in zip(found, expected, [scale] * len(leaves) + [1.0] * len(leaves), strict=True)
+    )

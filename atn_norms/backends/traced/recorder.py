@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _TORCH = str(Path(torch.__file__).parent)
 _PACKAGE = str(Path(__file__).parents[2])
+_TRACING = "traced/normalizer.py", "traced/linearity.py"  # files that run the code of a plugin
 
 
 class Untraceable(Exception):
@@ -100,7 +101,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        where = _line()
+        where = source_line()
         if func is torch.ops.aten._local_scalar_dense.default:
             raise Untraceable(f"a number is read out of a tensor{described(where)}")
         out = func(*args, **kwargs)
@@ -120,12 +121,12 @@ class _Attributes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _READS:
-            raise Untraceable(f"a number is read out of a tensor{described(_line())}")
+            raise Untraceable(f"a number is read out of a tensor{described(source_line())}")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if name == "__set__":
-            raise Untraceable(f"the attribute {attribute!r} of a tensor is set{described(_line())}")
+            raise Untraceable(f"the attribute {attribute!r} of a tensor is set{described(source_line())}")
         if name == "_is_view" or (name == "__get__" and attribute in _GRAPH):
-            raise Untraceable(f"the attribute {attribute or name!r} of a tensor is read{described(_line())}")
+            raise Untraceable(f"the attribute {attribute or name!r} of a tensor is read{described(source_line())}")
         return func(*args, **(kwargs or {}))
 
 
@@ -146,12 +147,15 @@ def raised_at(error: Exception) -> tuple[str, int] | None:
     return own[-1] if own else None
 
 
-def _line() -> tuple[str, int] | None:
-    """Return the innermost line outside of torch and this package, or else the line of a normalizer of this package."""
+def source_line() -> tuple[str, int] | None:
+    """Return the innermost line outside of torch and this package, or else the line of a normalizer of this package.
+
+    A mode calls this function from its own method. The result is None in a gradient.
+    """
     frame, own = sys._getframe(2), None
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path == __file__ or path.endswith("traced/normalizer.py"):
+        path, traces = frame.f_code.co_filename, frame.f_code.co_filename.endswith(_TRACING)
+        if path == __file__ or traces:
             if frame.f_code.co_name == "_differentiate":
                 return None
         elif path.startswith(_PACKAGE):
@@ -160,7 +164,7 @@ def _line() -> tuple[str, int] | None:
                 break
         elif not path.startswith(_TORCH) and not path.startswith("<"):
             return path, frame.f_lineno
-        if frame.f_code.co_name == "_observe" and path.endswith("traced/normalizer.py"):
+        if frame.f_code.co_name == "_observe" and traces:
             break
         frame = frame.f_back
     return own
