@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,12 +40,12 @@ class OverTime:
         """Normalize one step; return the result and the state for the next step."""
         self._check(x, "x", ("batch",))
         if mask is not None:
-            x = masked(x, check_mask(mask, x))
-        now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0)
+            x = _filled(x, check_mask(mask, x))
+        now, weight = self._measured(x, self._weights(x, x.shape[:1], mask), 0, mask)
         index, memory = self.initial(x) if state is None else self._checked(state, now, weight)
         pooled, memory = self._pooling.push(now, weight, memory)
         if mask is not None:
-            pooled = _pooled_or_now(pooled, now, index + (weight > 0))
+            pooled = _pooled_or_now(pooled, now, weight > 0)
         if has_population(self.normalizer):
             pooled = self.normalizer.population(pooled, torch.where(self.normalizer.counted_steps(weight), index, -1))
         y = self._normalized(x, pooled)
@@ -61,15 +62,15 @@ class OverTime:
             raise ValueError(mismatch("xs", f"shape {list(xs.shape)}", "at least one time step"))
         mask = None if lengths is None else steps_mask(lengths, xs)
         if mask is not None:
-            xs = masked(xs, mask)
-        steps, weights = self._measured(xs, self._weights(xs, xs.shape[:2], mask), 1)
+            xs = _filled(xs, mask)
+        steps, weights = self._measured(xs, self._weights(xs, xs.shape[:2], mask), 1, mask)
         first = type(steps)(*(leaf[0] for leaf in steps))
         index, memory = self.initial(xs[0]) if state is None else self._checked(state, first, weights[0])
         with scanning([self.normalizer]):
             pooled, memory = self._pooling.scan(steps, weights, memory)
             count = (weights > 0).cumsum(0)
             if mask is not None:
-                pooled = _pooled_or_now(pooled, steps, index + count)
+                pooled = _pooled_or_now(pooled, steps, weights > 0)
             if has_population(self.normalizer):
                 counted = self.normalizer.counted_steps(weights)
                 pooled = self.normalizer.population(pooled, torch.where(counted, index + count - 1, -1))
@@ -80,14 +81,16 @@ class OverTime:
         dtype = statistics_dtype(x.device)
         return torch.ones(shape, dtype=dtype, device=x.device) if mask is None else mask.to(dtype)
 
-    def _measured(self, x: Tensor, weights: Tensor, batch: int) -> tuple[Statistic, Tensor]:
-        """Measure each row; pool batch statistics over the unmasked rows, on axis `batch`."""
+    def _measured(self, x: Tensor, weights: Tensor, batch: int, mask: Tensor | None = None) -> tuple[Statistic, Tensor]:
+        """Measure each row; pool batch statistics over the unmasked rows, or else over all rows, on axis `batch`."""
         statistic = self.normalizer.measure(x)
         self._check_statistic(statistic, x)
         if not self.normalizer.uses_batch_statistics:
             return statistic, weights
-        merged = type(statistic)(*(leaf.unsqueeze(batch) for leaf in statistic.pool(weights, batch)))
-        return self.normalizer.merge_processes(merged, weights.sum(batch, keepdim=True), batch)
+        total = weights.sum(batch, keepdim=True)
+        shares = weights if mask is None else torch.where(total > 0, weights, 1.0)
+        merged = type(statistic)(*(leaf.unsqueeze(batch) for leaf in statistic.pool(shares, batch)))
+        return self.normalizer.merge_processes(merged, total, batch)
 
     def _check_statistic(self, statistic: Any, x: Tensor) -> None:
         leading = x.shape[:-1]
@@ -222,13 +225,24 @@ class AssortedTime(OverTime, nn.Module):
         return f"window={self.window}"
 
 
-def _pooled_or_now(pooled: Any, now: Any, count: Tensor) -> Any:
-    """Return the pooled statistics of rows with an unmasked step so far, `count`, and else those of the masked step.
+def _pooled_or_now(pooled: Any, now: Any, mask: Tensor) -> Any:
+    """Return the pooled statistics of unmasked rows, and the own statistics of masked rows, whose window may be empty.
 
-    A statistic without any weight may be 0. Then a normalizer without `eps` has NaN gradients, even behind a mask.
+    An empty pool may be 0. A normalizer without `eps` has NaN gradients for such a pool, even behind a mask.
     """
     pairs = zip(pooled, now, strict=True)
-    return type(now)(*(torch.where(expand_mask(count > 0, new), old, new) for old, new in pairs))
+    return type(now)(*(torch.where(expand_mask(mask, new), old, new) for old, new in pairs))
+
+
+def _filled(x: Tensor, mask: Tensor) -> Tensor:
+    """Replace all elements outside `mask` by fixed numbers, even NaN; their gradient is 0.
+
+    The numbers differ between features and between rows of a step. So the statistics of a masked row are those of an
+    ordinary row, with which no gradient is NaN.
+    """
+    shape = x.shape[mask.ndim - 1 :]
+    numbers = torch.arange(math.prod(shape), dtype=torch.float32, device=x.device).cos().reshape(shape)
+    return torch.where(expand_mask(mask, x), x, numbers.to(x.dtype))
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Layers over sequences: cutting, padding, packing, permuting; independence of rows and calls."""
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import atn_norms as an
+from atn_norms.pytree import where_mask
 from atn_norms.statistics import promoted
 from tests.compare import compare
 from tests.laws.strategies import BASES, CELLS, KINDS, LayerCase, layer_cases, leaves, lengths, level, seeds, window
@@ -126,6 +130,86 @@ def test_a_length_of_zero_gives_no_nan_gradient(kind):
     alone, _ = norm.scan(xs[:, :1])
     (expected,) = torch.autograd.grad(alone.sum(), list(norm.parameters()))
     compare([scanned, stepped], [expected, expected], tolerance=1e-6)
+
+
+@dataclass(frozen=True)
+class EverySecond(an.Window[Any]):
+    """The current step and the step two unmasked steps before it."""
+
+    def initial(self, now):
+        return an.Sliding(3).initial(now)
+
+    def push(self, now, weight, state):
+        weights = torch.cat([state[0], weight.unsqueeze(1)], 1)
+        leaves = tuple(torch.cat([old, new.unsqueeze(1)], 1) for old, new in zip(state[1], now, strict=True))
+        pooled = type(now)(*(leaf[:, ::2] for leaf in leaves)).pool(weights[:, ::2], 1)
+        return pooled, where_mask(weight > 0, (weights[:, 1:], tuple(leaf[:, 1:] for leaf in leaves)), state)
+
+
+class BatchMeanOfExp(MeanOfExp):
+    """The same for a statistic over the rows of a batch."""
+
+    uses_batch_statistics = True
+
+    def measure(self, x):
+        return an.Average(promoted(x).exp())
+
+
+@pytest.mark.parametrize(
+    ("build", "steps"),
+    [
+        (MeanOfExp, EverySecond()),
+        (BatchMeanOfExp, an.Sliding(1)),
+        (lambda features: an.RMSNorm(features, eps=0.0), an.Sliding(3)),
+        (lambda features: an.LayerNorm(features, eps=0.0), EverySecond()),
+    ],
+)
+def test_padding_gives_no_nan_gradient(build, steps):
+    """A masked step has an empty window, or no unmasked row in its batch; its gradient is 0."""
+    torch.manual_seed(1)
+    norm, xs, limit = an.AssortedTime(build(3), steps), torch.randn(6, 3, 3), torch.tensor([0, 1, 4])
+    ys, _ = norm.scan(xs, lengths=limit)
+    scanned = torch.autograd.grad(ys.sum(), list(norm.parameters()))
+    state, total = None, torch.zeros(())
+    for time, x in enumerate(xs):
+        y, state = norm.step(x, state, time < limit)
+        total = total + y.sum()
+    stepped = torch.autograd.grad(total, list(norm.parameters()))
+    assert all(gradient.isfinite().all() for gradient in scanned)
+    compare(stepped, scanned, tolerance=1e-5)
+    if norm.normalizer.uses_batch_statistics:
+        return
+    alone = sum((norm.scan(xs[: limit[row], row : row + 1])[0].sum() for row in (1, 2)), torch.zeros(()))
+    compare(scanned, torch.autograd.grad(alone, list(norm.parameters())), tolerance=1e-5)
+
+
+def test_padding_in_a_layer_gives_no_nan_gradient():
+    layer = an.GRU(3, 4, norm=MeanOfExpSpec(), window=EverySecondSpec(), backend="reference")
+    xs = torch.randn(4, 3, 3)
+    found = []
+    for each in (layer, an.with_backend(layer, "auto")):
+        ys, _ = each.unroll(xs, lengths=[1, 2, 4])
+        found.append(torch.autograd.grad(ys.sum(), list(each.parameters())))
+    assert all(gradient.isfinite().all() for gradient in found[0])
+    compare(*found, tolerance=1e-5)
+
+
+class MeanOfExpSpec(an.NormSpec):
+    """Options of `MeanOfExp`."""
+
+    kind: Literal["mean-of-exp"] = "mean-of-exp"
+
+    def build(self, features):
+        return MeanOfExp(features)
+
+
+class EverySecondSpec(an.WindowSpec):
+    """Options of `EverySecond`."""
+
+    kind: Literal["every-second"] = "every-second"
+
+    def build(self):
+        return EverySecond()
 
 
 @given(layer_cases(bases=["layer", "rms"], batch=(2, 4), steps=(2, 6)), st.integers(1, 5))
