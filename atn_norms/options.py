@@ -146,9 +146,18 @@ def option_schemas(spec: type[Options]) -> dict[str, Any]:
 
 def changed_options(spec: Options) -> dict[str, Any]:
     """Return the options of a spec, without its kind, that differ from their defaults."""
-    fields = type(spec).model_fields
-    options = {name: (getattr(spec, name), field) for name, field in fields.items() if name != "kind"}
-    return {name: value for name, (value, field) in options.items() if value != field.get_default()}
+    values = {name: getattr(spec, name) for name in type(spec).model_fields}
+    changed = {}
+    for name, field in type(spec).model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data=values)
+        if name != "kind" and values[name] != default:
+            changed[name] = values[name]
+    return changed
+
+
+def spec_kind(spec: Options) -> str:
+    """Return the kind of a spec; the name of its class for a group of options without a kind."""
+    return str(getattr(spec, "kind", type(spec).__name__))
 
 
 def spec_label(spec: Options) -> str:
@@ -163,7 +172,7 @@ def spec_label(spec: Options) -> str:
     """
     options = changed_options(spec).items()
     labels = {name: spec_label(value) if isinstance(value, Options) else repr(value) for name, value in options}
-    return kind_label(str(getattr(spec, "kind", type(spec).__name__)), labels)
+    return kind_label(spec_kind(spec), labels)
 
 
 def kind_label(kind: str, options: Mapping[str, object]) -> str:

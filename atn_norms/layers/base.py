@@ -16,11 +16,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from atn_norms.assorted_time import SiteNorm
 from atn_norms.cells import Cell, CellWeights
 from atn_norms.errors import mismatch, short_repr, with_article
-from atn_norms.layers.spec import LayerSpec, forget_shift
+from atn_norms.layers.spec import LayerSpec, NormSites, WindowSites, forget_shift
 from atn_norms.normalizers import Normalizer
 from atn_norms.normalizers.base import KeyWithCure, parameter_of
 from atn_norms.normalizers.batch import synchronized
-from atn_norms.options import Options, changed_options, kind_label
+from atn_norms.options import Options, changed_options, kind_label, spec_kind
 from atn_norms.windows import SlidingSpec
 
 
@@ -254,11 +254,11 @@ def _label(spec: Any) -> str:
     """Return the shortest form of a norm or window, for `repr`."""
     if spec is None:
         return "none"
-    if hasattr(spec, "sites"):
+    if isinstance(spec, (NormSites, WindowSites)):
         return "{" + ", ".join(f"{site}: {_label(one)}" for site, one in spec.sites.items()) + "}"
     if isinstance(spec, SlidingSpec):
         return str(spec.steps)
-    options = changed_options(spec).items()
-    return kind_label(
-        spec.kind, {name: _label(value) if isinstance(value, Options) else value for name, value in options}
-    )
+    options = {
+        name: _label(each) if isinstance(each, Options) else each for name, each in changed_options(spec).items()
+    }
+    return kind_label(spec_kind(spec), options)
