@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 import atn_norms as an
 from atn_norms.backends.base import known
@@ -45,6 +46,13 @@ class Deviation(Layer):
 
     def normalize(self, x: Any, pooled: Any) -> Any:
         return x / (pooled.mean + 1e-3) * self.weight
+
+
+class Saturating(Layer):
+    """Layer normalization with a limit, which every element reaches for one feature and a statistic of another row."""
+
+    def normalize(self, x: Any, pooled: Any) -> Any:
+        return ((x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5)).clamp(-1, 1) * self.weight
 
 
 class GatesSpec(an.NormSpec):
@@ -93,6 +101,7 @@ MORE: list[tuple[str, Any]] = [
     ("normalizer", PMeanSpec(p=3.0)),
     ("normalizer", norm_spec(Layer)),
     ("normalizer", norm_spec(Deviation)),
+    ("normalizer", norm_spec(Saturating)),
     ("normalizer", {"kind": "layer", "eps": 1e-2}),
     ("normalizer", "rms"),
     ("normalizer", {"kind": "batch", "max_steps": 3, "initial_gain": 0.1}),

@@ -15,6 +15,7 @@ from atn_norms.testing.laws.statistic import without_statistic
 from atn_norms.testing.subjects import NormalizerSubject, noise
 
 CLOSE = 1e-9  # float64: sums of a few dozen terms are exact to 1e-13
+ROWS = 32  # pooled into one statistic, so that one feature has a deviation too
 SEEN = 1e-6  # a required change is far larger than any rounding error
 
 
@@ -48,7 +49,8 @@ def the_dtype_is_kept(subject: NormalizerSubject, case: Case) -> None:
     """`normalize` returns no narrower type than that of `x`, and computes in no narrower one.
 
     It may return a wider type: the caller casts once, at the end. That cast would also hide digits lost on the way, so
-    the law calls `normalize` itself, in every floating type. In float64 a change of 1e-9 must change the result.
+    the law calls `normalize` itself, in every floating type. In float64 a change of 1e-12 of `x` must change the result
+    of some element, at one of several scales: a normalizer may saturate.
     """
     x = noise(case.seed, case.batch, case.features)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -58,9 +60,16 @@ def the_dtype_is_kept(subject: NormalizerSubject, case: Case) -> None:
             y.is_floating_point() and torch.promote_types(y.dtype, dtype) == y.dtype,
             f"normalize: got {y.dtype}; expected {dtype} or a wider type for x of {dtype}",
         )
-    normalizer, pooled = subject.normalizer(case), subject.normalizer(case).measure(x + 1)
-    change = normalizer.normalize(x + 1e-9, pooled) - normalizer.normalize(x, pooled)
-    demand(bool(change.any()), "normalize: in float64 a change of 1e-9 has no effect: it computes in a narrower type")
+    normalizer, rows = subject.normalizer(case), noise(case.seed, ROWS, case.features)
+    rows = rows.float().double()  # float32 rounds a changed number back to itself
+    leaves = normalizer.measure(rows).pool(rows.new_ones(ROWS), 0)
+    pooled = type(leaves)(*(leaf.expand(ROWS, *leaf.shape) for leaf in leaves))
+    changed = [
+        normalizer.normalize(scale * rows * (1 + 1e-12), pooled) != normalizer.normalize(scale * rows, pooled)
+        for scale in (1.0, 2.0**-7, 2.0**4)
+    ]
+    seen = bool(torch.stack(changed).any())
+    demand(seen, "normalize: in float64 a change of 1e-12 of x has no effect: it computes in a narrower type")
 
 
 @law("normalizer")

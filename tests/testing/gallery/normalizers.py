@@ -130,6 +130,15 @@ class ComputesInFloat32(Layer):
         return super().normalize(x.float(), an.Moments(*(leaf.float() for leaf in pooled))).to(x.dtype)
 
 
+@wrong("the_dtype_is_kept")
+class SaturatesInFloat32(Layer):
+    """Limits the result of a centred row in float32, after differences in float64."""
+
+    def normalize(self, x: Tensor, pooled: Any) -> Tensor:
+        normal = ((x - pooled.mean) * torch.rsqrt(pooled.var + 1e-5)).float()
+        return normal.clamp(-1, 1).to(x.dtype)
+
+
 @wrong("float32_keeps_its_digits")
 class MeasuresInFloat32(Layer):
     """Measures in the type of the input: in float32, at a mean of 1e4, centring loses most digits."""
