@@ -184,9 +184,8 @@ def test_padding_gives_no_nan_gradient(build, steps):
 
 
 def test_padding_in_a_layer_gives_no_nan_gradient():
-    layer = an.GRU(3, 4, norm=MeanOfExpSpec(), window=EverySecondSpec(), backend="reference")
-    xs = torch.randn(4, 3, 3)
-    found = []
+    layer: Any = an.GRU(3, 4, norm=MeanOfExpSpec(), window=EverySecondSpec(), backend="reference")
+    xs, found = torch.randn(4, 3, 3), []
     for each in (layer, an.with_backend(layer, "auto")):
         ys, _ = each.unroll(xs, lengths=[1, 2, 4])
         found.append(torch.autograd.grad(ys.sum(), list(each.parameters())))
