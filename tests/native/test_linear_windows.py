@@ -1,7 +1,9 @@
 """Windows of plugins whose weights depend on the statistics run on the reference, whatever the numbers of the test."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -192,3 +194,16 @@ class Shifted(an.Window[Any]):
 def test_linear_code_runs_on_the_kernels(window):
     assert unrecognized_reason(window) == ""
     assert recognized(window) is not None
+
+
+def test_the_triangular_window_of_the_page_runs_on_other_devices():
+    page = (Path(__file__).parents[2] / "docs" / "windows.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"an": an, "torch": torch, "__name__": __name__}
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, flags=re.M | re.S)
+    for block in blocks:
+        if "class Block" in block or "class Triangular" in block:
+            exec(block, names)
+    now, weight = an.Average(torch.zeros(2, 1, device="meta")), torch.ones(2, device="meta")
+    window = names["Triangular"](3)
+    pooled, _ = window.push(now, weight, window.initial(now))
+    assert pooled.mean.is_meta

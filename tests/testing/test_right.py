@@ -162,6 +162,11 @@ def test_a_normalizer_without_a_program_in_training_is_compared_in_evaluation():
     assert [run.result({}).status for run in runs] == ["passed"]
 
 
+def test_a_normalizer_that_saturates_keeps_its_type():
+    runs = [run for run in law_runs("normalizer", norm_spec(Saturating)) if run.law.name == "the_dtype_is_kept"]
+    assert [run.result({}).status for run in runs] == ["passed"]
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize(("family", "plugin"), MORE, ids=called)
 def test_correct_plugins_with_other_options_pass(family, plugin):
