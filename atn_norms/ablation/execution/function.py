@@ -23,7 +23,7 @@ from atn_norms.ablation.execution.random_state import random_state, restore_rand
 from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.imports import local_modules, uncounted
 from atn_norms.ablation.grid.schedules import Improvement
-from atn_norms.ablation.store.checkpoints import first_unloadable
+from atn_norms.ablation.store.checkpoints import first_unloadable, is_of_the_machine
 from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.trial import FILES, TrialFolder
@@ -81,7 +81,9 @@ class Checkpoint:
         try:
             self._trial._continue(self._stored["watch"])
             restore_random_state(self._stored["random"])
-        except Exception as error:  # noqa: BLE001  a foreign state may raise any error
+        except Exception as error:  # a foreign state may raise any error
+            if is_of_the_machine(error):
+                raise
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             self._folder.reject_checkpoint(f"got another state than a function's checkpoint has ({brief(problem)})")
             self._stored = None

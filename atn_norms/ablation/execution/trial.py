@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from atn_norms.ablation.execution.environment import processor
+from atn_norms.ablation.execution.fitting import BadState, check_state, load_optimizer
 from atn_norms.ablation.execution.function import Diverged, OnStep, changed_data, run_function
 from atn_norms.ablation.grid import optimizers
 from atn_norms.ablation.grid.functions import is_function
@@ -24,9 +25,10 @@ from atn_norms.ablation.grid.plan import VERSION
 from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
+from atn_norms.ablation.store.checkpoints import is_of_the_machine
 from atn_norms.ablation.store.records import model_builder
 from atn_norms.ablation.store.trial import TrialFolder, keeps_model
-from atn_norms.errors import plural, short_repr
+from atn_norms.errors import plural
 from atn_norms.layers import LayerSpec
 from atn_norms.layers.io import to_bytes
 from atn_norms.normalizers import BatchNorm, Normalizer
@@ -36,10 +38,6 @@ from atn_norms.tasks import Model, Split, generator
 
 MOST_LOST = 60.0  # seconds of training that a kill may cost, for any `checkpoint_every`
 SAVING = 20.0  # least time between such checkpoints, as a multiple of the time to write one
-
-
-class BadState(Exception):
-    """A state cannot be restored: it belongs to another trial."""
 
 
 class Trainer:
@@ -225,15 +223,13 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Load a `state`.
 
-        Errors: `BadState` where the state belongs to another trial; the trainer cannot be used afterwards.
+        Errors: `BadState` where the state belongs to another trial; an error of the machine, such as `MemoryError`. The
+        trainer cannot be used after either.
         """
         try:
-            _check_state(state, self)
+            check_state(state, self.train["steps"], self.state(), self.needs_best)
+            load_optimizer(self.optimizer, state["optimizer"])
             self.model.load_state_dict(state["model"])
-            groups = [_options(group) for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            if [_options(group) for group in self.optimizer.param_groups] != groups:
-                raise BadState("optimizer: got other options; expected those of the trial")
             self.rate.restore(state["rate"])
             self.step, self.carry = state["step"], state["carry"]
             self.first, self.summed, self.count = state["first"], state["summed"], state["count"]
@@ -243,37 +239,9 @@ class Trainer:
         except BadState:
             raise
         except Exception as error:  # torch raises exceptions of many types for a state of another model
+            if is_of_the_machine(error):
+                raise
             raise BadState(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
-
-
-def _check_state(state: dict[str, Any], trainer: Trainer) -> None:
-    """Raise `BadState` unless a state has exactly the parts that `state` writes, within their bounds."""
-    here = trainer.state()
-    if state.keys() != here.keys():
-        names = ", ".join(sorted(map(str, state.keys() ^ here.keys())))
-        raise BadState(f"got other parts than expected: {names}")
-    steps = trainer.train["steps"]
-    for name, value, most in (("step", state["step"], steps), ("count", state["count"], steps)):
-        if type(value) is not int or not 0 <= value <= most:
-            raise BadState(f"{name}: got {short_repr(value)}; expected 0 to {most}")
-    numbers = [state["summed"], *([] if state["first"] is None else [state["first"]])]
-    watches = [(state["best"], state["since"]), (state["rate"]["best"], state["rate"]["since"])]
-    is_number = all(type(each) is float and math.isfinite(each) for each in (*numbers, state["rate"]["scale"]))
-    is_watch = all(
-        type(best) is float and best == best and type(since) is int and since >= 0 for best, since in watches
-    )
-    if not (is_number and is_watch):
-        raise BadState("got a loss, score or rate that is not a number; expected finite ones")
-    if trainer.needs_best and state["kept"] is None and state["best"] < math.inf:
-        raise BadState("kept: got none, as of another keep_model; expected the weights of the best validation")
-    if state["kept"] is not None:
-        shapes = {name: each.shape for name, each in here["model"].items()}
-        if {name: each.shape for name, each in state["kept"].items()} != shapes:
-            raise BadState("kept: got other weights than the model's; expected the same names and shapes")
 
 
 def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict[str, str] | None = None) -> str:
@@ -326,23 +294,13 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
 def _train(
     folder: TrialFolder, trial: dict[str, Any], on_step: OnStep | None, on_saved: Callable[[], None]
 ) -> dict[str, Any]:
-    trainer, is_resumed = _resumed(folder, trial)
+    trainer = _resumed(folder, trial)
     folder.log(f"attempt on {platform.node()} starts at step {trainer.step} of {trial['train']['steps']}")
     result: dict[str, Any] = {"trial": folder.id, "outcome": "finished", "step": 0, "metrics": {}}
     due = time.monotonic() + MOST_LOST
     try:
         while not trainer.finished:
-            try:
-                line = trainer.advance()
-            except Diverged:
-                raise
-            except Exception as error:
-                if not is_resumed:
-                    raise
-                folder.reject_checkpoint(f"the first step after it raised {type(error).__name__}: {error}")
-                trainer, is_resumed = Trainer(trial), False
-                continue
-            is_resumed = False
+            line = trainer.advance()
             if line is not None:
                 folder.measure(line)
             now = time.monotonic()
@@ -365,17 +323,17 @@ def _train(
     return result | {"step": trainer.step}
 
 
-def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> tuple[Trainer, bool]:
-    """Return the trainer at its last checkpoint, and whether a checkpoint was restored."""
+def _resumed(folder: TrialFolder, trial: dict[str, Any]) -> Trainer:
+    """Return the trainer at its last checkpoint; at the start where a checkpoint is missing or does not fit."""
     trainer, state = Trainer(trial), folder.restore()
     if state is None:
-        return trainer, False
+        return trainer
     try:
         trainer.restore(state)
     except BadState as error:
         folder.reject_checkpoint(str(error))
-        return Trainer(trial), False
-    return trainer, True
+        return Trainer(trial)
+    return trainer
 
 
 def _model_of(folder: TrialFolder, trainer: Trainer) -> bytes | None:

@@ -25,7 +25,8 @@ def pack(trial: str, state: dict[str, Any], mark: dict[str, Any]) -> bytes:
 def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a state and the mark of its learning curve; no code in the file is run.
 
-    Errors: `StoreError` with the reason: damaged, of another trial, or not a checkpoint.
+    Errors: `StoreError` with the reason: damaged, of another trial, or not a checkpoint; an error of the machine, such
+    as `MemoryError`.
     """
     import torch
 
@@ -35,6 +36,8 @@ def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many types for a foreign archive
+        if is_of_the_machine(error):
+            raise
         raise StoreError(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state"), dict):
         raise StoreError("got no state; expected one")
@@ -43,6 +46,20 @@ def unpack(trial: str, content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_mark(checkpoint.get("metrics")):
         raise StoreError("got no mark of a learning curve; expected one")
     return checkpoint["state"], checkpoint["metrics"]
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Return True for an error that may not repeat, such as no memory: it is no property of a checkpoint.
+
+    torch raises a `RuntimeError` where the CPU has no memory.
+
+    >>> is_of_the_machine(MemoryError()), is_of_the_machine(ValueError("odd"))
+    (True, False)
+    """
+    return isinstance(error, (MemoryError, OSError)) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error).lower() for text in ("out of memory", "allocate memory", "not enough memory"))
+    )
 
 
 def first_unloadable(value: Any, path: str) -> tuple[str, Any] | None:

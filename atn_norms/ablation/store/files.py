@@ -36,19 +36,23 @@ class StoreError(OSError):
     """A study's folder cannot be used; the message names the file and the fix."""
 
 
+class Inaccessible(StoreError):
+    """The system failed to read or write a file, which may be intact."""
+
+
 class Busy(StoreError):
     """Another process holds a lock."""
 
 
 @contextmanager
 def named(action: str, path: Path) -> Iterator[None]:
-    """Convert an error of the system to a `StoreError` that names the action and the file."""
+    """Convert an error of the system to an `Inaccessible` that names the action and the file."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"cannot {action} {path}: {error.strerror or error}") from error
+        raise Inaccessible(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
 class Folder:

@@ -14,7 +14,7 @@ from typing import Any
 
 from atn_norms.ablation.store import checkpoints
 from atn_norms.ablation.store.curve import Curve
-from atn_norms.ablation.store.files import Busy, Folder, StoreError
+from atn_norms.ablation.store.files import Busy, Folder, Inaccessible, StoreError
 from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
 from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
@@ -229,13 +229,16 @@ class TrialFolder:
     def restore(self) -> dict[str, Any] | None:
         """Read the last checkpoint and cut the learning curve back to it. Without one, return None and empty the curve.
 
-        A checkpoint that is damaged, or belongs to another trial or curve, is set aside, and the trial starts over.
+        A checkpoint that is damaged, or belongs to another trial or curve, is set aside, and the trial starts over. An
+        error of the machine, such as no memory or a file that the system cannot read, keeps the checkpoint.
         """
         state, mark, problem = None, None, ""
         if self.folder.has("checkpoint.pt"):
             try:
                 content = self.folder.read("checkpoint.pt", most_bytes())
                 state, mark = checkpoints.unpack(self.id, content)
+            except Inaccessible:
+                raise
             except StoreError as error:
                 problem = str(error)
         self._refuse_lost()
