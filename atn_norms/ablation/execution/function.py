@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from atn_norms.ablation.execution.first_metric import require_same_metric
 from atn_norms.ablation.execution.random_state import random_state, restore_random_state, seed_all
 from atn_norms.ablation.grid.functions import FunctionSpec, load_function
 from atn_norms.ablation.grid.imports import local_modules, uncounted
 from atn_norms.ablation.grid.schedules import Improvement
 from atn_norms.ablation.store.checkpoints import first_unloadable, is_of_the_machine
-from atn_norms.ablation.store.files import Folder, StoreError
-from atn_norms.ablation.store.folder import StudyFolder
 from atn_norms.ablation.store.trial import FILES, TrialFolder
 from atn_norms.errors import SpecError, brief, mismatch, nearest, plural, short_repr, typed_repr
 from atn_norms.layers.io import to_bytes
@@ -193,8 +192,8 @@ def run_function(
 ) -> dict[str, Any]:
     """Call the function of a trial and return the result to store.
 
-    Errors: `SpecError` where the file has changed or cannot be loaded, and where the function returns no number or calls
-    `sys.exit`; every exception of the function.
+    Errors: `SpecError` where the file has changed or cannot be loaded, and where the function returns no number, returns
+    another first metric than other trials of its task, or calls `sys.exit`; every exception of the function.
     """  # noqa: E501
     task = FunctionSpec.model_validate(trial["task"])
     data = task.data()
@@ -214,12 +213,13 @@ def run_function(
             returned = _called(function, task.function, trial["model"], handle)
             handle.checkpoint.reject_unless_loaded()
             result["metrics"] = {"test": _metrics(folder, task, returned)}
-            _refuse_other_metrics(folder, task, result["metrics"]["test"])
             if handle.should_stop:
                 result["reason"] = f"no improvement in {plural(handle._watch.since, 'report')}"
         except Diverged as reason:
             folder.log(f"diverged at step {handle._step}: {reason}")
             result |= {"outcome": "diverged", "reason": str(reason)}
+    if result["metrics"]:
+        require_same_metric(folder, task, next(iter(result["metrics"]["test"])))
     return result | {"step": handle._step}
 
 
@@ -284,20 +284,6 @@ def _metrics(folder: TrialFolder, task: FunctionSpec, returned: Any) -> dict[str
         if name not in finite:
             folder.log(f"{task.function}: the returned {name} is {number}; it has no number in the results")
     return {first: numbers[first]} | finite
-
-
-def _refuse_other_metrics(folder: TrialFolder, task: FunctionSpec, metrics: Mapping[str, float]) -> None:
-    """Raise `SpecError` where finished trials of the task have another first metric: they could not be compared."""
-    mine, study, tasks = next(iter(metrics)), StudyFolder(folder.path.parents[1]), dict[str, str]()
-    for other in folder.path.parent.glob("*/result.json"):
-        with suppress(StoreError):
-            done = TrialFolder(Folder(other.parent)).result(whole=False)
-            theirs = done["metrics"].get("test") if done else None
-            if theirs and task.metric is None and next(iter(theirs)) != mine:
-                tasks = tasks or {each["id"]: each["points"][0]["task"] for each in study.resolved()["trials"]}
-                if tasks.get(other.parent.name) == tasks[folder.id]:
-                    expected = f"{next(iter(theirs))!r}, as in trial {other.parent.name}"
-                    raise SpecError(task.function, f"{mine!r} as its first metric", expected)
 
 
 def _number(value: Any) -> float | None:

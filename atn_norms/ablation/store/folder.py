@@ -2,6 +2,7 @@
 
 DIR/study.yaml  study.resolved.json  environment.json  .lock
 DIR/trials/ID/  the files of one trial, see `trial`
+DIR/metrics/    the first metric that a function returned, for trials that end at the same time
 DIR/report/     derived, can always be rebuilt
 """
 
@@ -20,7 +21,7 @@ from atn_norms.ablation.store.identity import current_names
 from atn_norms.ablation.store.locks import NAME as LOCK
 from atn_norms.ablation.store.locks import Lock, hold
 from atn_norms.ablation.store.merge import changed
-from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
+from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord, refuse_missing_metrics
 from atn_norms.ablation.store.schema import RETRAIN, StoredEnvironment, check, check_study
 from atn_norms.ablation.store.trial import FUNCTION, TrialFolder, keeps_model
 from atn_norms.errors import SpecError, beside
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 ELSEWHERE = "Choose another folder."
 RESOLVED = "study.resolved.json"
+METRICS = "metrics"  # the folder with the first metrics of functions, see `execution.first_metric`
 MOST_BYTES = 2**28  # bytes of the resolved study: 256 MiB
-OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", LOCK}
+OURS = {"study.yaml", RESOLVED, "environment.json", "trials", "report", METRICS, LOCK}
 
 
 class StudyFolder:
@@ -260,7 +262,7 @@ class StudyFolder:
         check(StoredEnvironment, environment, str(self.path / "environment.json"))
         tasks = {label: TaskFacts(**facts) for label, facts in resolved["tasks"].items()}
         trials = tuple(self.load_trial(entry, tasks, curves) for entry in resolved["trials"])
-        return StudyRecord(
+        record = StudyRecord(
             name=resolved["name"],
             study=resolved["study"],
             environment=environment,
@@ -270,6 +272,8 @@ class StudyFolder:
             trials=trials,
             tune=resolved.get("tune", {}),
         )
+        refuse_missing_metrics(record)
+        return record
 
     def load_trial(self, entry: dict[str, Any], tasks: dict[str, TaskFacts], curves: bool = True) -> TrialRecord:
         """Read one trial of the study; its result must have the metric of each task."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.identity import counted, settings_hash
-from atn_norms.ablation.store.records import StudyRecord, TrialRecord
+from atn_norms.ablation.store.records import StudyRecord, TrialRecord, refuse_missing_metrics
 from atn_norms.errors import Problem, SpecError, short_repr
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
     Of a trial in several records, the one that got furthest is taken.
 
     Errors: `SpecError` where two studies differ in more than their seeds, or the trials of a point in other settings;
-    `StoreError` where they have other results of the same trial.
+    `StoreError` where they have other results of the same trial, or functions returned other first metrics.
     """
     start = next(iter(records.values()))
     if len(records) == 1:
@@ -46,7 +46,9 @@ def merge(records: Mapping[str, StudyRecord]) -> StudyRecord:
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
     count = len(seeds)
     study = {**start.study, "seeds": count if seeds == list(range(count)) else seeds}
-    return replace(start, study=study, trials=trials)
+    merged = replace(start, study=study, trials=trials)
+    refuse_missing_metrics(merged)
+    return merged
 
 
 def _require_same(first: str, ours: Mapping[str, Any], name: str, theirs: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.labels import label
+from atn_norms.ablation.store.schema import RETRAIN
 from atn_norms.errors import SpecError, nearest, one_of
 
 if TYPE_CHECKING:
@@ -253,6 +255,27 @@ def _with_metric(facts: TaskFacts, label: str, trials: Sequence[TrialRecord]) ->
         if trial.status == "done" and trial.result and trial.points[0].get("task") == label
     )
     return replace(facts, metric=next(iter(next(returned, {"": 0.0}))))
+
+
+def refuse_missing_metrics(record: StudyRecord) -> None:
+    """Raise `StoreError` for a finished trial that did not return the metric of its task: it cannot be compared."""
+    done: dict[str, list[TrialRecord]] = {}
+    for trial in record.trials:
+        if trial.status == "done" and trial.result and trial.points:
+            done.setdefault(trial.points[0].get("task", ""), []).append(trial)
+    for task, trials in done.items():
+        wanted = record.tasks[task].metric
+        have = [trial for trial in trials if wanted in _returned(trial)]
+        for trial in trials:
+            if wanted not in _returned(trial):
+                place = trial.folder / "result.json" if trial.folder else f"trial {trial.id}"
+                got = ", ".join(map(repr, _returned(trial))) or "none"
+                expected = f"expected {wanted!r}" + (f", as in trial {have[0].id}" if have else "")
+                raise StoreError(f"{place}: got metrics {got}; {expected}; {RETRAIN}")
+
+
+def _returned(trial: TrialRecord) -> Mapping[str, Any]:
+    return (trial.result or {}).get("metrics", {}).get("test", {})
 
 
 def _fits(trial: TrialRecord, wanted: dict[str, str]) -> bool:

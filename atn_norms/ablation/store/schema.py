@@ -83,6 +83,13 @@ class StoredError(Stored):
     traceback: str
 
 
+class FirstMetric(Stored):
+    """The entry of a task in `first.json`: a metric, and a trial that has returned it."""
+
+    metric: str
+    trial: Id
+
+
 class StoredEnvironment(Stored):
     """`environment.json`."""
 
