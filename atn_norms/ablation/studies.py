@@ -19,7 +19,7 @@ from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.grid.study import StudySpec
 from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.folder import StudyFolder, load
-from atn_norms.ablation.store.merge import changed, differences, refuse_two_results, value_at
+from atn_norms.ablation.store.merge import changed, differences, refuse_two_results, same, value_at
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 from atn_norms.ablation.store.trial import TrialFolder
 from atn_norms.errors import SpecError, short_repr, to_spec_error
@@ -138,11 +138,12 @@ def refuse_edited_file(store: StudyFolder, resolved: Mapping[str, Any], plan: Pl
         return
     data, where = parse(text, str(file))
     before = parse(resolved["source"], file.name)[0]
-    if data == before:
+    if same(data, before):
         return
     edited = make_plan(validate(StudySpec, data, where), where)
     problems = differences(data, before)
-    if not problems or (plan is not None and _includes(plan, edited)):
+    is_notation = data == before and edited.key == resolved["key"]  # such as 1.0 for 1 where the option is a float
+    if not problems or is_notation or (plan is not None and _includes(plan, edited)):
         return
     command = ["atn-norms", "ablate", str(file)]
     store.refuse_another(edited, where, command)

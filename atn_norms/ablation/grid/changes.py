@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from atn_norms.ablation.grid.resolve import axis_path
 from atn_norms.ablation.store.identity import NEUTRAL
-from atn_norms.ablation.store.merge import differing, shown, value_at
+from atn_norms.ablation.store.merge import differing, same, shown, value_at
 from atn_norms.errors import Problem, brief, short_repr
 
 ANALYSIS = ("name", "baseline", "reach", "endpoint", "margin")  # keys of a study that change no trial
@@ -40,14 +40,18 @@ def _changes(
 ) -> Iterator[Problem]:
     for path in differing(here, there):
         mine, theirs = value_at(here, path), value_at(there, path)
-        if path in HARMLESS or path in new_axes or theirs in axes.get(path, ()):
+        if path in HARMLESS or path in new_axes or _has(axes.get(path, ()), theirs):
             continue
         if isinstance(mine, list) and isinstance(theirs, list) and (_is_axis(path) or path in (("seeds",), ("tasks",))):
-            if lacking := [short_repr(each) for each in theirs if each not in mine]:
+            if lacking := [short_repr(each) for each in theirs if not _has(mine, each)]:
                 kind = {"seeds": "seed ", "tasks": "task "}.get(path[0], "")
                 yield Problem(path, shown(mine), f"{kind}{brief(', '.join(lacking))} among them")
         else:
             yield Problem(path, shown(mine), shown(theirs))
+
+
+def _has(values: Iterable[Any], value: Any) -> bool:
+    return any(same(each, value) for each in values)
 
 
 def _is_axis(path: tuple[str, ...]) -> bool:

@@ -98,10 +98,23 @@ def _refuse_two_ids(trials: Sequence[TrialRecord]) -> None:
             raise StoreError(f"two trials, {other} and {trial.id}, for {trial.points[0]} at seed {trial.seed}")
 
 
+def same(ours: Any, theirs: Any) -> bool:
+    """Return True for equal values of equal types, as in the canonical JSON of an id.
+
+    >>> same({"a": [1, None]}, {"a": [1, None]}), same([1], [True]), same(1, 1.0)
+    (True, False, False)
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs and all(isinstance(ours, kind) == isinstance(theirs, kind) for kind in (bool, float))
+
+
 def differing(ours: Any, theirs: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the paths at which two values differ, as deep as both are mappings."""
     if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
-        return [] if ours == theirs else [path]
+        return [] if same(ours, theirs) else [path]
     keys = dict.fromkeys((*ours, *theirs))
     return [deeper for key in keys for deeper in differing(ours.get(key), theirs.get(key), (*path, key))]
 
