@@ -91,6 +91,8 @@ def finished_elsewhere(plan: Plan, folders: Sequence[Path | str]) -> dict[str, T
             if entry["id"] not in wanted or not trial.has_result() or not trial.serves(wanted[entry["id"]].trial):
                 continue
             record = store.load_trial(entry | {"points": list(wanted[entry["id"]].points)}, plan.tasks)
+            if record.status == "failed":  # its curve is too large
+                continue
             known = found.setdefault(entry["id"], (store.path, record))
             refuse_two_results(str(known[0]), known[1], str(store.path), record)
     return {identity: StudyFolder(path).trial(identity) for identity, (path, _) in found.items()}

@@ -152,8 +152,8 @@ class Trial:
         self._step = step
         metric = self._task["reports"] == "metric"
         self._watch.see(-number if metric and self._task["goal"] == "max" else number)
-        self._folder.measure({"step": step, "train_loss": number, "validation": number if metric else None})
         try:
+            self._folder.measure({"step": step, "train_loss": number, "validation": number if metric else None})
             self._on_step(step)
         except BaseException as end:
             self._end = end

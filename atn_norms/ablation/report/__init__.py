@@ -45,7 +45,7 @@ def write(
     The same record always gives the same bytes. `read` returns the record of a folder that `write` wrote.
 
     Errors: `SpecError` for a level of an unknown task, or an unknown format; `StoreError` that names the file that
-    cannot be written.
+    cannot be written, or that `read` would refuse for its size.
     """
     import_matplotlib()
     from atn_norms.ablation.report import archive, csv_export, html, tables
@@ -68,6 +68,7 @@ def write(
     written = {"md": tables.markdown, "tex": tables.latex}
     content |= {f"tables.{ending}": make(found).encode() for ending, make in written.items() if ending in formats}
     place = folder if isinstance(folder, Folder) else Folder(folder)
+    archive.refuse_size(place, content)
     place.make()
     place.remove_leftovers()
     for name in _linked(place) - content.keys():

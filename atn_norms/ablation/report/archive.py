@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from atn_norms.errors import SpecError, brief
 
 FILE = "study.json"
 RECORD = (FILE, "results.csv")  # the files by which a published report is recognized
+READ = (*RECORD, "curves.csv")  # the files from which `read` makes a record
 MOST_BYTES = 2**28  # bytes of the largest file that is read: 256 MiB
 _KEPT = ("steps", "keep")  # training options that a report reads
 _HASHES = ("data", "plugins")
@@ -71,6 +73,21 @@ def refuse_other_files(folder: Path | str) -> None:
     if others:
         got, expected = f"a folder with {others[0]!r}", "an empty folder, or a published report"
         raise SpecError(position=str(folder), got=got, expected=expected, detail=ELSEWHERE)
+
+
+def refuse_size(folder: Folder, content: Mapping[str, bytes]) -> None:
+    """Raise `StoreError` for a report with a file that `read` would refuse, unless the report is in its study's folder.
+
+    The report in the folder of a study is made again from the study.
+    """
+    if (folder.path.parent / RESOLVED).is_file():
+        return
+    for name in READ:
+        if (size := len(content[name])) > MOST_BYTES:
+            cure = "; a study with a larger train.log_every, or fewer reports, has fewer points" * (
+                name == "curves.csv"
+            )
+            raise StoreError(f"{folder.path / name}: got {size} bytes; expected at most {MOST_BYTES}, to be read{cure}")
 
 
 def read(folder: Path | str) -> StudyRecord:

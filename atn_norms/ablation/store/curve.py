@@ -19,6 +19,7 @@ from atn_norms.ablation.store.files import (
     write_all,
 )
 from atn_norms.ablation.store.schema import MOST_STEPS, Mark, check
+from atn_norms.errors import SpecError
 
 NAME = "metrics.jsonl"
 MOST_BYTES = 2**28  # bytes of the largest curve that is read: 256 MiB
@@ -51,6 +52,15 @@ class Curve:
             points.append(_parse_point(line, f"{self.path}:{number}", before))
         return points
 
+    def refuse_size(self) -> None:
+        """Raise `StoreError` for a file that is too large to be read."""
+        if self.folder.has(NAME):
+            try:
+                refuse_size(self.path, self.folder.stat(NAME).st_size, MOST_BYTES)
+            except StoreError as error:
+                cure = "remove it and result.json, and report less often (train.log_every)"
+                raise StoreError(f"{error}; {cure}") from error
+
     def last(self) -> dict[str, Any] | None:
         """Read the last complete line from the end of the file; None if there is no line."""
         if not self.folder.has(NAME):
@@ -70,11 +80,19 @@ class Curve:
         return _parse_point(lines[-1], f"{self.path}: last line", 0) if lines else None
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a line; it is durable only after `mark`."""
+        """Append a line; it is durable only after `mark`.
+
+        Errors: `SpecError`, before the line is written, where the file would become too large to be read.
+        """
         with named("write", self.path):
             failpoint(f"{NAME}:add")
-            content = f"{canonical(line)}\n".encode()
-            write_all(self._opened(), content)
+            content, descriptor = f"{canonical(line)}\n".encode(), self._opened()
+            if (size := self._size + len(content)) > MOST_BYTES:
+                detail = "Report less often, such as with a larger train.log_every."
+                raise SpecError(
+                    position=str(self.path), got=f"{size} bytes", expected=f"at most {MOST_BYTES}", detail=detail
+                )
+            write_all(descriptor, content)
             self._size += len(content)
             self._hash.update(content)
             failpoint(f"{NAME}:added")

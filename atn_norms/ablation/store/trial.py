@@ -280,12 +280,19 @@ class TrialFolder:
     ) -> TrialRecord:
         """Read all files of the trial; `planned` replaces a lost `trial.json`.
 
-        Without `curves` the learning curve is not read, only its last line.
+        Without `curves` the learning curve is not read, only its last line. A trial whose learning curve is too large
+        to be read counts as failed; without `curves`, only a trial with a result does.
         """
         trial = planned if planned is not None and not self.has_trial() else self.trial()
-        result = self.result(whole=curves)
+        result, damage = self.result(whole=curves), None
         self._refuse_too_long(result, trial)
-        status, curve = self.status(result), self.curve() if curves else []
+        try:
+            if curves or result is not None:
+                self._curve.refuse_size()
+        except StoreError as error:
+            result, damage = None, {"error": str(error), "traceback": ""}
+        status, curve = self.status(result), self.curve() if curves and not damage else []
+        status = "failed" if damage else status
         return TrialRecord(
             id=self.id,
             trial=trial,
@@ -295,7 +302,7 @@ class TrialFolder:
             result=result,
             curve=curve,
             run=self.run() or None,
-            error=self.error() if status == "failed" else None,
+            error=damage or (self.error() if status == "failed" else None),
             step=result["step"] if result is not None else self._reached(status),
             folder=self.path,
         )
