@@ -140,9 +140,8 @@ def test_a_published_report_is_read_back_and_written_again_byte_for_byte(case, t
 
 
 def as_stored(trial: TrialRecord) -> TrialRecord:
-    """Return the trial without a traceback, and without a result if it failed."""
-    error = {"error": trial.error["error"]} if trial.error else None
-    return replace(trial, error=error, result=None if trial.status == "failed" else trial.result)
+    """Return the trial without a result if it failed."""
+    return replace(trial, result=None if trial.status == "failed" else trial.result)
 
 
 def test_a_damaged_report_is_named(whole, tmp_path):

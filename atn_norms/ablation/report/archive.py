@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atn_norms.ablation.analysis.comparison import outcome
+from atn_norms.ablation.grid.functions import KIND
+from atn_norms.ablation.report.csv_export import NO_REASON
 from atn_norms.ablation.store.files import Folder, StoreError, is_temporary
 from atn_norms.ablation.store.folder import ELSEWHERE, RESOLVED
 from atn_norms.ablation.store.identity import settings_hash
@@ -36,6 +39,7 @@ def study_json(record: StudyRecord) -> str:
             "train": {key: trial.trial["train"][key] for key in _KEPT if key in trial.trial["train"]},
             **{key: trial.trial[key] for key in _HASHES if trial.trial.get(key)},
             **_settings(settings_hash(trial.trial)),
+            **_hidden(record, trial),
             **{key: trial.run[key] for key in _MACHINE if trial.run and trial.run.get(key)},
         }
         for trial in record.trials
@@ -52,6 +56,13 @@ def study_json(record: StudyRecord) -> str:
     lines = ",\n".join(json.dumps(trial, ensure_ascii=False) for trial in trials)
     head = json.dumps(whole, ensure_ascii=False, indent=1)
     return f'{head[:-2]},\n "trials": [\n{lines}\n]}}\n'
+
+
+def _hidden(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
+    """Return what results.csv lacks: the status where a score is beyond 1e30, and the traceback of a failed trial."""
+    trace = (trial.error or {}).get("traceback") if trial.status == "failed" else None
+    stored = {} if outcome(record, trial) == trial.status else {"status": trial.status}
+    return stored | ({"traceback": str(trace)} if trace else {})
 
 
 def _settings(digest: str | None) -> dict[str, str]:
@@ -136,7 +147,9 @@ def _curves(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, Any]]) -> TrialRecord:
-    status, reason, step = line["status"], line["reason"], int(line["step"] or 0)
+    status, reason, step = entry.get("status", line["status"]), line["reason"], int(line["step"] or 0)
+    if status != line["status"] and reason == NO_REASON:
+        reason = ""
     result = None
     if status in ("done", "diverged"):
         outcome = "finished" if status == "done" else "diverged"
@@ -152,6 +165,7 @@ def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, An
         id=entry["id"],
         trial={
             "seed": seed,
+            "task": {} if line["steps"] else {"kind": KIND},  # a function whose study declares no steps
             "train": entry["train"],
             **{key: entry.get(key, {}) for key in _HASHES},
             **_settings(entry.get("settings")),
@@ -162,7 +176,7 @@ def _trial(entry: dict[str, Any], line: dict[str, str], curve: list[dict[str, An
         result=result,
         curve=curve,
         run=run or None,
-        error={"error": reason} if status == "failed" else None,
+        error={"error": reason, "traceback": entry.get("traceback", "")} if status == "failed" else None,
         step=step,
     )
 

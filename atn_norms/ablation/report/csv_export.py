@@ -16,6 +16,7 @@ from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.names import called_baseline, labels, verdict
 from atn_norms.ablation.store.records import StudyRecord, TrialRecord
 
+NO_REASON = "the loss grew without bound"  # shown for a diverged trial without a reason
 LEAST_ID = 8  # characters of a trial's id in the files
 
 
@@ -177,7 +178,7 @@ def reason(record: StudyRecord, trial: TrialRecord) -> str:
     if trial.status == "failed":
         return str((trial.error or {}).get("error") or "no reason was recorded")
     if outcome(record, trial) == "diverged":
-        return str((trial.result or {}).get("reason") or "the loss grew without bound")
+        return str((trial.result or {}).get("reason") or NO_REASON)
     return str((trial.result or {}).get("reason") or "")
 
 
