@@ -293,6 +293,18 @@ def test_the_verdict_names_an_endpoint_that_the_table_does_not_show(capsys, fold
     assert " (by the mean of the last 2 validations of mean squared error)\n" in out
 
 
+@pytest.mark.parametrize("name", ["mine", "quick", "./mine"])
+def test_a_folder_in_the_place_of_a_study_file_is_named(name, capsys, folder):
+    if name == "quick":  # a ready-made study, also next to a folder of this name
+        Path("quick").mkdir()
+        assert "'quick': 40 trials" in printed(capsys, "ablate", "quick", "--dry-run")
+        return
+    create(read("study.yaml")[0], "mine")
+    error = error_of(capsys, "ablate", name)
+    cure = f"To resume a study in it: atn-norms resume {name}"
+    assert f"{name}: got a folder; expected a study file" in error and cure in error
+
+
 def test_the_folder_of_a_report_is_no_study(capsys, folder):
     printed(capsys, "ablate", "study.yaml", "--workers", "0", "--out", "here", "--set", "axes={}")
     for command in ("status", "resume"):

@@ -237,7 +237,7 @@ def _read(study: str, settings: Sequence[str]) -> tuple[StudySpec, Where]:
     from atn_norms.ablation.grid.overrides import placed
     from atn_norms.specs import parse, read, validate
 
-    if not presets.is_name(study) and Path(study).is_dir():
+    if study not in presets.names() and Path(study).is_dir():
         cure = f"To resume a study in it: atn-norms resume {study}"
         raise SpecError(position=study, got="a folder", expected="a study file", detail=cure)
     data, where = parse(presets.text(study), f"{study}.yaml") if presets.is_name(study) else read(Path(study))
