@@ -331,6 +331,7 @@ def test_two_tasks_of_a_kind_have_different_names():
         ({"train": {"clip_grad_norm": 0.0}}, "train.clip_grad_norm"),
         ({"seeds": 0}, "seeds: got 0; expected at least one seed"),
         ({"seeds": [1, 1]}, "seeds: got [1, 1]; expected different numbers"),
+        ({"seeds": [1, 2**63]}, "seeds: got [1, 9223372036854775808]; expected at most 9223372036854775807"),
         ({"baseline": {"norm": "none"}}, "baseline.norm: got no axis of this study; expected"),
         ({"axes": {"norm": ["layer"]}, "baseline": {"norm": "none"}}, "baseline.norm: got none; expected a value of"),
         ({"axes": {"norm": ["layer"]}, "baseline": {"nrom": "layer"}}, "expected one of norm; did you mean 'norm'?"),

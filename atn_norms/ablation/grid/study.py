@@ -47,6 +47,7 @@ from atn_norms.layers import LayerSpec
 from atn_norms.options import Options
 
 MOST_POINTS = 100_000
+MOST_SEED = 2**63 - 1  # the largest seed that torch accepts
 MEASURES = ("final", "tail", "steps")
 NAME = r"[^\W_][\w .-]{0,79}"
 
@@ -187,6 +188,8 @@ def _seeds(seeds: int | tuple[int, ...]) -> int | tuple[int, ...]:
             raise ValueError(f"got {short_repr(seeds)}; expected at most {MOST_POINTS}")
     elif not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"got {short_repr(list(seeds))}; expected different numbers of at least 0")
+    elif max(seeds) > MOST_SEED:
+        raise ValueError(f"got {short_repr(list(seeds))}; expected at most {MOST_SEED}")
     return seeds
 
 
