@@ -184,9 +184,10 @@ def test_padding_gives_no_nan_gradient(build, steps):
 
 
 def test_padding_in_a_layer_gives_no_nan_gradient():
-    layer: Any = an.GRU(3, 4, norm=MeanOfExpSpec(), window=EverySecondSpec(), backend="reference")
+    layer = an.GRU(3, 4, norm=MeanOfExpSpec(), window=EverySecondSpec(), backend="reference")
+    layers: list[Any] = [layer, an.with_backend(layer, "auto")]
     xs, found = torch.randn(4, 3, 3), []
-    for each in (layer, an.with_backend(layer, "auto")):
+    for each in layers:
         ys, _ = each.unroll(xs, lengths=[1, 2, 4])
         found.append(torch.autograd.grad(ys.sum(), list(each.parameters())))
     assert all(gradient.isfinite().all() for gradient in found[0])
