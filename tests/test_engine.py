@@ -158,9 +158,10 @@ def test_without_dask_one_line_names_the_extra(study, monkeypatch):
 
 
 def test_invalid_arguments_are_rejected(study, tmp_path):
-    for workers in (1.5, "2", True, None):
+    wrong: Any
+    for wrong in (1.5, "2", True, None):
         with pytest.raises(SpecError, match="workers: got .*; expected a whole number"):
-            run(study, workers=workers)
+            run(study, workers=wrong)
     with pytest.raises(SpecError, match="workers: got -1; expected at least 0"):
         run(study, workers=-1)
     with pytest.raises(StoreError, match="nowhere: got no such folder; expected a study's folder"):

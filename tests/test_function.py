@@ -308,6 +308,7 @@ def test_a_trial_in_this_process_may_change_the_working_directory(tmp_path, monk
     record = ablation.run(ablation.create(study(written(tmp_path, body), axes={"x": [1]}), "here"), workers=0)
     assert {trial.status for trial in record.trials} == {"done"}
     for trial in record.trials:
+        assert trial.folder is not None
         assert "hello" in log(trial) and (trial.folder / "files" / "mine.txt").read_text() == "kept"
         assert (trial.folder / "model.safetensors").exists()
     assert not [*(tmp_path / "elsewhere").iterdir()]

@@ -95,7 +95,7 @@ def test_an_instance_of_a_user_class_is_passed_to_load(tmp_path):
     model = an.replace(Tagger(), norm="layer", window=4).eval()
     tokens = torch.randint(11, (9, 2))
     path = an.save(model, tmp_path / "m.safetensors")
-    with pytest.raises(SpecError, match=r"got a .*Tagger, whose code is not in the file; expected a fresh one"):
+    with pytest.raises(SpecError, match=r"got a .*Tagger, whose code is not in the file; expected a new model"):
         an.load(path)
     same = an.load(path, Tagger())  # torch.nn.LSTM inside becomes the saved layer
     assert torch.equal(same(tokens), model(tokens))
@@ -143,7 +143,7 @@ def test_a_model_with_hooks_or_replaced_methods_is_passed_to_load(change, tmp_pa
     an.load(an.save(model, path))
     CODE[change](model)
     an.save(model, path)
-    with pytest.raises(SpecError, match=r"Sequential, whose code is not in the file; expected a fresh one"):
+    with pytest.raises(SpecError, match=r"Sequential, whose code is not in the file; expected a new model"):
         an.load(path)
     assert an.load(path, fresh) is fresh
 
