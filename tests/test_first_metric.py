@@ -138,6 +138,14 @@ def test_a_finished_trial_without_the_metric_is_an_error_and_not_diverged(action
     assert "got metrics 'loss'; expected 'accuracy'" in message and "remove it to train the trial again" in message
 
 
+def test_two_finished_trials_of_unequal_metrics_are_an_error_at_the_end_of_a_run(tmp_path, monkeypatch):
+    """Locks may fail between machines."""
+    monkeypatch.setattr("atn_norms.ablation.execution.function.require_same_metric", lambda *arguments: None)
+    store = created(tmp_path)
+    with pytest.raises(StoreError, match=r"got metrics 'loss'; expected 'accuracy', as in trial"):
+        ablation.run(store.path, workers=0)
+
+
 def test_a_merge_of_two_first_metrics_is_an_error(tmp_path):
     """Functions of unequal names in two folders, such as of copied results."""
     records = []

@@ -15,7 +15,7 @@ from atn_norms.ablation.execution.events import Event, OnEvent, Progress
 from atn_norms.ablation.execution.worker import attempt
 from atn_norms.ablation.grid.sources import refuse_changed_plugins
 from atn_norms.ablation.store.folder import StudyFolder
-from atn_norms.ablation.store.records import StudyRecord
+from atn_norms.ablation.store.records import StudyRecord, refuse_missing_metrics
 from atn_norms.errors import SpecError, short_repr, typed_repr
 
 __all__ = ["Event", "OnEvent", "OnStart", "check_scheduler", "run"]
@@ -64,7 +64,9 @@ def run(
                 _run_here(store, progress)
             else:
                 run_with_dask(store, progress, workers, scheduler)
-    return progress.record()
+    record = progress.record()
+    refuse_missing_metrics(record)
+    return record
 
 
 def check_workers(workers: Any) -> None:
