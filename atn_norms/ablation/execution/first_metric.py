@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from atn_norms.ablation.grid.functions import FunctionSpec
-from atn_norms.ablation.store.files import Folder, Inaccessible, StoreError
+from atn_norms.ablation.store.files import Folder, StoreError
 from atn_norms.ablation.store.folder import METRICS, RESOLVED, StudyFolder
 from atn_norms.ablation.store.locks import SILENCE, hold, is_locked
 from atn_norms.ablation.store.schema import FirstMetric, check
@@ -52,9 +52,9 @@ def _read(place: Folder) -> dict[str, Any]:
         recorded = place.read_json(FILE) if place.has(FILE) else {}
         for label, known in recorded.items():
             check(FirstMetric, known, f"{place.path / FILE}: {label}")
-    except Inaccessible:
-        raise
-    except StoreError:
+    except StoreError as error:
+        if error.is_of_system:
+            raise
         return {}
     return recorded
 

@@ -33,11 +33,12 @@ _KINDS = {
 
 
 class StoreError(OSError):
-    """A study's folder cannot be used; the message names the file and the fix."""
+    """A study's folder cannot be used; the message names the file and the fix.
 
+    `is_of_system` is true where the system failed to read or write a file, which may be intact.
+    """
 
-class Inaccessible(StoreError):
-    """The system failed to read or write a file, which may be intact."""
+    is_of_system = False
 
 
 class Busy(StoreError):
@@ -46,13 +47,15 @@ class Busy(StoreError):
 
 @contextmanager
 def named(action: str, path: Path) -> Iterator[None]:
-    """Convert an error of the system to an `Inaccessible` that names the action and the file."""
+    """Convert an error of the system to a `StoreError` that names the action and the file."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise Inaccessible(f"cannot {action} {path}: {error.strerror or error}") from error
+        problem = StoreError(f"cannot {action} {path}: {error.strerror or error}")
+        problem.is_of_system = True
+        raise problem from error
 
 
 class Folder:

@@ -14,7 +14,7 @@ from typing import Any
 
 from atn_norms.ablation.store import checkpoints
 from atn_norms.ablation.store.curve import Curve
-from atn_norms.ablation.store.files import Busy, Folder, Inaccessible, StoreError
+from atn_norms.ablation.store.files import Busy, Folder, StoreError
 from atn_norms.ablation.store.identity import DIGITS, current_names
 from atn_norms.ablation.store.locks import Heartbeat, Lock, heartbeat, hold, is_locked
 from atn_norms.ablation.store.records import MODEL, Status, TrialRecord
@@ -237,9 +237,9 @@ class TrialFolder:
             try:
                 content = self.folder.read("checkpoint.pt", most_bytes())
                 state, mark = checkpoints.unpack(self.id, content)
-            except Inaccessible:
-                raise
             except StoreError as error:
+                if error.is_of_system:
+                    raise
                 problem = str(error)
         self._refuse_lost()
         elsewhere = self._lock is not None and self._lock.orphaned
