@@ -353,13 +353,18 @@ def _merged(problems: Sequence[Problem]) -> Problem:
 
 
 def _inside(path: Keys, data: Any) -> Keys:
-    """Return the steps of a path that are keys of the data; the others are labels of branches of a union."""
+    """Return the steps of a path that are keys of the data.
+
+    The others are labels of branches of a union: tags, which are skipped, or types, which end the path.
+    """
     keys: Keys = ()
     for step in path:
         try:
             data = data[step] if isinstance(data, Mapping | list | tuple) else {}[step]  # pyright: ignore
         except (KeyError, IndexError, TypeError):
-            continue
+            if str(step).isidentifier():
+                continue
+            return keys
         keys += (step,)
     return keys
 
