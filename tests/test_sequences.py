@@ -431,6 +431,7 @@ def test_a_missing_split_or_class_is_rejected(tmp_path):
 BAD_ROW = "ROOT/index.csv:3: path: got"
 NO_FILE = "'1.npx' in column 'file', and no such file; expected a file relative to ROOT; did you mean '1.npy'?"
 NO_SPLIT = "'tst' in column 'label'; expected one of train, validation, test; did you mean 'test'?"
+EMPTY = ". An empty cell, or a sign such as NA, is a missing value"
 INDEXES = [
     ([("0.npy", "a"), ("1.npx", "b")], {}, f"{BAD_ROW} {NO_FILE}"),
     (
@@ -443,7 +444,7 @@ INDEXES = [
         {"split_column": "label"},
         f"{BAD_ROW} './x/../0.npy' in column 'file' again, after ROOT/index.csv:2; expected each file once",
     ),
-    ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} no value in column 'label'; expected a value"),
+    ([("0.npy", "a"), ("1.npy", "")], {}, f"{BAD_ROW} no value in column 'label'; expected a value{EMPTY}"),
     ([("0.npy", "1"), ("1.npy", "")], {"mode": "regress"}, f"{BAD_ROW} no value in column 'label'; expected a number"),
     ([("0.npy", "1"), ("1.npy", "x")], {"mode": "regress"}, f"{BAD_ROW} 'x' in column 'label'; expected a number"),
     ([("0.npy", "train"), ("1.npy", "tst")], {"split_column": "label"}, f"{BAD_ROW} {NO_SPLIT}"),
