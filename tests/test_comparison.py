@@ -362,6 +362,14 @@ def test_seeds_without_the_level_on_both_sides_are_no_evidence_of_no_difference(
     assert "At layer, neither side reached the level at so many seeds that fewer than 5 are left." in words
 
 
+def test_the_resolution_of_steps_is_the_largest_distance_of_validations():
+    record = reaching({"none": [0.9, None, 0.4, 0.4]})
+    to = level(record, "adding", 0.5)
+    assert steps_to(record, "adding", to).resolution == 20.0, "the second validation is missing"
+    late = tuple(replace(trial, curve=trial.curve[-1:]) for trial in record.trials)
+    assert steps_to(replace(record, trials=late), "adding", to).resolution == 40.0, "the first is at step 40"
+
+
 def test_a_diverged_trial_counts_and_one_that_still_trains_does_not():
     record = reaching({"none": [0.4] * 4})
     first, second, third, *rest = record.trials

@@ -449,6 +449,9 @@ def test_no_difference_in_steps_allows_for_steps_without_a_validation(margin, ve
     ((_, decision),) = found.tasks[0].decided()
     assert decision.verdict == verdict
     assert (decision.margin is None) == (margin <= 10)
+    assert decision.difference.paired is not None
+    if verdict == "no difference":
+        assert decision.deciding_p[0] == decision.difference.paired.p_equivalence(margin - 10)
     note = f" The margin, {margin} steps, is not tested, because validations are up to 10 steps apart."
     assert (note in endpoint(found, found.tasks[0])) == (margin <= 10)
 

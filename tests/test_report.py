@@ -660,6 +660,17 @@ def test_the_answer_is_short_and_claims_nothing_without_an_interval():
     assert not any(re.search("^Norm (helps|hurts)", each) for each in answer(few, few.tasks[0]))
 
 
+def test_a_ratio_beyond_the_largest_number_has_an_axis():
+    record = grid(
+        {"norm": ["none", "layer"]},
+        lambda p, s: (1e-320 if p["norm"] == "none" else 9e29) * (1 + s),
+        baseline={"norm": "none"},
+        facts=TaskFacts(METRIC, {}, spread="multiplicative"),
+    )
+    found = findings(replace(record, study={**record.study, "margin": 1e300}))
+    assert forest.forest(found.record, found.tasks[0], "forest") is not None
+
+
 def test_an_accuracy_is_read_the_other_way_round():
     facts = TaskFacts("accuracy", {"the most common": 0.1}, "max")
     record = grid(

@@ -12,7 +12,7 @@ from atn_norms.ablation.report.canvas import MUTED
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.forest import colour_of, forest
 from atn_norms.ablation.report.names import qualified, short_names
-from atn_norms.ablation.report.sentences import endpoint, question, verdict_line
+from atn_norms.ablation.report.sentences import answer, endpoint, question, verdict_line
 from atn_norms.ablation.report.tables import verdict_table
 from atn_norms.ablation.store.records import StudyRecord, TaskFacts
 from tests.recorded import METRIC, grid, score, study, verdict_text
@@ -49,6 +49,29 @@ def test_a_verdict_uses_the_four_words_and_names_the_margin():
     none = findings(study(values))
     assert "the study declares none" in endpoint(none, none.tasks[0])
     assert "4 declared comparisons (Holm)" in endpoint(none, none.tasks[0])
+
+
+def test_the_tail_as_endpoint_is_named_with_the_verdict_and_decides_the_best_point():
+    """The last validation of `layer` is best, and the mean of the last three is that of `none`."""
+    ends = {"none": (0.2, 0.2, 0.2), "layer": (0.9, 0.9, 0.1), "rms": (0.9, 0.9, 0.9)}
+    record = study(lambda norm, window, seed: ends[norm][-1] + 0.001 * seed)
+    trials = tuple(
+        replace(
+            trial,
+            curve=[
+                {"step": step, "train_loss": 1.0, "validation": value + 0.001 * trial.seed}
+                for step, value in enumerate(ends[trial.points[0]["norm"]], 1)
+            ],
+        )
+        for trial in record.trials
+    )
+    tail = {"measure": "tail", "validations": 3}
+    for declared, best in ((tail, "none"), ("final", "layer")):
+        found = findings(replace(record, trials=trials, study={**record.study, "endpoint": declared}))
+        named = f" (by the mean of the last 3 validations of {record.tasks['adding'].metric})"
+        assert verdict_line(found, found.tasks[0]).endswith(named) == (declared == tail)
+        (lowest,) = [each for each in answer(found, found.tasks[0]) if "The lowest " in each]
+        assert f"({best}" in lowest and ("mean of the last 3" in lowest) == (declared == tail)
 
 
 def test_a_level_that_the_study_does_not_declare_is_stated_with_the_endpoint():

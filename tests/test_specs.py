@@ -46,7 +46,13 @@ def complaint(text: str | bytes, name: str, folder: Path) -> str:
         ),
         ("a.yaml", "a: 3\na: 4\n", "a.yaml:2:1: got the key 'a' twice; expected it once"),
         ("a.yaml", "a: [3\n", "a.yaml:2:1: expected ',' or ']'"),
-        ("a.yaml", "\ta: 3\n", "a.yaml:1:1: found character '\\t' that cannot start any token"),
+        (
+            "a.yaml",
+            "\ta: 3\n",
+            "a.yaml:1:1: found character '\\t' that cannot start any token. YAML indents with blanks",
+        ),
+        ("a.yaml", "a: 1\n b: 2\n", "a.yaml:2:3: mapping values are not allowed here. Keys of a mapping start in one"),
+        ("a.yaml", "a: - 1\n", "a.yaml:1:4: sequence entries are not allowed here. A list starts on its own line"),
         ("a.yaml", "a: *x\n", "a.yaml:1:4: found undefined alias 'x'"),
         (
             "a.yaml",

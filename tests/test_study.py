@@ -274,6 +274,8 @@ def _seeded(planned):
 def test_two_tasks_of_a_kind_have_different_names():
     study = plan(task=None, tasks=[{"kind": "adding", "length": 4}, {"kind": "adding", "length": 5}])
     assert list(study.tasks) == ["adding(length=4)", "adding(length=5)"]
+    alike = [{"kind": "adding", "length": n, "train": 20} for n in (4, 5)]
+    assert list(plan(task=None, tasks=[*alike, "copying"]).tasks) == [*study.tasks, "copying"]
     named = {"short": {"kind": "adding", "length": 4}, "long": {"kind": "adding", "length": 5}}
     same = plan(task=None, tasks=named, margin={"long": 2.0}, reach={"short": 0.1})
     assert list(same.tasks) == ["short", "long"]

@@ -113,6 +113,7 @@ def test_a_csv_file_that_cannot_be_read_is_located(tmp_path, text, message):
         ("a,b\n1,2\n1_0,4\n", "FILE:3: file: got '1_0' in column 'a'; expected a number"),
         ("a,b\n1,2\n-inf,4\n", "FILE:3: file: got '-inf' in column 'a'; expected a finite number"),
         ("a,b\ntrue,2\n3,4\n", "FILE:2: file: got 'true' in column 'a'; expected a number"),
+        ('a,b\n"1,5",2\n', "FILE:2: file: got '1,5' in column 'a'; expected a number with a decimal point"),
     ],
 )
 def test_an_invalid_number_is_located(tmp_path, text, message):

@@ -84,9 +84,11 @@ def ablate(
     """
     refuse_nested_start()
     check_workers(workers)
-    for option, value in (("axes", axes), ("arguments", arguments), ("baseline", baseline)):
-        if not isinstance(value, Mapping) and (value is not None or option == "axes"):
-            raise SpecError(option, typed_repr(value), "a mapping of name to value" + "s" * (option == "axes"))
+    if not isinstance(axes, Mapping):
+        raise SpecError("axes", typed_repr(axes), "a mapping of name to values")
+    for option, value in (("arguments", arguments), ("baseline", baseline)):
+        if not isinstance(value, Mapping | None):
+            raise SpecError(option, typed_repr(value), "a mapping of name to value")
     if on_event is not None and not callable(on_event):
         raise SpecError("on_event", typed_repr(on_event), "a function of one event")
     task = {"arguments": dict(arguments or {}), "goal": goal, "metric": metric, "reports": reports}

@@ -115,7 +115,7 @@ def _resolution(record: StudyRecord, task: str, limit: int) -> float:
             looks = [
                 line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] <= limit
             ]
-            apart = max(apart, *(after - before for before, after in pairwise([0, *looks])), 0)
+            apart = max([apart, *(after - before for before, after in pairwise([0, *looks]))])
     return float(apart)
 
 

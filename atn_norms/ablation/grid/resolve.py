@@ -105,13 +105,15 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     for option, why in THE_TASKS.items():
         if model.get(option, False) is not False:
             problems.append(Problem(("model", option), f"{why}; leave it out"))
-    check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+    check("model", _layer_alone)
     if "window" in model and "model" in parts and not parts["model"].has_statistics:
         model.pop("window")  # stateless normalizers: every window is one trial
-        check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+        check("model", _layer_alone)
     if "placement" in varied and "model" in parts:
-        model["placement"] = _effective_placement(parts["model"])
-        check("model", lambda value: LayerSpec.model_validate({**value, "input_size": 1}))
+        placement = _effective_placement(parts["model"])
+        if placement != parts["model"].placement.model_dump():
+            model["placement"] = placement
+            check("model", _layer_alone)
     problems[:] = map(_without_the_tasks, problems)
     check("task", TASK.validate_python)
     data["train"] = _recommended(parts.get("task"), data["train"])
@@ -124,6 +126,11 @@ def resolve(data: dict[str, Any], axes: dict[str, Any]) -> tuple[list[Problem], 
     if not problems and (reason := parts["task"].unsupported_reason(parts["model"])):
         problems.append(Problem(("model",), f"task {parts['task'].kind}: {reason}"))
     return problems, parts
+
+
+def _layer_alone(options: Mapping[str, Any]) -> LayerSpec:
+    """Validate the options of a layer whose input size the task will set."""
+    return LayerSpec.model_validate({**options, "input_size": 1})
 
 
 def _effective_placement(layer: LayerSpec) -> dict[str, Any]:

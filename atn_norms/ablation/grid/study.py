@@ -297,7 +297,7 @@ class StudySpec(Options):
         if (self.task is None) == (not self.tasks):
             got = "got neither `task` nor `tasks`" if self.task is None else "got both `task` and `tasks`"
             raise invalid("study", [Problem(("task",), f"{got}; expected one of them")])
-        tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
+        tasks = self._task_options()
         again = [self._task_list()[i] for i, each in enumerate(tasks) if each in tasks[:i]]
         if again:
             twice = "got {} twice; expected different tasks".format
@@ -394,11 +394,14 @@ class StudySpec(Options):
         named = self.tasks.items() if isinstance(self.tasks, Mapping) else enumerate(self.tasks or ())
         return [(("tasks", key), task) for key, task in named]
 
+    def _task_options(self) -> list[Mapping[str, Any]]:
+        return [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
+
     def _task_labels(self) -> list[str]:
         """Return the name of each task: by default its kind or function, and the options in which a kind differs."""
         if isinstance(self.tasks, Mapping):
             return list(self.tasks)
-        tasks = [task if isinstance(task, Mapping) else {"kind": task} for _, task in self._task_list()]
+        tasks = self._task_options()
         kinds = list(map(_kind, tasks))
 
         def named(kind: str, task: Mapping[str, Any]) -> str:

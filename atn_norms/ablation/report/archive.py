@@ -95,9 +95,8 @@ def refuse_size(folder: Folder, content: Mapping[str, bytes]) -> None:
         return
     for name in READ:
         if (size := len(content[name])) > MOST_BYTES:
-            cure = "; a study with a larger train.log_every, or fewer reports, has fewer points" * (
-                name == "curves.csv"
-            )
+            fewer = "; a study with a larger train.log_every, or fewer reports, has fewer points"
+            cure = fewer if name == "curves.csv" else ""
             raise StoreError(f"{folder.path / name}: got {size} bytes; expected at most {MOST_BYTES}, to be read{cure}")
 
 
