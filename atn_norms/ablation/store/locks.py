@@ -3,7 +3,8 @@
 A lock is a file held by `flock`, which the kernel releases when the process ends. `flock` may not work between
 machines, and a machine may disappear or stop while it holds a lock. So the holder writes a line into the file every
 second. A holder without a new line for `SILENCE` seconds counts as gone, and another process may replace the file by
-a new one. If the old holder continues, it detects that its file is no longer in the folder, and stops.
+a new one. If the old holder continues, it detects that its file is no longer in the folder, and stops. Two machines
+that take a free lock in the same instant, without a common `flock`, read each other's lines, and one of them stops.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Lock:
         host = "".join(each for each in platform.node()[:64] if each.isprintable() and each != "/")
         self.holder = f"{host}/{os.getpid()}/{secrets.token_hex(4)}"
         self.beat = 0
+        self.rival: Heartbeat | None = None  # of a process that holds the same file, and keeps it
         self.step: int | None = None
         self.loss: float | None = None
         self._released = threading.Event()
@@ -57,12 +59,14 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """True if the folder no longer contains the file of this lock."""
-        return not _is_same(self.folder, self.descriptor)
+        """True if the folder no longer contains the file of this lock, or another process holds it as well."""
+        return self.rival is not None or not _is_same(self.folder, self.descriptor)
 
     def describe_loss(self) -> str:
         """Return the reason why the lock is lost, as a sentence."""
         folder = self.folder.path
+        if self.rival is not None:
+            return f"{folder}: {_process(self.rival)} has it too; expected `flock` to work between machines"
         try:
             os.getcwd()
         except FileNotFoundError:
@@ -106,7 +110,14 @@ class Lock:
         while not self._released.wait(BEAT):
             self.beat += 1
             with suppress(OSError):  # such as a full disk, which costs one heartbeat only
+                self._find_rival()
                 self._write()
+
+    def _find_rival(self) -> None:
+        """Yield to another process that writes into the same file; the holder whose name is first keeps the lock."""
+        last = _heartbeat(self.descriptor)
+        if last is not None and last.holder < self.holder:
+            self.rival = last
 
     def _write(self) -> None:
         line = {"holder": self.holder, "machine": machine(), "beat": self.beat, "step": self.step, "loss": self.loss}
@@ -270,13 +281,17 @@ def describe_holder(folder: Folder, take_over: bool) -> str:
     last = heartbeat(folder)
     if last is None:
         return ""
-    host, process, _ = last.holder.rsplit("/", 2)
-    text = f"process {process} on {host}"
+    text = _process(last)
     with suppress(OSError):
         text += f", silent for {staleness(folder):.0f} s"
     if take_over or last.machine != machine():
         text += f"; gone after {SILENCE:.0f} s of silence"
     return f" ({text})"
+
+
+def _process(last: Heartbeat) -> str:
+    host, process, _ = last.holder.rsplit("/", 2)
+    return f"process {process} on {host}"
 
 
 def _try(descriptor: int, kind: int) -> bool:
