@@ -471,6 +471,19 @@ def test_the_default_baseline_is_window_1_where_the_study_varies_the_window():
     }
 
 
+@pytest.mark.parametrize(
+    ("axes", "baseline"),
+    [
+        ({"norm": ["layer"], "hidden_size": [4, 8]}, {"hidden_size": "4"}),
+        ({"norm": ["none"], "hidden_size": [4, 8]}, {"hidden_size": "4"}),
+        ({"norm": ["none", "layer"], "window": [1]}, {"norm": "none"}),
+        ({"norm": ["layer"]}, {}),
+    ],
+)
+def test_an_axis_with_one_value_is_no_default_baseline(axes, baseline):
+    assert StudySpec(model={"cell": "lstm", "hidden_size": 4}, task="adding", axes=axes).baseline_labels() == baseline
+
+
 def test_a_measure_without_pairs_still_compares():
     record = grid({"norm": ["none", "layer"]}, lambda p, s: 0.1, seeds=1, baseline={"norm": "none"})
     (row,) = [each for each in compare_task(record, "adding", Measure("x", "min", lambda t: 1.0)).rows if each.against]

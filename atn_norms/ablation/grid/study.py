@@ -363,14 +363,16 @@ class StudySpec(Options):
         return {axis_name(name): [label(value) for value in values] for name, values in self.tune.items()}
 
     def baseline_labels(self) -> dict[str, str]:
-        """Return the baseline as labels; by default window 1, else no norm, else the first value of the first axis."""
-        labels = self.axis_labels()
+        """Return the baseline as labels; by default window 1, else no norm, else the first value of the first axis.
+
+        A default is a value of an axis with other values, with which it is compared.
+        """
         if self.baseline:
             return {axis_name(name): label(value) for name, value in self.baseline.items()}
-        if "1" in labels.get("window", ()) and len(labels["window"]) > 1:
-            return {"window": "1"}
-        if "none" in labels.get("norm", ()):
-            return {"norm": "none"}
+        labels = {name: values for name, values in self.axis_labels().items() if len(values) > 1}
+        for axis, value in (("window", "1"), ("norm", "none")):
+            if value in labels.get(axis, ()):
+                return {axis: value}
         return {name: values[0] for name, values in list(labels.items())[:1]}
 
     def _baseline_problems(self) -> list[Problem]:
