@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ ROWS += (0.0, 1e-10, RANGE), (0.0, 1e2, RANGE), (0.0, 1e10, RANGE)
 COMBINED = 1e-5
 COMBINED_ROWS = tuple((mean, deviation, max(largest, COMBINED)) for mean, deviation, largest in ROWS)
 COMBINED_ROWS += ((1e2, 1e-2, COMBINED),)  # where functions saturate at 1e4
+MOVE = 0.25  # of parameters, relative and absolute: a learned parameter may start where it hides lost digits, as at 0
 # The sets of programs that may need float64: the smallest first, and those of the statistic before the others.
 _STATISTIC_FIRST = "measure_back", "measure", "normalize_back", "normalize"
 _WIDENED = [each for size in range(len(PROGRAMS) + 1) for each in combinations(_STATISTIC_FIRST, size)]
+
+_Case: TypeAlias = tuple[float, float, float, Tensor]  # mean, deviation, largest difference, parameters
 
 
 def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
@@ -37,28 +41,36 @@ def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
 
     The comparison uses rows of mean 0 and deviations from 1e-10 to 1e10, and rows of mean 1e4 and deviation 1e-2, which
     keep their digits only if the subtraction of the mean is exact. Each program is compared alone. Then all programs
-    are compared in turn, since `normalize` may cancel digits of the statistic, as in E[x^2] - E[x]^2.
+    are compared in turn, since `normalize` may cancel digits of the statistic, as in E[x^2] - E[x]^2. Where digits
+    count, both comparisons are repeated with other parameters, since training changes them.
     """
     library = load()
     if isinstance(library, str):
         return traced
     with torch.device("cpu"), torch.no_grad():
         parameters = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors_of(normalizer)]
-        flat = torch.cat([torch.zeros(0), *parameters]).double().expand(COUNT, -1)
-        exact = {name for name in PROGRAMS if _keeps_digits(library, traced, flat, name)}
+        flat = torch.cat([torch.zeros(0), *parameters])
+        exact = {name for name in PROGRAMS if _keeps_digits(library, traced, name, _cases(ROWS, flat))}
         if traced.leaves:
-            runs = _Runs(library, traced, flat)
+            runs = _Runs(library, traced, _cases(COMBINED_ROWS, flat))
             exact = next(exact - {*wide} for wide in _WIDENED if runs.keep_digits(exact - {*wide}))
     return replace(traced, **{name: replace(getattr(traced, name), narrow=name in exact) for name in PROGRAMS})
 
 
-def _keeps_digits(library: Library, traced: TracedNorm, flat: Tensor, name: str) -> bool:
+def _cases(rows: Sequence[tuple[float, float, float]], flat: Tensor) -> list[_Case]:
+    """Return the comparisons of these rows, those that count digits also with parameters near the given ones."""
+    factor, term = MOVE * (2 * torch.rand(2, *flat.shape, generator=torch.Generator().manual_seed(12)) - 1)
+    own, moved = (each.double().expand(COUNT, -1) for each in (flat, flat * (1 + factor) + term))
+    return [(*row, own) for row in rows] + [(*row, moved) for row in rows if row[2] != RANGE and len(flat)]
+
+
+def _keeps_digits(library: Library, traced: TracedNorm, name: str, cases: Sequence[_Case]) -> bool:
     """Check one program, with the exact statistic or random gradients of the statistic as inputs."""
     program: Program = getattr(traced, name)
     if not program.narrowable:
         return False
     source = torch.Generator().manual_seed(11)
-    for mean, deviation, largest in ROWS:
+    for mean, deviation, largest, flat in cases:
         x = (mean + deviation * torch.randn(COUNT, traced.features, generator=source)).double()
         spread = torch.rand(COUNT, traced.width, generator=source, dtype=torch.float64)
         leaves = traced.measure.evaluate([x, flat]) if traced.leaves else []
@@ -80,19 +92,19 @@ def _keeps_digits(library: Library, traced: TracedNorm, flat: Tensor, name: str)
 class _Runs:
     """Runs of all four programs in turn, with statistics that are pooled over two rows; each run is kept."""
 
-    def __init__(self, library: Library, traced: TracedNorm, flat: Tensor) -> None:
-        self._library, self._traced, self._flat = library, traced, flat
+    def __init__(self, library: Library, traced: TracedNorm, cases: Sequence[_Case]) -> None:
+        self._library, self._traced, self._cases = library, traced, cases
         source = torch.Generator().manual_seed(13)
         shape = COUNT, traced.features
         self._rows = [
             ((mean + deviation * torch.randn(shape, generator=source)).double(), torch.randn(shape, generator=source))
-            for mean, deviation, _ in COMBINED_ROWS
+            for mean, deviation, *_ in cases
         ]
-        self._exact = [self._results(place, frozenset()) for place in range(len(COMBINED_ROWS))]
+        self._exact = [self._results(place, frozenset()) for place in range(len(cases))]
 
     def keep_digits(self, narrow: set[str]) -> bool:
         """Check results and gradients if these programs are narrow."""
-        for place, (*_, largest) in enumerate(COMBINED_ROWS):
+        for place, (*_, largest, _) in enumerate(self._cases):
             exact, found = self._exact[place], self._results(place, frozenset(narrow))
             for (a, _), (b, size) in zip(found, exact, strict=True):
                 if not _close(a, b, size, largest):
@@ -101,17 +113,17 @@ class _Runs:
 
     def _results(self, place: int, narrow: frozenset[str]) -> list[tuple[Tensor, Tensor]]:
         """Return the result and the gradients of x and of the parameters, with the size of their terms."""
-        x, dy = self._rows[place]
-        own = self._run("measure", [x, self._flat], narrow)
+        (x, dy), flat = self._rows[place], self._cases[place][-1]
+        own = self._run("measure", [x, flat], narrow)
         with torch.enable_grad():
             own = [leaf.double().requires_grad_() for leaf in own]
             pooled = _pooled(own, self._traced.centred)
         leaves = [leaf.detach() for leaf in pooled]
-        (y,) = self._run("normalize", [x, *leaves, self._flat], narrow)
-        dx, *rest = self._run("normalize_back", [x, *leaves, self._flat, dy.double()], narrow)
+        (y,) = self._run("normalize", [x, *leaves, flat], narrow)
+        dx, *rest = self._run("normalize_back", [x, *leaves, flat, dy.double()], narrow)
         spread, parameters = rest[: len(leaves)], rest[len(leaves) :]
         given = torch.autograd.grad(pooled, own, [each.double() for each in spread])
-        more, *others = self._run("measure_back", [x, self._flat, *given], narrow)
+        more, *others = self._run("measure_back", [x, flat, *given], narrow)
         results = [(y, _size(y)), (dx + more, _size(dx) + _size(more))]
         return results + [(each, _size(each)) for each in (*parameters, *others)]
 
