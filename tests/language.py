@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("atn_norms", "plugins", "tests", "docs")
 FILES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "conftest.py", "setup.py", "noxfile.py")
 SUFFIXES = {".py", ".md", ".c", ".h", ".txt"}
-LONGEST = 40  # words of a sentence in a page; CONTRIBUTING.md asks for 25, this is where the test fails
+LONGEST = 30  # words of a sentence in a page; CONTRIBUTING.md asks for 25, this is where the test fails
 
 # pattern: replacement to consider
 WORDS = {
@@ -55,6 +55,7 @@ OPENINGS = re.compile(r"\s*(What|Whether|How|Who|Why)\b")
 NAMES = {"said", "asked", "told", "heard", "whoever"}
 CODE = re.compile(r"``.+?``|`[^`]*`", re.S)
 LINK = re.compile(r"\]\([^)]*\)|https?://\S+|<!--.*?-->|\$\$.*?\$\$", re.S)
+FORMULA = re.compile(r"\$[^$\n]+\$")
 
 
 class Offence(NamedTuple):
@@ -126,10 +127,10 @@ def _markdown(path: Path, text: str) -> Iterator[Offence]:
     blank = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.S | re.M)
     for number, line in enumerate(blank.splitlines(), 1):
         yield from _words(path, number, line)
-    for paragraph in re.finditer(r"(?:^(?![#|>\-*\s]|\d+\.).+\n?)+", blank, re.M):
-        plain = LINK.sub("", CODE.sub("x", paragraph[0]))
-        for sentence in re.split(r"(?<=[.!?:])\s+", plain):
-            words = len(re.findall(r"[\w'-]+", sentence))
+    for paragraph in re.finditer(r"(?:^(?![#|>\s]).+\n?(?:^ +\S.*\n?)*)+", blank, re.M):
+        plain = FORMULA.sub("x", LINK.sub("", CODE.sub("x", paragraph[0])))
+        for sentence in re.split(r"(?<=[.!?:])\s+|^ *(?:[-*]|\d+\.) ", plain, flags=re.M):
+            words = sum(re.search(r"\w", word) is not None for word in sentence.split())
             if words > LONGEST:
                 line = blank.count("\n", 0, paragraph.start()) + 1
                 yield Offence(path, line, sentence[:50], f"a sentence of {words} words; at most {LONGEST}")

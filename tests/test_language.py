@@ -21,7 +21,8 @@ def test_no_prose_breaks_the_rules():
         ("a.py", "def a_law_says_it():\n    pass\n", "use: report, state, return, print"),
         ("a.py", "def test_what_it_does():\n    pass\n", "a test is named by a statement"),
         ("a.md", "The layer says no.\n", "use: report, state, return, print"),
-        ("a.md", " ".join(["word"] * 41) + ".\n", "a sentence of 41 words; at most 40"),
+        ("a.md", " ".join(["word"] * 41) + ".\n", "a sentence of 41 words; at most 30"),
+        ("a.md", "- A list.\n- " + " ".join(["word"] * 41) + ".\n", "a sentence of 41 words; at most 30"),
         ("a.c", "int x; /* dearer */\n", "use: slower, costlier"),
     ],
 )
