@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atn_norms.ablation.analysis.comparison import Difference, Measure, Point, compare, compare_task, outcome
-from atn_norms.ablation.analysis.decision import decide
 from atn_norms.ablation.analysis.intervals import Interval, median, wilson
 from atn_norms.ablation.analysis.time_to_target import level, steps_to
 from atn_norms.ablation.report.findings import findings
@@ -344,22 +343,34 @@ def test_a_function_that_stops_early_does_not_shorten_the_steps_of_the_others(st
     assert level(replace(record, trials=early), "adding", 0.5).limit == (40 if steps == 1 else 90)
 
 
-def test_seeds_without_the_level_on_both_sides_are_no_evidence_of_no_difference():
-    record = reaching({"none": [0.9] * 4, "layer": [0.9] * 4})
-    for reached, verdict in ((0, "undecided"), (4, "undecided"), (5, "no difference")):
-        last = {"step": 40, "validation": 0.4}
+@pytest.mark.parametrize("without", [["none", "layer"], ["layer"], ["none"]])
+def test_a_seed_without_the_level_excludes_no_difference(without):
+    """The steps of a trial that never reaches the level are unknown, and so is its difference."""
+    record = reaching({"none": [0.9, 0.9, 0.9, 0.4], "layer": [0.9, 0.9, 0.9, 0.4]})
+    record = replace(record, study={**record.study, "reach": 0.5, "endpoint": "steps", "margin": 50})
+    for lost, verdict in ((0, "no difference"), (1, "undecided"), (5, "undecided")):
         trials = tuple(
-            replace(t, curve=[{**last, "train_loss": float(t.seed)}]) if t.seed < reached else t for t in record.trials
+            replace(t, curve=t.curve[:-1]) if t.seed < lost and t.points[0]["norm"] in without else t
+            for t in record.trials
         )
-        measure = steps_to(record, "adding", level(record, "adding", 0.5))
-        rows = compare_task(replace(record, trials=trials), "adding", measure).rows
-        (against,) = [row.against for row in rows if row.against]
-        (found,) = decide([against], [50.0])
-        assert (against.unreached, found.verdict) == (5 - reached, verdict)
-        assert found.p_equivalence is not None and found.p_equivalence < 0.05
-    study = {"reach": 0.5, "endpoint": "steps", "margin": 50}
-    words = caution(findings(replace(record, study={**record.study, **study})))
-    assert "At layer, neither side reached the level at so many seeds that fewer than 5 are left." in words
+        found = findings(replace(record, trials=trials))
+        ((_, decision),) = found.tasks[0].decided()
+        assert (decision.difference.unreached, decision.verdict) == (lost, verdict)
+        assert decision.p_equivalence is not None and decision.p_equivalence < 0.05
+        notice = "A trial that never reached the level leaves the comparison undecided at layer: its steps are unknown."
+        assert (notice in caution(found), decision.blocked, decision.power is None) == (lost > 0,) * 3
+
+
+def test_a_point_that_never_reaches_the_level_is_slower_not_equal():
+    """Counted with the limit, all seeds are behind by less than the margin; their true difference is unknown."""
+    record = reaching({"none": [0.9, 0.9, 0.4, 0.4], "layer": [0.9] * 4})
+    early = tuple(
+        replace(t, curve=[{**line, "step": line["step"] - t.seed} for line in t.curve]) for t in record.trials
+    )
+    study = {**record.study, "reach": 0.5, "endpoint": "steps", "margin": 25}
+    ((_, decision),) = findings(replace(record, trials=early, study=study)).tasks[0].decided()
+    assert decision.p_equivalence is not None and decision.p_equivalence < 0.05
+    assert (decision.difference.mean, decision.difference.improvement, decision.verdict) == (12.0, 0.0, "hurts")
 
 
 def test_the_resolution_of_steps_is_the_largest_distance_of_validations():

@@ -212,7 +212,7 @@ SHAPES: dict[str, tuple[Draw, float]] = {
 COVERED = {
     "normal": (0.95, 0.95, 0.95),
     "bimodal": (0.94, 0.94, 0.95),
-    "log-normal": (0.82, 0.84, 0.90),
+    "log-normal": (0.82, 0.84, 0.92),
     "of log-normal scores": (0.97, 0.97, 0.97),
     "of their logarithms": (0.95, 0.95, 0.95),
 }

@@ -209,7 +209,7 @@ class Difference:
     | `improvement` | probability of improvement, 0 to 1; a side without a finite number loses, two such sides tie    |
     | `chance`      | Wilson interval of `improvement`; None without a pair                                           |
     | `ranked`      | m, the number of seeds at which both trials ended                                               |
-    | `unreached`   | the number of these seeds at which neither trial reached the level; both count with the limit   |
+    | `unreached`   | the number of these seeds at which a trial never reached the level, and counts with the limit   |
     | `diverged`    | number of all seeds at which the point diverged, also where the reference has no score          |
     | `reference_diverged` | number of all seeds at which the reference diverged                                      |
     | `failed`      | number of all seeds at which the trial of the point failed                                      |
@@ -251,7 +251,7 @@ class Difference:
             improvement=wins / len(ranked) if ranked else math.nan,
             chance=wilson(wins, len(ranked)),
             ranked=len(ranked),
-            unreached=0 if measure.limit is None else sum(math.isinf(a) and math.isinf(b) for a, b in scored),
+            unreached=0 if measure.limit is None else sum(math.isinf(a) or math.isinf(b) for a, b in scored),
             diverged=point.diverged,
             reference_diverged=reference.diverged,
             failed=point.counts["failed"],

@@ -11,6 +11,8 @@ from atn_norms.ablation.analysis.comparison import Difference, Verdict
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.paired import ALPHA, Paired, holm
 
+LOST = ("failed", "reference_failed", "diverged", "reference_diverged", "unreached")
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -39,21 +41,23 @@ class Decision:
         """`helps`, `hurts`, `no difference` (larger than the margin), or `undecided`.
 
         If both tests reject, the verdict is `no difference`: the difference is not 0, but smaller than the margin.
-        Seeds at which neither side reached the level are no evidence of this.
+        The difference of a seed at which a side never reached the level is unknown, so it excludes `no difference`.
         """
         difference = self.difference
-        lost = any(difference.lost)
+        unknown = any(difference.lost) or difference.unreached
         equivalent = self.p_equivalence is not None and self.p_equivalence < ALPHA
-        if equivalent and difference.pairs - difference.unreached >= ENOUGH_SEEDS and not lost:
+        if equivalent and difference.pairs >= ENOUGH_SEEDS and not unknown:
             return "no difference"
         return difference.verdict_at(self.p)
 
     @property
     def blocked(self) -> bool:
-        """True if only a trial that diverged or failed prevents a verdict; more seeds would not change this."""
-        ended = {"diverged": 0, "reference_diverged": 0, "failed": 0, "reference_failed": 0}
-        whole = replace(self, difference=replace(self.difference, **ended))
-        return self.verdict == "undecided" != whole.verdict
+        """True if only trials without a score prevent a verdict; more seeds would not change this."""
+        return self.verdict == "undecided" != self.without(*LOST).verdict
+
+    def without(self, *fields: str) -> Decision:
+        """Return the decision if these numbers of trials were 0; the fields of `difference` are those of `LOST`."""
+        return replace(self, difference=replace(self.difference, **dict.fromkeys(fields, 0)))
 
     @property
     def deciding_p(self) -> tuple[float | None, float]:

@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
-from atn_norms.ablation.analysis.decision import Decision
+from atn_norms.ablation.analysis.decision import LOST, Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.time_to_target import level
 from atn_norms.ablation.grid.resolve import axis_path
@@ -38,6 +37,12 @@ from atn_norms.errors import plural
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3
 _VERDICTS: tuple[Verdict, ...] = ("helps", "hurts", "no difference", "undecided")
+# Sentences about points without a verdict, and the number of causes of `LOST` up to that of the sentence.
+_BLOCKED = {
+    "A failed trial leaves the comparison undecided at {}: the missing score could be the worst.": 2,
+    "A diverged trial leaves the comparison undecided at {}: the better side must end at every seed.": 4,
+    "A trial that never reached the level leaves the comparison undecided at {}: its steps are unknown.": 5,
+}
 
 
 def question(record: StudyRecord) -> list[tuple[str, str]]:
@@ -101,7 +106,7 @@ def caution(found: Findings) -> str:
     """Return warnings about the seeds, trials that exclude a verdict, and tuned values that failed."""
     pairs = [decision.difference.pairs for task in found.tasks for _, decision in task.decided()]
     most = max(pairs, default=0)
-    warnings = [*_ignored_seeds(found), *_unreached(found), *_blocked(found), *_failed_values(found)]
+    warnings = [*_ignored_seeds(found), *_blocked(found), *_failed_values(found)]
     if most and most < ENOUGH_SEEDS:
         warnings = [
             f"With {plural(most, 'seed')} to compare, every comparison is undecided: a verdict needs at least "
@@ -127,37 +132,15 @@ def _ignored_seeds(found: Findings) -> list[str]:
     ]
 
 
-def _unreached(found: Findings) -> list[str]:
-    """Return a sentence about the comparisons with too few seeds at which a side reached the level."""
-    points = [
-        _named(found, task, row)
-        for task in found.tasks
-        for row, decision in task.decided()
-        if decision.margin is not None and decision.verdict == "undecided"
-        if decision.difference.unreached and decision.difference.pairs - decision.difference.unreached < ENOUGH_SEEDS
-    ]
-    if not points:
-        return []
-    return [
-        f"At {_some(points, 'point')}, neither side reached the level at so many seeds that fewer than {ENOUGH_SEEDS} "
-        'are left. Such seeds are no evidence of "no difference".'
-    ]
-
-
 def _blocked(found: Findings) -> list[str]:
-    """Return a sentence about the comparisons that are undecided only because a trial failed, or diverged."""
-    points: dict[str, list[str]] = {"failed": [], "diverged": []}
+    """Return sentences about the comparisons that are undecided only because a trial has no score, by its status."""
+    points: dict[str, list[str]] = {reason: [] for reason in _BLOCKED}
     for task in found.tasks:
         for row, decision in task.decided():
             if decision.blocked:
-                whole = replace(decision, difference=replace(decision.difference, failed=0, reference_failed=0))
-                points["diverged" if whole.blocked else "failed"].append(_named(found, task, row))
-    reasons = {"failed": "the missing score could be the worst", "diverged": "the better side must end at every seed"}
-    return [
-        f"A {status} trial leaves the comparison undecided at {_some(names, 'point')}: {reasons[status]}."
-        for status, names in points.items()
-        if names
-    ]
+                reasons = [reason for reason, end in _BLOCKED.items() if not decision.without(*LOST[:end]).blocked]
+                points[reasons[0]].append(_named(found, task, row))
+    return [reason.format(_some(names, "point")) for reason, names in points.items() if names]
 
 
 def _named(found: Findings, task: TaskFindings, row: Row) -> str:
