@@ -18,7 +18,17 @@ from atn_norms.ablation.analysis.decision import Decision, decide
 from atn_norms.ablation.report import html
 from atn_norms.ablation.report.csv_export import results_csv
 from atn_norms.ablation.report.findings import findings
-from atn_norms.ablation.report.names import NOTHING, TIMES, change, margin, seeds_needed, verdict
+from atn_norms.ablation.report.names import (
+    MINUS,
+    NOTHING,
+    TIMES,
+    chances,
+    change,
+    margin,
+    seeds_needed,
+    signed,
+    verdict,
+)
 from atn_norms.ablation.report.sentences import caution, endpoint
 from atn_norms.ablation.report.tables import table
 from atn_norms.ablation.store.records import Endpoint, StudyRecord, TaskFacts, TrialRecord
@@ -224,6 +234,26 @@ def test_a_diverged_trial_keeps_the_logarithms_of_scores_whose_worst_is_minus_in
     record = grid({"norm": ["none"]}, lambda p, s: 1.0 + s, facts=facts)
     gone = replace(record.trials[0], status="diverged", result={"outcome": "diverged", "step": 2, "metrics": {}})
     assert final(replace(record, trials=(gone, *record.trials[1:])), "adding").log
+
+
+@pytest.mark.parametrize("p", [0.0494, 0.0496, 0.04996, 0.05 - 1e-9, 0.05, 0.0501, 0.0999, 0.049])
+def test_a_printed_p_value_is_below_5_percent_as_the_value_is(p):
+    assert (float(chances(p)) < 0.05) == (p < 0.05)
+    assert float(chances(p)) == pytest.approx(p, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ((-0.5, -1.0, -0.0003), ["-0.5000", "-1.0000", "-0.0003"]),
+        ((300.0, 0.2, 599.8), ["+300.0", "+0.2", "+599.8"]),
+        ((0.0, -0.5, 0.5), ["0", "-0.500", "+0.500"]),
+        ((1e-17, -0.5, 0.5), ["+0.000", "-0.500", "+0.500"]),
+    ],
+)
+def test_an_end_that_is_not_0_is_not_printed_as_0(values, texts):
+    """A mean of 0 up to rounding needs no more digits."""
+    assert [text.replace(MINUS, "-") for text in signed(*values)] == texts
 
 
 @pytest.mark.parametrize("size", [0.01239, 1234.0, 1e-8])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from atn_norms.ablation.analysis.comparison import Difference, Point
 from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
+from atn_norms.ablation.analysis.paired import ALPHA
 from atn_norms.ablation.analysis.student import MOST_SEEDS
 from atn_norms.ablation.store.records import Goal, StudyRecord
 from atn_norms.errors import plural
@@ -18,6 +19,7 @@ MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 AT_LEAST = "\N{GREATER-THAN OR EQUAL TO}\N{NO-BREAK SPACE}"
+_ROUNDING = 1e-6  # size over that of the largest number up to which a number may be printed as 0
 _BARE = ("norm", "cell")
 _LEAST = 12  # characters of a word that are never cut while other words can be cut
 
@@ -67,12 +69,21 @@ def alike(*values: float, most: int = 4) -> list[str]:
 
 
 def signed(*values: float) -> list[str]:
-    """Format differences with a sign and with the same decimals, three digits for the largest.
+    """Format differences with a sign and equal decimals: three digits for the largest, more if one looks like 0.
 
     >>> signed(-0.05, -0.123, 0.004)
     ['−0.050', '−0.123', '+0.004']
+    >>> signed(-0.5, -1.0, -0.0003)
+    ['−0.5000', '−1.0000', '−0.0003']
     """
-    texts = alike(*values, most=3)
+    least = _ROUNDING * max(map(abs, values))
+    for most in range(3, 10):
+        texts = alike(*values, most=most)
+        if all(
+            abs(value) <= least or any(digit in text for digit in "123456789")
+            for value, text in zip(values, texts, strict=True)
+        ):
+            break
     return [
         "0" if value == 0 else text if text[:1] in (MINUS, NOTHING) else f"+{text}"
         for value, text in zip(values, texts, strict=True)
@@ -144,14 +155,19 @@ def qualified(decision: Decision) -> str:
 
 
 def chances(p: float | None) -> str:
-    """Format a p-value.
+    """Format a p-value, with more digits if rounding would raise it to 5%.
 
-    >>> chances(0.03217), chances(0.00004), chances(0.9997)
-    ('0.032', '<0.001', '1.00')
+    >>> chances(0.03217), chances(0.00004), chances(0.9997), chances(0.0496)
+    ('0.032', '<0.001', '1.00', '0.0496')
     """
     if p is None:
         return NOTHING
-    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    if p < 0.001:
+        return "<0.001"
+    digits = 3 if p < 0.1 else 2
+    while p < ALPHA <= round(p, digits):
+        digits += 1
+    return f"{p:.{digits}f}"
 
 
 def seeds_needed(decision: Decision) -> str:
