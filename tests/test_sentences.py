@@ -194,6 +194,36 @@ def test_the_baseline_is_named_where_the_point_is():
     assert "the baseline" not in alone
 
 
+def test_the_best_point_is_named_with_the_seeds_that_its_mean_excludes():
+    """A mean of the seeds that finished is too good: those that diverged may be the hard ones."""
+    gone = {"outcome": "diverged", "step": 2, "metrics": {}}
+    record = grid({"norm": ["none", "layer"]}, lambda p, s: 0.1 if p["norm"] == "none" else 0.05, seeds=10,
+                  baseline={"norm": "none"})  # fmt: skip
+    lost = {("layer", seed): "diverged" for seed in range(4)} | {("layer", 4): "failed"}
+    trials = tuple(
+        replace(t, status=lost[key], result=gone if lost[key] == "diverged" else None)  # type: ignore[arg-type]
+        if (key := (t.points[0]["norm"], t.seed)) in lost
+        else t
+        for t in record.trials
+    )
+    assert "is 0.0500 [0.0500, 0.0500] (layer; 4 diverged, 1 failed)." in verdict_text(replace(record, trials=trials))
+    assert "(layer)." in verdict_text(record)
+    alone = replace(record, axes={}, trials=tuple(t for t in trials if t.points[0]["norm"] == "layer"))
+    assert "squared error is 0.0500 [0.0500, 0.0500]; 4 diverged, 1 failed." in verdict_text(alone)
+
+
+def test_the_tables_of_a_study_that_still_runs_are_interim():
+    whole = study(score)
+    started = tuple(replace(t, status="pending", result=None) if t.seed == 5 else t for t in whole.trials)
+    for record, interim in ((whole, ""), (replace(whole, trials=started), "interim, after 25 of 30 trials")):
+        found = findings(record)
+        table = verdict_table(record, found.tasks[0])
+        picture = forest(record, found.tasks[0], "forest")
+        assert table is not None and picture is not None
+        assert table.title.endswith(interim or "lower is better")
+        assert picture.title.endswith(interim or "difference to none")
+
+
 def test_points_without_a_number_are_counted():
     def diverged(trial):
         gone = {"outcome": "diverged", "step": 2, "metrics": {}}

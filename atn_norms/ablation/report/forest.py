@@ -35,6 +35,7 @@ from atn_norms.ablation.report.names import (
     chances,
     change,
     margin,
+    marked,
     name,
     qualified,
     short_names,
@@ -70,7 +71,7 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
     right = 0.3 + 0.068 * max(map(len, notes))
     tall = _ROW * len(rows)
     width, height = max(left + _WIDTH + right, 6.2), 0.62 + tall + 0.95
-    heading = f"{task.task}: paired difference to {called_baseline(record)}"
+    heading = marked(record, f"{task.task}: paired difference to {called_baseline(record)}")
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)

@@ -267,6 +267,17 @@ def factor(record: StudyRecord) -> str:
     return words[0].upper() + words[1:]
 
 
+def interim(record: StudyRecord) -> str:
+    """Return the mark of a verdict before all trials have ended, `interim, after 20 of 50 trials`; empty afterwards."""
+    ended = sum(trial.status not in ("running", "pending") for trial in record.trials)
+    return "" if ended == len(record.trials) else f"interim, after {ended} of {plural(len(record.trials), 'trial')}"
+
+
+def marked(record: StudyRecord, title: str) -> str:
+    """Return a title of verdicts, with the mark of `interim`."""
+    return ", ".join(filter(None, (title, interim(record))))
+
+
 def never(point: Point) -> str:
     """Return the number of seeds at which the level was never reached; empty if there is no such seed or level."""
     if point.measure.limit is None or not point.lost:

@@ -22,6 +22,7 @@ from atn_norms.ablation.report.names import (
     chances,
     change,
     factor,
+    interim,
     leaf,
     listed,
     lower,
@@ -29,6 +30,7 @@ from atn_norms.ablation.report.names import (
     name,
     never,
     number,
+    unfinished,
 )
 from atn_norms.ablation.store.labels import label
 from atn_norms.ablation.store.records import Status, StudyRecord
@@ -183,13 +185,8 @@ def verdict_line(found: Findings, task: TaskFindings) -> str:
     trivial = sum(each.both_trivial for each in decisions)
     warning = f"; {WORSE} at {trivial}" if trivial else ""
     other = "" if task.primary is task.final else f" (by the {task.primary.measure.name})"
-    return f"{_interim(found.record)}{factor(found.record)}: {counted}{warning}{other}"
-
-
-def _interim(record: StudyRecord) -> str:
-    """Mark the verdict of a study that still runs; empty once every trial has ended."""
-    ended = sum(trial.status not in ("running", "pending") for trial in record.trials)
-    return "" if ended == len(record.trials) else f"Interim, after {ended} of {plural(len(record.trials), 'trial')}. "
+    mark = f"{interim(found.record).capitalize()}. " if interim(found.record) else ""
+    return f"{mark}{factor(found.record)}: {counted}{warning}{other}"
 
 
 def _counted(verdicts: Iterable[Verdict], size: str = "") -> str:
@@ -272,17 +269,18 @@ def _claim(record: StudyRecord, row: Row, decision: Decision) -> str:
 
 
 def _best(record: StudyRecord, task: TaskFindings, best: Row) -> str:
-    """Return a sentence about the point with the best mean, and the trivial predictor that is as good, if any."""
+    """Return a sentence about the best point: its mean, its seeds without a value, and a better trivial predictor."""
     comparison = task.primary if task.endpoint.measure == "tail" else task.final
     best = comparison.best or best
     what = "geometric mean of the" if comparison.measure.log else "mean"
+    missing = f"; {unfinished(best.point)}" if unfinished(best.point) else ""
     if len(comparison.rows) == 1:
-        return f"The {what} {comparison.measure.name} is {average(best.point)}."
+        return f"The {what} {comparison.measure.name} is {average(best.point)}{missing}."
     superlative = {"min": "lowest", "max": "highest"}[task.facts.goal]
     trivial = _no_better_than_trivial(task, best)
     return (
         f"The {superlative} {what} {comparison.measure.name} is {average(best.point)} "
-        f"({_leader(record, comparison, best)}){trivial}."
+        f"({_leader(record, comparison, best)}{missing}){trivial}."
     )
 
 

@@ -22,6 +22,7 @@ from atn_norms.ablation.report.names import (
     labels,
     leaf,
     lower,
+    marked,
     never,
     number,
     qualified,
@@ -90,7 +91,7 @@ def verdict_table(record: StudyRecord, task: TaskFindings) -> Table | None:
         for row, decision in task.decided()
     ]
     title = f"{task.task}: verdicts on {task.primary.measure.name}, {lower(task.primary.measure.goal)} is better"
-    return Table(title, headers, tuple(rows), ()) if rows else None
+    return Table(marked(record, title), headers, tuple(rows), ()) if rows else None
 
 
 def final_table(record: StudyRecord, task: TaskFindings) -> Table:
