@@ -292,6 +292,19 @@ def test_the_page_of_results_counts_the_finished_trials_of_a_running_study(study
     assert not running or (begin >= 0 and count in page[begin : begin + 300])
 
 
+def test_a_row_of_no_difference_has_the_p_values_that_decide_it():
+    """The p-value of "no difference" may be 0.9 where the equivalence test decides."""
+    from tests.test_decision import difference
+
+    script = runpy.run_path(str(RESULTS / "summary.py"))
+    equal = difference(0.001)
+    row = script["Compared"]("study", "point", None, equal, 0.06, False)
+    ((each, decision),) = script["decided"]([row])
+    cells = script["_line"](each, decision)
+    assert decision.verdict == "no difference" and equal.p > 0.05
+    assert (cells[2], cells[5], cells[7]) == ("no difference larger than 0.06", "<0.001", "<0.001")
+
+
 HELPED = [("copying", "layer, window 45"), ("copying-windows", "layer, window 100")]
 
 

@@ -94,9 +94,9 @@ def _line(each: Compared, decision: Decision) -> list[str]:
         qualified(decision),
         pairs,
         change(difference),
-        chances(difference.p),
+        chances(decision.deciding_p[0]),
         chances(difference.paired.p_sign_flip) if difference.paired else NOTHING,
-        chances(decision.p),
+        chances(decision.deciding_p[1]),
         NOTHING if decision.power is None else f"{decision.power:.2f}",
         seeds_needed(decision) if decision.verdict == "undecided" else "",
     ]
