@@ -229,6 +229,29 @@ def test_the_coverage_of_an_interval_matches_the_page(shape, n):
     assert abs(covered - stated) < 0.005 + 3 * math.sqrt(stated * (1 - stated) / DRAWS)  # the table has two digits
 
 
+@pytest.mark.parametrize(("n", "stated"), [(5, 0.033), (10, 0.004)])
+def test_small_p_values_of_differences_with_two_modes_are_as_frequent_as_on_the_page(n, stated):
+    rows = SHAPES["bimodal"][0](np.random.default_rng(n), (100_000, n))
+    t = rows.mean(1) / (rows.std(1, ddof=1) / math.sqrt(n))
+    assert np.mean(np.abs(t) > student.quantile(1 - ALPHA / 36 / 2, n - 1)) == pytest.approx(stated, abs=0.0015)
+
+
+@pytest.mark.parametrize(("family", "half"), [(1, (0.67, 0.71)), (36, (0.28, 0.37))])
+@pytest.mark.parametrize("effect", [0.5, 1.0, 1.5])
+def test_the_seeds_needed_decide_as_often_as_on_the_page(effect, family, half):
+    """`effect` is the margin in standard deviations; the true difference is 0 or half the margin."""
+    alpha = ALPHA / family
+    n = student.needed(effect, alpha)
+    assert n is not None
+    one, two = (student.quantile(1 - level, n - 1) for level in (alpha, alpha / 2))
+    for share, (low, high) in ((0.0, (0.71, 0.89)), (0.5, half)):
+        rows = np.random.default_rng(n).normal(share * effect, 1.0, size=(20_000, n))
+        means, errors = rows.mean(1), rows.std(1, ddof=1) / math.sqrt(n)
+        equal = np.abs(means) + one * errors < effect
+        found = equal if not share else equal | (np.abs(means) > two * errors)
+        assert low < found.mean() < high
+
+
 def test_skewed_samples_of_20_are_covered_more_often_by_the_studentized_bootstrap_than_by_t_or_bca():
     """The reason for resampling skewed samples of many seeds, and for not using BCa."""
     draw, centre = SHAPES["log-normal"]

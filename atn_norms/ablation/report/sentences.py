@@ -233,7 +233,7 @@ def endpoint(found: Findings, task: TaskFindings) -> str:
         words += (
             f" The mean of the last {task.steadier.validations} validations varies less between seeds. As the endpoint "
             f"of another study, with other seeds, it would need about {task.steadier.share:.0%} of the seeds for the "
-            "same power."
+            "same power, if the difference is as large."
         )
     return words
 
