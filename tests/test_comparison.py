@@ -285,9 +285,9 @@ def steps_of(record: StudyRecord, given: float | None = None) -> dict[str, Point
 
 
 def test_a_level_is_reached_at_the_first_measurement_that_is_there():
-    record = reaching({"none": [0.9, None, 0.3, 0.9], "layer": [0.9, 0.5, 0.2, 0.1], "rms": [0.9, 0.8, 0.7, 0.51]})
+    record = reaching({"none": [0.9, -1e31, 0.3, 0.9], "layer": [0.9, 0.5, 0.2, 0.1], "rms": [0.9, 0.8, 0.7, 0.51]})
     found = steps_of(record, 0.5)
-    assert set(found["none"].scores.values()) == {30.0}, "a validation that was not measured reaches nothing"
+    assert set(found["none"].scores.values()) == {30.0}, "a validation out of bounds reaches nothing"
     assert set(found["layer"].scores.values()) == {20.0}, "at the level is there"
     assert set(found["rms"].scores.values()) == {INF}
     assert (found["rms"].mean, found["rms"].median, found["rms"].lost) == (40.0, INF, 5)
@@ -329,6 +329,25 @@ def test_longer_training_is_no_head_start():
     assert found["layer"].mean == 40.0
 
 
+def test_more_validations_are_no_head_start():
+    """Only the steps at which all trials were validated count; one that ended before has no part in later ones."""
+    record = reaching({"none": [0.9, 0.9, 0.4, 0.4], "layer": [0.9, 0.9, 0.4, 0.4]})
+    rare = tuple(
+        replace(t, curve=[line for line in t.curve if t.points[0]["norm"] == "none" or line["step"] % 20 == 0])
+        for t in record.trials
+    )
+    record = replace(record, trials=rare)
+    found = steps_of(record, 0.5)
+    assert set(found["none"].scores.values()) == set(found["layer"].scores.values()) == {40.0}
+    assert steps_to(record, "adding", level(record, "adding", 0.5)).resolution == 20.0
+    ended = tuple(replace(t, curve=t.curve[:1]) if t.points[0]["norm"] == "layer" else t for t in record.trials)
+    assert set(steps_of(replace(record, trials=ended), 0.5)["none"].scores.values()) == {30.0}
+    apart = tuple(
+        replace(t, curve=[{**line, "step": line["step"] + t.seed} for line in t.curve]) for t in record.trials
+    )
+    assert set(steps_of(replace(record, trials=apart), 0.5)["layer"].scores.values()) == {INF}, "no common step"
+
+
 @pytest.mark.parametrize("steps", [1, 90])
 def test_a_function_that_stops_early_does_not_shorten_the_steps_of_the_others(steps):
     """A function takes 40 steps here; it declares none (1), or 90 for the progress line."""
@@ -364,8 +383,12 @@ def test_a_seed_without_the_level_excludes_no_difference(without):
 def test_a_point_that_never_reaches_the_level_is_slower_not_equal():
     """Counted with the limit, all seeds are behind by less than the margin; their true difference is unknown."""
     record = reaching({"none": [0.9, 0.9, 0.4, 0.4], "layer": [0.9] * 4})
+    reached = {"none": 30, "layer": math.inf}
     early = tuple(
-        replace(t, curve=[{**line, "step": line["step"] - t.seed} for line in t.curve]) for t in record.trials
+        replace(
+            t, curve=[{"step": n, "validation": float(n < reached[t.points[0]["norm"]] - t.seed)} for n in range(41)]
+        )
+        for t in record.trials
     )
     study = {**record.study, "reach": 0.5, "endpoint": "steps", "margin": 25}
     ((_, decision),) = findings(replace(record, trials=early, study=study)).tasks[0].decided()

@@ -83,8 +83,11 @@ def check(record: StudyRecord, given: Mapping[str, float]) -> None:
 def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
     """Measure the steps until the level is reached; fewer steps are better.
 
-        steps   = first validated step at which the metric has reached the level, or never
+        steps   = first step of those below at which the metric has reached the level, or never
         counted = min(steps, limit)
+
+    Only the steps count at which all trials were validated that took as many. Otherwise a trial with more validations
+    would reach the level sooner.
 
     A trial that ended without reaching the level, diverged or not, counts as `limit` in a mean. This is a restricted
     mean, as for survival times, and it is defined even if no trial reaches the level. A trial that failed, or is still
@@ -93,27 +96,37 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
     if to.value is None:
         raise ValueError(f"task {task} has no level to reach: {to.why}")
     value, sign = to.value, 1 if record.tasks[task].goal == "min" else -1
+    shared = _shared(record, task, to.limit)
 
     def first(trial: TrialRecord) -> float | None:
         if trial.status not in ("done", "diverged"):
             return None
         found = (
-            line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] <= to.limit
+            line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] in shared
             and sign * line["validation"] <= sign * value
         )  # fmt: skip
         return float(next(found, math.inf))
 
-    apart = _resolution(record, task, to.limit)
+    apart = _resolution(record, task, shared)
     return Measure("steps to the level", "min", first, limit=float(to.limit), resolution=apart)
 
 
-def _resolution(record: StudyRecord, task: str, limit: int) -> float:
-    """Return the largest number of steps without a validation in any finished trial of the task."""
+def _shared(record: StudyRecord, task: str, limit: int) -> set[int]:
+    """Return the steps up to the limit at which all trials of the task were validated that took as many."""
+    curves = [trial.curve for trial in record.trials if trial.points[0].get("task") == task]
+    validated = [{line["step"] for line in curve if line.get("validation") is not None} for curve in curves]
+    ends = [max(steps, default=0) for steps in validated]
+    known = {step for steps in validated for step in steps if step <= limit}
+    return {step for step in known if all(step in own or step > end for own, end in zip(validated, ends, strict=True))}
+
+
+def _resolution(record: StudyRecord, task: str, shared: set[int]) -> float:
+    """Return the largest number of steps without a counted validation in any finished trial of the task."""
     apart = 0
     for trial in record.trials:
         if trial.status == "done" and trial.points[0].get("task") == task:
             looks = [
-                line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] <= limit
+                line["step"] for line in trial.curve if is_number(line.get("validation")) and line["step"] in shared
             ]
             apart = max([apart, *(after - before for before, after in pairwise([0, *looks]))])
     return float(apart)
