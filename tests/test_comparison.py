@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from atn_norms.ablation.analysis.comparison import Difference, Measure, Point, compare, compare_task, outcome
-from atn_norms.ablation.analysis.intervals import Interval, median, wilson
+from atn_norms.ablation.analysis.intervals import median, wilson
 from atn_norms.ablation.analysis.time_to_target import level, steps_to
 from atn_norms.ablation.report.findings import findings
+from atn_norms.ablation.report.names import MINUS, change
 from atn_norms.ablation.report.sentences import caution
 from atn_norms.ablation.store.records import Goal, StudyRecord, TaskFacts
 from tests.recorded import METRIC, grid, study, trial
@@ -41,9 +42,17 @@ def between(ours: list[float], theirs: list[float]) -> Difference:
 def test_differences_are_paired_by_seed():
     ours, theirs = [0.0, 1.0, 12.0, 103.0, 1004.0, 10005.0], [1.0, 2.0, 13.0, 104.0, 1005.0, 10006.0]
     found = between(ours, theirs)
-    assert (found.mean, found.interval) == (-1.0, Interval(-1.0, -1.0))  # unpaired, the spread would hide it
+    assert found.mean == -1.0  # unpaired, the spread would hide it
     assert (found.improvement, found.pairs, found.verdict) == (1.0, 6, "helps")
     assert between(theirs, ours).verdict == "hurts"
+
+
+def test_equal_differences_have_no_interval():
+    """One point would exclude 0 with five seeds, where the p-value is 0.06 and the comparison undecided."""
+    found = between([1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0, 6.0])
+    assert (found.interval, found.effect_interval, found.p, found.verdict) == (None, None, 0.0625, "undecided")
+    assert point(1.0, 1.0, 1.0).interval is None
+    assert change(found) == f"{MINUS}1.00 (5 seeds)"
 
 
 def test_only_shared_seeds_are_paired():

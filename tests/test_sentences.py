@@ -206,10 +206,10 @@ def test_the_best_point_is_named_with_the_seeds_that_its_mean_excludes():
         else t
         for t in record.trials
     )
-    assert "is 0.0500 [0.0500, 0.0500] (layer; 4 diverged, 1 failed)." in verdict_text(replace(record, trials=trials))
+    assert "is 0.0500 (5 seeds) (layer; 4 diverged, 1 failed)." in verdict_text(replace(record, trials=trials))
     assert "(layer)." in verdict_text(record)
     alone = replace(record, axes={}, trials=tuple(t for t in trials if t.points[0]["norm"] == "layer"))
-    assert "squared error is 0.0500 [0.0500, 0.0500]; 4 diverged, 1 failed." in verdict_text(alone)
+    assert "squared error is 0.0500 (5 seeds); 4 diverged, 1 failed." in verdict_text(alone)
 
 
 def test_the_tables_of_a_study_that_still_runs_are_interim():

@@ -186,9 +186,9 @@ class Point:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95% interval of the mean; None below two numbers."""
+        """95% interval of the mean; None below two numbers, and if all are equal."""
         found = Paired.of(list(self.scaled.values()))
-        if found is None:
+        if found is None or not found.deviation:
             return None
         return Interval(self.measure.unscaled(found.interval.low), self.measure.unscaled(found.interval.high))
 
@@ -275,8 +275,8 @@ class Difference:
 
     @property
     def interval(self) -> Interval | None:
-        """95% interval of `mean`; None without `paired`."""
-        return self.paired.interval if self.paired else None
+        """95% interval of `mean`; None without `paired`, and if all differences are equal."""
+        return self.paired.interval if self.paired and self.paired.deviation else None
 
     @property
     def p(self) -> float | None:
