@@ -71,8 +71,7 @@ class Batch:
 
     def following(self, place: int, leaves: Sequence[Tensor]) -> Tree:
         """Return the state of a site after the sequence, from the operator's leaves."""
-        site, memory = self._plan.sites[place], self._memories[place]
-        weights, mean, var = without_gradients(site, leaves)
+        site, memory, weights = self._plan.sites[place], self._memories[place], constant(leaves[0])
         counts = weights.new_zeros((*weights.shape, *site.leaf[:-1], 1)) if memory is None else memory[1][1][2].double()
         if site.steps:
             happened = self._counts.reshape(1, -1, *[1] * len(site.leaf)).expand(1, self._steps, *counts.shape[2:])
@@ -81,6 +80,7 @@ class Batch:
         else:
             total = weights.reshape(1, *[1] * len(site.leaf)).expand(counts.shape)
             counts = torch.where(self._live > 0, total, counts)
+        weights, mean, var, counts = without_gradients(site, [*leaves, counts])
         return (0 if memory is None else memory[0]) + self._live, (weights, (mean, var, counts))
 
     def _index(self, place: int, normalizer: Normalizer) -> Tensor:
