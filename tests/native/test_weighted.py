@@ -126,6 +126,13 @@ def test_a_sequence_may_change_the_backend_in_the_middle():
     torch.testing.assert_close(native.unroll(xs[4:], state)[1], end, rtol=EXACT, atol=EXACT)
 
 
+def test_the_total_weight_may_be_too_small_for_a_reciprocal():
+    """At the first step the only weight is 1e-320, whose reciprocal is infinite."""
+    case = pair("triangular", options={"window": PluginSpec(taps=(1e-320, 1e-320, 1.0))})
+    agree(*(outcome(case.layer(backend), case.xs()) for backend in ("auto", "reference")))
+    assert recognized(Plugin((1e-320, 1e-320, 1.0))) is None
+
+
 def test_equal_weights_are_a_sliding_window():
     assert window_of(Plugin((1.0, 1.0, 1.0))) == WindowPlan(3, 1.0)
 

@@ -20,6 +20,7 @@ from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
 
 MOST_WINDOWS = 256  # number of windows whose comparison is kept
 MOST_AGES = 1024  # largest number of weights by age; a window must have no weight from here to four times this age
+_LEAST = torch.finfo(torch.float64).tiny  # the smallest weight by age
 _TOLERANCE = 1e-12  # rounding of sums of so many numbers near 1
 _STEPS = 12
 _SIZES = 1.0, 1e-3, 1e-1, 1e1, 1e3, 0.0, 1.0  # of the statistics of each row; 0 shows an added constant
@@ -190,9 +191,12 @@ def _check_structure(window: Window[Any], kind: Any, sizes: tuple[int, ...]) -> 
 
 
 def _taps(window: Window[Any]) -> tuple[float, ...]:
-    """Return the declared weights by age; empty if there are none, or too many."""
+    """Return the declared weights by age; empty if there are none, or too many.
+
+    The kernels use the reciprocal of a total weight, so weights with an infinite reciprocal have no kernel.
+    """
     weights = window.weight_at(torch.arange(4 * MOST_AGES, dtype=torch.float64))
-    if weights is None or not bool((weights.isfinite() & (weights >= 0)).all()):
+    if weights is None or not bool((weights.isfinite() & ((weights == 0) | (weights >= _LEAST))).all()):
         return ()
     ages = torch.nonzero(weights).flatten()
     if len(ages) == 0 or int(ages[-1]) >= MOST_AGES:
