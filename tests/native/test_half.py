@@ -64,3 +64,12 @@ def test_a_stream_carries_hidden_states_of_the_type_and_statistics_in_float64(dt
     assert (h.dtype, c.dtype, norms[0][1][0].dtype) == (dtype, dtype, torch.float64)
     more, _ = layer.unroll(xs[3:], state)
     compare(more.double(), layer.unroll(xs)[0][3:].double(), tolerance=16 * UNIT[dtype])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_weights_of_several_types_are_an_error(backend):
+    """The kernels compute in float32, in which such weights would be accepted."""
+    layer = an.LSTM(2, 3, norm={"sites": {"c": "layer"}}, backend=backend)
+    layer.weight_hh_l0.data = layer.weight_hh_l0.data.bfloat16()
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        layer(torch.zeros(4, 2, 2))

@@ -98,8 +98,12 @@ class FusedProgram(Program):
     def run(self, inputs: CellInputs, state: Tree, lengths: Tensor | None = None) -> tuple[Tensor, Tree]:
         xs, weights, declared, keep_state = inputs
         plan, (steps, batch, _) = self.plan, xs.shape
-        # Batch statistics of a single row raise an error; without rows the check does not apply.
-        if batch == 0 or (batch == 1 and plan.measured):
+        tensors = weights.tensors
+        dtype = tensors["weight_hh"].dtype
+        half = dtype in HALF  # computed in float32, and rounded once at the end
+        several = half and any(each is not None and each.dtype != dtype for each in (xs, *tensors.values()))
+        # Batch statistics of a single row raise an error, and so do several types; without rows no check applies.
+        if batch == 0 or (batch == 1 and plan.measured) or several:
             return ReferenceProgram(self.cell).run(inputs, state, lengths)
         carried, norms = state
         memories = [norms[place] for place in plan.indices]
@@ -111,11 +115,8 @@ class FusedProgram(Program):
             plan = shortened(plan, steps)
         affine = [tensor for each in declared for tensor in (each.gain, each.shift) if tensor is not None]
         h0, c0 = carried if plan.is_lstm else (carried[0], carried[0].new_empty(0))
-        tensors = weights.tensors
         weight_ih, weight_hh, bias_ih, bias_hh = [tensors.get(name) for name in PARAMETERS]
         single = [xs, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0, tensors.get("weight_hr")]
-        dtype = tensors["weight_hh"].dtype
-        half = dtype in HALF  # computed in float32, and rounded once at the end
         if half:
             single = [None if tensor is None else tensor.float() for tensor in single]
             affine = [tensor.float() for tensor in affine]
