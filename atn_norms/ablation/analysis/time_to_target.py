@@ -86,8 +86,8 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
         steps   = first step of those below at which the metric has reached the level, or never
         counted = min(steps, limit)
 
-    Only the steps count at which all trials were validated that took as many. Otherwise a trial with more validations
-    would reach the level sooner.
+    Only the steps count at which all trials were validated that took as many, if there are such steps. Otherwise a
+    trial with more validations would reach the level sooner.
 
     A trial that ended without reaching the level, diverged or not, counts as `limit` in a mean. This is a restricted
     mean, as for survival times, and it is defined even if no trial reaches the level. A trial that failed, or is still
@@ -112,12 +112,16 @@ def steps_to(record: StudyRecord, task: str, to: Level) -> Measure:
 
 
 def _shared(record: StudyRecord, task: str, limit: int) -> set[int]:
-    """Return the steps up to the limit at which all trials of the task were validated that took as many."""
+    """Return the steps up to the limit at which all trials of the task were validated that took as many.
+
+    If there are none, as in functions that validate at irregular steps, return all validated steps up to the limit.
+    """
     curves = [trial.curve for trial in record.trials if trial.points[0].get("task") == task]
     validated = [{line["step"] for line in curve if line.get("validation") is not None} for curve in curves]
     ends = [max(steps, default=0) for steps in validated]
     known = {step for steps in validated for step in steps if step <= limit}
-    return {step for step in known if all(step in own or step > end for own, end in zip(validated, ends, strict=True))}
+    shared = {s for s in known if all(s in own or s > end for own, end in zip(validated, ends, strict=True))}
+    return shared or known
 
 
 def _resolution(record: StudyRecord, task: str, shared: set[int]) -> float:
