@@ -291,3 +291,13 @@ def test_equal_arms_differ_in_one_study_in_twenty(n):
         min(holm([paired(row).p for row in rng.normal(size=(comparisons, n))])) < ALPHA for _ in range(studies)
     )
     assert claimed / studies < ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / studies)
+
+
+@pytest.mark.parametrize(
+    ("effect", "needed"), [(float("inf"), 7), (3.0, 4), (-0.2, 241), (0.028, None), (1e-200, None)]
+)
+def test_the_seeds_needed_are_found_by_a_few_powers(effect, needed, monkeypatch):
+    calls, power = [], student.power
+    monkeypatch.setattr(student, "power", lambda *arguments: calls.append(arguments) or power(*arguments))
+    assert student.needed(effect, 0.025) == needed
+    assert len(calls) <= 8, "a search from 2 takes 20"

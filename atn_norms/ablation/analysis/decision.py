@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from atn_norms.ablation.analysis import student
 from atn_norms.ablation.analysis.comparison import Difference, Verdict
@@ -85,7 +86,7 @@ class Decision:
         """The pairs from which power is estimated; None below two pairs, and if more seeds would not decide."""
         return None if self.blocked else self.difference.paired
 
-    @property
+    @cached_property
     def power(self) -> float | None:
         """The probability of detecting `target` with these seeds at the observed spread.
 
@@ -94,7 +95,7 @@ class Decision:
         paired = self._paired
         return student.power(paired.standardized(self.target), self.difference.pairs, self.alpha) if paired else None
 
-    @property
+    @cached_property
     def needed(self) -> int | None:
         """The number of seeds that detect `target` with a probability of 80%; None as `power`, or above 10,000.
 

@@ -116,12 +116,24 @@ def needed(effect: float, alpha: float, wanted: float = POWER) -> int | None:
     >>> needed(1.0, 0.05), needed(0.0, 0.05)
     (10, None)
     """
-    if not effect or power(effect, MOST_SEEDS, alpha) < wanted:
+    if not effect:
         return None
-    low, high = 1, 2
+    high = _about(effect, alpha, wanted)
+    low, step = high - 1, 1
     while power(effect, high, alpha) < wanted:
-        low, high = high, min(2 * high, MOST_SEEDS)
+        if high == MOST_SEEDS:
+            return None
+        low, high, step = high, min(high + step, MOST_SEEDS), 2 * step
+    while power(effect, low, alpha) >= wanted:
+        low, high, step = max(low - step, 1), low, 2 * step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power(effect, middle, alpha) >= wanted else (middle, high)
     return high
+
+
+def _about(effect: float, alpha: float, wanted: float) -> int:
+    """Approximate `needed` by the normal distribution, with a correction for the estimated spread."""
+    bound, reach = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(wanted)
+    root = (bound + reach) / abs(effect)
+    return max(2, math.ceil(min(MOST_SEEDS, min(root, MOST_SEEDS) ** 2 + bound**2 / 2)))
