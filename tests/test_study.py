@@ -521,6 +521,24 @@ def test_invalid_settings_are_rejected(setting, message):
     assert message in str(caught.value)
 
 
+def test_an_option_of_an_unknown_task_is_rejected():
+    data = {"tasks": {"typing": {"kind": "adding"}, "long": {"kind": "copying"}}}
+    message = (
+        "--set tasks.typign.length: got no task of this study; expected one of typing, long; did you mean 'typing'?"
+    )
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        override(data, ["tasks.typign.length=3"])
+    new = override(data, ["tasks.short.length=3", "tasks.short.kind=adding", "tasks.typing.length=4"])
+    assert new["tasks"]["short"] == {"kind": "adding", "length": 3} and new["tasks"]["typing"]["length"] == 4
+
+
+def test_an_empty_text_on_an_axis_differs_from_none(tmp_path):
+    (tmp_path / "mine.py").write_text("def train(x):\n    return 1.0\n")
+    task = {"kind": "python", "file": str(tmp_path / "mine.py")}
+    study = StudySpec.model_validate({"task": task, "axes": {"x": ["", None, "a"]}})
+    assert study.axis_labels() == {"x": ['""', "none", "a"]}
+
+
 @pytest.mark.parametrize(
     ("axis", "setting", "refused"),
     [

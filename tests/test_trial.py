@@ -210,7 +210,7 @@ def test_a_killed_process_keeps_finished_trials_and_changes_no_byte(tmp_path):
     assert outputs(killed) == outputs(whole)
 
 
-def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
+def test_the_time_of_every_attempt_counts(tmp_path):
     trial = make(tmp_path / "study")
 
     def slowly_until_the_fifth(step):
@@ -220,7 +220,7 @@ def test_the_time_of_every_attempt_counts_as_far_as_its_checkpoint(tmp_path):
     with pytest.raises(Stopped):
         run_trial(trial, slowly_until_the_fifth)
     counted = trial.run()["seconds"]
-    assert counted >= 0.2  # two sleeps before the checkpoint at step 3
+    assert counted >= 0.5  # five sleeps, of which two or three are before the checkpoint at step 3
     here = processor()
     trial.write_run({**trial.run(), "processor": "another"})
     run_trial(trial)

@@ -9,7 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,6 +26,7 @@ from atn_norms.ablation.grid.resolve import TASK
 from atn_norms.ablation.grid.schedules import Improvement, Rate
 from atn_norms.ablation.grid.sources import CURE, describe_changes, plugin_sources
 from atn_norms.ablation.store.checkpoints import is_of_the_machine
+from atn_norms.ablation.store.files import StoreError
 from atn_norms.ablation.store.records import model_builder
 from atn_norms.ablation.store.trial import TrialFolder, keeps_model
 from atn_norms.errors import plural
@@ -282,7 +283,12 @@ def run_trial(folder: TrialFolder, on_step: OnStep | None = None, versions: dict
         with isolated(), warnings.catch_warnings():
             warnings.showwarning = lambda message, category, *where: folder.log(f"{category.__name__}: {message}")
             train = run_function if is_function(trial["task"]) else _train
-            result = train(folder, trial, on_step, note_time)
+            try:
+                result = train(folder, trial, on_step, note_time)
+            except BaseException:
+                with suppress(StoreError):  # the first error is the reason
+                    note_time()
+                raise
         note_time()
         folder.finish(result)
         folder.log(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from atn_norms.ablation.grid.renames import rename_axis, rename_path, rename_study
 from atn_norms.ablation.grid.resolve import axis_path, set_values
-from atn_norms.errors import SpecError, brief, dotted, short_repr, to_spec_error
+from atn_norms.errors import SpecError, brief, dotted, nearest, short_repr, to_spec_error
 from atn_norms.specs import Where
 from atn_norms.specs import value as yaml_value
 
@@ -69,8 +69,11 @@ def override(data: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]
     Errors: `SpecError` naming the setting.
     """
     data, settings = _renamed(data), [setting(assignment) for assignment in assignments]
+    tasks = list(data["tasks"]) if isinstance(data.get("tasks"), Mapping) else []
     for each in settings:
         _assign(data, each)
+    for each in settings if tasks else ():
+        _refuse_unknown_task(data, each, tasks)
     _refuse_overruled(data, settings)
     return data
 
@@ -102,6 +105,15 @@ def placed(data: Any, assignments: Sequence[str], where: Where) -> Where:
         return ", ".join([where(path), *below])  # the file's option, and the settings that changed a part of it
 
     return place
+
+
+def _refuse_unknown_task(data: Mapping[str, Any], given: Setting, tasks: Sequence[str]) -> None:
+    """Raise `SpecError` for an option of a task that neither the file nor a setting defines."""
+    if given.path[0] != "tasks" or len(given.path) < 3:
+        return
+    name = str(given.path[1])
+    if name not in tasks and not set_values(data, ("tasks", name, "kind")):
+        raise _error(given.name, "no task of this study", f"one of {', '.join(tasks)}", nearest(name, tasks))
 
 
 def _refuse_overruled(data: dict[str, Any], settings: Sequence[Setting]) -> None:

@@ -14,11 +14,15 @@ def label(value: Any) -> str:
 
     >>> label(None), label(25), label(1e9), label({"kind": "layer", "eps": 0.001})
     ('none', '25', '1e+09', 'layer(eps=0.001)')
+    >>> label("none"), label("")
+    ('none', '""')
     >>> label({"sites": {"ih": 25, "hh": "cumulative"}})
     'sites(ih=25, hh=cumulative)'
     """
-    if value is None or isinstance(value, str):
-        return value or "none"
+    if value is None:
+        return "none"
+    if isinstance(value, str) and value:
+        return value
     if isinstance(value, Mapping) and isinstance(value.get("kind"), str):
         return kind_label(value["kind"], {name: label(each) for name, each in value.items() if name != "kind"})
     if isinstance(value, Mapping) and list(value) == ["sites"] and isinstance(value["sites"], Mapping):
