@@ -195,3 +195,18 @@ def test_an_arm_that_has_run_takes_its_own_time_instead_of_the_predicted_one():
     trials = [trial("fast", 0), *(trial("slow", seed) for seed in range(4))]
     (factor,) = errors(trials, [10.0, *[100.0] * 4], 1, at=[0.27])  # all are predicted to take equally long
     assert factor < 1.01
+
+
+def test_trials_that_outlast_their_estimate_have_no_remaining_time():
+    trials = [trial("a", 1, kind="python", steps=1), trial("b", 2, kind="python", steps=1)]
+    remaining = RemainingTime(trials, 1)
+
+    def see(kind, which, step, now):
+        remaining.see(Event(kind, which.id, {}, step, 1, 0, 2), now)
+
+    see("started", trials[0], 0, 0.0)
+    see("done", trials[0], 2, 1.0)
+    see("started", trials[1], 0, 1.0)
+    assert remaining.seconds(1.5) == 0.5
+    see("step", trials[1], 2, 3.0)
+    assert remaining.seconds(3.0) is None, "not 0 s: its steps are unknown"

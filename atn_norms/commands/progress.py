@@ -74,7 +74,7 @@ class Progress:
         """Return the estimated remaining time as text; empty while unknown, and at the end."""
         now = time.monotonic()
         seconds = None if now - self.began < FEW or self.finished == self.total else self.remaining.seconds(now)
-        return "" if seconds is None else f"about {duration(seconds)} left"
+        return "" if seconds is None else f"about {duration(max(1.0, seconds))} left"
 
     def summary(self) -> str:
         """Return one line with the ended trials, outcomes, running trials and remaining time."""

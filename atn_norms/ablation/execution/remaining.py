@@ -109,7 +109,7 @@ class RemainingTime:
         self._most = max(self._most, sum(not elsewhere for elsewhere in self._running.values()))
 
     def seconds(self, now: float) -> float | None:
-        """Return the seconds until the run ends; None while no speed is known."""
+        """Return the seconds until the run ends; None while unknown, and where the trials outlast their estimate."""
         work = {trial: seen.work(self._expected_steps(trial) or float("inf")) for trial, seen in self._seen.items()}
         known = {trial: pair for trial, pair in work.items() if pair[1] > 0 and pair[0] > 0}
         if not known:
@@ -124,7 +124,7 @@ class RemainingTime:
         elsewhere = [seconds for trial, seconds in left.items() if self._running[trial]]
         here = [seconds for trial, seconds in left.items() if not self._running[trial]]
         lanes = max(self._workers or self._most, len(here))
-        return max([makespan([*here, *(whole[trial] for trial in self._waiting)], lanes), *elsewhere])
+        return max([makespan([*here, *(whole[trial] for trial in self._waiting)], lanes), *elsewhere]) or None
 
     def _durations(self, known: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """Return the mean seconds of each observed arm."""
