@@ -79,11 +79,11 @@ def test_a_killed_extension_leaves_the_previous_study(tmp_path, monkeypatch):
     writes = []
     write_json = Folder.write_json
 
-    def killed(folder, name, value):
+    def killed(folder, name, *given, **options):
         writes.append(name)
         if name == "study.resolved.json":
             raise KeyboardInterrupt
-        write_json(folder, name, value)
+        write_json(folder, name, *given, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write_json", killed)

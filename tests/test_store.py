@@ -335,7 +335,7 @@ def test_the_result_is_written_last(trial, monkeypatch):
     trial.save({"step": 1})
     seen = []
     write = Folder.write
-    monkeypatch.setattr(Folder, "write", lambda f, n, c: (seen.append(f.names()), write(f, n, c)))
+    monkeypatch.setattr(Folder, "write", lambda f, *given: (seen.append(f.names()), write(f, *given)))
     trial.finish({"trial": trial.id, "outcome": "finished", "step": 4, "metrics": {"test": {"score": 1.0}}})
     assert [set(names) - {".lock"} for names in seen] == [{"checkpoint.pt", "metrics.jsonl", "trial.json"}]
     there = {path.name for path in trial.path.iterdir()} - {".lock"}

@@ -335,10 +335,10 @@ def test_a_full_disk_is_named_and_keeps_earlier_files(tmp_path, monkeypatch):
     whole, trial = make(tmp_path / "whole"), make(tmp_path / "study")
     run_trial(whole)
 
-    def full(folder, name, content):
+    def full(folder, name, *given):
         if name == "checkpoint.pt":
             raise StoreError(f"cannot write {folder.path / name}: No space left on device")
-        write(folder, name, content)
+        write(folder, name, *given)
 
     write = files.Folder.write
     with monkeypatch.context() as patch:

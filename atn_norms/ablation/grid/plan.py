@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Plan:
     @property
     def key(self) -> str:
         """A hash of the study: its trials, their grid points, and the baseline."""
-        return study_key(self.axes, self.baseline, [asdict(trial) for trial in self.trials])
+        return study_key(self.axes, self.baseline, [vars(trial) for trial in self.trials])
 
     def lacks(self, resolved: Mapping[str, Any]) -> int:
         """Count the trials of a stored study (`resolved`) that this study lacks; 0: this study extends it."""

@@ -103,15 +103,15 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    def make(self, made: list[Path] | None = None) -> None:
-        """Create the folder and its parents, durably; append those created to `made`."""
+    def make(self, made: list[Path] | None = None, sync: bool = True) -> None:
+        """Create the folder and its parents, durably with `sync`; append those created to `made`."""
         with named("create the folder", self.path):
             missing = (each for each in reversed(self.root.parents) if not each.exists())
             for path in (*missing, self.root):
-                _make(path, None, made)
+                _make(path, None, made, sync)
             for depth, name in enumerate(self.inside, 1):
                 with Folder(self.root, *self.inside[: depth - 1]).opened() as parent:
-                    _make(self.root.joinpath(*self.inside[:depth]), (parent, name), made)
+                    _make(self.root.joinpath(*self.inside[:depth]), (parent, name), made, sync)
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Open a regular file and return its descriptor; `OSError` if the system fails."""
@@ -148,8 +148,15 @@ class Folder:
         except StoreError as error:
             raise StoreError(f"{error}{'; ' if cure else ''}{cure}") from error
 
-    def write(self, name: str, content: bytes) -> None:
+    def sync(self) -> None:
+        """Make the entries of the folder durable."""
+        with named("write", self.path), self.opened() as folder:
+            _sync(folder)
+
+    def write(self, name: str, content: bytes, sync: bool = True) -> None:
         """Write a file atomically and durably: after a kill, the old or the new file exists.
+
+        Without `sync` its entry in the folder is not yet durable: after a power failure, the new file may be missing.
 
         Errors: `StoreError` naming the file; the old content stays and no temporary file remains.
         """
@@ -171,13 +178,14 @@ class Folder:
                     os.unlink(new, dir_fd=folder)
                 raise
             failpoint(f"{name}:renamed")
-            _sync(folder)
+            if sync:
+                _sync(folder)
             failpoint(f"{name}:durable")
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any, sync: bool = True) -> None:
         """Write a value as readable JSON, atomically."""
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-        self.write(name, (text + "\n").encode())
+        self.write(name, (text + "\n").encode(), sync)
 
     def append(self, name: str, line: str) -> None:
         """Append a line to a log for people; the line is not made durable."""
@@ -268,7 +276,7 @@ def refuse_size(path: Path, size: int, most: int) -> None:
         raise StoreError(f"{path}: got a file of over {most} bytes; expected at most {most}")
 
 
-def _make(path: Path, at: tuple[int, str] | None, made: list[Path] | None) -> None:
+def _make(path: Path, at: tuple[int, str] | None, made: list[Path] | None, sync: bool) -> None:
     """Create a folder by its path, or by its name in an opened folder, unless it exists."""
     name, parent = (path, None) if at is None else (at[1], at[0])
     try:
@@ -281,6 +289,8 @@ def _make(path: Path, at: tuple[int, str] | None, made: list[Path] | None) -> No
     if made is not None:
         made.append(path)
     failpoint("folder:made")
+    if not sync:
+        return
     above = os.open(path.parent, os.O_PATH | os.O_DIRECTORY) if parent is None else parent
     try:
         _sync(above)

@@ -161,36 +161,38 @@ class StudyFolder:
                 made.append(folder.path / name)
             return folder
 
-        is_fresh = not self.folder.has(RESOLVED)
-        if is_fresh:
+        there = None
+        if is_fresh := not self.folder.has(RESOLVED):
             made.append(self.path / LOCK)
             self._require_empty_or_study()
         else:
-            self.refuse_another(plan, where, command)
+            there = self.refuse_another(plan, where, command)
         for planned in plan.trials:
             trial = self.trial(planned.id)
-            if not trial.has_trial():
-                trial.folder.make(made)
-                new(trial.folder, "trial.json").write_json("trial.json", planned.trial)
+            if not trial.has_trial():  # `restore` writes one that is lost, so all entries become durable at once, below
+                trial.folder.make(made, sync=False)
+                new(trial.folder, "trial.json").write_json("trial.json", planned.trial, sync=False)
             elif not trial.has_result() and canonical(trial.trial()) != canonical(planned.trial):
                 trial.write_trial(planned.trial)  # the path of its data or the interval of its checkpoints has changed
+        self.folder.folder("trials").sync()
         if is_fresh:
             new(self.folder, "environment.json").write_json("environment.json", environment)
-        has_grown = is_fresh or canonical(self.resolved()) != canonical(plan.resolved())
+        resolved = plan.resolved()
+        has_grown = canonical(there) != canonical(resolved)
         if has_grown:
             new(self.folder, "study.yaml").write("study.yaml", plan.source.encode())
-            new(self.folder, RESOLVED).write_json(RESOLVED, plan.resolved())
+            new(self.folder, RESOLVED).write_json(RESOLVED, resolved)
         return has_grown
 
-    def refuse_another(self, plan: Plan, where: Where | None = None, command: Sequence[str] = ()) -> None:
-        """Raise `SpecError` for a study that is neither the stored one nor an extension of it.
+    def refuse_another(self, plan: Plan, where: Where | None = None, command: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the stored study (`resolved`); `SpecError` for one that is neither the same nor an extension of it.
 
         `where` locates options in the study's file. `command` starts the study, without its folder.
         """
         there = self.resolved()
         if there["key"] == plan.key or not plan.lacks(there):
             self._refuse_other_models(plan, command)
-            return
+            return there
         mine, theirs = {trial.id for trial in plan.trials}, {trial["id"] for trial in there["trials"]}
         cure = self._in_another_folder(command, reuses=not mine.isdisjoint(theirs))
         trained = "those that the trials in this folder were trained with"
