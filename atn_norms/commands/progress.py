@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from atn_norms.ablation.execution.remaining import RemainingTime
 
 EVERY = 60.0  # seconds between two log lines about the running trials
+BETWEEN = 1.0  # seconds between two estimates of the remaining time
 SHOWN = 8  # running trials named in a log line
 FEW = 5.0  # seconds before the remaining time is estimated
 AROUND = 7  # lines for the summary, the table's head and foot, and the cursor
@@ -114,11 +115,14 @@ class _Lines:
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.printed = progress, time.monotonic()
+        self.due = 0.0  # the time from which the next estimate is printed
 
     def __call__(self, event: Event) -> None:
         self.progress.see(event)
         if event.kind not in ("started", "step"):
-            left = self.progress.left()
+            left, now = "", time.monotonic()
+            if now >= self.due:  # the cost of an estimate grows with the number of trials
+                left, self.due = self.progress.left(), now + BETWEEN
             self._print(_ended(event, self.progress) + (f"  ({left})" if left else ""))
         elif time.monotonic() - self.printed >= EVERY:
             self._print(f"{self.progress.summary()}: {_running(self.progress)}")

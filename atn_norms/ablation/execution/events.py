@@ -80,8 +80,9 @@ class Progress:
     def due(self, most: int) -> list[str]:
         """Remove up to `most` trials from the queue and return them, to be started now."""
         now = time.monotonic()
-        ready = [*self.waiting, *(trial for trial, again in self.blocked.items() if again <= now)][: max(0, most)]
-        self.waiting = [trial for trial in self.waiting if trial not in ready]
+        most = max(0, most)
+        ready, self.waiting = self.waiting[:most], self.waiting[most:]
+        ready += [trial for trial, again in self.blocked.items() if again <= now][: most - len(ready)]
         for trial in ready:
             self._beats[trial] = (None, now)
             if self.blocked.pop(trial, None) is None:
