@@ -99,11 +99,16 @@ def _fluid(match: re.Match[str]) -> str:
     return match[0].replace(f'width="{match[1]}pt"', f'style="--width: {match[1]}pt"')
 
 
+_DPI = 160
+_MOST_PIXELS = 65_000  # of a side: browsers and some versions of matplotlib reject 65,536
+
+
 def save(figure: Figure, name: str, title: str, text: str) -> Picture:
     """Render a figure as PNG and SVG without dates or random ids."""
     FigureCanvasAgg(figure)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+    dpi = min(_DPI, _MOST_PIXELS / max(figure.get_size_inches()))
+    figure.savefig(png, format="png", dpi=dpi, metadata={"Software": None})
     FigureCanvasSVG(figure)
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -36,6 +36,7 @@ from atn_norms.ablation.store.records import StudyRecord, TaskFacts, TrialRecord
 
 _WIDTH, _HEIGHT, _GAP = 2.7, 2.0, 0.36  # of a panel, inches
 _KEYS = 4  # to a line
+_MOST_SEEDS = 1_000  # trials of a task whose curves are drawn: more make a page that browsers open slowly
 _END: dict[str, Any] = {"marker": "x", "markersize": 6, "markeredgewidth": 1.6, "clip_on": False}
 _TRIVIAL: dict[str, Any] = {"color": MUTED, "linewidth": 1.1, "linestyle": (0, (1, 2))}
 _LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (6, 2, 1, 2))}
@@ -45,7 +46,8 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
     """Draw a panel per label of the axis that runs down, a colour per label of the one across.
 
     The best trivial predictor and the `level` to reach are horizontal lines. The baseline is drawn behind every panel.
-    If the validation metric was never measured, the training loss replaces it.
+    If the validation metric was never measured, the training loss replaces it. Of many finished trials only the means
+    and bands are drawn, see `draws_seeds`.
     """
     facts = record.tasks[comparison.task]
     layout = Layout.of(record)
@@ -63,6 +65,10 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
     heading = f"{comparison.task}: {what} while training"
     seen = [value for trial in trials for value in _line(trial, measure)[1]]
     seen += [guide.value for guide in guides]
+    last_step, single = (
+        max((line["step"] for trial in trials for line in trial.curve), default=1),
+        draws_seeds(comparison),
+    )
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)
@@ -75,11 +81,11 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
                 width=_WIDTH,
                 height=_HEIGHT,
             )
-            _draw(axes, record, layout, panel, measure, comparison.measure.log)
+            _draw(axes, record, layout, panel, measure, comparison.measure.log, single)
             for guide in guides:
                 axes.axhline(guide.value, zorder=1, **guide.line)
             scale(axes, "y", seen, facts.goal)
-            axes.set_xlim(0, max((line["step"] for trial in trials for line in trial.curve), default=1))
+            axes.set_xlim(0, last_step)
             last = place + columns >= len(panels)
             axes.set_xlabel("step" if last else "")
             axes.tick_params(labelleft=column == 0, labelbottom=last)
@@ -93,6 +99,11 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
             columnspacing=1.6,
         )
         return save(figure, file, heading, _describe(record, comparison, measure))
+
+
+def draws_seeds(comparison: Comparison) -> bool:
+    """Return True if the curve of every seed is drawn: for at most 1,000 trials."""
+    return sum(len(row.point.trials) for row in comparison.rows) <= _MOST_SEEDS
 
 
 class _Guide(NamedTuple):
@@ -160,17 +171,19 @@ def _beside(keys: list[Line2D], width: float) -> int:
     return next((columns for columns in (_KEYS, 3, 2) if needed(columns) < width), 1)
 
 
-def _draw(axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str, log: bool) -> None:
+def _draw(
+    axes: Axes, record: StudyRecord, layout: Layout, panel: _Panel, measure: str, log: bool, single: bool
+) -> None:
     tidy(axes, "both")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_title(shortened(panel.title, 38), fontweight="bold", fontsize=10 if len(panel.title) <= 30 else 8.5)
     for point in panel.behind:
-        _seeds(axes, point, measure, log, color=INK, linestyle=DASHES[1])
+        _seeds(axes, point, measure, log, single, color=INK, linestyle=DASHES[1])
     for point in panel.points:
-        _seeds(axes, point, measure, log, **look(layout.place(record, point)))
+        _seeds(axes, point, measure, log, single, **look(layout.place(record, point)))
 
 
-def _seeds(axes: Axes, point: Point, measure: str, log: bool, **look: Any) -> None:
+def _seeds(axes: Axes, point: Point, measure: str, log: bool, single: bool, **look: Any) -> None:
     finished = []
     for trial in point.trials:
         steps, values = _line(trial, measure)
@@ -180,7 +193,8 @@ def _seeds(axes: Axes, point: Point, measure: str, log: bool, **look: Any) -> No
                 axes.plot([trial.step], [0.97], transform=axes.get_xaxis_transform(), color=look["color"], **_END)
             continue
         alone = "." if len(steps) == 1 else None
-        axes.plot(steps, values, linewidth=0.7, alpha=0.5 if len(point.trials) < 5 else 0.32, marker=alone, **look)
+        if single or trial.status != "done":
+            axes.plot(steps, values, linewidth=0.7, alpha=0.5 if len(point.trials) < 5 else 0.32, marker=alone, **look)
         if ended:
             axes.plot(steps[-1:], values[-1:], color=look["color"], **_END)
         elif trial.status == "done":

@@ -15,7 +15,7 @@ from atn_norms.ablation.analysis.paired import RESAMPLED_FROM, RESAMPLES
 from atn_norms.ablation.report import costs
 from atn_norms.ablation.report.canvas import Picture
 from atn_norms.ablation.report.csv_export import reason, scored_step, task_of
-from atn_norms.ablation.report.curves import curves
+from atn_norms.ablation.report.curves import curves, draws_seeds
 from atn_norms.ablation.report.findings import Findings, TaskFindings
 from atn_norms.ablation.report.forest import forest
 from atn_norms.ablation.report.heatmap import heatmap
@@ -75,10 +75,12 @@ def _section(found: Findings, task: TaskFindings, slug: str) -> Section:
         words += f" Data: {'; '.join(facts.notes)}."
     test, drawn = score_name(facts.metric), forest(record, task, f"forest-{slug}")
     grid = len(task.final.rows) > 1
+    mean = "geometric mean" if task.final.measure.log else "mean"
+    lines = _CURVES if draws_seeds(task.final) else _CURVES.replace("single seeds", "seeds that did not finish")
     drawn_curves = curves(record, task.final, f"curves-{slug}", task.level.value)
     final = [
         *([Shown(heatmap(record, task.final, f"heatmap-{slug}", test), _HEATMAP)] if grid else []),
-        Shown(drawn_curves, _CURVES.format(mean="geometric mean" if task.final.measure.log else "mean")),
+        Shown(drawn_curves, lines.format(mean=mean)),
         Shown(strip(record, task.final, f"strip-{slug}", test, facts.baselines), _STRIP),
     ]
     speed = []
