@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,11 @@ def unobserved(tensors: Sequence[Tensor | None]) -> bool:
         and not any(map(Tensor.is_neg, there))
         and not any(map(Tensor._is_zerotensor, there))
     )
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Return a context in which torch makes tensors on the CPU; torch's own one slows every call down."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def constant(tensor: Tensor) -> Tensor:

@@ -683,7 +683,7 @@ def test_an_accuracy_is_read_the_other_way_round():
     words = verdict_text(record)
     assert words.startswith("Norm: helps at 1, hurts at 1, undecided at 0 of 2 ")
     assert words.count("The highest mean test accuracy is 0.935") == 1
-    assert "Norm helps at layer (+0.300 [+0.300, +0.300], adjusted p 0.016). Norm hurts at rms (-0.200" in words
+    assert "Norm helps at layer (+0.300 (8 seeds), adjusted p 0.016). Norm hurts at rms (-0.200" in words
     (comparison,) = compare(record)
     colours = {row.point.cells[0]["norm"]: shade(record, comparison).colour(row) for row in comparison.rows}
     blue, orange = ([int(str(colours[norm])[i : i + 2], 16) for i in (1, 5)] for norm in ("layer", "rms"))

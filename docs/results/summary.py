@@ -141,7 +141,7 @@ def ratios(difference: Difference) -> tuple[float, float, float] | None:
 def draw(target: Path = FIGURE) -> None:
     """Write the figure: every declared comparison of the page as a ratio to window 1."""
     rows = [(each, decision, found) for each, decision in decided(collected()[0]) if (found := ratios(each.difference))]
-    labels = [shortened(f"{each.study}: {each.point}", 44) for each, *_ in rows]
+    labels = [shortened(f"{each.study}: {each.point}", 60) for each, *_ in rows]
     notes = [f"{qualified(decision)}, n {each.difference.pairs}" for each, decision, _ in rows]
     left, wide, tall = 0.2 + 0.073 * max(map(len, labels)), 3.6, 0.3 * len(rows)
     right = 0.3 + 0.066 * max(map(len, notes))

@@ -63,7 +63,7 @@ def forest(record: StudyRecord, task: TaskFindings, file: str) -> Picture | None
     if not rows:
         return None
     measure = task.primary.measure
-    labels = short_names(record, [row.point for row, _ in rows], 40)
+    labels = short_names(record, [row.point for row, _ in rows], 48)
     notes = [
         f"{qualified(each)}: n {each.difference.pairs}, adjusted p {chances(each.deciding_p[1])}" for _, each in rows
     ]

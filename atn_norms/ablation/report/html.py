@@ -143,8 +143,8 @@ def _reach(task: TaskFindings) -> str:
         )
     return (
         f"{origin} The resolution is the distance of two validations. Only the first {to.limit} steps count, which "
-        "every trial has, and only validations at steps at which all trials have one, if there are any. A trial that does "
-        "not reach the level counts with all of these steps in a mean and in a difference. Two such trials tie."
+        "every trial has, and only validations at steps at which all trials have one, if there are any. A trial that "
+        "does not reach the level counts with all of these steps in a mean and in a difference. Two such trials tie."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from atn_norms.backends.code import frozen, held_states, window_state
 from atn_norms.backends.traced.linearity import check_linear
 from atn_norms.backends.traced.recorder import Untraceable
+from atn_norms.modes import on_cpu
 from atn_norms.pytree import Tree, expand_mask, tree_leaves, where_mask
 from atn_norms.statistics import Average, CountedMoments, Moments
 from atn_norms.windows import Cumulative, Detached, Exponential, Sliding, Window
@@ -144,7 +145,7 @@ def _held(window: Window[Any]) -> tuple[int | str, ...]:
 def _recognized(window: Window[Any]) -> Recognized | str:
     """Compare a window with those of the kernels; return its form, or the reason why they do not run it."""
     with (
-        torch.device("cpu"),
+        on_cpu(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

@@ -36,7 +36,7 @@ from atn_norms.backends.traced.narrowing import narrowed
 from atn_norms.backends.traced.normalizer import TracedNorm, trace, twin_of
 from atn_norms.backends.traced.recorder import Untraceable
 from atn_norms.errors import with_article
-from atn_norms.modes import in_transform
+from atn_norms.modes import in_transform, on_cpu
 from atn_norms.normalizers import Normalizer, PerGate
 from atn_norms.normalizers.base import has_population
 
@@ -128,7 +128,7 @@ def _checked(normalizer: Normalizer, features: int) -> TracedNorm | str:
         return f"it uses {name} in {function}, so a value could change unnoticed"
     # The first layer of a kind may be built inside any mode of torch; no mode may affect the trace.
     with (
-        torch.device("cpu"),
+        on_cpu(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),

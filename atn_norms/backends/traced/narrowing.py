@@ -13,6 +13,7 @@ from torch import Tensor
 from atn_norms.backends.native.library import Library, load
 from atn_norms.backends.traced.normalizer import PROGRAMS, TracedNorm, tensors_of
 from atn_norms.backends.traced.program import Program
+from atn_norms.modes import on_cpu
 from atn_norms.normalizers import Normalizer
 from atn_norms.statistics import Average, Moments
 
@@ -47,7 +48,7 @@ def narrowed(normalizer: Normalizer, traced: TracedNorm) -> TracedNorm:
     library = load()
     if isinstance(library, str):
         return traced
-    with torch.device("cpu"), torch.no_grad():
+    with on_cpu(), torch.no_grad():
         parameters = [tensor.detach().cpu().float().reshape(-1) for tensor in tensors_of(normalizer)]
         flat = torch.cat([torch.zeros(0), *parameters])
         exact = {name for name in PROGRAMS if _keeps_digits(library, traced, name, _cases(ROWS, flat))}
