@@ -1,5 +1,7 @@
 """Layers of bfloat16 and float16: computed in float32, rounded once where results leave the kernels."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_a_stream_carries_hidden_states_of_the_type_and_statistics_in_float64(dt
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_weights_of_several_types_are_an_error(backend):
     """The kernels compute in float32, in which such weights would be accepted."""
-    layer = an.LSTM(2, 3, norm={"sites": {"c": "layer"}}, backend=backend)
+    layer: Any = an.LSTM(2, 3, norm={"sites": {"c": "layer"}}, backend=backend)
     layer.weight_hh_l0.data = layer.weight_hh_l0.data.bfloat16()
     with pytest.raises(RuntimeError, match="must have the same dtype"):
         layer(torch.zeros(4, 2, 2))
