@@ -12,7 +12,12 @@ from atn_norms.ablation.analysis.comparison import Difference, Verdict
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.paired import ALPHA, Paired, holm
 
-LOST = ("failed", "reference_failed", "diverged", "reference_diverged", "unreached")
+# Causes of a missing score, and their counts in a `Difference`.
+LOST = {
+    "failed": ("failed", "reference_failed"),
+    "diverged": ("diverged", "reference_diverged"),
+    "unreached": ("unreached",),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Decision:
         """True if only trials without a score prevent a verdict; more seeds would not change this."""
         return self.verdict == "undecided" != self.without(*LOST).verdict
 
-    def without(self, *fields: str) -> Decision:
-        """Return the decision if these numbers of trials were 0; the fields of `difference` are those of `LOST`."""
+    def without(self, *causes: str) -> Decision:
+        """Return the decision if no trial lost its score by these causes of `LOST`."""
+        fields = [field for cause in causes for field in LOST[cause]]
         return replace(self, difference=replace(self.difference, **dict.fromkeys(fields, 0)))
 
     @property

@@ -65,10 +65,8 @@ def curves(record: StudyRecord, comparison: Comparison, file: str, level: float 
     heading = f"{comparison.task}: {what} while training"
     seen = [value for trial in trials for value in _line(trial, measure)[1]]
     seen += [guide.value for guide in guides]
-    last_step, single = (
-        max((line["step"] for trial in trials for line in trial.curve), default=1),
-        draws_seeds(comparison),
-    )
+    last_step = max((line["step"] for trial in trials for line in trial.curve), default=1)
+    single = draws_seeds(comparison)
     with style():
         figure = Figure(figsize=(width, height))
         headline(figure, heading)

@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 from atn_norms.ablation.analysis.comparison import Comparison, Row, Verdict, outcome
-from atn_norms.ablation.analysis.decision import LOST, Decision
+from atn_norms.ablation.analysis.decision import Decision
 from atn_norms.ablation.analysis.intervals import ENOUGH_SEEDS
 from atn_norms.ablation.analysis.time_to_target import level
 from atn_norms.ablation.grid.resolve import axis_path
@@ -39,11 +39,11 @@ from atn_norms.errors import plural
 _ORDER = ("done", "diverged", "failed", "running", "pending")
 _MOST_NAMED = 3
 _VERDICTS: tuple[Verdict, ...] = ("helps", "hurts", "no difference", "undecided")
-# Sentences about points without a verdict, and the number of causes of `LOST` up to that of the sentence.
+# Sentences about points without a verdict, by the cause: the last one without which there would be a verdict.
 _BLOCKED = {
-    "A failed trial leaves the comparison undecided at {}: the missing score could be the worst.": 2,
-    "A diverged trial leaves the comparison undecided at {}: the better side must end at every seed.": 4,
-    "A trial that never reached the level leaves the comparison undecided at {}: its steps are unknown.": 5,
+    "failed": "A failed trial leaves the comparison undecided at {}: the missing score could be the worst.",
+    "diverged": "A diverged trial leaves the comparison undecided at {}: the better side must end at every seed.",
+    "unreached": "A trial that never reached the level leaves the comparison undecided at {}: its steps are unknown.",
 }
 
 
@@ -135,14 +135,15 @@ def _ignored_seeds(found: Findings) -> list[str]:
 
 
 def _blocked(found: Findings) -> list[str]:
-    """Return sentences about the comparisons that are undecided only because a trial has no score, by its status."""
-    points: dict[str, list[str]] = {reason: [] for reason in _BLOCKED}
+    """Return sentences about the comparisons that are undecided only because a trial has no score, by the cause."""
+    causes = list(_BLOCKED)
+    points: dict[str, list[str]] = {cause: [] for cause in causes}
     for task in found.tasks:
         for row, decision in task.decided():
             if decision.blocked:
-                reasons = [reason for reason, end in _BLOCKED.items() if not decision.without(*LOST[:end]).blocked]
-                points[reasons[0]].append(_named(found, task, row))
-    return [reason.format(_some(names, "point")) for reason, names in points.items() if names]
+                last = next(i for i in range(len(causes)) if not decision.without(*causes[: i + 1]).blocked)
+                points[causes[last]].append(_named(found, task, row))
+    return [_BLOCKED[cause].format(_some(names, "point")) for cause, names in points.items() if names]
 
 
 def _named(found: Findings, task: TaskFindings, row: Row) -> str:
