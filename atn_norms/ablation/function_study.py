@@ -24,8 +24,6 @@ from atn_norms.ablation.studies import create, validated
 from atn_norms.errors import SpecError, plural, typed_repr
 from atn_norms.text import encodable, escape_controls
 
-BETWEEN = 1.0  # seconds between two estimates of the remaining time
-
 
 def ablate(
     function: Callable[..., Any],
@@ -147,7 +145,7 @@ class _Log:
 
     def __init__(self, folder: Path, workers: int | None) -> None:
         self._folder, self._remaining = folder, RemainingTime((), workers)
-        self._workers, self._due = workers, 0.0  # the time from which the next estimate is printed
+        self._workers = workers
 
     def start(self, record: StudyRecord) -> None:
         left = sum(trial.status not in ("done", "diverged") for trial in record.trials)
@@ -161,9 +159,7 @@ class _Log:
             return
         point = ", ".join(f"{name}={label}" for name, label in event.point.items() if name != "task")
         why = f": {event.message}" if event.message else ""
-        seconds = None
-        if event.finished < event.total and now >= self._due:  # its cost grows with the number of trials
-            seconds, self._due = self._remaining.seconds(now), now + BETWEEN
+        seconds = self._remaining.recent(now) if event.finished < event.total else None
         left = "" if seconds is None else f"  (about {duration(seconds)} left)"
         _print(f"[{event.finished}/{event.total}] {event.kind} {point}{why}{left}")
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from atn_norms.ablation.execution.remaining import RemainingTime
 
 EVERY = 60.0  # seconds between two log lines about the running trials
-BETWEEN = 1.0  # seconds between two estimates of the remaining time
 SHOWN = 8  # running trials named in a log line
 FEW = 5.0  # seconds before the remaining time is estimated
 AROUND = 7  # lines for the summary, the table's head and foot, and the cursor
@@ -71,10 +70,10 @@ class Progress:
         self.elsewhere.discard(event.trial)
         self.counts[event.kind] = self.counts.get(event.kind, 0) + 1
 
-    def left(self) -> str:
-        """Return the estimated remaining time as text; empty while unknown, and at the end."""
-        now = time.monotonic()
-        seconds = None if now - self.began < FEW or self.finished == self.total else self.remaining.seconds(now)
+    def left(self, is_recent: bool = False) -> str:
+        """Return the estimated remaining time as text, or a recent estimate; empty while unknown, and at the end."""
+        now, estimate = time.monotonic(), self.remaining.recent if is_recent else self.remaining.seconds
+        seconds = None if now - self.began < FEW or self.finished == self.total else estimate(now)
         return "" if seconds is None else f"about {duration(max(1.0, seconds))} left"
 
     def summary(self) -> str:
@@ -115,14 +114,11 @@ class _Lines:
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.printed = progress, time.monotonic()
-        self.due = 0.0  # the time from which the next estimate is printed
 
     def __call__(self, event: Event) -> None:
         self.progress.see(event)
         if event.kind not in ("started", "step"):
-            left, now = "", time.monotonic()
-            if now >= self.due:  # the cost of an estimate grows with the number of trials
-                left, self.due = self.progress.left(), now + BETWEEN
+            left = self.progress.left(is_recent=True)
             self._print(_ended(event, self.progress) + (f"  ({left})" if left else ""))
         elif time.monotonic() - self.printed >= EVERY:
             self._print(f"{self.progress.summary()}: {_running(self.progress)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from atn_norms.ablation.store.files import canonical
 from atn_norms.ablation.store.records import TrialRecord
 
 FADE = 0.8  # weight of a trial in the pace, relative to the one that started after it
+BETWEEN = 1.0  # seconds between two estimates
 OWN = 0.05  # least observed share of a trial from which its own speed is used instead of its arm's
 
 
@@ -82,6 +84,8 @@ class RemainingTime:
         self._running: dict[str, bool] = {}  # trial -> whether another process trains it
         self._seen: dict[str, _Observed] = {}
         self._shares: dict[str, list[float]] = {}  # arm -> taken over declared steps of its ended trials
+        self._last: float | None = None  # the result of `recent`
+        self._due = -math.inf  # the time from which it is computed again
 
     def see(self, event: Event, now: float) -> None:
         """Update the state with an event at a time in seconds."""
@@ -107,6 +111,12 @@ class RemainingTime:
         else:
             self._running.pop(trial, None)
         self._most = max(self._most, sum(not elsewhere for elsewhere in self._running.values()))
+
+    def recent(self, now: float) -> float | None:
+        """Return `seconds`, computed at most once a second, since its cost grows with the number of trials."""
+        if now >= self._due:
+            self._last, self._due = self.seconds(now), now + BETWEEN
+        return self._last
 
     def seconds(self, now: float) -> float | None:
         """Return the seconds until the run ends; None while unknown, and where the trials outlast their estimate."""
