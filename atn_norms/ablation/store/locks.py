@@ -110,14 +110,10 @@ class Lock:
         while not self._released.wait(BEAT):
             self.beat += 1
             with suppress(OSError):  # such as a full disk, which costs one heartbeat only
-                self._find_rival()
+                last = _heartbeat(self.descriptor)
+                if last is not None and last.holder < self.holder:  # of two holders, the first by name keeps the lock
+                    self.rival = last
                 self._write()
-
-    def _find_rival(self) -> None:
-        """Yield to another process that writes into the same file; the holder whose name is first keeps the lock."""
-        last = _heartbeat(self.descriptor)
-        if last is not None and last.holder < self.holder:
-            self.rival = last
 
     def _write(self) -> None:
         line = {"holder": self.holder, "machine": machine(), "beat": self.beat, "step": self.step, "loss": self.loss}
