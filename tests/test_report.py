@@ -25,7 +25,7 @@ from atn_norms.ablation import report
 from atn_norms.ablation.analysis.comparison import compare
 from atn_norms.ablation.report import costs as report_costs
 from atn_norms.ablation.report import curves, forest, heatmap, strip
-from atn_norms.ablation.report.canvas import save
+from atn_norms.ablation.report.canvas import _compact, save
 from atn_norms.ablation.report.csv_export import curves_csv, points_csv, results_csv
 from atn_norms.ablation.report.findings import findings
 from atn_norms.ablation.report.heatmap import blocks, shade
@@ -608,12 +608,17 @@ def test_a_rounded_path_is_the_line_that_was_drawn():
     (line,) = axes.plot([math.sin(7 * x) for x in range(30)])
     drawn: Any = ET.fromstring(save(figure, "rounded", "a wave", "text").svg)
     paths = [path.get("d") for path in drawn.iter("{http://www.w3.org/2000/svg}path") if path.get("id") is None]
-    numbers = re.findall(r"[\d.-]+", max(paths, key=len))
+    numbers = re.findall(r"-?(?:\d+\.\d+|\.\d+|\d+)", max(paths, key=len))  # a sign may be all that separates two
     assert max(len(number.partition(".")[2]) for number in numbers) == 2
     places = zip(*(accumulate(map(float, numbers[axis::2])) for axis in (0, 1)), strict=True)
     points = [[x * 72 / figure.dpi, 144 - y * 72 / figure.dpi] for x, y in axes.transData.transform(line.get_xydata())]
     for place, point in zip(places, points, strict=True):
         assert place == pytest.approx(point, abs=0.0051)
+
+
+def test_a_path_keeps_each_letter_that_does_not_repeat():
+    drawn = '<path d="M 0.123456 10.5 L 0.5 9.25 L 3.333333 9.25 L 3.4 0.0 z M 1 2 M 3 3 L 0.4 20.2"/>'
+    assert _compact(drawn) == '<path d="M.12 10.5l.38-1.25 2.83 0 .07-9.25zM1 2M3 3l-2.6 17.2"/>'
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -134,13 +134,16 @@ def _compact(svg: str) -> str:
 
 
 def _relative(path: re.Match[str]) -> str:
-    """Write a path of straight lines with the differences between its points."""
-    out, here = "", (0, 0)
+    """Write a path of straight lines with the differences between its points, and without repeated letters."""
+    words, last, here = [], "", (0, 0)
     for command, x, y in re.findall(r"([ML])\s*(\S+)\s+([^\sMLz]+)|z", path[1]):
         before, here = here, (round(100 * float(x or 0)), round(100 * float(y or 0)))
         start = before if command == "L" else (0, 0)
-        out += f"{command}{_points(here[0] - start[0])} {_points(here[1] - start[1])}" if command else "z"
-    return f'd="{out.replace("L", "l")}"'
+        words += [] if command == last == "L" else [command.replace("L", "l") or "z"]
+        words += [_points(here[0] - start[0]), _points(here[1] - start[1])] if command else []
+        last = command
+    text = re.sub(r" (?=-)|(?<=[Mlz]) | (?=[Mlz])", "", " ".join(words))  # a sign and a letter separate numbers
+    return f'd="{re.sub(r"(?<![0-9])0(?=[.])", "", text)}"'
 
 
 def _points(hundredths: int) -> str:
